@@ -1,0 +1,63 @@
+"""The colour photos that scikit-image carries in its wheel, split for the demo; nothing is downloaded."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from dc_ssdae.data.images import read_image
+from dc_ssdae.errors import InputError, unknown_name
+
+# What each shows, and its size in pixels, height x width. The two splits share no subject; the motorcycles
+# are a stereo pair, nearly the same picture, and must stay on the same side. The wheel's other colour images
+# (colour wheel, chessboard, logo, horse silhouette) are drawings.
+_FILES = {
+    "train": (
+        "astronaut.png",  # 512x512: Eileen Collins in an orange space suit, before a flag and a shuttle model
+        "motorcycle_left.png",  # 500x741: a red motorcycle in a garage with shelves; left of a stereo pair
+        "motorcycle_right.png",  # 500x741: the same, seen from further right
+        "hubble_deep_field.jpg",  # 872x1000: hundreds of small galaxies on a black sky
+        "retina.jpg",  # 1411x1411: the back of a human eye, a red disc on black
+        "ihc.png",  # 512x512: stained tissue under a microscope, brown glands and blue nuclei on white
+    ),
+    "held_out": (
+        "chelsea.png",  # 300x451: a tabby cat's face
+        "coffee.png",  # 400x600: an espresso in a red cup on a wooden table
+        "rocket.jpg",  # 427x640: a rocket on its launch pad between lattice towers at dusk
+    ),
+}
+
+
+class SamplePhoto(NamedTuple):
+    """A photo: its `name` (the file's stem) and uint8 `pixels` (3, H, W)."""
+
+    name: str
+    pixels: Tensor
+
+
+def sample_photos(split: Literal["train", "held_out"]) -> list[SamplePhoto]:
+    """Read the demo's photos from the installed scikit-image package.
+
+    Args:
+        split: "train" (astronaut, motorcycle_left, motorcycle_right, hubble_deep_field, retina, ihc) or
+            "held_out" (chelsea, coffee, rocket).
+
+    Returns:
+        The photos, always in the same order, at their own sizes.
+
+    Raises:
+        InputError: there is no such split, or scikit-image or one of its photos is not installed.
+    """
+    if split not in _FILES:
+        raise unknown_name("split of the sample photos", split, _FILES)
+    photos = []
+    for file_name in _FILES[split]:
+        try:
+            with resources.as_file(resources.files("skimage") / "data" / file_name) as path:
+                photos.append(SamplePhoto(Path(file_name).stem, read_image(path).pixels))
+        except (ImportError, FileNotFoundError, InputError) as error:
+            raise InputError(
+                f"the sample photo {file_name} cannot be read from scikit-image: pip install 'dc-ssdae[demo]'"
+            ) from error
+    return photos

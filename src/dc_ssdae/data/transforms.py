@@ -1,0 +1,150 @@
+"""Padding to the encoder's multiple, resizing and cropping; randomness comes from an explicit generator."""
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+from dc_ssdae.errors import InputError
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
+    """Pad images at the right and bottom until both sides are multiples of `multiple`.
+
+    Each side on its own is padded by reflection (the border pixel itself is not doubled), or, where the pad
+    is not smaller than the side, so that one reflection cannot fill it, by repeating the border pixel.
+
+    Args:
+        x: (..., C, H, W), any dtype.
+        multiple: in pixels, at least 1; the encoder's factor f.
+
+    Returns:
+        The padded images, and the original (H, W) in pixels for `crop_to`.
+
+    Raises:
+        InputError: `multiple` is not positive, or the images have no pixels.
+    """
+    if multiple < 1:
+        raise InputError(f"images are padded to a positive multiple, not {multiple}")
+    height, width = _sides(x)
+    bottom, right = -height % multiple, -width % multiple
+    if bottom:
+        x = tvf.pad(x, [0, 0, 0, bottom], padding_mode="reflect" if bottom < height else "edge")
+    if right:
+        x = tvf.pad(x, [0, 0, right, 0], padding_mode="reflect" if right < width else "edge")
+    return x, (height, width)
+
+
+def crop_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Keep the top left `size` of images: undoes `pad_to_multiple`.
+
+    Args:
+        x: (..., H', W').
+        size: (H, W) in pixels, at least 1 and at most (H', W').
+
+    Returns:
+        (..., H, W), a view.
+
+    Raises:
+        InputError: the images are smaller than `size`.
+    """
+    height, width = size
+    if not (1 <= height <= x.shape[-2] and 1 <= width <= x.shape[-1]):
+        raise InputError(f"cannot crop {_by(x)} pixels to {height}x{width}")
+    return x[..., :height, :width]
+
+
+def resize_shorter_side(x: Tensor, size: int) -> Tensor:
+    """Resize images so that the shorter side is `size`, keeping the aspect ratio: bicubic, antialiased.
+
+    The filter is torchvision's bicubic with `antialias=True`: a = -0.5, widened when shrinking, as Pillow's
+    BICUBIC.
+
+    Args:
+        x: (..., C, H, W), uint8 (rounded and clamped) or floating point (may overshoot its input's range).
+        size: in pixels, at least 1. The longer side is rounded down.
+
+    Returns:
+        Same dtype, shorter side `size`.
+
+    Raises:
+        InputError: `size` is not positive, or the images have no pixels.
+    """
+    _check_size(size)
+    if min(_sides(x)) == size:
+        return x
+    return tvf.resize(x, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def center_crop(x: Tensor, size: int) -> Tensor:
+    """Cut the central square out of images.
+
+    Args:
+        x: (..., C, H, W), both sides at least `size`.
+        size: the square's side in pixels, at least 1.
+
+    Returns:
+        (..., C, size, size).
+
+    Raises:
+        InputError: `size` is not positive, or larger than the images (they are never padded).
+    """
+    _check_size(size)
+    if min(_sides(x)) < size:
+        raise InputError(f"cannot crop {_by(x)} pixels to {size}x{size}; resize first")
+    return tvf.center_crop(x, [size, size])
+
+
+def random_resized_crop(pixels: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Cut a random square from an image, resize it to `size` (bicubic, antialiased), mirror it or not.
+
+    The square's side is uniform in [low, high] times the image's shorter side, its place is uniform, and it
+    is mirrored left to right with probability one half. To resize the image by a random scale and then cut
+    `size` out of it comes to the same, but for the border pixels: a square of 1/scale of the shorter side.
+    Here it is cut first, so that only pixels that are kept get resized. The filter is that of
+    `resize_shorter_side`; squares smaller than `size` are enlarged.
+
+    Args:
+        pixels: (3, H, W), uint8 or floating point.
+        size: the result's side in pixels, at least 1.
+        scale: (low, high), 0 < low <= high <= 1.
+        generator: the only source of randomness; every call draws four numbers from it.
+
+    Returns:
+        (3, size, size), same dtype.
+
+    Raises:
+        InputError: `pixels` is not one image, or `size` or `scale` is out of range.
+    """
+    _check_size(size)
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise InputError(f"a crop's scale is (low, high) with 0 < low <= high <= 1, not ({low}, {high})")
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise InputError(f"crops are drawn from an image of shape (3, H, W), not {tuple(pixels.shape)}")
+    height, width = _sides(pixels)
+    shorter = min(height, width)
+
+    draws = torch.rand(4, generator=generator, device=generator.device, dtype=torch.float64).tolist()
+    side = min(max(round((low + (high - low) * draws[0]) * shorter), 1), shorter)
+    top = int(draws[1] * (height - side + 1))
+    left = int(draws[2] * (width - side + 1))
+    crop = tvf.resized_crop(
+        pixels, top, left, side, side, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+    return tvf.horizontal_flip(crop) if draws[3] < 0.5 else crop
+
+
+def _sides(x: Tensor) -> tuple[int, int]:
+    if x.ndim < 3 or 0 in x.shape[-3:]:
+        raise InputError(f"images have the shape (..., C, H, W) and at least one pixel, not {tuple(x.shape)}")
+    return x.shape[-2], x.shape[-1]
+
+
+def _by(x: Tensor) -> str:
+    return f"{x.shape[-2]}x{x.shape[-1]}"
+
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise InputError(f"an image's side is at least 1 pixel, not {size}")

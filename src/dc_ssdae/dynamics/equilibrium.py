@@ -1,0 +1,177 @@
+"""Equilibrium matching: a time-invariant gradient field whose zeros are the data (SPEC section 2).
+
+Wang & Du 2025, "Equilibrium matching: generative modeling with implicit energy-based models".
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dc_ssdae.dynamics.corruption import Corruption, check_same_shape, draw_on, expand_level
+from dc_ssdae.errors import InputError, unknown_name
+
+
+class Decay(Protocol):
+    """c(γ): the field's magnitude along the way from noise (γ = 0) to data (γ = 1), where it vanishes."""
+
+    @property
+    def stiffness(self) -> float:
+        """L of f ≈ L (x − x*) near the data, for λ = 1: minus the slope of c at γ = 1."""
+        ...
+
+    def __call__(self, level: Tensor) -> Tensor:
+        """c(γ)."""
+        ...
+
+    def distance_ratio(self, level: Tensor) -> Tensor:
+        """(1 − γ)/c(γ), with its finite limit at γ = 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearDecay:
+    """c(γ) = 1 − γ: the EqM paper's."""
+
+    stiffness: float = 1.0
+
+    def __call__(self, level: Tensor) -> Tensor:
+        return 1.0 - level
+
+    def distance_ratio(self, level: Tensor) -> Tensor:
+        return torch.ones_like(level)
+
+
+@dataclass(frozen=True)
+class PiecewiseDecay:
+    """c(γ) = b − (b − 1) γ/a up to the kink a, then (1 − γ)/(1 − a); with b = 1 it is the truncated decay."""
+
+    kink: float = 0.8
+    start: float = 1.4
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.kink < 1.0:
+            raise InputError(f"kink is {self.kink}; it must lie between 0 and 1")
+        if not self.start > 0.0:
+            raise InputError(f"start is {self.start}; it must be positive")
+
+    @property
+    def stiffness(self) -> float:
+        return 1.0 / (1.0 - self.kink)
+
+    def _before_kink(self, level: Tensor) -> Tensor:
+        return self.start - (self.start - 1.0) * level / self.kink
+
+    def __call__(self, level: Tensor) -> Tensor:
+        return torch.where(level <= self.kink, self._before_kink(level), (1.0 - level) / (1.0 - self.kink))
+
+    def distance_ratio(self, level: Tensor) -> Tensor:
+        # Beyond the kink the ratio is constant, so that 0/0 never arises; the clamp keeps the other branch finite.
+        before = (1.0 - level) / self._before_kink(level.clamp(max=self.kink))
+        return torch.where(level <= self.kink, before, torch.full_like(level, 1.0 - self.kink))
+
+
+DECAYS = ("linear", "truncated", "piecewise")
+
+
+def make_decay(name: str, kink: float | None = None, start: float | None = None) -> Decay:
+    """Build a decay by name.
+
+    Args:
+        name: "linear", "truncated" or "piecewise".
+        kink: a of the truncated and piecewise decays, in (0, 1); 0.8 where None.
+        start: b of the piecewise decay, c(0); 1.4 where None.
+
+    Raises:
+        InputError: the name is unknown, or a value is given that this decay does not have.
+    """
+    if name not in DECAYS:
+        raise unknown_name("decay", name, DECAYS)
+    if name == "linear" and kink is not None:
+        raise InputError("the linear decay has no kink; leave decay_kink out")
+    if name != "piecewise" and start is not None:
+        raise InputError(f"the {name} decay has no start; leave decay_start out")
+    if name == "linear":
+        return LinearDecay()
+    default_start = 1.0 if name == "truncated" else 1.4
+    return PiecewiseDecay(0.8 if kink is None else kink, default_start if start is None else start)
+
+
+class EquilibriumMatching:
+    """x_γ = γ x + (1 − γ) ε; the network learns f = λ c(γ) (ε − x) without being told γ (SPEC section 2).
+
+    f points uphill, from data to noise: descending it reaches the data.
+
+    Args:
+        decay: c(γ): "linear", "truncated" or "piecewise".
+        gradient_scale: λ > 0.
+        decay_kink: a of the truncated and piecewise decays.
+        decay_start: b of the piecewise decay.
+
+    Raises:
+        InputError: a setting is unknown or out of range.
+    """
+
+    conditions_on_time = False
+    noise_level = 0.0
+
+    def __init__(
+        self,
+        decay: str = "linear",
+        gradient_scale: float = 1.0,
+        decay_kink: float | None = None,
+        decay_start: float | None = None,
+    ) -> None:
+        if not gradient_scale > 0.0:
+            raise InputError(f"gradient_scale is {gradient_scale}; it must be positive")
+        self.decay = make_decay(decay, decay_kink, decay_start)
+        self.gradient_scale = float(gradient_scale)
+
+    @property
+    def stiffness(self) -> float:
+        """L of f ≈ L (x − x*) near the data: λ for the linear decay, λ/(1 − a) for the others.
+
+        Gradient descent is stable for step sizes below 2/L, Nesterov's below 2 (1 + μ)/((1 + 2 μ) L).
+        """
+        return self.gradient_scale * self.decay.stiffness
+
+    def sample_level(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Draw γ ~ U[0, 1]: (B,) float32 on `device`."""
+        return torch.rand(batch_size, generator=generator, device=draw_on(device, generator)).to(device)
+
+    def corrupt(self, x: Tensor, noise: Tensor, level: Tensor) -> Corruption:
+        """Mix image and noise; the target is λ c(γ) (ε − x).
+
+        Args:
+            x: (B, …) images in [-1, 1].
+            noise: ε ~ N(0, I), of x's shape.
+            level: γ in [0, 1], (B,).
+
+        Raises:
+            InputError: the shapes do not fit together.
+        """
+        check_same_shape(x, noise, "noise")
+        gamma = expand_level(level, x)
+        x_level = gamma * x + (1.0 - gamma) * noise
+        return Corruption(x, noise, level, x_level, self.gradient_scale * self.decay(gamma) * (noise - x))
+
+    def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
+        """x̂ = x_γ − (1 − γ) f / (λ c(γ)), exact for the true field at every γ, also at 1 (SPEC section 2).
+
+        The EqM paper prints a plus sign, which its own definition of the target contradicts.
+        """
+        check_same_shape(x_level, prediction, "prediction")
+        ratio = self.decay.distance_ratio(expand_level(level, x_level))
+        return x_level - ratio / self.gradient_scale * prediction
+
+    def loss(self, record: Corruption, prediction: Tensor) -> Tensor:
+        """Mean squared error of the field divided by λ², per image: (B,) float32.
+
+        With the linear decay it is exactly the mean square of x̂ − x.
+        """
+        check_same_shape(record.target, prediction, "prediction")
+        error = (prediction.float() - record.target.float()) / self.gradient_scale
+        return error.square().flatten(1).mean(dim=1)

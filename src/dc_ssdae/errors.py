@@ -1,0 +1,25 @@
+"""The one exception that means "what you gave is wrong", as opposed to a bug in this package."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A user's value, file or setting cannot be used; the message is one line that says what would be right."""
+
+
+def unknown_name(kind: str, name: object, accepted: Iterable[str]) -> InputError:
+    """Build the error for a name that is not among the accepted ones, with the closest match suggested.
+
+    Args:
+        kind: what the name stands for, as a reader would say it ("preset", "setting of DCEncoder").
+        name: what was given.
+        accepted: every name that would have been right.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    names = sorted(accepted)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return InputError(f"unknown {kind} {name!r}{hint}; accepted: {', '.join(names) or 'none'}")

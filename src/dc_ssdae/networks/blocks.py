@@ -1,0 +1,121 @@
+"""Building blocks shared by the networks: down- and upsampling, and the residual block of the U-ViT decoder."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def average_channel_groups(x: Tensor, channels: int) -> Tensor:
+    """Mean of each group of consecutive channels: (B, C, H, W) -> (B, channels, H, W), C a multiple of channels."""
+    return x.unflatten(1, (channels, x.shape[1] // channels)).mean(dim=2)
+
+
+class SpaceToChannelDownsample(nn.Module):
+    """Halve both sides, with DC-AE's non-parametric shortcut (SPEC section 3, DC encoder).
+
+    Args:
+        in_channels: width before.
+        out_channels: width after; divides 4·in_channels.
+        strided: conv3 with stride 2 (SANA's), in place of conv3 to out_channels/4 and pixel-unshuffle.
+        shortcut: add the mean of each group of 4·in_channels/out_channels channels of the pixel-unshuffled input.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, strided: bool = False, shortcut: bool = True) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.strided = strided
+        self.shortcut = shortcut
+        if strided:
+            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x) if self.strided else F.pixel_unshuffle(self.conv(x), 2)
+        if self.shortcut:
+            y = y + average_channel_groups(F.pixel_unshuffle(x, 2), self.out_channels)
+        return y
+
+
+def conv3_of_upsampled(conv: nn.Conv2d, x: Tensor, factor: int) -> Tensor:
+    """Apply a 3×3 convolution to the `factor`-times nearest-upsampled map without building that map.
+
+    Within a cell of equal pixels only three positions per axis differ: first, inner, last. So the convolution
+    runs on the 3-times upsampled map and its inner rows and columns are repeated: 9/factor² of the work.
+
+    Args:
+        conv: 3×3, stride 1, padding 1.
+        x: (B, C, h, w).
+        factor: upsampling factor, at least 1.
+
+    Returns:
+        (B, conv.out_channels, h·factor, w·factor), equal to the direct form up to float rounding.
+    """
+    if factor <= 3:
+        return conv(F.interpolate(x, scale_factor=factor, mode="nearest") if factor > 1 else x)
+    batch, _, height, width = x.shape
+    y = conv(F.interpolate(x, scale_factor=3, mode="nearest"))
+    y = y.view(batch, y.shape[1], height, 3, width, 3)
+    first, inner, last = y.split(1, dim=3)
+    y = torch.cat([first, inner.expand(-1, -1, -1, factor - 2, -1, -1), last], dim=3)
+    first, inner, last = y.split(1, dim=5)
+    y = torch.cat([first, inner.expand(-1, -1, -1, -1, -1, factor - 2), last], dim=5)
+    return y.view(batch, -1, height * factor, width * factor)
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """GroupNorm without affine, then × (1 + scale) + shift, both from the context by a 1×1 convolution.
+
+    Shape: x (B, C, H, W), context (B, K, h, w) with H/h = W/w a whole number -> (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, context_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-5, affine=False)
+        self.scale_shift = nn.Conv2d(context_channels, 2 * channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        scale, shift = self.scale_shift(context).chunk(2, dim=1)
+        batch, channels, height, width = x.shape
+        rows, columns = context.shape[-2:]
+        # Each pixel of the context serves a whole cell of x: broadcasting over the cell upsamples without a copy.
+        cells = self.norm(x).view(batch, channels, rows, height // rows, columns, width // columns)
+        cells = cells * (1.0 + scale[:, :, :, None, :, None]) + shift[:, :, :, None, :, None]
+        return cells.view(batch, channels, height, width)
+
+
+class ConditionedResidualBlock(nn.Module):
+    """The U-ViT's residual block, conditioned on the latent's context and, for flow matching, on time.
+
+    AdaGN(context), SiLU, conv3, GroupNorm, [× (1 + s) + b from time], SiLU, conv3 (zero at start), + input
+    (SPEC section 3, U-ViT decoder).
+
+    Shape: x (B, in_channels, H, W), context (B, K, h, w), time (B, time_channels) or None
+    -> (B, out_channels, H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        context_channels: int,
+        time_channels: int | None,
+        groups: int,
+    ) -> None:
+        super().__init__()
+        self.norm1 = AdaptiveGroupNorm(in_channels, context_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.time_scale_shift = None if time_channels is None else nn.Linear(time_channels, 2 * out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor, time: Tensor | None) -> Tensor:
+        y = self.norm2(self.conv1(F.silu(self.norm1(x, context))))
+        if self.time_scale_shift is not None:
+            assert time is not None
+            scale, shift = self.time_scale_shift(F.silu(time))[:, :, None, None].chunk(2, dim=1)
+            y = y * (1.0 + scale) + shift
+        return self.shortcut(x) + self.conv2(F.silu(y))

@@ -1,0 +1,230 @@
+"""The deep-compression encoder: DC-AE's stages with space-to-channel shortcuts (SPEC section 3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.networks.attention import LinearAttention
+from dc_ssdae.networks.blocks import SpaceToChannelDownsample, average_channel_groups
+from dc_ssdae.networks.kl_encoder import check_downsample_factor, check_image
+from dc_ssdae.networks.norms import ChannelRMSNorm
+
+BlockType = Literal["ResBlock", "EfficientViTBlock"]
+T = TypeVar("T")
+
+LOGVAR_INIT_GAIN = 0.1
+"""Of the log-variance's output weights at initialisation, against PyTorch's default."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A published family of stages; an encoder of factor f = 2^k takes the first k + 1 of each sequence."""
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    block_types: tuple[BlockType, ...]
+    attention_scales: tuple[int, ...] = ()
+    strided_downsample: bool = False
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "dc_ssdae": Architecture(
+        widths=(128, 256, 512, 512, 1024, 1024, 1024, 1024),
+        depths=(0, 5, 10, 4, 4, 4, 4, 4),
+        block_types=("ResBlock",) * 8,
+    ),
+    "dc_ae": Architecture(
+        widths=(128, 256, 512, 512, 1024, 1024, 2048, 2048),
+        depths=(0, 4, 8, 2, 2, 2, 2, 2),
+        block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 5,
+    ),
+    "dc_ae_sana": Architecture(
+        widths=(128, 256, 512, 512, 1024, 1024),
+        depths=(2, 2, 2, 3, 3, 3),
+        block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        attention_scales=(5,),
+        strided_downsample=True,
+    ),
+}
+
+
+class DCEncoder(nn.Module):
+    """Deep-compression encoder (Chen et al. 2025, "Deep compression autoencoder", section 3; SPEC section 3).
+
+    Args:
+        latent_channels: c.
+        downsample_factor: f, a power of two from 8 on.
+        architecture: "dc_ssdae" (the report's f8 to f128), "dc_ae" (DC-AE's) or "dc_ae_sana" (SANA's f32); it
+            gives the defaults of the settings below that are None.
+        widths: width of each of the log2(f) + 1 stages.
+        depths: blocks of each stage; only the first may be 0, which makes the input layer downsample.
+        block_types: "ResBlock" or "EfficientViTBlock" for each stage.
+        attention_scales: odd kernel sizes of the extra scales of EfficientViT's attention.
+        strided_downsample: conv3 with stride 2 in place of conv3 and pixel-unshuffle.
+        norm: "rms_norm", or "none" for the original code's checkpoints, which were trained without any.
+        variational: give mean and log-variance (2c channels); False gives c channels and no variance, as
+            DC-AE's published encoders do.
+        out_shortcut: add the mean of groups of consecutive channels to the latent's mean, as DC-AE does.
+
+    Shape: x (B, 3, H, W) in [-1, 1], H and W multiples of f -> DiagonalGaussian of (B, c, H/f, W/f).
+
+    Raises:
+        InputError: a setting is unknown or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int = 32,
+        downsample_factor: int = 32,
+        architecture: str = "dc_ssdae",
+        widths: Sequence[int] | None = None,
+        depths: Sequence[int] | None = None,
+        block_types: Sequence[BlockType] | None = None,
+        attention_scales: Sequence[int] | None = None,
+        strided_downsample: bool | None = None,
+        norm: Literal["rms_norm", "none"] = "rms_norm",
+        variational: bool = True,
+        out_shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise unknown_name("architecture of DCEncoder", architecture, ARCHITECTURES)
+        if norm not in ("rms_norm", "none"):
+            raise unknown_name("norm of DCEncoder", norm, ("rms_norm", "none"))
+        family = ARCHITECTURES[architecture]
+        stages = check_downsample_factor(downsample_factor) + 1
+        widths = _per_stage("widths", widths, family.widths, stages, architecture)
+        depths = _per_stage("depths", depths, family.depths, stages, architecture)
+        block_types = _per_stage("block_types", block_types, family.block_types, stages, architecture)
+        scales = tuple(family.attention_scales if attention_scales is None else attention_scales)
+        strided = family.strided_downsample if strided_downsample is None else strided_downsample
+        out_channels = 2 * latent_channels if variational else latent_channels
+        _check_stages(widths, depths, block_types, scales, latent_channels if out_shortcut else None)
+
+        self.downsample_factor = downsample_factor
+        self.variational = variational
+        self.out_shortcut = out_shortcut
+        self.project_in = (
+            SpaceToChannelDownsample(3, widths[1], strided=strided, shortcut=False)
+            if depths[0] == 0
+            else nn.Conv2d(3, widths[0], 3, padding=1)
+        )
+        self.stages = nn.ModuleList()
+        for index, (width, depth, block_type) in enumerate(zip(widths, depths, block_types, strict=True)):
+            blocks: list[nn.Module] = [_make_block(block_type, width, norm, scales) for _ in range(depth)]
+            if depth and index + 1 < stages:
+                blocks.append(SpaceToChannelDownsample(width, widths[index + 1], strided=strided))
+            self.stages.append(nn.Sequential(*blocks))
+        self.latent_head = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        if variational:
+            # The residual stream grows with depth. A log-variance of its size would start the KL at e^(its square).
+            with torch.no_grad():
+                self.latent_head.weight[latent_channels:] *= LOGVAR_INIT_GAIN
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        """Encode (B, 3, H, W) in [-1, 1] to the Gaussian over (B, c, H/f, W/f)."""
+        check_image(x, self.downsample_factor)
+        y = self.project_in(x)
+        for stage in self.stages:
+            y = stage(y)
+        moments = self.latent_head(y)
+        mean, logvar = moments.chunk(2, dim=1) if self.variational else (moments, None)
+        if self.out_shortcut:
+            mean = mean + average_channel_groups(y, mean.shape[1])
+        return DiagonalGaussian(mean, logvar)
+
+
+class ResBlock(nn.Module):
+    """x + norm(conv3(SiLU(conv3(x)))), the second convolution without bias: (B, C, H, W) -> same."""
+
+    def __init__(self, channels: int, norm: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = _make_norm(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
+
+
+class EfficientViTBlock(nn.Module):
+    """Linear attention, then the GLU inverted bottleneck, each with its residual: (B, C, H, W) -> same."""
+
+    def __init__(self, channels: int, norm: str, scales: tuple[int, ...]) -> None:
+        super().__init__()
+        self.attention = LinearAttention(channels, scales, _make_norm(norm, channels))
+        self.bottleneck = GLUInvertedBottleneck(channels, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bottleneck(self.attention(x))
+
+
+class GLUInvertedBottleneck(nn.Module):
+    """1×1 to 8C, SiLU, depth-wise 3×3, value · SiLU(gate), 1×1 to C, norm, + input: (B, C, H, W) -> same."""
+
+    def __init__(self, channels: int, norm: str) -> None:
+        super().__init__()
+        wide = 8 * channels
+        self.expand = nn.Conv2d(channels, wide, 1)
+        self.depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
+        self.project = nn.Conv2d(wide // 2, channels, 1, bias=False)
+        self.norm = _make_norm(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.depthwise(F.silu(self.expand(x))).chunk(2, dim=1)
+        return x + self.norm(self.project(value * F.silu(gate)))
+
+
+def _make_norm(norm: str, channels: int) -> nn.Module:
+    return ChannelRMSNorm(channels) if norm == "rms_norm" else nn.Identity()
+
+
+def _make_block(block_type: BlockType, channels: int, norm: str, scales: tuple[int, ...]) -> nn.Module:
+    if block_type == "EfficientViTBlock":
+        return EfficientViTBlock(channels, norm, scales)
+    return ResBlock(channels, norm)
+
+
+def _per_stage(name: str, given: Sequence[T] | None, default: Sequence[T], stages: int, family: str) -> list[T]:
+    if given is None and len(default) < stages:
+        raise InputError(
+            f"architecture {family!r} has {len(default)} stages; f = {2 ** (stages - 1)} needs {stages}: give {name}"
+        )
+    values = list(default[:stages] if given is None else given)
+    if len(values) != stages:
+        raise InputError(f"{name} has {len(values)} stages; f = {2 ** (stages - 1)} needs {stages}")
+    return values
+
+
+def _check_stages(
+    widths: Sequence[int],
+    depths: Sequence[int],
+    block_types: Sequence[str],
+    scales: Sequence[int],
+    shortcut_channels: int | None,
+) -> None:
+    for block_type in block_types:
+        if block_type not in ("ResBlock", "EfficientViTBlock"):
+            raise unknown_name("block type of DCEncoder", block_type, ("ResBlock", "EfficientViTBlock"))
+    if any(depth < (0 if index == 0 else 1) for index, depth in enumerate(depths)):
+        raise InputError(f"depths {list(depths)}: only the first may be 0, none may be negative")
+    for index, width in enumerate(widths):
+        if width <= 0 or width % 4:
+            raise InputError(f"widths[{index}] is {width}; it must be a positive multiple of 4")
+        if block_types[index] == "EfficientViTBlock" and width % LinearAttention.HEAD_WIDTH:
+            raise InputError(f"widths[{index}] is {width}; an EfficientViTBlock needs a multiple of 32")
+        if index and depths[index - 1] and (4 * widths[index - 1]) % width:
+            raise InputError(f"widths[{index}] = {width} must divide 4·widths[{index - 1}] = {4 * widths[index - 1]}")
+    if any(scale < 1 or scale % 2 == 0 for scale in scales):
+        raise InputError(f"attention_scales {list(scales)}: kernel sizes must be odd and positive")
+    if shortcut_channels is not None and widths[-1] % shortcut_channels:
+        raise InputError(
+            f"out_shortcut needs a last width that is a multiple of latent_channels = {shortcut_channels}, "
+            f"not {widths[-1]}"
+        )

@@ -1,0 +1,87 @@
+"""Normalisations that PyTorch does not have in the form needed here."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+
+
+class ChannelRMSNorm(nn.Module):
+    """RMS normalisation over the channels of each pixel, with weight and bias (SPEC section 3, DC encoder).
+
+    Computed in float32 and returned in the input's dtype: (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + self.eps)
+        return (wide * self.weight.float()[:, None, None] + self.bias.float()[:, None, None]).to(x.dtype)
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Affine batch normalisation whose training statistics are those of the global batch.
+
+    In a process group of several processes the sums are added up by an all-reduce that gradients pass through, on
+    any backend; `nn.SyncBatchNorm` refuses CPU tensors. In one process, and in evaluation mode, it is exactly
+    `nn.BatchNorm2d`. Always computed in float32 and returned in the input's dtype.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            x = input.float()
+            if self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                return self._normalise_over_processes(x).to(input.dtype)
+            return self._normalise_here(x).to(input.dtype)
+
+    def _normalise_here(self, x: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        running_mean, running_var = _float(self.running_mean), _float(self.running_var)
+        normalised = F.batch_norm(
+            x,
+            running_mean,
+            running_var,
+            _float(self.weight),
+            _float(self.bias),
+            self.training or not self.track_running_stats,
+            self.momentum or 0.0,
+            self.eps,
+        )
+        if self.training and running_mean is not self.running_mean:
+            # Half-precision buffers were widened into copies above: the update went there.
+            with torch.no_grad():
+                for buffer, updated in ((self.running_mean, running_mean), (self.running_var, running_var)):
+                    if buffer is not None and updated is not None:
+                        buffer.copy_(updated)
+        return normalised
+
+    def _normalise_over_processes(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        # Two passes, mean first: E[x²] - E[x]² would lose the variance of latents with a large mean.
+        count = x.new_full((1,), float(x.numel() // channels))
+        sums = all_reduce(torch.cat([x.sum(dim=(0, 2, 3)), count]))
+        total = sums[-1].detach()
+        mean = sums[:-1] / total
+        centred = x - mean[:, None, None]
+        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / total
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            momentum = self.momentum or 0.0
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var.dtype), momentum)
+        scale = self.weight.float() * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias.float()[:, None, None]
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()

@@ -1,0 +1,319 @@
+"""The U-ViT decoder: a U-Net with windowed transformer blocks, conditioned on the latent (SPEC section 3)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.networks.attention import WindowedSelfAttention
+from dc_ssdae.networks.blocks import ConditionedResidualBlock, conv3_of_upsampled
+from dc_ssdae.networks.norms import GlobalBatchNorm2d
+
+TIME_SCALE = 1000.0
+PATCH = 8
+"""Side in pixels of what one token of the middle stands for: three halvings between four levels."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A named size of the decoder: one row of SPEC section 3's table."""
+
+    channels: int
+    multipliers: tuple[int, int, int, int]
+    middle_layers: int
+    heads: int | None
+
+
+SIZES: dict[str, Size] = {
+    "XS": Size(32, (1, 2, 3, 3), 8, 4),
+    "S": Size(48, (1, 2, 3, 3), 8, 4),
+    "B": Size(64, (1, 2, 3, 3), 10, None),
+    "M": Size(96, (1, 2, 3, 3), 12, None),
+    "L": Size(96, (1, 2, 4, 4), 16, None),
+    "XL": Size(128, (1, 2, 4, 4), 16, None),
+    "H": Size(192, (1, 2, 4, 4), 16, None),
+}
+
+
+class DecoderFeatures(NamedTuple):
+    """What `UViTDecoder.forward_with_features` gives: the output (B, 3, H, W) and features (B, D, H/8, W/8)."""
+
+    output: Tensor
+    features: Tensor
+
+
+class UViTDecoder(nn.Module):
+    """Field (or velocity) of an image given a latent (SPEC section 3, U-ViT decoder; its sizes are about SSDD's).
+
+    Args:
+        latent_channels: c.
+        downsample_factor: f of the latent, a power of two from 8 on.
+        size: "XS", "S", "B", "M", "L", "XL" or "H"; gives the next four settings where they are None.
+        channels: base width.
+        multipliers: width of each of the four levels in units of `channels`, rounded up to a multiple of
+            `norm_groups`.
+        middle_layers: transformer blocks.
+        heads: attention heads; None in a size stands for clamp(⌊last width / 64⌋, 4, 16).
+        blocks_per_level: residual blocks of a level on the way down; one more on the way up.
+        window_radius: reach of the attention in tokens of 8×8 pixels: 8 is the paper's 17×17 window, 7 the
+            original code's.
+        norm_groups: groups of every group norm, and the unit of the widths.
+        time_conditioning: take a time, as flow matching needs; equilibrium matching knows none.
+
+    Shape: x (B, 3, H, W), z (B, c, H/f, W/f), time (B,) in [0, 1] or None -> (B, 3, H, W).
+
+    Raises:
+        InputError: a setting is unknown or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int = 32,
+        downsample_factor: int = 32,
+        size: str = "S",
+        channels: int | None = None,
+        multipliers: Sequence[int] | None = None,
+        middle_layers: int | None = None,
+        heads: int | None = None,
+        blocks_per_level: int = 2,
+        window_radius: int = 8,
+        norm_groups: int = 32,
+        time_conditioning: bool = False,
+    ) -> None:
+        super().__init__()
+        if size not in SIZES:
+            raise unknown_name("size of UViTDecoder", size, SIZES)
+        if downsample_factor < PATCH or downsample_factor & (downsample_factor - 1):
+            raise InputError(f"downsample_factor is {downsample_factor}; it must be a power of two from {PATCH} on")
+        preset = SIZES[size]
+        channels = preset.channels if channels is None else channels
+        multipliers = preset.multipliers if multipliers is None else multipliers
+        middle_layers = preset.middle_layers if middle_layers is None else middle_layers
+        if len(multipliers) != 4:
+            raise InputError(f"multipliers {list(multipliers)}: the decoder has four levels")
+        widths = [norm_groups * math.ceil(channels * multiplier / norm_groups) for multiplier in multipliers]
+        heads = heads or preset.heads or min(max(widths[-1] // 64, 4), 16)
+        if widths[0] % 2 or widths[-1] % heads:
+            raise InputError(f"level widths {widths}: the first must be even, the last a multiple of heads = {heads}")
+        if window_radius < 0 or middle_layers < 1 or blocks_per_level < 1:
+            raise InputError("window_radius must be at least 0, middle_layers and blocks_per_level at least 1")
+
+        context, width = widths[0], widths[-1]
+        time_channels = 4 * widths[0] if time_conditioning else None
+        self.latent_channels = latent_channels
+        self.downsample_factor = downsample_factor
+        self.time_conditioning = time_conditioning
+        self.latent_norm = GlobalBatchNorm2d(latent_channels, eps=1e-5)
+        self.image_in = nn.Conv2d(3, context // 2, 3, padding=1)
+        self.latent_in = nn.Conv2d(latent_channels, context // 2, 3, padding=1)
+        self.join_in = nn.Conv2d(context, context, 3, padding=1)
+        self.context = nn.Sequential(
+            nn.Conv2d(latent_channels, context, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(context, context, 3, padding=1),
+        )
+        self.time_embedding = None if time_channels is None else TimeEmbedding(widths[0])
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        skips = [widths[0]]
+        for level, level_width in enumerate(widths):
+            inputs = [widths[max(level - 1, 0)]] + [level_width] * (blocks_per_level - 1)
+            self.down.append(DownLevel(inputs, level_width, context, time_channels, norm_groups, downsample=level < 3))
+            skips += [level_width] * (blocks_per_level + (level < 3))
+        self.middle = TransformerMiddle(width, context, middle_layers, heads, window_radius, norm_groups)
+        hidden = width
+        for level in reversed(range(4)):
+            inputs = []
+            for _ in range(blocks_per_level + 1):
+                inputs.append(hidden + skips.pop())
+                hidden = widths[level]
+            self.up.append(UpLevel(inputs, hidden, context, time_channels, norm_groups, upsample=level > 0))
+        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+        """Predict the field at x (B, 3, H, W) given z (B, c, H/f, W/f) and, with time conditioning, time (B,)."""
+        return self._run(x, z, time, None)[0]
+
+    def forward_with_features(
+        self, x: Tensor, z: Tensor, time: Tensor | None = None, layer: int | None = None
+    ) -> DecoderFeatures:
+        """Predict the field and also give the output of one middle transformer block.
+
+        Args:
+            x: (B, 3, H, W).
+            z: (B, c, H/f, W/f).
+            time: (B,) in [0, 1] with time conditioning, else None.
+            layer: index of the block from 0; None is REPA's, min(4, ⌊n/2⌋) of n (SPEC section 2).
+
+        Raises:
+            InputError: there is no such block, or the inputs do not fit together.
+        """
+        count = len(self.middle.blocks)
+        layer = min(4, count // 2) if layer is None else layer
+        if not 0 <= layer < count:
+            raise InputError(f"layer is {layer}; the decoder has middle blocks 0 to {count - 1}")
+        output, features = self._run(x, z, time, layer)
+        assert features is not None
+        return DecoderFeatures(output, features)
+
+    def _run(self, x: Tensor, z: Tensor, time: Tensor | None, layer: int | None) -> tuple[Tensor, Tensor | None]:
+        self._check(x, z, time)
+        z = self.latent_norm(z)
+        latent_map = conv3_of_upsampled(self.latent_in, z, self.downsample_factor)
+        y = self.join_in(torch.cat([self.image_in(x), latent_map], dim=1))
+        context = self.context(z)
+        embedded_time = None
+        if self.time_embedding is not None and time is not None:
+            embedded_time = self.time_embedding(time, y.dtype)
+        skips = [y]
+        for down in self.down:
+            y = down(y, context, embedded_time, skips)
+        y, features = self.middle(y, context, layer)
+        for up in self.up:
+            y = up(y, context, embedded_time, skips)
+        return self.conv_out(F.silu(self.norm_out(y))), features
+
+    def _check(self, x: Tensor, z: Tensor, time: Tensor | None) -> None:
+        factor = self.downsample_factor
+        if z.ndim != 4 or z.shape[1] != self.latent_channels:
+            raise InputError(f"a latent batch has shape (B, {self.latent_channels}, h, w), not {tuple(z.shape)}")
+        expected = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
+        if tuple(x.shape) != expected:
+            raise InputError(f"x has shape {tuple(x.shape)}; a latent of {tuple(z.shape)} needs {expected}")
+        if self.time_conditioning and (time is None or time.shape != z.shape[:1]):
+            given = None if time is None else tuple(time.shape)
+            raise InputError(f"this decoder needs a time of shape ({z.shape[0]},), not {given}")
+        if not self.time_conditioning and time is not None:
+            raise InputError("this decoder knows no time (time_conditioning is false): leave time out")
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of 1000·t, then Linear, SiLU, Linear: (B,) in [0, 1] -> (B, 4·channels).
+
+    Frequencies 10000^(-i / (channels/2)), features [cos, sin] (SPEC section 3, "Time").
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.linear1 = nn.Linear(channels, 4 * channels)
+        self.linear2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
+        half = self.channels // 2
+        # The angles reach 1000 radians: half precision would lose them.
+        exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half
+        angles = TIME_SCALE * time.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        features = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
+        return self.linear2(F.silu(self.linear1(features)))
+
+
+class DownLevel(nn.Module):
+    """Residual blocks, then conv3 with stride 2 on all levels but the last; appends every output to the skips."""
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        context_channels: int,
+        time_channels: int | None,
+        norm_groups: int,
+        downsample: bool,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ConditionedResidualBlock(width, channels, context_channels, time_channels, norm_groups)
+            for width in in_channels
+        )
+        self.downsample = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if downsample else None
+
+    def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
+        for block in self.blocks:
+            y = block(y, context, time)
+            skips.append(y)
+        if self.downsample is not None:
+            y = self.downsample(y)
+            skips.append(y)
+        return y
+
+
+class UpLevel(nn.Module):
+    """Residual blocks, each on (hidden, skip), then nearest ×2 and conv3 on all levels but the first."""
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        context_channels: int,
+        time_channels: int | None,
+        norm_groups: int,
+        upsample: bool,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ConditionedResidualBlock(width, channels, context_channels, time_channels, norm_groups)
+            for width in in_channels
+        )
+        self.upsample = nn.Conv2d(channels, channels, 3, padding=1) if upsample else None
+
+    def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
+        for block in self.blocks:
+            y = block(torch.cat([y, skips.pop()], dim=1), context, time)
+        if self.upsample is not None:
+            y = self.upsample(F.interpolate(y, scale_factor=2, mode="nearest"))
+        return y
+
+
+class TransformerMiddle(nn.Module):
+    """GroupNorm, Linear, transformer blocks, Linear, + input, on tokens of 8×8 pixels: (B, D, h, w) -> same."""
+
+    def __init__(
+        self, channels: int, context_channels: int, layers: int, heads: int, radius: int, norm_groups: int
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.project_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(TransformerBlock(channels, context_channels, heads, radius) for _ in range(layers))
+        self.project_out = nn.Linear(channels, channels)
+
+    def forward(self, y: Tensor, context: Tensor, layer: int | None) -> tuple[Tensor, Tensor | None]:
+        batch, channels, height, width = y.shape
+        tokens = self.project_in(self.norm(y).flatten(2).transpose(1, 2))
+        features = None
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens, context, height, width)
+            if index == layer:
+                features = tokens.transpose(1, 2).reshape(batch, channels, height, width)
+        tokens = self.project_out(tokens)
+        return y + tokens.transpose(1, 2).reshape(batch, channels, height, width), features
+
+
+class TransformerBlock(nn.Module):
+    """AdaLN(context), windowed attention, +; LayerNorm, GEGLU feed-forward, +: (B, h·w, D) -> same."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, radius: int) -> None:
+        super().__init__()
+        self.shift_scale = nn.Linear(context_channels, 2 * channels)
+        self.norm1 = nn.LayerNorm(channels, eps=1e-5, elementwise_affine=False)
+        self.attention = WindowedSelfAttention(channels, heads, radius)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.feed_forward_in = nn.Linear(channels, 8 * channels)
+        self.feed_forward_out = nn.Linear(4 * channels, channels)
+        nn.init.zeros_(self.feed_forward_out.weight)
+        nn.init.zeros_(self.feed_forward_out.bias)
+
+    def forward(self, tokens: Tensor, context: Tensor, height: int, width: int) -> Tensor:
+        rows, columns = context.shape[-2:]
+        modulation = self.shift_scale(F.silu(context).permute(0, 2, 3, 1))
+        modulation = modulation.repeat_interleave(height // rows, dim=1).repeat_interleave(width // columns, dim=2)
+        shift, scale = modulation.flatten(1, 2).chunk(2, dim=-1)
+        normed = self.norm1(tokens) * (1.0 + scale) + shift
+        tokens = tokens + self.attention(normed, height, width)
+        value, gate = self.feed_forward_in(self.norm2(tokens)).chunk(2, dim=-1)
+        return tokens + self.feed_forward_out(value * F.gelu(gate))

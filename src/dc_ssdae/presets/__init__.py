@@ -1,0 +1,44 @@
+"""Presets: one YAML file each, stating only what differs from the defaults. Reading them needs no torch."""
+
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from dc_ssdae.errors import InputError, unknown_name
+
+SECTIONS = ("description", "model", "training")
+
+
+def list_presets() -> list[str]:
+    """Names of all presets, sorted."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files(__name__).iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Read a preset.
+
+    Args:
+        name: one of `list_presets()`.
+
+    Returns:
+        Its sections: `description` (a line), `model` (settings of `DCSSDAE`) and perhaps `training`.
+
+    Raises:
+        InputError: there is no such preset, or its file has a section that none should have.
+    """
+    names = list_presets()
+    if name not in names:
+        raise unknown_name("preset", name, names)
+    preset = yaml.safe_load((resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8"))
+    for section in preset:
+        if section not in SECTIONS:
+            raise unknown_name(f"section of preset {name!r}", section, SECTIONS)
+    for section in ("description", "model"):
+        if section not in preset:
+            raise InputError(f"preset {name!r} lacks its section {section!r}")
+    return dict(preset)

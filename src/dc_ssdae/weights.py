@@ -1,0 +1,90 @@
+"""Reading safetensors files with errors that name the tensor; nothing here ever unpickles."""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dc_ssdae.errors import InputError
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file onto the CPU.
+
+    Raises:
+        InputError: the file is missing, no safetensors file, or truncated; names the first tensor cut off.
+    """
+    tensor_shapes(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a readable safetensors file: {_one_line(error)}") from None
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the names and shapes of a file's tensors from its header alone.
+
+    Raises:
+        InputError: the file is missing, no safetensors file, or truncated; names the first tensor cut off.
+    """
+    if path.suffix in PICKLE_SUFFIXES:
+        raise InputError(
+            f"{path} is a pickle file, which can run code when loaded; save its state dict with "
+            "safetensors.torch.save_file first"
+        )
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header_bytes = file.read(length) if 0 < length <= size - 8 else b""
+    try:
+        header = json.loads(header_bytes)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in entries.items()}
+        shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise InputError(f"{path} is not a safetensors file, or its header is cut off") from None
+    cut_off = [name for name in sorted(ends, key=lambda name: ends[name]) if ends[name] > size]
+    if cut_off:
+        raise InputError(
+            f"{path} is truncated: tensor {cut_off[0]!r} is cut off ({len(cut_off)} of {len(ends)} tensors incomplete)"
+        )
+    return shapes
+
+
+def check_tensors(files: Iterable[Path], expected: Mapping[str, torch.Size]) -> None:
+    """Check that the files together hold exactly the expected tensors.
+
+    Raises:
+        InputError: lists every tensor that is missing, left over, or of another shape.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    files = list(files)
+    for file in files:
+        found.update(tensor_shapes(file))
+    problems = []
+    if missing := sorted(set(expected) - set(found)):
+        problems.append(f"missing: {', '.join(missing)}")
+    if left_over := sorted(set(found) - set(expected)):
+        problems.append(f"left over: {', '.join(left_over)}")
+    problems += [
+        f"{name} has shape {found[name]}, not {tuple(expected[name])}"
+        for name in sorted(set(expected) & set(found))
+        if found[name] != tuple(expected[name])
+    ]
+    if problems:
+        where = files[0] if len(files) == 1 else files[0].parent
+        raise InputError(f"{where} does not fit its config.json; {'; '.join(problems)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,215 @@
+"""Padding and cropping back for every small size, resizing against Pillow, the random crop's distribution."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dc_ssdae.data.transforms import (
+    center_crop,
+    crop_to,
+    pad_to_multiple,
+    random_resized_crop,
+    resize_shorter_side,
+)
+from dc_ssdae.errors import InputError
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def padded_by_numpy(array: np.ndarray, multiple: int) -> np.ndarray:
+    for axis in (-2, -1):
+        side = array.shape[axis]
+        pad = [(0, 0)] * array.ndim
+        pad[axis] = (0, -side % multiple)
+        array = np.pad(array, pad, mode="reflect" if -side % multiple < side else "edge")
+    return array
+
+
+# --- padding ---
+
+
+@pytest.mark.parametrize("multiple", [8, 32, 128])
+@pytest.mark.parametrize("side", range(1, 41))
+def test_pad_and_crop_back(side: int, multiple: int) -> None:
+    for height, width in ((side, side), (side, 41 - side), (3, side)):
+        x = torch.randn(2, 3, height, width, generator=seeded(side))
+        padded, size = pad_to_multiple(x, multiple)
+        assert size == (height, width)
+        assert padded.shape[-2] % multiple == 0 == padded.shape[-1] % multiple
+        assert 0 <= padded.shape[-2] - height < multiple
+        assert 0 <= padded.shape[-1] - width < multiple
+        np.testing.assert_array_equal(padded.numpy(), padded_by_numpy(x.numpy(), multiple))
+        assert torch.equal(crop_to(padded, size), x)
+
+
+def test_padding_by_hand() -> None:
+    row = torch.tensor([[[1.0, 2.0, 3.0]]])
+    assert pad_to_multiple(row, 5)[0][0, 0].tolist() == [1, 2, 3, 2, 1]  # pad 2 < side 3: reflection
+    assert pad_to_multiple(row, 6)[0][0, 0].tolist() == [1, 2, 3, 3, 3, 3]  # pad 3 = side 3: border repeated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("shape", [(3, 9, 5), (0, 3, 9, 5), (2, 4, 3, 9, 5)])
+def test_padding_any_leading_dimensions_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.rand(shape, generator=seeded()) * 255).to(dtype)
+    padded, size = pad_to_multiple(x, 8)
+    assert padded.shape == (*shape[:-2], 16, 8)
+    assert padded.dtype == dtype
+    assert torch.equal(crop_to(padded, size), x)
+
+
+def test_a_multiple_is_not_padded() -> None:
+    x = torch.randn(1, 3, 16, 8, generator=seeded())
+    assert torch.equal(pad_to_multiple(x, 8)[0], x)
+
+
+def test_padding_and_cropping_refuse_what_cannot_be_done() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(InputError, match="not 0"):
+        pad_to_multiple(x, 0)
+    with pytest.raises(InputError, match="at least one pixel"):
+        pad_to_multiple(torch.zeros(1, 3, 0, 8), 8)
+    with pytest.raises(InputError, match=r"\(\.\.\., C, H, W\)"):
+        pad_to_multiple(torch.zeros(8, 8), 8)
+    for size in ((9, 8), (8, 9), (0, 8)):
+        with pytest.raises(InputError, match=f"8x8 pixels to {size[0]}x{size[1]}"):
+            crop_to(x, size)
+
+
+# --- resizing and cropping ---
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(60, 97, 20), (97, 60, 33), (40, 40, 64), (31, 50, 31)])
+def test_resizing_is_pillows_bicubic(height: int, width: int, size: int) -> None:
+    pixels = torch.randint(0, 256, (3, height, width), generator=seeded(), dtype=torch.uint8)
+    resized = resize_shorter_side(pixels, size)
+    assert resized.dtype == torch.uint8
+    assert resized.shape[0] == 3
+    assert min(resized.shape[1:]) == size
+    assert max(resized.shape[1:]) == int(size * max(height, width) / min(height, width))
+    by_pillow = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(
+        (resized.shape[2], resized.shape[1]), Image.Resampling.BICUBIC
+    )
+    difference = resized.permute(1, 2, 0).numpy().astype(int) - np.array(by_pillow).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_resizing_floats_in_batches_agrees_with_uint8() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 50, 70), generator=seeded(), dtype=torch.uint8)
+    from_floats = resize_shorter_side(pixels.float(), 24)
+    assert from_floats.dtype == torch.float32
+    difference = from_floats.clamp(0, 255) - resize_shorter_side(pixels, 24).float()
+    assert float(difference.abs().max()) <= 1
+
+
+def test_center_crop_takes_the_middle() -> None:
+    x = torch.arange(2 * 3 * 9 * 13).reshape(2, 3, 9, 13)
+    assert torch.equal(center_crop(x, 5), x[..., 2:7, 4:9])
+    assert torch.equal(center_crop(x, 9), x[..., 2:11])
+
+
+def test_resizing_and_cropping_refuse_what_cannot_be_done() -> None:
+    x = torch.zeros(3, 8, 12)
+    with pytest.raises(InputError, match="8x12 pixels to 9x9"):
+        center_crop(x, 9)
+    for function in (center_crop, resize_shorter_side):
+        with pytest.raises(InputError, match="not 0"):
+            function(x, 0)
+    with pytest.raises(InputError, match="at least one pixel"):
+        resize_shorter_side(torch.zeros(3, 0, 4), 8)
+
+
+# --- the random crop ---
+
+
+def test_the_crop_depends_on_the_generator_alone() -> None:
+    pixels = torch.randint(0, 256, (3, 80, 120), generator=seeded(), dtype=torch.uint8)
+
+    def crops(seed: int) -> torch.Tensor:
+        generator = seeded(seed)
+        return torch.stack([random_resized_crop(pixels, 16, (0.2, 1.0), generator) for _ in range(10)])
+
+    ambient = torch.get_rng_state()
+    first = crops(1)
+    assert torch.equal(ambient, torch.get_rng_state())
+    torch.manual_seed(123)
+    assert torch.equal(first, crops(1))
+    assert not torch.equal(first, crops(2))
+    assert len({crop.numpy().tobytes() for crop in first}) == 10
+    assert first.shape == (10, 3, 16, 16)
+    assert first.dtype == torch.uint8
+
+
+def test_every_call_draws_the_same_amount() -> None:
+    after = set()
+    for height, width, scale in ((40, 40, (1.0, 1.0)), (40, 90, (0.1, 0.9)), (7, 5, (0.5, 0.5))):
+        generator = seeded(3)
+        random_resized_crop(torch.zeros(3, height, width, dtype=torch.uint8), 8, scale, generator)
+        after.add(float(torch.rand((), generator=generator)))
+    assert len(after) == 1
+
+
+def test_the_whole_square_comes_back_mirrored_half_of_the_time() -> None:
+    pixels = torch.randint(0, 256, (3, 12, 12), generator=seeded(), dtype=torch.uint8)
+    generator = seeded(5)
+    crops = [random_resized_crop(pixels, 12, (1.0, 1.0), generator) for _ in range(400)]
+    mirrored = [torch.equal(crop, pixels.flip(-1)) for crop in crops]
+    assert all(is_mirrored or torch.equal(crop, pixels) for crop, is_mirrored in zip(crops, mirrored, strict=True))
+    assert 160 <= sum(mirrored) <= 240  # four standard deviations
+
+
+def test_every_place_is_equally_likely() -> None:
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(32), indexing="ij")
+    pixels = torch.stack([rows, columns, rows]).to(torch.uint8)
+    generator = seeded(7)
+    tops, lefts = np.zeros(9), np.zeros(25)
+    for _ in range(4500):
+        crop = random_resized_crop(pixels, 8, (0.5, 0.5), generator)  # a square of 8, not resized
+        top, left = int(crop[0].min()), int(crop[1].min())
+        expected = pixels[:, top : top + 8, left : left + 8]
+        assert torch.equal(crop, expected) or torch.equal(crop, expected.flip(-1))
+        tops[top] += 1
+        lefts[left] += 1
+    assert tops.shape == (9,)
+    for counts in (tops, lefts):
+        mean = 4500 / len(counts)
+        chi_squared = float(((counts - mean) ** 2 / mean).sum())
+        assert chi_squared < len(counts) - 1 + 4 * (2 * (len(counts) - 1)) ** 0.5
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 300), (300, 200)])
+def test_the_side_is_uniform_in_the_scale_times_the_shorter_side(height: int, width: int) -> None:
+    ramp = torch.arange(width, dtype=torch.float32).expand(3, height, width).contiguous()
+    generator = seeded(11)
+    sides = []
+    for _ in range(600):
+        crop = random_resized_crop(ramp, 16, (0.25, 0.75), generator)
+        slope = (crop[0, 8, 11] - crop[0, 8, 4]) / 7  # source pixels per result pixel, away from the borders
+        sides.append(abs(float(slope)) * 16)
+    assert 49.5 < min(sides) < 54
+    assert 146 < max(sides) < 150.5
+    assert abs(np.mean(sides) - 100) < 5
+    assert abs(np.std(sides) - 100 / 12**0.5) < 3
+
+
+def test_small_images_are_enlarged() -> None:
+    pixels = torch.full((3, 1, 4), 77, dtype=torch.uint8)
+    crop = random_resized_crop(pixels, 8, (0.1, 1.0), seeded())
+    assert torch.equal(crop, torch.full((3, 8, 8), 77, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1), (float("nan"), 1.0)])
+def test_the_scale_is_checked(scale: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="low, high"):
+        random_resized_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 4, scale, seeded())
+
+
+def test_the_image_and_size_are_checked() -> None:
+    for shape in ((8, 8), (1, 8, 8), (2, 3, 8, 8)):
+        with pytest.raises(InputError, match=r"\(3, H, W\)"):
+            random_resized_crop(torch.zeros(shape, dtype=torch.uint8), 4, (0.5, 1.0), seeded())
+    with pytest.raises(InputError, match="not 0"):
+        random_resized_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, (0.5, 1.0), seeded())
