@@ -84,7 +84,7 @@ def read_image(path: str | Path) -> ImageFile:
             reason = f"it has more pixels than the limit of {Image.MAX_IMAGE_PIXELS}; make it smaller first"
             raise InputError(f"{subject}: {reason}") from error
         except UnidentifiedImageError as error:
-            reason = f"it is not an image of a readable kind ({', '.join(_FORMATS)})"
+            reason = f"it is damaged, or not an image of these kinds: {', '.join(_FORMATS)}"
             raise InputError(f"{subject}: {reason}") from error
         except Exception as error:
             # Pillow's decoders answer damaged files with whatever their parsing trips over: OSError,

@@ -1,0 +1,274 @@
+"""What the commands share: options, messages, outputs, the model, and going through files one by one.
+
+Nothing heavy is imported until a function needs it, so that help is quick.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, device_name, whole_number
+from dc_ssdae.errors import InputError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    import torch
+    from torch import Tensor
+
+    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.latent import DiagonalGaussian
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Job(NamedTuple):
+    """One file to read and the file to write from it."""
+
+    source: Path
+    target: Path
+
+
+class Done(NamedTuple):
+    """What became of a file: a `line` for standard output, and `notes` on what was converted on the way."""
+
+    line: str
+    notes: Sequence[str] = ()
+
+
+def add_device_option(parser: CommandParser) -> None:
+    """Add `--device`."""
+    parser.add_argument(
+        "--device",
+        type=device_name,
+        default="auto",
+        help="auto, cpu, cuda, cuda:N or mps; auto (the default) takes a GPU where there is one",
+    )
+
+
+def add_model_options(parser: CommandParser) -> None:
+    """Add `--model`, `--device` and `--dtype`, which `load_model` reads."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="a saved model's folder, or its id on the hub")
+    add_device_option(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what to compute in (default float32)")
+
+
+def add_output_option(parser: CommandParser) -> None:
+    """Add `--out`."""
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to; made if need be")
+
+
+def add_decoding_options(parser: CommandParser) -> None:
+    """Add `--steps` and `--seed`, which `decode_latent` takes."""
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=1, metavar="N", help="evaluations of the decoder (default 1)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0, LARGEST_SEED),
+        default=0,
+        metavar="S",
+        help="of the noise each image starts from (default 0, which is also what DCSSDAE.decode takes by default)",
+    )
+
+
+def say(line: str) -> None:
+    """Print a line to standard output, above a progress bar; what its encoding lacks is escaped."""
+    from tqdm import tqdm
+
+    encoding = sys.stdout.encoding or "utf-8"
+    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+
+
+def complain(program: str, message: str) -> None:
+    """Print `program: message` to standard error, above a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"{program}: {message}", file=sys.stderr)
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line what went wrong."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def plan_outputs(sources: Sequence[Path], out: Path, suffix: str) -> list[Job]:
+    """Decide which file is written from which, `out/STEM.suffix`, and make the folder.
+
+    Raises:
+        InputError: two files would be written to the same place, or one over an input; `out` is no folder.
+    """
+    inputs = {file for source in sources if (file := _identity(source))}
+    writers: dict[str, Path] = {}
+    jobs = []
+    for source in sources:
+        target = out / f"{source.stem}{suffix}"
+        key = target.name.casefold()  # not every file system tells A from a
+        if key in writers:
+            raise InputError(f"{writers[key]} and {source} would both be written to {target}; rename one of them")
+        if _identity(target) in inputs:
+            raise InputError(f"{target} is one of the inputs and would be overwritten; choose another --out")
+        writers[key] = source
+        jobs.append(Job(source, target))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file, not a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return jobs
+
+
+def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job], Done]) -> int:
+    """Process files one by one; one that fails is reported in a line, and the others are still done.
+
+    Args:
+        args: with `program`, and `debug` for tracebacks.
+        jobs: the files. Several of them get a progress bar, on a terminal.
+        process: reads, computes and writes one file; its InputError or OSError, and running out of memory, are
+            the file's failure, anything else a bug.
+
+    Returns:
+        The exit code: 0, or 2 where a file failed.
+    """
+    from tqdm import tqdm
+
+    debug = getattr(args, "debug", False)
+    failed = False
+    for job in tqdm(jobs, unit="file", leave=False, disable=True if len(jobs) == 1 else None):
+        try:
+            done = process(job)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                message = "out of memory; try a smaller image, --dtype bfloat16 or another --device"
+            elif isinstance(error, (InputError, OSError)):
+                message = describe(error)
+            else:
+                raise
+            if debug:
+                traceback.print_exception(error)
+            named = str(job.source) in message
+            complain(args.program, message if named else f"{job.source}: {message}")
+            failed = True
+        else:
+            for note in done.notes:
+                complain(args.program, f"{job.source}: {note}")
+            say(done.line)
+    return 2 if failed else 0
+
+
+def shape_line(job: Job, size: tuple[int, int], latent: "Tensor") -> str:
+    """Tell an image's size, its latent's shape (1, c, h, w) and where the outcome went."""
+    shape = "x".join(map(str, latent.shape[1:]))
+    return f"{job.source.name}: height {size[0]}, width {size[1]}, latent {shape} -> {job.target}"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from all others, whatever name it goes by; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # On the CPU and on Apple's GPUs it is a plain RuntimeError.
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def select_device(name: str) -> "torch.device":
+    """Choose the device that `--device` names.
+
+    Args:
+        name: "auto" (CUDA, else Apple's GPU, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
+
+    Raises:
+        InputError: this machine, or this build of PyTorch, has no such device.
+    """
+    import torch
+
+    count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if count else "mps" if has_mps else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        present = f"it has cuda:0 to cuda:{count - 1}" if count else "PyTorch finds no CUDA device here"
+        raise InputError(f"no device {name!r} on this machine: {present}; --device auto takes what there is")
+    if device.type == "mps" and not has_mps:
+        raise InputError("no device 'mps' on this machine; --device auto takes what there is")
+    return device
+
+
+def load_model(args: "Namespace") -> "DCSSDAE":
+    """Load `--model` in `--dtype` onto `--device`, in eval mode.
+
+    Raises:
+        InputError: there is no such device, or no such model, or its files are damaged or do not fit together.
+    """
+    device = select_device(args.device)  # before the seconds that loading takes
+    import torch
+
+    from dc_ssdae.autoencoder import DCSSDAE
+
+    try:
+        model = DCSSDAE.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    except OSError as error:
+        if Path(args.model).is_dir():
+            raise
+        raise InputError(f"{args.model}: no such folder, and not to be had from the hub: {describe(error)}") from error
+    return model.to(device)
+
+
+def encode_pixels(model: "DCSSDAE", pixels: "Tensor") -> "tuple[DiagonalGaussian, tuple[int, int]]":
+    """Encode one image of any size, padded to a multiple of the model's f.
+
+    Args:
+        model: in eval mode.
+        pixels: uint8 (3, H, W).
+
+    Returns:
+        The Gaussian over the latent (1, c, h, w), and the image's (H, W) for `decode_latent`.
+    """
+    import torch
+
+    from dc_ssdae.data.images import to_model_range
+    from dc_ssdae.data.transforms import pad_to_multiple
+
+    x, size = pad_to_multiple(to_model_range(pixels)[None], model.config.downsample_factor)
+    with torch.inference_mode():
+        return model.encode(x.to(model.device)).latent_dist, size
+
+
+def decode_latent(model: "DCSSDAE", latent: "Tensor", size: tuple[int, int], steps: int, seed: int) -> "Tensor":
+    """Decode one latent and cut the image to its original size.
+
+    Args:
+        model: in eval mode.
+        latent: (1, c, h, w), on any device.
+        size: the image's (H, W) in pixels, at most (h·f, w·f).
+        steps: evaluations of the decoder, at least 1.
+        seed: of the noise, drawn on the CPU, so that it is the same on every device.
+
+    Returns:
+        uint8 (3, H, W).
+
+    Raises:
+        InputError: the result is not finite, or an argument is out of range.
+    """
+    import torch
+
+    from dc_ssdae.data.images import to_uint8
+    from dc_ssdae.data.transforms import crop_to
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode():
+        image = model.decode(latent.to(model.device), num_steps=steps, generator=generator).sample[0]
+        return to_uint8(crop_to(image, size))

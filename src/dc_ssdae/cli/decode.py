@@ -1,0 +1,49 @@
+"""`dc-ssdae decode`: latents, as `dc-ssdae encode` writes them, to PNG images."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from dc_ssdae.cli.common import (
+    Done,
+    Job,
+    add_decoding_options,
+    add_model_options,
+    add_output_option,
+    decode_latent,
+    for_each_file,
+    load_model,
+    plan_outputs,
+    shape_line,
+)
+from dc_ssdae.cli.parser import CommandParser
+
+
+def build_parser() -> CommandParser:
+    """Build the command's parser."""
+    parser = CommandParser(
+        prog="dc-ssdae decode",
+        description="Decode the latents that dc-ssdae encode wrote; writes DIR/STEM.png for each, at the image's "
+        "original size.",
+    )
+    parser.add_argument("latents", nargs="+", type=Path, metavar="LATENT", help="safetensors file")
+    add_model_options(parser)
+    add_output_option(parser)
+    add_decoding_options(parser)
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Decode every latent; gives the exit code."""
+    jobs = plan_outputs(args.latents, args.out, ".png")
+    model = load_model(args)
+    from dc_ssdae.cli.latent_file import check_model_fits, read_latent
+    from dc_ssdae.data.images import write_png
+
+    def decode(job: Job) -> Done:
+        content = read_latent(job.source)
+        check_model_fits(content, model.config.latent_channels, model.config.downsample_factor)
+        latent = content.latent[None]
+        write_png(decode_latent(model, latent, content.original_size, args.steps, args.seed), job.target)
+        return Done(shape_line(job, content.original_size, latent))
+
+    return for_each_file(args, jobs, decode)

@@ -1,0 +1,164 @@
+"""`dc-ssdae info`: what presets there are, and what a preset or a saved model costs."""
+
+import json
+import shutil
+import textwrap
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dc_ssdae.cli.common import say
+from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.presets import list_presets, load_preset
+
+if TYPE_CHECKING:
+    from dc_ssdae.autoencoder import DCSSDAE
+
+SIZES = (256, 512)
+"""Sides, in pixels, of the square images that models are measured at."""
+
+
+def build_parser() -> CommandParser:
+    """Build the command's parser."""
+    parser = CommandParser(
+        prog="dc-ssdae info",
+        description="List the presets; or tell a model's parameters, latent shape, compression ratio and FLOPs.",
+    )
+    parser.add_argument("model", nargs="?", metavar="PRESET|DIR", help="a preset's name, or a saved model's folder")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Print the presets or a model's profile; gives the exit code."""
+    if args.model is None:
+        presets = _presets()
+        say(json.dumps(presets, indent=2) if args.json else _list_as_text(presets))
+    else:
+        profile = _profile(args.model)
+        say(json.dumps(profile, indent=2) if args.json else _profile_as_text(profile))
+    return 0
+
+
+def _presets() -> list[dict[str, Any]]:
+    listing = []
+    for name in list_presets():
+        preset = load_preset(name)
+        sizes = {key: preset["model"].get(key, "default") for key in ("downsample_factor", "latent_channels")}
+        listing.append({"name": name, **sizes, "description": preset["description"]})
+    return listing
+
+
+def _profile(name: str) -> dict[str, Any]:
+    import torch
+
+    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.evaluation.profile import compression_ratio, count_parameters
+
+    weights: list[str] = []
+    with torch.device("meta"):
+        if name in list_presets():
+            description = load_preset(name)["description"]
+            model = DCSSDAE.from_preset(name)
+        elif Path(name).is_dir():
+            description = "a saved model"
+            model, weights = _model_in(Path(name))
+        elif Path(name).exists():
+            raise InputError(f"{name} is a file; info takes a preset's name or a saved model's folder")
+        else:
+            raise unknown_name("preset or folder", name, list_presets())
+    return {
+        "name": name,
+        "description": description,
+        "downsample_factor": model.config.downsample_factor,
+        "latent_channels": model.config.latent_channels,
+        "compression_ratio": compression_ratio(model),
+        "parameters": count_parameters(model),
+        "sizes": {str(size): _at_size(model, size) for size in SIZES},
+        **{part: _settings(model.config[part]) for part in ("encoder", "decoder", "dynamics")},
+        "weights": weights,
+    }
+
+
+def _model_in(folder: Path) -> "tuple[DCSSDAE, list[str]]":
+    """Build the model of a folder without weights, and check the weight files by their headers."""
+    from dc_ssdae.autoencoder import DCSSDAE, read_config
+    from dc_ssdae.weights import check_tensors
+
+    model = DCSSDAE.from_config(read_config(folder))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} holds no weights: there is no safetensors file")
+    check_tensors(files, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    return model, [file.name for file in files]
+
+
+def _at_size(model: "DCSSDAE", size: int) -> dict[str, Any] | None:
+    from dc_ssdae.evaluation.profile import count_flops, latent_shape
+
+    if size % model.config.downsample_factor:
+        return None
+    flops = count_flops(model, size)
+    return {
+        "latent_shape": latent_shape(model, size, size),
+        "encode_flops": flops.encode,
+        "decode_step_flops": flops.decode_step,
+    }
+
+
+def _settings(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten a part's class and settings; those that are None follow from the others."""
+    settings = {name: value for name, value in part["init_args"].items() if value is not None}
+    return {"class_path": part["class_path"], **settings}
+
+
+def _list_as_text(presets: list[dict[str, Any]]) -> str:
+    rows = [("preset", "f", "c", "description")]
+    rows += [(p["name"], str(p["downsample_factor"]), str(p["latent_channels"]), p["description"]) for p in presets]
+    name, factor, channels = (max(len(row[column]) for row in rows) for column in range(3))
+    return "\n".join(_wrap(f"{row[0]:{name}}  {row[1]:>{factor}}  {row[2]:>{channels}}  ", row[3]) for row in rows)
+
+
+def _profile_as_text(profile: Mapping[str, Any]) -> str:
+    factor, channels = profile["downsample_factor"], profile["latent_channels"]
+    lines = [
+        _wrap("", f"{profile['name']}: {profile['description']}"),
+        "",
+        f"downsampling factor  f = {factor}",
+        f"latent channels      c = {channels}",
+        f"compression ratio    {profile['compression_ratio']:g} (image values / latent values, 3 f²/c)",
+        "",
+        "parameters",
+        *(f"  {part:8}  {count:>15,}" for part, count in profile["parameters"].items()),
+        "",
+        f"{'image':22}" + "".join(f"{f'{size} x {size} px':>18}" for size in profile["sizes"]),
+    ]
+    columns = profile["sizes"].values()
+    rows = {
+        "latent": [at and "x".join(map(str, at["latent_shape"])) for at in columns],
+        "encode, GFLOPs": [at and f"{at['encode_flops'] / 1e9:,.2f}" for at in columns],
+        "decode step, GFLOPs": [at and f"{at['decode_step_flops'] / 1e9:,.2f}" for at in columns],
+    }
+    lines += [f"{label:22}" + "".join(f"{cell or '-':>18}" for cell in cells) for label, cells in rows.items()]
+    lines += ["Convolutions and matrix products, 2 FLOPs a multiply-add."]
+    lines += [
+        f"{size} px is not a multiple of f = {factor}: such an image is padded first."
+        for size, at in profile["sizes"].items()
+        if at is None
+    ]
+    lines.append("")
+    for part in ("encoder", "decoder", "dynamics"):
+        settings = dict(profile[part])
+        class_name = settings.pop("class_path")
+        lines.append(_wrap(f"{part:10}", ", ".join([class_name, *(f"{k} {v}" for k, v in settings.items())])))
+    if profile["weights"]:
+        lines.append(_wrap(f"{'weights':10}", f"{', '.join(profile['weights'])}: fit the config"))
+    return "\n".join(lines)
+
+
+def _wrap(label: str, text: str) -> str:
+    """Wrap text to the terminal, beside a label."""
+    width = max(shutil.get_terminal_size().columns, len(label) + 20)
+    return textwrap.fill(text, width, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False)

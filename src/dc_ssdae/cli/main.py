@@ -1,0 +1,103 @@
+"""The entry point `dc-ssdae`: finds the command, runs it, and turns users' errors into one line and exit code 2."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dc_ssdae.cli.common import complain, describe
+from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.errors import InputError, unknown_name
+
+PROGRAM = "dc-ssdae"
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+class Command(NamedTuple):
+    """A command: its `module`, with `build_parser()` and `run(args) -> exit code`, and one line of `help`."""
+
+    module: str
+    help: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "reconstruct": Command("dc_ssdae.cli.reconstruct", "encode images and decode them again, to PNG"),
+    "encode": Command("dc_ssdae.cli.encode", "encode images to latents, one safetensors file each"),
+    "decode": Command("dc_ssdae.cli.decode", "decode latents to PNG images"),
+    "info": Command("dc_ssdae.cli.info", "list the presets, or describe a preset or a saved model"),
+    "convert": Command("dc_ssdae.cli.convert", "turn other people's checkpoints into models of this package"),
+    "demo": Command("dc_ssdae.cli.demo", "train a small model on real photos and write a report"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the words after the program's name; None takes them from `sys.argv`.
+
+    Returns:
+        The exit code: 0, or 2 where what the user gave cannot be used, 130 after Ctrl-C, 141 where the reader
+        of the output has gone. A bug leaves its exception.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = next((word for word in words if not word.startswith("-")), None)
+    program = f"{PROGRAM} {name}" if name in COMMANDS else PROGRAM
+    debug = "--debug" in words
+    try:
+        code = _dispatch(words, name, debug)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # As in `dc-ssdae info | head -1`. What the interpreter flushes at its end goes nowhere instead of failing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (InputError, OSError, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exception(error)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        complain(program, "interrupted" if interrupted else describe(error))
+        return INTERRUPTED if interrupted else USER_ERROR
+
+
+def _dispatch(words: Sequence[str], name: str | None, debug: bool) -> int:
+    before = list(words) if name is None else list(words[: words.index(name)])
+    try:
+        _build_parser().parse_args(before)
+        if name is None:
+            raise InputError(f"which command? {PROGRAM} --help lists them")
+        if name not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
+        command = importlib.import_module(COMMANDS[name].module)
+        args = command.build_parser().parse_args(words[len(before) + 1 :])
+    except SystemExit:  # how argparse ends --help and --version, which have printed by now
+        return 0
+    args.debug = debug
+    return int(command.run(args))
+
+
+def _build_parser() -> CommandParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+    parser = CommandParser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [options] COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Deep-compression image autoencoders whose decoder is a one-step diffusion model.\n\n"
+        f"commands:\n{listing}\n\n{PROGRAM} COMMAND --help describes a command.",
+    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+    return parser
+
+
+class _ShowVersion(argparse.Action):
+    """argparse's own action wants the version text beforehand: every command would look it up."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from dc_ssdae import __version__
+
+        print(PROGRAM, __version__)
+        parser.exit()

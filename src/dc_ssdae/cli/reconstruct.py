@@ -1,0 +1,49 @@
+"""`dc-ssdae reconstruct`: images through the autoencoder and back, as PNG."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from dc_ssdae.cli.common import (
+    Done,
+    Job,
+    add_decoding_options,
+    add_model_options,
+    add_output_option,
+    decode_latent,
+    encode_pixels,
+    for_each_file,
+    load_model,
+    plan_outputs,
+    shape_line,
+)
+from dc_ssdae.cli.parser import CommandParser
+
+
+def build_parser() -> CommandParser:
+    """Build the command's parser."""
+    parser = CommandParser(
+        prog="dc-ssdae reconstruct",
+        description="Encode images and decode them again; writes DIR/STEM.png for each. Any image size: padded by "
+        "reflection to a multiple of the model's f, and cropped back.",
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
+    add_model_options(parser)
+    add_output_option(parser)
+    add_decoding_options(parser)
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Reconstruct every image; gives the exit code."""
+    jobs = plan_outputs(args.images, args.out, ".png")
+    model = load_model(args)
+    from dc_ssdae.data.images import read_image, write_png
+
+    def reconstruct(job: Job) -> Done:
+        image = read_image(job.source)
+        posterior, size = encode_pixels(model, image.pixels)
+        latent = posterior.mode()
+        write_png(decode_latent(model, latent, size, args.steps, args.seed), job.target)
+        return Done(shape_line(job, size, latent), image.notes)
+
+    return for_each_file(args, jobs, reconstruct)

@@ -1,0 +1,73 @@
+"""What a model costs, from its architecture alone: parameters, latent shape, compression, FLOPs."""
+
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.errors import InputError
+
+
+class Flops(NamedTuple):
+    """FLOPs for one image of `encode` and of one `decode_step`, an evaluation of the decoder."""
+
+    encode: int
+    decode_step: int
+
+
+def count_parameters(model: DCSSDAE) -> dict[str, int]:
+    """Count a model's parameters, buffers excluded: by part ("encoder", "decoder"), and in "total"."""
+    parts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in model.named_children()}
+    return {**parts, "total": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def latent_shape(model: DCSSDAE, height: int, width: int) -> tuple[int, int, int]:
+    """Give the shape (c, h, w) of the latent of an image.
+
+    Args:
+        model: any; only its config is read.
+        height: of the image in pixels, a multiple of the model's f.
+        width: likewise.
+
+    Raises:
+        InputError: a side is no positive multiple of f.
+    """
+    factor = model.config.downsample_factor
+    for side in (height, width):
+        if side < 1 or side % factor:
+            raise InputError(f"an image's sides must be positive multiples of f = {factor}, not {side}")
+    return model.config.latent_channels, height // factor, width // factor
+
+
+def compression_ratio(model: DCSSDAE) -> float:
+    """Give the number of image values (three a pixel) for each latent value: 3 f²/c."""
+    return 3 * model.config.downsample_factor**2 / model.config.latent_channels
+
+
+def count_flops(model: DCSSDAE, size: int) -> Flops:
+    """Count the FLOPs of encoding one square image, and of one step of decoding it.
+
+    Two FLOPs for a multiply-add. Convolutions and matrix products (attention's too) are counted, as
+    `torch.utils.flop_counter` does; pointwise operations and normalisations are not. Nothing is computed.
+
+    Args:
+        model: any; only its config is read.
+        size: side of the image in pixels, a multiple of the model's f.
+
+    Raises:
+        InputError: `size` is no positive multiple of f.
+    """
+    latent_shape(model, size, size)
+    # Fake tensors and not the meta device, which autocast does not know, so that the norms' float32 regions fail on
+    # it. The plain form of attention is made of matrix products, which the counter knows on every device.
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        twin = DCSSDAE.from_config(model.config).eval()
+        image = torch.empty(1, 3, size, size)
+        with FlopCounterMode(display=False) as encoding:
+            latent = twin.encode(image).latent_dist.mode()
+        with FlopCounterMode(display=False) as decoding:
+            twin.decode(latent, noise=image)
+    return Flops(encoding.get_total_flops(), decoding.get_total_flops())

@@ -1,0 +1,70 @@
+"""Encode and decode one photo of any size, and measure it against the bicubic baseline."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.data.images import to_model_range, to_uint8
+from dc_ssdae.data.transforms import crop_to, pad_to_multiple
+from dc_ssdae.evaluation.baseline import bicubic_baseline
+from dc_ssdae.evaluation.metrics import psnr, ssim
+from dc_ssdae.evaluation.report import PhotoResult
+
+T = TypeVar("T")
+
+
+@torch.inference_mode()
+def measure_photo(model: DCSSDAE, name: str, pixels: Tensor, repeats: int = 3) -> PhotoResult:
+    """Reconstruct a photo in one step and compare it, and the baseline of as many values, with the original.
+
+    Args:
+        model: in eval mode.
+        name: of the photo.
+        pixels: uint8 (3, H, W), any size; padded by reflection and cropped back.
+        repeats: timed runs of encode and of decode, after one that is not timed; the median counts.
+    """
+    device = next(model.parameters()).device
+    x, size = pad_to_multiple(to_model_range(pixels)[None], model.config.downsample_factor)
+    x = x.to(device)
+    z, encode_seconds = _timed(lambda: model.encode(x).latent_dist.mode(), device, repeats)
+    y, decode_seconds = _timed(lambda: model.decode(z).sample, device, repeats)
+    reconstruction = to_uint8(crop_to(y[0], size).cpu())
+    baseline = bicubic_baseline(pixels, z[0].numel())
+    return PhotoResult(
+        name=name,
+        original=pixels,
+        reconstruction=reconstruction,
+        baseline=baseline.image,
+        baseline_size=baseline.size,
+        latent_shape=tuple(z.shape[1:]),
+        psnr=psnr(pixels, reconstruction),
+        ssim=ssim(pixels, reconstruction),
+        baseline_psnr=psnr(pixels, baseline.image),
+        baseline_ssim=ssim(pixels, baseline.image),
+        encode_seconds=encode_seconds,
+        decode_seconds=decode_seconds,
+    )
+
+
+def _timed(run: Callable[[], T], device: torch.device, repeats: int) -> tuple[T, float]:
+    result = run()
+    seconds = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        result = run()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return result, statistics.median(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,60 @@
+"""What all tests share: one thread share per worker, fixed seeds, and the folders with data from outside."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def folder_from(variable: str, default: str) -> Path:
+    """The folder that an environment variable names, else its default beside the repository."""
+    return Path(os.environ.get(variable) or REPOSITORY / default).resolve()
+
+
+def golden_folder() -> Path:
+    return folder_from("DC_SSDAE_GOLDEN", "../shared/golden")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers of xdist share the machine; an explicit OMP_NUM_THREADS is the user's own choice.
+    if not os.environ.get("OMP_NUM_THREADS"):
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test that asks for `golden_file` every file of the golden folder, or one skip where there is none."""
+    if "golden_file" not in metafunc.fixturenames:
+        return
+    folder = golden_folder()
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
+    else:
+        reason = f"no safetensors file in {folder}; set DC_SSDAE_GOLDEN to the folder of golden files"
+        metafunc.parametrize("golden_file", [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="absent")])
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test starts from the same state of the default generator, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden_dir() -> Path:
+    folder = golden_folder()
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing; set DC_SSDAE_GOLDEN to the folder of golden files")
+    return folder
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    folder = folder_from("DC_SSDAE_DATA", "../shared/data/imagenet-sample")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing; set DC_SSDAE_DATA to a folder of photos")
+    return folder

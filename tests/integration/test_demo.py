@@ -1,0 +1,59 @@
+"""The demo end to end: photos in, a trained model and a report out."""
+
+import json
+import re
+
+import pytest
+
+from dc_ssdae import DCSSDAE
+from dc_ssdae.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    assert main(["demo", "--steps", "3", "--out", str(out), "--device", "cpu"]) == 0
+    return out
+
+
+def test_it_prints_where_things_are(tmp_path, capsys):
+    assert main(["demo", "--minutes", "0.001", "--out", str(tmp_path / "d")]) == 0
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "d" / "model") in printed
+    assert str(tmp_path / "d" / "report.html") in printed
+
+
+def test_the_model_loads(demo):
+    assert DCSSDAE.from_pretrained(demo / "model").config.downsample_factor == 8
+
+
+def test_the_metrics_have_a_line_a_step(demo):
+    lines = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(line["loss/total"] > 0 for line in lines)
+
+
+def test_the_report_is_self_contained_and_says_what_it_measured(demo):
+    page = (demo / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "$" not in re.sub(r"data:[^\"]*", "", page)
+    for name in ("chelsea", "coffee", "rocket"):
+        assert page.count(f'alt="{name}: ') == 4
+    # Three steps cannot beat plain resizing: the report must own up to it.
+    assert "random weights" in page
+    assert "3 steps" in page
+
+
+def test_a_run_of_steps_is_reproducible(demo, tmp_path):
+    assert main(["demo", "--steps", "3", "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    losses = [
+        [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (demo, tmp_path / "again")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--steps", "0"], ["--minutes", "1", "--steps", "1"]])
+def test_bad_budgets_are_refused_in_one_line(words, capsys):
+    assert main(["demo", *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

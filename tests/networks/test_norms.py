@@ -1,0 +1,168 @@
+"""The norms against float64 and against PyTorch's own, in one process and over two."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from dc_ssdae.networks.norms import ChannelRMSNorm, GlobalBatchNorm2d
+
+PROCESSES = 2
+
+
+@torch.no_grad()
+def test_channel_rms_norm() -> None:
+    norm = ChannelRMSNorm(6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = 3.0 * torch.randn(2, 6, 3, 5)
+    wide = x.double()
+    root = (wide.square().sum(dim=1, keepdim=True) / 6 + 1e-5).sqrt()
+    expected = wide / root * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    torch.testing.assert_close(norm(x).double(), expected, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_channel_rms_norm_computes_in_float32_and_keeps_the_dtype() -> None:
+    """The squares of 300 overflow float16; the norm of equal channels is 1."""
+    norm = ChannelRMSNorm(4).half()
+    y = norm(torch.full((1, 4, 1, 1), 300.0, dtype=torch.float16))
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, torch.ones_like(y))
+
+
+def batch_norms(**settings: float) -> tuple[GlobalBatchNorm2d, nn.BatchNorm2d]:
+    ours, reference = GlobalBatchNorm2d(5, **settings), nn.BatchNorm2d(5, **settings)
+    nn.init.normal_(ours.weight)
+    nn.init.normal_(ours.bias)
+    reference.load_state_dict(ours.state_dict())
+    return ours, reference
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.3])
+def test_in_one_process_it_is_pytorchs_batch_norm(momentum: float) -> None:
+    ours, reference = batch_norms(momentum=momentum)
+    for _ in range(3):
+        x = 2.0 * torch.randn(4, 5, 3, 2) + 1.0
+        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = ours(mine), reference(theirs)
+        assert torch.equal(y, expected)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert torch.equal(mine.grad, theirs.grad)
+        for name, value in reference.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+    ours.eval()
+    reference.eval()
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    x = torch.randn(1, 5, 1, 1)
+    assert torch.equal(ours(x), reference(x))
+    for name, value in before.items():
+        assert torch.equal(ours.state_dict()[name], value), f"{name} moved in eval mode"
+
+
+@torch.no_grad()
+def test_it_computes_in_float32_under_autocast() -> None:
+    ours, reference = batch_norms()
+    x = torch.randn(4, 5, 3, 2) + 100.0
+    expected = reference(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, expected)
+    assert torch.equal(ours.running_var, reference.running_var)
+
+
+@torch.no_grad()
+def test_half_precision_buffers_are_updated() -> None:
+    ours, reference = batch_norms()
+    ours.bfloat16()
+    x = torch.randn(4, 5, 3, 2) + 3.0
+    reference(x)
+    y = ours(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert ours.running_mean.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.running_mean.float(), reference.running_mean, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(ours.running_var.float(), reference.running_var, atol=0.02, rtol=0.02)
+
+
+def batches() -> list[Tensor]:
+    """Whole batches of two steps; the second has means 1000 times the spread, which a one-pass variance would lose."""
+    generator = torch.Generator().manual_seed(1)
+    offset = torch.linspace(-1.0, 1.0, 5)[:, None, None]
+    return [
+        2.0 * torch.randn(4, 5, 3, 2, generator=generator) + offset,
+        0.5 * torch.randn(4, 5, 3, 2, generator=generator) + 500.0 * offset,
+    ]
+
+
+def weighting() -> Tensor:
+    """Weights of the outputs in the loss, different everywhere, so that input gradients do not vanish."""
+    return torch.randn(4, 5, 3, 2, generator=torch.Generator().manual_seed(2))
+
+
+def seeded_norm(kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
+    norm = kind(5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 1.5, 5))
+        norm.bias.copy_(torch.linspace(-1.0, 1.0, 5))
+    return norm
+
+
+def steps(norm: nn.BatchNorm2d, share: slice, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Outputs, gradients and statistics of two training steps and one evaluation on a share of each batch."""
+    record: dict[str, Tensor] = {}
+    for index, whole in enumerate(batches()):
+        x = whole[share].to(dtype, copy=True).requires_grad_()
+        norm.zero_grad()
+        y = norm(x)
+        (y * weighting()[share]).sum().backward()
+        assert x.grad is not None
+        assert norm.weight.grad is not None
+        assert norm.bias.grad is not None
+        record |= {
+            f"output {index}": y.detach(),
+            f"input gradient {index}": x.grad,
+            f"summed weight gradient {index}": norm.weight.grad.clone(),
+            f"summed bias gradient {index}": norm.bias.grad.clone(),
+            f"shared running_mean {index}": norm.running_mean.clone(),
+            f"shared running_var {index}": norm.running_var.clone(),
+            f"shared count {index}": norm.num_batches_tracked.clone(),
+        }
+    norm.eval()
+    with torch.no_grad():
+        record["output in eval mode after step 1"] = norm(batches()[0][share].to(dtype))
+    return record
+
+
+def work(rank: int, folder: str) -> None:
+    """One process of the group: its half of every batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    try:
+        record = steps(seeded_norm(GlobalBatchNorm2d), slice(2 * rank, 2 * rank + 2))
+        torch.save(record, f"{folder}/record{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_over_two_processes_it_is_the_batch_norm_of_the_whole_batch(tmp_path: Path) -> None:
+    mp.spawn(work, args=(str(tmp_path),), nprocs=PROCESSES)
+    halves = [torch.load(tmp_path / f"record{rank}", weights_only=True) for rank in range(PROCESSES)]
+    expected = steps(seeded_norm(nn.BatchNorm2d).double(), slice(None), torch.float64)
+    assert all(half.keys() == expected.keys() for half in halves)
+    for name, value in expected.items():
+        # float32 holds a mean of 500 to 3e-5, which is 6e-5 of the second batch's spread.
+        tolerance = 1e-3 if name.endswith("1") else 1e-5
+        if name.startswith("shared"):
+            found = [half[name] for half in halves]
+        elif name.startswith("summed"):
+            found = [halves[0][name] + halves[1][name]]
+        else:
+            found = [torch.cat([half[name] for half in halves])]
+        for tensor in found:
+            difference = (tensor.double() - value.double()).abs()
+            assert (difference <= tolerance * (1.0 + value.double().abs())).all(), f"{name}: {difference.max()}"

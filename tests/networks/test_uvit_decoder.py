@@ -1,0 +1,285 @@
+"""The U-ViT decoder: time embedding, features, shapes and errors, initialisation, gradients, precision."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.networks import UViTDecoder
+from dc_ssdae.networks.blocks import ConditionedResidualBlock
+from dc_ssdae.networks.uvit_decoder import SIZES, TimeEmbedding, TransformerBlock
+
+LATENT_CHANNELS = 6
+
+
+def tiny_decoder(**settings: Any) -> UViTDecoder:
+    defaults: dict[str, Any] = {
+        "latent_channels": LATENT_CHANNELS,
+        "downsample_factor": 16,
+        "channels": 8,
+        "multipliers": (1, 1, 2, 2),
+        "middle_layers": 3,
+        "blocks_per_level": 1,
+        "window_radius": 3,
+        "norm_groups": 8,
+    }
+    return UViTDecoder(**{**defaults, **settings})
+
+
+def inputs(height: int = 2, width: int = 3, batch: int = 2, factor: int = 16) -> tuple[Tensor, Tensor]:
+    """x and z that fit together."""
+    return torch.randn(batch, 3, factor * height, factor * width), torch.randn(batch, LATENT_CHANNELS, height, width)
+
+
+def shake(module: nn.Module) -> None:
+    """Move every parameter, so that layers which start at zero take part too."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@torch.no_grad()
+def test_time_embedding_formula() -> None:
+    embedding = TimeEmbedding(8).double()
+    time = torch.tensor([0.0, 0.1234, 0.5, 1.0], dtype=torch.float64)
+    features = torch.stack(
+        [
+            torch.tensor(
+                [math.cos(1000.0 * t * 10000.0 ** (-i / 4)) for i in range(4)]
+                + [math.sin(1000.0 * t * 10000.0 ** (-i / 4)) for i in range(4)],
+                dtype=torch.float64,
+            )
+            for t in time.tolist()
+        ]
+    )
+    expected = embedding.linear2(F.silu(embedding.linear1(features)))
+    assert expected.shape == (4, 32)
+    torch.testing.assert_close(embedding(time, torch.float64), expected, atol=1e-4, rtol=0.0)
+
+
+@torch.no_grad()
+def test_time_embedding_computes_angles_in_float32() -> None:
+    """Near 1000 radians a half-precision angle would be off by whole turns."""
+    embedding = TimeEmbedding(64)
+    time = torch.tensor([0.99, 0.991])
+    expected = embedding(time, torch.float32)
+    actual = embedding.bfloat16()(time, torch.bfloat16)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, atol=0.03, rtol=0.0)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layers", "default"), [(1, 0), (2, 1), (3, 1), (8, 4), (10, 4)])
+def test_features_are_the_output_of_repas_block(layers: int, default: int) -> None:
+    """Of n middle blocks it is the one with index min(4, ⌊n/2⌋), counted from 0."""
+    decoder = tiny_decoder(middle_layers=layers).eval()
+    shake(decoder)
+    x, z = inputs()
+    seen: list[Tensor] = []
+    decoder.middle.blocks[default].register_forward_hook(lambda module, given, output: seen.append(output))
+    output, features = decoder.forward_with_features(x, z)
+    assert features.shape == (2, 16, 4, 6)
+    assert torch.equal(features.flatten(2).transpose(1, 2), seen[0])
+    assert torch.equal(output, decoder(x, z))
+    for layer in range(layers):
+        chosen = decoder.forward_with_features(x, z, layer=layer)
+        assert torch.equal(chosen.output, output)
+        assert torch.equal(chosen.features, features) == (layer == default)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_block_that_is_not_there_is_refused(layer: int) -> None:
+    x, z = inputs()
+    with pytest.raises(InputError, match=rf"layer is {layer}; the decoder has middle blocks 0 to 2"):
+        tiny_decoder().forward_with_features(x, z, layer=layer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("factor", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (3, 1)])
+def test_shapes(factor: int, height: int, width: int, timed: bool) -> None:
+    decoder = tiny_decoder(downsample_factor=factor, time_conditioning=timed).eval()
+    shake(decoder)
+    x, z = inputs(height, width, factor=factor)
+    y = decoder(x, z, torch.rand(2) if timed else None)
+    assert y.shape == x.shape
+    assert y.isfinite().all()
+
+
+@torch.no_grad()
+def test_transposed_inputs_give_the_transposed_output_of_a_transposed_decoder() -> None:
+    """Heights and widths play the same part everywhere: swap them in the weights and in the inputs."""
+    decoder = tiny_decoder().eval()
+    shake(decoder)
+    transposed = tiny_decoder().eval()
+    transposed.load_state_dict(
+        {
+            name: value.transpose(-1, -2) if value.ndim == 4 else value.transpose(0, 1) if "table" in name else value
+            for name, value in decoder.state_dict().items()
+        }
+    )
+    x, z = inputs(2, 3)
+    expected = decoder(x, z).transpose(-1, -2)
+    actual = transposed(x.transpose(-1, -2), z.transpose(-1, -2))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "z_shape", "named"),
+    [
+        ((2, 3, 32, 48), (2, 6, 2, 2), ["(2, 3, 32, 48)", "(2, 3, 32, 32)"]),
+        ((1, 3, 32, 32), (2, 6, 2, 2), ["(1, 3, 32, 32)", "(2, 3, 32, 32)"]),
+        ((2, 4, 32, 32), (2, 6, 2, 2), ["(2, 4, 32, 32)", "(2, 3, 32, 32)"]),
+        ((2, 3, 32, 32), (2, 5, 2, 2), ["(2, 5, 2, 2)", "(B, 6, h, w)"]),
+        ((2, 3, 32, 32), (6, 2, 2), ["(6, 2, 2)", "(B, 6, h, w)"]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(x_shape: tuple[int, ...], z_shape: tuple[int, ...], named: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        tiny_decoder()(torch.zeros(x_shape), torch.zeros(z_shape))
+    assert all(shape in str(error.value) for shape in named), error.value
+
+
+@pytest.mark.parametrize("time", [None, torch.zeros(3), torch.zeros(2, 1)], ids=["none", "length", "dimensions"])
+def test_a_time_that_is_missing_or_misshapen_is_refused(time: Tensor | None) -> None:
+    x, z = inputs()
+    with pytest.raises(InputError, match=r"needs a time of shape \(2,\)"):
+        tiny_decoder(time_conditioning=True)(x, z, time)
+
+
+def test_a_time_that_nobody_reads_is_refused() -> None:
+    x, z = inputs()
+    with pytest.raises(InputError, match="leave time out"):
+        tiny_decoder()(x, z, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"size": "Xs"}, "'Xs'"),
+        ({"downsample_factor": 4}, "downsample_factor is 4"),
+        ({"downsample_factor": 24}, "downsample_factor is 24"),
+        ({"multipliers": (1, 2, 3)}, "multipliers"),
+        ({"heads": 3}, "heads = 3"),
+        ({"window_radius": -1}, "window_radius"),
+        ({"middle_layers": 0}, "middle_layers"),
+        ({"blocks_per_level": 0}, "blocks_per_level"),
+        ({"norm_groups": 0}, "norm_groups"),
+        ({"channels": 0}, "channels"),
+        ({"channels": -8}, "channels"),
+        ({"heads": -2}, "heads"),
+        ({"latent_channels": 0}, "latent_channels"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError) as error:
+        tiny_decoder(**settings)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_size_builds_with_its_row_of_the_table() -> None:
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            decoder = UViTDecoder(size=name)
+        widths = [32 * math.ceil(size.channels * multiplier / 32) for multiplier in size.multipliers]
+        assert decoder.image_in.out_channels == widths[0] // 2
+        assert decoder.middle.project_in.in_features == widths[-1]
+        assert len(decoder.middle.blocks) == size.middle_layers
+        heads = size.heads or min(max(widths[-1] // 64, 4), 16)
+        assert decoder.middle.blocks[0].attention.heads == heads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("timed", [False, True])
+def test_blocks_start_as_their_shortcuts(timed: bool) -> None:
+    decoder = tiny_decoder(time_conditioning=timed)
+    blocks = [module for module in decoder.modules() if isinstance(module, ConditionedResidualBlock)]
+    assert len(blocks) == 4 * (1 + 2)
+    time = torch.randn(2, 32) if timed else None
+    context = torch.randn(2, 8, 2, 2)
+    for block in blocks:
+        assert not block.conv2.weight.any()
+        assert not block.conv2.bias.any()
+        x = torch.randn(2, block.conv1.in_channels, 4, 4)
+        assert torch.equal(block(x, context, time), block.shortcut(x))
+    for module in decoder.modules():
+        if isinstance(module, TransformerBlock):
+            assert not module.feed_forward_out.weight.any()
+            assert not module.feed_forward_out.bias.any()
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_every_parameter_learns(timed: bool) -> None:
+    """Behind a layer that starts at zero nothing has a gradient at first; after one step everything has."""
+    decoder = tiny_decoder(time_conditioning=timed, downsample_factor=8)
+    x, z = inputs(4, 5, factor=8)
+    goal = torch.randn_like(x)
+    time = torch.tensor([0.2, 0.7]) if timed else None
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (decoder(x, z, time) - goal).square().mean().backward()
+        optimizer.step()
+    without = [
+        name for name, parameter in decoder.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert without == []
+
+
+@torch.no_grad()
+def test_the_latent_is_normalised_in_float32_under_autocast() -> None:
+    decoder = tiny_decoder()
+    seen: list[Tensor] = []
+    decoder.latent_norm.register_forward_hook(lambda module, given, output: seen.append(output))
+    x, z = inputs()
+    z = 0.1 * z + 50.0
+    with torch.autocast("cpu", torch.bfloat16):
+        y = decoder(x, z)
+    assert y.isfinite().all()
+    assert seen[0].dtype == torch.float32
+    expected = F.batch_norm(z.double(), None, None, training=True, eps=1e-5)
+    torch.testing.assert_close(seen[0].double(), expected, atol=1e-3, rtol=0.0)
+    torch.testing.assert_close(decoder.latent_norm.running_mean, 0.1 * z.mean(dim=(0, 2, 3)))
+
+
+@torch.no_grad()
+def test_everything_sees_the_normalised_latent() -> None:
+    """In eval mode, scaling z and the running statistics together changes nothing."""
+    decoder = tiny_decoder().eval()
+    shake(decoder)
+    x, z = inputs()
+    expected = decoder(x, z)
+    decoder.latent_norm.running_mean.fill_(3.0)
+    decoder.latent_norm.running_var.copy_(16.0 * (decoder.latent_norm.running_var + 1e-5) - 1e-5)
+    torch.testing.assert_close(decoder(x, 4.0 * z + 3.0), expected, atol=1e-5, rtol=0.0)
+
+
+@torch.no_grad()
+def test_a_batchs_images_do_not_mix_in_eval_mode() -> None:
+    decoder = tiny_decoder(time_conditioning=True).eval()
+    shake(decoder)
+    x, z = inputs(batch=3)
+    time = torch.tensor([0.1, 0.5, 0.9])
+    together = decoder(x, z, time)
+    for image in range(3):
+        alone = decoder(x[image : image + 1], z[image : image + 1], time[image : image + 1])
+        torch.testing.assert_close(alone, together[image : image + 1], atol=1e-5, rtol=0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [8, 32])
+def test_channels_last_memory_changes_nothing(factor: int) -> None:
+    decoder = tiny_decoder(downsample_factor=factor).eval()
+    shake(decoder)
+    x, z = inputs(factor=factor)
+    expected = decoder(x, z)
+    layout = torch.channels_last
+    actual = decoder.to(memory_format=layout)(x.to(memory_format=layout), z.to(memory_format=layout))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0.0)
