@@ -2,10 +2,11 @@
 
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
@@ -14,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, unknown_name
@@ -21,7 +23,8 @@ from dc_ssdae.latent import DiagonalGaussian, draw_noise
 from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.presets import load_preset
 from dc_ssdae.samplers import euler, gradient_descent
-from dc_ssdae.weights import check_tensors
+from dc_ssdae.samplers.result import check_num_steps
+from dc_ssdae.weights import check_tensors, shard_files
 
 COMPONENTS: Mapping[str, Mapping[str, type]] = {
     "encoder": {"DCEncoder": DCEncoder, "KLEncoder": KLEncoder},
@@ -131,6 +134,8 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         config = dict(load_preset(name)["model"])
         for key, value in settings.items():
             if key in COMPONENTS:
+                if not isinstance(value, Mapping):
+                    raise InputError(f"{key} is {value!r}; it must be a mapping of that part's settings")
                 part = dict(config.get(key) or {})
                 config[key] = {**part, "init_args": {**(part.get("init_args") or {}), **value}}
             else:
@@ -184,6 +189,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         Raises:
             InputError: a shape or a setting does not fit.
         """
+        check_num_steps(num_steps)
         z = z.to(self.dtype)
         start = self._start_noise(z, generator, noise)
         dynamics = self.dynamics
@@ -194,12 +200,10 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             raise InputError("step_size is for several steps of equilibrium matching; leave it out here")
         elif num_steps > 1:
             sample = euler(lambda x, time: self._predict(x, z, time), start, num_steps).sample
-        elif num_steps == 1:
+        else:
             level = torch.full((z.shape[0],), dynamics.noise_level, device=z.device)
             time = level if dynamics.conditions_on_time else None
             sample = dynamics.clean_estimate(start, self._predict(start, z, time), level)
-        else:
-            raise InputError(f"num_steps is {num_steps}; it must be at least 1")
         sample = sample.to(self.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -219,7 +223,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         noise: Tensor | None,
     ) -> Tensor:
         factor = self.config.downsample_factor
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels or 0 in z.shape:
             raise InputError(f"a latent batch has shape (B, {self.config.latent_channels}, h, w), not {tuple(z.shape)}")
         shape = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
         if noise is not None:
@@ -232,6 +236,19 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
             return draw_noise((1, *shape[1:]), fixed, z.device).expand(shape)
         return draw_noise(shape, generator, z.device)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save config.json and the weights as safetensors, as diffusers does, readable for whom config.json is.
+
+        Args:
+            save_directory: a folder, made if need be.
+            kwargs: diffusers' saving arguments, such as `variant` and `max_shard_size`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
+        mode = Path(save_directory, "config.json").stat().st_mode
+        for file in Path(save_directory).glob("*.safetensors"):
+            file.chmod(mode)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "DCSSDAE":
@@ -248,18 +265,18 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         _check_names("argument of from_pretrained", kwargs, LOADING_ARGUMENTS)
         if kwargs.get("use_safetensors") is False:
             raise InputError("use_safetensors=False would unpickle; convert the weights to safetensors")
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if Path(pretrained_model_name_or_path).is_dir():
-            cls._check_folder(folder, kwargs.get("variant"))
-        elif folder.exists() or not _looks_like_hub_id(str(pretrained_model_name_or_path)):
-            raise InputError(f"{pretrained_model_name_or_path}: no such folder, nor the id of a model on the hub")
+        name = str(pretrained_model_name_or_path)
+        if name and Path(name).is_dir():
+            cls._check_folder(Path(name, kwargs.get("subfolder") or ""), kwargs.get("variant"))
+        elif not _may_be_on_the_hub(name):
+            raise InputError(f"{name!r}: no such folder, nor the id of a model on the hub")
         model, info = super().from_pretrained(
             str(pretrained_model_name_or_path),
             **{**kwargs, "use_safetensors": True, "output_loading_info": True},
         )
         problems = [f"{kind.replace('_', ' ')}: {items}" for kind, items in info.items() if items]
         if problems:
-            raise InputError(f"{pretrained_model_name_or_path} does not fit its config.json; {'; '.join(problems)}")
+            raise InputError(f"{name} does not fit its config.json; {'; '.join(problems)}")
         return model
 
     @classmethod
@@ -271,8 +288,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         suffix = f".{variant}" if variant else ""
         index = folder / f"diffusion_pytorch_model.safetensors.index{suffix}.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            check_tensors([folder / Path(shard).name for shard in shards], expected)
+            check_tensors(shard_files(index), expected)
         else:
             check_tensors([folder / f"diffusion_pytorch_model{suffix}.safetensors"], expected)
 
@@ -286,6 +302,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             raise InputError(f"config.json is of a {class_name!r}, not of a 'DCSSDAE'")
         settings = [name for name in config_dict if not name.startswith("_")]
         _check_names("setting in config.json", settings, _config_names())
+        _check_names("setting of DCSSDAE", kwargs, _config_names())
         return super().extract_init_dict(config_dict, **kwargs)
 
 
@@ -314,7 +331,7 @@ def _resolve(part: str, given: Mapping[str, Any] | None, handed_over: Sequence[s
         raise InputError(f"{part} is {given!r}; it must be a mapping with class_path and init_args")
     _check_names(f"key of {part}", given, ("class_path", "init_args"))
     class_name = given.get("class_path", DEFAULT_CLASSES[part])
-    if class_name not in COMPONENTS[part]:
+    if not isinstance(class_name, str) or class_name not in COMPONENTS[part]:
         raise unknown_name(f"class of {part}", class_name, COMPONENTS[part])
     settings = given.get("init_args") or {}
     if not isinstance(settings, Mapping):
@@ -325,7 +342,23 @@ def _resolve(part: str, given: Mapping[str, Any] | None, handed_over: Sequence[s
         if name in handed_over:
             raise InputError(f"{name} is not a setting of {part}: it follows from the model's other settings")
     _check_names(f"setting of {class_name}", settings, defaults)
+    hints = get_type_hints(COMPONENTS[part][class_name].__init__)  # type: ignore[misc]
+    for name, value in settings.items():
+        _check_type(f"{name} of {class_name}", value, hints[name])
     return {"class_path": class_name, "init_args": {**defaults, **settings}}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value that is not of its setting's type: to Python the string "false" would be true."""
+    # Python takes a bool for an int, typeguard with it.
+    wrong = isinstance(value, bool) and hint not in (bool, bool | None)
+    try:
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        wrong = True
+    if wrong:
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+        raise InputError(f"{name} is {value!r}; it must be of type {re.sub(r'[a-z_]+[.]', '', wanted)}")
 
 
 def _build(part: str, resolved: Mapping[str, Any], handed_over: Mapping[str, Any]) -> Any:
@@ -346,5 +379,8 @@ def _check_names(kind: str, given: Any, accepted: Any) -> None:
             raise unknown_name(kind, name, accepted)
 
 
-def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+def _may_be_on_the_hub(name: str) -> bool:
+    """Tell a hub id, OWNER/MODEL, from a misspelt path, which should not wait for the network."""
+    owner, slash, model = name.partition("/")
+    is_id = bool(slash and model) and "/" not in model and owner not in ("", ".", "..", "~")
+    return is_id and not Path(owner).exists() and not Path(name).exists()

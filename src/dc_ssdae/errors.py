@@ -23,3 +23,18 @@ def unknown_name(kind: str, name: object, accepted: Iterable[str]) -> InputError
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return InputError(f"unknown {kind} {name!r}{hint}; accepted: {', '.join(names) or 'none'}")
+
+
+def check_at_least(smallest: int, **values: int) -> None:
+    """Refuse whole numbers below `smallest`.
+
+    Args:
+        smallest: the least that is accepted.
+        values: the settings by name.
+
+    Raises:
+        InputError: names the first that is too small.
+    """
+    for name, value in values.items():
+        if value < smallest:
+            raise InputError(f"{name} is {value}; it must be at least {smallest}")

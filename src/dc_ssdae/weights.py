@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise InputError(f"{path} is not a readable safetensors file: {_one_line(error)}") from None
+        raise _unreadable(path, error) from None
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -51,14 +51,18 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in entries.items()}
         shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{path} is not a safetensors file, or its header is cut off") from None
     cut_off = [name for name in sorted(ends, key=lambda name: ends[name]) if ends[name] > size]
     if cut_off:
         raise InputError(
             f"{path} is truncated: tensor {cut_off[0]!r} is cut off ({len(cut_off)} of {len(ends)} tensors incomplete)"
         )
-    return shapes
+    try:
+        with safe_open(path, framework="pt"):  # checks types and offsets, reads no tensor
+            return shapes
+    except SafetensorError as error:
+        raise _unreadable(path, error) from None
 
 
 def check_tensors(files: Iterable[Path], expected: Mapping[str, torch.Size]) -> None:
@@ -86,5 +90,24 @@ def check_tensors(files: Iterable[Path], expected: Mapping[str, torch.Size]) -> 
         raise InputError(f"{where} does not fit its config.json; {'; '.join(problems)}")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def shard_files(index: Path) -> list[Path]:
+    """Read which files an index of sharded weights names; all lie beside it.
+
+    Raises:
+        InputError: it is no such index, or names a file elsewhere.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [index.parent / name for name in sorted(names)]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise InputError(f"{index} is no index of sharded weights") from None
+    for file in files:
+        if file.parent != index.parent or file.name in ("", ".."):
+            raise InputError(f"{index} names {str(file)!r}; shards lie beside their index")
+    if not files:
+        raise InputError(f"{index} names no shards")
+    return files
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is not a readable safetensors file: {' '.join(str(error).split())}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, device_name, whole_number
+from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, device_name, file_path, filled, whole_number
 from dc_ssdae.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,14 +51,18 @@ def add_device_option(parser: CommandParser) -> None:
 
 def add_model_options(parser: CommandParser) -> None:
     """Add `--model`, `--device` and `--dtype`, which `load_model` reads."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="a saved model's folder, or its id on the hub")
+    parser.add_argument(
+        "--model", required=True, type=filled, metavar="DIR", help="a saved model's folder, or its id on the hub"
+    )
     add_device_option(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what to compute in (default float32)")
 
 
 def add_output_option(parser: CommandParser) -> None:
     """Add `--out`."""
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to; made if need be")
+    parser.add_argument(
+        "--out", required=True, type=file_path, metavar="DIR", help="folder to write to; made if need be"
+    )
 
 
 def add_decoding_options(parser: CommandParser) -> None:
@@ -153,8 +157,8 @@ def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job
             complain(args.program, message if named else f"{job.source}: {message}")
             failed = True
         else:
-            for note in done.notes:
-                complain(args.program, f"{job.source}: {note}")
+            if done.notes:
+                complain(args.program, f"{job.source}: {'; '.join(done.notes)}")
             say(done.line)
     return 2 if failed else 0
 

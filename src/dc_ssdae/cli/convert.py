@@ -1,10 +1,9 @@
 """`dc-ssdae convert`: other people's checkpoints to models of this package; one sub-command a source."""
 
 from argparse import Namespace
-from pathlib import Path
 
 from dc_ssdae.cli.common import say
-from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.cli.parser import CommandParser, file_path
 from dc_ssdae.errors import InputError
 
 
@@ -20,9 +19,9 @@ def build_parser() -> CommandParser:
         description="Convert a checkpoint of the DC-SSDAE authors' own code. Every tensor must have its place; the "
         "file overrides the preset's norm and window radius.",
     )
-    original.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="safetensors file")
+    original.add_argument("checkpoint", type=file_path, metavar="CHECKPOINT", help="safetensors file")
     original.add_argument("--preset", required=True, metavar="NAME", help="its architecture; dc-ssdae info lists them")
-    original.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make, absent or empty")
+    original.add_argument("--out", required=True, type=file_path, metavar="DIR", help="folder to make, absent or empty")
     original.set_defaults(convert=_convert_original)
     return parser
 

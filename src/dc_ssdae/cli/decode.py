@@ -1,7 +1,6 @@
 """`dc-ssdae decode`: latents, as `dc-ssdae encode` writes them, to PNG images."""
 
 from argparse import Namespace
-from pathlib import Path
 
 from dc_ssdae.cli.common import (
     Done,
@@ -15,7 +14,7 @@ from dc_ssdae.cli.common import (
     plan_outputs,
     shape_line,
 )
-from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.cli.parser import CommandParser, file_path
 
 
 def build_parser() -> CommandParser:
@@ -25,7 +24,7 @@ def build_parser() -> CommandParser:
         description="Decode the latents that dc-ssdae encode wrote; writes DIR/STEM.png for each, at the image's "
         "original size.",
     )
-    parser.add_argument("latents", nargs="+", type=Path, metavar="LATENT", help="safetensors file")
+    parser.add_argument("latents", nargs="+", type=file_path, metavar="LATENT", help="safetensors file")
     add_model_options(parser)
     add_output_option(parser)
     add_decoding_options(parser)

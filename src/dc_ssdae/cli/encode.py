@@ -1,7 +1,6 @@
 """`dc-ssdae encode`: images to latents, one safetensors file each."""
 
 from argparse import Namespace
-from pathlib import Path
 
 from dc_ssdae.cli.common import (
     Done,
@@ -14,7 +13,7 @@ from dc_ssdae.cli.common import (
     plan_outputs,
     shape_line,
 )
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, whole_number
+from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, whole_number
 from dc_ssdae.errors import InputError
 
 
@@ -25,7 +24,7 @@ def build_parser() -> CommandParser:
         description="Encode images; writes DIR/STEM.safetensors for each, with the tensors latent (c, h, w) and "
         "original_size (H, W). Any image size: padded by reflection to a multiple of the model's f.",
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
+    parser.add_argument("images", nargs="+", type=file_path, metavar="IMAGE", help="image file")
     add_model_options(parser)
     add_output_option(parser)
     parser.add_argument(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import say
-from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.cli.parser import CommandParser, filled
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.presets import list_presets, load_preset
 
@@ -26,7 +26,9 @@ def build_parser() -> CommandParser:
         prog="dc-ssdae info",
         description="List the presets; or tell a model's parameters, latent shape, compression ratio and FLOPs.",
     )
-    parser.add_argument("model", nargs="?", metavar="PRESET|DIR", help="a preset's name, or a saved model's folder")
+    parser.add_argument(
+        "model", nargs="?", type=filled, metavar="PRESET|DIR", help="a preset's name, or a saved model's folder"
+    )
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser
 

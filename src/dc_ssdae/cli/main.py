@@ -43,12 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 where what the user gave cannot be used, 130 after Ctrl-C, 141 where the reader
         of the output has gone. A bug leaves its exception.
     """
+    # Read when torch loads its thread pool. Threads that spin while they wait slow a machine with other work on it
+    # down many times over; on an idle machine it makes no difference that can be measured.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
-    name = next((word for word in words if not word.startswith("-")), None)
-    program = f"{PROGRAM} {name}" if name in COMMANDS else PROGRAM
     debug = "--debug" in words
+    program = PROGRAM
     try:
-        code = _dispatch(words, name, debug)
+        try:
+            name, rest = _choose_command(words)
+            program = f"{PROGRAM} {name}"
+            command = importlib.import_module(COMMANDS[name].module)
+            args = command.build_parser().parse_args(rest)
+        except SystemExit:  # how argparse ends --help and --version, which have printed by now
+            code = 0
+        else:
+            args.debug = debug
+            code = int(command.run(args))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -63,20 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED if interrupted else USER_ERROR
 
 
-def _dispatch(words: Sequence[str], name: str | None, debug: bool) -> int:
-    before = list(words) if name is None else list(words[: words.index(name)])
-    try:
-        _build_parser().parse_args(before)
-        if name is None:
-            raise InputError(f"which command? {PROGRAM} --help lists them")
-        if name not in COMMANDS:
-            raise unknown_name("command", name, COMMANDS)
-        command = importlib.import_module(COMMANDS[name].module)
-        args = command.build_parser().parse_args(words[len(before) + 1 :])
-    except SystemExit:  # how argparse ends --help and --version, which have printed by now
-        return 0
-    args.debug = debug
-    return int(command.run(args))
+def _choose_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Split off the options before the command, and the command's name from what belongs to it."""
+    place = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
+    _build_parser().parse_args(words[:place])
+    if place == len(words):
+        raise InputError(f"which command? {PROGRAM} --help lists them")
+    if words[place] not in COMMANDS:
+        raise unknown_name("command", words[place], COMMANDS)
+    return words[place], list(words[place + 1 :])
 
 
 def _build_parser() -> CommandParser:

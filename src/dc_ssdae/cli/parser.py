@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dc_ssdae.errors import InputError, unknown_name
@@ -25,7 +26,6 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **settings: Any) -> None:
-        self._options: list[str] = []
         self._has_commands = False
         super().__init__(**{"allow_abbrev": False, **settings})
         self.set_defaults(program=self.prog)
@@ -33,12 +33,6 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        """As argparse's; remembers the options' names, for suggestions."""
-        action = super().add_argument(*args, **kwargs)
-        self._options += action.option_strings
-        return action
 
     def add_subparsers(self, **kwargs: Any) -> Any:
         """As argparse's."""
@@ -50,10 +44,12 @@ class CommandParser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's, but an unknown option is an error, and the first one to be told."""
         words = list(sys.argv[1:] if args is None else args)
+        # argparse keeps no public list of its options; this one has those of groups too.
+        accepted = list(self._option_string_actions)
         for word in self._options_among(words):
             name = word.split("=", 1)[0]
-            if name not in self._options:
-                raise unknown_name("option", name, [option for option in self._options if option.startswith("--")])
+            if name not in accepted:
+                raise unknown_name("option", name, [option for option in accepted if option.startswith("--")])
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -83,6 +79,18 @@ def whole_number(smallest: int, largest: int | None = None) -> Callable[[str], i
         return value
 
     return parse
+
+
+def filled(text: str) -> str:
+    """Refuse an empty word, as an option's type: a script's unset variable would stand for the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
+def file_path(text: str) -> Path:
+    """Make a path of a word that is not empty, as an option's type."""
+    return Path(filled(text))
 
 
 def device_name(text: str) -> str:

@@ -1,7 +1,6 @@
 """`dc-ssdae reconstruct`: images through the autoencoder and back, as PNG."""
 
 from argparse import Namespace
-from pathlib import Path
 
 from dc_ssdae.cli.common import (
     Done,
@@ -16,7 +15,7 @@ from dc_ssdae.cli.common import (
     plan_outputs,
     shape_line,
 )
-from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.cli.parser import CommandParser, file_path
 
 
 def build_parser() -> CommandParser:
@@ -26,7 +25,7 @@ def build_parser() -> CommandParser:
         description="Encode images and decode them again; writes DIR/STEM.png for each. Any image size: padded by "
         "reflection to a multiple of the model's f, and cropped back.",
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
+    parser.add_argument("images", nargs="+", type=file_path, metavar="IMAGE", help="image file")
     add_model_options(parser)
     add_output_option(parser)
     add_decoding_options(parser)

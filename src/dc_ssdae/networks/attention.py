@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dc_ssdae.networks.norms import full_precision
+
 TILE = 8
 """Side, in tokens, of the square of queries that share one neighbourhood of keys."""
 
@@ -135,7 +137,7 @@ class LinearAttention(nn.Module):
         scaled = torch.cat([base, *(scale(base) for scale in self.scales)], dim=1)
         # Each run of 96 consecutive channels is one head's query, key and value.
         per_head = scaled.reshape(batch, -1, 3 * self.HEAD_WIDTH, height * width)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device.type):
             query, key, value = per_head.float().chunk(3, dim=2)
             attended = _relu_attention(query.relu(), key.relu(), value).to(scaled.dtype)
         attended = attended.reshape(batch, -1, height, width)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_at_least, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.attention import LinearAttention
 from dc_ssdae.networks.blocks import SpaceToChannelDownsample, average_channel_groups
@@ -97,6 +97,7 @@ class DCEncoder(nn.Module):
             raise unknown_name("architecture of DCEncoder", architecture, ARCHITECTURES)
         if norm not in ("rms_norm", "none"):
             raise unknown_name("norm of DCEncoder", norm, ("rms_norm", "none"))
+        check_at_least(1, latent_channels=latent_channels)
         family = ARCHITECTURES[architecture]
         stages = check_downsample_factor(downsample_factor) + 1
         widths = _per_stage("widths", widths, family.widths, stages, architecture)

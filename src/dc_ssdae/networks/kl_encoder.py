@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, check_at_least
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.attention import SpatialSelfAttention
 
@@ -40,14 +40,16 @@ class KLEncoder(nn.Module):
     ) -> None:
         super().__init__()
         halvings = check_downsample_factor(downsample_factor)
+        check_at_least(1, latent_channels=latent_channels, channels=channels, norm_groups=norm_groups)
+        check_at_least(1, blocks_per_level=blocks_per_level)
         if multipliers is None:
             multipliers = [1, 2] + [4] * (halvings - 1)
         if len(multipliers) != halvings + 1:
             raise InputError(f"multipliers has {len(multipliers)} levels; f = {downsample_factor} needs {halvings + 1}")
         widths = [channels * multiplier for multiplier in multipliers]
         for width in widths:
-            if width % norm_groups:
-                raise InputError(f"level width {width} is not a multiple of norm_groups = {norm_groups}")
+            if width < 1 or width % norm_groups:
+                raise InputError(f"level width {width} is no positive multiple of norm_groups = {norm_groups}")
         self.downsample_factor = downsample_factor
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()

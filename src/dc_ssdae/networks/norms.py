@@ -1,10 +1,19 @@
 """Normalisations that PyTorch does not have in the form needed here."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
+
+
+def full_precision(device_type: str) -> AbstractContextManager[None]:
+    """Switch autocast off, on devices that have it (the meta device has none)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class ChannelRMSNorm(nn.Module):
@@ -34,7 +43,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+        with full_precision(input.device.type):
             x = input.float()
             if self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 return self._normalise_over_processes(x).to(input.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_at_least, unknown_name
 from dc_ssdae.networks.attention import WindowedSelfAttention
 from dc_ssdae.networks.blocks import ConditionedResidualBlock, conv3_of_upsampled
 from dc_ssdae.networks.norms import GlobalBatchNorm2d
@@ -94,14 +94,17 @@ class UViTDecoder(nn.Module):
         channels = preset.channels if channels is None else channels
         multipliers = preset.multipliers if multipliers is None else multipliers
         middle_layers = preset.middle_layers if middle_layers is None else middle_layers
-        if len(multipliers) != 4:
-            raise InputError(f"multipliers {list(multipliers)}: the decoder has four levels")
+        check_at_least(1, latent_channels=latent_channels, channels=channels, norm_groups=norm_groups)
+        check_at_least(1, middle_layers=middle_layers, blocks_per_level=blocks_per_level)
+        check_at_least(0, window_radius=window_radius)
+        if len(multipliers) != 4 or min(multipliers) < 1:
+            raise InputError(f"multipliers {list(multipliers)}: the decoder has four levels, each at least 1")
+        if heads is not None:
+            check_at_least(1, heads=heads)
         widths = [norm_groups * math.ceil(channels * multiplier / norm_groups) for multiplier in multipliers]
         heads = heads or preset.heads or min(max(widths[-1] // 64, 4), 16)
         if widths[0] % 2 or widths[-1] % heads:
             raise InputError(f"level widths {widths}: the first must be even, the last a multiple of heads = {heads}")
-        if window_radius < 0 or middle_layers < 1 or blocks_per_level < 1:
-            raise InputError("window_radius must be at least 0, middle_layers and blocks_per_level at least 1")
 
         context, width = widths[0], widths[-1]
         time_channels = 4 * widths[0] if time_conditioning else None

@@ -26,13 +26,13 @@ def root_mean_square(field: Tensor) -> Tensor:
 
 
 def check_num_steps(num_steps: int) -> None:
-    """Refuse a step count below one.
+    """Refuse a step count that is no whole number from one on.
 
     Raises:
         InputError: names the value.
     """
-    if num_steps < 1:
-        raise InputError(f"num_steps is {num_steps}; it must be at least 1")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise InputError(f"num_steps is {num_steps!r}; it must be a whole number from 1 on")
 
 
 def check_field(value: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,243 @@
+"""`dc-ssdae reconstruct` on image files of all kinds, and on what users get wrong."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_samples import random_pixels
+from PIL import Image
+from safetensors import safe_open
+
+from dc_ssdae import DCSSDAE
+from dc_ssdae.data.images import read_image, to_model_range, to_uint8
+
+
+@pytest.fixture
+def reconstruct(run: Callable, model_dir: Path, tmp_path: Path) -> Callable:
+    """Reconstruct files with the small model into `tmp_path / "out"`."""
+
+    def call(*words: object) -> object:
+        return run("reconstruct", *words, "--model", model_dir, "--out", tmp_path / "out", "--device", "cpu")
+
+    return call
+
+
+def save(path: Path, pixels: np.ndarray, mode: str | None = None, **options: object) -> Path:
+    image = Image.fromarray(pixels)
+    (image if mode is None else image.convert(mode)).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 300), (8, 8), (37, 23), (64, 1)])
+def test_any_size(height: int, width: int, reconstruct: Callable, tmp_path: Path) -> None:
+    photo = save(tmp_path / "photo.png", random_pixels(height, width))
+    outcome = reconstruct(photo)
+    h, w = -(-height // 8), -(-width // 8)
+    line = f"photo.png: height {height}, width {width}, latent 4x{h}x{w} -> {tmp_path}/out/photo.png"
+    assert outcome == (0, [line], [])
+    with Image.open(tmp_path / "out" / "photo.png") as written:
+        assert (written.format, written.mode, written.size) == ("PNG", "RGB", (width, height))
+
+
+def test_pixels_are_those_of_the_model_in_python(reconstruct: Callable, model_dir: Path, tmp_path: Path) -> None:
+    photo = save(tmp_path / "photo.png", random_pixels(24, 40))
+    model = DCSSDAE.from_pretrained(model_dir)
+    x = to_model_range(read_image(photo).pixels)[None]
+    with torch.inference_mode():
+        latent = model.encode(x).latent_dist.mode()
+        default = to_uint8(model.decode(latent).sample[0])
+        seeded = to_uint8(model.decode(latent, generator=torch.Generator().manual_seed(5), num_steps=3).sample[0])
+    assert not torch.equal(default, seeded)
+
+    assert reconstruct(photo).code == 0
+    assert torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, default)
+    assert reconstruct(photo, "--seed", 0).code == 0
+    assert torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, default)
+    assert reconstruct(photo, "--seed", 5, "--steps", 3).code == 0
+    assert torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, seeded)
+
+
+def test_every_image_starts_from_the_seeds_noise(reconstruct: Callable, tmp_path: Path) -> None:
+    one = save(tmp_path / "one.png", random_pixels(16, 16))
+    two = shutil.copy(one, tmp_path / "two.png")
+    assert reconstruct(one, two, "--seed", 3).code == 0
+    assert (tmp_path / "out" / "one.png").read_bytes() == (tmp_path / "out" / "two.png").read_bytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photo_with_exif_orientation_comes_out_upright(orientation: int, reconstruct: Callable, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = save(tmp_path / "turned.jpg", random_pixels(20, 33), exif=exif)
+    with Image.open(turned) as image:
+        stored = np.array(image)
+    # Where the stored image's axes and their directions go, from the EXIF standard's table of orientation values.
+    rows_first = stored if orientation < 5 else stored.swapaxes(0, 1)
+    flip_rows, flip_columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    upright = rows_first[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    expected = save(tmp_path / "upright.png", np.ascontiguousarray(upright))
+    assert reconstruct(turned, expected).code == 0
+    assert (tmp_path / "out" / "turned.png").read_bytes() == (tmp_path / "out" / "upright.png").read_bytes()
+    with Image.open(tmp_path / "out" / "turned.png") as written:
+        assert written.size == ((33, 20) if orientation < 5 else (20, 33))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "note"),
+    [
+        ("alpha.png", "RGBA", "alpha composited over white"),
+        ("grey.png", "L", "greyscale repeated to three channels"),
+        ("bits.png", "1", "greyscale repeated to three channels"),
+        ("cmyk.jpg", "CMYK", "CMYK converted to RGB"),
+        ("cmyk.tif", "CMYK", "CMYK converted to RGB"),
+        ("palette.gif", "P", None),
+        ("photo.webp", "RGB", None),
+    ],
+)
+def test_other_pixel_types(name: str, mode: str, note: str | None, reconstruct: Callable, tmp_path: Path) -> None:
+    pixels = random_pixels(19, 21, channels=4 if mode == "RGBA" else 3)
+    photo = save(tmp_path / name, pixels, mode)
+    outcome = reconstruct(photo)
+    assert outcome.code == 0
+    assert outcome.err == ([f"dc-ssdae reconstruct: {photo}: {note}"] if note else [])
+    with Image.open(tmp_path / "out" / f"{photo.stem}.png") as written:
+        assert (written.mode, written.size) == ("RGB", (21, 19))
+
+
+def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(reconstruct: Callable, tmp_path: Path) -> None:
+    grey = random_pixels(16, 24, channels=1)[..., 0]
+    deep = save(tmp_path / "deep.png", grey.astype(np.uint16) * 257)
+    shallow = save(tmp_path / "shallow.png", grey)
+    outcome = reconstruct(deep, shallow)
+    assert outcome.code == 0
+    notes = "16-bit reduced to 8 bits; greyscale repeated to three channels"
+    assert outcome.err[0] == f"dc-ssdae reconstruct: {deep}: {notes}"
+    assert (tmp_path / "out" / "deep.png").read_bytes() == (tmp_path / "out" / "shallow.png").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_close_to_float32(dtype: str, reconstruct: Callable, photo: Path, tmp_path: Path) -> None:
+    assert reconstruct(photo).code == 0
+    full = read_image(tmp_path / "out" / "photo.png").pixels.float()
+    assert reconstruct(photo, "--dtype", dtype).code == 0
+    half = read_image(tmp_path / "out" / "photo.png").pixels.float()
+    assert not torch.equal(full, half)
+    assert (full - half).abs().mean() < 2
+
+
+def test_one_bad_file_among_three(reconstruct: Callable, photo: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8\xff no photo")
+    last = shutil.copy(photo, tmp_path / "last.png")
+    outcome = reconstruct(photo, bad, last)
+    assert outcome.code == 2
+    assert len(outcome.out) == 2
+    assert len(outcome.err) == 1
+    assert outcome.err[0].startswith(f"dc-ssdae reconstruct: cannot read image '{bad}': ")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["last.png", "photo.png"]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "No such file or directory"),
+        (lambda path: path.mkdir(), "it is a directory"),
+        (lambda path: path.write_bytes(b""), "the file is empty"),
+        (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), "32-bit floating-point pixels"),
+    ],
+)
+def test_what_is_no_image_is_one_line(
+    make: Callable[[Path], object], reason: str, reconstruct: Callable, tmp_path: Path
+) -> None:
+    make(tmp_path / "x.png")
+    outcome = reconstruct(tmp_path / "x.png")
+    assert outcome.code == 2
+    assert not outcome.out
+    assert len(outcome.err) == 1
+    assert outcome.err[0].startswith(f"dc-ssdae reconstruct: cannot read image '{tmp_path / 'x.png'}': {reason}")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_debug_shows_the_traceback_of_a_bad_file(reconstruct: Callable, tmp_path: Path) -> None:
+    outcome = reconstruct(tmp_path / "x.png", "--debug")
+    assert outcome.code == 2
+    assert outcome.err[0] == "Traceback (most recent call last):"
+    assert outcome.err[-1].startswith("dc-ssdae reconstruct: cannot read image ")
+
+
+@pytest.mark.parametrize("names", [("a/photo.png", "b/photo.jpg"), ("a/photo.png", "b/PHOTO.png")])
+def test_colliding_stems_are_refused_before_anything_else(
+    names: tuple[str, str], run: Callable, tmp_path: Path
+) -> None:
+    one, two = (tmp_path / name for name in names)
+    outcome = run("reconstruct", one, two, "--model", "missing", "--out", tmp_path / "out")
+    target = tmp_path / "out" / f"{two.stem}.png"
+    line = f"dc-ssdae reconstruct: {one} and {two} would both be written to {target}; rename one of them"
+    assert outcome == (2, [], [line])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_is_never_overwritten(run: Callable, model_dir: Path, photo: Path, tmp_path: Path) -> None:
+    before = photo.read_bytes()
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "alias.jpg").symlink_to(photo)
+    namesake = tmp_path / "elsewhere" / "photo.webp"
+    namesake.parent.mkdir()
+    Image.open(photo).save(namesake)
+    # Its own file; that under another name of the folder; another input's, which goes by another name.
+    for inputs, out in (
+        ([photo], tmp_path),
+        ([photo], tmp_path / "folder"),
+        ([tmp_path / "alias.jpg", namesake], tmp_path),
+    ):
+        outcome = run("reconstruct", *inputs, "--model", model_dir, "--out", out)
+        message = f"{out / 'photo.png'} is one of the inputs and would be overwritten; choose another --out"
+        assert outcome == (2, [], [f"dc-ssdae reconstruct: {message}"])
+    assert photo.read_bytes() == before
+
+
+def test_out_that_is_a_file_is_refused(run: Callable, model_dir: Path, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    outcome = run("reconstruct", photo, "--model", model_dir, "--out", tmp_path / "file")
+    assert outcome == (2, [], [f"dc-ssdae reconstruct: --out {tmp_path / 'file'} is a file, not a folder"])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_truncated_model_names_the_tensor(run: Callable, model_dir: Path, photo: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    weights = broken / "diffusion_pytorch_model.safetensors"
+    with safe_open(weights, "pt") as file:
+        names = set(file.keys())
+    os.truncate(weights, weights.stat().st_size - 1000)
+    outcome = run("reconstruct", photo, "--model", broken, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert len(outcome.err) == 1
+    assert "is truncated: tensor " in outcome.err[0]
+    assert outcome.err[0].split("tensor '")[1].split("'")[0] in names
+
+
+def test_model_that_is_not_to_be_had_is_one_line(
+    run: Callable, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    outcome = run("reconstruct", photo, "--model", "nobody/nothing", "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert outcome.err[-1].startswith(
+        "dc-ssdae reconstruct: nobody/nothing: no such folder, and not to be had from the hub: "
+    )
+    assert "Traceback" not in "".join(outcome.err)
+
+
+def test_result_that_is_not_finite_is_one_line(run: Callable, photo: Path, tmp_path: Path) -> None:
+    model = DCSSDAE.from_preset("demo")
+    with torch.no_grad():
+        model.decoder.conv_out.bias.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    outcome = run("reconstruct", photo, "--model", tmp_path / "model", "--out", tmp_path / "out")
+    count = 3 * 24 * 37
+    line = f"dc-ssdae reconstruct: {photo}: {count} of {count} values of the image are infinite or NaN"
+    assert outcome == (2, [], [line])

@@ -1,0 +1,763 @@
+"""The autoencoder as users meet it: shapes, noise, steps, saving, loading, and the errors they can cause."""
+
+import copy
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae.autoencoder import COMPONENTS
+from dc_ssdae.latent import draw_noise
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FACTORS = [8, 16, 32, 64, 128]
+
+TINY_DECODER = {
+    "init_args": {
+        "channels": 8,
+        "multipliers": [1, 1, 2, 2],
+        "norm_groups": 8,
+        "middle_layers": 1,
+        "blocks_per_level": 1,
+        "window_radius": 3,
+    }
+}
+
+
+def tiny_encoder(kind: str, factor: int) -> dict[str, Any]:
+    if kind == "KLEncoder":
+        init_args: dict[str, Any] = {"channels": 8, "norm_groups": 8, "blocks_per_level": 1}
+    else:
+        halvings = factor.bit_length() - 1
+        init_args = {
+            "widths": [16] * halvings + [32],
+            "depths": [0] + [1] * halvings,
+            "block_types": ["ResBlock"] * halvings + ["EfficientViTBlock"],
+        }
+    return {"class_path": kind, "init_args": init_args}
+
+
+def tiny(factor: int = 8, encoder: str = "KLEncoder", **given: Any) -> DCSSDAE:
+    """A small autoencoder in eval mode with every parameter and running statistic moved off its start."""
+    parts = {"encoder": tiny_encoder(encoder, factor), "decoder": TINY_DECODER, **given}
+    model = DCSSDAE(latent_channels=4, downsample_factor=factor, **parts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model.decoder.latent_norm.running_mean.normal_()
+        model.decoder.latent_norm.running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+def image(batch: int = 1, height: int = 32, width: int = 48) -> Tensor:
+    return 2.0 * torch.rand(batch, 3, height, width) - 1.0
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[DCSSDAE, Path]:
+    """A model and the folder it was saved to, which tests read and never change."""
+    torch.manual_seed(0)
+    model = tiny()
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def copied(saved: tuple[DCSSDAE, Path], tmp_path: Path) -> Path:
+    """A copy of the saved folder, to be spoilt."""
+    return copy_folder(saved[1], tmp_path / "copied")
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in ("config.json", WEIGHTS):
+        (target / file).write_bytes((source / file).read_bytes())
+    return target
+
+
+def refusal(folder: Path, **arguments: Any) -> str:
+    """The one line with which loading is refused."""
+    with pytest.raises(InputError) as error:
+        DCSSDAE.from_pretrained(folder, **arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class TestShapes:
+    @torch.no_grad()
+    @pytest.mark.parametrize("encoder", ["KLEncoder", "DCEncoder"])
+    @pytest.mark.parametrize(("rows", "columns"), [(3, 1), (1, 2)])
+    @pytest.mark.parametrize("factor", FACTORS)
+    def test_sides_that_differ(self, factor: int, rows: int, columns: int, encoder: str) -> None:
+        model = tiny(factor, encoder)
+        x = image(1, rows * factor, columns * factor)
+        posterior = model.encode(x).latent_dist
+        assert posterior.mean.shape == (1, 4, rows, columns)
+        assert posterior.kl().shape == (1,)
+        y = model.decode(posterior.mode()).sample
+        assert y.shape == x.shape
+        assert y.isfinite().all()
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("dynamics", ["EquilibriumMatching", "FlowMatching"])
+    def test_several_steps_of_sides_that_differ(self, dynamics: str) -> None:
+        model = tiny(16, dynamics={"class_path": dynamics})
+        y = model.decode(torch.randn(2, 4, 3, 5), num_steps=2).sample
+        assert y.shape == (2, 3, 48, 80)
+        assert y.isfinite().all()
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("encoder", ["KLEncoder", "DCEncoder"])
+    @pytest.mark.parametrize("factor", FACTORS)
+    @pytest.mark.parametrize(("extra", "fitting"), [((1, 0), (2, 1)), ((0, -1), (1, 1)), ((-3, 5), (1, 2))])
+    def test_sides_that_do_not_fit(
+        self, factor: int, extra: tuple[int, int], fitting: tuple[int, int], encoder: str
+    ) -> None:
+        """The refusal names the image, f, and the size to pad to."""
+        model = tiny(factor, encoder)
+        height, width = factor + extra[0], factor + extra[1]
+        with pytest.raises(InputError) as error:
+            model.encode(image(1, height, width))
+        message = str(error.value)
+        assert f"{height}×{width}" in message
+        assert f"f = {factor}" in message
+        assert f"{fitting[0] * factor}×{fitting[1] * factor}" in message
+
+    @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 4, 16, 16), (1, 3, 0, 16)])
+    def test_what_is_no_image_batch(self, shape: tuple[int, ...], saved: tuple[DCSSDAE, Path]) -> None:
+        with pytest.raises(InputError):
+            saved[0].encode(torch.zeros(shape))
+
+    @pytest.mark.parametrize("shape", [(4, 2, 2), (1, 3, 2, 2), (1, 8, 2, 2), (1, 4, 0, 2)])
+    def test_what_is_no_latent_batch(self, shape: tuple[int, ...], saved: tuple[DCSSDAE, Path]) -> None:
+        with pytest.raises(InputError, match=r"\(B, 4, h, w\)"):
+            saved[0].decode(torch.zeros(shape))
+
+    @torch.no_grad()
+    def test_tuples_in_place_of_outputs(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model, x = saved[0], image()
+        (posterior,) = model.encode(x, return_dict=False)
+        assert torch.equal(posterior.mean, model.encode(x).latent_dist.mean)
+        (y,) = model.decode(posterior.mode(), return_dict=False)
+        assert torch.equal(y, model.decode(posterior.mode()).sample)
+        assert torch.equal(model(x).sample, y)
+        assert torch.equal(model(x, return_dict=False)[0], y)
+
+
+class TestNoise:
+    @torch.no_grad()
+    def test_a_decode_is_reproducible(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model, z = saved[0], torch.randn(2, 4, 3, 4)
+        first = model.decode(z).sample
+        torch.manual_seed(123)
+        torch.randn(5)
+        assert torch.equal(model.decode(z).sample, first)
+
+    @torch.no_grad()
+    def test_decoding_leaves_the_default_generator_alone(self, saved: tuple[DCSSDAE, Path]) -> None:
+        before = torch.get_rng_state()
+        saved[0].decode(torch.zeros(2, 4, 2, 2), num_steps=2)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @torch.no_grad()
+    def test_every_image_has_the_same_noise(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model, z = saved[0], torch.randn(1, 4, 3, 4)
+        y = model.decode(z.expand(3, -1, -1, -1)).sample
+        torch.testing.assert_close(y[1:], y[:1].expand(2, -1, -1, -1), atol=1e-5, rtol=0.0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("dynamics", ["EquilibriumMatching", "FlowMatching"])
+    @pytest.mark.parametrize("encoder", ["KLEncoder", "DCEncoder"])
+    @pytest.mark.parametrize("num_steps", [1, 3])
+    def test_an_images_result_does_not_depend_on_its_neighbours(
+        self, encoder: str, dynamics: str, num_steps: int
+    ) -> None:
+        model = tiny(8, encoder, dynamics={"class_path": dynamics})
+        x = image(3)
+        alone = model.encode(x[:1]).latent_dist.mode()
+        alone_decoded = model.decode(alone, num_steps=num_steps).sample
+        for neighbours in (x[1:2], 100.0 * x[1:], -x[:1]):
+            batch = torch.cat([neighbours, x[:1]])
+            z = model.encode(batch).latent_dist.mode()
+            torch.testing.assert_close(z[-1:], alone, atol=1e-5, rtol=0.0)
+            decoded = model.decode(z, num_steps=num_steps).sample
+            torch.testing.assert_close(decoded[-1:], alone_decoded, atol=1e-5, rtol=0.0)
+
+    @torch.no_grad()
+    def test_one_generator_serves_the_images_in_order(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model, z = saved[0], torch.randn(2, 4, 2, 3)
+        together = model.decode(z, generator=torch.Generator().manual_seed(5)).sample
+        generator = torch.Generator().manual_seed(5)
+        for index in range(2):
+            alone = model.decode(z[index : index + 1], generator=generator).sample
+            torch.testing.assert_close(together[index : index + 1], alone, atol=1e-5, rtol=0.0)
+        assert not torch.allclose(together, model.decode(z).sample)
+
+    @torch.no_grad()
+    def test_a_list_has_one_generator_per_image(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model = saved[0]
+        z = torch.randn(1, 4, 2, 3).expand(3, -1, -1, -1)
+        y = model.decode(z, generator=[torch.Generator().manual_seed(seed) for seed in (1, 2, 1)]).sample
+        torch.testing.assert_close(y[0], y[2], atol=1e-5, rtol=0.0)
+        assert not torch.allclose(y[0], y[1])
+        single = model.decode(z[:1], generator=torch.Generator().manual_seed(2)).sample
+        torch.testing.assert_close(y[1:2], single, atol=1e-5, rtol=0.0)
+        with pytest.raises(InputError, match="2 generators for a batch of 3 images"):
+            model.decode(z, generator=[torch.Generator(), torch.Generator()])
+
+    @torch.no_grad()
+    def test_noise_may_be_given(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model, z = saved[0], torch.randn(2, 4, 2, 3)
+        noise = draw_noise((2, 3, 16, 24), torch.Generator().manual_seed(5))
+        y = model.decode(z, noise=noise).sample
+        assert torch.equal(y, model.decode(z, generator=torch.Generator().manual_seed(5)).sample)
+        with pytest.raises(InputError, match=r"noise has shape \(2, 3, 16, 16\).*\(2, 3, 16, 24\)"):
+            model.decode(z, noise=noise[..., :16])
+        with pytest.raises(InputError, match="noise or generator, not both"):
+            model.decode(z, noise=noise, generator=torch.Generator())
+
+
+class TestSteps:
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "dynamics", [{}, {"gradient_scale": 4.0}, {"decay": "truncated", "gradient_scale": 2.0}, {"decay": "piecewise"}]
+    )
+    def test_one_step_of_equilibrium_matching(self, dynamics: dict[str, Any]) -> None:
+        """x̂ = ε − f(ε; z)/(λ c(0))."""
+        model = tiny(dynamics={"init_args": dynamics})
+        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        start = 1.4 if dynamics.get("decay") == "piecewise" else 1.0
+        expected = noise - model.decoder(noise, z) / (dynamics.get("gradient_scale", 1.0) * start)
+        torch.testing.assert_close(model.decode(z, noise=noise).sample, expected, atol=1e-5, rtol=0.0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("step_size", [None, 0.3])
+    def test_several_steps_of_equilibrium_matching_descend(self, step_size: float | None) -> None:
+        """With the truncated decay L = λ/(1 − a) = 4/0.2 = 20, whose inverse is the default step."""
+        model = tiny(dynamics={"init_args": {"decay": "truncated", "gradient_scale": 4.0}})
+        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        expected = noise
+        for _ in range(3):
+            expected = expected - (0.05 if step_size is None else step_size) * model.decoder(expected, z)
+        y = model.decode(z, noise=noise, num_steps=3, step_size=step_size).sample
+        torch.testing.assert_close(y, expected, atol=1e-4, rtol=0.0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("num_steps", [1, 2, 4])
+    def test_flow_matching_integrates(self, num_steps: int) -> None:
+        model = tiny(dynamics={"class_path": "FlowMatching"})
+        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        times = [(1.0 - index / num_steps) ** 4 for index in range(num_steps + 1)]
+        expected = noise
+        for index in range(num_steps):
+            velocity = model.decoder(expected, z, torch.full((2,), times[index]))
+            expected = expected + (times[index] - times[index + 1]) * velocity
+        y = model.decode(z, noise=noise, num_steps=num_steps).sample
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0.0)
+
+    @pytest.mark.parametrize("num_steps", [0, -1])
+    @pytest.mark.parametrize("dynamics", ["EquilibriumMatching", "FlowMatching"])
+    def test_step_counts_below_one(self, dynamics: str, num_steps: int) -> None:
+        model = tiny(dynamics={"class_path": dynamics})
+        with pytest.raises(InputError, match=f"num_steps is {num_steps}"):
+            model.decode(torch.zeros(1, 4, 1, 1), num_steps=num_steps)
+
+    @pytest.mark.parametrize("num_steps", [1.5, 2.0])
+    def test_step_counts_that_are_no_whole_number(self, num_steps: Any, saved: tuple[DCSSDAE, Path]) -> None:
+        with pytest.raises(InputError, match="num_steps"):
+            saved[0].decode(torch.zeros(1, 4, 1, 1), num_steps=num_steps)
+
+    @pytest.mark.parametrize(
+        ("dynamics", "num_steps"), [("EquilibriumMatching", 1), ("FlowMatching", 1), ("FlowMatching", 4)]
+    )
+    def test_a_step_size_that_nobody_reads(self, dynamics: str, num_steps: int) -> None:
+        model = tiny(dynamics={"class_path": dynamics})
+        with pytest.raises(InputError, match="step_size is for several steps of equilibrium matching"):
+            model.decode(torch.zeros(1, 4, 1, 1), num_steps=num_steps, step_size=0.5)
+
+    def test_a_step_size_that_does_not_descend(self, saved: tuple[DCSSDAE, Path]) -> None:
+        with pytest.raises(InputError, match=r"step_size is -0\.5"):
+            saved[0].decode(torch.zeros(1, 4, 1, 1), num_steps=2, step_size=-0.5)
+
+    def test_gradients_reach_every_parameter(self) -> None:
+        """From the reconstruction, in training mode, through encoder and decoder."""
+        model = tiny().train()
+        model(image(2)).sample.square().mean().backward()
+        without = [
+            name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+        ]
+        assert without == []
+
+
+class TestSaving:
+    @torch.no_grad()
+    @pytest.mark.parametrize("encoder", ["KLEncoder", "DCEncoder"])
+    @pytest.mark.parametrize("dynamics", ["EquilibriumMatching", "FlowMatching"])
+    def test_a_loaded_model_gives_the_same_bits(self, encoder: str, dynamics: str, tmp_path: Path) -> None:
+        model = tiny(16, encoder, dynamics={"class_path": dynamics})
+        x = image(2)
+        model.train()
+        model.save_pretrained(tmp_path)
+        model.eval()
+        loaded = DCSSDAE.from_pretrained(tmp_path)
+        assert not any(module.training for module in loaded.modules())
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+        posterior, expected = loaded.encode(x).latent_dist, model.encode(x).latent_dist
+        assert torch.equal(posterior.mean, expected.mean)
+        assert torch.equal(posterior.logvar, expected.logvar)
+        for num_steps in (1, 2):
+            y = loaded.decode(expected.mode(), num_steps=num_steps).sample
+            assert torch.equal(y, model.decode(expected.mode(), num_steps=num_steps).sample)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("saving", "loading"),
+        [
+            ({"max_shard_size": "50KB"}, {}),
+            ({"variant": "ema"}, {"variant": "ema"}),
+            ({"max_shard_size": "50KB", "variant": "ema"}, {"variant": "ema"}),
+            ({}, {"low_cpu_mem_usage": False}),
+            ({}, {"subfolder": "."}),
+        ],
+        ids=["shards", "variant", "shards of a variant", "plain memory", "subfolder"],
+    )
+    def test_other_ways_to_save_and_load(self, saving: Any, loading: Any, tmp_path: Path) -> None:
+        model, x = tiny(), image()
+        model.save_pretrained(tmp_path, **saving)
+        assert torch.equal(DCSSDAE.from_pretrained(tmp_path, **loading)(x).sample, model(x).sample)
+
+    @pytest.mark.parametrize("saving", [{}, {"max_shard_size": "50KB"}], ids=["one file", "shards"])
+    def test_weights_are_as_readable_as_the_config(self, saving: dict[str, str], tmp_path: Path) -> None:
+        tiny().save_pretrained(tmp_path, **saving)
+        expected = (tmp_path / "config.json").stat().st_mode
+        assert all(file.stat().st_mode == expected for file in tmp_path.iterdir())
+
+    @torch.no_grad()
+    def test_half_precision(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model, folder = saved
+        loaded = DCSSDAE.from_pretrained(folder, torch_dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16
+        x = image()
+        y = loaded(x).sample
+        assert y.dtype == torch.bfloat16
+        assert (y.float() - model(x).sample).abs().max() < 0.2
+
+    def test_every_setting_is_pinned(self, tmp_path: Path) -> None:
+        """What a model was built with by default stands in its file, so that another default cannot change it."""
+        model = DCSSDAE(8, 8, decoder=TINY_DECODER, encoder=tiny_encoder("KLEncoder", 8))
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        names = {name for name in config if not name.startswith("_")}
+        assert names == {"latent_channels", "downsample_factor", *COMPONENTS}
+        # Under this key diffusers keeps a list of settings which it drops from the config on reload.
+        assert "_use_default_values" not in {*config, *model.config}
+        handed_over = {"latent_channels", "downsample_factor", "time_conditioning"}
+        for part, classes in COMPONENTS.items():
+            parameters = inspect.signature(classes[config[part]["class_path"]]).parameters
+            assert set(config[part]["init_args"]) == set(parameters) - handed_over, part
+        given = TINY_DECODER["init_args"]
+        assert {name: config["decoder"]["init_args"][name] for name in given} == given
+        assert config["dynamics"]["init_args"]["decay"] == "linear"
+
+    def test_the_config_survives_saving_and_loading(self, tmp_path: Path) -> None:
+        model = tiny(16, "DCEncoder", dynamics={"init_args": {"decay": "piecewise", "decay_start": 1.2}})
+        model.save_pretrained(tmp_path / "first")
+        loaded = DCSSDAE.from_pretrained(tmp_path / "first")
+        loaded.save_pretrained(tmp_path / "second")
+        first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second"))
+        for config in (first, second):
+            config.pop("_name_or_path", None)
+        assert first == second
+        assert loaded.config.latent_channels == 4
+        assert loaded.config.downsample_factor == 16
+        assert loaded.dynamics.decay.start == 1.2
+        assert DCSSDAE.from_config(model.config).config["encoder"] == model.config["encoder"]
+
+    def test_from_preset_is_in_eval_mode(self) -> None:
+        model = DCSSDAE.from_preset("demo")
+        assert not any(module.training for module in model.modules())
+        assert model.config.latent_channels == 4
+        assert isinstance(model.encoder, torch.nn.Module)
+        assert isinstance(model.decoder, torch.nn.Module)
+
+
+class TestUnknownSettings:
+    @pytest.mark.parametrize(
+        ("given", "named", "suggested"),
+        [
+            ({"latent_chanels": 4}, "latent_chanels", "latent_channels"),
+            ({"decodr": {}}, "decodr", "decoder"),
+            ({"encoder": {"nrom_groups": 8}}, "nrom_groups", "norm_groups"),
+            ({"decoder": {"windowradius": 7}}, "windowradius", "window_radius"),
+            ({"dynamics": {"gradient_scal": 1.0}}, "gradient_scal", "gradient_scale"),
+        ],
+    )
+    def test_from_preset(self, given: dict[str, Any], named: str, suggested: str) -> None:
+        with pytest.raises(InputError) as error:
+            DCSSDAE.from_preset("demo", **given)
+        assert f"{named!r} (did you mean {suggested!r}?)" in str(error.value)
+
+    @pytest.mark.parametrize("given", [None, "KLEncoder"])
+    def test_from_preset_with_a_part_that_is_no_mapping(self, given: Any) -> None:
+        with pytest.raises(InputError, match="encoder"):
+            DCSSDAE.from_preset("demo", encoder=given)
+
+    def test_the_constructor(self) -> None:
+        with pytest.raises((TypeError, InputError), match="latent_chanels"):
+            DCSSDAE(latent_chanels=4)
+
+    def test_from_config(self, saved: tuple[DCSSDAE, Path]) -> None:
+        with pytest.raises((TypeError, InputError), match="latent_chanels"):
+            DCSSDAE.from_config(dict(saved[0].config), latent_chanels=8)
+
+    @pytest.mark.parametrize("part", COMPONENTS)
+    def test_the_level_of_a_part(self, part: str) -> None:
+        with pytest.raises(InputError, match=rf"key of {part} 'init_arg' \(did you mean 'init_args'\?\)"):
+            DCSSDAE(**{part: {"init_arg": {}}})
+        with pytest.raises(InputError, match=f"class of {part} 'Encoder'"):
+            DCSSDAE(**{part: {"class_path": "Encoder"}})
+        with pytest.raises(InputError, match=f"{part} is 5; it must be a mapping"):
+            DCSSDAE(**{part: 5})
+        with pytest.raises(InputError, match=f"init_args of {part} is 5; it must be a mapping"):
+            DCSSDAE(**{part: {"init_args": 5}})
+
+    @pytest.mark.parametrize("part", COMPONENTS)
+    @pytest.mark.parametrize("class_path", [["UViTDecoder"], {}, None, 5], ids=str)
+    def test_a_class_that_is_no_name(self, part: str, class_path: Any) -> None:
+        with pytest.raises(InputError, match=f"class of {part}"):
+            DCSSDAE(**{part: {"class_path": class_path}})
+
+    @pytest.mark.parametrize(
+        ("part", "class_name"), [(part, name) for part, classes in COMPONENTS.items() for name in classes]
+    )
+    def test_the_level_of_init_args(self, part: str, class_name: str) -> None:
+        with pytest.raises(InputError, match=f"setting of {class_name} 'widdths'"):
+            DCSSDAE(**{part: {"class_path": class_name, "init_args": {"widdths": 1}}})
+
+    @pytest.mark.parametrize(
+        ("part", "name"),
+        [("encoder", "latent_channels"), ("encoder", "downsample_factor"), ("decoder", "time_conditioning")],
+    )
+    def test_what_follows_from_other_settings(self, part: str, name: str) -> None:
+        with pytest.raises(InputError, match=f"{name} is not a setting of {part}"):
+            DCSSDAE(**{part: {"init_args": {name: 8}}})
+
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ({"latent_channels": 0}, "latent_channels is 0"),
+            ({"latent_channels": 4.0}, "latent_channels is 4.0"),
+            ({"downsample_factor": 4}, "downsample_factor is 4"),
+            ({"downsample_factor": 12}, "downsample_factor is 12"),
+            ({"downsample_factor": "8"}, "downsample_factor is '8'"),
+            ({"encoder": {"init_args": {"norm": "rms"}}}, "'rms'"),
+            ({"encoder": {"init_args": {"architecture": "dcae"}}}, "'dcae'"),
+            ({"encoder": {"init_args": {"depths": [0, 1]}}}, "depths has 2 stages"),
+            ({"encoder": {"init_args": {"depths": [0, 1, 1, 0, 1, 1]}}}, "depths"),
+            ({"encoder": {"init_args": {"widths": [128, 256, 512, 512, 1024, 0]}}}, "widths[5]"),
+            ({"encoder": {"init_args": {"widths": [128, 256, 512, 500, 1024, 1024]}}}, "widths[3]"),
+            ({"encoder": {"init_args": {"attention_scales": [4]}}}, "attention_scales"),
+            ({"encoder": {"init_args": {"out_shortcut": True}}, "latent_channels": 24}, "out_shortcut"),
+            ({"encoder": {"init_args": {"architecture": "dc_ae_sana"}}, "downsample_factor": 64}, "dc_ae_sana"),
+            ({"encoder": {"class_path": "KLEncoder", "init_args": {"multipliers": [1, 2]}}}, "multipliers"),
+            ({"encoder": {"class_path": "KLEncoder", "init_args": {"channels": 100}}}, "norm_groups"),
+            ({"encoder": {"class_path": "KLEncoder", "init_args": {"channels": 0}}}, "channels"),
+            ({"encoder": {"class_path": "KLEncoder", "init_args": {"channels": -32}}}, "channels"),
+            ({"encoder": {"class_path": "KLEncoder", "init_args": {"norm_groups": 0}}}, "norm_groups"),
+            ({"encoder": {"class_path": "KLEncoder", "init_args": {"blocks_per_level": -1}}}, "blocks_per_level"),
+            ({"dynamics": {"init_args": {"decay": "cosine"}}}, "'cosine'"),
+        ],
+        ids=str,
+    )
+    def test_values_out_of_range(self, given: dict[str, Any], named: str) -> None:
+        with torch.device("meta"), pytest.raises(InputError) as error:
+            DCSSDAE(**given)
+        assert named in str(error.value)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("part", "name", "value"),
+        [
+            ("encoder", "variational", "false"),
+            ("encoder", "out_shortcut", "no"),
+            ("encoder", "depths", "012222"),
+            ("decoder", "channels", 47.5),
+            ("decoder", "channels", "48"),
+            ("decoder", "window_radius", 7.5),
+            ("decoder", "norm_groups", -32),
+            ("dynamics", "gradient_scale", "4"),
+        ],
+    )
+    def test_values_of_another_type_are_named(self, part: str, name: str, value: Any) -> None:
+        """A string "false" is true to Python: what is not of the setting's type must not be taken for it."""
+        with torch.device("meta"), pytest.raises(InputError) as error:
+            DCSSDAE(**{part: {"init_args": {name: value}}})
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_from_pretrained(self, saved: tuple[DCSSDAE, Path]) -> None:
+        assert "'torch_dtyp' (did you mean 'torch_dtype'?)" in refusal(saved[1], torch_dtyp=torch.float16)
+        assert "unpickle" in refusal(saved[1], use_safetensors=False)
+
+
+class TestSpoiltFolders:
+    def edit(self, folder: Path, **changes: Any) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    def test_an_unknown_setting_in_config_json(self, copied: Path) -> None:
+        self.edit(copied, latent_chanels=4)
+        assert "setting in config.json 'latent_chanels' (did you mean 'latent_channels'?)" in refusal(copied)
+
+    @pytest.mark.parametrize("part", COMPONENTS)
+    def test_an_unknown_setting_of_a_part_in_config_json(self, part: str, copied: Path) -> None:
+        config = json.loads((copied / "config.json").read_text())
+        config[part]["init_args"]["colour"] = 1
+        (copied / "config.json").write_text(json.dumps(config))
+        assert "'colour'" in refusal(copied)
+
+    @pytest.mark.parametrize("class_name", ["AutoencoderKL", "Trap", None, ["DCSSDAE"]])
+    def test_config_json_of_another_class(self, class_name: Any, copied: Path) -> None:
+        self.edit(copied, _class_name=class_name)
+        assert "not of a 'DCSSDAE'" in refusal(copied)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "5", '"DCSSDAE"', b"\xff\xfe{}"])
+    def test_config_json_that_is_no_json_object(self, text: str | bytes, copied: Path) -> None:
+        (copied / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert "config.json" in refusal(copied)
+
+    def test_folders_without_a_model(self, tmp_path: Path) -> None:
+        assert "config.json is missing" in refusal(tmp_path)
+        assert "no such folder" in refusal(tmp_path / "absent")
+        (tmp_path / "file").write_text("")
+        assert "no such folder" in refusal(tmp_path / "file")
+
+    @pytest.mark.parametrize("name", ["", "no-such-model", "no/such/folder", "./no-such", "~/no-such", "/no/such"])
+    def test_names_that_can_be_no_hub_id_do_not_wait_for_the_network(self, name: str) -> None:
+        with pytest.raises(InputError, match="no such folder, nor the id of a model on the hub"):
+            DCSSDAE.from_pretrained(name)
+
+    def test_weights_that_are_missing(self, copied: Path) -> None:
+        (copied / WEIGHTS).unlink()
+        assert WEIGHTS in refusal(copied)
+        assert "ema" in refusal(copied, variant="ema")
+
+    def test_pickled_weights_are_never_read(self, copied: Path) -> None:
+        (copied / WEIGHTS).unlink()
+        (copied / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+        assert WEIGHTS in refusal(copied)
+
+    def test_tensors_are_missing_left_over_or_misshapen(self, copied: Path) -> None:
+        tensors = load_file(copied / WEIGHTS)
+        tensors.pop("decoder.conv_out.bias")
+        tensors["decoder.conv_out.bais"] = torch.zeros(3)
+        tensors["encoder.conv_in.bias"] = torch.zeros(9)
+        save_file(tensors, copied / WEIGHTS)
+        message = refusal(copied)
+        assert "missing: decoder.conv_out.bias" in message
+        assert "left over: decoder.conv_out.bais" in message
+        assert "encoder.conv_in.bias has shape (9,), not (8,)" in message
+
+    def test_a_config_that_does_not_fit_the_weights(self, copied: Path) -> None:
+        self.edit(copied, latent_channels=5)
+        assert "decoder.latent_in.weight has shape (4, 4, 3, 3), not (4, 5, 3, 3)" in refusal(copied)
+
+    def test_weights_with_one_byte_less(self, copied: Path) -> None:
+        body = (copied / WEIGHTS).read_bytes()
+        (copied / WEIGHTS).write_bytes(body[:-1])
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+        message = refusal(copied)
+        assert "truncated" in message
+        assert repr(last) in message
+
+    def test_weights_with_bytes_too_many(self, copied: Path) -> None:
+        with (copied / WEIGHTS).open("ab") as file:
+            file.write(b"\0\0")
+        assert WEIGHTS in refusal(copied)
+
+    @pytest.mark.parametrize(
+        ("good", "bad"),
+        [(b'"F32"', b'"F16"'), (b'"F32"', b'"F99"'), (b'"data_offsets":[0,', b'"data_offsets":[4,')],
+        ids=["dtype", "unknown dtype", "offset"],
+    )
+    def test_weights_whose_header_lies(self, good: bytes, bad: bytes, copied: Path) -> None:
+        body = (copied / WEIGHTS).read_bytes()
+        assert good in body
+        (copied / WEIGHTS).write_bytes(body.replace(good, bad, 1))
+        assert WEIGHTS in refusal(copied)
+
+    @pytest.mark.parametrize(
+        "index",
+        [
+            "",
+            "[]",
+            "{}",
+            '{"weight_map": []}',
+            '{"weight_map": {"a": 5}}',
+            '{"weight_map": {"a": "absent.safetensors"}}',
+        ],
+    )
+    def test_an_index_of_shards_that_is_none(self, index: str, copied: Path) -> None:
+        (copied / f"{WEIGHTS}.index.json").write_text(index)
+        refusal(copied)
+
+    def test_an_index_that_points_outside(self, copied: Path, saved: tuple[DCSSDAE, Path]) -> None:
+        names = load_file(copied / WEIGHTS)
+        (copied / WEIGHTS).unlink()
+        outside = str(saved[1] / WEIGHTS)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, outside)}
+        (copied / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+        refusal(copied)
+
+    @settings(derandomize=True, deadline=None, max_examples=40)
+    @given(data=st.data())
+    def test_weights_cut_anywhere(
+        self, saved: tuple[DCSSDAE, Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    ) -> None:
+        folder = copy_folder(saved[1], tmp_path_factory.mktemp("cut") / "copied")
+        body = (folder / WEIGHTS).read_bytes()
+        length = data.draw(st.integers(0, len(body) - 1), label="length")
+        (folder / WEIGHTS).write_bytes(body[:length])
+        message = refusal(folder)
+        assert WEIGHTS in message
+        header = 8 + int.from_bytes(body[:8], "little")
+        assert ("truncated: tensor '" in message) == (length >= header)
+
+    @settings(derandomize=True, deadline=None, max_examples=40)
+    @given(data=st.data())
+    def test_weights_with_a_byte_of_the_header_changed(
+        self, saved: tuple[DCSSDAE, Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    ) -> None:
+        folder = copy_folder(saved[1], tmp_path_factory.mktemp("changed") / "copied")
+        body = bytearray((folder / WEIGHTS).read_bytes())
+        header = 8 + int.from_bytes(body[:8], "little")
+        place = data.draw(st.integers(0, header - 1), label="place")
+        value = data.draw(st.integers(0, 255), label="value")
+        assume(body[place] != value)
+        body[place] = value
+        (folder / WEIGHTS).write_bytes(body)
+        loads_or_refuses(folder)
+
+
+def loads_or_refuses(folder: Path) -> None:
+    """Loading gives a model or one line; any other exception fails the test."""
+    try:
+        DCSSDAE.from_pretrained(folder)
+        message = ""
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all values inside a JSON object."""
+    entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in entries:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+REPLACEMENTS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 40),
+    st.floats(-10.0, 10.0) | st.sampled_from([float("nan"), float("inf"), 1e30]),
+    st.sampled_from(["", "none", "linear", "DCEncoder", "os.system", "../x", "8"]),
+    st.lists(st.integers(-1, 9) | st.none(), max_size=5),
+    st.dictionaries(st.sampled_from(["class_path", "init_args", "channels"]), st.integers(0, 3), max_size=2),
+)
+
+
+class TestMutatedConfigs:
+    @settings(derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+    @given(data=st.data())
+    def test_a_mutated_config_loads_or_is_refused_in_one_line(
+        self, saved: tuple[DCSSDAE, Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    ) -> None:
+        config = json.loads((saved[1] / "config.json").read_text())
+        for _ in range(data.draw(st.integers(1, 2), label="mutations")):
+            *above, key = data.draw(st.sampled_from(sorted(places(config), key=repr)), label="place")
+            node = config
+            for step in above:
+                node = node[step]
+            action = data.draw(st.sampled_from(["replace", "replace", "delete", "rename"]), label="action")
+            if action == "replace":
+                node[key] = data.draw(REPLACEMENTS, label="value")
+            elif action == "delete" or isinstance(node, list):
+                del node[key]
+            else:
+                node[f"{key}x"] = node.pop(key)
+        folder = tmp_path_factory.mktemp("mutated")
+        (folder / WEIGHTS).symlink_to(saved[1] / WEIGHTS)
+        (folder / "config.json").write_text(json.dumps(config))
+        loads_or_refuses(folder)
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Iterator[Path]:
+    """A module on the path that leaves a file behind when it is imported; gives the path of that file."""
+    sprung = tmp_path / "sprung"
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "trap_module.py").write_text(
+        f"import pathlib\npathlib.Path({str(sprung)!r}).write_text('')\n\nclass Trap:\n    pass\n"
+    )
+    sys.path.insert(0, str(modules))
+    yield sprung
+    sys.path.remove(str(modules))
+    sys.modules.pop("trap_module", None)
+
+
+class TestForeignCode:
+    def test_the_trap_springs(self, trap: Path) -> None:
+        __import__("trap_module")
+        assert trap.exists()
+
+    @pytest.mark.parametrize("part", COMPONENTS)
+    @pytest.mark.parametrize(
+        "class_path",
+        ["os.system", "trap_module.Trap", "trap_module", "trap_module:Trap", "torch.nn.Linear", "__import__", "."],
+    )
+    def test_a_config_cannot_name_other_code(self, part: str, class_path: str, copied: Path, trap: Path) -> None:
+        config = json.loads((copied / "config.json").read_text())
+        config[part] = {"class_path": class_path, "init_args": {}}
+        (copied / "config.json").write_text(json.dumps(config))
+        message = refusal(copied)
+        assert repr(class_path) in message
+        assert "trap_module" not in sys.modules
+        assert not trap.exists()
+        with pytest.raises(InputError):
+            DCSSDAE.from_config(config)
+        assert not trap.exists()
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"_class_name": "trap_module.Trap"},
+            {"auto_map": {"AutoModel": "trap_module.Trap"}},
+            {"quantization_config": {"quant_method": "trap_module"}},
+            {"_target_": "trap_module.Trap"},
+            {"dynamics": {"class_path": "EquilibriumMatching", "init_args": {"decay": "trap_module.Trap"}}},
+        ],
+        ids=lambda extra: next(iter(extra)),
+    )
+    def test_nor_through_other_keys(self, extra: dict[str, Any], copied: Path, trap: Path) -> None:
+        config = json.loads((copied / "config.json").read_text())
+        (copied / "config.json").write_text(json.dumps({**copy.deepcopy(config), **extra}))
+        loads_or_refuses(copied)
+        assert "trap_module" not in sys.modules
+        assert not trap.exists()

@@ -1,0 +1,137 @@
+"""Presets: what their files may say, and that every model they describe starts healthy."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae.autoencoder import COMPONENTS, DEFAULT_CLASSES
+from dc_ssdae.losses import LossWeights, total_loss
+from dc_ssdae.networks import DCEncoder
+from dc_ssdae.presets import list_presets, load_preset
+
+REQUIRED = {
+    "vq_f8c4_fm",
+    "dc_f32c32_fm",
+    "dc_f32c32_eqm",
+    "dc_f64c128_eqm",
+    "dc_f128c512_eqm",
+    "dcae_f32c32_eqm",
+    "demo",
+}
+
+each_preset = pytest.mark.parametrize("name", list_presets())
+
+
+def photo(side: int) -> Tensor:
+    """A crop of a real photo in [-1, 1], (1, 3, side, side); smooth noise where scikit-image is not installed."""
+    try:
+        from skimage import data
+    except ImportError:
+        generator = torch.Generator().manual_seed(1)
+        coarse = torch.randn(1, 3, 8, 8, generator=generator)
+        return F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(-1.0, 1.0)
+    pixels = np.ascontiguousarray(data.astronaut()[:side, 128 : 128 + side])
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+
+
+@each_preset
+@torch.no_grad()
+def test_every_loss_is_finite_at_initialisation(name: str) -> None:
+    """And KL is at most 10 per latent dimension, on a photo in float32 and on uniform noise under autocast."""
+    model = DCSSDAE.from_preset(name).train()
+    side = 256 if model.config.downsample_factor == 128 else 128
+    for autocast, x in ((False, photo(side)), (True, 2.0 * torch.rand(1, 3, side, side) - 1.0)):
+        level = torch.tensor([0.4])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            posterior = model.encoder(x)
+            record = model.dynamics.corrupt(x, torch.randn_like(x), level)
+            time = level if model.dynamics.conditions_on_time else None
+            prediction = model.decoder(record.x_level, posterior.sample(), time)
+            losses = total_loss(model.dynamics, record, prediction, posterior, LossWeights())
+        assert set(losses.terms) == {"dynamics", "kl"}
+        for term, value in (*losses.terms.items(), ("total", losses.total)):
+            assert value.isfinite(), f"{term} is {value} with autocast={autocast}"
+        per_dimension = (posterior.kl() / posterior.mean[0].numel()).item()
+        assert per_dimension <= 10.0, f"KL per dimension is {per_dimension} with autocast={autocast}"
+        assert posterior.mean.std() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [10, 15])
+@pytest.mark.parametrize("name", ["dc_f32c32_eqm", "dcae_f32c32_eqm"])
+def test_kl_of_flat_images_is_small_at_initialisation(name: str, seed: int) -> None:
+    """A white and a black image excite the latent's mean most, and the photo of a clear sky is nearly that."""
+    torch.manual_seed(seed)
+    settings = load_preset(name)["model"].get("encoder", {}).get("init_args", {})
+    posterior = DCEncoder(32, 32, **settings)(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 3, 128, 128))
+    per_dimension = posterior.kl() / posterior.mean[0].numel()
+    assert per_dimension.max() <= 10.0, f"KL per dimension is {per_dimension.tolist()}"
+
+
+def test_the_required_presets_are_there() -> None:
+    assert set(list_presets()) >= REQUIRED
+    assert list_presets() == sorted(list_presets())
+
+
+@pytest.mark.parametrize("name", [name for name in list_presets() if name != "demo"])
+def test_name_says_what_the_model_is(name: str) -> None:
+    """A name such as dc_f32c32_eqm spells f, c and the dynamics."""
+    preset = load_preset(name)
+    assert preset["description"]
+    with torch.device("meta"):
+        config = DCSSDAE.from_preset(name).config
+    assert f"_f{config['downsample_factor']}c{config['latent_channels']}_" in name
+    assert name.endswith({"EquilibriumMatching": "_eqm", "FlowMatching": "_fm"}[config["dynamics"]["class_path"]])
+
+
+def stated_defaults(model: dict[str, Any]) -> list[str]:
+    """Settings of a preset that say what would hold without them."""
+    found = []
+    for name, parameter in inspect.signature(DCSSDAE.__init__).parameters.items():
+        if name in model and name not in COMPONENTS and model[name] == parameter.default:
+            found.append(f"{name}: {model[name]}")
+    for part, classes in COMPONENTS.items():
+        given = model.get(part, {})
+        if given.get("class_path") == DEFAULT_CLASSES[part]:
+            found.append(f"{part}.class_path: {given['class_path']}")
+        parameters = inspect.signature(classes[given.get("class_path", DEFAULT_CLASSES[part])]).parameters
+        for name, value in given.get("init_args", {}).items():
+            default = parameters[name].default
+            if value == (list(default) if isinstance(default, tuple) else default):
+                found.append(f"{part}.{name}: {value}")
+    return found
+
+
+@each_preset
+def test_a_preset_states_only_what_differs_from_the_defaults(name: str) -> None:
+    assert stated_defaults(load_preset(name)["model"]) == []
+
+
+def test_an_unknown_preset_suggests_a_name() -> None:
+    for build in (load_preset, DCSSDAE.from_preset):
+        with pytest.raises(InputError, match=r"unknown preset 'dc_f32c32_eqn' \(did you mean 'dc_f32c32_eqm'\?\)"):
+            build("dc_f32c32_eqn")
+
+
+@pytest.mark.parametrize("name", ["../presets/demo", "demo.yaml", "", "/etc/passwd"])
+def test_a_preset_is_no_path(name: str) -> None:
+    with pytest.raises(InputError, match="unknown preset"):
+        load_preset(name)
+
+
+def test_settings_change_a_preset_part_by_part() -> None:
+    with torch.device("meta"):
+        model = DCSSDAE.from_preset(
+            "demo", latent_channels=8, decoder={"window_radius": 2}, dynamics={"gradient_scale": 4.0}
+        )
+    assert model.config["latent_channels"] == 8
+    assert model.config["decoder"]["init_args"]["window_radius"] == 2
+    assert model.config["decoder"]["init_args"]["channels"] == 16
+    assert model.dynamics.gradient_scale == 4.0
+    assert load_preset("demo")["model"]["latent_channels"] == 4
