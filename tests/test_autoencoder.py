@@ -394,13 +394,17 @@ class TestSaving:
         assert isinstance(model.decoder, torch.nn.Module)
 
 
+def build(**settings: Any) -> DCSSDAE:
+    return DCSSDAE(**{"latent_channels": 32, "downsample_factor": 32, **settings})
+
+
 class TestUnknownSettings:
     @pytest.mark.parametrize(
         ("given", "named", "suggested"),
         [
             ({"latent_chanels": 4}, "latent_chanels", "latent_channels"),
             ({"decodr": {}}, "decodr", "decoder"),
-            ({"encoder": {"nrom_groups": 8}}, "nrom_groups", "norm_groups"),
+            ({"encoder": {"atention_scales": [5]}}, "atention_scales", "attention_scales"),
             ({"decoder": {"windowradius": 7}}, "windowradius", "window_radius"),
             ({"dynamics": {"gradient_scal": 1.0}}, "gradient_scal", "gradient_scale"),
         ],
@@ -417,7 +421,7 @@ class TestUnknownSettings:
 
     def test_the_constructor(self) -> None:
         with pytest.raises((TypeError, InputError), match="latent_chanels"):
-            DCSSDAE(latent_chanels=4)
+            DCSSDAE(latent_channels=4, downsample_factor=8, latent_chanels=4)
 
     def test_from_config(self, saved: tuple[DCSSDAE, Path]) -> None:
         with pytest.raises((TypeError, InputError), match="latent_chanels"):
@@ -426,26 +430,26 @@ class TestUnknownSettings:
     @pytest.mark.parametrize("part", COMPONENTS)
     def test_the_level_of_a_part(self, part: str) -> None:
         with pytest.raises(InputError, match=rf"key of {part} 'init_arg' \(did you mean 'init_args'\?\)"):
-            DCSSDAE(**{part: {"init_arg": {}}})
+            build(**{part: {"init_arg": {}}})
         with pytest.raises(InputError, match=f"class of {part} 'Encoder'"):
-            DCSSDAE(**{part: {"class_path": "Encoder"}})
+            build(**{part: {"class_path": "Encoder"}})
         with pytest.raises(InputError, match=f"{part} is 5; it must be a mapping"):
-            DCSSDAE(**{part: 5})
+            build(**{part: 5})
         with pytest.raises(InputError, match=f"init_args of {part} is 5; it must be a mapping"):
-            DCSSDAE(**{part: {"init_args": 5}})
+            build(**{part: {"init_args": 5}})
 
     @pytest.mark.parametrize("part", COMPONENTS)
     @pytest.mark.parametrize("class_path", [["UViTDecoder"], {}, None, 5], ids=str)
     def test_a_class_that_is_no_name(self, part: str, class_path: Any) -> None:
         with pytest.raises(InputError, match=f"class of {part}"):
-            DCSSDAE(**{part: {"class_path": class_path}})
+            build(**{part: {"class_path": class_path}})
 
     @pytest.mark.parametrize(
         ("part", "class_name"), [(part, name) for part, classes in COMPONENTS.items() for name in classes]
     )
     def test_the_level_of_init_args(self, part: str, class_name: str) -> None:
         with pytest.raises(InputError, match=f"setting of {class_name} 'widdths'"):
-            DCSSDAE(**{part: {"class_path": class_name, "init_args": {"widdths": 1}}})
+            build(**{part: {"class_path": class_name, "init_args": {"widdths": 1}}})
 
     @pytest.mark.parametrize(
         ("part", "name"),
@@ -453,7 +457,7 @@ class TestUnknownSettings:
     )
     def test_what_follows_from_other_settings(self, part: str, name: str) -> None:
         with pytest.raises(InputError, match=f"{name} is not a setting of {part}"):
-            DCSSDAE(**{part: {"init_args": {name: 8}}})
+            build(**{part: {"init_args": {name: 8}}})
 
     @pytest.mark.parametrize(
         ("given", "named"),
@@ -484,7 +488,7 @@ class TestUnknownSettings:
     )
     def test_values_out_of_range(self, given: dict[str, Any], named: str) -> None:
         with torch.device("meta"), pytest.raises(InputError) as error:
-            DCSSDAE(**given)
+            build(**given)
         assert named in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -504,7 +508,7 @@ class TestUnknownSettings:
     def test_values_of_another_type_are_named(self, part: str, name: str, value: Any) -> None:
         """A string "false" is true to Python: what is not of the setting's type must not be taken for it."""
         with torch.device("meta"), pytest.raises(InputError) as error:
-            DCSSDAE(**{part: {"init_args": {name: value}}})
+            build(**{part: {"init_args": {name: value}}})
         assert name in str(error.value)
         assert "\n" not in str(error.value)
 

@@ -91,8 +91,8 @@ class DCSSDAE(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        latent_channels: int = 32,
-        downsample_factor: int = 32,
+        latent_channels: int,
+        downsample_factor: int,
         encoder: Mapping[str, Any] | None = None,
         decoder: Mapping[str, Any] | None = None,
         dynamics: Mapping[str, Any] | None = None,
@@ -152,8 +152,10 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             return_dict: give an output with `latent_dist`; False gives a tuple of it.
 
         Raises:
-            InputError: the shape does not fit.
+            InputError: the shape does not fit, or the images are no floating-point numbers.
         """
+        if not x.is_floating_point():
+            raise InputError(f"images are floating-point numbers in [-1, 1], not {x.dtype}; scale them first")
         posterior = self.encoder(x.to(self.dtype))
         return EncoderOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -333,7 +335,7 @@ def _resolve(part: str, given: Mapping[str, Any] | None, handed_over: Sequence[s
     class_name = given.get("class_path", DEFAULT_CLASSES[part])
     if not isinstance(class_name, str) or class_name not in COMPONENTS[part]:
         raise unknown_name(f"class of {part}", class_name, COMPONENTS[part])
-    settings = given.get("init_args") or {}
+    settings = {} if given.get("init_args") is None else given["init_args"]
     if not isinstance(settings, Mapping):
         raise InputError(f"init_args of {part} is {settings!r}; it must be a mapping")
     signature = inspect.signature(COMPONENTS[part][class_name])

@@ -16,8 +16,6 @@ SHAPES = {
         "astronaut": (3, 512, 512),
         "motorcycle_left": (3, 500, 741),
         "motorcycle_right": (3, 500, 741),
-        "hubble_deep_field": (3, 872, 1000),
-        "retina": (3, 1411, 1411),
         "ihc": (3, 512, 512),
     },
     "held_out": {"chelsea": (3, 300, 451), "coffee": (3, 400, 600), "rocket": (3, 427, 640)},

@@ -161,7 +161,7 @@ def test_gradients_pass_through(name: str) -> None:
 @each_sampler
 @pytest.mark.parametrize("num_steps", [0, -3])
 def test_step_counts_below_one_are_refused(name: str, num_steps: int) -> None:
-    with pytest.raises(InputError, match=f"num_steps is {num_steps}; it must be at least 1"):
+    with pytest.raises(InputError, match=f"num_steps is {num_steps};"):
         SAMPLERS[name](lambda x: x, torch.zeros(1, 1), num_steps)
 
 

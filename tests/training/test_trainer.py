@@ -65,9 +65,9 @@ def test_training_lowers_the_loss_and_ends_in_eval_mode(photos):
     model = tiny_model()
     config = tiny_config(steps=60, lr=5e-3, batch_size=4)
     unseen = draw_batch(photos, model, tiny_config(batch_size=16), 10_000)
-    before = compute_losses(model, unseen, config.loss_weights).terms["dynamics"].item()
+    before = compute_losses(model, unseen, config).terms["dynamics"].item()
     history = train(model, photos, config)
-    after = compute_losses(model, unseen, config.loss_weights).terms["dynamics"].item()
+    after = compute_losses(model, unseen, config).terms["dynamics"].item()
     print(f"loss {before:.4f} -> {after:.4f}")
     assert after < 0.7 * before
     assert not model.training
@@ -94,9 +94,19 @@ def test_flow_matching_trains_as_well(photos):
 
 def test_total_is_the_weighted_sum_of_the_terms(photos):
     model = tiny_model().train()
-    losses = compute_losses(model, draw_batch(photos, model, tiny_config(), 0), LossWeights(dynamics=2.0, kl=0.01))
+    config = tiny_config(loss_weights=LossWeights(dynamics=2.0, kl=0.01))
+    losses = compute_losses(model, draw_batch(photos, model, config, 0), config)
     expected = 2.0 * losses.terms["dynamics"] + 0.01 * losses.terms["kl"]
     torch.testing.assert_close(losses.total, expected)
+
+
+def test_bfloat16_comes_close_to_float32(photos):
+    model = tiny_model().train()
+    batch = draw_batch(photos, model, tiny_config(), 0)
+    exact, rough = (compute_losses(model, batch, tiny_config(precision=p)) for p in ("float32", "bfloat16"))
+    assert rough.total.dtype == torch.float32
+    assert rough.total.item() != exact.total.item()
+    assert rough.total.item() == pytest.approx(exact.total.item(), rel=0.02)
 
 
 def test_a_loss_that_is_not_finite_names_the_step(photos):
@@ -122,6 +132,7 @@ def test_learning_rate_warms_up_and_decays():
         ({"batch_size": -1}, "batch_size"),
         ({"warmup": 1.0}, "warmup"),
         ({"weight_decay": -1.0}, "weight_decay"),
+        ({"precision": "float61"}, "float61"),
     ],
 )
 def test_bad_settings_are_named(settings, name):

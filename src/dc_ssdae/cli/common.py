@@ -49,13 +49,18 @@ def add_device_option(parser: CommandParser) -> None:
     )
 
 
+def add_dtype_option(parser: CommandParser, purpose: str, choices: Sequence[str] = DTYPES) -> None:
+    """Add `--dtype`; `purpose` is what its help says it is for."""
+    parser.add_argument("--dtype", choices=choices, default="float32", help=f"{purpose} (default float32)")
+
+
 def add_model_options(parser: CommandParser) -> None:
     """Add `--model`, `--device` and `--dtype`, which `load_model` reads."""
     parser.add_argument(
         "--model", required=True, type=filled, metavar="DIR", help="a saved model's folder, or its id on the hub"
     )
     add_device_option(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what to compute in (default float32)")
+    add_dtype_option(parser, "what to compute in")
 
 
 def add_output_option(parser: CommandParser) -> None:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from dc_ssdae.cli.common import say
+from dc_ssdae.cli.common import add_dtype_option, say
 from dc_ssdae.cli.parser import CommandParser, file_path
 from dc_ssdae.errors import InputError
 
@@ -22,6 +22,7 @@ def build_parser() -> CommandParser:
     original.add_argument("checkpoint", type=file_path, metavar="CHECKPOINT", help="safetensors file")
     original.add_argument("--preset", required=True, metavar="NAME", help="its architecture; dc-ssdae info lists them")
     original.add_argument("--out", required=True, type=file_path, metavar="DIR", help="folder to make, absent or empty")
+    add_dtype_option(original, "what to store the weights in")
     original.set_defaults(convert=_convert_original)
     return parser
 
@@ -43,7 +44,7 @@ def _convert_original(args: Namespace) -> None:
     model = convert_original(args.checkpoint, args.preset)
     with torch.device("meta"):
         preset = DCSSDAE.from_preset(args.preset)
-    model.save_pretrained(args.out)
+    model.to(getattr(torch, args.dtype)).save_pretrained(args.out)
     for part in ("encoder", "decoder"):
         theirs, ours = model.config[part]["init_args"], preset.config[part]["init_args"]
         for name in theirs:

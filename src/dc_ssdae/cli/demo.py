@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_device_option, say, select_device
+from dc_ssdae.cli.common import add_device_option, add_dtype_option, say, select_device
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, whole_number
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def build_parser() -> CommandParser:
         "--seed", type=whole_number(0, LARGEST_SEED), default=0, metavar="S", help="of all that is random (default 0)"
     )
     add_device_option(parser)
+    add_dtype_option(parser, "what the networks compute in while they train", ("float32", "bfloat16"))
     return parser
 
 
@@ -55,11 +56,14 @@ def run(args: argparse.Namespace) -> int:
     from dc_ssdae.training.config import TrainingConfig
 
     budget = {"minutes": None, "steps": args.steps} if args.steps else {"minutes": args.minutes, "steps": None}
-    config = TrainingConfig.from_mapping({**load_preset(PRESET).get("training", {}), **budget, "seed": args.seed})
+    given = {**budget, "seed": args.seed, "precision": args.dtype}
+    config = TrainingConfig.from_mapping({**load_preset(PRESET).get("training", {}), **given})
     photos, held_out = sample_photos("train"), sample_photos("held_out")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model = DCSSDAE.from_preset(PRESET).to(device=device, memory_format=torch.channels_last)
+    if config.steps is None:  # a run of steps is reproducible, but only with the same number of threads
+        _choose_threads(model, [photo.pixels for photo in photos], config)
     say(f"Training preset {PRESET!r} on {_device_name(device)}, {_budget(config)}, on {len(photos)} photos")
     history = _train(model, [photo.pixels for photo in photos], config)
     say(f"Reconstructing {len(held_out)} photos that the model has not seen")
@@ -72,6 +76,31 @@ def run(args: argparse.Namespace) -> int:
         say(f"  {result.name}: {result.psnr:.2f} dB (bicubic of as many values {result.baseline_psnr:.2f} dB)")
     say(f"Model:  {args.out / 'model'}\nReport: {report}")
     return 0
+
+
+def _choose_threads(model: "DCSSDAE", photos: "list[torch.Tensor]", config: "TrainingConfig") -> None:
+    """Use one thread on a CPU that other work keeps busy: threads that wait for each other there slow down manyfold."""
+    import statistics
+    import time
+
+    import torch
+
+    from dc_ssdae.training.trainer import compute_losses, draw_batch
+
+    every = torch.get_num_threads()
+    if next(model.parameters()).device.type != "cpu" or every == 1:
+        return
+    batch = draw_batch(photos, model, config, 0)
+    seconds: dict[int, list[float]] = {every: [], 1: []}
+    for _ in range(4):
+        for threads, times in seconds.items():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            compute_losses(model, batch, config).total.backward()
+            times.append(time.perf_counter() - start)
+    model.zero_grad(set_to_none=True)
+    # The first round warms up.
+    torch.set_num_threads(min(seconds, key=lambda threads: statistics.median(seconds[threads][1:])))
 
 
 def _train(model: "DCSSDAE", photos: "list[torch.Tensor]", config: "TrainingConfig") -> "list[StepRecord]":
@@ -151,7 +180,7 @@ def _report(
         f"parameters: {sizes}",
         "trained on": f"{config.image_size} px random crops of {', '.join(trained_on)}",
         "training": f"{len(history):,} steps of {config.batch_size} crops in {seconds / 60:.1f} minutes, "
-        f"{images / seconds:.1f} images/s, seed {config.seed}",
+        f"{images / seconds:.1f} images/s, {config.precision}, seed {config.seed}",
         "objective": f"{config.loss_weights.dynamics:g} · L_dynamics + {config.loss_weights.kl:g} · L_KL; "
         "no perceptual loss, no GAN",
         "evaluated on": f"photos resized to a shorter side of {EVALUATION_SIDE} px (bicubic, antialiased), one step",

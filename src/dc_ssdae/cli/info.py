@@ -48,7 +48,7 @@ def _presets() -> list[dict[str, Any]]:
     listing = []
     for name in list_presets():
         preset = load_preset(name)
-        sizes = {key: preset["model"].get(key, "default") for key in ("downsample_factor", "latent_channels")}
+        sizes = {key: preset["model"][key] for key in ("downsample_factor", "latent_channels")}
         listing.append({"name": name, **sizes, "description": preset["description"]})
     return listing
 

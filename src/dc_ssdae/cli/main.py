@@ -43,9 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 where what the user gave cannot be used, 130 after Ctrl-C, 141 where the reader
         of the output has gone. A bug leaves its exception.
     """
-    # Read when torch loads its thread pool. Threads that spin while they wait slow a machine with other work on it
-    # down many times over; on an idle machine it makes no difference that can be measured.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     program = PROGRAM

@@ -3,6 +3,7 @@
 Wang & Du 2025, "Equilibrium matching: generative modeling with implicit energy-based models".
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,8 +54,8 @@ class PiecewiseDecay:
     def __post_init__(self) -> None:
         if not 0.0 < self.kink < 1.0:
             raise InputError(f"kink is {self.kink}; it must lie between 0 and 1")
-        if not self.start > 0.0:
-            raise InputError(f"start is {self.start}; it must be positive")
+        if not 0.0 < self.start < math.inf:
+            raise InputError(f"start is {self.start}; it must be positive and finite")
 
     @property
     def stiffness(self) -> float:
@@ -123,8 +124,8 @@ class EquilibriumMatching:
         decay_kink: float | None = None,
         decay_start: float | None = None,
     ) -> None:
-        if not gradient_scale > 0.0:
-            raise InputError(f"gradient_scale is {gradient_scale}; it must be positive")
+        if not 0.0 < gradient_scale < math.inf:
+            raise InputError(f"gradient_scale is {gradient_scale}; it must be positive and finite")
         self.decay = make_decay(decay, decay_kink, decay_start)
         self.gradient_scale = float(gradient_scale)
 

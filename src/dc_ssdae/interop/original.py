@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.autoencoder import DCSSDAE, DEFAULT_CLASSES
 from dc_ssdae.errors import InputError
 from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
+from dc_ssdae.networks.dc_encoder import EfficientViTBlock
 from dc_ssdae.presets import load_preset
 from dc_ssdae.weights import read_safetensors
 
@@ -35,8 +36,7 @@ _KL_ENCODER: Rules = (
 )
 
 _DC_ENCODER: Rules = (
-    (r"project_in\.(weight|bias)", r"project_in.conv.\1"),
-    (r"project_in\.conv\.(weight|bias)$", r"project_in.conv.conv.\1"),
+    (r"^project_in\.", r"project_in.conv."),
     (r"stages\.(\d+)\.(\d+)\.norm\.", r"stages.\1.op_list.\2.main.conv2.norm."),
     (r"stages\.(\d+)\.(\d+)\.(conv\d?)\.", r"stages.\1.op_list.\2.main.\3.conv."),
     (r"latent_head\.", r"project_out.op_list.0.conv."),
@@ -78,7 +78,7 @@ def original_names(module: nn.Module) -> dict[str, str]:
     if isinstance(module, KLEncoder):
         rules = _KL_ENCODER
     elif isinstance(module, DCEncoder):
-        if any(name.split(".")[3:4] == ["query_key_value"] for name in module.state_dict()) or module.out_shortcut:
+        if module.out_shortcut or any(isinstance(part, EfficientViTBlock) for part in module.modules()):
             raise InputError(
                 "the original's names are known for ResBlock stages without an output shortcut; "
                 "set block_types to ResBlock and out_shortcut to false"
@@ -144,10 +144,10 @@ def settings_shown_by(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]
     """
     names = list(names)
     settings: dict[str, dict[str, Any]] = {}
-    if any(name.startswith("encoder.project_in.") for name in names):
+    if any(name.startswith("encoder.stages.") for name in names):
         has_norm = any(re.search(r"^encoder\..*\.norm\.weight$", name) for name in names)
         settings["encoder"] = {"norm": "rms_norm" if has_norm else "none"}
-    tables = [shapes[name] for name in names if name.endswith("relative_bias_table")]
+    tables = [shapes[name] for name in names if name.endswith("relative_bias_table") and len(shapes[name]) == 3]
     if tables:
         settings["decoder"] = {"window_radius": (tables[0][0] - 1) // 2}
     return settings
@@ -166,10 +166,11 @@ def convert_original(checkpoint: Path, preset: str) -> DCSSDAE:
     Raises:
         InputError: the file cannot be read, or its tensors are not exactly the preset's.
     """
-    load_preset(preset)
+    class_name = (load_preset(preset)["model"].get("encoder") or {}).get("class_path", DEFAULT_CLASSES["encoder"])
     tensors = read_safetensors(checkpoint)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    settings = settings_shown_by(tensors, shapes)
+    settings = settings_shown_by(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if class_name != "DCEncoder":
+        settings.pop("encoder", None)  # of another encoder's checkpoint; the names below tell what does not fit
     with torch.device("meta"):
         model = DCSSDAE.from_preset(preset, **settings)
     expected = model.state_dict()

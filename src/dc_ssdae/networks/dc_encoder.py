@@ -18,8 +18,8 @@ from dc_ssdae.networks.norms import ChannelRMSNorm
 BlockType = Literal["ResBlock", "EfficientViTBlock"]
 T = TypeVar("T")
 
-LOGVAR_INIT_GAIN = 0.1
-"""Of the log-variance's output weights at initialisation, against PyTorch's default."""
+LATENT_INIT_GAIN = 0.1
+"""Of the latent's output weights at initialisation, against PyTorch's default, where they are to start small."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,11 @@ class DCEncoder(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         self.latent_head = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
         if variational:
-            # The residual stream grows with depth. A log-variance of its size would start the KL at e^(its square).
+            # The residual stream grows with depth. A log-variance of its size would start the KL at e^(its square);
+            # and where a shortcut gives the mean already, the convolution adds little to it at first.
+            first = 0 if out_shortcut else latent_channels
             with torch.no_grad():
-                self.latent_head.weight[latent_channels:] *= LOGVAR_INIT_GAIN
+                self.latent_head.weight[first:] *= LATENT_INIT_GAIN
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Encode (B, 3, H, W) in [-1, 1] to the Gaussian over (B, c, H/f, W/f)."""

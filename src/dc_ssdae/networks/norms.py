@@ -42,6 +42,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     `nn.BatchNorm2d`. Always computed in float32 and returned in the input's dtype.
     """
 
+    momentum: float
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum)
+
     def forward(self, input: Tensor) -> Tensor:
         with full_precision(input.device.type):
             x = input.float()
@@ -60,7 +65,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             _float(self.weight),
             _float(self.bias),
             self.training or not self.track_running_stats,
-            self.momentum or 0.0,
+            self.momentum,
             self.eps,
         )
         if self.training and running_mean is not self.running_mean:
@@ -85,9 +90,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             assert self.running_var is not None
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
-            momentum = self.momentum or 0.0
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var.dtype), momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var.dtype), self.momentum)
         scale = self.weight.float() * torch.rsqrt(variance + self.eps)
         return centred * scale[:, None, None] + self.bias.float()[:, None, None]
 

@@ -7,6 +7,8 @@ from typing import Any
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.losses import LossWeights
 
+PRECISIONS = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -21,6 +23,7 @@ class TrainingConfig:
     warmup: share of the budget that the warm-up takes.
     weight_decay: of AdamW.
     gradient_clip: largest norm of the whole gradient.
+    precision: "float32", or "bfloat16" for autocast around the networks; losses and weights stay float32.
     seed: of everything random in the run.
     loss_weights: of the objective's terms.
     """
@@ -34,6 +37,7 @@ class TrainingConfig:
     warmup: float = 0.05
     weight_decay: float = 1e-3
     gradient_clip: float = 1.0
+    precision: str = "float32"
     seed: int = 0
     loss_weights: LossWeights = field(default_factory=LossWeights)
 
@@ -44,6 +48,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"training.{name} is {value}; it must be positive")
+        if self.precision not in PRECISIONS:
+            raise unknown_name("training precision", self.precision, PRECISIONS)
         if not 0.0 <= self.warmup < 1.0:
             raise InputError(f"training.warmup is {self.warmup}; it is a share of the budget, from 0 to below 1")
         if self.weight_decay < 0.0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.transforms import random_resized_crop
-from dc_ssdae.losses import Losses, LossWeights, total_loss
+from dc_ssdae.losses import Losses, total_loss
 from dc_ssdae.training.config import TrainingConfig
 from dc_ssdae.training.randomness import image_generator
 
@@ -55,15 +55,16 @@ def draw_batch(photos: Sequence[Tensor], model: DCSSDAE, config: TrainingConfig,
     return Batch(to_model_range(torch.stack(crops)), torch.stack(noise), torch.cat(level), generators)
 
 
-def compute_losses(model: DCSSDAE, batch: Batch, weights: LossWeights) -> Losses:
+def compute_losses(model: DCSSDAE, batch: Batch, config: TrainingConfig) -> Losses:
     """Encode, corrupt, predict and add up the objective of one batch; gradients flow to encoder and decoder."""
     device = next(model.parameters()).device
     x, noise, level = (part.to(device) for part in batch[:3])
-    posterior = model.encoder(x)
     record = model.dynamics.corrupt(x, noise, level)
     time_input = level if model.dynamics.conditions_on_time else None
-    prediction = model.decoder(record.x_level, posterior.sample(batch.generators), time_input)
-    return total_loss(model.dynamics, record, prediction, posterior, weights)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        posterior = model.encoder(x)
+        prediction = model.decoder(record.x_level, posterior.sample(batch.generators), time_input)
+    return total_loss(model.dynamics, record, prediction, posterior, config.loss_weights)
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:
@@ -104,7 +105,7 @@ def train(
         lr = learning_rate(config, _progress(config, step + 0.5, time.monotonic() - start))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = compute_losses(model, draw_batch(photos, model, config, step), config.loss_weights)
+        losses = compute_losses(model, draw_batch(photos, model, config, step), config)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
