@@ -305,6 +305,9 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         settings = [name for name in config_dict if not name.startswith("_")]
         _check_names("setting in config.json", settings, _config_names())
         _check_names("setting of DCSSDAE", kwargs, _config_names())
+        for name in ("latent_channels", "downsample_factor"):
+            if name not in config_dict and name not in kwargs:
+                raise InputError(f"config.json lacks {name}")
         return super().extract_init_dict(config_dict, **kwargs)
 
 

@@ -21,6 +21,10 @@ def random_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> 
 
 def save_model(folder: Path, **settings: object) -> Path:
     """Save the demo preset (f8, c4), or what `settings` make of it, with random weights."""
+    if factor := settings.get("downsample_factor"):
+        halvings = int(factor).bit_length() - 1  # type: ignore[call-overload]
+        settings["encoder"] = {"widths": [16] * (halvings + 1), "depths": [0] + [1] * halvings}
+        settings["encoder"]["block_types"] = ["ResBlock"] * (halvings + 1)  # type: ignore[index]
     with torch.random.fork_rng():
         torch.manual_seed(1)
         DCSSDAE.from_preset("demo", **settings).save_pretrained(folder)

@@ -83,8 +83,8 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(run: Callable, checkpo
     assert "pickle" in message(tmp_path / "x.ckpt", "demo")
     assert "encoder.conv_in.weight" in message(checkpoint, "vq_f8c4_fm")
     names = under_original_names(DCSSDAE.from_preset("demo"))
-    moved = names.pop("encoder.conv_in.bias")
-    save_file({**names, "encoder.conv_inn.bias": moved}, checkpoint)
+    moved = names.pop("encoder.project_in.conv.conv.bias")
+    save_file({**names, "encoder.project_inn.conv.conv.bias": moved}, checkpoint)
     line = message(checkpoint, "demo")
-    assert "missing: encoder.conv_in.bias" in line
-    assert "left over: encoder.conv_inn.bias" in line
+    assert "missing: encoder.project_in.conv.conv.bias" in line
+    assert "left over: encoder.project_inn.conv.conv.bias" in line

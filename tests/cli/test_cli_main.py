@@ -103,7 +103,7 @@ def test_misuse_is_one_line(words: list[str], message: str, run: Callable) -> No
         (["--device", "gpu"], "argument --device: unknown device 'gpu'; accepted: auto, cpu, cuda, cuda:N, mps"),
         (["--device", "cuda:x"], "argument --device: unknown device 'cuda:x'; accepted: "),
         (["--device", "cuda:99"], "no device 'cuda:99' on this machine: "),
-        (["--model", "missing"], "missing: no such folder, nor the id of a model on the hub"),
+        (["--model", "missing"], "'missing': no such folder, nor the id of a model on the hub"),
         (["--model", ""], "argument --model: the name is empty"),
         (["--out", ""], "argument --out: the name is empty"),
     ],

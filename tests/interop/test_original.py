@@ -150,14 +150,14 @@ def test_the_file_shows_its_norm_and_window() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("preset", ["demo", "dc_f32c32_eqm"])
 def test_conversion_end_to_end(preset: str, tmp_path: Path) -> None:
-    """A half-precision checkpoint with a 15×15 window and, for the deep-compression encoder, without a norm."""
+    """A half-precision checkpoint with a 15×15 window, its encoder with a norm (demo) and without one."""
     direct = meta_model(preset)
     state = synthetic_state(direct)
     checkpoint = write(state, direct, tmp_path / "original.safetensors")
     converted = convert_original(checkpoint, preset)
     assert not any(module.training for module in converted.modules())
     assert converted.config["decoder"]["init_args"]["window_radius"] == 7
-    assert converted.config["encoder"]["init_args"].get("norm") == ("none" if preset.startswith("dc_") else None)
+    assert converted.config["encoder"]["init_args"]["norm"] == ("none" if preset.startswith("dc_") else "rms_norm")
     assert all(not tensor.is_meta for tensor in converted.state_dict().values())
     assert converted.dtype == torch.float32
     dtypes = {name: tensor.dtype for name, tensor in direct.state_dict().items()}
@@ -227,18 +227,19 @@ def test_a_tensor_left_over_is_named(checkpoint: dict[str, Tensor], tmp_path: Pa
 
 
 def test_a_tensor_of_another_shape_is_named(checkpoint: dict[str, Tensor], tmp_path: Path) -> None:
-    checkpoint["encoder.conv_in.weight"] = torch.zeros(16, 4, 3, 3)
+    checkpoint["encoder.project_in.conv.conv.weight"] = torch.zeros(8, 4, 3, 3)
     message = spoilt(checkpoint, tmp_path)
-    assert "encoder.conv_in.weight has shape (16, 4, 3, 3), not (16, 3, 3, 3)" in message
+    assert "encoder.project_in.conv.conv.weight has shape (8, 4, 3, 3), not (8, 3, 3, 3)" in message
 
 
 def test_every_problem_is_listed_at_once(checkpoint: dict[str, Tensor], tmp_path: Path) -> None:
     del checkpoint["decoder.conv_out.weight"]
     checkpoint["surplus"] = torch.zeros(1)
-    checkpoint["encoder.conv_in.bias"] = torch.zeros(3)
+    checkpoint["encoder.project_in.conv.conv.bias"] = torch.zeros(3)
     message = spoilt(checkpoint, tmp_path)
     assert re.search(
-        r"missing: decoder\.conv_out\.weight.*left over: surplus.*encoder\.conv_in\.bias has shape", message
+        r"missing: decoder\.conv_out\.weight.*left over: surplus.*encoder\.project_in\.conv\.conv\.bias has shape",
+        message,
     )
 
 

@@ -144,7 +144,7 @@ def settings_shown_by(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]
     """
     names = list(names)
     settings: dict[str, dict[str, Any]] = {}
-    if any(name.startswith("encoder.stages.") for name in names):
+    if any(name.startswith(("encoder.project_in.", "encoder.stages.")) for name in names):
         has_norm = any(re.search(r"^encoder\..*\.norm\.weight$", name) for name in names)
         settings["encoder"] = {"norm": "rms_norm" if has_norm else "none"}
     tables = [shapes[name] for name in names if name.endswith("relative_bias_table") and len(shapes[name]) == 3]
