@@ -52,7 +52,7 @@ _DECODER: Rules = (
     (r"^context\.", r"ada_ctx_proj."),
     (r"^time_embedding\.linear(\d)\.", r"time_embedding.linear_\1."),
     (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.", r"\1_blocks.\2.resnets.\3."),
-    (r"^(down|up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0.conv."),
+    (r"^(down|up)\.(\d+)\.resample\.", r"\1_blocks.\2.\1samplers.0.conv."),
     (r"\.norm1\.scale_shift\.", r".norm1.ctx_proj."),
     (r"\.time_scale_shift\.", r".time_emb_proj."),
     (r"\.shortcut\.", r".conv_shortcut."),

@@ -126,7 +126,9 @@ class UViTDecoder(nn.Module):
         skips = [widths[0]]
         for level, level_width in enumerate(widths):
             inputs = [widths[max(level - 1, 0)]] + [level_width] * (blocks_per_level - 1)
-            self.down.append(DownLevel(inputs, level_width, context, time_channels, norm_groups, downsample=level < 3))
+            self.down.append(
+                DownLevel(inputs, level_width, context, time_channels, norm_groups, stride=2 if level < 3 else None)
+            )
             skips += [level_width] * (blocks_per_level + (level < 3))
         self.middle = TransformerMiddle(width, context, middle_layers, heads, window_radius, norm_groups)
         hidden = width
@@ -135,7 +137,9 @@ class UViTDecoder(nn.Module):
             for _ in range(blocks_per_level + 1):
                 inputs.append(hidden + skips.pop())
                 hidden = widths[level]
-            self.up.append(UpLevel(inputs, hidden, context, time_channels, norm_groups, upsample=level > 0))
+            self.up.append(
+                UpLevel(inputs, hidden, context, time_channels, norm_groups, stride=1 if level > 0 else None)
+            )
         self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -217,8 +221,8 @@ class TimeEmbedding(nn.Module):
         return self.linear2(F.silu(self.linear1(features)))
 
 
-class DownLevel(nn.Module):
-    """Residual blocks, then conv3 with stride 2 on all levels but the last; appends every output to the skips."""
+class Level(nn.Module):
+    """One level of the U-Net: a residual block for each of `in_channels`, and the conv3 to the next level, if any."""
 
     def __init__(
         self,
@@ -227,49 +231,37 @@ class DownLevel(nn.Module):
         context_channels: int,
         time_channels: int | None,
         norm_groups: int,
-        downsample: bool,
+        stride: int | None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             ConditionedResidualBlock(width, channels, context_channels, time_channels, norm_groups)
             for width in in_channels
         )
-        self.downsample = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if downsample else None
+        self.resample = None if stride is None else nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+
+class DownLevel(Level):
+    """Residual blocks, then conv3 with stride 2 on all levels but the last; appends every output to the skips."""
 
     def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
         for block in self.blocks:
             y = block(y, context, time)
             skips.append(y)
-        if self.downsample is not None:
-            y = self.downsample(y)
+        if self.resample is not None:
+            y = self.resample(y)
             skips.append(y)
         return y
 
 
-class UpLevel(nn.Module):
+class UpLevel(Level):
     """Residual blocks, each on (hidden, skip), then nearest ×2 and conv3 on all levels but the first."""
-
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        channels: int,
-        context_channels: int,
-        time_channels: int | None,
-        norm_groups: int,
-        upsample: bool,
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            ConditionedResidualBlock(width, channels, context_channels, time_channels, norm_groups)
-            for width in in_channels
-        )
-        self.upsample = nn.Conv2d(channels, channels, 3, padding=1) if upsample else None
 
     def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
         for block in self.blocks:
             y = block(torch.cat([y, skips.pop()], dim=1), context, time)
-        if self.upsample is not None:
-            y = self.upsample(F.interpolate(y, scale_factor=2, mode="nearest"))
+        if self.resample is not None:
+            y = self.resample(F.interpolate(y, scale_factor=2, mode="nearest"))
         return y
 
 
