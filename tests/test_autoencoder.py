@@ -244,12 +244,12 @@ class TestSteps:
     @torch.no_grad()
     @pytest.mark.parametrize("step_size", [None, 0.3])
     def test_several_steps_of_equilibrium_matching_descend(self, step_size: float | None) -> None:
-        """With the truncated decay L = λ/(1 − a) = 4/0.2 = 20, whose inverse is the default step."""
+        """By default the first step is the clean estimate, 1/(λ c(0)) = 1/4, and the others have 1/L = 0.2/4."""
         model = tiny(dynamics={"init_args": {"decay": "truncated", "gradient_scale": 4.0}})
         z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
         expected = noise
-        for _ in range(3):
-            expected = expected - (0.05 if step_size is None else step_size) * model.decoder(expected, z)
+        for eta in (0.25, 0.05, 0.05) if step_size is None else [step_size] * 3:
+            expected = expected - eta * model.decoder(expected, z)
         y = model.decode(z, noise=noise, num_steps=3, step_size=step_size).sample
         torch.testing.assert_close(y, expected, atol=1e-4, rtol=0.0)
 
@@ -765,3 +765,45 @@ class TestForeignCode:
         loads_or_refuses(copied)
         assert "trap_module" not in sys.modules
         assert not trap.exists()
+
+
+class TestSavingOver:
+    def test_a_whole_file_over_shards_loads(self, tmp_path: Path) -> None:
+        first, second = tiny(), tiny()
+        first.save_pretrained(tmp_path, max_shard_size="50KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        second.save_pretrained(tmp_path)
+        loaded = DCSSDAE.from_pretrained(tmp_path)
+        for name, tensor in second.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+
+    def test_files_of_others_keep_their_permissions(self, tmp_path: Path) -> None:
+        other = tmp_path / "other.safetensors"
+        other.write_bytes(b"")
+        other.chmod(0o600)
+        tiny().save_pretrained(tmp_path)
+        assert other.stat().st_mode & 0o777 == 0o600
+        weights = tmp_path / "diffusion_pytorch_model.safetensors"
+        assert weights.stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decay", ["linear", "truncated", "piecewise"])
+@pytest.mark.parametrize("gradient_scale", [1.0, 4.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+def test_a_true_field_is_decoded_exactly_in_any_number_of_steps(
+    decay: str, gradient_scale: float, num_steps: int
+) -> None:
+    """The network is replaced by the field of one image, λ c(γ) (ε − x) with γ read off the distance to it."""
+    model = tiny(dynamics={"init_args": {"decay": decay, "gradient_scale": gradient_scale}})
+    image = torch.rand(1, 3, 16, 24) * 2 - 1
+    noise = torch.randn(1, 3, 16, 24)
+
+    class TrueField(torch.nn.Module):
+        def forward(self, x: torch.Tensor, z: torch.Tensor, time: None = None) -> torch.Tensor:
+            remaining = (x - image).norm() / (noise - image).norm()
+            return gradient_scale * model.dynamics.decay(1.0 - remaining) * (noise - image)
+
+    model.decoder = TrueField()
+    y = model.decode(torch.zeros(1, model.config.latent_channels, 2, 3), noise=noise, num_steps=num_steps).sample
+    torch.testing.assert_close(y, image, atol=1e-4, rtol=0)

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_at_least, check_type, unknown_name
 from dc_ssdae.latent import DiagonalGaussian, draw_noise
 from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.presets import load_preset
@@ -36,6 +34,9 @@ COMPONENTS: Mapping[str, Mapping[str, type]] = {
 DEFAULT_CLASSES = {"encoder": "DCEncoder", "decoder": "UViTDecoder", "dynamics": "EquilibriumMatching"}
 
 DEFAULT_NOISE_SEED = 0
+
+WEIGHTS = "diffusion_pytorch_model"
+"""Stem of the names that diffusers gives weight files."""
 
 LOADING_ARGUMENTS = (
     "cache_dir",
@@ -67,8 +68,9 @@ class DCSSDAE(ModelMixin, ConfigMixin):
     """An autoencoder whose decoder is a one-step diffusion model (SPEC section 1).
 
     Each of `encoder`, `decoder` and `dynamics` is a mapping with `class_path`, one of the names in `COMPONENTS`, and
-    `init_args`, the settings of that class. What is left out takes its default; the resolved settings stand in
-    `config` and are saved, so that a later change of a default does not change a saved model.
+    `init_args`, the settings of that class. What is left out takes its default; the defaults stand in `config` and
+    are saved, so that changing one later does not change a saved model. A setting that is None there follows from
+    the `size` or `architecture` beside it.
 
     Args:
         latent_channels: c; handed to encoder and decoder.
@@ -98,10 +100,9 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         dynamics: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(latent_channels, int) or latent_channels < 1:
-            raise InputError(f"latent_channels is {latent_channels!r}; it must be a whole number from 1 on")
-        if not isinstance(downsample_factor, int):
-            raise InputError(f"downsample_factor is {downsample_factor!r}; it must be a whole number")
+        check_type("latent_channels", latent_channels, int)
+        check_type("downsample_factor", downsample_factor, int)
+        check_at_least(1, latent_channels=latent_channels)
         parts = {"encoder": encoder, "decoder": decoder, "dynamics": dynamics}
         resolved = {part: _resolve(part, given, self._GIVEN[part]) for part, given in parts.items()}
         # diffusers would drop on reload what it lists as left at its default; the resolved settings are to stay.
@@ -171,18 +172,18 @@ class DCSSDAE(ModelMixin, ConfigMixin):
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode latents to images, in one step or several.
 
-        One step is the dynamics' clean estimate from pure noise. More steps descend the field of equilibrium
-        matching, or integrate the velocity of flow matching by Euler's method.
+        One step is the dynamics' clean estimate from pure noise. More steps of equilibrium matching go on from there
+        and descend the field; flow matching integrates the velocity by Euler's method.
 
         Args:
             z: (B, c, h, w), cast to the model's dtype.
             return_dict: give an output with `sample`; False gives a tuple of it.
             generator: where the noise comes from: one generator, from which the images draw in order, or one per
                 image. By default every image draws the same noise, of one fixed seed, so that a decode is
-                reproducible and does not depend on the batch.
+                reproducible and does not depend on the batch (but for float rounding).
             num_steps: evaluations of the decoder, at least 1.
-            step_size: η of gradient descent, for several steps of equilibrium matching; by default 1/L, with L
-                the field's slope near the data.
+            step_size: η, for several steps of equilibrium matching: descend with it from the noise on. By default
+                the first step is the clean estimate and the others have 1/L, L the field's slope near the data.
             noise: (B, 3, h·f, w·f) to start from, in place of `generator`.
 
         Returns:
@@ -195,17 +196,20 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         z = z.to(self.dtype)
         start = self._start_noise(z, generator, noise)
         dynamics = self.dynamics
-        if num_steps > 1 and isinstance(dynamics, EquilibriumMatching):
-            eta = 1.0 / dynamics.stiffness if step_size is None else step_size
-            sample = gradient_descent(lambda x: self._predict(x, z), start, num_steps, eta).sample
-        elif step_size is not None:
-            raise InputError("step_size is for several steps of equilibrium matching; leave it out here")
-        elif num_steps > 1:
+        descends = num_steps > 1 and isinstance(dynamics, EquilibriumMatching)
+        if step_size is not None:
+            if not descends:
+                raise InputError("step_size is for several steps of equilibrium matching; leave it out here")
+            sample = gradient_descent(lambda x: self._predict(x, z), start, num_steps, step_size).sample
+        elif num_steps > 1 and not descends:
             sample = euler(lambda x, time: self._predict(x, z, time), start, num_steps).sample
         else:
             level = torch.full((z.shape[0],), dynamics.noise_level, device=z.device)
             time = level if dynamics.conditions_on_time else None
             sample = dynamics.clean_estimate(start, self._predict(start, z, time), level)
+            if isinstance(dynamics, EquilibriumMatching) and num_steps > 1:
+                eta = 1.0 / dynamics.stiffness
+                sample = gradient_descent(lambda x: self._predict(x, z), sample, num_steps - 1, eta).sample
         sample = sample.to(self.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -246,10 +250,13 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             save_directory: a folder, made if need be.
             kwargs: diffusers' saving arguments, such as `variant` and `max_shard_size`.
         """
+        variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+        # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
+        Path(save_directory, f"{WEIGHTS}.safetensors.index{variant}.json").unlink(missing_ok=True)
         super().save_pretrained(save_directory, **kwargs)
         # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
         mode = Path(save_directory, "config.json").stat().st_mode
-        for file in Path(save_directory).glob("*.safetensors"):
+        for file in Path(save_directory).glob(f"{WEIGHTS}*.safetensors"):
             file.chmod(mode)
 
     @classmethod
@@ -288,11 +295,11 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in cls.from_config(config).state_dict().items()}
         suffix = f".{variant}" if variant else ""
-        index = folder / f"diffusion_pytorch_model.safetensors.index{suffix}.json"
+        index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
         if index.is_file():
             check_tensors(shard_files(index), expected)
         else:
-            check_tensors([folder / f"diffusion_pytorch_model{suffix}.safetensors"], expected)
+            check_tensors([folder / f"{WEIGHTS}{suffix}.safetensors"], expected)
 
     @classmethod
     def extract_init_dict(
@@ -349,21 +356,8 @@ def _resolve(part: str, given: Mapping[str, Any] | None, handed_over: Sequence[s
     _check_names(f"setting of {class_name}", settings, defaults)
     hints = get_type_hints(COMPONENTS[part][class_name].__init__)  # type: ignore[misc]
     for name, value in settings.items():
-        _check_type(f"{name} of {class_name}", value, hints[name])
+        check_type(f"{name} of {class_name}", value, hints[name])
     return {"class_path": class_name, "init_args": {**defaults, **settings}}
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value that is not of its setting's type: to Python the string "false" would be true."""
-    # Python takes a bool for an int, typeguard with it.
-    wrong = isinstance(value, bool) and hint not in (bool, bool | None)
-    try:
-        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-    except TypeCheckError:
-        wrong = True
-    if wrong:
-        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-        raise InputError(f"{name} is {value!r}; it must be of type {re.sub(r'[a-z_]+[.]', '', wanted)}")
 
 
 def _build(part: str, resolved: Mapping[str, Any], handed_over: Mapping[str, Any]) -> Any:

@@ -1,7 +1,9 @@
 """The one exception that means "what you gave is wrong", as opposed to a bug in this package."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -38,3 +40,27 @@ def check_at_least(smallest: int, **values: int) -> None:
     for name, value in values.items():
         if value < smallest:
             raise InputError(f"{name} is {value}; it must be at least {smallest}")
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value that is not of its setting's type: to Python the string "false" would be true.
+
+    Args:
+        name: of the setting, for the message.
+        value: what was given.
+        hint: the type hint that it must fit; a bool fits bool alone.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    from typeguard import CollectionCheckStrategy, TypeCheckError
+    from typeguard import check_type as check
+
+    wrong = isinstance(value, bool) and hint not in (bool, bool | None)
+    try:
+        check(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        wrong = True
+    if wrong:
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+        raise InputError(f"{name} is {value!r}; it must be of type {re.sub(r'[a-z_]+[.]', '', wanted)}")

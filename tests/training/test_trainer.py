@@ -133,6 +133,11 @@ def test_learning_rate_warms_up_and_decays():
         ({"warmup": 1.0}, "warmup"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"precision": "float61"}, "float61"),
+        ({"lr": "3e-4"}, "lr is '3e-4'"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"crop_scale": (2.0, 0.1)}, "crop_scale"),
+        ({"crop_scale": (0.1, 2.0)}, "crop_scale"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_bad_settings_are_named(settings, name):

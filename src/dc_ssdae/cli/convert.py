@@ -44,7 +44,8 @@ def _convert_original(args: Namespace) -> None:
     model = convert_original(args.checkpoint, args.preset)
     with torch.device("meta"):
         preset = DCSSDAE.from_preset(args.preset)
-    model.to(getattr(torch, args.dtype)).save_pretrained(args.out)
+    # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
+    torch.nn.Module.to(model, getattr(torch, args.dtype)).save_pretrained(args.out)
     for part in ("encoder", "decoder"):
         theirs, ours = model.config[part]["init_args"], preset.config[part]["init_args"]
         for name in theirs:

@@ -46,8 +46,18 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, evaluate, save and report."""
+    """Train, evaluate, save and report; gives the exit code."""
     device = select_device(args.device)
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        return _run(args, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args: argparse.Namespace, device: "torch.device") -> int:
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dc_ssdae.dynamics import Corruption, Dynamics
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, check_type
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses.kl import kl_loss
 
@@ -20,8 +20,11 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         for name in ("dynamics", "kl"):
+            check_type(f"loss weight {name}", getattr(self, name), float)
             if not getattr(self, name) >= 0.0:
                 raise InputError(f"loss weight {name} is {getattr(self, name)}; it must be 0 or more")
+        if not self.dynamics and not self.kl:
+            raise InputError("every loss weight is 0: there is nothing to train")
 
 
 class Losses(NamedTuple):
@@ -52,7 +55,5 @@ def total_loss(
         terms["dynamics"] = dynamics.loss(record, prediction).mean()
     if weights.kl:
         terms["kl"] = kl_loss(posterior)
-    if not terms:
-        raise InputError("every loss weight is 0: there is nothing to train")
     total = sum((getattr(weights, name) * term for name, term in terms.items()), start=prediction.new_zeros(()))
     return Losses(total, terms)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dc_ssdae.errors import InputError
+
 
 def average_channel_groups(x: Tensor, channels: int) -> Tensor:
     """Mean of each group of consecutive channels: (B, C, H, W) -> (B, channels, H, W), C a multiple of channels."""
@@ -119,3 +121,31 @@ class ConditionedResidualBlock(nn.Module):
             scale, shift = self.time_scale_shift(F.silu(time))[:, :, None, None].chunk(2, dim=1)
             y = y * (1.0 + scale) + shift
         return self.shortcut(x) + self.conv2(F.silu(y))
+
+
+def check_downsample_factor(factor: int) -> int:
+    """Return log2 of f.
+
+    Raises:
+        InputError: f is no power of two from 8 on.
+    """
+    if factor < 8 or factor & (factor - 1):
+        raise InputError(f"downsample_factor is {factor}; it must be a power of two from 8 on (8, 16, 32, 64, 128, …)")
+    return factor.bit_length() - 1
+
+
+def check_image(x: Tensor, factor: int) -> None:
+    """Refuse what is not (B, 3, H, W) with H and W multiples of f.
+
+    Raises:
+        InputError: names the shape and the nearest one that would fit.
+    """
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise InputError(f"an image batch has shape (B, 3, H, W), not {tuple(x.shape)}")
+    height, width = x.shape[-2:]
+    if height % factor or width % factor or not height or not width:
+        fit = tuple(max(side + -side % factor, factor) for side in (height, width))
+        raise InputError(
+            f"image of {height}×{width} pixels: both sides must be multiples of f = {factor}; "
+            f"pad it to {fit[0]}×{fit[1]}"
+        )

@@ -11,8 +11,12 @@ from torch.nn import functional as F
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.attention import LinearAttention
-from dc_ssdae.networks.blocks import SpaceToChannelDownsample, average_channel_groups
-from dc_ssdae.networks.kl_encoder import check_downsample_factor, check_image
+from dc_ssdae.networks.blocks import (
+    SpaceToChannelDownsample,
+    average_channel_groups,
+    check_downsample_factor,
+    check_image,
+)
 from dc_ssdae.networks.norms import ChannelRMSNorm
 
 BlockType = Literal["ResBlock", "EfficientViTBlock"]

@@ -11,12 +11,10 @@ from torch.nn import functional as F
 
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 from dc_ssdae.networks.attention import WindowedSelfAttention
-from dc_ssdae.networks.blocks import ConditionedResidualBlock, conv3_of_upsampled
+from dc_ssdae.networks.blocks import ConditionedResidualBlock, check_downsample_factor, conv3_of_upsampled
 from dc_ssdae.networks.norms import GlobalBatchNorm2d
 
 TIME_SCALE = 1000.0
-PATCH = 8
-"""Side in pixels of what one token of the middle stands for: three halvings between four levels."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ class UViTDecoder(nn.Module):
         super().__init__()
         if size not in SIZES:
             raise unknown_name("size of UViTDecoder", size, SIZES)
-        if downsample_factor < PATCH or downsample_factor & (downsample_factor - 1):
-            raise InputError(f"downsample_factor is {downsample_factor}; it must be a power of two from {PATCH} on")
+        check_downsample_factor(downsample_factor)
         preset = SIZES[size]
         channels = preset.channels if channels is None else channels
         multipliers = preset.multipliers if multipliers is None else multipliers

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_type, unknown_name
 from dc_ssdae.losses import LossWeights
 
 PRECISIONS = ("float32", "bfloat16")
@@ -42,6 +42,9 @@ class TrainingConfig:
     loss_weights: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for entry in fields(self):
+            check_type(f"training.{entry.name}", getattr(self, entry.name), hints[entry.name])
         if (self.steps is None) == (self.minutes is None):
             raise InputError("give training.steps or training.minutes, one of the two")
         for name in ("image_size", "batch_size", "steps", "minutes", "lr", "gradient_clip"):
@@ -50,6 +53,10 @@ class TrainingConfig:
                 raise InputError(f"training.{name} is {value}; it must be positive")
         if self.precision not in PRECISIONS:
             raise unknown_name("training precision", self.precision, PRECISIONS)
+        if not 0.0 < self.crop_scale[0] <= self.crop_scale[1] <= 1.0:
+            raise InputError(f"training.crop_scale is {self.crop_scale}; it is (low, high) with 0 < low <= high <= 1")
+        if self.seed < 0:
+            raise InputError(f"training.seed is {self.seed}; it must be 0 or more")
         if not 0.0 <= self.warmup < 1.0:
             raise InputError(f"training.warmup is {self.warmup}; it is a share of the budget, from 0 to below 1")
         if self.weight_decay < 0.0:
@@ -67,7 +74,7 @@ class TrainingConfig:
             if name not in names:
                 raise unknown_name("training setting", name, names)
         values = dict(settings)
-        if "crop_scale" in values:
+        if isinstance(values.get("crop_scale"), list):
             values["crop_scale"] = tuple(values["crop_scale"])
         if isinstance(values.get("loss_weights"), Mapping):
             weights = values["loss_weights"]
