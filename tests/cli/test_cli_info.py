@@ -13,6 +13,8 @@ from cli_samples import save_model
 from dc_ssdae import DCSSDAE
 from dc_ssdae.presets import list_presets, load_preset
 
+DTYPES = ("float32", "bfloat16")
+
 
 @pytest.fixture(autouse=True)
 def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +126,29 @@ def test_folders_without_a_whole_model_are_one_line(run: Callable, model_dir: Pa
     settings["latent_chanels"] = settings.pop("latent_channels")
     config.write_text(json.dumps(settings))
     assert "'latent_chanels' (did you mean 'latent_channels'?)" in message(copy)
+
+
+def test_weights_memory_follows_the_dtype(run: Callable, model_dir: Path) -> None:
+    wide, narrow = (json.loads("\n".join(run("info", model_dir, "--json", "--dtype", d).out)) for d in DTYPES)
+    assert wide["seconds"] is None
+    # All but the batch norm's counter halves.
+    assert narrow["weights_mebibytes"] == pytest.approx(wide["weights_mebibytes"] / 2, rel=1e-4)
+    assert wide["weights_mebibytes"] > 4 * wide["parameters"]["total"] / 2**20
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["preset", "folder"])
+def test_a_device_adds_times(kind: str, dtype: str, run: Callable, model_dir: Path) -> None:
+    name = "demo" if kind == "preset" else model_dir
+    outcome = run("info", name, "--device", "cpu", "--dtype", dtype)
+    assert outcome.code == 0
+    assert not outcome.err
+    assert max(map(len, outcome.out)) <= 80
+    assert sum(line.startswith("One 256 px image on cpu, median of 3: encode ") for line in outcome.out) == 1
+
+
+def test_a_device_that_is_not_there_is_refused(run: Callable) -> None:
+    outcome = run("info", "demo", "--device", "cuda:99")
+    assert outcome.code == 2
+    assert len(outcome.err) == 1
+    assert "no device 'cuda:99'" in outcome.err[0]

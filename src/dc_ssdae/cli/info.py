@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import say
-from dc_ssdae.cli.parser import CommandParser, filled
+from dc_ssdae.cli.common import add_dtype_option, say, select_device
+from dc_ssdae.cli.parser import CommandParser, device_name, filled
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.presets import list_presets, load_preset
 
@@ -29,6 +29,10 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "model", nargs="?", type=filled, metavar="PRESET|DIR", help="a preset's name, or a saved model's folder"
     )
+    parser.add_argument(
+        "--device", type=device_name, help="also time encode and one decode step there: auto, cpu, cuda, cuda:N or mps"
+    )
+    add_dtype_option(parser, "of the weights whose memory is told, and of what is timed")
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser
 
@@ -39,7 +43,7 @@ def run(args: Namespace) -> int:
         presets = _presets()
         say(json.dumps(presets, indent=2) if args.json else _list_as_text(presets))
     else:
-        profile = _profile(args.model)
+        profile = _profile(args.model, args.dtype, args.device)
         say(json.dumps(profile, indent=2) if args.json else _profile_as_text(profile))
     return 0
 
@@ -53,7 +57,7 @@ def _presets() -> list[dict[str, Any]]:
     return listing
 
 
-def _profile(name: str) -> dict[str, Any]:
+def _profile(name: str, dtype: str, device: str | None) -> dict[str, Any]:
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
@@ -78,10 +82,37 @@ def _profile(name: str) -> dict[str, Any]:
         "latent_channels": model.config.latent_channels,
         "compression_ratio": compression_ratio(model),
         "parameters": count_parameters(model),
+        "weights_mebibytes": _mebibytes(model, dtype),
+        "dtype": dtype,
         "sizes": {str(size): _at_size(model, size) for size in SIZES},
+        "seconds": None if device is None else _seconds(name, dtype, device),
         **{part: _settings(model.config[part]) for part in ("encoder", "decoder", "dynamics")},
         "weights": weights,
     }
+
+
+def _mebibytes(model: "DCSSDAE", dtype: str) -> float:
+    import torch
+
+    wide, state = getattr(torch, dtype), model.state_dict().values()
+    return sum(t.numel() * (wide if t.is_floating_point() else t.dtype).itemsize for t in state) / 2**20
+
+
+def _seconds(name: str, dtype: str, device: str) -> dict[str, Any]:
+    """Time a preset with random weights, or a folder's model, at the smallest of SIZES that is a multiple of f."""
+    import torch
+
+    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.evaluation.profile import measure_seconds
+
+    where, weights = select_device(device), getattr(torch, dtype)
+    if name in list_presets():
+        model = torch.nn.Module.to(DCSSDAE.from_preset(name), device=where, dtype=weights)
+    else:
+        model = DCSSDAE.from_pretrained(name, torch_dtype=weights).to(where)
+    factor = model.config.downsample_factor
+    size = next((size for size in SIZES if size % factor == 0), factor)
+    return {"device": str(where), "size": size, **measure_seconds(model, size)._asdict()}
 
 
 def _model_in(folder: Path) -> "tuple[DCSSDAE, list[str]]":
@@ -134,6 +165,7 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
         "",
         "parameters",
         *(f"  {part:8}  {count:>15,}" for part, count in profile["parameters"].items()),
+        f"weights    {profile['weights_mebibytes']:>16,.1f} MiB in {profile['dtype']}",
         "",
         f"{'image':22}" + "".join(f"{f'{size} x {size} px':>18}" for size in profile["sizes"]),
     ]
@@ -150,6 +182,11 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
         for size, at in profile["sizes"].items()
         if at is None
     ]
+    if seconds := profile["seconds"]:
+        lines.append(
+            f"One {seconds['size']} px image on {seconds['device']}, median of 3: encode "
+            f"{1000 * seconds['encode']:,.1f} ms, decode step {1000 * seconds['decode_step']:,.1f} ms."
+        )
     lines.append("")
     for part in ("encoder", "decoder", "dynamics"):
         settings = dict(profile[part])

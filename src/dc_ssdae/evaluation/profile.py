@@ -1,6 +1,9 @@
-"""What a model costs, from its architecture alone: parameters, latent shape, compression, FLOPs."""
+"""What a model costs: parameters, latent shape, compression and FLOPs from its architecture alone; time by trying."""
 
-from typing import NamedTuple
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.errors import InputError
+
+T = TypeVar("T")
 
 
 class Flops(NamedTuple):
@@ -71,3 +76,45 @@ def count_flops(model: DCSSDAE, size: int) -> Flops:
         with FlopCounterMode(display=False) as decoding:
             twin.decode(latent, noise=image)
     return Flops(encoding.get_total_flops(), decoding.get_total_flops())
+
+
+class Seconds(NamedTuple):
+    """Seconds that one image takes: `encode`, and one `decode_step`."""
+
+    encode: float
+    decode_step: float
+
+
+@torch.inference_mode()
+def measure_seconds(model: DCSSDAE, size: int, repeats: int = 3) -> Seconds:
+    """Time encode and a decode in one step of one image, on the model's device and in its dtype.
+
+    Args:
+        model: in eval mode.
+        size: the image's side in pixels, a multiple of f.
+        repeats: timed runs, after one that is not timed; the median counts.
+    """
+    x = torch.zeros(1, 3, size, size, device=model.device)
+    z, encode = timed(lambda: model.encode(x).latent_dist.mode(), model.device, repeats)
+    _, decode_step = timed(lambda: model.decode(z).sample, model.device, repeats)
+    return Seconds(encode, decode_step)
+
+
+def timed(run: Callable[[], T], device: torch.device, repeats: int) -> tuple[T, float]:
+    """Run something once untimed and `repeats` times timed; gives its result and the median seconds."""
+    result = run()
+    seconds = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        result = run()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return result, statistics.median(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

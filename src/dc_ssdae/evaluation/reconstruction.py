@@ -1,10 +1,5 @@
 """Encode and decode one photo of any size, and measure it against the bicubic baseline."""
 
-import statistics
-import time
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
@@ -13,9 +8,8 @@ from dc_ssdae.data.images import to_model_range, to_uint8
 from dc_ssdae.data.transforms import crop_to, pad_to_multiple
 from dc_ssdae.evaluation.baseline import bicubic_baseline
 from dc_ssdae.evaluation.metrics import psnr, ssim
+from dc_ssdae.evaluation.profile import timed
 from dc_ssdae.evaluation.report import PhotoResult
-
-T = TypeVar("T")
 
 
 @torch.inference_mode()
@@ -31,8 +25,8 @@ def measure_photo(model: DCSSDAE, name: str, pixels: Tensor, repeats: int = 3) -
     device = next(model.parameters()).device
     x, size = pad_to_multiple(to_model_range(pixels)[None], model.config.downsample_factor)
     x = x.to(device)
-    z, encode_seconds = _timed(lambda: model.encode(x).latent_dist.mode(), device, repeats)
-    y, decode_seconds = _timed(lambda: model.decode(z).sample, device, repeats)
+    z, encode_seconds = timed(lambda: model.encode(x).latent_dist.mode(), device, repeats)
+    y, decode_seconds = timed(lambda: model.decode(z).sample, device, repeats)
     reconstruction = to_uint8(crop_to(y[0], size).cpu())
     baseline = bicubic_baseline(pixels, z[0].numel())
     return PhotoResult(
@@ -49,22 +43,3 @@ def measure_photo(model: DCSSDAE, name: str, pixels: Tensor, repeats: int = 3) -
         encode_seconds=encode_seconds,
         decode_seconds=decode_seconds,
     )
-
-
-def _timed(run: Callable[[], T], device: torch.device, repeats: int) -> tuple[T, float]:
-    result = run()
-    seconds = []
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        result = run()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return result, statistics.median(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
