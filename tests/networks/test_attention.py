@@ -246,6 +246,18 @@ def test_no_tensor_over_all_pairs_just_above_the_limit() -> None:
     assert largest_tensor(heads, side, 8) < heads * side**4
 
 
+def test_memory_of_the_kl_encoders_attention_grows_linearly() -> None:
+    module = SpatialSelfAttention(64)
+    largest = {}
+    for side in (48, 96):
+        x = torch.randn(1, 64, side, side, requires_grad=True)
+        with LargestTensor() as recorder:
+            module(x).square().sum().backward()
+        largest[side] = recorder.numel
+    assert largest[48] < 2304 * 2304
+    assert largest[96] / largest[48] <= 4.5
+
+
 def test_the_recorder_sees_a_tensor_over_all_pairs() -> None:
     module = windowed_attention(8, 2, 3)
     with LargestTensor() as largest, torch.no_grad():

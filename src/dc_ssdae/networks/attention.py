@@ -168,8 +168,10 @@ class SpatialSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
+        # Contiguous, because PyTorch's fused kernels, which never hold all pairs at once, take nothing else.
         query, key, value = (
-            layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.query, self.key, self.value)
+            layer(normed).flatten(2).transpose(1, 2)[:, None].contiguous()
+            for layer in (self.query, self.key, self.value)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.out(attended[:, 0].transpose(1, 2).reshape(x.shape))
