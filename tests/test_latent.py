@@ -132,3 +132,28 @@ def test_noise_is_standard_normal() -> None:
     noise = draw_noise((4, 3, 100, 100), torch.Generator().manual_seed(0))
     assert abs(noise.mean().item()) < 5.0 / math.sqrt(noise.numel())
     assert abs(noise.var().item() - 1.0) < 5.0 * math.sqrt(2.0 / noise.numel())
+
+
+def test_sample_takes_noise() -> None:
+    mean, logvar, noise = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    posterior = DiagonalGaussian(mean, logvar)
+    sample = posterior.sample(noise=noise)
+    torch.testing.assert_close(sample, mean + (0.5 * logvar).exp() * noise, atol=1e-6, rtol=0.0)
+    drawn = draw_noise((2, 3, 4, 5), torch.Generator().manual_seed(3))
+    assert torch.equal(posterior.sample(noise=drawn), posterior.sample(torch.Generator().manual_seed(3)))
+
+
+def test_noise_keeps_its_precision_beside_a_half_precision_mean() -> None:
+    mean, noise = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16), torch.randn(1, 1, 8, 8)
+    sample = DiagonalGaussian(mean, mean).sample(noise=noise)
+    assert sample.dtype == torch.bfloat16
+    assert torch.equal(sample, noise.bfloat16())
+
+
+@pytest.mark.parametrize("logvar", [torch.zeros(2, 3, 4, 5), None], ids=["variance", "point"])
+def test_noise_that_does_not_fit_is_refused(logvar: torch.Tensor | None) -> None:
+    posterior = DiagonalGaussian(torch.zeros(2, 3, 4, 5), logvar)
+    with pytest.raises(InputError, match=r"noise has shape \(1, 3, 4, 5\); this latent needs \(2, 3, 4, 5\)"):
+        posterior.sample(noise=torch.zeros(1, 3, 4, 5))
+    with pytest.raises(InputError, match="noise or generator, not both"):
+        posterior.sample(torch.Generator(), noise=torch.zeros(2, 3, 4, 5))

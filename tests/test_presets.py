@@ -1,6 +1,8 @@
 """Presets: what their files may say, and that every model they describe starts healthy."""
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,11 @@ from torch.nn import functional as F
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.autoencoder import COMPONENTS, DEFAULT_CLASSES
-from dc_ssdae.losses import LossWeights, total_loss
+from dc_ssdae.losses import StepOutputs
 from dc_ssdae.networks import DCEncoder
 from dc_ssdae.presets import list_presets, load_preset
+from dc_ssdae.training.build import build_objective
+from dc_ssdae.training.config import BUILT_IN_LOSSES, DataConfig, RunConfig, TrainingConfig
 
 REQUIRED = {
     "vq_f8c4_fm",
@@ -45,6 +49,7 @@ def photo(side: int) -> Tensor:
 def test_every_loss_is_finite_at_initialisation(name: str) -> None:
     """And KL is at most 10 per latent dimension, on a photo in float32 and on uniform noise under autocast."""
     model = DCSSDAE.from_preset(name).train()
+    objective = build_objective(RunConfig.from_mapping(load_preset(name)).losses)
     side = 256 if model.config.downsample_factor == 128 else 128
     for autocast, x in ((False, photo(side)), (True, 2.0 * torch.rand(1, 3, side, side) - 1.0)):
         level = torch.tensor([0.4])
@@ -53,7 +58,7 @@ def test_every_loss_is_finite_at_initialisation(name: str) -> None:
             record = model.dynamics.corrupt(x, torch.randn_like(x), level)
             time = level if model.dynamics.conditions_on_time else None
             prediction = model.decoder(record.x_level, posterior.sample(), time)
-            losses = total_loss(model.dynamics, record, prediction, posterior, LossWeights())
+            losses = objective(StepOutputs(model.dynamics, record, prediction, posterior))
         assert set(losses.terms) == {"dynamics", "kl"}
         for term, value in (*losses.terms.items(), ("total", losses.total)):
             assert value.isfinite(), f"{term} is {value} with autocast={autocast}"
@@ -107,9 +112,49 @@ def stated_defaults(model: dict[str, Any]) -> list[str]:
     return found
 
 
+def stated_run_defaults(preset: Mapping[str, Any]) -> list[str]:
+    """Settings of a run, in a preset or another mapping, that say what would hold without them."""
+    found = []
+    for section, kind in {"data": DataConfig, "training": TrainingConfig}.items():
+        given = preset.get(section, {})
+        for entry in fields(kind):
+            default = entry.default_factory() if entry.default is MISSING else entry.default  # type: ignore[misc]
+            default = list(default) if isinstance(default, tuple) else default
+            if entry.name in given and given[entry.name] == default:
+                found.append(f"{section}.{entry.name}: {default}")
+    for name, loss in preset.get("losses", {}).items():
+        weight = loss.get("weight") if isinstance(loss, Mapping) else loss
+        if weight == BUILT_IN_LOSSES.get(name, 1.0):
+            found.append(f"losses.{name}: {weight}")
+    return found
+
+
 @each_preset
 def test_a_preset_states_only_what_differs_from_the_defaults(name: str) -> None:
-    assert stated_defaults(load_preset(name)["model"]) == []
+    preset = load_preset(name)
+    assert stated_defaults(preset["model"]) == []
+    assert stated_run_defaults(preset) == []
+    assert all(preset.values()), "an empty section states nothing"
+
+
+def test_stated_defaults_are_found() -> None:
+    stated = {
+        "data": {"image_size": 256, "root": "x"},
+        "training": {"betas": [0.9, 0.999], "lr": 1.0},
+        "losses": {"kl": 1e-6, "dynamics": {"weight": 1.0}, "own": {"weight": 2.0}},
+    }
+    found = ["data.image_size: 256", "training.betas: [0.9, 0.999]", "losses.kl: 1e-06", "losses.dynamics: 1.0"]
+    assert stated_run_defaults(stated) == found
+    assert stated_defaults({"encoder": {"class_path": "DCEncoder"}}) == ["encoder.class_path: DCEncoder"]
+
+
+@each_preset
+def test_a_preset_is_a_whole_run(name: str) -> None:
+    """Together with the folder of images; the paper's presets take every setting of the loop from the defaults."""
+    config = RunConfig.from_mapping(load_preset(name))
+    if name != "demo":
+        assert config.training == TrainingConfig()
+        assert config.data == DataConfig()
 
 
 def test_an_unknown_preset_suggests_a_name() -> None:

@@ -2,36 +2,50 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from dc_ssdae.components import (
+    COMPONENTS,
+    DEFAULT_CLASSES,
+    HANDED_OVER,
+    build_part,
+    check_classes,
+    check_names,
+    check_posterior,
+    find_class,
+    resolve_part,
+)
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
-from dc_ssdae.errors import InputError, check_at_least, check_type, unknown_name
+from dc_ssdae.errors import InputError, check_at_least, check_type
 from dc_ssdae.latent import DiagonalGaussian, draw_noise
-from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
+from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.presets import load_preset
 from dc_ssdae.samplers import euler, gradient_descent
 from dc_ssdae.samplers.result import check_num_steps
 from dc_ssdae.weights import check_tensors, shard_files
 
-COMPONENTS: Mapping[str, Mapping[str, type]] = {
-    "encoder": {"DCEncoder": DCEncoder, "KLEncoder": KLEncoder},
-    "decoder": {"UViTDecoder": UViTDecoder},
-    "dynamics": {"EquilibriumMatching": EquilibriumMatching, "FlowMatching": FlowMatching},
-}
-"""The classes that a config may name. A name is looked up here and nowhere else: a config never imports code."""
-
-DEFAULT_CLASSES = {"encoder": "DCEncoder", "decoder": "UViTDecoder", "dynamics": "EquilibriumMatching"}
+__all__ = [
+    "COMPONENTS",
+    "DCSSDAE",
+    "DEFAULT_CLASSES",
+    "EncoderOutput",
+    "build_without_weights",
+    "model_folder",
+    "read_config",
+]
 
 DEFAULT_NOISE_SEED = 0
 
@@ -64,13 +78,25 @@ class EncoderOutput(BaseOutput):
     latent_dist: DiagonalGaussian
 
 
+@dataclass
+class DecoderOutput(BaseOutput):
+    """What `DCSSDAE.decode` gives: images (B, 3, H, W). diffusers has such a class, which takes seconds to import."""
+
+    sample: Tensor
+
+
 class DCSSDAE(ModelMixin, ConfigMixin):
     """An autoencoder whose decoder is a one-step diffusion model (SPEC section 1).
 
-    Each of `encoder`, `decoder` and `dynamics` is a mapping with `class_path`, one of the names in `COMPONENTS`, and
-    `init_args`, the settings of that class. What is left out takes its default; the defaults stand in `config` and
-    are saved, so that changing one later does not change a saved model. A setting that is None there follows from
-    the `size` or `architecture` beside it.
+    Each of `encoder`, `decoder` and `dynamics` is a mapping with `class_path`, one of the names in `COMPONENTS` or
+    a class of your own as module.Class, and `init_args`, the settings of that class. What is left out takes its
+    default; the defaults stand in `config` and are saved, so that changing one later does not change a saved model.
+    A setting that is None there follows from the `size` or `architecture` beside it.
+
+    A class of your own must be imported, or be among `classes`; no name in a config ever imports anything. Its
+    constructor takes `latent_channels` and `downsample_factor`, a decoder's also `time_conditioning` (a dynamics'
+    none of them), and settings that JSON can hold. An encoder's forward gives a `DiagonalGaussian`; a decoder is
+    called with x, z and time; a dynamics has what `dc_ssdae.dynamics.Dynamics` lists.
 
     Args:
         latent_channels: c; handed to encoder and decoder.
@@ -78,17 +104,18 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         encoder: DCEncoder by default.
         decoder: UViTDecoder by default; conditioned on time where the dynamics asks for it.
         dynamics: EquilibriumMatching by default.
+        classes: classes of your own that `class_path` may name, by module.Class or, if they have moved to another
+            module, by their bare name. Not part of the config.
 
     Raises:
         InputError: a class or setting is unknown or does not fit the others; names it and what would be right.
     """
 
     _internal_dict: FrozenDict
-    _GIVEN: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "encoder": ("latent_channels", "downsample_factor"),
-        "decoder": ("latent_channels", "downsample_factor", "time_conditioning"),
-        "dynamics": (),
-    }
+    encoder: nn.Module
+    decoder: UViTDecoder
+    _supports_gradient_checkpointing = True
+    ignore_for_config: ClassVar[list[str]] = ["classes"]
 
     @register_to_config
     def __init__(
@@ -98,36 +125,42 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         encoder: Mapping[str, Any] | None = None,
         decoder: Mapping[str, Any] | None = None,
         dynamics: Mapping[str, Any] | None = None,
+        classes: Iterable[type] = (),
     ) -> None:
         super().__init__()
         check_type("latent_channels", latent_channels, int)
         check_type("downsample_factor", downsample_factor, int)
         check_at_least(1, latent_channels=latent_channels)
+        classes = check_classes(classes)
         parts = {"encoder": encoder, "decoder": decoder, "dynamics": dynamics}
-        resolved = {part: _resolve(part, given, self._GIVEN[part]) for part, given in parts.items()}
+        resolved = {part: resolve_part(part, given, classes) for part, given in parts.items()}
         # diffusers would drop on reload what it lists as left at its default; the resolved settings are to stay.
         registered = {key: value for key, value in self._internal_dict.items() if key != "_use_default_values"}
         self._internal_dict = FrozenDict({**registered, **resolved})
 
-        shape = {"latent_channels": latent_channels, "downsample_factor": downsample_factor}
-        self.dynamics: Dynamics = _build("dynamics", resolved["dynamics"], {})
-        self.encoder: nn.Module = _build("encoder", resolved["encoder"], shape)
-        self.decoder: UViTDecoder = _build(
-            "decoder", resolved["decoder"], {**shape, "time_conditioning": self.dynamics.conditions_on_time}
-        )
+        self.dynamics: Dynamics = build_part("dynamics", resolved["dynamics"], {}, classes)
+        following = {
+            "latent_channels": latent_channels,
+            "downsample_factor": downsample_factor,
+            "time_conditioning": self.dynamics.conditions_on_time,
+        }
+        for part in ("encoder", "decoder"):
+            handed_over = {name: following[name] for name in HANDED_OVER[part]}
+            setattr(self, part, build_part(part, resolved[part], handed_over, classes))
 
     def __getattr__(self, name: str) -> Any:
         # diffusers' own version answers with the config's entry of that name, which would hide encoder and decoder.
         return nn.Module.__getattr__(self, name)
 
     @classmethod
-    def from_preset(cls, name: str, **settings: Any) -> "DCSSDAE":
+    def from_preset(cls, name: str, classes: Iterable[type] = (), **settings: Any) -> "DCSSDAE":
         """Build a preset with fresh random weights, in eval mode.
 
         Args:
             name: one of `dc_ssdae.presets.list_presets()`.
+            classes: as the constructor's.
             settings: what to change: `latent_channels`, `downsample_factor`, or, by part, a mapping of that
-                class's settings, for example `encoder={"norm": "none"}`.
+                class's settings, for example `encoder={"norm": "none"}`. One with `class_path` replaces the part.
 
         Raises:
             InputError: the preset or a setting is unknown.
@@ -138,11 +171,23 @@ class DCSSDAE(ModelMixin, ConfigMixin):
                 if not isinstance(value, Mapping):
                     raise InputError(f"{key} is {value!r}; it must be a mapping of that part's settings")
                 part = dict(config.get(key) or {})
-                config[key] = {**part, "init_args": {**(part.get("init_args") or {}), **value}}
+                merged = {**part, "init_args": {**(part.get("init_args") or {}), **value}}
+                config[key] = value if "class_path" in value else merged
             else:
                 config[key] = value
-        _check_names("setting of DCSSDAE", config, _config_names())
-        return cls(**config).eval()
+        check_names("setting of DCSSDAE", config, _config_names())
+        return cls(**config, classes=classes).eval()
+
+    def posterior(self, x: Tensor) -> DiagonalGaussian:
+        """What the encoder gives for images x (B, 3, H, W) of the model's dtype; `encode` without the wrapping.
+
+        Raises:
+            InputError: a user's encoder gives something else than a Gaussian over (B, c, H/f, W/f).
+        """
+        config = self.config
+        return check_posterior(
+            self.encoder(x), config.encoder["class_path"], x, config.latent_channels, config.downsample_factor
+        )
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussian]:
@@ -153,11 +198,12 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             return_dict: give an output with `latent_dist`; False gives a tuple of it.
 
         Raises:
-            InputError: the shape does not fit, or the images are no floating-point numbers.
+            InputError: the shape does not fit, or the images are no floating-point numbers; or an encoder of your
+                own gives something else.
         """
         if not x.is_floating_point():
             raise InputError(f"images are floating-point numbers in [-1, 1], not {x.dtype}; scale them first")
-        posterior = self.encoder(x.to(self.dtype))
+        posterior = self.posterior(x.to(self.dtype))
         return EncoderOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -202,6 +248,11 @@ class DCSSDAE(ModelMixin, ConfigMixin):
                 raise InputError("step_size is for several steps of equilibrium matching; leave it out here")
             sample = gradient_descent(lambda x: self._predict(x, z), start, num_steps, step_size).sample
         elif num_steps > 1 and not descends:
+            if not isinstance(dynamics, FlowMatching):
+                raise InputError(
+                    f"num_steps is {num_steps}; several steps are for EquilibriumMatching, FlowMatching and classes "
+                    f"derived from them, which {type(dynamics).__name__} is not"
+                )
             sample = euler(lambda x, time: self._predict(x, z, time), start, num_steps).sample
         else:
             level = torch.full((z.shape[0],), dynamics.noise_level, device=z.device)
@@ -217,6 +268,23 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         """Reconstruct images: decode, in one step, the mode of their encoding."""
         (posterior,) = self.encode(x, return_dict=False)
         return self.decode(posterior.mode(), return_dict=return_dict)
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Compute the activations of encoder and decoder again in the backward pass instead of keeping them.
+
+        Args:
+            gradient_checkpointing_func: called with a block and its inputs in place of the block; None is
+                `torch.utils.checkpoint.checkpoint`, not re-entrant.
+
+        Raises:
+            InputError: neither encoder nor decoder has an attribute `gradient_checkpointing` to be switched.
+        """
+        if not any(hasattr(module, "gradient_checkpointing") for module in self.modules()):
+            names = " nor ".join(f"{part} {self.config[part]['class_path']}" for part in ("encoder", "decoder"))
+            raise InputError(f"neither {names} supports gradient checkpointing; leave it out")
+        # Not diffusers' own default, a local function, with which a model cannot be pickled.
+        default = partial(checkpoint, use_reentrant=False)
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or default)
 
     def _predict(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
         # The iterate stays in float32: in half precision the noise to be cancelled would lose the image's low bits.
@@ -260,28 +328,32 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             file.chmod(mode)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "DCSSDAE":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, classes: Iterable[type] = (), **kwargs: Any
+    ) -> "DCSSDAE":
         """Load a saved model, in eval mode; strict where diffusers is lenient.
 
         Args:
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id.
+            classes: as the constructor's; for classes of your own that are not imported, or have moved.
             kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`.
 
         Raises:
             InputError: an unknown argument; a config that is not this class's or has an unknown setting; a tensor
                 that is missing, left over, truncated, or of another shape. The message names it.
         """
-        _check_names("argument of from_pretrained", kwargs, LOADING_ARGUMENTS)
+        check_names("argument of from_pretrained", kwargs, ("classes", *LOADING_ARGUMENTS))
+        classes = check_classes(classes)
         if kwargs.get("use_safetensors") is False:
             raise InputError("use_safetensors=False would unpickle; convert the weights to safetensors")
         name = str(pretrained_model_name_or_path)
         if name and Path(name).is_dir():
-            cls._check_folder(Path(name, kwargs.get("subfolder") or ""), kwargs.get("variant"))
+            cls._check_folder(Path(name, kwargs.get("subfolder") or ""), kwargs.get("variant"), classes)
         elif not _may_be_on_the_hub(name):
             raise InputError(f"{name!r}: no such folder, nor the id of a model on the hub")
         model, info = super().from_pretrained(
             str(pretrained_model_name_or_path),
-            **{**kwargs, "use_safetensors": True, "output_loading_info": True},
+            **{**kwargs, "classes": classes, "use_safetensors": True, "output_loading_info": True},
         )
         problems = [f"{kind.replace('_', ' ')}: {items}" for kind, items in info.items() if items]
         if problems:
@@ -289,11 +361,11 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         return model
 
     @classmethod
-    def _check_folder(cls, folder: Path, variant: str | None) -> None:
+    def _check_folder(cls, folder: Path, variant: str | None, classes: Iterable[type]) -> None:
         """Check config and weights by their headers, before diffusers loads what it can and warns of the rest."""
         config = read_config(folder)
-        with torch.device("meta"):
-            expected = {name: tensor.shape for name, tensor in cls.from_config(config).state_dict().items()}
+        model = build_without_weights(config, classes)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         suffix = f".{variant}" if variant else ""
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
         if index.is_file():
@@ -305,17 +377,26 @@ class DCSSDAE(ModelMixin, ConfigMixin):
     def extract_init_dict(
         cls, config_dict: Mapping[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Refuse what diffusers would drop with a warning: another class's config, or an unknown setting."""
+        """Refuse what diffusers would drop with a warning: another class's config, or an unknown setting.
+
+        `from_config` calls it with its arguments; among them `classes`, as the constructor's.
+        """
+        classes = check_classes(kwargs.pop("classes", ()))
         class_name = config_dict.get("_class_name", "DCSSDAE")
         if class_name != "DCSSDAE":
             raise InputError(f"config.json is of a {class_name!r}, not of a 'DCSSDAE'")
         settings = [name for name in config_dict if not name.startswith("_")]
-        _check_names("setting in config.json", settings, _config_names())
-        _check_names("setting of DCSSDAE", kwargs, _config_names())
+        check_names("setting in config.json", settings, _config_names())
+        check_names("setting of DCSSDAE", kwargs, _config_names())
         for name in ("latent_channels", "downsample_factor"):
             if name not in config_dict and name not in kwargs:
                 raise InputError(f"config.json lacks {name}")
-        return super().extract_init_dict(config_dict, **kwargs)
+        for part in COMPONENTS:
+            given = config_dict.get(part)
+            if isinstance(given, Mapping) and part not in kwargs and "class_path" in given:
+                find_class(part, given["class_path"], classes, source="config.json")
+        init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        return {**init, "classes": classes}, unused, hidden
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -336,46 +417,47 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _resolve(part: str, given: Mapping[str, Any] | None, handed_over: Sequence[str]) -> dict[str, Any]:
-    """Fill a part's settings up with its class's defaults."""
-    given = {} if given is None else given
-    if not isinstance(given, Mapping):
-        raise InputError(f"{part} is {given!r}; it must be a mapping with class_path and init_args")
-    _check_names(f"key of {part}", given, ("class_path", "init_args"))
-    class_name = given.get("class_path", DEFAULT_CLASSES[part])
-    if not isinstance(class_name, str) or class_name not in COMPONENTS[part]:
-        raise unknown_name(f"class of {part}", class_name, COMPONENTS[part])
-    settings = {} if given.get("init_args") is None else given["init_args"]
-    if not isinstance(settings, Mapping):
-        raise InputError(f"init_args of {part} is {settings!r}; it must be a mapping")
-    signature = inspect.signature(COMPONENTS[part][class_name])
-    defaults = {name: p.default for name, p in signature.parameters.items() if name not in handed_over}
-    for name in settings:
-        if name in handed_over:
-            raise InputError(f"{name} is not a setting of {part}: it follows from the model's other settings")
-    _check_names(f"setting of {class_name}", settings, defaults)
-    hints = get_type_hints(COMPONENTS[part][class_name].__init__)  # type: ignore[misc]
-    for name, value in settings.items():
-        check_type(f"{name} of {class_name}", value, hints[name])
-    return {"class_path": class_name, "init_args": {**defaults, **settings}}
+def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = ()) -> DCSSDAE:
+    """Build a model on the meta device, for its shapes and costs.
+
+    Args:
+        config: as `read_config` gives it.
+        classes: as the constructor's.
+
+    Raises:
+        InputError: the config does not fit.
+    """
+    # Not under torch.device("meta"), where a user's constructor could read no number off a tensor.
+    with init_empty_weights():
+        model = DCSSDAE.from_config(dict(config), classes=classes)
+    # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
+    return nn.Module.to(model, "meta")
 
 
-def _build(part: str, resolved: Mapping[str, Any], handed_over: Mapping[str, Any]) -> Any:
-    component = COMPONENTS[part][resolved["class_path"]]
-    try:
-        return component(**resolved["init_args"], **handed_over)
-    except TypeError as error:
-        raise InputError(f"{resolved['class_path']}: a setting is of the wrong type: {error}") from error
+def model_folder(path: str | Path) -> Path:
+    """Find the folder of the model that a path means: its own, or `model/` in the folder of a training run.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a run's.
+
+    Returns:
+        The folder that holds config.json; `path` itself where neither does.
+
+    Raises:
+        InputError: it is a run that has not written a model yet.
+    """
+    path = Path(path)
+    if (path / "config.json").exists():
+        return path
+    model = path / "model"
+    if (path / "config.yaml").exists() and not any(model.glob(f"{WEIGHTS}*.safetensors")):
+        raise InputError(f"{path} has no model yet: the first checkpoint writes it")
+    return model if (model / "config.json").exists() else path
 
 
 def _config_names() -> list[str]:
-    return [name for name in inspect.signature(DCSSDAE.__init__).parameters if name != "self"]
-
-
-def _check_names(kind: str, given: Any, accepted: Any) -> None:
-    for name in given:
-        if name not in accepted:
-            raise unknown_name(kind, name, accepted)
+    names = inspect.signature(DCSSDAE.__init__).parameters
+    return [name for name in names if name not in ("self", *DCSSDAE.ignore_for_config)]
 
 
 def _may_be_on_the_hub(name: str) -> bool:

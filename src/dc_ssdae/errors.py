@@ -10,6 +10,10 @@ class InputError(ValueError):
     """A user's value, file or setting cannot be used; the message is one line that says what would be right."""
 
 
+class ToldElsewhere(InputError):
+    """An error that another process of the same run reports; this one ends without a word."""
+
+
 def unknown_name(kind: str, name: object, accepted: Iterable[str]) -> InputError:
     """Build the error for a name that is not among the accepted ones, with the closest match suggested.
 

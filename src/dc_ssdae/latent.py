@@ -38,21 +38,34 @@ class DiagonalGaussian:
         """The most likely latent, which is the mean: (B, c, h, w)."""
         return self.mean
 
-    def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    def sample(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Draw one latent per image by the reparameterisation trick, so that gradients reach mean and logvar.
 
         Args:
             generator: one generator for the whole batch, or one per image; None uses PyTorch's default one.
+            noise: (B, c, h, w) standard normal, cast to float32, in place of a generator.
 
         Returns:
             (B, c, h, w) in the mean's dtype.
 
         Raises:
-            InputError: the list of generators is not as long as the batch.
+            InputError: the list of generators is not as long as the batch; the noise is not of the mean's shape;
+                generator and noise are both given.
         """
+        if noise is not None:
+            if generator is not None:
+                raise InputError("give noise or generator, not both")
+            if noise.shape != self.mean.shape:
+                raise InputError(f"noise has shape {tuple(noise.shape)}; this latent needs {tuple(self.mean.shape)}")
         if self.logvar is None:
             return self.mean
-        noise = draw_noise(self.mean.shape, generator, device=self.mean.device)
+        if noise is None:
+            noise = draw_noise(self.mean.shape, generator, device=self.mean.device)
+        noise = noise.to(device=self.mean.device, dtype=torch.float32)
         std = torch.exp(0.5 * self.logvar.float())
         return (self.mean.float() + std * noise).to(self.mean.dtype)
 

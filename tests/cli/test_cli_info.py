@@ -114,7 +114,7 @@ def test_folders_without_a_whole_model_are_one_line(run: Callable, model_dir: Pa
         (line,) = outcome.err
         return line
 
-    copy = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
     weights, config = copy / "diffusion_pytorch_model.safetensors", copy / "config.json"
     assert "is a file; info takes a preset's name or a saved model's folder" in message(config)
     assert message(tmp_path).endswith("holds no model: config.json is missing")

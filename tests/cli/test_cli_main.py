@@ -48,7 +48,7 @@ def test_help_lists_every_command(run: Callable) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_parser_and_a_run(name: str, run: Callable) -> None:
     module = importlib.import_module(COMMANDS[name].module)
-    assert isinstance(module.build_parser(), CommandParser)
+    assert callable(module.build_parser().parse_args)
     assert callable(module.run)
     outcome = run(name, "--help")
     assert outcome.code == 0
@@ -68,7 +68,7 @@ def test_version_and_entry_points(run: Callable) -> None:
     ("words", "message"),
     [
         ([], "dc-ssdae: which command? dc-ssdae --help lists them"),
-        (["reconstuct"], "dc-ssdae: unknown command 'reconstuct' (did you mean 'reconstruct'?); accepted: convert, "),
+        (["reconstuct"], "dc-ssdae: unknown command 'reconstuct' (did you mean 'reconstruct'?); accepted: bench, "),
         (["xyz"], "dc-ssdae: unknown command 'xyz'; accepted: "),
         (["--debgu", "info"], "dc-ssdae: unknown option '--debgu' (did you mean '--debug'?); accepted: "),
         (["encode", "a.png", "--modle", "x"], "dc-ssdae encode: unknown option '--modle' (did you mean '--model'?)"),

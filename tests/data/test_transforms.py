@@ -9,7 +9,7 @@ from dc_ssdae.data.transforms import (
     center_crop,
     crop_to,
     pad_to_multiple,
-    random_resized_crop,
+    random_scaled_crop,
     resize_shorter_side,
 )
 from dc_ssdae.errors import InputError
@@ -130,7 +130,7 @@ def test_the_crop_depends_on_the_generator_alone() -> None:
 
     def crops(seed: int) -> torch.Tensor:
         generator = seeded(seed)
-        return torch.stack([random_resized_crop(pixels, 16, (0.2, 1.0), generator) for _ in range(10)])
+        return torch.stack([random_scaled_crop(pixels, 16, 5.0, generator) for _ in range(10)])
 
     ambient = torch.get_rng_state()
     first = crops(1)
@@ -145,9 +145,9 @@ def test_the_crop_depends_on_the_generator_alone() -> None:
 
 def test_every_call_draws_the_same_amount() -> None:
     after = set()
-    for height, width, scale in ((40, 40, (1.0, 1.0)), (40, 90, (0.1, 0.9)), (7, 5, (0.5, 0.5))):
+    for height, width, scale, flip in ((40, 40, 1.0, True), (40, 90, 10.0, False), (7, 5, 2.0, True)):
         generator = seeded(3)
-        random_resized_crop(torch.zeros(3, height, width, dtype=torch.uint8), 8, scale, generator)
+        random_scaled_crop(torch.zeros(3, height, width, dtype=torch.uint8), 8, scale, generator, flip)
         after.add(float(torch.rand((), generator=generator)))
     assert len(after) == 1
 
@@ -155,25 +155,34 @@ def test_every_call_draws_the_same_amount() -> None:
 def test_the_whole_square_comes_back_mirrored_half_of_the_time() -> None:
     pixels = torch.randint(0, 256, (3, 12, 12), generator=seeded(), dtype=torch.uint8)
     generator = seeded(5)
-    crops = [random_resized_crop(pixels, 12, (1.0, 1.0), generator) for _ in range(400)]
+    crops = [random_scaled_crop(pixels, 12, 1.0, generator) for _ in range(400)]
     mirrored = [torch.equal(crop, pixels.flip(-1)) for crop in crops]
     assert all(is_mirrored or torch.equal(crop, pixels) for crop, is_mirrored in zip(crops, mirrored, strict=True))
     assert 160 <= sum(mirrored) <= 240  # four standard deviations
 
 
+def test_without_flip_nothing_is_mirrored_and_the_rest_stays() -> None:
+    pixels = torch.randint(0, 256, (3, 30, 40), generator=seeded(), dtype=torch.uint8)
+    mirrored = 0
+    for seed in range(50):
+        crop, plain = (random_scaled_crop(pixels, 12, 2.0, seeded(seed), flip) for flip in (True, False))
+        assert torch.equal(crop, plain) or torch.equal(crop, plain.flip(-1))
+        mirrored += not torch.equal(crop, plain)
+    assert 10 < mirrored < 40
+
+
 def test_every_place_is_equally_likely() -> None:
-    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(32), indexing="ij")
-    pixels = torch.stack([rows, columns, rows]).to(torch.uint8)
-    generator = seeded(7)
-    tops, lefts = np.zeros(9), np.zeros(25)
-    for _ in range(4500):
-        crop = random_resized_crop(pixels, 8, (0.5, 0.5), generator)  # a square of 8, not resized
-        top, left = int(crop[0].min()), int(crop[1].min())
-        expected = pixels[:, top : top + 8, left : left + 8]
-        assert torch.equal(crop, expected) or torch.equal(crop, expected.flip(-1))
-        tops[top] += 1
-        lefts[left] += 1
-    assert tops.shape == (9,)
+    """At scale 1 a square of the shorter side is cut, and only its place along the longer side is drawn."""
+    columns = torch.arange(32, dtype=torch.uint8).expand(3, 8, 32).contiguous()
+    lefts, tops = np.zeros(25), np.zeros(25)
+    for pixels, counts, generator in ((columns, lefts, seeded(7)), (columns.transpose(1, 2), tops, seeded(8))):
+        for _ in range(4500):
+            crop = random_scaled_crop(pixels.contiguous(), 8, 1.0, generator)  # not resized
+            place = int(crop[0].min())
+            expected = columns[:, :, place : place + 8]
+            expected = expected if counts is lefts else expected.transpose(1, 2)
+            assert torch.equal(crop, expected) or torch.equal(crop, expected.flip(-1))
+            counts[place] += 1
     for counts in (tops, lefts):
         mean = 4500 / len(counts)
         chi_squared = float(((counts - mean) ** 2 / mean).sum())
@@ -181,35 +190,47 @@ def test_every_place_is_equally_likely() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(200, 300), (300, 200)])
-def test_the_side_is_uniform_in_the_scale_times_the_shorter_side(height: int, width: int) -> None:
+def test_the_scale_is_uniform(height: int, width: int) -> None:
+    """The shorter side is enlarged to s times the result's, s uniform in [1, aug_scale]."""
     ramp = torch.arange(width, dtype=torch.float32).expand(3, height, width).contiguous()
     generator = seeded(11)
-    sides = []
+    scales = []
     for _ in range(600):
-        crop = random_resized_crop(ramp, 16, (0.25, 0.75), generator)
+        crop = random_scaled_crop(ramp, 16, 5.0, generator)
         slope = (crop[0, 8, 11] - crop[0, 8, 4]) / 7  # source pixels per result pixel, away from the borders
-        sides.append(abs(float(slope)) * 16)
-    assert 49.5 < min(sides) < 54
-    assert 146 < max(sides) < 150.5
-    assert abs(np.mean(sides) - 100) < 5
-    assert abs(np.std(sides) - 100 / 12**0.5) < 3
+        scales.append(200 / (abs(float(slope)) * 16))
+    assert 0.99 < min(scales) < 1.04
+    assert 4.95 < max(scales) < 5.1
+    assert abs(np.mean(scales) - 3.0) < 0.2
+    assert abs(np.std(scales) - 4 / 12**0.5) < 0.1
+
+
+def test_every_part_of_the_image_is_seen() -> None:
+    rows, columns = torch.meshgrid(torch.arange(30), torch.arange(40), indexing="ij")
+    pixels = torch.stack([rows, columns, rows]).float()
+    generator = seeded(13)
+    crops = [random_scaled_crop(pixels, 15, 2.0, generator) for _ in range(400)]
+    assert min(float(crop[0].min()) for crop in crops) < 1
+    assert max(float(crop[0].max()) for crop in crops) > 28
+    assert min(float(crop[1].min()) for crop in crops) < 1
+    assert max(float(crop[1].max()) for crop in crops) > 38
 
 
 def test_small_images_are_enlarged() -> None:
     pixels = torch.full((3, 1, 4), 77, dtype=torch.uint8)
-    crop = random_resized_crop(pixels, 8, (0.1, 1.0), seeded())
+    crop = random_scaled_crop(pixels, 8, 10.0, seeded())
     assert torch.equal(crop, torch.full((3, 8, 8), 77, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1), (float("nan"), 1.0)])
-def test_the_scale_is_checked(scale: tuple[float, float]) -> None:
-    with pytest.raises(InputError, match="low, high"):
-        random_resized_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 4, scale, seeded())
+@pytest.mark.parametrize("scale", [0.99, 0.0, -2.0, float("inf"), float("nan")])
+def test_the_scale_is_checked(scale: float) -> None:
+    with pytest.raises(InputError, match=r"aug_scale is .*; it must be at least 1"):
+        random_scaled_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 4, scale, seeded())
 
 
 def test_the_image_and_size_are_checked() -> None:
     for shape in ((8, 8), (1, 8, 8), (2, 3, 8, 8)):
         with pytest.raises(InputError, match=r"\(3, H, W\)"):
-            random_resized_crop(torch.zeros(shape, dtype=torch.uint8), 4, (0.5, 1.0), seeded())
+            random_scaled_crop(torch.zeros(shape, dtype=torch.uint8), 4, 2.0, seeded())
     with pytest.raises(InputError, match="not 0"):
-        random_resized_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, (0.5, 1.0), seeded())
+        random_scaled_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 2.0, seeded())

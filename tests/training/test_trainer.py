@@ -1,159 +1,712 @@
-"""The minimal loop: reproducible, learns, tells what went wrong."""
+"""Whole runs of a tiny model: what is skipped, saved, stopped, resumed and refused."""
 
+import contextlib
+import errno
 import math
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from terms import Hooked
+from tiny import make_images, run_config, yaml_of
+from torch import Tensor
 
-from dc_ssdae import DCSSDAE, InputError
-from dc_ssdae.data.sample_photos import sample_photos
-from dc_ssdae.losses import LossWeights
-from dc_ssdae.presets import load_preset
-from dc_ssdae.training.config import TrainingConfig
-from dc_ssdae.training.randomness import image_generator
-from dc_ssdae.training.trainer import compute_losses, draw_batch, learning_rate, train
+from dc_ssdae import DCSSDAE
+from dc_ssdae.data.sources import open_sources
+from dc_ssdae.errors import InputError
+from dc_ssdae.training import checkpoint as checkpoint_module
+from dc_ssdae.training import trainer as trainer_module
+from dc_ssdae.training.build import build_model
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
+from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.distributed import start_processes
+from dc_ssdae.training.evaluation import Evaluation
+from dc_ssdae.training.launch import resume_run, start_run
+from dc_ssdae.training.logging import Loggers, read_lines
+from dc_ssdae.training.run import RunFolder, create_run
+from dc_ssdae.training.stopping import StopRequest
+from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
+
+VARIABLE = {"images_per_second", "seconds", "memory_gib"}
+HOOKED = {"hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
 
 
 @pytest.fixture(scope="module")
-def photos():
-    return [photo.pixels for photo in sample_photos("train")[:2]]
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of nine training and three validation images."""
+    root = tmp_path_factory.mktemp("images")
+    make_images(root / "train", 9)
+    make_images(root / "validation", 3, seed=1)
+    return root
 
 
-def tiny_model(**dynamics):
-    torch.manual_seed(0)
-    return DCSSDAE.from_preset("demo", decoder={"channels": 8, "multipliers": [1, 1, 2, 2]}, **dynamics)
+@pytest.fixture(scope="module")
+def photos(images: Path) -> Path:
+    """The training images alone: nothing is evaluated."""
+    return images / "train"
 
 
-def tiny_config(**settings):
-    return TrainingConfig(**{"image_size": 32, "batch_size": 2, "steps": 3, "lr": 1e-3, **settings})
+@pytest.fixture(autouse=True)
+def no_hook() -> Iterator[None]:
+    Hooked.hook = None
+    yield
+    Hooked.hook = None
 
 
-def test_two_runs_of_the_same_seed_are_bit_identical(photos):
-    first, second = tiny_model(), tiny_model()
-    records = [train(model, photos, tiny_config()) for model in (first, second)]
-    assert [r.losses for r in records[0]] == [r.losses for r in records[1]]
-    for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
-        assert torch.equal(one, other)
+def start(config: RunConfig, path: Path) -> Outcome:
+    return start_run(config, yaml_of(config), path, cpu=True)
 
 
-def test_another_seed_draws_another_batch(photos):
-    model = tiny_model()
-    batches = [draw_batch(photos, model, tiny_config(seed=seed), 0) for seed in (0, 1)]
-    assert not torch.equal(batches[0].noise, batches[1].noise)
-    assert not torch.equal(batches[0].x, batches[1].x)
+def resume(config: RunConfig, path: Path) -> Outcome | None:
+    return resume_run(config, None, path, cpu=True)
 
 
-def test_an_image_is_drawn_from_its_place_in_the_batch_alone(photos):
-    model = tiny_model()
-    small = draw_batch(photos, model, tiny_config(batch_size=2), 5)
-    large = draw_batch(photos, model, tiny_config(batch_size=4), 5)
-    for part in ("x", "noise", "level"):
-        assert torch.equal(getattr(small, part), getattr(large, part)[:2])
+def trainer_of(config: RunConfig, path: Path) -> Trainer:
+    """A trainer before its first step."""
+    create_run(path, yaml_of(config), build_model(config.model).to_json_string())
+    data = config.data
+    sources = open_sources(data.root, data.dataset, data.validation, data.cache)
+    run = RunFolder(path, config.training.keep_every)
+    return Trainer(config, run, start_processes(None, cpu=True), sources, StopRequest())
 
 
-def test_generators_of_different_places_differ():
-    draws = {
-        torch.rand(1, generator=image_generator(seed, step, index)).item()
-        for seed in range(3)
-        for step in range(20)
-        for index in range(20)
-    }
-    assert len(draws) == 3 * 20 * 20
+def last(path: Path) -> Checkpoint:
+    folder = RunFolder(path).checkpoints.last()
+    assert folder is not None
+    return read_checkpoint(folder)
 
 
-def test_training_lowers_the_loss_and_ends_in_eval_mode(photos):
-    model = tiny_model()
-    config = tiny_config(steps=60, lr=5e-3, batch_size=4)
-    unseen = draw_batch(photos, model, tiny_config(batch_size=16), 10_000)
-    before = compute_losses(model, unseen, config).terms["dynamics"].item()
-    history = train(model, photos, config)
-    after = compute_losses(model, unseen, config).terms["dynamics"].item()
-    print(f"loss {before:.4f} -> {after:.4f}")
-    assert after < 0.7 * before
-    assert not model.training
-    assert [record.step for record in history] == list(range(60))
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in line.items() if key not in VARIABLE}
+        for line in read_lines(path / "metrics.jsonl")
+    ]
 
 
-def test_the_clock_ends_a_run(photos):
-    history = train(tiny_model(), photos, tiny_config(steps=None, minutes=1e-6))
-    assert len(history) == 1
+def at(calls: Mapping[int, Callable[[], object]]) -> Callable[[int, Tensor], Tensor]:
+    """A hook that does something at some calls."""
+
+    def hook(call: int, value: Tensor) -> Tensor:
+        if call in calls:
+            calls[call]()
+        return value
+
+    return hook
 
 
-def test_flow_matching_trains_as_well(photos):
-    torch.manual_seed(0)
-    model = DCSSDAE(
-        latent_channels=4,
-        downsample_factor=8,
-        encoder={"class_path": "KLEncoder", "init_args": {"channels": 8, "norm_groups": 8}},
-        decoder={"init_args": {"channels": 8, "multipliers": [1, 1, 1, 2], "norm_groups": 8, "middle_layers": 1}},
-        dynamics={"class_path": "FlowMatching"},
-    )
-    history = train(model, photos, tiny_config())
-    assert all(math.isfinite(record.losses["total"]) for record in history)
+def times(factors: Mapping[int, float]) -> Callable[[int, Tensor], Tensor]:
+    """A hook that multiplies the value of some calls."""
+    return lambda call, value: value * factors.get(call, 1.0)
 
 
-def test_total_is_the_weighted_sum_of_the_terms(photos):
-    model = tiny_model().train()
-    config = tiny_config(loss_weights=LossWeights(dynamics=2.0, kl=0.01))
-    losses = compute_losses(model, draw_batch(photos, model, config, 0), config)
-    expected = 2.0 * losses.terms["dynamics"] + 0.01 * losses.terms["kl"]
-    torch.testing.assert_close(losses.total, expected)
+def send(number: signal.Signals, count: int = 1) -> Callable[[], None]:
+    def work() -> None:
+        for _ in range(count):
+            os.kill(os.getpid(), number)
+
+    return work
 
 
-def test_bfloat16_comes_close_to_float32(photos):
-    model = tiny_model().train()
-    batch = draw_batch(photos, model, tiny_config(), 0)
-    exact, rough = (compute_losses(model, batch, tiny_config(precision=p)) for p in ("float32", "bfloat16"))
-    assert rough.total.dtype == torch.float32
-    assert rough.total.item() != exact.total.item()
-    assert rough.total.item() == pytest.approx(exact.total.item(), rel=0.02)
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    tensors = {file: {name: t.clone() for name, t in group.items()} for file, group in checkpoint.tensors.items()}
+    return Checkpoint(tensors, {**checkpoint.state})
 
 
-def test_a_loss_that_is_not_finite_names_the_step(photos):
-    model = tiny_model()
-    with torch.no_grad():
-        model.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="step 0"):
-        train(model, photos, tiny_config())
+def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """Names of the tensors that are not bit for bit the same."""
+    assert one.tensors.keys() == other.tensors.keys()
+    found = []
+    for file, group in one.tensors.items():
+        assert group.keys() == other.tensors[file].keys()
+        found += [
+            f"{file}: {name}" for name, tensor in group.items() if not torch.equal(tensor, other.tensors[file][name])
+        ]
+    return found
 
 
-def test_learning_rate_warms_up_and_decays():
-    config = tiny_config(steps=1000, lr=1.0, warmup=0.1)
-    rates = [learning_rate(config, progress) for progress in (0.0, 0.05, 0.1, 0.55, 1.0)]
-    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
+@pytest.fixture
+def snapshots(monkeypatch: pytest.MonkeyPatch) -> list[Checkpoint]:
+    """The whole state after each step, of the trainer that `watch` is given."""
+    found: list[Checkpoint] = []
+
+    class Watching(Loggers):
+        trainer: Trainer | None = None
+
+        def step(self, entry: Mapping[str, Any]) -> None:
+            super().step(entry)
+            if Watching.trainer is not None:
+                found.append(copied(Watching.trainer.state_dict()))
+
+    monkeypatch.setattr(trainer_module, "Loggers", Watching)
+    return found
+
+
+def watch(trainer: Trainer) -> Trainer:
+    trainer_module.Loggers.trainer = trainer  # type: ignore[attr-defined]
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps that nothing disturbed."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    start(run_config(images, losses=HOOKED, evaluate_every=4), path)
+    return path
+
+
+# --- an undisturbed run ---
+
+
+def test_what_a_run_leaves_behind(whole_run: Path, images: Path) -> None:
+    assert [line["step"] for line in lines(whole_run)] == list(range(8))
+    for line in read_lines(whole_run / "metrics.jsonl"):
+        expected = {"step", "loss/total", "loss/dynamics", "loss/kl", "loss/hooked", "gradient_norm", "lr", *VARIABLE}
+        assert set(line) == expected
+        total = line["loss/dynamics"] + 1e-6 * line["loss/kl"] + 0.1 * line["loss/hooked"]
+        assert line["loss/total"] == pytest.approx(total, rel=1e-6)
+    assert [line["step"] for line in read_lines(whole_run / "evaluations.jsonl")] == [4, 8]
+    checkpoint = last(whole_run)
+    state = checkpoint.state
+    assert (state["step"], state["images_drawn"], state["epoch"], state["place_in_epoch"]) == (8, 32, 3, 5)
+    assert (state["skipped_steps"], state["images_in_data_set"], state["processes"]) == (0, 9, 1)
+    model = DCSSDAE.from_pretrained(whole_run / "model")
+    assert model.state_dict().keys() == checkpoint.tensors["ema"].keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, checkpoint.tensors["ema"][name]), name
+    assert list((whole_run / "tensorboard").iterdir())
+
+
+def test_a_users_term_trains_and_is_saved(whole_run: Path) -> None:
+    tensors = last(whole_run).tensors
+    assert float(tensors["model"]["objective.terms.hooked.value"]) != pytest.approx(0.3, abs=1e-6)
+    assert int(tensors["model"]["objective.terms.hooked.seen"]) == 32
+    assert "objective.terms.hooked.value/exp_avg" in tensors["optimizer"]
+    assert not any("hooked" in name for name in tensors["ema"])
+
+
+def test_the_same_again_is_the_same(whole_run: Path, images: Path, tmp_path: Path) -> None:
+    torch.manual_seed(77)
+    start(run_config(images, losses=HOOKED, evaluate_every=4), tmp_path / "run")
+    assert differences(last(tmp_path / "run"), last(whole_run)) == []
+    assert lines(tmp_path / "run") == lines(whole_run)
+
+
+def test_a_finished_run_is_not_gone_on_with(whole_run: Path, images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole_run, path, symlinks=True)
+    before = (path / "metrics.jsonl").read_bytes()
+    # A kill between the checkpoint and the model that it publishes.
+    (path / "model" / "diffusion_pytorch_model.safetensors").unlink()
+    (path / "checkpoints" / "half.partial").mkdir()
+    assert resume(run_config(images, losses=HOOKED), path) is None
+    assert (path / "metrics.jsonl").read_bytes() == before
+    DCSSDAE.from_pretrained(path / "model")
+    assert not list((path / "checkpoints").glob("*.partial"))
+    outcome = resume(run_config(images, losses=HOOKED, steps=9), path)
+    assert outcome == Outcome(9, None)
+
+
+# --- steps that are not finite ---
+
+
+def not_finite_total(trainer: Trainer, step: int, parts: int) -> None:
+    Hooked.hook = times({step * parts + parts - 1: math.nan})
+
+
+def not_finite_latent(trainer: Trainer, step: int, parts: int) -> None:
+    """A latent that poisons the decoder and the statistics of its batch norm."""
+    calls = 0
+
+    def poison(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal calls
+        calls += 1
+        x, z, *rest = inputs
+        return (x, z * math.inf if calls == step * parts + 1 else z, *rest)
+
+    trainer.module.model.decoder.register_forward_pre_hook(poison)
+
+
+def not_finite_gradient(trainer: Trainer, step: int, parts: int) -> None:
+    """A finite loss whose gradient is not: the root at 0."""
+    Hooked.hook = lambda call, value: value + (value * 0.0).sqrt() if call == step * parts else value
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"),
+    ("break_", "named", "parts", "optimizer"),
     [
-        ({"steps": None}, "minutes"),
-        ({"minutes": 1.0}, "minutes"),
-        ({"lr": 0.0}, "lr"),
-        ({"batch_size": -1}, "batch_size"),
-        ({"warmup": 1.0}, "warmup"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"precision": "float61"}, "float61"),
-        ({"lr": "3e-4"}, "lr is '3e-4'"),
-        ({"batch_size": 1.5}, "batch_size is 1.5"),
-        ({"crop_scale": (2.0, 0.1)}, "crop_scale"),
-        ({"crop_scale": (0.1, 2.0)}, "crop_scale"),
-        ({"seed": -1}, "seed"),
+        (not_finite_total, ["loss/total", "loss/hooked"], 2, "adamw"),
+        (not_finite_latent, ["loss/total", "loss/dynamics", "loss/hooked"], 1, "schedule_free_radam"),
+        (not_finite_latent, ["loss/total", "loss/dynamics", "loss/hooked"], 2, "adamw"),
+        (not_finite_gradient, ["gradient_norm"], 1, "adamw"),
     ],
 )
-def test_bad_settings_are_named(settings, name):
-    with pytest.raises(InputError, match=name):
-        tiny_config(**settings)
+def test_a_step_that_is_not_finite_leaves_no_trace(
+    photos: Path,
+    tmp_path: Path,
+    snapshots: list[Checkpoint],
+    capsys: pytest.CaptureFixture[str],
+    break_: Callable[[Trainer, int, int], None],
+    named: list[str],
+    parts: int,
+    optimizer: str,
+) -> None:
+    config = run_config(
+        photos, losses=HOOKED, steps=4, accumulation_steps=parts, optimizer=optimizer, checkpoint_every=1
+    )
+    trainer = watch(trainer_of(config, tmp_path / "run"))
+    break_(trainer, 2, parts)
+    assert trainer.run() == Outcome(4, None)
+
+    assert differences(snapshots[1], snapshots[2]) == []
+    groups = [[{**group, "lr": None} for group in snapshots[i].state["optimizer"]["groups"]] for i in (1, 2)]
+    assert groups[0] == groups[1]
+    assert all(tensor.isfinite().all() for group in snapshots[3].tensors.values() for tensor in group.values())
+    changed = differences(snapshots[2], snapshots[3])
+    assert any("optimizer" in name for name in changed)
+    assert any("running_mean" in name for name in changed), "no batch norm is in this test"
+    assert [snapshot.state["skipped_steps"] for snapshot in snapshots] == [0, 0, 1, 1]
+    entries = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [entry.get("skipped") for entry in entries] == [None, None, named, None]
+    assert entries[2][named[-1]] is None
+    assert f"step 2 skipped: {', '.join(named)} not finite (1 in a row)" in capsys.readouterr().err
+    assert last(tmp_path / "run").state["skipped_steps"] == 1
 
 
-def test_settings_from_a_mapping():
-    config = TrainingConfig.from_mapping({"steps": 1, "crop_scale": [0.2, 0.4], "loss_weights": {"kl": 0.5}})
-    assert config.crop_scale == (0.2, 0.4)
-    assert config.loss_weights == LossWeights(kl=0.5)
-    with pytest.raises(InputError, match="did you mean 'batch_size'"):
-        TrainingConfig.from_mapping({"steps": 1, "batchsize": 2})
-    with pytest.raises(InputError, match="loss weight 'lk'"):
-        TrainingConfig.from_mapping({"steps": 1, "loss_weights": {"lk": 1.0}})
+def test_after_too_many_in_a_row_the_run_ends(photos: Path, tmp_path: Path) -> None:
+    config = run_config(photos, losses=HOOKED, max_skipped_steps=3)
+    Hooked.hook = times({1: math.nan, 3: math.nan, 4: math.inf, 5: math.nan})
+    with pytest.raises(TrainingFailed) as caught:
+        start(config, tmp_path / "run")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "3 steps in a row are not finite, at last loss/total, loss/hooked at step 5" in message
+    # Steps 1 and 3 to 5 are skipped: what was due after step 2 (steps 0 to 1) is not written, nor after step 4.
+    assert "there is no checkpoint yet" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
 
 
-def test_the_demo_presets_training_section_is_valid():
-    TrainingConfig.from_mapping({**load_preset("demo")["training"], "steps": 1})
+def test_the_last_good_checkpoint_is_named_and_gone_on_with(whole_run: Path, images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    config = run_config(images, losses=HOOKED, max_skipped_steps=3, evaluate_every=4)
+    Hooked.hook = times({3: math.nan, 4: math.nan, 5: math.nan})
+    with pytest.raises(TrainingFailed, match=r"the last good checkpoint is .*step-00000002$"):
+        start(config, path)
+    assert {entry.name for entry in (path / "checkpoints").iterdir()} == {"last", "step-00000002"}
+    Hooked.hook = None
+    assert resume(config, path) == Outcome(8, None)
+    assert differences(last(path), last(whole_run)) == []
+    assert lines(path) == lines(whole_run)
+
+
+def test_good_steps_between_forgive(photos: Path, tmp_path: Path) -> None:
+    Hooked.hook = times({1: math.nan, 2: math.nan, 4: math.nan, 5: math.nan})
+    outcome = start(run_config(photos, losses=HOOKED, max_skipped_steps=3), tmp_path / "run")
+    assert outcome == Outcome(8, None)
+    assert last(tmp_path / "run").state["skipped_steps"] == 4
+
+
+def test_a_last_step_that_is_skipped_ends_the_run_all_the_same(images: Path, tmp_path: Path) -> None:
+    Hooked.hook = times({7: math.nan})
+    config = run_config(images, losses=HOOKED)
+    assert start(config, tmp_path / "run") == Outcome(8, None)
+    assert last(tmp_path / "run").state["step"] == 8
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [8]
+    assert resume(config, tmp_path / "run") is None
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGTERM, "schedule_free_radam"), (signal.SIGINT, "adamw")])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
+    photos: Path, tmp_path: Path, number: signal.Signals, optimizer: str
+) -> None:
+    config = run_config(photos, losses=HOOKED, optimizer=optimizer, steps=9, checkpoint_every=100)
+    start(config, tmp_path / "whole")
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    path = tmp_path / "stopped"
+    for stop_at, first in ((3, True), (3, False)):  # after steps 4 and 8
+        Hooked.hook = at({stop_at: send(number)})
+        outcome = start(config, path) if first else resume(config, path)
+        assert outcome == Outcome(4 if first else 8, number.name)
+        assert last(path).state["step"] == outcome.step
+    Hooked.hook = None
+    assert resume(config, path) == Outcome(9, None)
+    assert differences(last(path), last(tmp_path / "whole")) == []
+    assert lines(path) == lines(tmp_path / "whole")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_signal_in_a_skipped_step_saves_too(photos: Path, tmp_path: Path) -> None:
+    def hook(call: int, value: Tensor) -> Tensor:
+        if call == 3:
+            send(signal.SIGTERM)()
+            return value * math.nan
+        return value
+
+    Hooked.hook = hook
+    config = run_config(photos, losses=HOOKED, checkpoint_every=100)
+    assert start(config, tmp_path / "run") == Outcome(4, "SIGTERM")
+    state = last(tmp_path / "run").state
+    assert (state["step"], state["skipped_steps"], state["skipped_in_a_row"]) == (4, 1, 1)
+
+
+def test_the_third_interrupt_interrupts(photos: Path, tmp_path: Path) -> None:
+    Hooked.hook = at({2: send(signal.SIGINT, 3)})
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        start(run_config(photos, losses=HOOKED, checkpoint_every=1), tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert last(tmp_path / "run").state["step"] == 2
+
+
+# --- disks ---
+
+
+def failing_write(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    written = checkpoint_module.write_checkpoint
+
+    def write(folder: Path, checkpoint: Checkpoint) -> None:
+        if checkpoint.state["step"] in steps:
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(folder, checkpoint)
+
+    monkeypatch.setattr(checkpoint_module, "write_checkpoint", write)
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
+    whole_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = {}
+
+    def look() -> None:
+        seen.update({entry.name: entry.resolve().name for entry in (tmp_path / "run" / "checkpoints").iterdir()})
+
+    failing_write(monkeypatch, {4})
+    Hooked.hook = at({5: look})
+    assert start(run_config(images, losses=HOOKED, evaluate_every=4), tmp_path / "run") == Outcome(8, None)
+    assert seen == {"last": "step-00000002", "step-00000002": "step-00000002"}, "the one before, and no litter"
+    message = capsys.readouterr().err
+    assert "step 4: the checkpoint cannot be written ([Errno 28] No space left on device)" in message
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}" in message
+    assert differences(last(tmp_path / "run"), last(whole_run)) == []
+    best = RunFolder(tmp_path / "run").checkpoints.best()
+    assert best is not None
+    assert best.name == "step-00000008", "the evaluation at step 4 has no checkpoint, so it is not the best"
+    assert last(tmp_path / "run").state["best"]["step"] == 8
+
+
+def test_the_last_checkpoint_must_be_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_write(monkeypatch, {8})
+    with pytest.raises(TrainingFailed, match=r"step 8: the checkpoint cannot be written .*step-00000006$") as caught:
+        start(run_config(photos), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert resume(run_config(photos), tmp_path / "run") == Outcome(8, None)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_a_run_lives_through_a_full_disk(
+    whole_run: Path, images: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Hooked.hook = at({3: lambda: fill(small_disk), 5: lambda: (small_disk / "filler").unlink()})
+    path = small_disk / "run"
+    config = run_config(images, losses=HOOKED, evaluate_every=4, sample_images=2)
+    assert start(config, path) == Outcome(8, None)
+    assert "step 4: the checkpoint cannot be written" in capsys.readouterr().err
+    assert differences(last(path), last(whole_run)) == []
+    assert lines(path) == lines(whole_run), "lines of the time when the disk was full are missing"
+    assert [line["step"] for line in read_lines(path / "evaluations.jsonl")] == [4, 8]
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_the_gradient_is_clipped(photos: Path, tmp_path: Path, clip: float | None) -> None:
+    trainer = trainer_of(run_config(photos, steps=3, gradient_clip=clip), tmp_path / "run")
+    norms = []
+
+    def note(optimizer: torch.optim.Optimizer, *rest: object) -> None:
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        norms.append(math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients)))
+
+    trainer.optimizer.register_step_pre_hook(note)
+    trainer.run()
+    logged = [line["gradient_norm"] for line in lines(tmp_path / "run")]
+    assert min(logged) > 0.05, "nothing to clip in this test"
+    assert norms == pytest.approx(logged if clip is None else [clip] * 3, rel=1e-4)
+
+
+def test_accumulated_parts_make_the_mean_gradient(photos: Path, tmp_path: Path) -> None:
+    config = run_config(photos, steps=1, accumulation_steps=2, gradient_clip=None, losses={"kl": 0.01})
+    trainer = trainer_of(config, tmp_path / "run")
+    inputs: list[tuple[Tensor, ...]] = []
+    found: dict[str, Tensor] = {}
+    reference = trainer_of(config, tmp_path / "reference").module
+    hook = trainer.module.register_forward_pre_hook(lambda module, given: inputs.append(given))
+
+    def note(*rest: object) -> None:
+        found.update({name: p.grad.clone() for name, p in trainer.module.named_parameters()})
+
+    trainer.optimizer.register_step_pre_hook(note)
+    trainer.run()
+    hook.remove()
+    assert [given[0].shape[0] for given in inputs] == [2, 2]
+    totals = []
+    for given in inputs:
+        losses = reference(*given)
+        (losses.total / 2).backward()
+        totals.append(float(losses.total))
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-5)
+    assert lines(tmp_path / "run")[0]["loss/total"] == pytest.approx(sum(totals) / 2, rel=1e-6)
+
+
+def test_the_clock_ends_a_run(photos: Path, tmp_path: Path) -> None:
+    config = run_config(photos, steps=None, minutes=1e-6)
+    assert start(config, tmp_path / "run") == Outcome(1, None)
+    assert last(tmp_path / "run").state["step"] == 1
+    assert resume(config, tmp_path / "run") is None
+    assert resume(config.with_training(steps=3, minutes=100.0), tmp_path / "run") == Outcome(3, None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("psnr", [1.0, 3.0, 2.0, math.nan, 3.0], 2),
+        ("psnr:min", [2.0, 3.0, 1.0, math.nan, 1.0], 3),
+        ("mse", [2.0, 3.0, 1.0, math.nan, 1.0], 3),
+        ("mse:max", [1.0, 3.0, 2.0, math.nan, math.inf], 2),
+        ("ssim", [math.nan, -1.0, -2.0, -3.0, -4.0], 2),
+        ("psnr", [math.nan] * 5, None),
+    ],
+)
+def test_the_best_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, values: list[float], best: int | None
+) -> None:
+    given = iter(values)
+    name = metric.partition(":")[0]
+    other = {"psnr": 0.0, "ssim": 0.0, "mse": 0.0}
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *rest: Evaluation({**other, name: next(given)}, 3, []))
+    start(run_config(images, steps=5, evaluate_every=1, best_metric=metric), tmp_path / "run")
+    state = last(tmp_path / "run").state
+    link = RunFolder(tmp_path / "run").checkpoints.best()
+    if best is None:
+        assert (link, state["best"]) == (None, None)
+        return
+    assert link is not None
+    assert link.name == f"step-{best:08d}"
+    assert state["best"] == {"metric": name, "value": values[best - 1], "step": best}
+
+
+def test_an_evaluation_sees_the_average_and_leaves_no_trace(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshots: list[Checkpoint]
+) -> None:
+    config = run_config(images, steps=4, evaluate_every=2, sample_images=2)
+    trainer = watch(trainer_of(config, tmp_path / "run"))
+    seen = []
+    original = trainer_module.evaluate
+
+    def evaluate(*rest: Any) -> Evaluation:
+        assert not trainer.module.training
+        seen.append({name: tensor.clone() for name, tensor in trainer.module.model.state_dict().items()})
+        return original(*rest)
+
+    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    trainer.run()
+    assert trainer.module.training
+    assert len(seen) == 2
+    for found, snapshot in zip(seen, (snapshots[1], snapshots[3]), strict=True):
+        assert found.keys() == snapshot.tensors["ema"].keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, snapshot.tensors["ema"][name]), name
+        different = [name for name in found if not torch.equal(found[name], snapshot.tensors["model"][f"model.{name}"])]
+        assert any("weight" in name for name in different)
+        assert any("running_mean" in name for name in different)
+    assert differences(last(tmp_path / "run"), snapshots[3]) == []
+    # The same run without evaluations.
+    start(run_config(images / "train", steps=4), tmp_path / "other")
+    assert lines(tmp_path / "other") == lines(tmp_path / "run")
+    pictures = sorted(entry.name for entry in (tmp_path / "run" / "samples").iterdir())
+    assert pictures == ["step-00000002.png", "step-00000004.png"]
+
+
+@pytest.mark.parametrize("part", ["", "model"])
+def test_starting_from_saved_weights(whole_run: Path, photos: Path, tmp_path: Path, part: str) -> None:
+    config = run_config(photos, steps=1, init_from=str(whole_run / part), seed=5)
+    trainer = trainer_of(config, tmp_path / "run")
+    saved = DCSSDAE.from_pretrained(whole_run / "model").state_dict()
+    for name, tensor in trainer.module.model.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name
+    for name, tensor in trainer.ema.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name
+    assert trainer.step == 0
+
+
+def test_a_checkpoint_goes_before_the_weights_to_start_from(whole_run: Path, photos: Path, tmp_path: Path) -> None:
+    config = run_config(photos, steps=2, init_from=str(whole_run))
+    start(config, tmp_path / "run")
+    outcome = resume(config.with_training(steps=3, init_from=str(tmp_path / "taken away")), tmp_path / "run")
+    assert outcome == Outcome(3, None)
+
+
+def test_weights_of_another_architecture_are_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
+    other = run_config(images, model={"latent_channels": 6}, init_from=str(whole_run))
+    with pytest.raises(InputError, match=r"training\.init_from .*whole has tensor .* of shape") as caught:
+        start(other, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="nowhere"):
+        start(run_config(images, init_from=str(tmp_path / "nowhere")), tmp_path / "another")
+
+
+# --- data ---
+
+
+@pytest.fixture
+def with_broken(images: Path, tmp_path: Path) -> Path:
+    """Three of nine training images and one of three validation images cannot be read."""
+    root = tmp_path / "broken"
+    shutil.copytree(images, root)
+    for name in ("train/image0001.png", "train/image0004.png", "train/image0007.png", "validation/image0001.png"):
+        (root / name).write_bytes(b"")
+    return root
+
+
+def test_too_many_broken_images_end_the_run(with_broken: Path, tmp_path: Path) -> None:
+    config = run_config(with_broken, data={"max_broken_share": 0.3}, checkpoint_every=1)
+    with pytest.raises(InputError, match=r"3 of 9 training images cannot be read, more than data.max_broken_share 0.3"):
+        start(config, tmp_path / "run")
+    named = [line["name"] for line in read_lines(tmp_path / "run" / "broken_images.jsonl")]
+    assert sorted(Path(name).name for name in named) == ["image0001.png", "image0004.png", "image0007.png"]
+
+
+def test_broken_images_are_each_named_once_over_all_starts(
+    with_broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    config = run_config(with_broken, losses=HOOKED, data={"max_broken_share": 0.4}, evaluate_every=2)
+    Hooked.hook = at({4: send(signal.SIGTERM)})
+    assert start(config, path) == Outcome(5, "SIGTERM")
+    Hooked.hook = None
+    assert resume(config, path) == Outcome(8, None)
+    named = sorted((line["split"], Path(line["name"]).name) for line in read_lines(path / "broken_images.jsonl"))
+    expected = [("train", f"image{index:04d}.png") for index in (1, 4, 7)]
+    assert named == [*expected, ("validation", "image0001.png")]
+    assert capsys.readouterr().err.count("skipped: ") == 4
+    assert [line["images"] for line in read_lines(path / "evaluations.jsonl")] == [2] * 4
+
+
+def test_when_nothing_can_be_read_one_line_says_so(images: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(images / "train", root)
+    for file in root.iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match="100 images in a row cannot be read") as caught:
+        start(run_config(root), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("100 images")
+
+
+def test_a_data_set_of_another_length_is_refused(images: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    start(run_config(root, steps=2), tmp_path / "run")
+    (root / "train" / "image0000.png").unlink()
+    with pytest.raises(InputError, match="began with 9 training images and the data set now has 8"):
+        resume(run_config(root, steps=4), tmp_path / "run")
+
+
+def test_without_validation_images_it_says_so(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(run_config(images / "train", steps=3, evaluate_every=1), tmp_path / "run") == Outcome(3, None)
+    assert "nothing is evaluated" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+    assert last(tmp_path / "run").state["step"] == 3
+
+
+def test_a_users_encoder_may_need_real_tensors_in_its_constructor(photos: Path, tmp_path: Path) -> None:
+    config = run_config(photos, model={"encoder": {"class_path": "terms.Scheduled"}}, steps=1)
+    assert start(config, tmp_path / "run") == Outcome(1, None)
+    assert DCSSDAE.from_pretrained(tmp_path / "run" / "model").encoder.rate == 0.5
+
+
+# --- another state ---
+
+
+def test_another_optimisers_checkpoint_is_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole_run, path, symlinks=True)
+    config = run_config(images, losses=HOOKED, steps=9, optimizer="schedule_free_radam")
+    with pytest.raises(InputError, match="the checkpoint is of optimiser AdamW"):
+        resume(config, path)
+
+
+def test_another_architectures_checkpoint_is_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole_run, path, symlinks=True)
+    with pytest.raises(InputError, match=r"model\.safetensors has a tensor objective\.terms\.hooked"):
+        resume(run_config(images, steps=9), path)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_goes_on_bit_for_bit(photos: Path, tmp_path: Path, precision: str) -> None:
+    if not torch.amp.is_autocast_available("cpu"):
+        pytest.skip("no autocast on this CPU")
+    config = run_config(photos, losses=HOOKED, steps=5, precision=precision, checkpoint_every=100)
+    assert start(config, tmp_path / "whole") == Outcome(5, None)
+    Hooked.hook = at({2: send(signal.SIGTERM)})
+    path = tmp_path / "stopped"
+    assert start(config, path) == Outcome(3, "SIGTERM")
+    Hooked.hook = None
+    assert resume(config, path) == Outcome(5, None)
+    assert differences(last(path), last(tmp_path / "whole")) == []
+    assert lines(path) == lines(tmp_path / "whole")
+    scaler = last(path).state["gradient_scaler"]
+    assert bool(scaler) == (precision == "float16")
+    assert scaler == last(tmp_path / "whole").state["gradient_scaler"]
+
+
+def test_a_gradient_that_overflows_float16_halves_the_scale(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(photos, losses=HOOKED, steps=4, precision="float16", max_skipped_steps=1)
+    # Of a scale of 65536 the gradient is too large for float32, of half of it not.
+    trainer = trainer_of(config, tmp_path / "run")
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**16})
+    Hooked.hook = lambda call, value: value + 1e33 * (value - value.detach()) if call == 1 else value
+    assert trainer.run() == Outcome(4, None)
+    assert "overflows float16; the scale is now 32768" in capsys.readouterr().err
+    state = last(tmp_path / "run").state
+    assert (state["skipped_steps"], state["gradient_scaler"]["scale"]) == (1, 2.0**15)
+
+
+def test_a_run_may_go_on_in_another_precision(photos: Path, tmp_path: Path) -> None:
+    start(run_config(photos, steps=2), tmp_path / "run")
+    assert resume(run_config(photos, steps=3, precision="float16"), tmp_path / "run") == Outcome(3, None)
+    assert resume(run_config(photos, steps=4), tmp_path / "run") == Outcome(4, None)

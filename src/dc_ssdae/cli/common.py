@@ -55,12 +55,31 @@ def add_dtype_option(parser: CommandParser, purpose: str, choices: Sequence[str]
 
 
 def add_model_options(parser: CommandParser) -> None:
-    """Add `--model`, `--device` and `--dtype`, which `load_model` reads."""
+    """Add `--model`, `--import`, `--device` and `--dtype`, which `load_model` reads."""
     parser.add_argument(
-        "--model", required=True, type=filled, metavar="DIR", help="a saved model's folder, or its id on the hub"
+        "--model",
+        required=True,
+        type=filled,
+        metavar="DIR",
+        help="the folder of a saved model or of a training run, or a model's id on the hub",
     )
+    add_import_option(parser)
     add_device_option(parser)
     add_dtype_option(parser, "what to compute in")
+
+
+def add_import_option(parser: CommandParser) -> None:
+    """Add `--import`, which `import_classes` takes as `args.modules`."""
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        type=filled,
+        metavar="MODULE",
+        help="import a Python module with classes of your own that the model names, from the current folder or where "
+        "it is installed; may be given several times",
+    )
 
 
 def add_output_option(parser: CommandParser) -> None:
@@ -216,19 +235,35 @@ def select_device(name: str) -> "torch.device":
     return device
 
 
+def import_classes(modules: Sequence[str]) -> list[type]:
+    """Import what `--import` names, and list the classes in there, for a model to be loaded with.
+
+    Raises:
+        InputError: a module is not to be found, or raised an exception.
+    """
+    from dc_ssdae.classes import import_module, importing_from
+
+    with importing_from(Path.cwd()):
+        imported = [import_module(name) for name in modules]
+    return [value for module in imported for value in vars(module).values() if isinstance(value, type)]
+
+
 def load_model(args: "Namespace") -> "DCSSDAE":
     """Load `--model` in `--dtype` onto `--device`, in eval mode.
 
     Raises:
-        InputError: there is no such device, or no such model, or its files are damaged or do not fit together.
+        InputError: there is no such device, no such module to import, or no such model, or its files are damaged or
+            do not fit together.
     """
     device = select_device(args.device)  # before the seconds that loading takes
+    classes = import_classes(args.modules)
     import torch
 
-    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.autoencoder import DCSSDAE, model_folder
 
+    name = model_folder(args.model) if Path(args.model).is_dir() else args.model
     try:
-        model = DCSSDAE.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+        model = DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=getattr(torch, args.dtype))
     except OSError as error:
         if Path(args.model).is_dir():
             raise

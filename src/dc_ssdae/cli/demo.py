@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.evaluation.report import PhotoResult
-    from dc_ssdae.training.config import TrainingConfig
-    from dc_ssdae.training.trainer import StepRecord
+    from dc_ssdae.training.config import RunConfig
 
 PRESET = "demo"
+SAMPLE_PHOTOS = "dc_ssdae.data.sample_photos.SamplePhotos"
 EVALUATION_SIDE = 256
 """Shorter side, in pixels, of the photos in the report."""
 
@@ -61,76 +61,83 @@ def _run(args: argparse.Namespace, device: "torch.device") -> int:
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.data.sample_photos import sample_photos
-    from dc_ssdae.presets import load_preset
-    from dc_ssdae.training.config import TrainingConfig
+    from dc_ssdae.training.launch import start_run
+    from dc_ssdae.training.logging import read_lines
 
-    budget = {"minutes": None, "steps": args.steps} if args.steps else {"minutes": args.minutes, "steps": None}
-    given = {**budget, "seed": args.seed, "precision": args.dtype}
-    config = TrainingConfig.from_mapping({**load_preset(PRESET).get("training", {}), **given})
-    photos, held_out = sample_photos("train"), sample_photos("held_out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    model = DCSSDAE.from_preset(PRESET).to(device=device, memory_format=torch.channels_last)
-    if config.steps is None:  # a run of steps is reproducible, but only with the same number of threads
-        _choose_threads(model, [photo.pixels for photo in photos], config)
-    say(f"Training preset {PRESET!r} on {_device_name(device)}, {_budget(config)}, on {len(photos)} photos")
-    history = _train(model, [photo.pixels for photo in photos], config)
+    config = _configuration(args)
+    held_out = sample_photos("held_out")
+    names = [photo.name for photo in sample_photos("train")]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if args.steps is None:  # a run of steps is reproducible, but only with the same number of threads
+        _choose_threads(config, device)
+    say(f"Training preset {PRESET!r} on {_device_name(device)}, {_budget(config)}, on {len(names)} photos")
+    start_run(config, config_yaml(config), args.out, cpu=device.type == "cpu", replace=_is_demo(args.out))
+    history = read_lines(args.out / "metrics.jsonl")
+    model = DCSSDAE.from_pretrained(args.out / "model").to(device=device, memory_format=torch.channels_last)
     say(f"Reconstructing {len(held_out)} photos that the model has not seen")
     results = _evaluate(model, held_out)
-    model.save_pretrained(args.out / "model")
-    _write_metrics(args.out / "metrics.jsonl", history, config)
     report = args.out / "report.html"
-    _report(report, results, history, config, model, [photo.name for photo in photos])
+    _report(report, results, history, config, model, names)
     for result in results:
         say(f"  {result.name}: {result.psnr:.2f} dB (bicubic of as many values {result.baseline_psnr:.2f} dB)")
     say(f"Model:  {args.out / 'model'}\nReport: {report}")
     return 0
 
 
-def _choose_threads(model: "DCSSDAE", photos: "list[torch.Tensor]", config: "TrainingConfig") -> None:
+def _configuration(args: argparse.Namespace) -> "RunConfig":
+    from dc_ssdae.presets import load_preset
+    from dc_ssdae.training.config import RunConfig
+
+    preset = load_preset(PRESET)
+    budget = {"minutes": None, "steps": args.steps} if args.steps else {"minutes": args.minutes, "steps": None}
+    given = {**budget, "seed": args.seed, "precision": args.dtype, "output": str(args.out)}
+    # Nothing to save on the way of a few minutes; the end is always saved.
+    training = {**preset.get("training", {}), **given, "checkpoint_every": 10**9, "evaluate_every": 10**9}
+    photos = {"class_path": SAMPLE_PHOTOS, "init_args": {"split": "train"}}
+    data = {**preset.get("data", {}), "dataset": photos, "workers": 0}
+    return RunConfig.from_mapping({**preset, "data": data, "training": training})
+
+
+def _is_demo(path: Path) -> bool:
+    """Tell an earlier demo, which is replaced, from a run that somebody needs."""
+    config = path / "config.yaml"
+    return config.is_file() and SAMPLE_PHOTOS in config.read_text(encoding="utf-8", errors="replace")
+
+
+def _choose_threads(config: "RunConfig", device: "torch.device") -> None:
     """Use one thread on a CPU that other work keeps busy: threads that wait for each other there slow down manyfold."""
     import statistics
     import time
 
     import torch
 
-    from dc_ssdae.training.trainer import compute_losses, draw_batch
+    from dc_ssdae.training.build import build_model, build_objective
+    from dc_ssdae.training.step import TrainingStep
 
     every = torch.get_num_threads()
-    if next(model.parameters()).device.type != "cpu" or every == 1:
+    if device.type != "cpu" or every == 1:
         return
-    batch = draw_batch(photos, model, config, 0)
+    step = TrainingStep(build_model(config.model), build_objective(config.losses)).train()
+    batch, size = config.training.batch_size, config.data.image_size
+    latent = size // config.model.downsample_factor
+    inputs = (
+        torch.zeros(batch, 3, size, size, dtype=torch.uint8),
+        torch.randn(batch, 3, size, size),
+        torch.rand(batch),
+        torch.randn(batch, config.model.latent_channels, latent, latent),
+    )
     seconds: dict[int, list[float]] = {every: [], 1: []}
     for _ in range(4):
         for threads, times in seconds.items():
             torch.set_num_threads(threads)
             start = time.perf_counter()
-            compute_losses(model, batch, config).total.backward()
+            step(*inputs).total.backward()
             times.append(time.perf_counter() - start)
-    model.zero_grad(set_to_none=True)
     # The first round warms up.
     torch.set_num_threads(min(seconds, key=lambda threads: statistics.median(seconds[threads][1:])))
-
-
-def _train(model: "DCSSDAE", photos: "list[torch.Tensor]", config: "TrainingConfig") -> "list[StepRecord]":
-    from tqdm import tqdm
-
-    from dc_ssdae.training.trainer import train
-
-    shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
-    with tqdm(total=100.0, desc="train", bar_format=shape, mininterval=0.5) as bar:
-
-        def show(record: "StepRecord") -> None:
-            speed = (record.step + 1) * config.batch_size / record.seconds
-            bar.set_postfix_str(
-                f"step {record.step + 1}, {speed:.0f} images/s, loss {record.losses['dynamics']:.4f}", refresh=False
-            )
-            bar.update(min(100.0 * record.progress, 100.0) - bar.n)
-
-        history = train(model, photos, config, show)
-        bar.update(100.0 - bar.n)
-    return history
 
 
 def _evaluate(model: "DCSSDAE", photos: list[Any]) -> "list[PhotoResult]":
@@ -145,27 +152,11 @@ def _evaluate(model: "DCSSDAE", photos: list[Any]) -> "list[PhotoResult]":
     ]
 
 
-def _write_metrics(path: Path, history: "list[StepRecord]", config: "TrainingConfig") -> None:
-    import json
-
-    with path.open("w", encoding="utf-8") as file:
-        for record in history:
-            line = {
-                "step": record.step,
-                **{f"loss/{name}": value for name, value in record.losses.items()},
-                "gradient_norm": record.gradient_norm,
-                "lr": record.lr,
-                "images_per_second": (record.step + 1) * config.batch_size / record.seconds,
-                "seconds": record.seconds,
-            }
-            file.write(json.dumps(line) + "\n")
-
-
 def _report(
     path: Path,
     results: "list[PhotoResult]",
-    history: "list[StepRecord]",
-    config: "TrainingConfig",
+    history: list[dict[str, Any]],
+    config: "RunConfig",
     model: "DCSSDAE",
     trained_on: list[str],
 ) -> None:
@@ -179,19 +170,20 @@ def _report(
     latent = model.config
     parts = {"encoder": model.encoder, "decoder": model.decoder}
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
-    seconds = history[-1].seconds
-    images = len(history) * config.batch_size
+    training = config.training
+    seconds = history[-1]["seconds"]
+    images = len(history) * training.batch_size
     curves = [
-        LossCurve("field error, L_dynamics", [record.losses["dynamics"] for record in history]),
-        LossCurve("KL of the latent, summed per image", [record.losses["kl"] for record in history]),
+        LossCurve("field error, L_dynamics", [record["loss/dynamics"] for record in history]),
+        LossCurve("KL of the latent, summed per image", [record["loss/kl"] for record in history]),
     ]
     facts = {
         "model": f"preset {PRESET!r}: f{latent.downsample_factor}c{latent.latent_channels}, equilibrium matching; "
         f"parameters: {sizes}",
-        "trained on": f"{config.image_size} px random crops of {', '.join(trained_on)}",
-        "training": f"{len(history):,} steps of {config.batch_size} crops in {seconds / 60:.1f} minutes, "
-        f"{images / seconds:.1f} images/s, {config.precision}, seed {config.seed}",
-        "objective": f"{config.loss_weights.dynamics:g} · L_dynamics + {config.loss_weights.kl:g} · L_KL; "
+        "trained on": f"{config.data.image_size} px random crops of {', '.join(trained_on)}",
+        "training": f"{len(history):,} steps of {training.batch_size} crops in {seconds / 60:.1f} minutes, "
+        f"{images / seconds:.1f} images/s, {training.precision}, seed {training.seed}",
+        "objective": " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items()) + "; "
         "no perceptual loss, no GAN",
         "evaluated on": f"photos resized to a shorter side of {EVALUATION_SIDE} px (bicubic, antialiased), one step",
         "hardware": f"{_device_name(next(model.parameters()).device)}, {torch.get_num_threads()} threads, "
@@ -201,8 +193,9 @@ def _report(
     write_demo_report(path, results, curves, facts)
 
 
-def _budget(config: "TrainingConfig") -> str:
-    return f"{config.steps} steps" if config.steps is not None else f"{config.minutes:g} minutes"
+def _budget(config: "RunConfig") -> str:
+    training = config.training
+    return f"{training.steps} steps" if training.steps is not None else f"{training.minutes:g} minutes"
 
 
 def _device_name(device: "torch.device") -> str:

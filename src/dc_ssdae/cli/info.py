@@ -4,11 +4,11 @@ import json
 import shutil
 import textwrap
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_dtype_option, say, select_device
+from dc_ssdae.cli.common import add_dtype_option, add_import_option, import_classes, say, select_device
 from dc_ssdae.cli.parser import CommandParser, device_name, filled
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.presets import list_presets, load_preset
@@ -27,8 +27,13 @@ def build_parser() -> CommandParser:
         description="List the presets; or tell a model's parameters, latent shape, compression ratio and FLOPs.",
     )
     parser.add_argument(
-        "model", nargs="?", type=filled, metavar="PRESET|DIR", help="a preset's name, or a saved model's folder"
+        "model",
+        nargs="?",
+        type=filled,
+        metavar="PRESET|DIR",
+        help="a preset's name, or the folder of a saved model or of a training run",
     )
+    add_import_option(parser)
     parser.add_argument(
         "--device", type=device_name, help="also time encode and one decode step there: auto, cpu, cuda, cuda:N or mps"
     )
@@ -39,11 +44,12 @@ def build_parser() -> CommandParser:
 
 def run(args: Namespace) -> int:
     """Print the presets or a model's profile; gives the exit code."""
+    classes = import_classes(args.modules)
     if args.model is None:
         presets = _presets()
         say(json.dumps(presets, indent=2) if args.json else _list_as_text(presets))
     else:
-        profile = _profile(args.model, args.dtype, args.device)
+        profile = _profile(args.model, args.dtype, args.device, classes)
         say(json.dumps(profile, indent=2) if args.json else _profile_as_text(profile))
     return 0
 
@@ -57,24 +63,26 @@ def _presets() -> list[dict[str, Any]]:
     return listing
 
 
-def _profile(name: str, dtype: str, device: str | None) -> dict[str, Any]:
+def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type]) -> dict[str, Any]:
     import torch
 
-    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.autoencoder import DCSSDAE, model_folder
     from dc_ssdae.evaluation.profile import compression_ratio, count_parameters
 
     weights: list[str] = []
-    with torch.device("meta"):
-        if name in list_presets():
-            description = load_preset(name)["description"]
+    folder = None
+    if name in list_presets():
+        description = load_preset(name)["description"]
+        with torch.device("meta"):
             model = DCSSDAE.from_preset(name)
-        elif Path(name).is_dir():
-            description = "a saved model"
-            model, weights = _model_in(Path(name))
-        elif Path(name).exists():
-            raise InputError(f"{name} is a file; info takes a preset's name or a saved model's folder")
-        else:
-            raise unknown_name("preset or folder", name, list_presets())
+    elif Path(name).is_dir():
+        description = "a saved model"
+        folder = model_folder(name)
+        model, weights = _model_in(folder, classes)
+    elif Path(name).exists():
+        raise InputError(f"{name} is a file; info takes a preset's name or a saved model's folder")
+    else:
+        raise unknown_name("preset or folder", name, list_presets())
     return {
         "name": name,
         "description": description,
@@ -85,7 +93,7 @@ def _profile(name: str, dtype: str, device: str | None) -> dict[str, Any]:
         "weights_mebibytes": _mebibytes(model, dtype),
         "dtype": dtype,
         "sizes": {str(size): _at_size(model, size) for size in SIZES},
-        "seconds": None if device is None else _seconds(name, dtype, device),
+        "seconds": None if device is None else _seconds(folder or name, dtype, device, classes),
         **{part: _settings(model.config[part]) for part in ("encoder", "decoder", "dynamics")},
         "weights": weights,
     }
@@ -98,7 +106,7 @@ def _mebibytes(model: "DCSSDAE", dtype: str) -> float:
     return sum(t.numel() * (wide if t.is_floating_point() else t.dtype).itemsize for t in state) / 2**20
 
 
-def _seconds(name: str, dtype: str, device: str) -> dict[str, Any]:
+def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type]) -> dict[str, Any]:
     """Time a preset with random weights, or a folder's model, at the smallest of SIZES that is a multiple of f."""
     import torch
 
@@ -106,21 +114,21 @@ def _seconds(name: str, dtype: str, device: str) -> dict[str, Any]:
     from dc_ssdae.evaluation.profile import measure_seconds
 
     where, weights = select_device(device), getattr(torch, dtype)
-    if name in list_presets():
-        model = torch.nn.Module.to(DCSSDAE.from_preset(name), device=where, dtype=weights)
+    if isinstance(source, Path):
+        model = DCSSDAE.from_pretrained(source, classes=classes, torch_dtype=weights).to(where)
     else:
-        model = DCSSDAE.from_pretrained(name, torch_dtype=weights).to(where)
+        model = torch.nn.Module.to(DCSSDAE.from_preset(source), device=where, dtype=weights)
     factor = model.config.downsample_factor
     size = next((size for size in SIZES if size % factor == 0), factor)
     return {"device": str(where), "size": size, **measure_seconds(model, size)._asdict()}
 
 
-def _model_in(folder: Path) -> "tuple[DCSSDAE, list[str]]":
+def _model_in(folder: Path, classes: Sequence[type]) -> "tuple[DCSSDAE, list[str]]":
     """Build the model of a folder without weights, and check the weight files by their headers."""
-    from dc_ssdae.autoencoder import DCSSDAE, read_config
+    from dc_ssdae.autoencoder import build_without_weights, read_config
     from dc_ssdae.weights import check_tensors
 
-    model = DCSSDAE.from_config(read_config(folder))
+    model = build_without_weights(read_config(folder), classes)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} holds no weights: there is no safetensors file")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dc_ssdae.cli.common import complain, describe
 from dc_ssdae.cli.parser import CommandParser
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, ToldElsewhere, unknown_name
 
 PROGRAM = "dc-ssdae"
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -27,8 +27,11 @@ COMMANDS: Mapping[str, Command] = {
     "reconstruct": Command("dc_ssdae.cli.reconstruct", "encode images and decode them again, to PNG"),
     "encode": Command("dc_ssdae.cli.encode", "encode images to latents, one safetensors file each"),
     "decode": Command("dc_ssdae.cli.decode", "decode latents to PNG images"),
+    "train": Command("dc_ssdae.cli.train", "train a model, or go on with a run"),
     "info": Command("dc_ssdae.cli.info", "list the presets, or describe a preset or a saved model"),
     "convert": Command("dc_ssdae.cli.convert", "turn other people's checkpoints into models of this package"),
+    "pack": Command("dc_ssdae.cli.pack", "turn a folder of images into tar shards"),
+    "bench": Command("dc_ssdae.cli.bench", "measure how fast images are read, or training steps are done"),
     "demo": Command("dc_ssdae.cli.demo", "train a small model on real photos and write a report"),
 }
 
@@ -67,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exception(error)
         interrupted = isinstance(error, KeyboardInterrupt)
-        complain(program, "interrupted" if interrupted else describe(error))
+        if not isinstance(error, ToldElsewhere):
+            complain(program, "interrupted" if interrupted else describe(error))
         return INTERRUPTED if interrupted else USER_ERROR
 
 

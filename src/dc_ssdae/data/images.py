@@ -1,10 +1,13 @@
 """Image files to uint8 RGB tensors and back, and the two pixel ranges (uint8, and the model's [-1, 1])."""
 
 import contextlib
+import io
 import os
 import stat
 import uuid
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,12 @@ from dc_ssdae.errors import InputError
 # A closed list: among Pillow's other readers are one that runs an external program (EPS) and some that take
 # almost any bytes for an image (TGA), so that a text file would come out as noise instead of an error.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+IMAGE_EXTENSIONS = (
+    *("avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg"),
+    *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
+)
+"""Extensions of image files in lower case and without the dot, by which data sets tell them from other files."""
 
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa")
@@ -67,16 +76,51 @@ def read_image(path: str | Path) -> ImageFile:
         raise InputError(f"{subject}: it is {'a directory' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}")
     if status.st_size == 0:
         raise InputError(f"{subject}: the file is empty")
+    return _read(subject, lambda: _open_file(path))
 
+
+def read_image_bytes(data: bytes, name: str) -> ImageFile:
+    """Read an image file's content, as `read_image` does the file.
+
+    Args:
+        data: the whole content.
+        name: what to call the image in messages.
+
+    Returns:
+        As `read_image`.
+
+    Raises:
+        InputError: the content is empty, or for what `read_image` refuses a file.
+    """
+    subject = f"cannot read image {name!r}"
+    if not data:
+        raise InputError(f"{subject}: the file is empty")
+    return _read(subject, lambda: Image.open(io.BytesIO(data), formats=_readable_formats()))
+
+
+def read_pillow_image(image: Image.Image, name: str) -> ImageFile:
+    """Turn a Pillow image, loaded or only opened, into pixels, as `read_image` does a file.
+
+    Args:
+        image: one that is opened but not yet loaded gets loaded and turned upright; a loaded one is left as it is.
+        name: what to call the image in messages.
+
+    Returns:
+        As `read_image`.
+
+    Raises:
+        InputError: for what `read_image` refuses a file.
+    """
+    return _read(f"cannot read image {name!r}", lambda: contextlib.nullcontext(_own_copy(image)))
+
+
+def _read(subject: str, opened: Callable[[], AbstractContextManager[Image.Image]]) -> ImageFile:
+    """Decode what `opened` gives, with every failure an InputError that begins with `subject`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            Image.init()
-            readable = [name for name in _FORMATS if name in Image.OPEN]  # a Pillow may be built without some
-            # Not opened by its path: Pillow then maps uncompressed TIFFs into memory, and those that their
-            # orientation turns by 90 degrees come out scrambled.
-            with open(path, "rb") as file, Image.open(file, formats=readable) as image:
+            with opened() as image:
                 pixels, notes = _decode(image)
         except InputError as error:
             raise InputError(f"{subject}: {error}") from error
@@ -93,6 +137,31 @@ def read_image(path: str | Path) -> ImageFile:
             raise InputError(f"{subject}: it is damaged, cut short or not readable ({detail})") from error
     remarks = {" ".join(str(w.message).split()): None for w in caught if issubclass(w.category, UserWarning)}
     return ImageFile(pixels, notes + [f"Pillow warned: {remark}" for remark in remarks])
+
+
+def _readable_formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]  # a Pillow may be built without some
+
+
+@contextlib.contextmanager
+def _open_file(path: str | Path) -> Iterator[Image.Image]:
+    # Not opened by its path: Pillow then maps uncompressed TIFFs into memory, and those that their
+    # orientation turns by 90 degrees come out scrambled.
+    with open(path, "rb") as file, Image.open(file, formats=_readable_formats()) as image:
+        yield image
+
+
+def _own_copy(image: Image.Image) -> Image.Image:
+    """A copy to turn upright. Of an image not yet loaded none is made: loading loses how its samples are stored."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError
+    if getattr(image, "tile", None):
+        return image
+    copy = image.copy()
+    copy.format = image.format  # which Pillow's copy leaves out
+    return copy
 
 
 def _decode(image: Image.Image) -> ImageFile:

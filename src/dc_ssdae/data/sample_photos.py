@@ -1,5 +1,6 @@
 """The colour photos that scikit-image carries in its wheel, split for the demo; nothing is downloaded."""
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,6 +34,36 @@ class SamplePhoto(NamedTuple):
 
     name: str
     pixels: Tensor
+
+
+class SamplePhotos:
+    """The photos as a data set, held in memory.
+
+    Args:
+        split: as of `sample_photos`.
+
+    Raises:
+        InputError: as of `sample_photos`.
+    """
+
+    def __init__(self, split: Literal["train", "held_out"] = "train") -> None:
+        self._photos = sample_photos(split)
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """One block: the order costs nothing."""
+        return [len(self._photos)]
+
+    def name(self, index: int) -> str:
+        """The photo's name."""
+        return self._photos[index].name
+
+    def read(self, index: int) -> Tensor:
+        """The photo, uint8 (3, H, W)."""
+        return self._photos[index].pixels
 
 
 def sample_photos(split: Literal["train", "held_out"]) -> list[SamplePhoto]:

@@ -95,44 +95,45 @@ def center_crop(x: Tensor, size: int) -> Tensor:
     return tvf.center_crop(x, [size, size])
 
 
-def random_resized_crop(pixels: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Cut a random square from an image, resize it to `size` (bicubic, antialiased), mirror it or not.
+def random_scaled_crop(
+    pixels: Tensor, size: int, aug_scale: float, generator: torch.Generator, flip: bool = True
+) -> Tensor:
+    """Resize an image at random, cut a random square from it, and mirror it or not.
 
-    The square's side is uniform in [low, high] times the image's shorter side, its place is uniform, and it
-    is mirrored left to right with probability one half. To resize the image by a random scale and then cut
-    `size` out of it comes to the same, but for the border pixels: a square of 1/scale of the shorter side.
-    Here it is cut first, so that only pixels that are kept get resized. The filter is that of
-    `resize_shorter_side`; squares smaller than `size` are enlarged.
+    The shorter side becomes s · `size`, s uniform in [1, aug_scale] (bicubic, antialiased); the square's place is
+    uniform; it is mirrored left to right with probability one half. The square is cut before it is resized, which
+    comes to the same but for the border pixels and resizes only what is kept. The filter is that of
+    `resize_shorter_side`; images smaller than the result are enlarged.
 
     Args:
         pixels: (3, H, W), uint8 or floating point.
         size: the result's side in pixels, at least 1.
-        scale: (low, high), 0 < low <= high <= 1.
+        aug_scale: at least 1; 1 cuts a square of the whole shorter side.
         generator: the only source of randomness; every call draws four numbers from it.
+        flip: False never mirrors.
 
     Returns:
         (3, size, size), same dtype.
 
     Raises:
-        InputError: `pixels` is not one image, or `size` or `scale` is out of range.
+        InputError: `pixels` is not one image, or `size` or `aug_scale` is out of range.
     """
     _check_size(size)
-    low, high = scale
-    if not 0 < low <= high <= 1:
-        raise InputError(f"a crop's scale is (low, high) with 0 < low <= high <= 1, not ({low}, {high})")
+    if not 1.0 <= aug_scale < float("inf"):
+        raise InputError(f"aug_scale is {aug_scale}; it must be at least 1")
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise InputError(f"crops are drawn from an image of shape (3, H, W), not {tuple(pixels.shape)}")
     height, width = _sides(pixels)
     shorter = min(height, width)
 
     draws = torch.rand(4, generator=generator, device=generator.device, dtype=torch.float64).tolist()
-    side = min(max(round((low + (high - low) * draws[0]) * shorter), 1), shorter)
+    side = min(max(round(shorter / (1.0 + (aug_scale - 1.0) * draws[0])), 1), shorter)
     top = int(draws[1] * (height - side + 1))
     left = int(draws[2] * (width - side + 1))
     crop = tvf.resized_crop(
         pixels, top, left, side, side, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
     )
-    return tvf.horizontal_flip(crop) if draws[3] < 0.5 else crop
+    return tvf.horizontal_flip(crop) if flip and draws[3] < 0.5 else crop
 
 
 def _sides(x: Tensor) -> tuple[int, int]:

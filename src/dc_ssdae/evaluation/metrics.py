@@ -1,11 +1,15 @@
-"""Image quality, from torchmetrics, on images rounded to uint8."""
+"""Image quality, from torchmetrics, on images rounded to uint8.
+
+torchmetrics is imported where it is used: it takes seconds, and a run that does not evaluate needs none of it.
+"""
 
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 
 def psnr(reference: Tensor, image: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of one uint8 image (3, H, W) against another."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     return float(peak_signal_noise_ratio(image.double(), reference.double(), data_range=255.0))
 
 
@@ -14,4 +18,11 @@ def ssim(reference: Tensor, image: Tensor) -> float:
 
     Gaussian window of 11 pixels, sigma 1.5; the mean is over all pixels, the image reflected at its border.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     return float(structural_similarity_index_measure(image[None].double(), reference[None].double(), data_range=255.0))
+
+
+def mse(reference: Tensor, image: Tensor) -> float:
+    """Mean squared error of one uint8 image (3, H, W) against another, in units of the full range, squared."""
+    return float((reference.double() - image.double()).div(255.0).square().mean())

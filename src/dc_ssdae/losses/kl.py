@@ -1,10 +1,12 @@
 """KL of the latent's posterior."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.losses.term import StepOutputs
 
 
-def kl_loss(posterior: DiagonalGaussian) -> Tensor:
-    """KL from N(0, I), summed over c·h·w and averaged over the batch: scalar float32 (SPEC section 2)."""
-    return posterior.kl().mean()
+class KLLoss(nn.Module):
+    """KL from N(0, I), summed over c·h·w: (B,) float32 (SPEC section 2)."""
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        return outputs.posterior.kl()

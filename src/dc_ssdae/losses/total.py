@@ -1,59 +1,63 @@
 """The training objective: a weighted sum of terms (SPEC section 2, "Total loss")."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dc_ssdae.dynamics import Corruption, Dynamics
-from dc_ssdae.errors import InputError, check_type
-from dc_ssdae.latent import DiagonalGaussian
-from dc_ssdae.losses.kl import kl_loss
+from dc_ssdae.errors import InputError
+from dc_ssdae.losses.dynamics import DynamicsLoss
+from dc_ssdae.losses.kl import KLLoss
+from dc_ssdae.losses.term import StepOutputs
 
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Weight of each term; 0 leaves the term out."""
-
-    dynamics: float = 1.0
-    kl: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("dynamics", "kl"):
-            check_type(f"loss weight {name}", getattr(self, name), float)
-            if not getattr(self, name) >= 0.0:
-                raise InputError(f"loss weight {name} is {getattr(self, name)}; it must be 0 or more")
-        if not self.dynamics and not self.kl:
-            raise InputError("every loss weight is 0: there is nothing to train")
+BUILT_IN: Mapping[str, type[nn.Module]] = {"dynamics": DynamicsLoss, "kl": KLLoss}
+"""Terms that a configuration names without a class_path."""
 
 
 class Losses(NamedTuple):
-    """The weighted total (scalar, with gradient) and each term before its weight."""
+    """The weighted total (scalar, with gradient) and each term's mean over the batch before its weight."""
 
     total: Tensor
     terms: dict[str, Tensor]
 
 
-def total_loss(
-    dynamics: Dynamics,
-    record: Corruption,
-    prediction: Tensor,
-    posterior: DiagonalGaussian,
-    weights: LossWeights,
-) -> Losses:
-    """Add up the terms of one batch.
+class WeightedTerm(NamedTuple):
+    """A term and its factor, above 0."""
+
+    weight: float
+    term: nn.Module
+
+
+class Objective(nn.Module):
+    """A weighted sum of terms.
 
     Args:
-        dynamics: gives L_dynamics.
-        record: what the dynamics made of the images.
-        prediction: the decoder's answer, of the images' shape.
-        posterior: the encoder's answer.
-        weights: of the terms.
+        terms: by name; at least one.
+
+    Raises:
+        InputError: there is no term.
     """
-    terms: dict[str, Tensor] = {}
-    if weights.dynamics:
-        terms["dynamics"] = dynamics.loss(record, prediction).mean()
-    if weights.kl:
-        terms["kl"] = kl_loss(posterior)
-    total = sum((getattr(weights, name) * term for name, term in terms.items()), start=prediction.new_zeros(()))
-    return Losses(total, terms)
+
+    def __init__(self, terms: Mapping[str, WeightedTerm]) -> None:
+        super().__init__()
+        if not terms:
+            raise InputError("an objective needs at least one term of a weight above 0")
+        self.weights = {name: term.weight for name, term in terms.items()}
+        self.terms = nn.ModuleDict({name: term.term for name, term in terms.items()})
+
+    def forward(self, outputs: StepOutputs) -> Losses:
+        """Compute every term and the total.
+
+        Raises:
+            InputError: a term gives no tensor of shape () or (B,).
+        """
+        batch = outputs.record.x.shape[0]
+        values: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            value = term(outputs)
+            if not isinstance(value, Tensor) or tuple(value.shape) not in ((), (batch,)):
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"losses.{name} gives {given}; a term gives a tensor of shape () or ({batch},)")
+            values[name] = value.float().mean()
+        total = sum((self.weights[name] * value for name, value in values.items()), start=values[name].new_zeros(()))
+        return Losses(total, values)

@@ -1,10 +1,34 @@
 """Building blocks shared by the networks: down- and upsampling, and the residual block of the U-ViT decoder."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dc_ssdae.errors import InputError
+
+
+class CheckpointedModule(nn.Module):
+    """A module that can drop the activations inside its blocks and compute them again in the backward pass.
+
+    The two attributes are the ones that diffusers' `enable_gradient_checkpointing` looks for and sets. Trades about
+    a third more computation for memory; losses and gradients keep their bits. What updates running statistics must
+    not be run this way: it would update them twice.
+    """
+
+    gradient_checkpointing: bool = False
+    _gradient_checkpointing_func: Callable[..., Any] | None = None
+
+    def run_block(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Call `block(*inputs)`, of whose activations only the inputs are kept where checkpointing is on."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(*inputs)
+        if self._gradient_checkpointing_func is None:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return self._gradient_checkpointing_func(block, *inputs)
 
 
 def average_channel_groups(x: Tensor, channels: int) -> Tensor:

@@ -12,6 +12,7 @@ from dc_ssdae.errors import InputError, check_at_least, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.attention import LinearAttention
 from dc_ssdae.networks.blocks import (
+    CheckpointedModule,
     SpaceToChannelDownsample,
     average_channel_groups,
     check_downsample_factor,
@@ -58,7 +59,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-class DCEncoder(nn.Module):
+class DCEncoder(CheckpointedModule):
     """Deep-compression encoder (Chen et al. 2025, "Deep compression autoencoder", section 3; SPEC section 3).
 
     Args:
@@ -139,7 +140,8 @@ class DCEncoder(nn.Module):
         check_image(x, self.downsample_factor)
         y = self.project_in(x)
         for stage in self.stages:
-            y = stage(y)
+            for block in stage.children():
+                y = self.run_block(block, y)
         moments = self.latent_head(y)
         mean, logvar = moments.chunk(2, dim=1) if self.variational else (moments, None)
         if self.out_shortcut:

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from dc_ssdae.errors import InputError, check_at_least
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.attention import SpatialSelfAttention
-from dc_ssdae.networks.blocks import check_downsample_factor, check_image
+from dc_ssdae.networks.blocks import CheckpointedModule, check_downsample_factor, check_image
 
 
-class KLEncoder(nn.Module):
+class KLEncoder(CheckpointedModule):
     """Convolutional encoder to a diagonal Gaussian (Rombach et al. 2022, "High-resolution image synthesis with
     latent diffusion models", appendix; SPEC section 3).
 
@@ -80,9 +80,10 @@ class KLEncoder(nn.Module):
         """Encode (B, 3, H, W) in [-1, 1] to the Gaussian over (B, c, H/f, W/f)."""
         check_image(x, self.downsample_factor)
         y = self.conv_in(x)
-        for level in self.down:
-            y = level(y)
-        return DiagonalGaussian.from_moments(self.latent_head(self.middle(y)))
+        for level in (*self.down, self.middle):
+            for block in level.children():
+                y = self.run_block(block, y)
+        return DiagonalGaussian.from_moments(self.latent_head(y))
 
 
 class KLResidualBlock(nn.Module):

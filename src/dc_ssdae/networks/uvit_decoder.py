@@ -11,7 +11,12 @@ from torch.nn import functional as F
 
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 from dc_ssdae.networks.attention import WindowedSelfAttention
-from dc_ssdae.networks.blocks import ConditionedResidualBlock, check_downsample_factor, conv3_of_upsampled
+from dc_ssdae.networks.blocks import (
+    CheckpointedModule,
+    ConditionedResidualBlock,
+    check_downsample_factor,
+    conv3_of_upsampled,
+)
 from dc_ssdae.networks.norms import GlobalBatchNorm2d
 
 TIME_SCALE = 1000.0
@@ -45,7 +50,7 @@ class DecoderFeatures(NamedTuple):
     features: Tensor
 
 
-class UViTDecoder(nn.Module):
+class UViTDecoder(CheckpointedModule):
     """Field (or velocity) of an image given a latent (SPEC section 3, U-ViT decoder; its sizes are about SSDD's).
 
     Args:
@@ -181,7 +186,10 @@ class UViTDecoder(nn.Module):
         y, features = self.middle(y, context, layer)
         for up in self.up:
             y = up(y, context, embedded_time, skips)
-        return self.conv_out(F.silu(self.norm_out(y))), features
+        return self.run_block(self._output, y), features
+
+    def _output(self, y: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(y)))
 
     def _check(self, x: Tensor, z: Tensor, time: Tensor | None) -> None:
         factor = self.downsample_factor
@@ -218,7 +226,7 @@ class TimeEmbedding(nn.Module):
         return self.linear2(F.silu(self.linear1(features)))
 
 
-class Level(nn.Module):
+class Level(CheckpointedModule):
     """One level of the U-Net: a residual block for each of `in_channels`, and the conv3 to the next level, if any."""
 
     def __init__(
@@ -243,7 +251,7 @@ class DownLevel(Level):
 
     def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
         for block in self.blocks:
-            y = block(y, context, time)
+            y = self.run_block(block, y, context, time)
             skips.append(y)
         if self.resample is not None:
             y = self.resample(y)
@@ -256,13 +264,22 @@ class UpLevel(Level):
 
     def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
         for block in self.blocks:
-            y = block(torch.cat([y, skips.pop()], dim=1), context, time)
+            y = self.run_block(_run_joined, block, y, skips.pop(), context, time)
         if self.resample is not None:
-            y = self.resample(F.interpolate(y, scale_factor=2, mode="nearest"))
+            y = self.run_block(_run_upsampled, self.resample, y)
         return y
 
 
-class TransformerMiddle(nn.Module):
+# Functions of their own, so that checkpointing keeps neither the joined nor the upsampled map.
+def _run_joined(block: nn.Module, y: Tensor, skip: Tensor, context: Tensor, time: Tensor | None) -> Tensor:
+    return block(torch.cat([y, skip], dim=1), context, time)
+
+
+def _run_upsampled(conv: nn.Module, y: Tensor) -> Tensor:
+    return conv(F.interpolate(y, scale_factor=2, mode="nearest"))
+
+
+class TransformerMiddle(CheckpointedModule):
     """GroupNorm, Linear, transformer blocks, Linear, + input, on tokens of 8×8 pixels: (B, D, h, w) -> same."""
 
     def __init__(
@@ -279,7 +296,7 @@ class TransformerMiddle(nn.Module):
         tokens = self.project_in(self.norm(y).flatten(2).transpose(1, 2))
         features = None
         for index, block in enumerate(self.blocks):
-            tokens = block(tokens, context, height, width)
+            tokens = self.run_block(block, tokens, context, height, width)
             if index == layer:
                 features = tokens.transpose(1, 2).reshape(batch, channels, height, width)
         tokens = self.project_out(tokens)

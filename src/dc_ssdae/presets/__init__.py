@@ -3,11 +3,12 @@
 from importlib import resources
 from typing import Any
 
-import yaml
-
 from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.presets.plain_yaml import dump_yaml, parse_yaml, read_yaml
 
-SECTIONS = ("description", "model", "training")
+__all__ = ["SECTIONS", "dump_yaml", "list_presets", "load_preset", "parse_yaml", "read_yaml"]
+
+SECTIONS = ("description", "model", "data", "training", "losses")
 
 
 def list_presets() -> list[str]:
@@ -26,7 +27,8 @@ def load_preset(name: str) -> dict[str, Any]:
         name: one of `list_presets()`.
 
     Returns:
-        Its sections: `description` (a line), `model` (settings of `DCSSDAE`) and perhaps `training`.
+        Its sections: `description` (a line), `model` (settings of `DCSSDAE`) and perhaps `data`, `training` and
+        `losses` (settings of a run, see `dc_ssdae.training.config`).
 
     Raises:
         InputError: there is no such preset, or its file has a section that none should have.
@@ -34,11 +36,12 @@ def load_preset(name: str) -> dict[str, Any]:
     names = list_presets()
     if name not in names:
         raise unknown_name("preset", name, names)
-    preset = yaml.safe_load((resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8"))
+    text = (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
+    preset = read_yaml(text, f"preset {name}")
     for section in preset:
         if section not in SECTIONS:
             raise unknown_name(f"section of preset {name!r}", section, SECTIONS)
     for section in ("description", "model"):
         if section not in preset:
             raise InputError(f"preset {name!r} lacks its section {section!r}")
-    return dict(preset)
+    return preset

@@ -1,124 +1,471 @@
-"""A minimal training loop: one process, AdamW, a step or clock budget."""
+"""The training loop: what happens in which order, and what a run is made of."""
 
 import math
+import os
+import resource
+import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from contextlib import closing, nullcontext
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
-from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.data.images import to_model_range
-from dc_ssdae.data.transforms import random_resized_crop
-from dc_ssdae.losses import Losses, total_loss
-from dc_ssdae.training.config import TrainingConfig
-from dc_ssdae.training.randomness import image_generator
+from dc_ssdae.autoencoder import DCSSDAE, model_folder
+from dc_ssdae.data.images import to_uint8
+from dc_ssdae.data.loader import (
+    Batch,
+    BrokenImage,
+    Drawing,
+    Places,
+    TrainingSamples,
+    ValidationImages,
+    default_workers,
+    training_loader,
+)
+from dc_ssdae.data.sources import ImageSources
+from dc_ssdae.errors import InputError
+from dc_ssdae.randomness import seed_ambient
+from dc_ssdae.training.build import build_model, build_objective
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
+from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.distributed import on_main_process, sum_over_processes
+from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
+from dc_ssdae.training.evaluation import evaluate
+from dc_ssdae.training.logging import Loggers, read_lines
+from dc_ssdae.training.optimizer import (
+    OptimizerState,
+    build_optimizer,
+    evaluated_weight,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
+from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, publish_model
+from dc_ssdae.training.step import TrainingStep
+from dc_ssdae.training.stopping import StopRequest
+from dc_ssdae.training.tensors import gathered, whole
+from dc_ssdae.weights import read_safetensors
+
+EVALUATION_BATCH = 16
 
 
-class Batch(NamedTuple):
-    """Images (B, 3, S, S) in [-1, 1], noise of that shape, levels (B,), and each image's generator."""
-
-    x: Tensor
-    noise: Tensor
-    level: Tensor
-    generators: list[torch.Generator]
+class TrainingFailed(InputError):
+    """A run that cannot go on; the message names what is left of it."""
 
 
-class StepRecord(NamedTuple):
-    """What is known after a step; `progress` is the share of the budget spent, `seconds` since the start."""
+class Outcome(NamedTuple):
+    """How a start of a run ended: steps done, and the signal that asked for the end, None where the budget did."""
 
     step: int
-    losses: dict[str, float]
-    gradient_norm: float
-    lr: float
-    progress: float
-    seconds: float
+    stopped_by: str | None
 
 
-def draw_batch(photos: Sequence[Tensor], model: DCSSDAE, config: TrainingConfig, step: int) -> Batch:
-    """Draw a step's random crops, levels and noise, on the CPU, reproducibly.
+class Trainer:
+    """A run in one of its processes.
 
     Args:
-        photos: uint8 images (3, H, W), each as likely as the next.
-        model: its dynamics draws the levels.
-        config: gives crop, batch size and seed.
-        step: from 0.
-    """
-    crops, noise, level = [], [], []
-    generators = [image_generator(config.seed, step, index) for index in range(config.batch_size)]
-    for generator in generators:
-        photo = photos[int(torch.randint(len(photos), (1,), generator=generator))]
-        crops.append(random_resized_crop(photo, config.image_size, config.crop_scale, generator))
-        level.append(model.dynamics.sample_level(1, generator=generator))
-        noise.append(torch.randn(3, config.image_size, config.image_size, generator=generator))
-    return Batch(to_model_range(torch.stack(crops)), torch.stack(noise), torch.cat(level), generators)
-
-
-def compute_losses(model: DCSSDAE, batch: Batch, config: TrainingConfig) -> Losses:
-    """Encode, corrupt, predict and add up the objective of one batch; gradients flow to encoder and decoder."""
-    device = next(model.parameters()).device
-    x, noise, level = (part.to(device) for part in batch[:3])
-    record = model.dynamics.corrupt(x, noise, level)
-    time_input = level if model.dynamics.conditions_on_time else None
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        posterior = model.encoder(x)
-        prediction = model.decoder(record.x_level, posterior.sample(batch.generators), time_input)
-    return total_loss(model.dynamics, record, prediction, posterior, config.loss_weights)
-
-
-def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """Linear warm-up, then a cosine to 0, at a share `progress` in [0, 1] of the budget."""
-    if progress < config.warmup:
-        return config.lr * progress / config.warmup
-    decayed = (progress - config.warmup) / (1.0 - config.warmup)
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(decayed, 1.0)))
-
-
-def train(
-    model: DCSSDAE,
-    photos: Sequence[Tensor],
-    config: TrainingConfig,
-    on_step: Callable[[StepRecord], None] | None = None,
-) -> list[StepRecord]:
-    """Train a model in place on random crops of photos held in memory; leaves it in eval mode.
-
-    Args:
-        model: on the device that is to do the work.
-        photos: uint8 images (3, H, W).
-        config: the settings; with a budget in steps a run is reproducible, with the clock it is not.
-        on_step: called after every step, for progress bars and logs.
-
-    Returns:
-        A record of every step.
+        config: of the run.
+        run: its folder, which exists.
+        accelerator: the process group.
+        sources: the images.
+        stop: asked to end.
 
     Raises:
-        FloatingPointError: a loss or the gradient is not finite; names the step and the terms.
+        InputError: the last checkpoint does not fit the configuration or the data.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    history: list[StepRecord] = []
-    model.train()
-    start = time.monotonic()
-    while (progress := _progress(config, len(history), time.monotonic() - start)) < 1.0:
-        step = len(history)
-        # The middle of the step, so that a warm-up of any length starts above 0.
-        lr = learning_rate(config, _progress(config, step + 0.5, time.monotonic() - start))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses = compute_losses(model, draw_batch(photos, model, config, step), config)
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        values = {name: float(term.detach()) for name, term in {"total": losses.total, **losses.terms}.items()}
-        if not all(math.isfinite(value) for value in (*values.values(), float(norm))):
-            raise FloatingPointError(f"step {step}: not finite: {values}, gradient norm {float(norm)}")
-        optimizer.step()
-        history.append(StepRecord(step, values, float(norm), lr, progress, time.monotonic() - start))
-        if on_step is not None:
-            on_step(history[-1])
-    model.eval()
-    return history
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        accelerator: Accelerator,
+        sources: ImageSources,
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.run_folder = run
+        self.accelerator = accelerator
+        self.sources = sources
+        self.stop = stop
+        self.step = 0
+        self.seconds = 0.0
+        self.skipped_steps = 0
+        self.best: dict[str, Any] | None = None
+        self._skipped_in_a_row = 0
+        self._saved_at: int | None = None
+        self._broken = {str(line.get("name")) for line in read_lines(run.broken_images) if line.get("split") == "train"}
+
+        training = config.training
+        torch.manual_seed(training.seed)
+        model = build_model(config.model)
+        if training.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        objective = build_objective(config.losses)
+        module = TrainingStep(model, objective, training.precision, training.channels_last)
+        folder = run.checkpoints.last()
+        checkpoint = None if folder is None else read_checkpoint(folder)
+        if checkpoint is not None:
+            check_same_tensors(f"{folder}/model.safetensors", module.state_dict(), checkpoint.tensors["model"])
+            module.load_state_dict(dict(checkpoint.tensors["model"]))
+        elif training.init_from is not None:
+            _load_weights(model, training.init_from)
+        module.to(accelerator.device)
+        if training.channels_last:
+            module.to(memory_format=torch.channels_last)
+        if training.compile:
+            model.encoder.compile()
+            model.decoder.compile()
+        module.train()
+        self.optimizer = build_optimizer(module, training)
+        # Accelerate returns wrappers; sharding also exchanges the parameters inside module and optimiser.
+        self.wrapped, _ = accelerator.prepare(module, self.optimizer)
+        self.module: TrainingStep = accelerator.unwrap_model(self.wrapped)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self.module, "reconstruct")
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=training.precision == "float16")
+        self.ema = ExponentialMovingAverage(self.module.model, training.ema_decay, training.ema_start)
+        self._parameters = dict(self.module.model.named_parameters())
+        trained = {name for name, _ in self.module.named_parameters()}
+        # What a step that is thrown away must not leave behind: statistics of its batch.
+        self._buffers = [tensor for name, tensor in self.module.state_dict().items() if name not in trained]
+        self._loss_names = ("total", *self.module.objective.terms)
+        workers = config.data.workers
+        self._workers = default_workers(_processes_here(accelerator)) if workers is None else workers
+        self._mark = time.monotonic()
+        if checkpoint is not None:
+            self.load_state_dict(checkpoint)
+
+    def state_dict(self) -> Checkpoint:
+        """The whole state; every process must take part in gathering it, and the main one alone has the tensors."""
+        is_main = self.accelerator.is_main_process
+        optimizer = optimizer_state(self.optimizer, self.module)
+        groups = {
+            "model": self.module.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer.tensors,
+        }
+        length = len(self.sources.train)
+        drawn = self.step * self.config.training.batch_size
+        state = {
+            "step": self.step,
+            "images_drawn": drawn,
+            "epoch": drawn // length,
+            "place_in_epoch": drawn % length,
+            "seconds": self.seconds,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "best": self.best,
+            "images_in_data_set": length,
+            "batch_size": self.config.training.batch_size,
+            "processes": self.accelerator.num_processes,
+            "optimizer": {"class": type(self.optimizer).__name__, "groups": optimizer.groups},
+            "gradient_scaler": self.scaler.state_dict(),
+        }
+        # Every process gathers what is sharded; eight whole copies would be too much for many a node.
+        tensors = {
+            file: {name: full for name, tensor in group.items() if (full := whole(tensor, is_main)) is not None}
+            for file, group in groups.items()
+        }
+        return Checkpoint(tensors, state)
+
+    def load_state_dict(self, checkpoint: Checkpoint) -> None:
+        """Go on from a state, whatever number of processes it comes from; the module's weights are loaded before.
+
+        Raises:
+            InputError: it does not fit the configuration or the data.
+        """
+        state = checkpoint.state
+        length = len(self.sources.train)
+        if state["images_in_data_set"] != length:
+            raise InputError(
+                f"the run began with {state['images_in_data_set']} training images and the data set now has {length}; "
+                "its order would be another"
+            )
+        if state["optimizer"]["class"] != type(self.optimizer).__name__:
+            raise InputError(f"the checkpoint is of optimiser {state['optimizer']['class']}")
+        self.ema.load_state_dict(checkpoint.tensors["ema"])
+        saved = OptimizerState(dict(checkpoint.tensors["optimizer"]), state["optimizer"]["groups"])
+        load_optimizer_state(self.optimizer, self.module, saved)
+        if self.scaler.is_enabled() and state["gradient_scaler"]:  # empty where the precision was another
+            self.scaler.load_state_dict(state["gradient_scaler"])
+        self.step = self._saved_at = state["step"]
+        self.seconds = state["seconds"]
+        self.skipped_steps = state["skipped_steps"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.best = state["best"]
+
+    def is_finished(self) -> bool:
+        """Whether the budget is spent."""
+        return self.config.training.progress(self.step, self.seconds) >= 1.0
+
+    def run(self) -> Outcome:
+        """Train until the budget is spent or a signal asks for the end; then the state is saved.
+
+        Raises:
+            TrainingFailed: too many steps in a row are not finite, or the last checkpoint cannot be written.
+            InputError: too many images cannot be read.
+        """
+        training = self.config.training
+        stopped = False
+        is_main = self.accelerator.is_main_process
+        with closing(Loggers(self.run_folder, self.config, is_main, self.step, self.seconds)) as loggers:
+            batches = iter(self._loader())
+            self._mark = time.monotonic()
+            while not stopped and not self.is_finished():
+                stopped = self._train_step(list(islice(batches, training.accumulation_steps)), loggers)
+                # A run of skipped steps may end in failure, which is to name what was before it; at the end it has not.
+                if not stopped and (not self._skipped_in_a_row or self.is_finished()):
+                    self._after_step(loggers)
+            if self._saved_at != self.step:
+                self._save(loggers, must=True)
+        return Outcome(self.step, (self.stop.name or "a signal to another process") if stopped else None)
+
+    def _after_step(self, loggers: Loggers) -> None:
+        """Evaluate and save where that is due."""
+        training = self.config.training
+        evaluates = self.sources.validation is not None
+        if evaluates and (self.step % training.evaluate_every == 0 or self.is_finished()):
+            best = self.best
+            is_best = self._evaluate(loggers)
+            if not self._save(loggers, is_best):
+                self.best = best  # there is no checkpoint of it
+        elif self.step % training.checkpoint_every == 0:
+            self._save(loggers)
+        else:
+            return
+        self._mark = time.monotonic()  # the clock is of training alone
+
+    def _train_step(self, batches: Sequence[Batch], loggers: Loggers) -> bool:
+        """Do one step and log it; says whether some process was asked to stop."""
+        step, training = self.step, self.config.training
+        seed_ambient(training.seed, step, self.accelerator.process_index)
+        lr = training.learning_rate(training.progress(step + 0.5, self.seconds))
+        set_learning_rate(self.optimizer, lr)
+        statistics = [buffer.clone() for buffer in self._buffers]
+        local_losses, norm = self._gradient(batches)
+        broken = [image for batch in batches for image in batch.broken]
+        losses, gradient_norm, exchanged = self._exchange(local_losses, norm, len(broken))
+
+        not_finite = [f"loss/{name}" for name, value in losses.items() if not math.isfinite(value)]
+        if not not_finite and not math.isfinite(gradient_norm):
+            not_finite = ["gradient_norm"]
+        overflow = self.scaler.is_enabled() and not_finite == ["gradient_norm"] and self.scaler.get_scale() > 1.0
+        if not not_finite:
+            self.scaler.step(self.optimizer)
+            self._skipped_in_a_row = 0
+            self.ema.update(self.module.model, step + 1, self._evaluated)
+        else:
+            for buffer, kept in zip(self._buffers, statistics, strict=True):
+                buffer.copy_(kept)
+            self.skipped_steps += 1
+            # A gradient too large for float16 makes the scaler halve its scale: that is how it finds the scale.
+            self._skipped_in_a_row += not overflow
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.seconds += exchanged.lap
+        entry: dict[str, Any] = {
+            "step": step,
+            **{f"loss/{name}": value for name, value in losses.items()},
+            "gradient_norm": gradient_norm,
+            "lr": lr,
+            **({"skipped": not_finite} if not_finite else {}),
+            "images_per_second": training.batch_size / max(exchanged.lap, 1e-9),
+            "seconds": self.seconds,
+            "memory_gib": _memory_gib(self.accelerator.device),
+        }
+        loggers.step(entry)
+        if not_finite:
+            self._report_skipped(step, not_finite, overflow, loggers)
+        if exchanged.broken:
+            self._report_broken(broken, step, loggers)
+        return exchanged.stop
+
+    def _gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """Add up the gradient of this step; gives this process's losses (total, then terms), and the whole norm."""
+        device = self.accelerator.device
+        sums = torch.zeros(len(self._loss_names), device=device)
+        for place, batch in enumerate(batches):
+            inputs = [part.to(device, non_blocking=True) for part in (batch.pixels, batch.noise, batch.level)]
+            is_last = place == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                losses = self.wrapped(*inputs, batch.latent_noise.to(device, non_blocking=True))
+                self.accelerator.backward(self.scaler.scale(losses.total / len(batches)))
+            sums += torch.stack([losses.total, *losses.terms.values()]).detach() / len(batches)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        clip = self.config.training.gradient_clip
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), math.inf if clip is None else clip)
+        return sums, gathered(norm)
+
+    def _exchange(self, losses: Tensor, norm: Tensor, broken: int) -> "tuple[dict[str, float], float, Exchanged]":
+        """Agree with the other processes: one sum, and one wait for the device, in a step."""
+        now = time.monotonic()
+        lap, self._mark = now - self._mark, now
+        main_lap = lap if self.accelerator.is_main_process else 0.0
+        flags = torch.tensor([float(self.stop.name is not None), float(broken), main_lap], device=losses.device)
+        *means, stop, broken_everywhere, lap = sum_over_processes(
+            torch.cat([losses, norm.reshape(1).float(), flags])
+        ).tolist()
+        *values, gradient_norm = (value / self.accelerator.num_processes for value in means)
+        exchanged = Exchanged(stop > 0.0, broken_everywhere > 0.0, lap)
+        return dict(zip(self._loss_names, values, strict=True)), gradient_norm, exchanged
+
+    def _evaluated(self, name: str, tensor: Tensor) -> Tensor:
+        parameter = self._parameters.get(name)
+        return tensor if parameter is None else evaluated_weight(self.optimizer, parameter)
+
+    def _report_skipped(self, step: int, not_finite: Sequence[str], overflow: bool, loggers: Loggers) -> None:
+        what = ", ".join(not_finite)
+        if overflow:
+            loggers.say(f"step {step} skipped: {what} overflows float16; the scale is now {self.scaler.get_scale():g}")
+            return
+        loggers.say(f"step {step} skipped: {what} not finite ({self._skipped_in_a_row} in a row)")
+        if self._skipped_in_a_row >= self.config.training.max_skipped_steps:
+            raise TrainingFailed(
+                f"{self._skipped_in_a_row} steps in a row are not finite, at last {what} at step {step}; "
+                f"{self._last_good()}"
+            )
+
+    def _report_broken(self, mine: list[BrokenImage], step: int, loggers: Loggers) -> None:
+        everyone = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        loggers.broken(everyone, step, "train")
+        self._broken.update(image.name for image in everyone)
+        length, share = len(self.sources.train), self.config.data.max_broken_share
+        if len(self._broken) > share * length:
+            raise InputError(
+                f"{len(self._broken)} of {length} training images cannot be read, more than data.max_broken_share "
+                f"{share:g}; {self.run_folder.broken_images} lists them; {self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        last = self.run_folder.checkpoints.last()
+        return f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
+
+    def _evaluate(self, loggers: Loggers) -> bool:
+        """Measure the averaged model on validation images; says whether it is the best so far."""
+        assert self.sources.validation is not None
+        data, training = self.config.data, self.config.training
+        images = ValidationImages(self.sources.validation, data.image_size, data.validation_images)
+        model = self.module.model
+        batch_size = min(EVALUATION_BATCH, training.batch_size // self.accelerator.num_processes)
+        self.module.eval()
+        try:
+            with self.ema.swapped_into(model):
+                result = evaluate(self.module.reconstruct, images, self.accelerator, batch_size, self._workers)
+                if training.sample_images:
+                    self._log_pictures(images, loggers)
+        finally:
+            self.module.train()
+        loggers.broken(result.broken, self.step, "validation")
+        loggers.evaluation({"step": self.step, **result.values, "images": result.images})
+        name, direction = training.best
+        value = result.values[name]
+        if not math.isfinite(value):
+            return False
+        sign = 1.0 if direction == "max" else -1.0
+        if self.best is not None and sign * value <= sign * self.best["value"]:
+            return False
+        self.best = {"metric": name, "value": value, "step": self.step}
+        return True
+
+    def _log_pictures(self, images: ValidationImages, loggers: Loggers) -> None:
+        shown = [images[place] for place in range(min(self.config.training.sample_images, len(images)))]
+        originals = torch.stack([image.pixels for image in shown])
+        # In every process, because sharded networks need them all.
+        output = self.module.reconstruct(originals.to(self.accelerator.device)).cpu()
+        loggers.pictures(originals, to_uint8(output.nan_to_num()), self.step)
+
+    def _save(self, loggers: Loggers, is_best: bool = False, must: bool = False) -> bool:
+        """Write a checkpoint and RUN/model; where that fails, the one before stays, and the run goes on.
+
+        Returns:
+            Whether it is written.
+
+        Raises:
+            TrainingFailed: it must be written and cannot be; or the weights are not finite.
+        """
+        checkpoint = self.state_dict()
+
+        def write() -> str | None:
+            for name, tensor in checkpoint.tensors["model"].items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise TrainingFailed(f"step {self.step}: {name} is not finite; {self._last_good()}")
+            try:
+                folder = self.run_folder.checkpoints.save(checkpoint, is_best)
+                publish_model(self.run_folder, folder / "ema.safetensors")
+            except OSError as error:
+                return " ".join(str(error).split())
+            return None
+
+        problem = on_main_process(self.accelerator, write)
+        if problem is None:
+            self._saved_at = self.step
+            return True
+        message = f"step {self.step}: the checkpoint cannot be written ({problem}); {self._last_good()}"
+        if must or self.is_finished():
+            raise TrainingFailed(message)
+        loggers.say(message)
+        return False
+
+    def _loader(self) -> Iterable[Batch]:
+        config, accelerator = self.config, self.accelerator
+        side = config.data.image_size // config.model.downsample_factor
+        drawing = Drawing(
+            seed=config.training.seed,
+            batch_size=config.training.batch_size,
+            image_size=config.data.image_size,
+            aug_scale=config.data.aug_scale,
+            flip=config.data.flip,
+            latent_shape=(config.model.latent_channels, side, side),
+            dynamics=self.module.model.dynamics,
+        )
+        places = Places(
+            self.step,
+            config.training.steps,
+            config.training.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.training.accumulation_steps,
+        )
+        samples = TrainingSamples(self.sources.train, drawing)
+        return training_loader(samples, places, self._workers, accelerator.device.type == "cuda")
 
 
-def _progress(config: TrainingConfig, steps: float, seconds: float) -> float:
-    return steps / config.steps if config.steps is not None else seconds / (60.0 * (config.minutes or 0.0))
+class Exchanged(NamedTuple):
+    """What the processes agree on after a step: whether to stop, whether images are broken, the main one's seconds."""
+
+    stop: bool
+    broken: bool
+    lap: float
+
+
+def _load_weights(model: DCSSDAE, source: str) -> None:
+    """Start from a saved model's or a run's weights.
+
+    Raises:
+        InputError: they are not there, or of another architecture.
+    """
+    folder = model_folder(source)
+    weights = read_safetensors(folder / WEIGHTS_FILE)
+    check_same_tensors(f"training.init_from {source}", model.state_dict(), weights)
+    model.load_state_dict(weights)
+
+
+def _processes_here(accelerator: Accelerator) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on a CUDA device, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

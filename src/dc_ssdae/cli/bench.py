@@ -1,0 +1,340 @@
+"""`dc-ssdae bench`: how fast images are read, and how fast steps are done; one sub-command each."""
+
+import argparse
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dc_ssdae.cli.common import add_device_option, complain, say, select_device
+from dc_ssdae.cli.parser import CommandParser, filled, whole_number
+from dc_ssdae.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from dc_ssdae.data.benchmark import DataFigures
+    from dc_ssdae.timing import Spread
+    from dc_ssdae.training.benchmark import StepFigures
+
+PROGRAM = "dc-ssdae bench"
+WIDTH = 100
+"""Columns of the tables, at most."""
+
+_BENCHMARKS = ("data", "train")
+_WITH_VALUE, _WITHOUT_VALUE = ("--steps", "--device", "--compare"), ("--json", "--debug", "--help", "-h")
+_STAGES = {"read": "read+decode", "crop": "crop+flip", "noise": "noise+level", "sample": "whole sample"}
+
+
+class BenchParser(CommandParser):
+    """A parser of the command's words; those of `bench train` that are not its own are a run's configuration."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Read and check everything that needs no torch.
+
+        Raises:
+            InputError: something is wrong; one line.
+            SystemExit: after --help and --print_config.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        place = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
+        if place == len(words):
+            super().parse_args(words)
+            raise InputError(f"which benchmark, {' or '.join(_BENCHMARKS)}? {PROGRAM} --help describes them")
+        if words[place] not in _BENCHMARKS:
+            raise unknown_name("benchmark", words[place], _BENCHMARKS)
+        if words[place] == "data":
+            return super().parse_args(words, namespace)
+        own, settings = _own_words(words[place + 1 :])
+        parsed = super().parse_args([*words[:place], "train", *own], namespace)
+        from dc_ssdae.cli.run_config import parse_run_config
+
+        parsed.config, parsed.name = parse_run_config(settings)
+        parsed.compared = {
+            text: parse_run_config([*settings, f"--{text}"]).config for text in map(_checked_setting, parsed.compare)
+        }
+        return parsed
+
+
+def build_parser() -> BenchParser:
+    """Build the command's parser, with one below it for each benchmark."""
+    parser = BenchParser(prog=PROGRAM, description="Measure how fast images are read, or training steps are done.")
+    benchmarks = parser.add_subparsers(metavar="BENCHMARK", parser_class=CommandParser)
+    _add_data(benchmarks)
+    _add_train(benchmarks)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; gives the exit code."""
+    args.measure(args)
+    return 0
+
+
+def _add_data(benchmarks: Any) -> None:
+    data = benchmarks.add_parser(
+        "data",
+        help="the input pipeline alone, of one or several data sets",
+        description="Time the input pipeline of data sets, in one process with one thread: its stages and all "
+        "together, on the same positions of each, in rounds that alternate between them.",
+    )
+    data.add_argument(
+        "sources",
+        nargs="+",
+        type=filled,
+        metavar="SOURCE",
+        help="folder of images or shards, or a shard or pattern of shards; of one with train/, that. Ratios are to "
+        "the first",
+    )
+    data.add_argument(
+        "--image-size", type=whole_number(8, 2**16), default=256, metavar="N", help="of the crops (default 256)"
+    )
+    data.add_argument(
+        "--aug-scale", type=_number(1.0), default=2.0, metavar="X", help="largest random enlargement (default 2)"
+    )
+    data.add_argument(
+        "--seconds",
+        type=_number(0.001),
+        default=10.0,
+        metavar="S",
+        help="time for each source, and for each number of workers (default 10)",
+    )
+    data.add_argument(
+        "--workers",
+        type=_worker_counts,
+        default=(),
+        metavar="N[,N]",
+        help="also time the loader with N worker processes; 0 does not (default 0)",
+    )
+    data.add_argument(
+        "--packed",
+        action="store_true",
+        help="also pack the first SOURCE, a folder, into temporary shards, in the system's folder for such files or "
+        "in $TMPDIR, and measure those",
+    )
+    _add_json(data)
+    data.set_defaults(measure=_measure_data)
+
+
+def _add_train(benchmarks: Any) -> None:
+    train = benchmarks.add_parser(
+        "train",
+        usage=f"{PROGRAM} train --config PRESET [--config FILE] [--section.name VALUE] [options]",
+        help="training steps alone, on random images",
+        description="Time training steps in one process, on random images that are on the device already: networks, "
+        "losses, optimiser and average. Configurations are given as to dc-ssdae train, whose --help lists the "
+        "settings; training.batch_size is this process's.",
+    )
+    train.add_argument("--steps", type=whole_number(1), default=20, metavar="N", help="timed steps (default 20)")
+    add_device_option(train)
+    train.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="also measure the same with this setting, as training.compile=true, in alternation with the plain "
+        "configuration; may be given several times",
+    )
+    _add_json(train)
+    train.set_defaults(measure=_measure_training)
+
+
+def _add_json(parser: CommandParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the same figures as JSON")
+
+
+def _own_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the words of `bench train` from those of a run's configuration."""
+    own: list[str] = []
+    settings: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        takes_value = name.startswith("--") and name not in _WITHOUT_VALUE and not equals
+        if name in (*_WITH_VALUE, *_WITHOUT_VALUE):
+            part = own
+        elif not name.startswith("--") or "." in name or name in ("--config", "--print_config"):
+            part = settings
+            takes_value = takes_value and name != "--print_config"
+        else:
+            accepted = (*_WITH_VALUE, *_WITHOUT_VALUE[:-1], "--config", "--print_config")
+            raise InputError(f"{unknown_name('option', name, accepted)}; settings are --section.name")
+        part += [word, *([after] if takes_value and (after := next(rest, None)) is not None else [])]
+    return own, settings
+
+
+def _checked_setting(text: str) -> str:
+    name, equals, _ = text.partition("=")
+    if not equals or "." not in name or name.startswith("-"):
+        raise InputError(f"--compare {text!r} is no setting with a value; write it as training.compile=true")
+    return text
+
+
+def _number(smallest: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not smallest <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {smallest:g} on")
+        return value
+
+    return parse
+
+
+def _worker_counts(text: str) -> tuple[int, ...]:
+    counts = map(whole_number(0, 1024), text.split(","))
+    return tuple(dict.fromkeys(count for count in counts if count))
+
+
+def _measure_data(args: argparse.Namespace) -> None:
+    from dc_ssdae.data.benchmark import NamedSource, data_drawing, measure_data, packed, training_images
+    from dc_ssdae.data.sources import open_path
+    from dc_ssdae.timing import describe_machine
+
+    paths = [training_images(name) for name in args.sources]
+    sources = [NamedSource(name, open_path(path, None)) for name, path in zip(args.sources, paths, strict=True)]
+    drawing = data_drawing(args.image_size, args.aug_scale)
+    with ExitStack() as stack:
+        if args.packed:
+            shards = stack.enter_context(packed(paths[0], lambda line: complain(args.program, line)))
+            sources.append(NamedSource(f"{args.sources[0]} (packed)", shards))
+        figures = measure_data(sources, drawing, args.seconds, args.workers)
+    machine = {**describe_machine(), "threads": 1}
+    if args.json:
+        settings = {"image_size": args.image_size, "aug_scale": args.aug_scale, "latent_shape": drawing.latent_shape}
+        say(json.dumps({"benchmark": "data", **settings, **_plain(figures), "machine": machine}, indent=2))
+    else:
+        say(_data_as_text(figures, args, drawing.latent_shape, machine))
+
+
+def _measure_training(args: argparse.Namespace) -> None:
+    device = select_device(args.device)
+    import torch
+
+    from dc_ssdae.classes import importing_from
+    from dc_ssdae.timing import describe_machine
+    from dc_ssdae.training.benchmark import measure_training
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with importing_from(Path.cwd()):
+        figures = measure_training(args.name, args.config, args.compared, device, args.steps)
+    machine = describe_machine(device)
+    if args.json:
+        plain = {"benchmark": "train", "steps": args.steps, "config": args.config.to_mapping()}
+        say(json.dumps({**plain, "configurations": [asdict(entry) for entry in figures], "machine": machine}, indent=2))
+    else:
+        say(_steps_as_text(figures, args, machine))
+
+
+def _plain(figures: "DataFigures") -> dict[str, Any]:
+    plain = asdict(figures)
+    for source, entry in zip(figures.sources, plain["sources"], strict=True):
+        entry["broken"] = [image._asdict() for image in source.broken]  # asdict leaves named tuples as they are
+    return plain
+
+
+def _data_as_text(
+    figures: "DataFigures", args: argparse.Namespace, latent: tuple[int, int, int], machine: dict[str, Any]
+) -> str:
+    rows = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
+    for source in figures.sources:
+        named = [(_STAGES[stage], rate) for stage, rate in source.stages.items()]
+        named += [(f"{count} worker{'s' * (count > 1)}", rate) for count, rate in source.loader.items()]
+        for label, rate in named:
+            speed, ratio = rate.images_per_second, rate.ratio
+            cells = (f"{speed.median:,.1f}", _quartiles(speed, ",.1f"), f"{ratio.median:.3f}", _quartiles(ratio, ".3f"))
+            rows.append((source.name, label, *cells))
+    size = args.image_size
+    notes = [
+        f"Images a second of one process with one thread: medians of {figures.rounds} rounds of {figures.images} "
+        "images in alternation, and their ratios to the first source's.",
+        *(["Lines of workers: the loader with so many processes, which share the cores."] if args.workers else []),
+        f"Crops of {size} px, aug_scale {args.aug_scale:g}; noise of shapes 3x{size}x{size} and "
+        f"{'x'.join(map(str, latent))}.",
+        _machine_line(machine),
+    ]
+    if len({source.images for source in figures.sources}) > 1:
+        told = ", ".join(f"{source.name} {source.images:,}" for source in figures.sources)
+        fewest = min(source.images for source in figures.sources)
+        notes.append(f"The sources differ in their number of images ({told}): the first {fewest:,} of each were used.")
+    notes += [
+        f"{source.name}: {len(source.broken)} broken among the images measured, replaced by others as in training; the "
+        f"first: {source.broken[0].reason}"
+        for source in figures.sources
+        if source.broken
+    ]
+    return "\n".join([*_table(rows, 2), "", *map(_wrapped, notes)])
+
+
+def _steps_as_text(figures: "Sequence[StepFigures]", args: argparse.Namespace, machine: dict[str, Any]) -> str:
+    speeds = [("configuration", "images/s", "ms/step", "quartiles", "ratio", "quartiles")]
+    costs = [("configuration", "forward ms", "backward ms", "update ms", "peak GiB", "TFLOP/s")]
+    for entry in figures:
+        speed, step = f"{entry.images_per_second.median:,.2f}", entry.seconds.times(1000.0)
+        ratio = ("1", "-") if entry.ratio is None else (f"{entry.ratio.median:.3f}", _quartiles(entry.ratio, ".3f"))
+        speeds.append((entry.name, speed, f"{step.median:,.2f}", _quartiles(step, ",.2f"), *ratio))
+        phases = entry.phases or {}
+        forward, backward, update = (
+            f"{phases[name].times(1000.0).median:,.2f}" if name in phases else "-"
+            for name in ("forward", "backward", "update")
+        )
+        memory = "-" if entry.peak_memory_bytes is None else f"{entry.peak_memory_bytes / 2**30:.2f}"
+        throughput = "-" if entry.tflops_per_second is None else f"{entry.tflops_per_second:.3f}"
+        costs.append((entry.name, forward, backward, update, memory, throughput))
+    config = args.config
+    what = "allocated on the device" if machine["device_name"] else "this process's resident set"
+    notes = [
+        f"{args.steps} steps of {figures[0].batch_size} random images of {config.data.image_size} px, "
+        f"{config.training.precision}, {config.training.optimizer}; medians"
+        + (", compared in alternation with the first; ratios are of images/s." if len(figures) > 1 else "."),
+        f"Memory: {what}. "
+        + ("" if figures[0].flops is None else f"{figures[0].flops / 1e12:.4g} TFLOPs a step: 3 times the forward's."),
+        _machine_line(machine),
+    ]
+    notes += [
+        f"{entry.name}: {entry.not_finite} of the steps were not finite, and may have cost less."
+        for entry in figures
+        if entry.not_finite
+    ]
+    return "\n".join([*_table(speeds, 1), "", *_table(costs, 1), "", *map(_wrapped, notes)])
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    device = machine.get("device_name") or machine.get("device", "cpu")
+    on = "" if device == "cpu" else f"{device}, "
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
+    cuda = f", CUDA {machine['cuda']}" if machine.get("cuda") else ""
+    versions = f"PyTorch {machine['torch']}{cuda}, Python {machine['python']}"
+    return f"Measured on {on}{machine['cpu']}, {cores}, {threads}, {versions}."
+
+
+def _quartiles(spread: "Spread", form: str) -> str:
+    return f"{spread.low:{form}}..{spread.high:{form}}"
+
+
+def _table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Align rows, the first `left` columns to the left; the first column gives way where a line would be too long."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = min(widths[0], max(8, WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    lines = []
+    for row in rows:
+        first = row[0] if len(row[0]) <= widths[0] else f"…{row[0][1 - widths[0] :]}"
+        cells = [
+            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip((first, *row[1:]), widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)

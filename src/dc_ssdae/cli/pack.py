@@ -1,0 +1,102 @@
+"""`dc-ssdae pack`: a folder of images to tar shards."""
+
+import os
+from argparse import ArgumentTypeError, Namespace
+
+from dc_ssdae.cli.common import complain, say
+from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
+from dc_ssdae.errors import InputError
+
+
+def build_parser() -> CommandParser:
+    """Build the command's parser."""
+    parser = CommandParser(
+        prog="dc-ssdae pack",
+        description="Pack images into WebDataset tar shards, with a manifest and an index that make opening quick. "
+        "Images larger than --size are made smaller (bicubic, antialiased); the others keep their bytes if they are "
+        "JPEG, PNG or WebP. Interrupted at any time, the same command goes on where it stopped.",
+    )
+    parser.add_argument(
+        "source",
+        type=filled,
+        metavar="SRC",
+        help="folder of images, perhaps with train/ and validation/ (or val/); or shards",
+    )
+    parser.add_argument("destination", type=file_path, metavar="DST", help="folder to write to; made if need be")
+    parser.add_argument(
+        "--size", type=_size, default=256, metavar="N", help="shorter side in pixels, or none (default 256)"
+    )
+    parser.add_argument(
+        "--format", choices=("jpg", "png", "webp"), default="jpg", help="of images that are written anew (default jpg)"
+    )
+    parser.add_argument(
+        "--quality", type=whole_number(1, 100), metavar="Q", help="of jpg and webp, 1 to 100 (default 95)"
+    )
+    parser.add_argument(
+        "--shard-size", type=whole_number(1), default=1000, metavar="N", help="images in a shard (default 1000)"
+    )
+    parser.add_argument(
+        "--keep-order",
+        action="store_true",
+        help="leave the images in the order of their names; by default they are spread over the shards, so that each "
+        "shard has images of every class",
+    )
+    parser.add_argument(
+        "--workers", type=whole_number(1), metavar="N", help="processes (default: one for each core, at most 16)"
+    )
+    parser.add_argument(
+        "--max-broken-share",
+        type=_share,
+        default=0.1,
+        metavar="X",
+        help="fail if more than this share of the images cannot be read (default 0.1); up to there they are left out",
+    )
+    parser.add_argument(
+        "--cache",
+        type=filled,
+        metavar="DIR",
+        help="folder for shards that come from a URL (default ~/.cache/dc_ssdae/shards)",
+    )
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Pack the images; gives the exit code."""
+    if args.format == "png" and args.quality is not None:
+        raise InputError("--quality is for jpg and webp; png is lossless")
+    from dc_ssdae.data.pack import pack
+    from dc_ssdae.data.pack_shard import PackSettings
+
+    quality = None if args.format == "png" else args.quality or 95
+    settings = PackSettings(args.size, args.format, quality, args.shard_size, not args.keep_order)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = pack(
+        args.source,
+        args.destination,
+        settings,
+        workers=args.workers or min(cores, 16),
+        max_broken_share=args.max_broken_share,
+        cache=args.cache,
+        report=lambda line: complain(args.program, line),
+    )
+    for part in parts:
+        small = "" if args.size is None else f" (at most {args.size} pixels)"
+        kept = f"; {part.kept} kept byte by byte{small}" if part.kept else ""
+        broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
+        label = f"{part.name}: " if part.name else ""
+        say(f"{label}{part.images} images in {part.shards} shards -> {part.folder}{kept}{broken}")
+    return 0
+
+
+def _size(text: str) -> int | None:
+    return None if text == "none" else whole_number(1)(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value

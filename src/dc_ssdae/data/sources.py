@@ -1,0 +1,318 @@
+"""Where training and validation images come from: folders, shards, hub data sets, and a user's own classes."""
+
+import inspect
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, get_type_hints
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dc_ssdae.classes import import_class
+from dc_ssdae.data.folder import ImageFolder, image_files, no_images
+from dc_ssdae.data.hub import HubDataset
+from dc_ssdae.data.images import read_image_bytes, read_pillow_image
+from dc_ssdae.data.shard_cache import is_url
+from dc_ssdae.data.shard_index import check_finished
+from dc_ssdae.data.shards import Shards, tar_files
+from dc_ssdae.errors import InputError, check_type, unknown_name
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN_SOURCES: Mapping[str, type] = {"ImageFolder": ImageFolder, "Shards": Shards, "HubDataset": HubDataset}
+
+_TRAIN, _VALIDATION = "train", ("validation", "val")
+
+
+class ImageSource(Protocol):
+    """Random access to images by index; can be pickled for worker processes."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call an image in messages: its path, "shard.tar: member", or "dataset[12]"."""
+        ...
+
+    def read(self, index: int) -> Tensor:
+        """Read an image, uint8 (3, H, W), upright RGB; InputError with one line that names it if it is broken."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """Lengths of consecutive runs of images that are cheap to read together; one run where order costs nothing."""
+        ...
+
+
+class ImageSources(NamedTuple):
+    """The images to train on, and those to evaluate on if there are any."""
+
+    train: ImageSource
+    validation: ImageSource | None
+
+
+def open_sources(
+    root: str | None,
+    dataset: Mapping[str, Any] | None,
+    validation: str | Mapping[str, Any] | None,
+    cache: str | None,
+) -> ImageSources:
+    """Open the data sets that a configuration names.
+
+    Args:
+        root: a folder, a shard, or a pattern or URL of shards. A folder may hold train/ and validation/ (or val/);
+            without train/ all of it is training data.
+        dataset: in place of root, {class_path, init_args}: ImageFolder, Shards, HubDataset, or a class of the user's
+            own as module.Class, whose objects have `__len__` and `__getitem__`, or `__len__`, `read` and `name`.
+        validation: as root or as dataset; goes before what root holds.
+        cache: folder for shards from URLs; None is ~/.cache/dc_ssdae/shards.
+
+    Raises:
+        InputError: what is named is not there, or cannot be used; one line that names it.
+        OSError: a URL cannot be fetched.
+    """
+    if (root is None) == (dataset is None):
+        raise InputError("either data.root or data.dataset must name the images" + (", not both" if root else ""))
+    in_root = None
+    if dataset is not None:
+        train = _build(dataset, cache)
+    else:
+        assert root is not None
+        train_path, in_root = _split_root(os.path.expanduser(root))
+        train = open_path(train_path, cache)
+    if validation is None:
+        return ImageSources(train, open_path(in_root, cache) if in_root else None)
+    if isinstance(validation, str):
+        return ImageSources(train, open_path(os.path.expanduser(validation), cache))
+    return ImageSources(train, _build(validation, cache))
+
+
+def open_path(path: str, cache: str | None) -> ImageSource:
+    """Open a folder of images or of shards, or a shard, or a pattern or URL of shards.
+
+    Args:
+        path: what to open; all of it is one data set.
+        cache: folder for shards from URLs; None is ~/.cache/dc_ssdae/shards.
+
+    Raises:
+        InputError: there is nothing of the kind, or it is damaged, or a folder holds both images and shards.
+        OSError: a URL cannot be fetched.
+    """
+    if os.path.isdir(path):
+        check_finished(path)
+        shards = tar_files(path)
+        if not shards:
+            return ImageFolder(path)
+        image = next(image_files(path), None)
+        if image is not None:
+            raise InputError(
+                f"{path!r} holds shards ({os.path.basename(shards[0])!r}) and images ({image!r}); "
+                "which of them are meant? Move the others elsewhere"
+            )
+        return Shards(path, cache=cache)
+    if is_url(path) or path.endswith(".tar") or "{" in path or path.startswith("file:"):
+        return Shards(path, cache=cache)
+    if os.path.exists(path):
+        raise InputError(f"{path!r} is neither a folder nor a shard that ends in .tar")
+    raise InputError(
+        f"there is no folder {path!r}; shards are named by a folder, a .tar, or a pattern with {{000..127}}"
+    )
+
+
+def split_folders(root: str) -> dict[str, str]:
+    """Find the parts of a data set's folder.
+
+    Args:
+        root: a path or pattern.
+
+    Returns:
+        "train" and "validation" with their folders, as far as they are there; nothing where root is not divided.
+
+    Raises:
+        InputError: two folders could be the validation images, or there are validation images but no train/, or
+            train/ is empty.
+    """
+    if not os.path.isdir(root):
+        return {}
+    names = [name for name in _VALIDATION if os.path.isdir(os.path.join(root, name))]
+    if len(names) > 1:
+        both = " and ".join(f"{name}/" for name in names)
+        raise InputError(f"{root!r} holds both {both}; keep one of them, or name it in data.validation")
+    train = os.path.join(root, _TRAIN)
+    if not os.path.isdir(train):
+        if names:
+            raise InputError(f"{root!r} holds {names[0]}/ but no {_TRAIN}/; which images are to be trained on?")
+        return {}
+    check_finished(train)
+    if not tar_files(train) and next(image_files(train), None) is None:
+        raise InputError(no_images(train))
+    return {"train": train, **({"validation": os.path.join(root, names[0])} if names else {})}
+
+
+def _split_root(root: str) -> tuple[str, str | None]:
+    parts = split_folders(root)
+    if not parts:
+        return root, None
+    read = {os.path.basename(part) for part in parts.values()}
+    others = sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if not entry.name.startswith(".") and entry.name not in read and entry.is_dir()
+    )
+    if others:
+        logger.warning("%r: only %s read; left out: %s", root, " and ".join(sorted(read)), ", ".join(others[:10]))
+    return parts["train"], parts.get("validation")
+
+
+def _build(component: Mapping[str, Any], cache: str | None) -> ImageSource:
+    """Build a data set from {class_path, init_args}."""
+    class_path = component.get("class_path")
+    settings = dict(component.get("init_args") or {})
+    if not isinstance(class_path, str):
+        raise InputError(f"a data set is named by class_path, not by {class_path!r}")
+    if "." not in class_path:
+        if class_path not in BUILT_IN_SOURCES:
+            own = "; a class of your own is named as module.Class"
+            raise InputError(f"{unknown_name('data set', class_path, BUILT_IN_SOURCES)}{own}")
+        kind = BUILT_IN_SOURCES[class_path]
+        _check_settings(class_path, kind, settings)
+        if kind is Shards:
+            settings.setdefault("cache", cache)
+        source: ImageSource = kind(**settings)
+        return source
+    return _adapt(_make(class_path, import_class(class_path), settings), class_path)
+
+
+def _check_settings(class_path: str, kind: type, settings: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(kind).parameters
+    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    for name, value in settings.items():
+        if name not in parameters:
+            raise unknown_name(f"setting of {class_path}", name, parameters)
+        check_type(f"{name} of {class_path}", value, hints[name])
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in settings:
+            raise InputError(f"{class_path} needs init_args.{name}")
+
+
+def _make(class_path: str, kind: Any, settings: Mapping[str, Any]) -> Any:
+    try:
+        inspect.signature(kind).bind(**settings)
+    except TypeError as error:
+        raise InputError(f"init_args of {class_path} do not fit: {error}") from error
+    except ValueError:  # a class written in C may have no signature to look at
+        pass
+    try:
+        return kind(**settings)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{class_path} cannot be built from its init_args: {_told(error)}") from error
+
+
+def _adapt(dataset: Any, class_path: str) -> ImageSource:
+    """Make a source of a user's object."""
+    try:
+        length = len(dataset)
+    except TypeError as error:
+        raise InputError(f"{class_path} has no __len__; a run's order needs it") from error
+    if length < 1:
+        raise InputError(f"{class_path} has no images: its length is {length}")
+    if callable(getattr(dataset, "read", None)) and callable(getattr(dataset, "name", None)):
+        return dataset if hasattr(dataset, "blocks") else _WithBlocks(dataset)
+    if not hasattr(dataset, "__getitem__"):
+        raise InputError(f"{class_path} has neither __getitem__ nor read and name; one of them gives the images")
+    return _Items(dataset, class_path.rpartition(".")[2])
+
+
+class _WithBlocks:
+    """A user's source without `blocks`: the order in which it is read does not matter."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return [len(self)]
+
+    def name(self, index: int) -> str:
+        return str(self._source.name(index))
+
+    def read(self, index: int) -> Tensor:
+        pixels: Tensor = self._source.read(index)
+        return pixels
+
+
+class _Items:
+    """A user's map-style data set, as torchvision's and Hugging Face's are."""
+
+    def __init__(self, dataset: Any, label: str) -> None:
+        self._dataset = dataset
+        self._label = label
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return [len(self)]
+
+    def name(self, index: int) -> str:
+        return f"{self._label}[{index}]"
+
+    def read(self, index: int) -> Tensor:
+        name = self.name(index)
+        try:
+            item = self._dataset[index]
+        except Exception as error:  # the user's code meets broken images with whatever its decoder raises
+            raise InputError(f"cannot read image {name!r}: {_told(error)}") from error
+        return _pixels(item, name)
+
+
+def _pixels(item: Any, name: str) -> Tensor:
+    """Find the image in a data set's item."""
+    if isinstance(item, Mapping):
+        if set(item) == {"bytes", "path"} and isinstance(item["bytes"], bytes):  # undecoded, in Hugging Face's way
+            return read_image_bytes(item["bytes"], name).pixels
+        item = item["image"] if "image" in item else next(iter(item.values()), None)
+        return _pixels(item, name) if isinstance(item, Mapping) else _one_image(item, name)
+    if isinstance(item, tuple | list):
+        item = item[0] if item else None
+    return _one_image(item, name)
+
+
+def _one_image(image: Any, name: str) -> Tensor:
+    if isinstance(image, Image.Image):
+        return read_pillow_image(image, name).pixels
+    if (
+        isinstance(image, Tensor)
+        and image.dtype == torch.uint8
+        and image.ndim == 3
+        and image.shape[0] == 3
+        and image.numel()
+    ):
+        return image.as_subclass(Tensor).detach().cpu()
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.ndim == 3
+        and image.shape[2] == 3
+        and image.size
+    ):
+        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+    found = type(image).__name__
+    if isinstance(image, Tensor | np.ndarray):
+        found = f"{str(image.dtype).removeprefix('torch.')} of shape {tuple(image.shape)}"
+    raise InputError(
+        f"cannot read image {name!r}: it is {found}; it must be a Pillow image, a uint8 tensor (3, H, W) or "
+        "a uint8 array (H, W, 3), or an item that begins with one"
+    )
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")

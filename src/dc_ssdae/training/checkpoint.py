@@ -1,0 +1,218 @@
+"""Checkpoints: folders of safetensors and JSON that appear whole or not at all.
+
+    checkpoints/step-00002000/   model.safetensors  ema.safetensors  optimizer.safetensors  state.json
+    checkpoints/last             symbolic link to the newest
+    checkpoints/best             symbolic link to the best
+
+A folder is written under another name, flushed to the disk and renamed; then the link is replaced by a rename. Killed
+at any instant, `last` is a whole checkpoint, the old one or the new one.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.weights import read_safetensors
+
+FORMAT = 1
+TENSOR_FILES = ("model", "ema", "optimizer")
+LAST, BEST = "last", "best"
+
+_FOLDER = re.compile(r"step-(\d{8,})")
+_PARTIAL = ".partial"
+
+
+class Checkpoint(NamedTuple):
+    """A whole state.
+
+    tensors: by file ("model", "ema", "optimizer"), then by name; on the CPU, not sharded.
+    state: everything else, as JSON holds it; `step` says how many steps are done, and `best`, where there is one, holds
+        the `step` of the best checkpoint.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of a run.
+
+    Args:
+        path: the folder; made when the first checkpoint is written.
+        keep_every: steps between checkpoints that are kept for good; None keeps the last and the best alone.
+    """
+
+    def __init__(self, path: Path, keep_every: int | None = None) -> None:
+        self.path = path
+        self.keep_every = keep_every
+
+    def save(self, checkpoint: Checkpoint, is_best: bool = False) -> Path:
+        """Write a checkpoint, make it the last and perhaps the best, and remove those that nothing keeps.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            OSError: it cannot be written, for instance because the disk is full. What was there before stays.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        target = self.path / f"step-{checkpoint.state['step']:08d}"
+        if self.last() != target.resolve():
+            self._write(target, checkpoint)
+            self._link(LAST, target)
+        if is_best:
+            self._link(BEST, target)
+        self.clean()
+        return target
+
+    def _write(self, target: Path, checkpoint: Checkpoint) -> None:
+        partial = self._beside()
+        try:
+            write_checkpoint(partial, checkpoint)
+            if target.exists():  # from a run that was killed before the link followed
+                target.rename(self._beside())
+            partial.rename(target)
+            sync(self.path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _beside(self) -> Path:
+        return self.path / f"{uuid.uuid4().hex}{_PARTIAL}"
+
+    def last(self) -> Path | None:
+        """The newest checkpoint's folder, None before the first.
+
+        Raises:
+            InputError: it has been taken away; the run would begin anew.
+        """
+        link = self.path / LAST
+        if link.is_symlink() and not link.exists():
+            raise InputError(
+                f"{link} leads to {os.readlink(link)}, which is not there; put it back, or remove the link"
+            )
+        return self._linked(LAST)
+
+    def best(self) -> Path | None:
+        """The best checkpoint's folder, None before the first."""
+        return self._linked(BEST)
+
+    def recover(self) -> None:
+        """Do what a killed run has left undone: link the best checkpoint, and `clean`.
+
+        Raises:
+            InputError: the last checkpoint is damaged.
+        """
+        last = self.last()
+        if last is not None:
+            state = read_state(last)
+            if (state.get("best") or {}).get("step") == state["step"] and self.best() != last:
+                self._link(BEST, last)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
+        if not self.path.is_dir():
+            return
+        kept = {folder.name for folder in (self.last(), self.best()) if folder is not None}
+        for entry in self.path.iterdir():
+            match = _FOLDER.fullmatch(entry.name)
+            lasting = match and self.keep_every is not None and int(match[1]) % self.keep_every == 0
+            if entry.name.endswith(_PARTIAL) or (match and entry.name not in kept and not lasting):
+                if entry.is_symlink():
+                    entry.unlink(missing_ok=True)
+                else:
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def _link(self, name: str, target: Path) -> None:
+        # A link's target is given by its name alone, so that the run's folder may be moved.
+        beside = self._beside()
+        beside.symlink_to(target.name, target_is_directory=True)
+        os.replace(beside, self.path / name)
+        sync(self.path)
+
+    def _linked(self, name: str) -> Path | None:
+        link = self.path / name
+        if not link.exists():
+            return None
+        return link.resolve()
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's files into a new folder and flush them to the disk.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder.mkdir()
+    for name in TENSOR_FILES:
+        write_tensors(folder / f"{name}.safetensors", checkpoint.tensors[name])
+    with (folder / "state.json").open("w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **checkpoint.state}, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file and flush it to the disk; readable for whom new files here are.
+
+    Raises:
+        OSError: it cannot be written; safetensors' own kind of error becomes this.
+    """
+    path.touch()  # with the umask's permissions, which safetensors does not heed
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    path.chmod(mode)
+    sync(path)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        InputError: a file is missing or damaged, or of another version of the format.
+    """
+    state = read_state(folder)
+    return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint holds besides tensors.
+
+    Raises:
+        InputError: as `read_checkpoint`.
+    """
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
+        raise InputError(f"{path} is not a checkpoint's state of format {FORMAT}")
+    return state
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk, where the file system can."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)

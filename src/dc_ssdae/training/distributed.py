@@ -1,0 +1,122 @@
+"""What a run asks of its processes: that there are as many as asked for, that they agree, that one of them writes."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+
+from dc_ssdae.errors import InputError, ToldElsewhere
+
+T = TypeVar("T")
+
+
+def start_processes(wanted: int | None, cpu: bool = False) -> Accelerator:
+    """Join the process group that the launcher set up, and check that it is what was asked for.
+
+    Precision is not Accelerate's business here: the loop casts the networks itself.
+
+    Args:
+        wanted: number of processes; None takes what there is.
+        cpu: use no GPU.
+
+    Raises:
+        InputError: the engine does not give what was asked for; says how to get it.
+    """
+    accelerator = Accelerator(mixed_precision="no", cpu=cpu, step_scheduler_with_optimizer=False)
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"Accelerate was told to accumulate gradients over {accelerator.gradient_accumulation_steps} steps; "
+            "leave that out, and set training.accumulation_steps"
+        )
+    count = accelerator.num_processes
+    if wanted is not None and wanted != count:
+        raise InputError(f"training.processes is {wanted}, but the launcher started {count}")
+    wants_sharding = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wants_sharding:
+        if accelerator.device.type == "cpu":
+            raise InputError(
+                "FSDP was asked for, but Accelerate does not shard on the CPU; leave it out, or run on GPUs"
+            )
+        if accelerator.distributed_type != DistributedType.FSDP:
+            raise InputError(
+                f"FSDP was asked for, but Accelerate runs {accelerator.distributed_type.value}; "
+                "start the run with accelerate launch --use_fsdp --fsdp_version 2"
+            )
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise InputError("FSDP version 1 was asked for; this trainer shards with version 2: --fsdp_version 2")
+    # For several processes on the CPU the launcher sets these, starts one process, and says nothing.
+    launched_several = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and (
+        "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "KMP_BLOCKTIME" in os.environ
+    )
+    if count == 1 and launched_several:
+        raise InputError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu; "
+            "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m dc_ssdae train …"
+        )
+    return accelerator
+
+
+def check_batch(batch_size: int, accumulation_steps: int, processes: int) -> None:
+    """Refuse a global batch that does not divide evenly.
+
+    Raises:
+        InputError: says what it must be a multiple of.
+    """
+    parts = processes * accumulation_steps
+    if batch_size % parts:
+        raise InputError(
+            f"training.batch_size is {batch_size}; with {processes} processes and training.accumulation_steps "
+            f"{accumulation_steps} it must be a multiple of {parts}"
+        )
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Let the main process do something and give everyone its result, or its failure.
+
+    Raises:
+        InputError: the work raised one, or an OSError; in every process, so that none waits for the others.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work(), None]
+        except (InputError, OSError) as error:
+            if accelerator.num_processes == 1:
+                raise
+            outcome = [None, " ".join(str(error).split())]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise (InputError if accelerator.is_main_process else ToldElsewhere)(outcome[1])
+    return outcome[0]
+
+
+def everyone(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Let every process do something; where one fails, all fail with the first one's message.
+
+    Raises:
+        InputError: the work raised one, or an OSError, in some process.
+    """
+    result, message = None, None
+    try:
+        result = work()
+    except (InputError, OSError) as error:
+        if accelerator.num_processes == 1:
+            raise
+        message = " ".join(str(error).split())
+    if accelerator.num_processes > 1:
+        messages = [text for text in gather_object([message]) if text is not None]
+        if messages:
+            raise (InputError if accelerator.is_main_process else ToldElsewhere)(messages[0])
+    return result  # type: ignore[return-value]
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Add a tensor up over all processes, in place; in one process it stays."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values

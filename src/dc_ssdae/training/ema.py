@@ -1,0 +1,99 @@
+"""The exponential moving average of a model: of its parameters, and of its buffers, batch statistics included."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.training.tensors import assign, local_part
+
+
+class ExponentialMovingAverage:
+    """Averages every floating-point tensor of a model's state dict, and copies the others.
+
+    diffusers' EMAModel knows parameters only, and PyTorch's AveragedModel rounds integer buffers after averaging
+    them; neither can start later, nor follow the weights that a schedule-free optimiser means to be evaluated.
+
+    Args:
+        model: whose tensors to average, sharded or not; it is copied.
+        decay: of the average, per step, in [0, 1).
+        start: step from which on to average; up to it the average is a copy.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, start: int = 0) -> None:
+        self.decay = decay
+        self.start = start
+        self._tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, evaluated: Callable[[str, Tensor], Tensor] | None = None) -> None:
+        """Take in the model after a step.
+
+        Args:
+            model: the one given at the start.
+            step: steps that are done, from 1 on.
+            evaluated: gives the value of a tensor that is to be evaluated, from its name and itself; by default
+                itself.
+        """
+        averages, values = [], []
+        for name, tensor in model.state_dict().items():
+            value = local_part(tensor.detach() if evaluated is None else evaluated(name, tensor.detach()))
+            average = local_part(self._tensors[name])
+            if step > self.start and average.is_floating_point():
+                averages.append(average)
+                values.append(value)
+            else:
+                average.copy_(value)
+        if averages:
+            torch._foreach_lerp_(averages, values, 1.0 - self.decay)
+
+    @contextmanager
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+        """Give the model the average for a while; afterwards it holds the very bits that it held before."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            # Backwards, because one tensor may have two names, and is then exchanged twice.
+            self._swap(model, backwards=True)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module, backwards: bool = False) -> None:
+        tensors = list(model.state_dict().items())
+        for name, tensor in reversed(tensors) if backwards else tensors:
+            mine, theirs = local_part(self._tensors[name]), local_part(tensor.detach())
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by the names of the model's state dict; the tensors themselves, not copies."""
+        return dict(self._tensors)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over an average of whole tensors.
+
+        Raises:
+            InputError: a tensor is missing, left over or of another shape.
+        """
+        check_same_tensors("the average", self._tensors, state)
+        for name, tensor in state.items():
+            assign(self._tensors[name], tensor)
+
+
+def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse a state whose names or shapes are not the expected ones.
+
+    Raises:
+        InputError: names the first tensor that is missing, left over or of another shape.
+    """
+    for name in (*expected, *given):
+        if name not in given:
+            raise InputError(f"{what} lacks tensor {name}")
+        if name not in expected:
+            raise InputError(f"{what} has a tensor {name} that this model does not have")
+        if given[name].shape != expected[name].shape:
+            shapes = tuple(given[name].shape), tuple(expected[name].shape)
+            raise InputError(f"{what} has tensor {name} of shape {shapes[0]}; this model's has {shapes[1]}")

@@ -1,0 +1,94 @@
+"""Evaluation within a run: reconstruct validation images in one step and measure them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dc_ssdae.data.images import to_uint8
+from dc_ssdae.data.loader import (
+    BrokenImage,
+    ValidationImage,
+    ValidationImages,
+    in_one_line,
+    leave_signals_to_the_parent,
+)
+from dc_ssdae.evaluation.metrics import mse, psnr, ssim
+from dc_ssdae.training.config import METRICS
+from dc_ssdae.training.distributed import sum_over_processes
+
+MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
+assert MEASURES.keys() == METRICS.keys()
+
+
+class Evaluation(NamedTuple):
+    """Means over the images, how many there were, and what could not be read."""
+
+    values: dict[str, float]
+    images: int
+    broken: list[BrokenImage]
+
+
+def evaluate(
+    reconstruct: Callable[[Tensor], Tensor],
+    images: ValidationImages,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+) -> Evaluation:
+    """Measure reconstructions; every process does its share, and all get the same result.
+
+    Args:
+        reconstruct: uint8 (B, 3, S, S) to (B, 3, S, S) in [-1, 1].
+        images: what to measure.
+        accelerator: of the run.
+        batch_size: images at a time in each process.
+        workers: that read images.
+    """
+    count, processes = len(images), accelerator.num_processes
+    rounds = -(-count // processes)
+    # Sharded networks need every process to call them equally often: the last image fills up, and counts once.
+    mine = [min(place * processes + accelerator.process_index, count - 1) for place in range(rounds)]
+    loader: DataLoader[list[ValidationImage]] = DataLoader(
+        images,  # type: ignore[arg-type]
+        sampler=mine,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_the_parent(),
+        generator=torch.Generator(),
+    )
+    # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
+    results = torch.zeros(count, len(MEASURES) + 1, dtype=torch.float64)
+    broken: list[BrokenImage] = []
+    seen: set[int] = set()
+    for batch in in_one_line(loader):
+        pixels = torch.stack([image.pixels for image in batch])
+        reconstructed = reconstruct(pixels.to(accelerator.device)).cpu()
+        for image, output in zip(batch, reconstructed, strict=True):
+            filled_up = image.place % processes != accelerator.process_index or image.place in seen
+            seen.add(image.place)
+            if filled_up:
+                continue
+            if image.broken is not None:
+                broken.append(image.broken)
+                continue
+            results[image.place] = torch.tensor([*_measure(image.pixels, output), 1.0], dtype=torch.float64)
+    # Not every device has float64; the results of one image are no more exact than that.
+    total = sum_over_processes(results.to(accelerator.device) if accelerator.device.type == "cuda" else results).cpu()
+    if processes > 1:
+        broken = gather_object(broken)
+    measured = int(total[:, -1].sum())
+    means = total[:, :-1].sum(dim=0) / measured
+    return Evaluation(dict(zip(MEASURES, means.tolist(), strict=True)), measured, broken)
+
+
+def _measure(pixels: Tensor, output: Tensor) -> list[float]:
+    if not output.isfinite().all():
+        return [float("nan")] * len(MEASURES)
+    image = to_uint8(output)
+    return [measure(pixels, image) for measure in MEASURES.values()]

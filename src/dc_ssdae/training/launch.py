@@ -1,0 +1,151 @@
+"""Starting a run and going on with one: everything is checked, and the folder is there, before the trainer begins."""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+
+from dc_ssdae.data.sources import ImageSources, open_sources
+from dc_ssdae.errors import InputError
+from dc_ssdae.training.build import build_model, check_components
+from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
+from dc_ssdae.training.run import (
+    RunFolder,
+    RunLock,
+    append_line,
+    command_line,
+    create_run,
+    describe_environment,
+    is_finished,
+    recover_run,
+)
+from dc_ssdae.training.stopping import StopRequest
+from dc_ssdae.training.trainer import Outcome, Trainer
+
+
+def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False, replace: bool = False) -> Outcome:
+    """Begin a run in a new folder and train.
+
+    Args:
+        config: of the run.
+        config_text: the same as YAML, which is kept in the folder.
+        path: of the run's folder.
+        cpu: use no GPU.
+        replace: put it in the place of an earlier run.
+
+    Raises:
+        InputError: the configuration, the data, the processes or the folder do not fit.
+        TrainingFailed: as `Trainer.run`.
+    """
+    with StopRequest() as stop:
+        accelerator = start_processes(config.training.processes, cpu)
+        sources = _check(config, accelerator)
+        with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
+            model_config = _model_config(config)
+
+        def create() -> None:
+            create_run(path, config_text, model_config, replace)
+
+        on_main_process(accelerator, create)
+        return _train(config, RunFolder(path, config.training.keep_every), accelerator, sources, stop)
+
+
+def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool = False) -> Outcome | None:
+    """Go on with a run from its last checkpoint, or from the start where there is none.
+
+    Args:
+        config: of the run, perhaps with another budget.
+        config_text: the same as YAML, to replace the run's own; None keeps that.
+        path: of the run's folder.
+        cpu: use no GPU.
+
+    Returns:
+        How it ended; None where the run was finished already.
+
+    Raises:
+        InputError: as `start_run`; or the checkpoint is damaged.
+        TrainingFailed: as `Trainer.run`.
+    """
+    run = RunFolder(path, config.training.keep_every)
+    if is_finished(run, config.training):
+        with suppress(InputError, OSError):  # another process is at it, or nothing can be written there any more
+            lock = RunLock(path)
+            lock.acquire()
+            try:
+                recover_run(run)
+            finally:
+                lock.release()
+        return None
+    with StopRequest() as stop:
+        accelerator = start_processes(config.training.processes, cpu)
+        sources = _check(config, accelerator)
+        return _train(config, run, accelerator, sources, stop, config_text)
+
+
+def _check(config: RunConfig, accelerator: Accelerator) -> ImageSources:
+    data = config.data
+
+    def check() -> ImageSources:
+        check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
+        check_components(config)
+        if data.root is None and data.dataset is None:
+            raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
+        return open_sources(data.root, data.dataset, data.validation, data.cache)
+
+    return everyone(accelerator, check)
+
+
+def _train(
+    config: RunConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    sources: ImageSources,
+    stop: StopRequest,
+    config_text: str | None = None,
+) -> Outcome:
+    lock = RunLock(run.path)
+    on_main_process(accelerator, lock.acquire)
+    try:
+
+        def prepare() -> None:
+            recover_run(run)
+            if config_text is not None:
+                _replace_text(run.config, config_text)
+            append_line(run.environment, describe_environment(command_line(), _hardware(accelerator)))
+
+        on_main_process(accelerator, prepare)
+        trainer = Trainer(config, run, accelerator, sources, stop)
+        if sources.validation is None and config.data.root is not None and accelerator.is_main_process:
+            print(
+                f"{config.data.root} has no validation/: nothing is evaluated, no checkpoint is the best",
+                file=sys.stderr,
+            )
+        return trainer.run()
+    finally:
+        lock.release()
+
+
+def _model_config(config: RunConfig) -> str:
+    return str(build_model(config.model).to_json_string())
+
+
+def _replace_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _hardware(accelerator: Accelerator) -> dict[str, Any]:
+    device = accelerator.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": accelerator.num_processes,
+        "distribution": accelerator.distributed_type.value,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }

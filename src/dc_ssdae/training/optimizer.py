@@ -1,0 +1,102 @@
+"""The optimisers, and their state as named tensors and plain numbers."""
+
+from typing import Any, NamedTuple
+
+import torch
+from schedulefree import RAdamScheduleFree
+from torch import Tensor, nn
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.training.config import TrainingConfig
+from dc_ssdae.training.tensors import like, local_part
+
+
+class OptimizerState(NamedTuple):
+    """What an optimiser holds: `tensors` named PARAMETER/KEY, and `groups`, JSON's numbers and words by group."""
+
+    tensors: dict[str, Tensor]
+    groups: list[dict[str, Any]]
+
+
+def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Make the optimiser that a configuration names, for every parameter that trains.
+
+    Raises:
+        InputError: nothing trains.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError("no parameter of the model trains")
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    optimizer = RAdamScheduleFree(parameters, **settings)
+    optimizer.train()
+    return optimizer
+
+
+def evaluated_weight(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """The value at which a parameter is to be evaluated.
+
+    A schedule-free optimiser holds y, where gradients are taken, and means x = y + (1 - 1/β₁)(z - y) to be used
+    (Defazio et al. 2024, "The Road Less Scheduled", section 2). For others it is the parameter. Of a sharded
+    parameter, the local part.
+    """
+    z = optimizer.state.get(parameter, {}).get("z")
+    if z is None:
+        return parameter
+    (beta1,) = {group["betas"][0] for group in optimizer.param_groups}
+    return torch.lerp(local_part(parameter.detach()), local_part(z), 1.0 - 1.0 / beta1)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> OptimizerState:
+    """Take an optimiser's state apart; the tensors themselves, sharded as they are, not copies.
+
+    Args:
+        optimizer: PyTorch's own, not a wrapper of it.
+        module: whose parameters it trains; they give the names.
+    """
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return OptimizerState(tensors, groups)
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: OptimizerState) -> None:
+    """Put a state of whole tensors into a fresh optimiser of the same kind.
+
+    Raises:
+        InputError: it has a parameter that the module lacks, another shape, or other groups.
+    """
+    parameters = dict(module.named_parameters())
+    if len(state.groups) != len(optimizer.param_groups):
+        raise InputError(f"the optimiser's state has {len(state.groups)} groups, not {len(optimizer.param_groups)}")
+    for group, saved in zip(optimizer.param_groups, state.groups, strict=True):
+        if missing := sorted(set(group) - {"params"} ^ set(saved)):
+            raise InputError(f"the optimiser's state is of another kind or version: {', '.join(missing)} do not match")
+        group.update({key: _same_type(value, group[key]) for key, value in saved.items()})
+    for name, tensor in state.tensors.items():
+        owner, _, key = name.rpartition("/")
+        if owner not in parameters:
+            raise InputError(f"the optimiser's state has a tensor {name} that belongs to no parameter of this model")
+        parameter = parameters[owner]
+        if key != "step" and tensor.shape != parameter.shape:
+            raise InputError(
+                f"the optimiser's state has {name} of shape {tuple(tensor.shape)}; the parameter has "
+                f"{tuple(parameter.shape)}"
+            )
+        # A count of steps stays on the CPU, where PyTorch's optimisers keep it.
+        optimizer.state[parameter][key] = tensor.clone() if key == "step" else like(tensor, parameter)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _same_type(value: Any, present: Any) -> Any:
+    return tuple(value) if isinstance(present, tuple) else value

@@ -1,0 +1,304 @@
+"""A run's folder: what lies where, how it comes to be, and who may write in it.
+
+RUN/config.yaml        the resolved configuration
+RUN/environment.jsonl  a line each time the run is started: time, command line, versions, git commit, hardware
+RUN/metrics.jsonl      a line a step;  evaluations.jsonl: a line an evaluation;  broken_images.jsonl: a line an image
+RUN/model/             the averaged model, for `from_pretrained`
+RUN/checkpoints/       see `checkpoint`
+RUN/samples/           reconstructions of validation images
+RUN/tensorboard/
+"""
+
+import fcntl
+import filecmp
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.training.checkpoint import CheckpointFolder, read_state, sync
+from dc_ssdae.training.config import TrainingConfig
+
+CONFIG_FILE = "config.yaml"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+_PACKAGES = (
+    "dc-ssdae",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "diffusers",
+    "schedulefree",
+    "numpy",
+    "pillow",
+    "safetensors",
+)
+
+
+class RunFolder:
+    """The paths of a run.
+
+    Args:
+        path: the run's folder.
+        keep_every: of its checkpoints.
+    """
+
+    def __init__(self, path: Path, keep_every: int | None = None) -> None:
+        self.path = path
+        self.checkpoints = CheckpointFolder(path / "checkpoints", keep_every)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def environment(self) -> Path:
+        """Where, when and with what the run was started."""
+        return self.path / "environment.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """A line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """A line an evaluation."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def broken_images(self) -> Path:
+        """A line an image that cannot be read."""
+        return self.path / "broken_images.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The averaged model."""
+        return self.path / "model"
+
+    @property
+    def samples(self) -> Path:
+        """Pictures of reconstructions."""
+        return self.path / "samples"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "tensorboard"
+
+
+def check_new(path: Path) -> None:
+    """Refuse a place where a run cannot begin.
+
+    Raises:
+        InputError: something is there already.
+    """
+    if path.exists() or path.is_symlink():
+        if (path / CONFIG_FILE).is_file():
+            raise InputError(
+                f"{path} is a run already: go on with it by --resume {path}, or choose another --training.output"
+            )
+        raise InputError(f"{path} exists already and is no run; choose another --training.output")
+
+
+def create_run(path: Path, config_text: str, model_config_text: str, replace: bool = False) -> None:
+    """Make a run's folder, with its configuration and the model's inside, by one rename.
+
+    Args:
+        path: of the run.
+        config_text: of config.yaml.
+        model_config_text: of model/config.json.
+        replace: put it in the place of an earlier run.
+
+    Raises:
+        InputError: something else is there.
+        OSError: it cannot be written.
+    """
+    if not (replace and (path / CONFIG_FILE).is_file()):
+        check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    try:
+        (partial / "model").mkdir(parents=True)
+        (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
+        (partial / "model" / "config.json").write_text(model_config_text, encoding="utf-8")
+        for entry in (partial / CONFIG_FILE, partial / "model" / "config.json", partial / "model", partial):
+            sync(entry)
+        if path.exists():
+            old = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+            path.rename(old)
+            try:
+                partial.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_run(path: Path) -> None:
+    """Refuse what is no run.
+
+    Raises:
+        InputError: there is no such folder, or it holds no configuration.
+    """
+    if not path.is_dir():
+        raise InputError(f"--resume {path}: no such folder")
+    if not (path / CONFIG_FILE).is_file():
+        raise InputError(f"--resume {path}: it holds no {CONFIG_FILE}, so it is no run")
+
+
+def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
+    """Whether the last checkpoint has the whole budget behind it.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    last = run.checkpoints.last()
+    if last is None:
+        return False
+    state = read_state(last)
+    return training.progress(state["step"], state["seconds"]) >= 1.0
+
+
+class RunLock:
+    """Keeps a second process from writing into a run; the system takes it away when this process ends, however.
+
+    Args:
+        path: of the run's folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            InputError: another process has it.
+        """
+        handle = os.open(self._path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Not flock, which the processes that read images would inherit, and hold for seconds after a kill.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(handle, 200).decode("utf-8", "replace") or "another process"
+            os.close(handle)
+            raise InputError(f"{self._path} is being trained by {owner}; stop that first") from None
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self._handle = handle
+
+    def release(self) -> None:
+        """Give the lock back, if this has it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def publish_model(run: RunFolder, ema_file: Path) -> None:
+    """Make a checkpoint's averaged weights those of RUN/model, by one rename; without a second copy where it can.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = run.model / f".{uuid.uuid4().hex}.partial"
+    try:
+        try:
+            os.link(ema_file, beside)
+        except OSError:
+            shutil.copy(ema_file, beside)
+        os.replace(beside, run.model / WEIGHTS_FILE)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(run.model)
+
+
+def recover_run(run: RunFolder) -> None:
+    """Do what a killed run has left undone: remove what is half-written, link the best, publish the last's model.
+
+    Raises:
+        InputError: the last checkpoint is damaged.
+        OSError: something cannot be written.
+    """
+    run.checkpoints.recover()
+    for entry in run.model.glob(".*.partial"):
+        entry.unlink(missing_ok=True)
+    last, published = run.checkpoints.last(), run.model / WEIGHTS_FILE
+    if last is not None and not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
+        publish_model(run, last / "ema.safetensors")
+
+
+def describe_environment(command: list[str], hardware: Mapping[str, Any]) -> dict[str, Any]:
+    """What to note when a run starts.
+
+    Args:
+        command: the command line's words.
+        hardware: what the trainer knows of devices and processes.
+    """
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "git": _git_state(Path(__file__).parent),
+        "git_of_folder": _git_state(Path.cwd()),
+        **hardware,
+    }
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Append one line of JSON to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def command_line() -> list[str]:
+    """The words that started this process, as one would type them."""
+    name = Path(sys.argv[0]).name
+    program = ["python", "-m", "dc_ssdae"] if name == "__main__.py" else [name]
+    return [*program, *sys.argv[1:]]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit of a working tree and whether files differ from it; None where there is no git."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,295 @@
+"""`dc-ssdae train` as a user meets it: a run's folder, stopping and going on, broken images, classes of one's own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import assert_same_runs, environment, make_images, metrics, start, train, write_config
+
+from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae.cli.main import main
+
+OWN_CLASSES = '''
+import torch
+from torch import nn
+from dc_ssdae import DiagonalGaussian
+
+
+class Patches(nn.Module):
+    """An encoder: one strided convolution."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int, bias: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2 * latent_channels, downsample_factor, downsample_factor, bias=bias)
+
+    def forward(self, x):
+        return DiagonalGaussian.from_moments(self.conv(x))
+
+
+class Edges(nn.Module):
+    """A loss term with a parameter: horizontal differences."""
+
+    def __init__(self, power: float = 2.0):
+        super().__init__()
+        self.power = power
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs):
+        difference = (outputs.clean_estimate - outputs.record.x).diff(dim=-1)
+        return (self.scale * difference).abs().pow(self.power).flatten(1).mean(dim=1)
+
+
+class Stripes:
+    """A data set of `count` images."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return torch.full((3, 40, 40), index * 255 // self.count, dtype=torch.uint8), "a label"
+'''
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    make_images(root / "train", 12)
+    make_images(root / "val", 3, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data) -> Path:
+    """A run of 6 steps, evaluated at 4 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder / "mine.yaml", data, steps=6, checkpoint_every=3, evaluate_every=4, keep_every=3)
+    assert train(["--config", str(config)], folder / "log", cwd=folder) == 0, (folder / "log").read_text()
+    return folder / "runs" / "mine"
+
+
+def test_a_runs_folder_holds_what_a_lab_needs(finished, data):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    keys = ["step", "loss/total", "loss/dynamics", "loss/kl", "gradient_norm", "lr"]
+    assert all(list(line) == [*keys, "images_per_second", "seconds", "memory_gib"] for line in lines)
+    assert [line["step"] for line in lines] == list(range(6))
+    assert all(line["images_per_second"] > 0 and line["memory_gib"] > 0.01 for line in lines)
+
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["data"]["root"] == str(data)
+    assert config["training"]["batch_size"] == 4
+    assert config["training"]["optimizer"] == "schedule_free_radam"
+
+    (start_line,) = [json.loads(line) for line in (finished / "environment.jsonl").read_text().splitlines()]
+    assert start_line["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert start_line["command"][:4] == ["python", "-m", "dc_ssdae", "train"]
+    assert "git" in start_line
+
+    evaluations = [json.loads(line) for line in (finished / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == [4, 6]
+    assert all(line["images"] == 3 for line in evaluations)
+
+    checkpoints = finished / "checkpoints"
+    assert (checkpoints / "last").resolve().name == "step-00000006"
+    best = max(evaluations, key=lambda line: line["psnr"])
+    assert (checkpoints / "best").resolve().name == f"step-{best['step']:08d}"
+    kept = {"step-00000003", "step-00000006", f"step-{best['step']:08d}"}
+    assert {entry.name for entry in checkpoints.iterdir()} == {"last", "best", *kept}
+    files = {path.suffix for path in checkpoints.rglob("*") if path.is_file()}
+    assert files == {".safetensors", ".json"}
+    with Image.open(finished / "samples" / "step-00000006.png") as picture:
+        assert picture.size == (2 * 32, 2 * 32)
+    assert list((finished / "tensorboard").glob("events*"))
+
+
+def test_the_runs_model_is_the_average(finished):
+    model = DCSSDAE.from_pretrained(finished / "model")
+    average = load_file(finished / "checkpoints/last/ema.safetensors")
+    assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
+    weights = load_file(finished / "checkpoints/last/model.safetensors")
+    assert not torch.equal(weights["model.decoder.conv_out.weight"], average["decoder.conv_out.weight"])
+
+
+def test_a_run_serves_as_a_model(finished, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (20, 30), "teal").save(photo)
+    assert main(["reconstruct", str(photo), "--model", str(finished), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "photo.png").is_file()
+
+
+def test_resuming_a_finished_run_says_so(finished, tmp_path):
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
+
+    before = times()
+    log = tmp_path / "log"
+    assert train(["--resume", str(finished)], log) == 0
+    assert "is finished" in log.read_text()
+    assert times() == before
+
+
+def test_a_folder_that_exists_is_refused(finished, capsys):
+    config = finished.parents[1] / "mine.yaml"
+    assert main(["train", "--config", str(config), "--training.output", str(finished)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"--resume {finished}" in message
+
+
+def test_a_run_without_a_checkpoint_resumes_at_step_0(tmp_path, data):
+    config = write_config(tmp_path / "c.yaml", data, steps=4, checkpoint_every=4, evaluate_every=4)
+    log = tmp_path / "log"
+    for name in ("whole", "begun"):
+        assert train(["--config", str(config), "--training.output", str(tmp_path / name)], log) == 0, log.read_text()
+    for entry in (tmp_path / "begun" / "checkpoints").iterdir():
+        entry.unlink() if entry.is_symlink() else [file.unlink() for file in entry.iterdir()] and entry.rmdir()
+    assert train(["--resume", str(tmp_path / "begun")], log) == 0, log.read_text()
+    assert_same_runs(tmp_path / "whole", tmp_path / "begun")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_0(tmp_path, data, number):
+    words = ["--config", str(write_config(tmp_path / "c.yaml", data, steps=2000, checkpoint_every=2000))]
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start([*words, "--training.output", str(run), "--data.workers", "2"], log)
+    while process.poll() is None and (not (run / "metrics.jsonl").exists() or not metrics(run)):
+        pass
+    before = len(metrics(run))
+    os.killpg(process.pid, number)  # as a cluster and a terminal do: to the workers that read images too
+    assert process.wait(timeout=60) == 0, log.read_text()
+    step = json.loads((run / "checkpoints/last/state.json").read_text())["step"]
+    assert step == len(metrics(run))
+    assert step < 2000
+    assert f"stopped by {number.name} after step {step}" in log.read_text()
+    print(f"{step - before} steps between the signal's sending and the end")
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_run_may_go_on_for_longer_but_not_be_another(finished, tmp_path, data):
+    config = write_config(tmp_path / "c.yaml", data, steps=4, evaluate_every=4)
+    log, run = tmp_path / "log", tmp_path / "run"
+    assert train(["--config", str(config), "--training.output", str(run)], log) == 0
+    assert train(["--resume", str(run), "--training.steps", "6"], log) == 0, log.read_text()
+    assert len(metrics(run)) == 6
+    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["steps"] == 6
+    assert train(["--resume", str(run), "--training.lr", "0.5"], log) == 2
+    assert "training.lr is 0.001" in log.read_text().splitlines()[-1]
+
+
+def test_a_run_resumes_on_another_number_of_processes(tmp_path, data):
+    config = write_config(tmp_path / "c.yaml", data, steps=6, checkpoint_every=3, evaluate_every=100)
+    log, whole, mixed = tmp_path / "log", tmp_path / "whole", tmp_path / "mixed"
+    assert train(["--config", str(config), "--training.output", str(whole)], log) == 0, log.read_text()
+    words = ["--config", str(config), "--training.output", str(mixed), "--training.steps", "3"]
+    assert train(words, log, processes=2) == 0, log.read_text()
+    assert train(["--resume", str(mixed), "--training.steps", "6"], log) == 0, log.read_text()
+    for one, other in zip(metrics(whole), metrics(mixed), strict=True):
+        assert one["loss/total"] == pytest.approx(other["loss/total"], rel=1e-4)
+
+
+def test_an_own_encoder_loss_and_data_set_train_from_a_yaml(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN_CLASSES)
+    config = yaml.safe_load(write_config(tmp_path / "c.yaml", tmp_path, steps=3, optimizer="adamw").read_text())
+    config["model"]["encoder"] = {"class_path": "mine.Patches", "init_args": {"bias": False}}
+    config["losses"] = {"edges": {"weight": 0.1, "class_path": "mine.Edges", "init_args": {"power": 1.0}}}
+    stripes = {"class_path": "mine.Stripes", "init_args": {"count": 7}}
+    config["data"] = {"dataset": stripes, "validation": stripes, "image_size": 32, "workers": 0}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert train(["--config", "c.yaml", "--training.output", "run"], log, cwd=tmp_path) == 0, log.read_text()
+    assert all(line["loss/edges"] > 0 for line in metrics(run))
+    trained = load_file(run / "checkpoints/last/model.safetensors")
+    assert trained["objective.terms.edges.scale"] != 1.0
+    assert train(["--resume", "run", "--training.steps", "5"], log, cwd=tmp_path) == 0, log.read_text()
+    assert len(metrics(run)) == 5
+
+    with pytest.raises(InputError, match=r"mine\.Patches.*not imported"):
+        DCSSDAE.from_pretrained(run / "model")
+    script = "import mine, sys; from dc_ssdae import DCSSDAE; print(DCSSDAE.from_pretrained('run/model').encoder)"
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True)
+    assert b"Patches" in loaded.stdout, loaded.stderr
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys):
+    config = write_config(tmp_path / "c.yaml", data)
+    run = tmp_path / "run"
+    for words, expected in (
+        (["--training.lrr", "1"], "lr"),
+        (["--training.lr", "fast"], "training.lr"),
+        (["--data.root", str(tmp_path / "nowhere")], "nowhere"),
+        (["--data.image_size", "33"], "data.image_size"),
+        (["--model.encoder.class_path", "nowhere.Encoder"], "nowhere"),
+        (["--model.encoder.init_args.norm", "layer"], "norm"),
+        (["--losses.dynamics", "0", "--losses.kl", "0"], "losses"),
+        (["--training.processes", "2"], "training.processes"),
+        (["--training.accumulation_steps", "3"], "training.batch_size"),
+    ):
+        assert main(["train", "--config", str(config), "--training.output", str(run), *words]) == 2, words
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1, message
+        assert expected in message
+        assert not run.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_broken_images_are_skipped_and_each_is_named_once(tmp_path):
+    broken = make_broken_data(tmp_path / "data")
+    config = write_config(
+        tmp_path / "c.yaml", tmp_path / "data", steps=24, batch_size=64, checkpoint_every=8, evaluate_every=100
+    )
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = ["--config", str(config), "--training.output", str(run), "--data.workers", "1"]
+    assert train([*words, "--training.steps", "16"], log) == 0, log.read_text()
+    assert train(["--resume", str(run), "--training.steps", "24"], log) == 0, log.read_text()
+    named = [json.loads(line)["name"] for line in (run / "broken_images.jsonl").read_text().splitlines()]
+    assert len(named) == len(set(named)) == 50
+    assert {Path(name).name for name in named} == broken
+    said = re.findall(r"skipped: .*?(broken\d+\.\w+)", log.read_text())
+    assert sorted(said) == sorted(broken)
+    assert "Traceback" not in log.read_text()
+    assert len(metrics(run)) == 24
+
+
+def make_broken_data(folder: Path) -> set[str]:
+    """1,000 images, of which 50 are broken in ten ways; gives the names of those."""
+    make_images(folder, 950, side=40)
+    whole = (folder / "image0000.png").read_bytes()
+    jpeg = folder / "whole.jpg"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(jpeg)
+    data = jpeg.read_bytes()
+    jpeg.unlink()
+    wrong_checksum = bytearray(whole)
+    wrong_checksum[whole.index(b"IDAT") + 20] ^= 0xFF
+    huge = bytearray(whole)
+    huge[16:24] = (60000).to_bytes(4, "big") * 2
+    ways = {
+        "empty.png": b"",
+        "cut.png": whole[: len(whole) // 2],
+        "cut.jpg": data[: len(data) // 2],
+        "header.jpg": data[:20],
+        "text.png": b"this is no image\n" * 20,
+        "zeros.jpg": bytes(1000),
+        "checksum.png": bytes(wrong_checksum),
+        "bomb.png": bytes(huge),
+        "page.webp": b"<!DOCTYPE html><html></html>",
+        "riff.webp": b"RIFF\x24\x00\x00\x00WEBPVP8 " + bytes(24),
+    }
+    names = set()
+    for number, (name, content) in enumerate(ways.items()):
+        for copy in range(5):
+            path = folder / f"broken{5 * number + copy:02d}{Path(name).suffix}"
+            path.write_bytes(content)
+            names.add(path.name)
+    return names

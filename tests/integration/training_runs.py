@@ -1,0 +1,140 @@
+"""What the tests of whole runs share: data and configuration, starting runs as a user does, comparing them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+VARIABLE = {"images_per_second", "seconds", "memory_gib"}
+"""The only keys of metrics.jsonl that may differ between equal runs."""
+
+
+def make_images(folder: Path, count: int, side: int = 48, seed: int = 0) -> Path:
+    """Write PNGs of smooth random colours, 40 to 56 pixels a side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        coarse = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        size = (side + int(generator.integers(-8, 9)), side + int(generator.integers(-8, 9)))
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"image{index:04d}.png")
+    return folder
+
+
+def write_config(path: Path, root: Path, **training: object) -> Path:
+    """Write a configuration of the demo's model, smaller still."""
+    config = {
+        "model": {
+            "latent_channels": 4,
+            "downsample_factor": 8,
+            "encoder": {"init_args": {"widths": [8, 16, 16, 16], "depths": [0, 1, 1, 1]}},
+            "decoder": {
+                "init_args": {
+                    "channels": 8,
+                    "multipliers": [1, 1, 2, 2],
+                    "middle_layers": 1,
+                    "blocks_per_level": 1,
+                    "norm_groups": 4,
+                    "heads": 2,
+                }
+            },
+        },
+        "data": {"root": str(root), "image_size": 32, "workers": 0, "validation_images": 5},
+        "training": {
+            "steps": 40,
+            "batch_size": 4,
+            "lr": 1.0e-3,
+            "precision": "float32",
+            "ema_decay": 0.9,
+            "ema_start": 3,
+            "checkpoint_every": 2,
+            "evaluate_every": 10,
+            "sample_images": 2,
+            **training,
+        },
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(words: list[str], processes: int = 1) -> list[str]:
+    """The command line of `dc-ssdae train`, in one process or several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "dc_ssdae", "train", *words]
+
+
+def environment() -> dict[str, str]:
+    """One thread, so that results do not hang on how many cores there are; no GPU."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)])),
+    }
+
+
+def start(words: list[str], log: Path, processes: int = 1, cwd: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start a run in a process group of its own."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command(words, processes),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
+            cwd=cwd,
+        )
+
+
+def train(words: list[str], log: Path, processes: int = 1, cwd: Path | None = None) -> int:
+    """Run to the end; gives the exit code."""
+    process = start(words, log, processes, cwd)
+    try:
+        return process.wait(timeout=300)
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGKILL to a run and to all its processes, which the launcher puts into sessions of their own."""
+    try:
+        family = psutil.Process(process.pid)
+        for member in [family, *family.children(recursive=True)]:
+            member.kill()
+    except psutil.NoSuchProcess:
+        pass
+    process.wait()
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what may differ."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in VARIABLE} for line in lines]
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def assert_same_runs(run: Path, other: Path) -> None:
+    """Bit-identical weights, average (buffers included) and optimiser state, and the same losses at each step."""
+    for name in ("model", "ema", "optimizer"):
+        first, second = (load_file(path / "checkpoints/last" / f"{name}.safetensors") for path in (run, other))
+        assert first.keys() == second.keys()
+        assert first
+        for key, tensor in first.items():
+            assert torch.equal(tensor, second[key]), f"{name}: {key}"
+    assert any("running_mean" in key for key in load_file(run / "checkpoints/last/ema.safetensors"))
+    states = [json.loads((path / "checkpoints/last/state.json").read_text()) for path in (run, other)]
+    for state in states:
+        state.pop("seconds")
+    assert states[0] == states[1]
+    assert metrics(run) == metrics(other)
+    assert (run / "evaluations.jsonl").read_text() == (other / "evaluations.jsonl").read_text()

@@ -1,0 +1,74 @@
+"""Random numbers are functions of what they are for; no two purposes or places share a stream."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from dc_ssdae.randomness import epoch_generator, image_generator, replacement_index, seed_ambient
+
+
+def test_an_images_stream_depends_on_seed_step_and_place_alone() -> None:
+    torch.manual_seed(1)
+    first = torch.randn(5, generator=image_generator(3, 4, 5))
+    torch.manual_seed(2)
+    assert torch.equal(first, torch.randn(5, generator=image_generator(3, 4, 5)))
+
+
+def test_streams_of_different_places_differ() -> None:
+    places = list(itertools.product(range(3), range(20), range(20)))
+    draws = {torch.rand(1, generator=image_generator(*place), dtype=torch.float64).item() for place in places}
+    assert len(draws) == len(places)
+
+
+def test_making_a_generator_leaves_the_default_one_alone() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    image_generator(0, 0, 0)
+    epoch_generator(0, 0)
+    replacement_index(0, 0, 0, 10)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_neighbouring_places_are_not_correlated() -> None:
+    """Of 400 neighbours the correlation of 50 numbers each is a standard normal over the square root of 20,000."""
+    rows = torch.stack([torch.randn(50, generator=image_generator(0, 0, place)) for place in range(401)]).double()
+    correlation = (rows[1:] * rows[:-1]).mean()
+    assert abs(float(correlation)) < 4 / 20_000**0.5
+
+
+def test_purposes_do_not_share_a_stream() -> None:
+    numbers = set()
+    for a, b in itertools.product(range(20), range(20)):
+        numbers.add(image_generator(0, a, b).initial_seed())
+        seed_ambient(0, a, b)
+        numbers.add(torch.initial_seed())
+        numbers.add(replacement_index(0, a, b, 2**63))
+    assert len(numbers) == 3 * 400
+
+
+def test_epochs_differ_and_come_back() -> None:
+    drawn = [epoch_generator(seed, epoch).integers(0, 2**62) for seed in range(5) for epoch in range(5)]
+    assert len(set(drawn)) == 25
+    assert epoch_generator(2, 3).integers(0, 2**62) == drawn[13]
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_replacements_reach_every_image(length: int) -> None:
+    found = {replacement_index(0, position, attempt, length) for position in range(20) for attempt in range(5)}
+    assert found == set(range(length))
+
+
+def test_the_ambient_seed_is_each_process_own_and_repeats() -> None:
+    drawn = []
+    for step, process in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        seed_ambient(7, step, process)
+        drawn.append(float(torch.rand((), dtype=torch.float64)))
+    assert drawn[0] == drawn[3]
+    assert len(set(drawn)) == 3
+
+
+def test_the_largest_seed() -> None:
+    image_generator(2**32 - 1, 10**9, 10**6)
+    epoch_generator(2**32 - 1, 10**6)

@@ -1,0 +1,447 @@
+"""A user's own encoder, decoder and dynamics: built, saved and loaded again, and never imported by a file's word."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae.autoencoder import COMPONENTS, build_without_weights, read_config
+from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
+from dc_ssdae.networks import KLEncoder, UViTDecoder
+
+HERE = __name__
+
+SMALL = {"channels": 8, "multipliers": [1, 1, 1, 1], "norm_groups": 4, "middle_layers": 1, "blocks_per_level": 1}
+DECODER = {"class_path": "UViTDecoder", "init_args": {**SMALL, "window_radius": 2}}
+
+
+class PatchEncoder(nn.Module):
+    """One strided convolution; `rates` read off a tensor, as many published networks do."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        downsample_factor: int,
+        gain: float = 1.0,
+        kernel: tuple[int, int] | None = None,
+        order: tuple[tuple[int, str], ...] = ((1, "a"),),
+        bias: bool | Literal["auto"] = True,
+        anything=("x", 2),
+    ) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0.0, gain, 3)]
+        self.gain, self.kernel, self.order, self.bias, self.anything = gain, kernel, order, bias, anything
+        self.patch = nn.Conv2d(3, 2 * latent_channels, downsample_factor, downsample_factor)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian.from_moments(self.gain * self.patch(x))
+
+
+class Outer:
+    class InnerEncoder(PatchEncoder):
+        pass
+
+
+class OpenEncoder(PatchEncoder):
+    def __init__(self, latent_channels: int, downsample_factor: int, **settings: Any) -> None:
+        super().__init__(latent_channels, downsample_factor)
+        self.settings = settings
+
+
+class HandingOn(PatchEncoder):
+    def __init__(self, colour: str = "red", **settings: Any) -> None:
+        super().__init__(**settings)
+
+
+class OwnDecoder(UViTDecoder):
+    """With the inherited constructor."""
+
+
+class OwnDynamics(EquilibriumMatching):
+    """With the inherited constructor."""
+
+
+class SlowFlow:
+    """A dynamics that shares no class with the package's own."""
+
+    def __init__(self, speed: float = 0.5) -> None:
+        flow = FlowMatching()
+        self.speed, self.conditions_on_time, self.noise_level = speed, True, 1.0
+        self.sample_level, self.corrupt = flow.sample_level, flow.corrupt
+
+    def sample_level(self) -> None: ...
+
+    def corrupt(self) -> None: ...
+
+    def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
+        return x_level + self.speed * prediction
+
+    def loss(self) -> None: ...
+
+
+def build(encoder: Any = "PatchEncoder", settings: Mapping[str, Any] | None = None, **given: Any) -> DCSSDAE:
+    path = encoder if "." in encoder or encoder in COMPONENTS["encoder"] else f"{HERE}.{encoder}"
+    part = {"class_path": path, "init_args": dict(settings or {})}
+    return DCSSDAE(**{"latent_channels": 4, "downsample_factor": 8, "encoder": part, "decoder": DECODER, **given})
+
+
+def refusal(**given: Any) -> str:
+    with pytest.raises(InputError) as error:
+        build(**given)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def own_module(name: str, *kinds: type) -> ModuleType:
+    """A module that is imported already and holds classes as its own."""
+    module = ModuleType(name)
+    for kind in kinds:
+        setattr(
+            module, kind.__name__, type(kind.__name__, (kind,), {"__module__": name, "__qualname__": kind.__name__})
+        )
+    sys.modules[name] = module
+    return module
+
+
+@pytest.fixture
+def moved() -> Iterator[ModuleType]:
+    """A module that is imported before saving; a test takes it out of `sys.modules` to stand for a new session."""
+    yield own_module("own_package_parts", PatchEncoder, OwnDecoder)
+    sys.modules.pop("own_package_parts", None)
+
+
+class TestBuilding:
+    @torch.no_grad()
+    def test_every_part_may_be_a_users(self) -> None:
+        model = build(
+            settings={"gain": 2.0},
+            decoder={"class_path": f"{HERE}.OwnDecoder", "init_args": DECODER["init_args"]},
+            dynamics={"class_path": f"{HERE}.SlowFlow"},
+        )
+        assert (type(model.encoder), type(model.decoder), type(model.dynamics)) == (PatchEncoder, OwnDecoder, SlowFlow)
+        assert model.decoder.time_conditioning
+        assert model.eval()(torch.zeros(1, 3, 16, 24)).sample.shape == (1, 3, 16, 24)
+
+    def test_the_config_holds_full_names_and_every_default(self) -> None:
+        model = build(f"{HERE}.Outer.InnerEncoder", {"gain": 2.0})
+        assert model.config.encoder["class_path"] == f"{HERE}.Outer.InnerEncoder"
+        assert model.config.encoder["init_args"] == {
+            "gain": 2.0,
+            "kernel": None,
+            "order": [[1, "a"]],
+            "bias": True,
+            "anything": ["x", 2],
+        }
+        assert "classes" not in model.config
+
+    def test_a_bare_name_is_one_of_the_classes_passed(self) -> None:
+        class Local(PatchEncoder):
+            pass
+
+        model = DCSSDAE(4, 8, encoder={"class_path": "Local"}, decoder=DECODER, classes=iter([Local, OwnDecoder]))
+        assert type(model.encoder) is Local
+        assert model.config.encoder["class_path"] == f"{HERE}.{Local.__qualname__}"
+        again = DCSSDAE.from_config(model.config, classes=[Local])
+        assert again.config["encoder"] == model.config["encoder"]
+        with pytest.raises(InputError, match="which no module holds: pass the class as classes=") as error:
+            DCSSDAE.from_config(model.config)
+        assert str(error.value).startswith("config.json names encoder class ")
+
+    def test_a_class_of_this_package_keeps_its_bare_name(self) -> None:
+        model = build("dc_ssdae.networks.KLEncoder", {"channels": 32})
+        assert type(model.encoder) is KLEncoder
+        assert model.config.encoder["class_path"] == "KLEncoder"
+
+    def test_bare_names_of_this_package_come_first(self) -> None:
+        """Otherwise a class that happens to be passed could change what a preset means."""
+        other = type("KLEncoder", (PatchEncoder,), {})
+        model = build("KLEncoder", {"channels": 32}, classes=[other])
+        assert type(model.encoder) is KLEncoder
+
+    def test_settings_reach_the_constructor_as_their_type_hints_ask(self) -> None:
+        for kernel, order in (((3, 5), ((2, "b"), (3, "c"))), ([3, 5], [[2, "b"], [3, "c"]])):
+            model = build(settings={"kernel": kernel, "order": order, "bias": False, "anything": None})
+            assert model.encoder.kernel == (3, 5)
+            assert model.encoder.order == ((2, "b"), (3, "c"))
+            assert model.encoder.bias is False
+            assert model.encoder.anything is None
+        assert build().encoder.order == ((1, "a"),)
+        assert build().encoder.anything == ("x", 2)
+
+    @pytest.mark.parametrize("value", [True, "text", 5, [1, [2]], {"a": [None, 0.5]}])
+    def test_a_setting_without_a_type_hint_is_not_checked(self, value: Any) -> None:
+        model = build(settings={"anything": value})
+        assert model.config.encoder["init_args"]["anything"] == value
+
+    def test_a_constructor_with_keywords_of_any_name(self) -> None:
+        model = build("OpenEncoder", {"colour": "red", "sizes": (1, 2)})
+        assert model.encoder.settings == {"colour": "red", "sizes": [1, 2]}
+        assert model.config.encoder["init_args"] == {"colour": "red", "sizes": [1, 2]}
+
+    def test_a_constructor_that_hands_on_what_it_takes(self) -> None:
+        model = build("HandingOn", {"gain": 3.0})
+        assert model.encoder.gain == 3.0
+        assert model.config.encoder["init_args"] == {"colour": "red", "gain": 3.0}
+
+    def test_from_preset(self) -> None:
+        part = {"class_path": "Patch", "init_args": {"gain": 3.0}}
+        model = DCSSDAE.from_preset("demo", encoder=part, classes=[type("Patch", (PatchEncoder,), {})])
+        assert model.encoder.gain == 3.0
+        assert not model.training
+
+    def test_hints_that_only_a_type_checker_can_read(self) -> None:
+        class Hinted(PatchEncoder):
+            def __init__(self, latent_channels: int, downsample_factor: int, width: "NotThere" = 4) -> None:  # noqa: F821
+                super().__init__(latent_channels, downsample_factor)
+
+        encoder = {"class_path": "Hinted", "init_args": {"width": 8}}
+        model = DCSSDAE(4, 8, encoder=encoder, decoder=DECODER, classes=[Hinted])
+        assert model.config.encoder["init_args"] == {"width": 8}
+
+
+class TestSteps:
+    def test_several_steps_of_a_derived_dynamics(self) -> None:
+        model = build(dynamics={"class_path": f"{HERE}.OwnDynamics"}).eval()
+        with torch.no_grad():
+            assert model.decode(torch.zeros(1, 4, 2, 2), num_steps=3).sample.shape == (1, 3, 16, 16)
+
+    def test_several_steps_of_a_dynamics_that_nobody_knows(self) -> None:
+        model = build(dynamics={"class_path": f"{HERE}.SlowFlow"}).eval()
+        with pytest.raises(InputError, match=r"num_steps is 2; .* which SlowFlow is not"):
+            model.decode(torch.zeros(1, 4, 2, 2), num_steps=2)
+
+
+class TestSaving:
+    @torch.no_grad()
+    def test_a_saved_model_loads_once_its_classes_are_imported(self, moved: ModuleType, tmp_path: Path) -> None:
+        x = torch.rand(1, 3, 16, 24)
+        model = build(
+            "own_package_parts.PatchEncoder",
+            {"gain": 2.0, "kernel": (3, 5)},
+            decoder={"class_path": "own_package_parts.OwnDecoder", "init_args": DECODER["init_args"]},
+        ).eval()
+        model.save_pretrained(tmp_path / "first")
+        for loading in ({}, {"low_cpu_mem_usage": False}, {"classes": [moved.PatchEncoder]}):
+            loaded = DCSSDAE.from_pretrained(tmp_path / "first", **loading)
+            assert type(loaded.encoder) is moved.PatchEncoder
+            assert loaded.encoder.kernel == (3, 5)
+            assert torch.equal(loaded(x).sample, model(x).sample)
+        loaded.save_pretrained(tmp_path / "second")
+        first, second = (read_config(tmp_path / name) for name in ("first", "second"))
+        assert first["encoder"]["class_path"] == "own_package_parts.PatchEncoder"
+        assert "classes" not in {**first, **second}
+        assert {**second, "_name_or_path": None} == {**first, "_name_or_path": None}
+
+        del sys.modules["own_package_parts"]
+        with pytest.raises(InputError) as error:
+            DCSSDAE.from_pretrained(tmp_path / "first")
+        assert str(error.value) == (
+            "config.json names encoder class 'own_package_parts.PatchEncoder', which is not imported: "
+            "import own_package_parts first, or pass the class as classes=[PatchEncoder]"
+        )
+
+    def test_a_class_that_has_moved_since(self, moved: ModuleType, tmp_path: Path) -> None:
+        build("own_package_parts.PatchEncoder").save_pretrained(tmp_path)
+        del sys.modules["own_package_parts"]
+        loaded = DCSSDAE.from_pretrained(tmp_path, classes=[SlowFlow, PatchEncoder])
+        assert type(loaded.encoder) is PatchEncoder
+        assert loaded.config.encoder["class_path"] == f"{HERE}.PatchEncoder"
+        twins = [PatchEncoder, moved.PatchEncoder]
+        assert type(DCSSDAE.from_pretrained(tmp_path, classes=twins).encoder) is moved.PatchEncoder
+        others = [PatchEncoder, type("PatchEncoder", (PatchEncoder,), {"__qualname__": "Other.PatchEncoder"})]
+        with pytest.raises(InputError, match="which several of classes could be: "):
+            DCSSDAE.from_pretrained(tmp_path, classes=others)
+
+    def test_without_weights(self) -> None:
+        model = build_without_weights(build().config)
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        assert model.encoder.rates == [0.0, 0.5, 1.0]
+
+
+class NoSettings(nn.Module):
+    """Whose constructor is nn.Module's own, which takes anything and refuses it."""
+
+
+class NoFactor(nn.Module):
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+
+
+class ByPlace(nn.Module):
+    def __init__(self, width: int, /, latent_channels: int, downsample_factor: int) -> None:
+        super().__init__()
+
+
+class NeedsWidth(nn.Module):
+    def __init__(self, latent_channels: int, downsample_factor: int, width: int) -> None:
+        super().__init__()
+        if width % 2:
+            raise ValueError("width must be\neven")
+
+
+class BadDefault(nn.Module):
+    def __init__(self, latent_channels: int, downsample_factor: int, activation: type = nn.SiLU) -> None:
+        super().__init__()
+
+
+class PointEncoder(PatchEncoder):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.patch(x)
+
+
+class WideEncoder(PatchEncoder):
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian(self.patch(x))
+
+
+class NoLoss:
+    def sample_level(self) -> None: ...
+
+    def corrupt(self) -> None: ...
+
+    def clean_estimate(self) -> None: ...
+
+
+class NoLevel(NoLoss):
+    conditions_on_time = False
+
+    def loss(self) -> None: ...
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("encoder", "settings", "message"),
+        [
+            ("NoSettings", {}, "whose constructor lacks latent_channels: it must take latent_channels, downsample_f"),
+            ("NoFactor", {}, "whose constructor lacks downsample_factor: it must take latent_channels, downsample_f"),
+            ("ByPlace", {}, "whose constructor must take width by name too"),
+            ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
+            ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be of type int"),
+            ("NeedsWidth", {"width": 5}, "its constructor raised ValueError: width must be even"),
+            ("BadDefault", {}, f"activation of {HERE}.BadDefault is <class 'torch.nn.modules.activation.SiLU'>, which"),
+            ("PatchEncoder", {"anything": {1: 2}}, "which config.json cannot hold"),
+            ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
+            ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),
+            ("PatchEncoder", {"gain": True}, "it must be of type float"),
+            ("PatchEncoder", {"kernel": [1, 2, 3]}, f"kernel of {HERE}.PatchEncoder is [1, 2, 3]"),
+            ("PatchEncoder", {"latent_channels": 4}, "latent_channels is not a setting of encoder"),
+            ("SlowFlow", {}, "which is no torch.nn.Module"),
+            ("build", {}, "which is a function and not a class"),
+            ("PatchEncodr", {}, f"but the imported {HERE} has no PatchEncodr"),
+            ("no_such_module.Encoder", {}, "the model names encoder class 'no_such_module.Encoder', which is not imp"),
+            ("__main__.MyEncoder", {}, "which no module holds: pass the class as classes=[MyEncoder]"),
+        ],
+    )
+    def test_encoders(self, encoder: str, settings: dict[str, Any], message: str) -> None:
+        assert message in refusal(encoder=encoder, settings=settings)
+
+    def test_a_decoder_without_time_conditioning(self) -> None:
+        message = refusal(decoder={"class_path": f"{HERE}.PatchEncoder"})
+        assert "whose constructor lacks time_conditioning" in message
+
+    def test_dynamics(self) -> None:
+        assert "which has no method loss" in refusal(dynamics={"class_path": f"{HERE}.NoLoss"})
+        assert "has no attribute noise_level" in refusal(dynamics={"class_path": f"{HERE}.NoLevel"})
+
+    @pytest.mark.parametrize("classes", [PatchEncoder, "PatchEncoder", 5, None, [5], ["PatchEncoder"], [nn]])
+    def test_what_is_no_list_of_classes(self, classes: Any) -> None:
+        assert "classes" in refusal(classes=classes)
+        with pytest.raises(InputError, match="classes"):
+            DCSSDAE.from_preset("demo", classes=classes)
+        with pytest.raises(InputError, match="classes"):
+            DCSSDAE.from_config(dict(build().config), classes=classes)
+        with pytest.raises(InputError, match="classes"):
+            DCSSDAE.from_pretrained("absent", classes=classes)
+
+    @pytest.mark.parametrize(
+        ("encoder", "message"),
+        [
+            ("PointEncoder", "gives a Tensor; its forward must give a DiagonalGaussian"),
+            ("WideEncoder", r"gives a latent of shape \(1, 8, 2, 3\) .* it must be \(1, 4, 2, 3\)"),
+        ],
+    )
+    def test_an_encoder_that_gives_something_else(self, encoder: str, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            build(encoder).encode(torch.zeros(1, 3, 16, 24))
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module that leaves a file behind when it is imported, and an imported one that imports it when asked."""
+    sprung, modules = tmp_path / "sprung", tmp_path / "modules"
+    modules.mkdir()
+    monkeypatch.syspath_prepend(str(modules))
+    (modules / "own_trap.py").write_text(f"open({str(sprung)!r}, 'w').close()\n\nclass Trap:\n    pass\n")
+    lazy = ModuleType("own_lazy")
+    lazy.__getattr__ = lambda name: __import__("own_trap").Trap  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "own_lazy", lazy)
+    yield sprung
+    sys.modules.pop("own_trap", None)
+
+
+NAMES: Sequence[str] = (
+    "os.system",
+    "subprocess.Popen",
+    "builtins.exec",
+    "builtins.eval",
+    "builtins.__import__",
+    "torch.nn.Linear",
+    "torch.nn.Module",
+    "torch.nn.Identity",
+    "torch.nn.Module.__init__",
+    "torch.hub.load",
+    "own_trap.Trap",
+    "own_lazy.Trap",
+    "own_lazy.own_trap.Trap",
+    "own_trap",
+    "own_trap.",
+    ".own_trap.Trap",
+    "own_trap:Trap",
+    "own_trap\n.Trap",
+    "own_trap.\x1b[2JTrap",
+    "__import__('own_trap').Trap",
+)
+
+
+class TestFilesImportNothing:
+    def test_the_traps_spring(self, trap: Path) -> None:
+        _ = sys.modules["own_lazy"].Trap
+        assert trap.exists()
+
+    @pytest.mark.parametrize("part", COMPONENTS)
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_name_in_a_file(self, part: str, name: str, trap: Path, tmp_path: Path) -> None:
+        witness = tmp_path / "executed"
+        code = f"open({str(witness)!r}, 'w')"
+        for settings in ({}, {"command": f"touch {witness}"}, {"args": ["touch", str(witness)]}, {"source": code}):
+            config = {
+                "_class_name": "DCSSDAE",
+                "latent_channels": 4,
+                "downsample_factor": 8,
+                part: {"class_path": name, "init_args": settings},
+            }
+            folder = tmp_path / "model"
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(config))
+            before = set(sys.modules)
+            for load in (DCSSDAE.from_pretrained, lambda folder: DCSSDAE.from_config(read_config(folder))):
+                with pytest.raises(InputError) as error:
+                    load(folder)
+                assert repr(name) in str(error.value)
+                assert "\n" not in str(error.value)
+            assert set(sys.modules) == before
+            assert not trap.exists()
+            assert not witness.exists()
+
+    def test_classes_in_a_file_are_no_setting(self, tmp_path: Path) -> None:
+        config = {"latent_channels": 4, "downsample_factor": 8, "classes": ["own_trap.Trap"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=r"unknown setting in config\.json 'classes'"):
+            DCSSDAE.from_pretrained(tmp_path)

@@ -1,0 +1,40 @@
+"""A user's encoder; a user's loss term with a parameter, a buffer and randomness, into which a test may reach."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dc_ssdae.losses import StepOutputs
+from dc_ssdae.networks import DCEncoder
+
+
+class Scheduled(DCEncoder):
+    """A user's encoder whose constructor reads a number off a tensor, as stochastic depth's schedules do."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
+        widths, depths = [8, 16, 16, 16], [0, 1, 1, 1]
+        super().__init__(latent_channels, downsample_factor, widths=widths, depths=depths)
+        self.rate = torch.linspace(0.0, 1.0, 3)[1].item()
+
+
+class Hooked(nn.Module):
+    """(mean of the prediction - value)², times a random number; `hook` may answer with another value for a call."""
+
+    hook: Callable[[int, Tensor], Tensor] | None = None
+    """Of all objects of the class, because the loop builds them; gets the number of the call and the value."""
+
+    def __init__(self, start: float = 0.3) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(start))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.calls = 0
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        self.seen += outputs.prediction.shape[0]
+        value = (outputs.prediction.float().mean() - self.value).square() * torch.rand(())
+        hook = type(self).hook
+        if hook is not None:
+            value = hook(self.calls, value)
+        self.calls += 1
+        return value

@@ -1,0 +1,330 @@
+"""Checkpoints: killed, failed or damaged at any point, what was there before stays."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from killed import CRASHED, FAILED, KILLED, run_in_child
+from safetensors import SafetensorError
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.training import checkpoint as module
+from dc_ssdae.training.checkpoint import (
+    TENSOR_FILES,
+    Checkpoint,
+    CheckpointFolder,
+    read_checkpoint,
+    read_state,
+    write_checkpoint,
+)
+
+FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def checkpoint(step: int, best: int | None = None, size: int = 5) -> Checkpoint:
+    tensors = {
+        file: {"weight": torch.full((size,), step + 0.1 * place), "count": torch.tensor(step)}
+        for place, file in enumerate(TENSOR_FILES)
+    }
+    state = {"step": step, "seconds": 0.1 + step, "best": None if best is None else {"step": best, "value": 1 / 3}}
+    return Checkpoint(tensors, state)
+
+
+def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
+    assert {key: value for key, value in found.state.items() if key != "format"} == expected.state
+    assert found.tensors.keys() == expected.tensors.keys()
+    for file, tensors in expected.tensors.items():
+        assert found.tensors[file].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(found.tensors[file][name], tensor)
+            assert found.tensors[file][name].dtype == tensor.dtype
+
+
+def names(folder: CheckpointFolder) -> set[str]:
+    return {entry.name for entry in folder.path.iterdir()}
+
+
+def steps_of(folder: CheckpointFolder) -> tuple[int | None, int | None]:
+    """The steps of the last and of the best, both of which must be whole."""
+    last, best = (
+        None if path is None else read_checkpoint(path).state["step"] for path in (folder.last(), folder.best())
+    )
+    return last, best
+
+
+# --- writing and reading ---
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    kinds = {
+        "half": torch.randn(3, 4).half(),
+        "brain": torch.randn(2).bfloat16(),
+        "whole numbers": torch.tensor(2**40),
+        "empty": torch.zeros(0, 3),
+        "not finite": torch.tensor([float("inf"), -0.0]),
+    }
+    state = {"step": 3, "seconds": 1 / 3, "best": None, "groups": [{"lr": 5e-324, "k": 2**53 + 1, "foreach": None}]}
+    expected = Checkpoint({"model": kinds, "ema": {}, "optimizer": {"a/step": torch.tensor(3.0)}}, state)
+    write_checkpoint(tmp_path / "c", expected)
+    assert_same(read_checkpoint(tmp_path / "c"), expected)
+    assert {entry.name for entry in (tmp_path / "c").iterdir()} == FILES
+
+
+def test_before_the_first_there_is_none(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    assert (folder.last(), folder.best()) == (None, None)
+    folder.clean()
+    folder.recover()
+    assert not folder.path.exists()
+
+
+def test_last_and_best(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    kept = []
+    for step, is_best in ((10, False), (20, True), (30, False), (40, False), (50, True), (60, False)):
+        assert folder.save(checkpoint(step), is_best) == folder.path / f"step-{step:08d}"
+        kept.append(steps_of(folder))
+        assert_same(read_checkpoint(folder.last()), checkpoint(step))
+    assert kept == [(10, None), (20, 20), (30, 20), (40, 20), (50, 50), (60, 50)]
+    assert names(folder) == {"last", "best", "step-00000050", "step-00000060"}
+
+
+def test_keep_every(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep_every=20)
+    for step in range(10, 80, 10):
+        folder.save(checkpoint(step), is_best=step == 30)
+    kept = {f"step-{step:08d}" for step in (20, 30, 40, 60, 70)}
+    assert names(folder) == {"last", "best", *kept}
+    assert steps_of(folder) == (70, 30)
+
+
+def test_a_step_that_is_saved_already_may_still_become_the_best(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint(10))
+    before = os.stat(tmp_path / "last" / "state.json").st_ino
+    folder.save(checkpoint(10), is_best=True)
+    assert steps_of(folder) == (10, 10)
+    assert os.stat(tmp_path / "last" / "state.json").st_ino == before, "written twice"
+
+
+def test_the_folder_may_be_moved(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "here")
+    folder.save(checkpoint(10), is_best=True)
+    folder.path.rename(tmp_path / "there")
+    assert steps_of(CheckpointFolder(tmp_path / "there")) == (10, 10)
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "step-00000010-copy").mkdir()
+    for step in (10, 20):
+        folder.save(checkpoint(step))
+    assert names(folder) == {"last", "step-00000020", "notes.txt", "step-00000010-copy"}
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    before = os.umask(0o027)
+    try:
+        folder.save(checkpoint(1))
+    finally:
+        os.umask(before)
+    assert {entry.stat().st_mode & 0o777 for entry in folder.last().iterdir()} == {0o640}
+    assert folder.last().stat().st_mode & 0o777 == 0o750
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path).save(checkpoint(1))
+    for file in folder.iterdir():
+        start = file.read_bytes()[:16]
+        assert file.suffix in (".json", ".safetensors")
+        assert not start.startswith((b"PK", b"\x80")), f"{file} is a pickle"
+        assert start[:1] == b"{" if file.suffix == ".json" else start[8:9] == b"{"
+
+
+# --- killed and failed ---
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    """A run's checkpoints after step 20, whose best is step 10."""
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.save(checkpoint(10, best=10), is_best=True)
+    folder.save(checkpoint(20, best=10))
+    return folder
+
+
+def all_points(folder: CheckpointFolder, is_best: bool, fail: bool) -> Iterator[tuple[int, CheckpointFolder]]:
+    """Copies of a folder in which the next checkpoint was stopped, at each of its file operations."""
+    new = checkpoint(30, best=30 if is_best else 10)
+    in_a_row = 0
+    for point in range(1000):
+        path = folder.path.with_name(f"copy{point}")
+        shutil.copytree(folder.path, path, symlinks=True)
+        copy = CheckpointFolder(path)
+        code = run_in_child(lambda copy=copy: copy.save(new, is_best), point, fail)
+        assert code != CRASHED
+        yield code, copy
+        if code == 0 and not fail:
+            assert point > 20, "the operations were not counted"
+            return
+        # Failures while old folders are taken away are passed over; there are fewer of them in a row.
+        in_a_row = in_a_row + 1 if code == 0 else 0
+        if in_a_row > 15:
+            return
+
+
+@pytest.mark.parametrize("is_best", [False, True])
+def test_killed_at_any_operation_the_last_is_the_old_or_the_new(folder: CheckpointFolder, is_best: bool) -> None:
+    ends = set()
+    for code, copy in all_points(folder, is_best, fail=False):
+        assert code in (0, KILLED)
+        step, best = steps_of(copy)
+        ends.add((step, best))
+        expected = checkpoint(20, best=10) if step == 20 else checkpoint(30, best=30 if is_best else 10)
+        assert_same(read_checkpoint(copy.last()), expected)
+        # As the next start does.
+        copy.recover()
+        best = 30 if is_best and step == 30 else 10
+        assert steps_of(copy) == (step, best)
+        assert names(copy) == {"last", "best", f"step-{step:08d}", f"step-{best:08d}"}
+        # And it goes on.
+        if step == 20:
+            copy.save(checkpoint(30, best=30 if is_best else 10), is_best)
+        assert steps_of(copy) == (30, 30 if is_best else 10)
+    assert ends == ({(20, 10), (30, 10), (30, 30)} if is_best else {(20, 10), (30, 10)})
+
+
+@pytest.mark.parametrize("is_best", [False, True])
+def test_failing_at_any_operation_leaves_a_whole_last(folder: CheckpointFolder, is_best: bool) -> None:
+    codes = set()
+    for code, copy in all_points(folder, is_best, fail=True):
+        codes.add(code)
+        step, _ = steps_of(copy)
+        assert step in ((20, 30) if code == FAILED else (30,))
+        copy.clean()
+        assert not [name for name in names(copy) if name.endswith(".partial")]
+        copy.save(checkpoint(40, best=10))
+        assert steps_of(copy)[0] == 40
+    assert codes == {0, FAILED}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space")])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_tensor_file_that_cannot_be_written(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int
+) -> None:
+    calls = 0
+    written = module.save_file
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            Path(path).write_bytes(b"half a file")
+            raise error
+        written(tensors, path, metadata)
+
+    monkeypatch.setattr(module, "save_file", save_file)
+    before = names(folder)
+    with pytest.raises(OSError, match="No space"):
+        folder.save(checkpoint(30), is_best=True)
+    assert names(folder) == before, "litter"
+    assert steps_of(folder) == (20, 10)
+    folder.save(checkpoint(30), is_best=True)
+    assert steps_of(folder) == (30, 30)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    folder = CheckpointFolder(small_disk / "checkpoints")
+    folder.save(checkpoint(10, size=20_000), is_best=True)  # three times 80 KB
+    folder.save(checkpoint(20, size=20_000))
+    before = names(folder)
+    # 560 KB are left: for one of these files, and for two, but never for the third.
+    for size in (50_000, 70_000, 100_000, 1_000_000):
+        with pytest.raises(OSError, match=r"(?i)no space"):
+            folder.save(checkpoint(30, size=size), is_best=True)
+        assert names(folder) == before, "litter"
+        assert steps_of(folder) == (20, 10)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    with pytest.raises(OSError, match=r"(?i)no space"):
+        folder.save(checkpoint(30), is_best=True)
+    assert names(folder) == before, "litter"
+    (small_disk / "filler").unlink()
+    folder.save(checkpoint(30, size=20_000))
+    assert steps_of(folder) == (30, 10)
+
+
+# --- damaged ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "state.json cannot be read: No such file"),
+        ("", "state.json cannot be read"),
+        ('{"format": 1, "step": 20', "state.json cannot be read"),
+        ("[]", "is not a checkpoint's state of format 1"),
+        ('{"step": 20}', "format 1"),
+        ('{"format": 99, "step": 20}', "format 1"),
+        ('{"format": 1, "step": "20"}', "format 1"),
+    ],
+)
+def test_a_damaged_state_is_named(folder: CheckpointFolder, text: str | None, message: str) -> None:
+    path = folder.last() / "state.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    for read in (read_checkpoint, read_state):
+        with pytest.raises(InputError, match=message) as caught:
+            read(folder.last())
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+
+
+def test_a_state_that_is_no_text_is_named(folder: CheckpointFolder) -> None:
+    (folder.last() / "state.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"state\.json cannot be read") as caught:
+        read_state(folder.last())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", [f"{name}.safetensors" for name in TENSOR_FILES])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
+def test_a_damaged_tensor_file_is_named(folder: CheckpointFolder, file: str, damage: str) -> None:
+    path = folder.last() / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"empty": b"", "truncated": content[:-8], "garbage": b"\x80\x04" + bytes(100)}[damage])
+    with pytest.raises(InputError, match=file) as caught:
+        read_checkpoint(folder.last())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_last_that_was_taken_away_is_no_new_beginning(folder: CheckpointFolder) -> None:
+    shutil.rmtree(folder.last())
+    with pytest.raises(InputError, match="leads to step-00000020, which is not there"):
+        folder.last()
+    with pytest.raises(InputError, match="leads to step-00000020"):
+        folder.recover()

@@ -1,0 +1,417 @@
+"""Two processes compute what one does, sharded or not, fail together, and are refused where they became one."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from tiny import batch, make_images, run_config
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dc_ssdae.data.folder import ImageFolder
+from dc_ssdae.data.images import to_model_range
+from dc_ssdae.data.loader import ValidationImages
+from dc_ssdae.errors import InputError
+from dc_ssdae.training.build import build_model, build_objective
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from dc_ssdae.training.config import OptimizerName
+from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes, sum_over_processes
+from dc_ssdae.training.ema import ExponentialMovingAverage
+from dc_ssdae.training.evaluation import evaluate
+from dc_ssdae.training.optimizer import (
+    OptimizerState,
+    build_optimizer,
+    evaluated_weight,
+    load_optimizer_state,
+    optimizer_state,
+)
+from dc_ssdae.training.step import TrainingStep
+from dc_ssdae.training.tensors import assign, whole
+
+PROCESSES = 2
+BEFORE, STEPS = 8, 11
+"""Steps before the checkpoint, and all; RAdam moves the weights from the sixth on."""
+
+OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "schedule_free_radam")
+COUNTS = (1, 2, 7)
+
+
+def training_step() -> TrainingStep:
+    """The same weights in every process; a KL term strong enough that no gradient is rounding alone."""
+    torch.manual_seed(0)
+    config = run_config(losses={"kl": 0.01})
+    return TrainingStep(build_model(config.model), build_objective(config.losses)).train()
+
+
+def share(tensors: tuple[Tensor, ...], rank: int, processes: int) -> tuple[Tensor, ...]:
+    size = tensors[0].shape[0] // processes
+    return tuple(tensor[rank * size : (rank + 1) * size] for tensor in tensors)
+
+
+# --- what one run does, whatever it is wrapped in ---
+
+
+class Run:
+    """The trainer's own steps around a module: optimiser, average, state."""
+
+    def __init__(self, name: OptimizerName, module: TrainingStep, checkpoint: Checkpoint | None = None) -> None:
+        self.module = module
+        self.optimizer = build_optimizer(module, run_config(optimizer=name, lr=0.01, betas=[0.9, 0.9]).training)
+        for group in self.optimizer.param_groups:
+            group["eps"] = 1e-3  # else Adam makes whole steps of a gradient's rounding errors
+        self.average = ExponentialMovingAverage(module.model, 0.8)
+        self.parameters = dict(module.model.named_parameters())
+        if checkpoint is not None:
+            for name_, tensor in module.state_dict().items():
+                assign(tensor, checkpoint.tensors["model"][name_])
+            self.average.load_state_dict(checkpoint.tensors["ema"])
+            state = OptimizerState(dict(checkpoint.tensors["optimizer"]), checkpoint.state["groups"])
+            load_optimizer_state(self.optimizer, module, state)
+
+    def train(self, steps: range, rank: int = 0, processes: int = 1) -> None:
+        for step in steps:
+            self.module(*share(batch(step), rank, processes)).total.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.average.update(self.module.model, step + 1, self._evaluated)
+
+    def _evaluated(self, name: str, tensor: Tensor) -> Tensor:
+        parameter = self.parameters.get(name)
+        return tensor if parameter is None else evaluated_weight(self.optimizer, parameter)
+
+    def reconstructed(self) -> Tensor:
+        """By the averaged weights; leaves no trace."""
+        self.module.eval()
+        with self.average.swapped_into(self.module.model):
+            images = self.module.reconstruct(batch(99)[0])
+        self.module.train()
+        return images
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        optimizer = optimizer_state(self.optimizer, self.module)
+        groups = {
+            "model": self.module.state_dict(),
+            "ema": self.average.state_dict(),
+            "optimizer": optimizer.tensors,
+        }
+        tensors = {file: {name: whole(tensor) for name, tensor in group.items()} for file, group in groups.items()}
+        groups_read = json.loads(json.dumps(optimizer.groups))
+        return Checkpoint(tensors, {"step": step, "groups": groups_read})
+
+
+def shard(module: TrainingStep, reshard: bool) -> TrainingStep:
+    """By FSDP2: the decoder on its own, the rest at the root."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    fully_shard(module.model.decoder, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+    register_fsdp_forward_method(module, "reconstruct")
+    return module
+
+
+def plain_runs(folder: Path) -> None:
+    """In one process: train, write a checkpoint, go on."""
+    for name in OPTIMIZERS:
+        run = Run(name, training_step())
+        run.train(range(BEFORE))
+        write_checkpoint(folder / f"plain-{name}", run.checkpoint(BEFORE))
+        torch.save(run.reconstructed(), folder / f"plain-{name}-images")
+        run.train(range(BEFORE, STEPS))
+        write_checkpoint(folder / f"plain-{name}-end", run.checkpoint(STEPS))
+
+
+# --- what each of two processes does ---
+
+
+def gradients(rank: int, processes: int) -> dict[str, Tensor]:
+    """Two steps' gradients of the mean loss, and the statistics that they leave."""
+    module = training_step()
+    wrapped: Any = DistributedDataParallel(module) if processes > 1 else module
+    record = {}
+    for step in range(2):
+        module.zero_grad()
+        losses = wrapped(*share(batch(step), rank, processes))
+        losses.total.backward()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, name
+            record[f"{step} {name}"] = parameter.grad.clone()
+        record |= {f"{step} {name}": buffer.clone() for name, buffer in module.named_buffers()}
+        values = torch.stack([losses.total, *losses.terms.values()]).detach()
+        record[f"{step} losses"] = sum_over_processes(values) / processes
+    return record
+
+
+def evaluations(accelerator: Accelerator, folder: Path) -> list[Any]:
+    found = []
+    for count in COUNTS:
+        images = ValidationImages(ImageFolder(str(folder / f"images{count}")), 32, 100)
+        for batch_size in (1, 3):
+            result = evaluate(lambda x: 0.9 * to_model_range(x), images, accelerator, batch_size, 0)
+            found.append((count, result.values, result.images, sorted(tuple(image) for image in result.broken)))
+    return found
+
+
+def raised(work: Callable[[], object]) -> str:
+    try:
+        return f"no error, but {work()}"
+    except InputError as error:
+        return str(error)
+
+
+def failures(accelerator: Accelerator, rank: int) -> dict[str, Any]:
+    def fail(error: Exception) -> Any:
+        raise error
+
+    main, other = rank == 0, rank == 1
+    return {
+        "result": on_main_process(accelerator, lambda: f"from {rank}"),
+        "input error": raised(lambda: on_main_process(accelerator, lambda: fail(InputError("a mistake")))),
+        "full disk": raised(lambda: on_main_process(accelerator, lambda: fail(OSError(28, "No space\nleft")))),
+        "mine": everyone(accelerator, lambda: rank),
+        "other fails": raised(lambda: everyone(accelerator, lambda: fail(InputError("of 1")) if other else "fine")),
+        "both fail": raised(lambda: everyone(accelerator, lambda: fail(OSError(2, f"of {rank}")))),
+        "main fails": raised(lambda: everyone(accelerator, lambda: fail(InputError("of 0")) if main else "fine")),
+        "and it still works": sum_over_processes(torch.tensor([1.0 + rank])).tolist(),
+        "too many wanted": raised(lambda: start_processes(3, cpu=True)),
+    }
+
+
+def sharded_runs(folder: Path, rank: int) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for name in OPTIMIZERS:
+        # What fully_shard leaves unsharded after a forward pass must not be taken for the weights.
+        run = Run(name, shard(training_step(), reshard=name == "adamw"))
+        assert isinstance(next(run.module.model.decoder.parameters()), DTensor)
+        run.train(range(BEFORE), rank, PROCESSES)
+        record[f"{name} images"] = run.reconstructed()
+        checkpoint = run.checkpoint(BEFORE)
+        if rank == 0:
+            write_checkpoint(folder / f"sharded-{name}", checkpoint)
+        run.train(range(BEFORE, STEPS), rank, PROCESSES)
+        end = run.checkpoint(STEPS)
+        if rank == 0:
+            write_checkpoint(folder / f"sharded-{name}-end", end)
+
+        run = Run(name, shard(training_step(), reshard=True), read_checkpoint(folder / f"plain-{name}"))
+        loaded = run.checkpoint(BEFORE)
+        run.train(range(BEFORE, STEPS), rank, PROCESSES)
+        end = run.checkpoint(STEPS)
+        if rank == 0:
+            write_checkpoint(folder / f"loaded-{name}", loaded)
+            write_checkpoint(folder / f"loaded-{name}-end", end)
+    return record
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
+    # Accelerate wants an address, but takes the group that is there.
+    os.environ.update(ranks, ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    try:
+        accelerator = start_processes(PROCESSES, cpu=True)
+        record: dict[str, Any] = {
+            "failures": failures(accelerator, rank),
+            "evaluations": evaluations(accelerator, Path(folder)),
+            "gradients": gradients(rank, PROCESSES),
+            "sharded": sharded_runs(Path(folder), rank),
+        }
+        torch.save(record, f"{folder}/record{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that two processes have done, and what they did it with."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for count in COUNTS:
+        make_images(folder / f"images{count}", count, seed=count)
+    (folder / "images7" / "image0005.png").write_bytes(b"no image")
+    plain_runs(folder)
+    mp.spawn(work, args=(str(folder),), nprocs=PROCESSES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"record{rank}", weights_only=True) for rank in range(PROCESSES)]
+
+
+def assert_close(found: Checkpoint, expected: Checkpoint, tolerance: float) -> None:
+    """A tolerance of 0 means the same bits."""
+    for file, tensors in expected.tensors.items():
+        assert found.tensors[file].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            other = found.tensors[file][name]
+            assert other.shape == tensor.shape, name
+            assert other.dtype == tensor.dtype, name
+            if tolerance == 0.0 or not tensor.is_floating_point():
+                assert torch.equal(other, tensor), f"{file}: {name}"
+            else:
+                difference = (other.double() - tensor.double()).abs()
+                assert (difference <= tolerance * (1.0 + tensor.double().abs())).all(), (
+                    f"{file}: {name} {difference.max()}"
+                )
+
+
+# --- the tests ---
+
+
+def test_gradients_and_statistics_are_those_of_the_global_batch(records: list[dict[str, Any]]) -> None:
+    expected = gradients(0, 1)
+    assert any("running_var" in name for name in expected), "there is no batch norm in this test"
+    largest = 0.0
+    for record in records:
+        assert record["gradients"].keys() == expected.keys()
+        for name, value in expected.items():
+            difference = (record["gradients"][name].double() - value.double()).abs().max().item()
+            largest = max(largest, difference)
+            assert difference <= 1e-5, f"{name}: {difference}"
+    print(f"largest difference {largest:.2e}")
+
+
+def test_halves_without_each_other_have_other_gradients() -> None:
+    """The test above can fail: the batch norm of a half is another one."""
+    module = training_step()
+    module(*share(batch(0), 0, 2)).total.backward()
+    whole_batch = gradients(0, 1)
+    differences = [(p.grad - whole_batch[f"0 {name}"]).abs().max().item() for name, p in module.named_parameters()]
+    assert max(differences) > 1e-3
+
+
+def test_evaluation_is_the_same_in_one_and_in_two_processes(folder: Path, records: list[dict[str, Any]]) -> None:
+    expected = evaluations(start_processes(None, cpu=True), folder)
+    assert [(count, images, len(broken)) for count, _, images, broken in expected] == [
+        (count, images, broken) for count, images, broken in ((1, 1, 0), (2, 2, 0), (7, 6, 1)) for _ in range(2)
+    ]
+    for record in records:
+        assert record["evaluations"] == expected
+    assert "image0005.png" in expected[-1][3][0][0]
+
+
+def test_a_failure_anywhere_is_everyones(records: list[dict[str, Any]]) -> None:
+    for rank, record in enumerate(records):
+        assert record["failures"] == {
+            "result": "from 0",
+            "input error": "a mistake",
+            "full disk": "[Errno 28] No space left",
+            "mine": rank,
+            "other fails": "of 1",
+            "both fail": "[Errno 2] of 0",
+            "main fails": "of 0",
+            "and it still works": [3.0],
+            "too many wanted": "training.processes is 3, but the launcher started 2",
+        }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_sharded_run_is_the_plain_one(folder: Path, records: list[dict[str, Any]], name: str) -> None:
+    for end in ("", "-end"):
+        sharded, plain = (read_checkpoint(folder / f"{kind}-{name}{end}") for kind in ("sharded", "plain"))
+        assert_close(sharded, plain, 1e-5)
+    assert sharded.state == plain.state
+    expected = torch.load(folder / f"plain-{name}-images", weights_only=True)
+    for record in records:
+        torch.testing.assert_close(record["sharded"][f"{name} images"], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_plain_process_goes_on_with_a_sharded_checkpoint(folder: Path, name: OptimizerName) -> None:
+    checkpoint = read_checkpoint(folder / f"sharded-{name}")
+    run = Run(name, training_step(), checkpoint)
+    again = run.checkpoint(BEFORE)
+    assert_close(again, checkpoint, 0.0)
+    assert {"format": 1, **again.state} == checkpoint.state
+    run.train(range(BEFORE, STEPS))
+    assert_close(run.checkpoint(STEPS), read_checkpoint(folder / f"sharded-{name}-end"), 1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_sharded_processes_go_on_with_a_plain_checkpoint(folder: Path, name: str) -> None:
+    assert_close(read_checkpoint(folder / f"loaded-{name}"), read_checkpoint(folder / f"plain-{name}"), 0.0)
+    ends = [read_checkpoint(folder / f"{kind}-{name}-end") for kind in ("loaded", "plain")]
+    assert_close(ends[0], ends[1], 1e-5)
+    assert ends[0].state == ends[1].state
+
+
+# --- refusals ---
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the environment that a launcher gives to a process, and no other of that kind."""
+
+    def launch(**variables: str) -> None:
+        for name in list(os.environ):
+            if name.startswith(("ACCELERATE_", "FSDP_", "KMP_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_")):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+def test_sharding_on_a_cpu_is_refused(launched: Callable[..., None]) -> None:
+    launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    with pytest.raises(InputError, match="does not shard on the CPU"):
+        start_processes(None, cpu=True)
+
+
+def test_two_processes_that_became_one_are_refused(launched: Callable[..., None]) -> None:
+    # What `accelerate launch --cpu --num_processes 2` gives to the one process that it starts.
+    launched(
+        ACCELERATE_USE_CPU="True",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+        KMP_BLOCKTIME="1",
+        KMP_AFFINITY="granularity=fine,compact,1,0",
+    )
+    with pytest.raises(InputError, match="asked for several processes and started one"):
+        start_processes(None, cpu=True)
+
+
+def test_accelerates_own_accumulation_is_refused(launched: Callable[..., None]) -> None:
+    """It would divide every gradient."""
+    launched(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    with pytest.raises(InputError, match=r"over 4 steps; leave that out, and set training\.accumulation_steps"):
+        start_processes(None, cpu=True)
+
+
+def test_another_number_of_processes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"training\.processes is 2, but the launcher started 1"):
+        start_processes(2, cpu=True)
+    assert start_processes(1, cpu=True).num_processes == 1
+    assert start_processes(None, cpu=True).num_processes == 1
+
+
+def test_in_one_process_errors_stay_what_they_are() -> None:
+    accelerator = start_processes(None, cpu=True)
+
+    def fail() -> None:
+        raise FileNotFoundError(2, "No such file", "x")
+
+    for function in (on_main_process, everyone):
+        assert function(accelerator, lambda: 7) == 7
+        with pytest.raises(FileNotFoundError):
+            function(accelerator, fail)
+
+
+@pytest.mark.parametrize(("parts", "processes"), [(1, 1), (2, 1), (1, 4), (3, 4)])
+def test_a_batch_that_divides(parts: int, processes: int) -> None:
+    check_batch(12, parts, processes)
+
+
+@pytest.mark.parametrize(("parts", "processes", "multiple"), [(1, 5, 5), (2, 4, 8), (12, 2, 24)])
+def test_a_batch_that_does_not_divide_is_refused(parts: int, processes: int, multiple: int) -> None:
+    with pytest.raises(InputError, match=rf"batch_size is 12; .* multiple of {multiple}$"):
+        check_batch(12, parts, processes)

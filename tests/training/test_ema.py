@@ -1,0 +1,193 @@
+"""The average against its closed form, and that lending it to a model leaves no trace."""
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.training.config import TrainingConfig
+from dc_ssdae.training.ema import ExponentialMovingAverage
+from dc_ssdae.training.optimizer import build_optimizer, evaluated_weight
+
+DECAY = 0.9
+
+
+class Tied(nn.Module):
+    """Two names for one weight, as a user's class may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1)).to(
+        memory_format=torch.channels_last
+    )
+
+
+def train_a_step(model: nn.Module) -> None:
+    """Move every parameter and, by a forward pass, the batch norm's statistics."""
+    model(torch.randn(4, 3, 6, 6))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_it_is_the_closed_form(start: int) -> None:
+    """After k steps: d^k w_0 + (1 - d) sum of d^(k - i) w_i, w_0 being the weights at `start`."""
+    model = network()
+    average = ExponentialMovingAverage(model, DECAY, start)
+    history = [copy_of(model.state_dict())]
+    for step in range(1, 9):
+        train_a_step(model)
+        average.update(model, step)
+        history.append(copy_of(model.state_dict()))
+    steps = 8 - start
+    for name, tensor in average.state_dict().items():
+        if not tensor.is_floating_point():
+            assert torch.equal(tensor, history[-1][name]), name
+            assert int(tensor) == 8, "the count of batches is copied, not averaged"
+            continue
+        values = [state[name].double() for state in history[start:]]
+        expected = DECAY**steps * values[0] + sum(
+            (1 - DECAY) * DECAY ** (steps - i) * values[i] for i in range(1, steps + 1)
+        )
+        torch.testing.assert_close(tensor.double(), expected, atol=1e-6, rtol=1e-5)
+        assert not torch.equal(tensor, history[-1][name]), f"{name} is no average"
+
+
+def test_up_to_the_start_it_is_a_copy() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, DECAY, start=2)
+    for step in (1, 2):
+        train_a_step(model)
+        average.update(model, step)
+        assert_same_bits(average.state_dict(), model.state_dict())
+    train_a_step(model)
+    average.update(model, 3)
+    assert not torch.equal(average.state_dict()["0.weight"], model.state_dict()["0.weight"])
+
+
+def test_it_is_a_copy_of_its_own() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, DECAY)
+    before = copy_of(average.state_dict())
+    train_a_step(model)
+    assert_same_bits(average.state_dict(), before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lending_it_leaves_the_very_bits(fails: bool) -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, DECAY)
+    train_a_step(model)
+    average.update(model, 1)
+    weights, averaged = copy_of(model.state_dict()), copy_of(average.state_dict())
+    try:
+        with average.swapped_into(model):
+            assert_same_bits(model.state_dict(), averaged)
+            if fails:
+                raise KeyError("in the middle")
+    except KeyError:
+        assert fails
+    assert_same_bits(model.state_dict(), weights)
+    assert_same_bits(average.state_dict(), averaged)
+
+
+def test_tied_weights_are_lent_and_restored() -> None:
+    model = Tied()
+    average = ExponentialMovingAverage(model, DECAY)
+    with torch.no_grad():
+        model.first.weight.add_(1.0)
+    average.update(model, 1)
+    weights, averaged = copy_of(model.state_dict()), copy_of(average.state_dict())
+    with average.swapped_into(model):
+        assert_same_bits(model.state_dict(), averaged)
+    assert_same_bits(model.state_dict(), weights)
+    assert_same_bits(average.state_dict(), averaged)
+
+
+def test_a_state_put_into_a_fresh_one_goes_on_with_the_same_bits() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, DECAY)
+    for step in (1, 2):
+        train_a_step(model)
+        average.update(model, step)
+    contiguous = {name: tensor.contiguous() for name, tensor in average.state_dict().items()}
+    again = ExponentialMovingAverage(network(), DECAY)
+    again.load_state_dict(load(save(contiguous)))
+    assert_same_bits(again.state_dict(), average.state_dict())
+    for name, tensor in average.state_dict().items():
+        assert again.state_dict()[name].stride() == tensor.stride(), f"{name} is in another memory order"
+    train_a_step(model)
+    for one in (average, again):
+        one.update(model, 3)
+    assert_same_bits(again.state_dict(), average.state_dict())
+
+
+def test_loading_copies() -> None:
+    average = ExponentialMovingAverage(network(), DECAY)
+    state = copy_of(average.state_dict())
+    average.load_state_dict(state)
+    state["0.weight"].zero_()
+    assert average.state_dict()["0.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("1.running_var"), "lacks tensor 1.running_var"),
+        (lambda state: state.update({"9.weight": torch.zeros(1)}), "has a tensor 9.weight that this model does not"),
+        (
+            lambda state: state.update({"0.bias": torch.zeros(6)}),
+            r"tensor 0.bias of shape \(6,\); this model's has \(5,\)",
+        ),
+    ],
+)
+def test_another_models_state_is_refused(change, message) -> None:
+    average = ExponentialMovingAverage(network(), DECAY)
+    before = copy_of(average.state_dict())
+    state = {name: torch.ones_like(tensor) for name, tensor in before.items()}
+    change(state)
+    with pytest.raises(InputError, match=message) as caught:
+        average.load_state_dict(state)
+    assert "\n" not in str(caught.value)
+    assert_same_bits(average.state_dict(), before)
+
+
+def test_the_weights_that_a_schedule_free_optimiser_means_are_averaged() -> None:
+    model = network()
+    config = TrainingConfig(optimizer="schedule_free_radam", lr=0.1)
+    optimizer = build_optimizer(model, config)
+    average = ExponentialMovingAverage(model, 0.0)  # keeps only the newest value
+    parameters = dict(model.named_parameters())
+
+    def evaluated(name: str, tensor: Tensor) -> Tensor:
+        return evaluated_weight(optimizer, parameters[name]) if name in parameters else tensor
+
+    for step in range(1, 9):
+        model(torch.randn(4, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, step, evaluated)
+    trained = copy_of(model.state_dict())
+    optimizer.eval()  # schedulefree's own way to the weights to be used
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(average.state_dict()[name], tensor, atol=1e-7, rtol=1e-6)
+    assert not torch.equal(trained["0.weight"], model.state_dict()["0.weight"])

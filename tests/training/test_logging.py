@@ -1,0 +1,284 @@
+"""What a run writes down survives kills and full disks, line by line."""
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import run_config
+
+from dc_ssdae.data.loader import BrokenImage
+from dc_ssdae.errors import InputError
+from dc_ssdae.training.logging import JsonLines, Loggers, read_lines
+from dc_ssdae.training.run import RunFolder
+
+
+@pytest.fixture
+def warnings() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def lines(tmp_path: Path, warnings: list[str]) -> JsonLines:
+    return JsonLines(tmp_path / "lines.jsonl", warnings.append)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def entry(step: int, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss/total": 0.5,
+        "gradient_norm": 1.0,
+        "lr": 1e-3,
+        "images_per_second": 10.0,
+        "seconds": 1.5 * (step + 1),
+        "memory_gib": 0.1,
+        **more,
+    }
+
+
+# --- lines ---
+
+
+def test_lines_are_written_and_read(lines: JsonLines, warnings: list[str]) -> None:
+    assert read_lines(lines.path) == []
+    lines.write({"step": 0, "x": 1 / 3, "name": "ä\n"})
+    lines.write({"step": 1, "x": -math.inf, "y": math.nan, "z": [1.0]})
+    assert read_lines(lines.path) == [
+        {"step": 0, "x": 1 / 3, "name": "ä\n"},
+        {"step": 1, "x": None, "y": None, "z": [1.0]},
+    ]
+    text = lines.path.read_text()
+    assert text.count("\n") == 2
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert warnings == []
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, []), (2, [0, 1]), (2.5, [0, 1, 2]), (math.inf, [0, 1, 2, 3, 4])])
+def test_cutting_back(lines: JsonLines, step: float, left: list[int]) -> None:
+    for index in range(5):
+        lines.write({"step": index})
+    lines.cut(step)
+    assert [line["step"] for line in read_lines(lines.path)] == left
+    lines.write({"step": 99})
+    assert [line["step"] for line in read_lines(lines.path)] == [*left, 99]
+    assert [path.name for path in lines.path.parent.iterdir()] == ["lines.jsonl"]
+
+
+def test_cutting_what_is_not_there(lines: JsonLines) -> None:
+    lines.cut(3)
+    assert not lines.path.exists()
+
+
+def test_what_is_to_stay_is_not_written_again(lines: JsonLines) -> None:
+    lines.write({"step": 0})
+    before = lines.path.stat()
+    lines.cut(1)
+    assert (lines.path.stat().st_ino, lines.path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("end", ['{"step": 3, "x', '{"step": 3}', "", '{"x": 3}\n', "3\n", "\x00\x00\x00", "\n\n"])
+def test_a_kill_in_the_middle_of_a_line(lines: JsonLines, end: str) -> None:
+    for index in range(3):
+        lines.write({"step": index})
+    with lines.path.open("a") as file:
+        file.write(end)
+    assert [line["step"] for line in read_lines(lines.path) if line.get("step") in (0, 1, 2)] == [0, 1, 2]
+    lines.cut(math.inf)
+    lines.write({"step": 3})
+    assert [json.loads(line) for line in lines.path.read_text().splitlines()] == [{"step": n} for n in range(4)]
+
+
+def test_at_every_byte_that_a_kill_could_leave(lines: JsonLines) -> None:
+    for index in range(3):
+        lines.write({"step": index, "x": 0.1})
+    content = lines.path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
+    for size in range(len(content)):
+        lines.path.write_bytes(content[:size])
+        lines.cut(math.inf)
+        assert lines.path.read_bytes() == content[: max([end for end in ends if end <= size], default=0)]
+
+
+def test_a_disk_that_fails_and_recovers(lines: JsonLines, warnings: list[str]) -> None:
+    lines.write({"step": 0})
+    kept = lines.path.read_bytes()
+    lines.path.unlink()
+    lines.path.symlink_to("/dev/full")
+    for step in (1, 2, 3):
+        lines.write({"step": step})
+    assert len(warnings) == 1, "said once"
+    assert "No space left on device" in warnings[0]
+    assert "lines.jsonl cannot be written" in warnings[0]
+    lines.path.unlink()
+    lines.path.write_bytes(kept)
+    lines.write({"step": 4})
+    assert [line["step"] for line in read_lines(lines.path)] == [0, 1, 2, 3, 4]
+    lines.path.rename(lines.path.with_name("moved"))
+    lines.path.symlink_to("/dev/full")
+    lines.write({"step": 5})
+    assert len(warnings) == 2, "said again when it fails again"
+    lines.path.unlink()
+    lines.flush()
+    assert [line["step"] for line in read_lines(lines.path)] == [5]
+
+
+def test_a_full_disk(small_disk: Path, warnings: list[str]) -> None:
+    """Whatever part of a line fits, no part is left there."""
+    lines = JsonLines(small_disk / "lines.jsonl", warnings.append)
+    fill(small_disk)
+    for step in range(300):
+        lines.write({"step": step, "text": "x" * 100})
+    content = lines.path.read_bytes()
+    assert content == b"" or content.endswith(b"\n")
+    assert len(read_lines(lines.path)) < 300
+    assert len(warnings) == 1
+    (small_disk / "filler").unlink()
+    lines.flush()
+    assert [line["step"] for line in read_lines(lines.path)] == list(range(300))
+    fill(small_disk)
+    before = lines.path.read_bytes()
+    with pytest.raises(OSError, match="No space"):
+        lines.cut(290)
+    assert lines.path.read_bytes() == before
+    assert {path.name for path in small_disk.iterdir()} == {"filler", "lines.jsonl"}, "litter"
+
+
+# --- loggers ---
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run")
+
+
+def scalars(run: RunFolder) -> dict[str, list[int]]:
+    """Steps by name, of everything that TensorBoard shows."""
+    events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_a_start_is_cut_back_to_its_step(run: RunFolder) -> None:
+    loggers = Loggers(run, run_config(), True, 0)
+    for step in range(6):
+        loggers.step(entry(step))
+        if step % 2:
+            loggers.evaluation({"step": step + 1, "psnr": 20.0, "images": 3})
+    loggers.broken([BrokenImage("a", "a is broken")], 5, "train")
+    loggers.close()
+    assert [line["step"] for line in read_lines(run.evaluations)] == [2, 4, 6]
+    loggers = Loggers(run, run_config(), True, 4)
+    assert [line["step"] for line in read_lines(run.metrics)] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_lines(run.evaluations)] == [2, 4], "that of the checkpoint itself stays"
+    assert [line["name"] for line in read_lines(run.broken_images)] == ["a"], "what is broken stays known"
+    loggers.close()
+
+
+def test_a_broken_image_is_named_once_over_all_starts(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [BrokenImage(name, f"{name} is damaged") for name in "aba"]
+    for _ in range(2):
+        loggers = Loggers(run, run_config(), True, 0)
+        loggers.broken(images, 1, "train")
+        loggers.broken(images, 2, "validation")
+        loggers.close()
+    assert read_lines(run.broken_images) == [
+        {"step": 1, "split": "train", "name": name, "reason": f"{name} is damaged"} for name in "ab"
+    ]
+    assert capsys.readouterr().err.count("is damaged") == 2
+
+
+def test_a_silent_process_writes_nothing(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    loggers = Loggers(run, run_config(), False, 0)
+    loggers.step(entry(0))
+    loggers.evaluation({"step": 1, "psnr": 1.0})
+    loggers.broken([BrokenImage("a", "why")], 0, "train")
+    loggers.pictures(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 1)
+    loggers.say("hello")
+    loggers.close()
+    assert list(run.path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_tensorboard_has_every_number(run: RunFolder) -> None:
+    loggers = Loggers(run, run_config(), True, 0)
+    for step in range(3):
+        loggers.step(entry(step, **{"loss/mine": math.nan if step == 1 else 2.0}))
+    loggers.evaluation({"step": 3, "psnr": 21.5, "images": 4})
+    loggers.pictures(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 3)
+    loggers.close()
+    found = scalars(run)
+    assert found["loss/total"] == [0, 1, 2]
+    assert found["loss/mine"] == [0, 2]
+    assert found["evaluation/psnr"] == [3]
+    names = {"gradient_norm", "lr", "images_per_second", "seconds", "memory_gib"}
+    assert {f"train/{name}" for name in names} <= set(found)
+    assert (run.samples / "step-00000003.png").is_file()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_does_not_end_a_run(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(small_disk / "run")
+    run.path.mkdir()
+    loggers = Loggers(run, run_config(), True, 0)
+    loggers.step(entry(0))
+    fill(small_disk)
+    picture = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    for step in range(1, 200):
+        loggers.step(entry(step))
+        if step % 50 == 0:
+            loggers.evaluation({"step": step, "psnr": 20.0, "images": 1})
+            loggers.pictures(picture, picture, step)
+    (small_disk / "filler").unlink()
+    loggers.evaluation({"step": 200, "psnr": 20.0, "images": 1})
+    loggers.step(entry(200))
+    loggers.close()
+    assert [line["step"] for line in read_lines(run.metrics)] == list(range(201))
+    assert [line["step"] for line in read_lines(run.evaluations)] == [50, 100, 150, 200]
+    said = capsys.readouterr().err
+    assert "metrics.jsonl cannot be written" in said
+    assert "samples" in said
+    assert 200 in scalars(run)["loss/total"], "TensorBoard goes on when there is space again"
+
+
+def test_closing_on_a_full_disk(small_disk: Path) -> None:
+    run = RunFolder(small_disk / "run")
+    run.path.mkdir()
+    loggers = Loggers(run, run_config(), True, 0)
+    fill(small_disk)
+    for step in range(30):
+        loggers.step(entry(step))
+    loggers.close()
+
+
+def test_weights_and_biases_must_be_installed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"training\.wandb is true, but Weights & Biases is not installed") as caught:
+        Loggers(run, run_config(wandb=True), True, 0)
+    assert "\n" not in str(caught.value)

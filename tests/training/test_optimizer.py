@@ -1,0 +1,215 @@
+"""An optimiser taken apart, written down and put together again goes on with the same bits."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from schedulefree import RAdamScheduleFree
+from torch import Tensor, nn
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.training.config import OptimizerName, TrainingConfig
+from dc_ssdae.training.optimizer import (
+    OptimizerState,
+    build_optimizer,
+    evaluated_weight,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
+from dc_ssdae.training.tensors import like, whole
+
+OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "schedule_free_radam")
+
+
+class Layers(nn.Module):
+    """Convolutions in channels-last order, odd sizes beyond a vector register, a scalar, and an unused weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.conv = nn.Conv2d(5, 7, 3)
+        self.conv.to(memory_format=torch.channels_last)
+        self.vector = nn.Parameter(torch.randn(1037, generator=generator))
+        self.matrix = nn.Parameter(torch.randn(37, 53, generator=generator))
+        self.scalar = nn.Parameter(torch.tensor(0.5))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+
+def config(name: OptimizerName, **settings: Any) -> TrainingConfig:
+    return TrainingConfig(optimizer=name, lr=0.05, weight_decay=0.02, **settings)
+
+
+def train(module: Layers, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Steps whose gradients depend on their number and on the weights."""
+    for step in steps:
+        set_learning_rate(optimizer, 0.05 / (1 + step))
+        for name, parameter in module.named_parameters():
+            if name in ("unused", "frozen"):
+                continue
+            generator = torch.Generator().manual_seed(step)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = like(noise, parameter) + 0.1 * parameter.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def written_and_read(state: OptimizerState) -> OptimizerState:
+    """Through the formats of a checkpoint."""
+    tensors = load(save({name: whole(tensor) for name, tensor in state.tensors.items()}))
+    return OptimizerState(tensors, json.loads(json.dumps(state.groups, allow_nan=False)))
+
+
+def fresh(weights: dict[str, Tensor]) -> Layers:
+    """A module that holds whole, contiguous weights, as a checkpoint's reader makes it."""
+    module = Layers()
+    module.load_state_dict({name: whole(tensor) for name, tensor in weights.items()})
+    return module
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("interrupted_at", [0, 1, 4, 9])  # RAdam rectifies from the sixth step on
+def test_interrupted_it_ends_with_the_same_bits(name: OptimizerName, interrupted_at: int) -> None:
+    module = Layers()
+    optimizer = build_optimizer(module, config(name))
+    train(module, optimizer, range(interrupted_at))
+    state = written_and_read(optimizer_state(optimizer, module))
+    again = fresh(module.state_dict())
+    resumed = build_optimizer(again, config(name))
+    load_optimizer_state(resumed, again, state)
+    assert again.conv.weight.stride() == module.conv.weight.stride()
+
+    for trained, by in ((module, optimizer), (again, resumed)):
+        train(trained, by, range(interrupted_at, 14))
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    ends = [optimizer_state(by, trained) for trained, by in ((module, optimizer), (again, resumed))]
+    assert ends[0].groups == ends[1].groups
+    assert ends[0].tensors.keys() == ends[1].tensors.keys()
+    for key, tensor in ends[0].tensors.items():
+        assert torch.equal(ends[1].tensors[key], tensor), key
+        assert ends[1].tensors[key].dtype == tensor.dtype, key
+        assert ends[1].tensors[key].stride() == tensor.stride(), f"{key} is in another memory order"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_does_not_fit_by_chance(name: OptimizerName) -> None:
+    """Without its state the optimiser ends elsewhere: the test above can fail."""
+    module = Layers()
+    optimizer = build_optimizer(module, config(name))
+    train(module, optimizer, range(9))
+    again = fresh(module.state_dict())
+    forgetful = build_optimizer(again, config(name))
+    for trained, by in ((module, optimizer), (again, forgetful)):
+        train(trained, by, range(9, 14))
+    assert not torch.equal(again.vector, module.vector)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_names_and_groups(name: OptimizerName) -> None:
+    module = Layers()
+    optimizer = build_optimizer(module, config(name, betas=(0.8, 0.95)))
+    train(module, optimizer, range(3))
+    state = optimizer_state(optimizer, module)
+    keys = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "schedule_free_radam": {"z", "exp_avg_sq"}}[name]
+    trained = ("conv.weight", "conv.bias", "vector", "matrix", "scalar")
+    assert set(state.tensors) == {f"{parameter}/{key}" for parameter in trained for key in keys}
+    (group,) = state.groups
+    assert "params" not in group
+    assert tuple(group["betas"]) == (0.8, 0.95)
+    assert state.tensors["vector/exp_avg_sq"] is optimizer.state[module.vector]["exp_avg_sq"], "copied for nothing"
+
+
+def test_loading_copies() -> None:
+    module = Layers()
+    optimizer = build_optimizer(module, config("adamw"))
+    train(module, optimizer, range(1))
+    state = written_and_read(optimizer_state(optimizer, module))
+    load_optimizer_state(optimizer, module, state)
+    before = optimizer.state[module.vector]["exp_avg"].clone()
+    for tensor in state.tensors.values():
+        tensor.zero_()
+    assert torch.equal(optimizer.state[module.vector]["exp_avg"], before)
+    assert float(optimizer.state[module.vector]["step"]) == 1.0
+
+
+def test_the_learning_rate_is_set_in_the_loop_and_saved() -> None:
+    module = Layers()
+    optimizer = build_optimizer(module, config("adamw"))
+    set_learning_rate(optimizer, 0.123)
+    assert optimizer_state(optimizer, module).groups[0]["lr"] == 0.123
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 12])
+def test_the_evaluated_weight_is_that_of_schedulefrees_own_eval_mode(steps: int) -> None:
+    module = Layers()
+    optimizer = build_optimizer(module, config("schedule_free_radam"))
+    train(module, optimizer, range(steps))
+    found = {name: evaluated_weight(optimizer, p).detach().clone() for name, p in module.named_parameters()}
+    held = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    assert isinstance(optimizer, RAdamScheduleFree)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, held[name]), f"asking moved {name}"
+    optimizer.eval()
+    for name, parameter in module.named_parameters():
+        assert torch.equal(found[name], parameter), name
+    if steps == 12:
+        assert not torch.equal(found["vector"], held["vector"])
+
+
+def test_with_adamw_the_evaluated_weight_is_the_weight() -> None:
+    module = Layers()
+    optimizer = build_optimizer(module, config("adamw"))
+    train(module, optimizer, range(3))
+    for parameter in module.parameters():
+        assert torch.equal(evaluated_weight(optimizer, parameter), parameter)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_settings_reach_the_optimiser(name: OptimizerName) -> None:
+    optimizer = build_optimizer(Layers(), config(name, betas=(0.7, 0.8)))
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (0.05, 0.02, (0.7, 0.8))
+    assert len(group["params"]) == 6, "the frozen parameter is left out"
+    assert group.get("train_mode", True)
+
+
+def test_nothing_to_train_is_refused() -> None:
+    module = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter of the model trains"):
+        build_optimizer(module, config("adamw"))
+
+
+def trained_state(name: OptimizerName = "adamw") -> OptimizerState:
+    module = Layers()
+    optimizer = build_optimizer(module, config(name))
+    train(module, optimizer, range(1))
+    return written_and_read(optimizer_state(optimizer, module))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda s: OptimizerState(s.tensors, [*s.groups, *s.groups]), "has 2 groups, not 1"),
+        (lambda s: OptimizerState(s.tensors, [{**s.groups[0], "momentum": 0.9}]), "momentum do not match"),
+        (lambda s: OptimizerState({**s.tensors, "other/exp_avg": torch.zeros(1)}, s.groups), "other/exp_avg that belo"),
+        (
+            lambda s: OptimizerState({**s.tensors, "vector/exp_avg": torch.zeros(3)}, s.groups),
+            r"vector/exp_avg of shape \(3,\); the parameter has \(1037,\)",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(state, message) -> None:
+    module = Layers()
+    with pytest.raises(InputError, match=message) as caught:
+        load_optimizer_state(build_optimizer(module, config("adamw")), module, state(trained_state()))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_optimisers_state_is_refused() -> None:
+    module = Layers()
+    with pytest.raises(InputError, match="of another kind or version"):
+        load_optimizer_state(build_optimizer(module, config("adamw")), module, trained_state("schedule_free_radam"))

@@ -1,0 +1,163 @@
+"""One step's computation: its total by hand, in other precisions and memory orders, in parts, and its inverse."""
+
+from typing import Any
+
+import pytest
+import torch
+from terms import Hooked
+from tiny import SIZE, batch, run_config
+from torch import Tensor
+
+from dc_ssdae.data.images import to_model_range
+from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.losses import Losses
+from dc_ssdae.training.build import build_model, build_objective
+from dc_ssdae.training.step import TrainingStep
+
+DYNAMICS: dict[str, dict[str, Any]] = {
+    "eqm": {"class_path": "EquilibriumMatching", "init_args": {"decay": "truncated", "gradient_scale": 4.0}},
+    "fm": {"class_path": "FlowMatching"},
+}
+
+
+def training_step(
+    dynamics: str = "eqm", precision: str = "float32", channels_last: bool = False, **losses: Any
+) -> TrainingStep:
+    """The same weights whatever the rest."""
+    torch.manual_seed(0)
+    config = run_config(model={"dynamics": DYNAMICS[dynamics]}, losses={"kl": 0.01, **losses})
+    step = TrainingStep(build_model(config.model), build_objective(config.losses), precision, channels_last)
+    with torch.no_grad():
+        for parameter in step.parameters():
+            if not parameter.any():  # what begins at zero would hide what comes before it
+                parameter.normal_(std=0.05)
+    if channels_last:
+        step.to(memory_format=torch.channels_last)
+    return step.train()
+
+
+def gradients(step: TrainingStep, losses: Losses) -> dict[str, Tensor]:
+    step.zero_grad()
+    losses.total.backward()
+    return {name: parameter.grad.clone() for name, parameter in step.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_the_total_by_hand(dynamics: str) -> None:
+    step = training_step(dynamics)
+    pixels, noise, level, latent_noise = batch(0)
+    losses = step(pixels, noise, level, latent_noise)
+
+    model = training_step(dynamics).model
+    x = pixels.float() / 127.5 - 1.0
+    gamma = level[:, None, None, None]
+    posterior = model.encoder(x)
+    z = posterior.mean + (0.5 * posterior.logvar).exp() * latent_noise
+    if dynamics == "fm":
+        prediction = model.decoder((1.0 - gamma) * x + gamma * noise, z, level)
+        errors = (prediction - (x - noise)).square()
+    else:
+        prediction = model.decoder(gamma * x + (1.0 - gamma) * noise, z, None)
+        decay = torch.where(gamma <= 0.8, torch.ones_like(gamma), (1.0 - gamma) / 0.2)
+        errors = (prediction / 4.0 - decay * (noise - x)).square()
+    kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1.0 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
+    torch.testing.assert_close(losses.terms["dynamics"], errors.mean(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses.terms["kl"], kl, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(losses.total, errors.mean() + 0.01 * kl, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients(step, losses).items():
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), f"no gradient reaches {name}"
+
+
+def test_nothing_random_is_left_in_it() -> None:
+    step = training_step().eval()
+    torch.manual_seed(1)
+    first = step(*batch(0)).total
+    torch.manual_seed(2)
+    assert torch.equal(first, step(*batch(0)).total)
+
+
+def test_terms_with_parameters_train_with_the_model() -> None:
+    step = training_step(hooked={"weight": 1.0, "class_path": "terms.Hooked"})
+    assert isinstance(step.objective.terms["hooked"], Hooked)
+    assert "objective.terms.hooked.value" in gradients(step, step(*batch(0)))
+    assert not any("hooked" in name for name in step.model.state_dict())
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_half_precision_is_close(precision: str, tolerance: float) -> None:
+    if not torch.amp.is_autocast_available("cpu"):
+        pytest.skip("no autocast on this CPU")
+    half, full = training_step(precision=precision), training_step()
+    losses, expected = half(*batch(0)), full(*batch(0))
+    assert losses.total.dtype == torch.float32
+    assert losses.total != expected.total, "not in half precision"
+    for name, value in expected.terms.items():
+        assert losses.terms[name].dtype == torch.float32
+        torch.testing.assert_close(losses.terms[name], value, atol=0.0, rtol=tolerance)
+    found, wanted = (
+        torch.cat([gradient.flatten() for gradient in gradients(step, result).values()])
+        for step, result in ((half, losses), (full, expected))
+    )
+    assert found.dtype == torch.float32, "weights and gradients stay float32"
+    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.98
+
+
+def test_channels_last_is_the_same_but_for_rounding() -> None:
+    other, plain = training_step(channels_last=True), training_step()
+    losses, expected = other(*batch(0)), plain(*batch(0))
+    torch.testing.assert_close(losses.total, expected.total, atol=1e-5, rtol=1e-5)
+    wanted = gradients(plain, expected)
+    for name, gradient in gradients(other, losses).items():
+        torch.testing.assert_close(gradient, wanted[name], atol=2e-5, rtol=1e-3)
+    seen = []
+    other.model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    other(*batch(0))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    """With batch norm in eval mode, so that no statistic joins the images of a batch."""
+    step = training_step().eval()
+    whole = gradients(step, step(*batch(0)))
+    step.zero_grad()
+    total = 0.0
+    for part in (slice(0, 2), slice(2, 4)):
+        losses = step(*(tensor[part] for tensor in batch(0)))
+        (losses.total / 2).backward()
+        total += float(losses.total.detach()) / 2
+    assert total == pytest.approx(float(step(*batch(0)).total.detach()), rel=1e-5)
+    for name, parameter in step.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_reconstructing_is_decoding_the_mode(dynamics: str, channels_last: bool) -> None:
+    step = training_step(dynamics, channels_last=channels_last).eval()
+    pixels = batch(0)[0]
+    found = step.reconstruct(pixels)
+    assert (found.shape, found.dtype, found.requires_grad) == ((4, 3, SIZE, SIZE), torch.float32, False)
+    with torch.no_grad():
+        mode = step.model.encode(to_model_range(pixels)).latent_dist.mode()
+        expected = step.model.decode(mode).sample
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_reconstructing_in_half_precision(precision: str) -> None:
+    if not torch.amp.is_autocast_available("cpu"):
+        pytest.skip("no autocast on this CPU")
+    found = training_step(precision=precision).eval().reconstruct(batch(0)[0])
+    expected = training_step().eval().reconstruct(batch(0)[0])
+    assert found.dtype == torch.float32
+    assert 0.0 < float((found - expected).abs().max()) < 0.1
+
+
+def test_an_encoder_without_variance_trains_too() -> None:
+    step = training_step()
+    point = step.model.encoder.forward
+    step.model.encoder.forward = lambda x: DiagonalGaussian(point(x).mean)
+    losses = step(*batch(0))
+    assert float(losses.terms["kl"]) == 0.0
+    losses.total.backward()

@@ -1,0 +1,92 @@
+"""What the tests of the loop share: a model that trains in milliseconds, batches, pictures, configurations."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from dc_ssdae.training.config import RunConfig
+
+SIZE = 32
+
+MODEL: dict[str, Any] = {
+    "latent_channels": 4,
+    "downsample_factor": 8,
+    "encoder": {"init_args": {"widths": [8, 16, 16, 16], "depths": [0, 1, 1, 1]}},
+    "decoder": {
+        "init_args": {
+            "channels": 8,
+            "multipliers": [1, 1, 2, 2],
+            "middle_layers": 1,
+            "blocks_per_level": 1,
+            "norm_groups": 4,
+            "heads": 2,
+        }
+    },
+}
+
+
+def make_images(folder: Path, count: int, seed: int = 0) -> Path:
+    """Write PNGs of smooth random colours, 40 to 56 pixels a side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        coarse = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        size = (int(generator.integers(40, 57)), int(generator.integers(40, 57)))
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"image{index:04d}.png")
+    return folder
+
+
+def run_config(
+    root: Path | str | None = None,
+    data: dict[str, Any] | None = None,
+    losses: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    **training: Any,
+) -> RunConfig:
+    """A run of the tiny model: 8 steps of 4 images, a checkpoint every 2, no evaluation but at the end."""
+    return RunConfig.from_mapping(
+        {
+            "model": {**MODEL, **(model or {})},
+            "data": {
+                "root": None if root is None else str(root),
+                "image_size": SIZE,
+                "workers": 0,
+                "validation_images": 5,
+                **(data or {}),
+            },
+            "training": {
+                "steps": 8,
+                "batch_size": 4,
+                "optimizer": "adamw",
+                "lr": 1e-3,
+                "precision": "float32",
+                "ema_decay": 0.9,
+                "ema_start": 1,
+                "checkpoint_every": 2,
+                "evaluate_every": 1000,
+                "sample_images": 0,
+                **training,
+            },
+            "losses": losses,
+        }
+    )
+
+
+def yaml_of(config: RunConfig) -> str:
+    return yaml.safe_dump(config.to_mapping())
+
+
+def batch(step: int, size: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels, noise, level and latent noise of a step's global batch, in the order that a training step takes."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return (
+        torch.randint(0, 256, (size, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8),
+        torch.randn(size, 3, SIZE, SIZE, generator=generator),
+        torch.rand(size, generator=generator),
+        torch.randn(size, 4, SIZE // 8, SIZE // 8, generator=generator),
+    )
