@@ -328,3 +328,25 @@ def test_a_last_that_was_taken_away_is_no_new_beginning(folder: CheckpointFolder
         folder.last()
     with pytest.raises(InputError, match="leads to step-00000020"):
         folder.recover()
+
+
+def test_folders_in_the_place_of_links_become_links_again(tmp_path: Path) -> None:
+    """As `cp -rL`, or a file system without links, leaves them."""
+    folder = CheckpointFolder(tmp_path / "run")
+    folder.save(checkpoint(10), is_best=True)
+    folder.save(checkpoint(20))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=False)
+    copy = CheckpointFolder(tmp_path / "copy")
+    copy.recover()
+    assert steps_of(copy) == (20, 10)
+    assert (tmp_path / "copy" / "last").is_symlink()
+    copy.save(checkpoint(30))
+    assert steps_of(copy) == (30, 10)
+    assert names(copy) == {"last", "best", "step-00000010", "step-00000030"}
+
+
+def test_a_state_that_lacks_something_is_named(folder: CheckpointFolder) -> None:
+    last = folder.last()
+    assert last is not None
+    with pytest.raises(InputError, match=r"state\.json lacks 'optimizer'"):
+        read_checkpoint(last, ("step", "optimizer"))

@@ -344,6 +344,24 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
+def test_an_evaluation_that_a_signal_came_before_is_done_when_the_run_goes_on(images: Path, tmp_path: Path) -> None:
+    config = run_config(images, losses=HOOKED, evaluate_every=4, checkpoint_every=3)
+    start(config, tmp_path / "whole")
+    path = tmp_path / "stopped"
+    Hooked.hook = at({3: send(signal.SIGTERM)})
+    assert start(config, path) == Outcome(4, "SIGTERM")
+    assert read_lines(path / "evaluations.jsonl") == []
+    Hooked.hook = at({0: send(signal.SIGTERM)})  # again, before the next checkpoint but for the signal's own
+    assert resume(config, path) == Outcome(5, "SIGTERM")
+    Hooked.hook = None
+    assert resume(config, path) == Outcome(8, None)
+    assert read_lines(path / "evaluations.jsonl") == read_lines(tmp_path / "whole" / "evaluations.jsonl")
+    assert len(read_lines(path / "evaluations.jsonl")) == 2
+    links = [(run / "checkpoints" / "best").resolve().name for run in (path, tmp_path / "whole")]
+    assert links[0] == links[1]
+    assert differences(last(path), last(tmp_path / "whole")) == []
+
+
 def test_a_signal_in_a_skipped_step_saves_too(photos: Path, tmp_path: Path) -> None:
     def hook(call: int, value: Tensor) -> Tensor:
         if call == 3:

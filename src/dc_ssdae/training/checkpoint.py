@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,9 +111,17 @@ class CheckpointFolder:
     def recover(self) -> None:
         """Do what a killed run has left undone: link the best checkpoint, and `clean`.
 
+        A copy of the run may hold folders in the place of links: they become checkpoints with links again.
+
         Raises:
             InputError: the last checkpoint is damaged.
         """
+        for name in (LAST, BEST):
+            folder = self.path / name
+            if folder.is_dir() and not folder.is_symlink():
+                target = self.path / f"step-{read_state(folder)['step']:08d}"
+                folder.rename(self._beside() if target.exists() else target)
+                self._link(name, target)
         last = self.last()
         if last is not None:
             state = read_state(last)
@@ -182,18 +190,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     sync(path)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, required: Iterable[str] = ()) -> Checkpoint:
     """Read a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        required: what its state must hold.
 
     Raises:
         InputError: a file is missing or damaged, or of another version of the format.
     """
-    state = read_state(folder)
+    state = read_state(folder, required)
     return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
     """Read what a checkpoint holds besides tensors.
+
+    Args:
+        folder: of the checkpoint.
+        required: what it must hold.
 
     Raises:
         InputError: as `read_checkpoint`.
@@ -205,6 +221,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
         raise InputError(f"{path} is not a checkpoint's state of format {FORMAT}")
+    if missing := sorted(set(required) - set(state)):
+        raise InputError(f"{path} lacks {missing[0]!r}; the checkpoint is damaged")
     return state
 
 

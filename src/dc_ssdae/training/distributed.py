@@ -7,11 +7,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, gather_object
 
 from dc_ssdae.errors import InputError, ToldElsewhere
 
 T = TypeVar("T")
+
+ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+"""What the checkpoints and the batch norm over processes are made for."""
 
 
 def start_processes(wanted: int | None, cpu: bool = False) -> Accelerator:
@@ -32,6 +35,13 @@ def start_processes(wanted: int | None, cpu: bool = False) -> Accelerator:
             f"Accelerate was told to accumulate gradients over {accelerator.gradient_accumulation_steps} steps; "
             "leave that out, and set training.accumulation_steps"
         )
+    if accelerator.distributed_type not in ENGINES:
+        raise InputError(
+            f"Accelerate was told to use {accelerator.distributed_type.value}; this trainer runs on "
+            f"{', '.join(engine.value for engine in ENGINES)}"
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError("Accelerate was told to compile; leave --dynamo_backend out, and set training.compile")
     count = accelerator.num_processes
     if wanted is not None and wanted != count:
         raise InputError(f"training.processes is {wanted}, but the launcher started {count}")

@@ -106,12 +106,21 @@ class Loggers:
         active: False for processes that stay silent.
         first_step: that this start of the run goes on from; later lines of an earlier start are cut.
         seconds: of training that earlier starts took.
+        evaluated_at: step of the last evaluation that counts; None is `first_step`.
 
     Raises:
         InputError: Weights & Biases is asked for and not installed.
     """
 
-    def __init__(self, run: RunFolder, config: RunConfig, active: bool, first_step: int, seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        config: RunConfig,
+        active: bool,
+        first_step: int,
+        seconds: float = 0.0,
+        evaluated_at: int | None = None,
+    ) -> None:
         self.active = active
         self.run = run
         self._metrics = JsonLines(run.metrics, self.say)
@@ -125,7 +134,7 @@ class Loggers:
         if not active:
             return
         self._metrics.cut(first_step)
-        self._evaluations.cut(first_step + 1)
+        self._evaluations.cut((first_step if evaluated_at is None else evaluated_at) + 1)
         self._broken.cut(math.inf)
         self._named = {line["name"] for line in read_lines(run.broken_images) if "name" in line}
         if config.training.wandb:

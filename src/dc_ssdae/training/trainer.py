@@ -53,6 +53,19 @@ from dc_ssdae.weights import read_safetensors
 
 EVALUATION_BATCH = 16
 
+STATE = (
+    "step",
+    "seconds",
+    "skipped_steps",
+    "skipped_in_a_row",
+    "evaluated_at",
+    "best",
+    "images_in_data_set",
+    "optimizer",
+    "gradient_scaler",
+)
+"""What a checkpoint's state must hold to go on from it."""
+
 
 class TrainingFailed(InputError):
     """A run that cannot go on; the message names what is left of it."""
@@ -98,6 +111,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self._skipped_in_a_row = 0
         self._saved_at: int | None = None
+        self._evaluated_at: int | None = None
         self._broken = {str(line.get("name")) for line in read_lines(run.broken_images) if line.get("split") == "train"}
 
         training = config.training
@@ -108,7 +122,7 @@ class Trainer:
         objective = build_objective(config.losses)
         module = TrainingStep(model, objective, training.precision, training.channels_last)
         folder = run.checkpoints.last()
-        checkpoint = None if folder is None else read_checkpoint(folder)
+        checkpoint = None if folder is None else read_checkpoint(folder, STATE)
         if checkpoint is not None:
             check_same_tensors(f"{folder}/model.safetensors", module.state_dict(), checkpoint.tensors["model"])
             module.load_state_dict(dict(checkpoint.tensors["model"]))
@@ -161,6 +175,7 @@ class Trainer:
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "evaluated_at": self._evaluated_at,
             "best": self.best,
             "images_in_data_set": length,
             "batch_size": self.config.training.batch_size,
@@ -200,6 +215,7 @@ class Trainer:
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.best = state["best"]
+        self._evaluated_at = state["evaluated_at"]
 
     def is_finished(self) -> bool:
         """Whether the budget is spent."""
@@ -215,7 +231,12 @@ class Trainer:
         training = self.config.training
         stopped = False
         is_main = self.accelerator.is_main_process
-        with closing(Loggers(self.run_folder, self.config, is_main, self.step, self.seconds)) as loggers:
+        evaluated_at = self._evaluated_at or 0
+        with closing(Loggers(self.run_folder, self.config, is_main, self.step, self.seconds, evaluated_at)) as loggers:
+            if self._evaluation_due() and self.step and self._evaluated_at != self.step:
+                # A signal came in the very step that was to be evaluated. The weights are saved, the score is not.
+                is_best = self._evaluate(loggers)
+                self._save(loggers, is_best)
             batches = iter(self._loader())
             self._mark = time.monotonic()
             while not stopped and not self.is_finished():
@@ -230,8 +251,7 @@ class Trainer:
     def _after_step(self, loggers: Loggers) -> None:
         """Evaluate and save where that is due."""
         training = self.config.training
-        evaluates = self.sources.validation is not None
-        if evaluates and (self.step % training.evaluate_every == 0 or self.is_finished()):
+        if self._evaluation_due():
             best = self.best
             is_best = self._evaluate(loggers)
             if not self._save(loggers, is_best):
@@ -241,6 +261,11 @@ class Trainer:
         else:
             return
         self._mark = time.monotonic()  # the clock is of training alone
+
+    def _evaluation_due(self) -> bool:
+        if self.sources.validation is None:
+            return False
+        return self.step % self.config.training.evaluate_every == 0 or self.is_finished()
 
     def _train_step(self, batches: Sequence[Batch], loggers: Loggers) -> bool:
         """Do one step and log it; says whether some process was asked to stop."""
@@ -365,6 +390,7 @@ class Trainer:
         finally:
             self.module.train()
         loggers.broken(result.broken, self.step, "validation")
+        self._evaluated_at = self.step
         loggers.evaluation({"step": self.step, **result.values, "images": result.images})
         name, direction = training.best
         value = result.values[name]
