@@ -407,7 +407,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} holds no model: config.json is missing")
+        hint = f"; the run's model is {folder / 'model'}" if (folder / "config.yaml").is_file() else ""
+        raise InputError(f"{folder} holds no model: config.json is missing{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:

@@ -1,7 +1,9 @@
 """Checkpoints: killed, failed or damaged at any point, what was there before stays."""
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -350,3 +352,30 @@ def test_a_state_that_lacks_something_is_named(folder: CheckpointFolder) -> None
     assert last is not None
     with pytest.raises(InputError, match=r"state\.json lacks 'optimizer'"):
         read_checkpoint(last, ("step", "optimizer"))
+
+
+def test_checkpoints_without_links_are_found_again(tmp_path: Path) -> None:
+    """As tools that drop links leave them, or a kill before the first link."""
+    folder = CheckpointFolder(tmp_path / "run", keep_every=10)
+    for step in (10, 20, 30):
+        folder.save(checkpoint(step))
+    (folder.path / "last").unlink()
+    folder.clean()
+    assert names(folder) == {"step-00000010", "step-00000020", "step-00000030"}
+    folder.recover()
+    assert steps_of(folder) == (30, None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_what_the_disk_refuses_only_when_flushed_is_not_taken_for_written(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = steps_of(folder)
+
+    def fsync(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        folder.save(checkpoint(40))
+    assert steps_of(folder) == before

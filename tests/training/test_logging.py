@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,15 @@ def test_weights_and_biases_must_be_installed(run: RunFolder, monkeypatch: pytes
     with pytest.raises(InputError, match=r"training\.wandb is true, but Weights & Biases is not installed") as caught:
         Loggers(run, run_config(wandb=True), True, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_long_file_is_cut_in_seconds(tmp_path: Path) -> None:
+    """A run of 200,000 steps must not keep its other processes waiting when it goes on."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b"".join(b'{"step": %d, "loss/total": 0.123456789, "lr": 0.0003}\n' % step for step in range(200_000))
+    )
+    start = time.monotonic()
+    JsonLines(path, warn=print).cut(199_999)
+    assert time.monotonic() - start < 60.0  # it takes 1; adding bytes to bytes took an hour
+    assert path.read_bytes().count(b"\n") == 199_999

@@ -21,7 +21,6 @@ from dc_ssdae.training.run import (
     RunLock,
     append_line,
     check_new,
-    check_run,
     command_line,
     create_run,
     describe_environment,
@@ -136,15 +135,6 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o750
     assert (tmp_path / "run" / "config.yaml").stat().st_mode & 0o777 == 0o640
-
-
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        check_run(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"it holds no config\.yaml, so it is no run"):
-        check_run(tmp_path)
-    create_run(tmp_path / "run", "", "{}")
-    check_run(tmp_path / "run")
 
 
 # --- its lock ---

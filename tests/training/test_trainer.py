@@ -4,6 +4,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 import torch
 from terms import Hooked
 from tiny import make_images, run_config, yaml_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError
+from dc_ssdae.training import build as build_module
 from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import trainer as trainer_module
 from dc_ssdae.training.build import build_model
@@ -362,6 +364,50 @@ def test_an_evaluation_that_a_signal_came_before_is_done_when_the_run_goes_on(im
     assert differences(last(path), last(tmp_path / "whole")) == []
 
 
+def test_a_signal_in_the_last_step_leaves_a_finished_run(images: Path, tmp_path: Path) -> None:
+    Hooked.hook = at({7: send(signal.SIGTERM)})
+    config = run_config(images, losses=HOOKED)
+    assert start(config, tmp_path / "run") == Outcome(8, None)
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [8]
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step-00000008"
+    assert resume(config, tmp_path / "run") is None
+
+
+def test_a_configuration_changed_by_hand_is_refused(images: Path, tmp_path: Path) -> None:
+    start(run_config(images, steps=2), tmp_path / "run")
+    with pytest.raises(InputError, match=r"training\.lr was 0\.001 when the run was saved and is 0\.5 in its config"):
+        resume(run_config(images, steps=4, lr=0.5), tmp_path / "run")
+    assert resume(run_config(images, steps=4, checkpoint_every=1), tmp_path / "run") == Outcome(4, None)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"init_from": "nowhere"}, "training.init_from nowhere: "),
+        ({"wandb": True}, "training.wandb is true, but"),
+    ],
+)
+def test_what_only_the_machine_can_tell_is_found_before_the_folder_is_made(
+    images: Path, tmp_path: Path, training: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=re.escape(message)):
+        start(run_config(images, **training), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_first_step_fails_leaves_nothing(images: Path, tmp_path: Path) -> None:
+    losses = {"wrong": {"weight": 1.0, "class_path": "test_trainer.WrongShape"}}
+    with pytest.raises(InputError, match=r"losses\.wrong gives \(2, 2\)"):
+        start(run_config(images, losses=losses), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+class WrongShape(nn.Module):
+    def forward(self, outputs: Any) -> Tensor:
+        return outputs.prediction.mean() * torch.ones(2, 2)
+
+
 def test_a_signal_in_a_skipped_step_saves_too(photos: Path, tmp_path: Path) -> None:
     def hook(call: int, value: Tensor) -> Tensor:
         if call == 3:
@@ -681,7 +727,7 @@ def test_another_optimisers_checkpoint_is_refused(whole_run: Path, images: Path,
     path = tmp_path / "run"
     shutil.copytree(whole_run, path, symlinks=True)
     config = run_config(images, losses=HOOKED, steps=9, optimizer="schedule_free_radam")
-    with pytest.raises(InputError, match="the checkpoint is of optimiser AdamW"):
+    with pytest.raises(InputError, match=r"training\.optimizer was 'adamw' when the run was saved"):
         resume(config, path)
 
 
@@ -724,7 +770,7 @@ def test_a_gradient_that_overflows_float16_halves_the_scale(
     assert (state["skipped_steps"], state["gradient_scaler"]["scale"]) == (1, 2.0**15)
 
 
-def test_a_run_may_go_on_in_another_precision(photos: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_in_another_precision(photos: Path, tmp_path: Path) -> None:
     start(run_config(photos, steps=2), tmp_path / "run")
-    assert resume(run_config(photos, steps=3, precision="float16"), tmp_path / "run") == Outcome(3, None)
-    assert resume(run_config(photos, steps=4), tmp_path / "run") == Outcome(4, None)
+    with pytest.raises(InputError, match=r"training\.precision was 'float32'"):
+        resume(run_config(photos, steps=3, precision="float16"), tmp_path / "run")

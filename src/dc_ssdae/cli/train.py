@@ -5,32 +5,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain
 from dc_ssdae.errors import InputError, ToldElsewhere
 
-PROGRAM = "dc-ssdae train"
+if TYPE_CHECKING:
+    from dc_ssdae.training.config import TrainingConfig
 
-MAY_CHANGE = {
-    "training": (
-        "steps",
-        "minutes",
-        "accumulation_steps",
-        "compile",
-        "gradient_checkpointing",
-        "checkpoint_every",
-        "keep_every",
-        "evaluate_every",
-        "sample_images",
-        "max_skipped_steps",
-        "processes",
-        "wandb",
-        "wandb_project",
-    ),
-    "data": ("root", "cache", "workers", "max_broken_share", "validation_images"),
-}
-"""What a run may be told anew when it goes on. The rest would make it another run."""
+PROGRAM = "dc-ssdae train"
 
 
 class TrainParser:
@@ -81,11 +64,13 @@ def run(args: argparse.Namespace) -> int:
     # A user's own classes are named in the configuration, and lie where the command is given.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    from dc_ssdae.training.trainer import TrainingFailed
+    from dc_ssdae.data.loader import ReadingFailed
 
     try:
         return _run(args)
-    except TrainingFailed as error:  # which all processes meet together
+    except (ReadingFailed, ToldElsewhere):
+        raise
+    except InputError as error:  # which all processes meet
         raise _told_once(error) from error
 
 
@@ -97,18 +82,15 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.resume is None:
         path = Path(args.config.training.output or Path("runs") / args.name)
-        try:
-            if _is_main_process():
-                check_new(path)
-            config = resolved(args.config)
-        except InputError as error:
-            raise _told_once(error) from error
+        if _is_main_process():
+            check_new(path)
+        config = resolved(args.config)
         outcome = start_run(config, config_yaml(config), path)
     else:
         path, config = args.resume, args.config
         found = resume_run(config, config_yaml(config) if args.changed else None, path)
         if found is None:
-            _say(f"{path} is finished: all {config.training.steps} steps are done; --training.steps N goes on to N")
+            _say(f"{path} is finished: {_spent(config.training)}")
             return 0
         outcome = found
     if outcome.stopped_by is not None:
@@ -116,6 +98,15 @@ def _run(args: argparse.Namespace) -> int:
     else:
         _say(f"done after step {outcome.step}: the model is {path / 'model'}")
     return 0
+
+
+def _spent(training: "TrainingConfig") -> str:
+    budgets = []
+    if training.steps is not None:
+        budgets.append(f"{training.steps} steps (--training.steps N goes on to N)")
+    if training.minutes is not None:
+        budgets.append(f"{training.minutes:g} minutes (--training.minutes M goes on to M)")
+    return "its budget is spent: " + " or ".join(budgets)
 
 
 def _read_run(path: Path) -> Any:
@@ -131,6 +122,7 @@ def _read_run(path: Path) -> Any:
 
 
 def _check_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
+    from dc_ssdae.training.config import MAY_CHANGE
     from dc_ssdae.training.config_checks import shown
 
     for section in before:

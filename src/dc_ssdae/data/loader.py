@@ -31,6 +31,10 @@ MOST_REPLACEMENTS = 100
 MOST_WORKERS = 8
 
 
+class ReadingFailed(InputError):
+    """The data set can no longer be read; this process alone may know."""
+
+
 class BrokenImage(NamedTuple):
     """An image that cannot be read: its name in the data set, and why."""
 
@@ -233,13 +237,20 @@ def in_one_line(loader: Iterable[T]) -> Iterator[T]:
     """Go through a loader; what a worker raises, with its traceback in the message, becomes one line.
 
     Raises:
-        InputError: an image or the data set cannot be read.
+        ReadingFailed: the data set cannot be read.
     """
     try:
         yield from loader
     except (InputError, OSError) as error:
         line = str(error).strip().splitlines()[-1]
-        raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
+        raise ReadingFailed(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ReadingFailed(
+            f"a process that reads images was ended from outside ({' '.join(str(error).split())}); it may lack memory, "
+            "or shared memory (/dev/shm): give it more, or try fewer data.workers"
+        ) from None
 
 
 def leave_signals_to_the_parent() -> Callable[[int], None]:

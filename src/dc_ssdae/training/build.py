@@ -4,17 +4,22 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
-from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.autoencoder import DCSSDAE, model_folder
 from dc_ssdae.classes import import_class
 from dc_ssdae.components import COMPONENTS, resolve_part
 from dc_ssdae.errors import InputError
 from dc_ssdae.losses.total import BUILT_IN, Objective, WeightedTerm
 from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
+from dc_ssdae.training.ema import check_same_tensors
+from dc_ssdae.training.run import WEIGHTS_FILE
+from dc_ssdae.weights import tensor_shapes
 
 
 def own_classes(config: ModelConfig) -> list[type]:
@@ -73,15 +78,30 @@ def build_objective(losses: Mapping[str, LossConfig]) -> Objective:
     return Objective(terms)
 
 
-def check_components(config: RunConfig) -> None:
+def check_components(config: RunConfig, starts: bool = True) -> None:
     """Find mistakes in the model's and the losses' settings before anything heavy is built.
+
+    Args:
+        config: of the run.
+        starts: False for a run that goes on, which needs the weights it started from no longer.
 
     Raises:
         InputError: as `build_model` and `build_objective`.
     """
-    if not own_classes(config.model):  # a class of somebody else's may need real tensors in its constructor
-        with torch.device("meta"):
-            build_model(config.model)
+    with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
+        model = build_model(config.model)
+    if config.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    source = config.training.init_from
+    if source is not None and starts:
+        try:
+            shapes = tensor_shapes(model_folder(source) / WEIGHTS_FILE)
+        except InputError as error:
+            raise InputError(f"training.init_from {source}: {error}") from None
+        given = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        check_same_tensors(f"training.init_from {source}", model.state_dict(), given)
+    if config.training.wandb and find_spec("wandb") is None:
+        raise InputError("training.wandb is true, but Weights & Biases is not installed: pip install wandb")
     for name, loss in config.losses.items():
         if loss.weight:
             _check_term(name, _term_class(name, loss), loss.init_args)

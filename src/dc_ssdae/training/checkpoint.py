@@ -8,7 +8,7 @@ A folder is written under another name, flushed to the disk and renamed; then th
 at any instant, `last` is a whole checkpoint, the old one or the new one.
 """
 
-import contextlib
+import errno
 import json
 import os
 import re
@@ -31,6 +31,7 @@ LAST, BEST = "last", "best"
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EBADF)
 
 
 class Checkpoint(NamedTuple):
@@ -100,7 +101,7 @@ class CheckpointFolder:
         link = self.path / LAST
         if link.is_symlink() and not link.exists():
             raise InputError(
-                f"{link} leads to {os.readlink(link)}, which is not there; put it back, or remove the link"
+                f"{link} leads to {os.readlink(link)}, which is not there; put it back, or link another checkpoint"
             )
         return self._linked(LAST)
 
@@ -111,7 +112,7 @@ class CheckpointFolder:
     def recover(self) -> None:
         """Do what a killed run has left undone: link the best checkpoint, and `clean`.
 
-        A copy of the run may hold folders in the place of links: they become checkpoints with links again.
+        A copy of the run may hold folders in the place of links, or no links: they are made again.
 
         Raises:
             InputError: the last checkpoint is damaged.
@@ -122,6 +123,8 @@ class CheckpointFolder:
                 target = self.path / f"step-{read_state(folder)['step']:08d}"
                 folder.rename(self._beside() if target.exists() else target)
                 self._link(name, target)
+        if not (self.path / LAST).is_symlink() and (folders := self._folders()):
+            self._link(LAST, folders[max(folders)])  # whole, since it has its name
         last = self.last()
         if last is not None:
             state = read_state(last)
@@ -133,15 +136,24 @@ class CheckpointFolder:
         """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
         if not self.path.is_dir():
             return
-        kept = {folder.name for folder in (self.last(), self.best()) if folder is not None}
-        for entry in self.path.iterdir():
-            match = _FOLDER.fullmatch(entry.name)
-            lasting = match and self.keep_every is not None and int(match[1]) % self.keep_every == 0
-            if entry.name.endswith(_PARTIAL) or (match and entry.name not in kept and not lasting):
-                if entry.is_symlink():
-                    entry.unlink(missing_ok=True)
-                else:
-                    shutil.rmtree(entry, ignore_errors=True)
+        last = self.last()
+        kept = {folder.name for folder in (last, self.best()) if folder is not None}
+        for step, folder in self._folders().items():
+            lasting = self.keep_every is not None and step % self.keep_every == 0
+            if last is not None and folder.name not in kept and not lasting:
+                shutil.rmtree(folder, ignore_errors=True)
+        for entry in self.path.glob(f"*{_PARTIAL}"):
+            if entry.is_symlink():
+                entry.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def _folders(self) -> dict[int, Path]:
+        """The checkpoints by their steps."""
+        if not self.path.is_dir():
+            return {}
+        matches = {entry: _FOLDER.fullmatch(entry.name) for entry in self.path.iterdir()}
+        return {int(match[1]): entry for entry, match in matches.items() if match}
 
     def _link(self, name: str, target: Path) -> None:
         # A link's target is given by its name alone, so that the run's folder may be moved.
@@ -227,10 +239,16 @@ def read_state(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk, where the file system can."""
+    """Flush a file, or a folder's list of names, to the disk, where the file system can.
+
+    Raises:
+        OSError: what was written cannot be kept; some file systems say only now that they are full.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(handle)

@@ -35,6 +35,27 @@ METRICS: Mapping[str, Direction] = {"psnr": "max", "ssim": "max", "mse": "min"}
 """What an evaluation measures, and which way is better."""
 
 
+MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
+    "training": (
+        "steps",
+        "minutes",
+        "accumulation_steps",
+        "compile",
+        "gradient_checkpointing",
+        "checkpoint_every",
+        "keep_every",
+        "evaluate_every",
+        "sample_images",
+        "max_skipped_steps",
+        "processes",
+        "wandb",
+        "wandb_project",
+    ),
+    "data": ("root", "cache", "workers", "max_broken_share", "validation_images"),
+}
+"""What a run may be told anew when it goes on. The rest would make it another run."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which autoencoder. A class is named by class_path, its settings by init_args.
@@ -277,6 +298,12 @@ class RunConfig:
         if not any(loss.weight for loss in self.losses.values()):
             raise InputError("losses: every weight is 0, there is nothing to train")
         size, factor = self.data.image_size, self.model.downsample_factor
+        parts = self.training.batch_size // self.training.accumulation_steps
+        if size == factor and parts < 2:
+            raise InputError(
+                f"data.image_size is {size}, which is model.downsample_factor, and one image is trained on at a time: "
+                "the batch norm on the latent needs two values a channel; take a larger image_size or batch_size"
+            )
         if size % factor:
             raise InputError(f"data.image_size is {size}; it must be a multiple of model.downsample_factor, {factor}")
 
@@ -311,6 +338,15 @@ class RunConfig:
         plain = asdict(self)
         plain["training"]["betas"] = list(self.training.betas)
         return plain
+
+    def fixed_settings(self) -> dict[str, Any]:
+        """The settings that a run keeps when it goes on, by their dotted names."""
+        return {
+            f"{section}.{name}": value
+            for section, settings in self.to_mapping().items()
+            for name, value in settings.items()
+            if name not in MAY_CHANGE.get(section, ()) and name not in ("output", "init_from")
+        }
 
     def with_training(self, **settings: Any) -> "RunConfig":
         """The same with some settings of section training changed."""

@@ -58,6 +58,8 @@ def start_processes(wanted: int | None, cpu: bool = False) -> Accelerator:
             )
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise InputError("FSDP version 1 was asked for; this trainer shards with version 2: --fsdp_version 2")
+        # On by default, and made for models whose every tensor is sharded: it trips over batch statistics.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     # For several processes on the CPU the launcher sets these, starts one process, and says nothing.
     launched_several = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and (
         "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "KMP_BLOCKTIME" in os.environ

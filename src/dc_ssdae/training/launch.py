@@ -1,6 +1,7 @@
 """Starting a run and going on with one: everything is checked, and the folder is there, before the trainer begins."""
 
 import os
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.training.build import build_model, check_components
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
+from dc_ssdae.training.logging import read_lines
 from dc_ssdae.training.run import (
     RunFolder,
     RunLock,
@@ -44,7 +46,7 @@ def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False
     """
     with StopRequest() as stop:
         accelerator = start_processes(config.training.processes, cpu)
-        sources = _check(config, accelerator)
+        sources = _check(config, accelerator, starts=True)
         with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
             model_config = _model_config(config)
 
@@ -52,7 +54,14 @@ def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False
             create_run(path, config_text, model_config, replace)
 
         on_main_process(accelerator, create)
-        return _train(config, RunFolder(path, config.training.keep_every), accelerator, sources, stop)
+        run = RunFolder(path, config.training.keep_every)
+        try:
+            return _train(config, run, accelerator, sources, stop)
+        except InputError:
+            # A mistake that only the first step shows: what is mended begins anew, under the same name.
+            if accelerator.is_main_process and run.checkpoints.last() is None and not read_lines(run.metrics):
+                shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
 def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool = False) -> Outcome | None:
@@ -83,16 +92,16 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
         return None
     with StopRequest() as stop:
         accelerator = start_processes(config.training.processes, cpu)
-        sources = _check(config, accelerator)
+        sources = _check(config, accelerator, starts=run.checkpoints.last() is None)
         return _train(config, run, accelerator, sources, stop, config_text)
 
 
-def _check(config: RunConfig, accelerator: Accelerator) -> ImageSources:
+def _check(config: RunConfig, accelerator: Accelerator, starts: bool) -> ImageSources:
     data = config.data
 
     def check() -> ImageSources:
         check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
-        check_components(config)
+        check_components(config, starts)
         if data.root is None and data.dataset is None:
             raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
         return open_sources(data.root, data.dataset, data.validation, data.cache)
@@ -113,6 +122,10 @@ def _train(
     try:
 
         def prepare() -> None:
+            if not (run.model / "config.json").is_file():
+                run.model.mkdir(exist_ok=True)
+                with init_empty_weights():
+                    (run.model / "config.json").write_text(_model_config(config), encoding="utf-8")
             recover_run(run)
             if config_text is not None:
                 _replace_text(run.config, config_text)

@@ -71,11 +71,12 @@ class JsonLines:
         if not self.path.is_file():
             return
         content = self.path.read_bytes()
-        kept = b""
+        lines = []
         for line in content.splitlines(keepends=True):
             entry = _parse(line)
             if line.endswith(b"\n") and isinstance(entry, dict) and entry.get("step", math.inf) < step:
-                kept += line
+                lines.append(line)
+        kept = b"".join(lines)
         if kept == content:
             return
         beside = self.path.with_name(f".{uuid.uuid4().hex}.partial")

@@ -152,18 +152,6 @@ def create_run(path: Path, config_text: str, model_config_text: str, replace: bo
         raise
 
 
-def check_run(path: Path) -> None:
-    """Refuse what is no run.
-
-    Raises:
-        InputError: there is no such folder, or it holds no configuration.
-    """
-    if not path.is_dir():
-        raise InputError(f"--resume {path}: no such folder")
-    if not (path / CONFIG_FILE).is_file():
-        raise InputError(f"--resume {path}: it holds no {CONFIG_FILE}, so it is no run")
-
-
 def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
     """Whether the last checkpoint has the whole budget behind it.
 

@@ -33,6 +33,7 @@ from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.training.build import build_model, build_objective
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distributed import on_main_process, sum_over_processes
 from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
 from dc_ssdae.training.evaluation import evaluate
@@ -60,6 +61,7 @@ STATE = (
     "skipped_in_a_row",
     "evaluated_at",
     "best",
+    "settings",
     "images_in_data_set",
     "optimizer",
     "gradient_scaler",
@@ -145,7 +147,7 @@ class Trainer:
             register_fsdp_forward_method(self.module, "reconstruct")
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=training.precision == "float16")
         self.ema = ExponentialMovingAverage(self.module.model, training.ema_decay, training.ema_start)
-        self._parameters = dict(self.module.model.named_parameters())
+        self._parameters = dict(self.module.model.named_parameters(remove_duplicate=False))
         trained = {name for name, _ in self.module.named_parameters()}
         # What a step that is thrown away must not leave behind: statistics of its batch.
         self._buffers = [tensor for name, tensor in self.module.state_dict().items() if name not in trained]
@@ -153,6 +155,7 @@ class Trainer:
         workers = config.data.workers
         self._workers = default_workers(_processes_here(accelerator)) if workers is None else workers
         self._mark = time.monotonic()
+        self._first = True
         if checkpoint is not None:
             self.load_state_dict(checkpoint)
 
@@ -177,6 +180,7 @@ class Trainer:
             "skipped_in_a_row": self._skipped_in_a_row,
             "evaluated_at": self._evaluated_at,
             "best": self.best,
+            "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "batch_size": self.config.training.batch_size,
             "processes": self.accelerator.num_processes,
@@ -197,6 +201,12 @@ class Trainer:
             InputError: it does not fit the configuration or the data.
         """
         state = checkpoint.state
+        for name, value in self.config.fixed_settings().items():
+            if name in state["settings"] and state["settings"][name] != value:
+                raise InputError(
+                    f"{name} was {shown(state['settings'][name])} when the run was saved and is {shown(value)} in its "
+                    "configuration now; put it back, or start a new run with --training.init_from"
+                )
         length = len(self.sources.train)
         if state["images_in_data_set"] != length:
             raise InputError(
@@ -241,6 +251,10 @@ class Trainer:
             self._mark = time.monotonic()
             while not stopped and not self.is_finished():
                 stopped = self._train_step(list(islice(batches, training.accumulation_steps)), loggers)
+                if stopped and self.is_finished():
+                    # It has come to its end all the same; saved first, because there may be little time.
+                    self._save(loggers)
+                    stopped = False
                 # A run of skipped steps may end in failure, which is to name what was before it; at the end it has not.
                 if not stopped and (not self._skipped_in_a_row or self.is_finished()):
                     self._after_step(loggers)
@@ -323,12 +337,24 @@ class Trainer:
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 losses = self.wrapped(*inputs, batch.latent_noise.to(device, non_blocking=True))
                 self.accelerator.backward(self.scaler.scale(losses.total / len(batches)))
+            if self._first and self.accelerator.num_processes > 1 and is_last:
+                self._check_gradients()
             sums += torch.stack([losses.total, *losses.terms.values()]).detach() / len(batches)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         clip = self.config.training.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), math.inf if clip is None else clip)
         return sums, gathered(norm)
+
+    def _check_gradients(self) -> None:
+        """Refuse a parameter without a gradient, for which the other processes would wait in the next step."""
+        self._first = False
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise TrainingFailed(
+                    f"{name} gets no gradient; with several processes every parameter must get one: "
+                    "leave it out, or switch off its requires_grad"
+                )
 
     def _exchange(self, losses: Tensor, norm: Tensor, broken: int) -> "tuple[dict[str, float], float, Exchanged]":
         """Agree with the other processes: one sum, and one wait for the device, in a step."""
@@ -365,7 +391,7 @@ class Trainer:
         self._broken.update(image.name for image in everyone)
         length, share = len(self.sources.train), self.config.data.max_broken_share
         if len(self._broken) > share * length:
-            raise InputError(
+            raise TrainingFailed(
                 f"{len(self._broken)} of {length} training images cannot be read, more than data.max_broken_share "
                 f"{share:g}; {self.run_folder.broken_images} lists them; {self._last_good()}"
             )
@@ -392,6 +418,8 @@ class Trainer:
         loggers.broken(result.broken, self.step, "validation")
         self._evaluated_at = self.step
         loggers.evaluation({"step": self.step, **result.values, "images": result.images})
+        if not result.images:
+            loggers.say(f"step {self.step}: no validation image can be read; nothing is the best")
         name, direction = training.best
         value = result.values[name]
         if not math.isfinite(value):
