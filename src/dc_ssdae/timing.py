@@ -2,7 +2,9 @@
 
 import os
 import platform
+import resource
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,11 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 def alternating(count: int, round_: int) -> Sequence[int]:
     """Numbers from 0, forwards and backwards in turn, so that none always comes first."""
     return range(count) if round_ % 2 == 0 else range(count)[::-1]
+
+
+def resident_set() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cores() -> int:

@@ -2,9 +2,7 @@
 
 import gc
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +15,11 @@ from torch import Tensor
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.profile import count_flops
-from dc_ssdae.timing import Spread, alternating
-from dc_ssdae.training.build import build_model, build_objective, own_classes
+from dc_ssdae.timing import Spread, alternating, resident_set
+from dc_ssdae.training.build import build_model, build_step, own_classes, place_step
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
-from dc_ssdae.training.optimizer import build_optimizer, evaluated_weight
-from dc_ssdae.training.step import TrainingStep
+from dc_ssdae.training.optimizer import build_optimizer, evaluated_weights
 
 STEP_ROUNDS = 5
 """Measurements of each of the things that alternate."""
@@ -82,7 +79,7 @@ def measure_training(
     with _naming_out_of_memory(name, config, device):
         plain = _Stepper(config, device)
         plain.run(WARM_UP_STEPS)
-    plain_peak = plain.peak_memory() if device.type == "cuda" else _resident_set()
+    plain_peak = plain.peak_memory() if device.type == "cuda" else resident_set()
     plain_times: list[_StepTime] = [] if compared else plain.run(steps)
     flops = _image_flops(config)
     figures = []
@@ -141,21 +138,12 @@ class _Stepper:
             torch.cuda.reset_peak_memory_stats(device)
             self._allocated = torch.cuda.memory_allocated(device)
         torch.manual_seed(training.seed)
-        model = build_model(config.model)
-        if training.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        objective = build_objective(config.losses)
-        self._module = TrainingStep(model, objective, training.precision, training.channels_last).to(device)
-        if training.channels_last:
-            self._module.to(memory_format=torch.channels_last)
-        if training.compile:
-            model.encoder.compile()
-            model.decoder.compile()
-        self._module.train()
+        self._module = build_step(config)
+        place_step(self._module, config, device)
         self._optimizer = build_optimizer(self._module, training)
         self._scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
-        self._ema = ExponentialMovingAverage(model, training.ema_decay, training.ema_start)
-        self._parameters = dict(model.named_parameters())
+        self._ema = ExponentialMovingAverage(self._module.model, training.ema_decay, training.ema_start)
+        self._evaluated = evaluated_weights(self._optimizer, self._module.model)
         self._step = training.ema_start  # from where on there is something to average
         self._parts = [self._random_inputs(config) for _ in range(training.accumulation_steps)]
 
@@ -209,10 +197,6 @@ class _Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         marks.append(("update", self._mark()))
         return _Done(waited, marks, finite)
-
-    def _evaluated(self, name: str, tensor: Tensor) -> Tensor:
-        parameter = self._parameters.get(name)
-        return tensor if parameter is None else evaluated_weight(self._optimizer, parameter)
 
     def _mark(self) -> Any:
         """A point in the device's time: an event in CUDA's queue, which is read later, or the clock."""
@@ -299,8 +283,3 @@ def _naming_out_of_memory(name: str, config: RunConfig, device: torch.device) ->
             f"out of memory on {device}: {name} with training.batch_size {config.training.batch_size}; make it "
             "smaller, or set training.accumulation_steps, training.gradient_checkpointing or training.precision"
         ) from error
-
-
-def _resident_set() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -19,6 +19,7 @@ from dc_ssdae.losses.total import BUILT_IN, Objective, WeightedTerm
 from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
 from dc_ssdae.training.ema import check_same_tensors
 from dc_ssdae.training.run import WEIGHTS_FILE
+from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.weights import tensor_shapes
 
 
@@ -76,6 +77,30 @@ def build_objective(losses: Mapping[str, LossConfig]) -> Objective:
             kind = _term_class(name, loss)
             terms[name] = WeightedTerm(loss.weight, _build_term(name, kind, loss.init_args))
     return Objective(terms)
+
+
+def build_step(config: RunConfig) -> TrainingStep:
+    """Build what a run trains, with fresh weights, on the CPU.
+
+    Raises:
+        InputError: as `build_model` and `build_objective`.
+    """
+    training = config.training
+    model = build_model(config.model)
+    if training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return TrainingStep(model, build_objective(config.losses), training.precision, training.channels_last)
+
+
+def place_step(step: TrainingStep, config: RunConfig, device: torch.device) -> None:
+    """Make it ready to train: on a device, in the memory order and compiled as the configuration says."""
+    step.to(device)
+    if config.training.channels_last:
+        step.to(memory_format=torch.channels_last)
+    if config.training.compile:
+        step.model.encoder.compile()
+        step.model.decoder.compile()
+    step.train()
 
 
 def check_components(config: RunConfig, starts: bool = True) -> None:

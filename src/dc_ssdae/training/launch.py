@@ -57,7 +57,7 @@ def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False
         run = RunFolder(path, config.training.keep_every)
         try:
             return _train(config, run, accelerator, sources, stop)
-        except InputError:
+        except Exception:
             # A mistake that only the first step shows: what is mended begins anew, under the same name.
             if accelerator.is_main_process and run.checkpoints.last() is None and not read_lines(run.metrics):
                 shutil.rmtree(path, ignore_errors=True)

@@ -258,7 +258,7 @@ def _progress_bar(name: str, training: TrainingConfig, first_step: int, seconds:
     """A bar over the steps, or, where the clock alone ends the run, over its seconds."""
     by_steps = training.steps is not None
     terminal = sys.stderr.isatty()
-    clock_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
+    clock_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
     return tqdm(
         total=training.steps if by_steps else 60.0 * (training.minutes or 0.0),
         initial=first_step if by_steps else seconds,

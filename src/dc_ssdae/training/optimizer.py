@@ -1,5 +1,6 @@
 """The optimisers, and their state as named tensors and plain numbers."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,17 @@ def evaluated_weight(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Ten
         return parameter
     (beta1,) = {group["betas"][0] for group in optimizer.param_groups}
     return torch.lerp(local_part(parameter.detach()), local_part(z), 1.0 - 1.0 / beta1)
+
+
+def evaluated_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+    """Make what the average of a model asks for the value of a tensor of its state dict, by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def value(name: str, tensor: Tensor) -> Tensor:
+        parameter = parameters.get(name)
+        return tensor if parameter is None else evaluated_weight(optimizer, parameter)
+
+    return value
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> OptimizerState:

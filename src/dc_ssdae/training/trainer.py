@@ -2,8 +2,6 @@
 
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
@@ -30,7 +28,8 @@ from dc_ssdae.data.loader import (
 from dc_ssdae.data.sources import ImageSources
 from dc_ssdae.errors import InputError
 from dc_ssdae.randomness import seed_ambient
-from dc_ssdae.training.build import build_model, build_objective
+from dc_ssdae.timing import resident_set
+from dc_ssdae.training.build import build_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.config_checks import shown
@@ -41,7 +40,7 @@ from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.optimizer import (
     OptimizerState,
     build_optimizer,
-    evaluated_weight,
+    evaluated_weights,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
@@ -118,25 +117,15 @@ class Trainer:
 
         training = config.training
         torch.manual_seed(training.seed)
-        model = build_model(config.model)
-        if training.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        objective = build_objective(config.losses)
-        module = TrainingStep(model, objective, training.precision, training.channels_last)
+        module = build_step(config)
         folder = run.checkpoints.last()
         checkpoint = None if folder is None else read_checkpoint(folder, STATE)
         if checkpoint is not None:
             check_same_tensors(f"{folder}/model.safetensors", module.state_dict(), checkpoint.tensors["model"])
             module.load_state_dict(dict(checkpoint.tensors["model"]))
         elif training.init_from is not None:
-            _load_weights(model, training.init_from)
-        module.to(accelerator.device)
-        if training.channels_last:
-            module.to(memory_format=torch.channels_last)
-        if training.compile:
-            model.encoder.compile()
-            model.decoder.compile()
-        module.train()
+            _load_weights(module.model, training.init_from)
+        place_step(module, config, accelerator.device)
         self.optimizer = build_optimizer(module, training)
         # Accelerate returns wrappers; sharding also exchanges the parameters inside module and optimiser.
         self.wrapped, _ = accelerator.prepare(module, self.optimizer)
@@ -147,7 +136,7 @@ class Trainer:
             register_fsdp_forward_method(self.module, "reconstruct")
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=training.precision == "float16")
         self.ema = ExponentialMovingAverage(self.module.model, training.ema_decay, training.ema_start)
-        self._parameters = dict(self.module.model.named_parameters(remove_duplicate=False))
+        self._evaluated = evaluated_weights(self.optimizer, self.module.model)
         trained = {name for name, _ in self.module.named_parameters()}
         # What a step that is thrown away must not leave behind: statistics of its batch.
         self._buffers = [tensor for name, tensor in self.module.state_dict().items() if name not in trained]
@@ -182,7 +171,6 @@ class Trainer:
             "best": self.best,
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
-            "batch_size": self.config.training.batch_size,
             "processes": self.accelerator.num_processes,
             "optimizer": {"class": type(self.optimizer).__name__, "groups": optimizer.groups},
             "gradient_scaler": self.scaler.state_dict(),
@@ -213,12 +201,10 @@ class Trainer:
                 f"the run began with {state['images_in_data_set']} training images and the data set now has {length}; "
                 "its order would be another"
             )
-        if state["optimizer"]["class"] != type(self.optimizer).__name__:
-            raise InputError(f"the checkpoint is of optimiser {state['optimizer']['class']}")
         self.ema.load_state_dict(checkpoint.tensors["ema"])
         saved = OptimizerState(dict(checkpoint.tensors["optimizer"]), state["optimizer"]["groups"])
         load_optimizer_state(self.optimizer, self.module, saved)
-        if self.scaler.is_enabled() and state["gradient_scaler"]:  # empty where the precision was another
+        if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["gradient_scaler"])
         self.step = self._saved_at = state["step"]
         self.seconds = state["seconds"]
@@ -369,10 +355,6 @@ class Trainer:
         exchanged = Exchanged(stop > 0.0, broken_everywhere > 0.0, lap)
         return dict(zip(self._loss_names, values, strict=True)), gradient_norm, exchanged
 
-    def _evaluated(self, name: str, tensor: Tensor) -> Tensor:
-        parameter = self._parameters.get(name)
-        return tensor if parameter is None else evaluated_weight(self.optimizer, parameter)
-
     def _report_skipped(self, step: int, not_finite: Sequence[str], overflow: bool, loggers: Loggers) -> None:
         what = ", ".join(not_finite)
         if overflow:
@@ -521,5 +503,4 @@ def _memory_gib(device: torch.device) -> float:
     """Largest memory so far: allocated on a CUDA device, else this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resident_set() / 2**30
