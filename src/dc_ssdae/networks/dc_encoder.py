@@ -148,6 +148,14 @@ class DCEncoder(CheckpointedModule):
             mean = mean + average_channel_groups(y, mean.shape[1])
         return DiagonalGaussian(mean, logvar)
 
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Name what a phase of training can choose, as `dc_ssdae.parameter_groups` reads it; from input to latent.
+
+        Stages are counted from 0; one without blocks is no group. A downsample belongs to the stage that it leaves.
+        """
+        filled = [f"stages.{index}" for index, stage in enumerate(self.stages) if [*stage.children()]]
+        return {"input": ["project_in"], **{name: [name] for name in filled}, "latent_head": ["latent_head"]}
+
 
 class ResBlock(nn.Module):
     """x + norm(conv3(SiLU(conv3(x)))), the second convolution without bias: (B, C, H, W) -> same."""

@@ -85,6 +85,15 @@ class KLEncoder(CheckpointedModule):
                 y = self.run_block(block, y)
         return DiagonalGaussian.from_moments(self.latent_head(y))
 
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Name what a phase of training can choose, as `dc_ssdae.parameter_groups` reads it; from input to latent.
+
+        The middle works at the latent's resolution, as the last stage does, and belongs to it.
+        """
+        stages = {f"stages.{level}": [f"down.{level}"] for level in range(len(self.down))}
+        stages[f"stages.{len(self.down) - 1}"].append("middle")
+        return {"input": ["conv_in"], **stages, "latent_head": ["latent_head"]}
+
 
 class KLResidualBlock(nn.Module):
     """GroupNorm, SiLU, conv3, GroupNorm, SiLU, conv3, with a 1×1 shortcut where the widths differ."""

@@ -188,6 +188,23 @@ class UViTDecoder(CheckpointedModule):
             y = up(y, context, embedded_time, skips)
         return self.run_block(self._output, y), features
 
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Name what a phase of training can choose, as `dc_ssdae.parameter_groups` reads it; from inputs to output.
+
+        Levels are counted from 0, full resolution, on the way up too. A resampling belongs to the level it leaves.
+        """
+        last = len(self.up) - 1
+        return {
+            "latent_inputs": ["latent_norm", "latent_in", "context"],
+            "image_inputs": ["image_in", "join_in"],
+            **({} if self.time_embedding is None else {"time": ["time_embedding"]}),
+            **{f"down.{level}": [f"down.{level}"] for level in range(len(self.down))},
+            "middle": ["middle"],
+            # `up` holds the deepest level first.
+            **{f"up.{last - index}": [f"up.{index}"] for index in range(last)},
+            "head": [f"up.{last}", "norm_out", "conv_out"],
+        }
+
     def _output(self, y: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(y)))
 

@@ -1,0 +1,152 @@
+"""Named groups of a model's tensors, of which a phase of training chooses those that it trains."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.errors import InputError, unknown_name
+
+_GROUP_NAME = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
+_INDEX_FROM_END = re.compile(r"-[1-9][0-9]{0,8}")
+
+
+def parameter_groups(model: DCSSDAE) -> dict[str, list[str]]:
+    """Sort the tensors of a model into its named groups.
+
+    A class of encoders, decoders or dynamics declares its groups by a method `parameter_groups()`, which gives, in the
+    order in which data pass through, each group's name and the names of the submodules, parameters and buffers it
+    holds, as they begin in the class's own state dict. A class without that method is one group.
+
+    Args:
+        model: on any device, the meta device too.
+
+    Returns:
+        By full name ("encoder.latent_head", or "encoder" for a class without the method), encoder first, then decoder
+        and dynamics: the names of the group's parameters and buffers in the model's state dict. Every tensor of the
+        state dict is in exactly one group; a group without any is left out.
+
+    Raises:
+        InputError: a class's declaration leaves a tensor out, claims it for two groups, or names what is not there.
+    """
+    groups = {}
+    for part in ("encoder", "decoder", "dynamics"):
+        module = getattr(model, part)
+        if not isinstance(module, nn.Module):  # most dynamics have no tensors
+            continue
+        tensors = [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
+        if not callable(getattr(module, "parameter_groups", None)):
+            sorted_tensors = {part: tensors}
+        else:
+            owner = f"{part} {model.config[part]['class_path']}"
+            declared = _declared(module, owner)
+            sorted_tensors = {f"{part}.{name}": held for name, held in _sort(tensors, declared, owner).items()}
+        groups.update({name: [f"{part}.{tensor}" for tensor in held] for name, held in sorted_tensors.items() if held})
+    return groups
+
+
+def group_sizes(model: DCSSDAE) -> dict[str, int]:
+    """Count the parameters of each group, buffers excluded; the sum is the model's number of parameters.
+
+    Args:
+        model: on any device, the meta device too.
+
+    Raises:
+        InputError: as `parameter_groups` does.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {name: sum(sizes.get(tensor, 0) for tensor in held) for name, held in parameter_groups(model).items()}
+
+
+def select_groups(groups: Mapping[str, list[str]], wanted: Sequence[str]) -> list[str]:
+    """Find the groups that selectors mean.
+
+    A selector is a group's name ("encoder.latent_head"), or the beginning of several up to a dot ("decoder",
+    "encoder.stages"). In place of a number a negative one counts from the end, in the order of the groups:
+    "encoder.stages.-1" is the last stage, "encoder.stages.-2" the one before.
+
+    Args:
+        groups: as `parameter_groups` gives them.
+        wanted: the selectors, at least one.
+
+    Returns:
+        The groups' full names, each once, in the order of `groups`.
+
+    Raises:
+        InputError: a selector means no group; or there is no selector.
+    """
+    if isinstance(wanted, str):
+        raise InputError(f"parameter groups are given as a list, such as [{wanted!r}]")
+    if not wanted:
+        raise InputError(f"no parameter group is named; name at least one of {', '.join(_selectors(groups))}")
+    chosen: set[str] = set()
+    for selector in wanted:
+        meant = _meant_by(selector, groups)
+        if not meant:
+            raise unknown_name("parameter group", selector, _selectors(groups))
+        chosen.update(meant)
+    return [name for name in groups if name in chosen]
+
+
+def _declared(module: nn.Module, owner: str) -> dict[str, list[str]]:
+    """Call a class's method `parameter_groups`, and check the form of what it gives."""
+    try:
+        declared = module.parameter_groups()  # type: ignore[operator]
+    except InputError:
+        raise
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"parameter_groups of {owner} raised {message}") from error
+    if not isinstance(declared, Mapping):
+        raise InputError(f"parameter_groups of {owner} gives a {type(declared).__name__}, not a dict of names to lists")
+    for name, prefixes in declared.items():
+        if not isinstance(name, str) or not _GROUP_NAME.fullmatch(name):
+            raise InputError(f"parameter_groups of {owner} names a group {name!r}; use letters, digits, _, - and dots")
+        if not isinstance(prefixes, list | tuple) or not all(isinstance(prefix, str) for prefix in prefixes):
+            raise InputError(f"parameter_groups of {owner} gives {prefixes!r} for {name!r}, not a list of names")
+    return {name: list(prefixes) for name, prefixes in declared.items()}
+
+
+def _sort(tensors: Sequence[str], declared: Mapping[str, Sequence[str]], owner: str) -> dict[str, list[str]]:
+    """Give each declared group the tensors that it holds, in the order of `tensors`."""
+    group_of: dict[str, str] = {}
+    for group, prefixes in declared.items():
+        for prefix in prefixes:
+            held = [tensor for tensor in tensors if tensor == prefix or tensor.startswith(f"{prefix}.")]
+            if not held:
+                raise InputError(f"parameter_groups of {owner}: {group!r} holds {prefix!r}, which is no tensor's name")
+            for tensor in held:
+                if group_of.setdefault(tensor, group) != group:
+                    raise InputError(
+                        f"parameter_groups of {owner}: tensor {tensor!r} is in both {group_of[tensor]!r} and {group!r}"
+                    )
+    for tensor in tensors:
+        if tensor not in group_of:
+            raise InputError(f"parameter_groups of {owner}: tensor {tensor!r} is in no group")
+    return {group: [tensor for tensor in tensors if group_of[tensor] == group] for group in declared}
+
+
+def _meant_by(selector: str, names: Iterable[str]) -> list[str]:
+    candidates = [name.split(".") for name in names]
+    resolved = []
+    for place, step in enumerate(str(selector).split(".")):
+        candidates = [steps for steps in candidates if len(steps) > place]
+        if _INDEX_FROM_END.fullmatch(step):
+            numbers = list(dict.fromkeys(steps[place] for steps in candidates if steps[place].isdecimal()))
+            if len(numbers) < -int(step):
+                return []
+            step = numbers[int(step)]
+        candidates = [steps for steps in candidates if steps[place] == step]
+        resolved.append(step)
+    # A name of its own means that group alone, also where others begin with it.
+    return [".".join(steps) for steps in candidates if steps == resolved] or [".".join(steps) for steps in candidates]
+
+
+def _selectors(groups: Iterable[str]) -> list[str]:
+    """Every selector without an index from the end: the groups' names and what they begin with."""
+    selectors: dict[str, None] = {}
+    for name in groups:
+        steps = name.split(".")
+        selectors.update(dict.fromkeys(".".join(steps[:count]) for count in range(1, len(steps) + 1)))
+    return list(selectors)

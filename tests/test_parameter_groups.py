@@ -1,0 +1,438 @@
+"""Named parameter groups: every tensor in exactly one, named for what it does; and the selectors that choose them."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae.autoencoder import build_without_weights
+from dc_ssdae.networks import KLEncoder, UViTDecoder
+from dc_ssdae.networks.blocks import ConditionedResidualBlock
+from dc_ssdae.networks.dc_encoder import EfficientViTBlock, ResBlock
+from dc_ssdae.networks.kl_encoder import KLResidualBlock
+from dc_ssdae.parameter_groups import group_sizes, parameter_groups, select_groups
+from dc_ssdae.presets import list_presets
+
+HERE = __name__
+
+LATENT_INPUTS = [
+    *(f"latent_norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+    *(f"{name}.{kind}" for name in ("latent_in", "context.0", "context.2") for kind in ("weight", "bias")),
+]
+UP_BLOCK = ["norm1.scale_shift", "conv1", "norm2", "conv2", "shortcut"]
+HEAD = [
+    f"{name}.{kind}"
+    for name in (*(f"up.3.blocks.{index}.{name}" for index in (0, 1) for name in UP_BLOCK), "norm_out", "conv_out")
+    for kind in ("weight", "bias")
+]
+
+SMALL_DECODER = {
+    "channels": 8,
+    "multipliers": [1, 1, 1, 1],
+    "norm_groups": 4,
+    "middle_layers": 1,
+    "blocks_per_level": 1,
+    "window_radius": 2,
+}
+SMALL_ENCODERS: dict[str, dict[str, Any]] = {
+    "DC, stage 0 without blocks": {
+        "class_path": "DCEncoder",
+        "init_args": {
+            "widths": [8, 8, 8, 32],
+            "depths": [0, 1, 2, 1],
+            "block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"],
+        },
+    },
+    "DC, stage 0 with blocks": {
+        "class_path": "DCEncoder",
+        "init_args": {"widths": [8] * 4, "depths": [1, 1, 1, 2], "block_types": ["ResBlock"] * 4, "norm": "none"},
+    },
+    "KL": {"class_path": "KLEncoder", "init_args": {"channels": 8, "norm_groups": 4, "blocks_per_level": 1}},
+}
+
+DECODER_GROUPS = [
+    *("latent_inputs", "image_inputs", "down.0", "down.1", "down.2", "down.3"),
+    *("middle", "up.3", "up.2", "up.1", "head"),
+]
+
+each_preset = pytest.mark.parametrize("name", list_presets())
+each_encoder = pytest.mark.parametrize("encoder", SMALL_ENCODERS.values(), ids=list(SMALL_ENCODERS))
+
+
+class TwoPartEncoder(nn.Module):
+    """A user's encoder that names no groups."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int, declared=None) -> None:
+        super().__init__()
+        self.declared = declared
+        self.patch = nn.Sequential(nn.Conv2d(3, 8, downsample_factor, downsample_factor), nn.BatchNorm2d(8))
+        self.patch2 = nn.Conv2d(8, 8, 1)
+        self.out = nn.Conv2d(8, 2 * latent_channels, 1)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian.from_moments(self.out(self.patch2(self.patch(x))))
+
+
+class NamingEncoder(TwoPartEncoder):
+    """One that names those it is told to."""
+
+    def parameter_groups(self) -> Any:
+        return self.declared
+
+
+class RaisingEncoder(TwoPartEncoder):
+    def parameter_groups(self) -> Any:
+        raise KeyError("no\nsuch thing")
+
+
+class LongerDecoder(UViTDecoder):
+    """One that inherits the names and adds a layer."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.extra = nn.Conv2d(3, 3, 1)
+
+
+class LearntDynamics(nn.Module):
+    """A dynamics with a parameter; only what building a model asks for."""
+
+    conditions_on_time, noise_level = False, 0.0
+
+    def __init__(self, strength: float = 1.0) -> None:
+        super().__init__()
+        self.strength = nn.Parameter(torch.full((3,), strength))
+
+    def sample_level(self) -> None: ...
+
+    def corrupt(self) -> None: ...
+
+    def clean_estimate(self) -> None: ...
+
+    def loss(self) -> None: ...
+
+
+def preset(name: str, **settings: Any) -> DCSSDAE:
+    with torch.device("meta"):
+        return DCSSDAE.from_preset(name, **settings)
+
+
+def build(encoder: str | Mapping[str, Any] = "TwoPartEncoder", declared: Any = None, **given: Any) -> DCSSDAE:
+    """A small model, by default with an encoder of this file."""
+    if isinstance(encoder, str):
+        encoder = {"class_path": f"{HERE}.{encoder}", "init_args": {"declared": declared}}
+    decoder = {"class_path": "UViTDecoder", "init_args": SMALL_DECODER}
+    return DCSSDAE(**{"latent_channels": 4, "downsample_factor": 8, "encoder": encoder, "decoder": decoder, **given})
+
+
+def refusal(model: DCSSDAE) -> str:
+    with pytest.raises(InputError) as error:
+        parameter_groups(model)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@each_preset
+def test_every_tensor_of_a_preset_is_in_exactly_one_group(name: str) -> None:
+    model = preset(name)
+    groups, sizes = parameter_groups(model), group_sizes(model)
+    held = [tensor for tensors in groups.values() for tensor in tensors]
+    assert sorted(held) == sorted(model.state_dict())
+    for group, tensors in groups.items():
+        assert tensors
+        assert {tensor.split(".")[0] for tensor in tensors} == {group.split(".")[0]}
+    assert list(sizes) == list(groups)
+    for part in ("encoder", "decoder"):
+        counted = sum(size for group, size in sizes.items() if group.startswith(f"{part}."))
+        assert counted == sum(parameter.numel() for parameter in getattr(model, part).parameters())
+    assert sum(sizes.values()) == model.num_parameters()
+
+
+def test_sums_of_the_papers_configurations() -> None:
+    """As the original builds them: without norms in the DC encoder, and with a window of 15×15."""
+
+    def sums(name: str, **encoder: Any) -> tuple[int, int]:
+        sizes = group_sizes(preset(name, encoder=encoder, decoder={"window_radius": 7}))
+        parts = [group.split(".")[0] for group in sizes]
+        encoder_sum, decoder_sum = (
+            sum(size for part, size in zip(parts, sizes.values(), strict=True) if part == wanted)
+            for wanted in ("encoder", "decoder")
+        )
+        return encoder_sum, decoder_sum
+
+    assert sums("vq_f8c4_fm") == (34_163_664, 14_091_979)
+    assert sums("dc_f32c32_fm", norm="none") == (227_986_240, 14_116_227)
+    assert sums("dc_f32c32_eqm", norm="none") == (227_986_240, 12_800_195)
+
+
+def test_names_are_in_network_order() -> None:
+    dc = ["input", *(f"stages.{index}" for index in range(1, 6)), "latent_head"]
+    kl = ["input", *(f"stages.{index}" for index in range(4)), "latent_head"]
+    timed = [*DECODER_GROUPS[:2], "time", *DECODER_GROUPS[2:]]
+    for name, encoder, decoder in (
+        ("dc_f32c32_eqm", dc, DECODER_GROUPS),
+        ("dc_f32c32_fm", dc, timed),
+        ("dcae_sana_f32c32_eqm", ["input", "stages.0", *dc[1:]], DECODER_GROUPS),
+        ("vq_f8c4_fm", kl, timed),
+    ):
+        expected = [*(f"encoder.{group}" for group in encoder), *(f"decoder.{group}" for group in decoder)]
+        assert list(parameter_groups(preset(name))) == expected
+
+
+def test_sizes_worked_out_by_hand() -> None:
+    """Of the f32 model with 32 channels: from the widths 1024 of the encoder, 64 and 96 of the decoder."""
+    sizes = group_sizes(preset("dc_f32c32_eqm"))
+    conv3 = 9 * 1024 * 1024
+    assert sizes["encoder.stages.5"] == 4 * (2 * conv3 + 3 * 1024)  # a bias and the norm's weight and bias
+    assert sizes["encoder.stages.4"] == sizes["encoder.stages.5"] + 9 * 1024 * 256 + 256
+    assert sizes["encoder.latent_head"] == 9 * 1024 * 64 + 64
+    assert sizes["decoder.latent_inputs"] == 2 * 32 + (9 * 32 * 32 + 32) + (9 * 32 * 64 + 64) + (9 * 64 * 64 + 64)
+
+
+def test_latent_inputs_and_head_of_a_small_decoder() -> None:
+    groups = parameter_groups(build())
+    assert groups["decoder.latent_inputs"] == [f"decoder.{name}" for name in LATENT_INPUTS]
+    assert groups["decoder.head"] == [f"decoder.{name}" for name in HEAD]
+    assert groups["decoder.middle"][0] == "decoder.middle.norm.weight"
+    assert not any("time" in name for name in groups)
+
+
+def test_time_is_a_group_with_flow_matching_alone() -> None:
+    groups = parameter_groups(build(dynamics={"class_path": "FlowMatching"}))
+    layers = [f"decoder.time_embedding.linear{index}.{kind}" for index in (1, 2) for kind in ("weight", "bias")]
+    assert groups["decoder.time"] == layers
+
+
+@each_encoder
+def test_numbers_are_the_levels_that_blocks_work_at(encoder: Mapping[str, Any]) -> None:
+    """Level k works at 1/2^k of the image's sides; the head at full resolution."""
+    model = build(encoder).eval()
+    group_of = {tensor: group for group, tensors in parameter_groups(model).items() for tensor in tensors}
+    sides: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ConditionedResidualBlock | ResBlock | EfficientViTBlock | KLResidualBlock):
+            module.register_forward_hook(lambda _, __, y, name=name: sides.update({name: y.shape[-1]}))
+    model(torch.rand(1, 3, 32, 32))
+    assert {name.split(".")[0] for name in sides} == {"encoder", "decoder"}
+    for name, side in sides.items():
+        (group,) = {group for tensor, group in group_of.items() if tensor.startswith(f"{name}.")}
+        level = 0 if group == "decoder.head" else int(group.rpartition(".")[2])
+        assert side == 32 // 2**level, f"{name} in {group}"
+
+
+def test_meta_device_and_float16_change_nothing() -> None:
+    model = build()
+    twin = build_without_weights(model.config)
+    assert next(twin.parameters()).is_meta
+    assert parameter_groups(twin) == parameter_groups(model) == parameter_groups(build().half())
+    assert group_sizes(twin) == group_sizes(model)
+
+
+class TestUsersClasses:
+    def test_without_the_method_a_class_is_one_group(self) -> None:
+        model = build()
+        groups = parameter_groups(model)
+        assert list(groups) == ["encoder", *(f"decoder.{name}" for name in DECODER_GROUPS)]
+        assert groups["encoder"] == [name for name in model.state_dict() if name.startswith("encoder.")]
+        assert "encoder.patch.1.running_mean" in groups["encoder"]
+        assert select_groups(groups, ["encoder"]) == ["encoder"]
+
+    def test_with_the_method(self) -> None:
+        declared = {"trunk.2": ["patch2"], "empty": [], "trunk.1": ["patch"], "latent-head": ["out.weight", "out.bias"]}
+        model = build("NamingEncoder", declared)
+        groups = {name: held for name, held in parameter_groups(model).items() if name.startswith("encoder")}
+        # "patch" does not begin "patch2", and a group that holds nothing is none.
+        assert list(groups) == ["encoder.trunk.2", "encoder.trunk.1", "encoder.latent-head"]
+        assert groups["encoder.trunk.2"] == ["encoder.patch2.weight", "encoder.patch2.bias"]
+        assert len(groups["encoder.trunk.1"]) == 2 + 5
+        sizes = group_sizes(model)
+        assert sizes["encoder.trunk.1"] == 3 * 8 * 8 * 8 + 8 + 2 * 8  # the statistics are no parameters
+        assert sizes["encoder.latent-head"] == 8 * 8 + 8
+        assert sum(sizes.values()) == model.num_parameters()
+
+    @pytest.mark.parametrize(
+        ("declared", "message"),
+        [
+            ({"a": ["patch", "patch2"]}, "tensor 'out.weight' is in no group"),
+            ({"a": ["patch", "patch2", "out.weight"]}, "tensor 'out.bias' is in no group"),
+            ({"a": ["patch", "out"], "b": ["patch2", "out.bias"]}, "tensor 'out.bias' is in both 'a' and 'b'"),
+            ({"a": ["patch", "out", "patch2", "pa"]}, "'a' holds 'pa', which is no tensor's name"),
+            ({"a": ["patch", "out", "patch2", ""]}, "'a' holds '', which is no tensor's name"),
+            ({"a": ["encoder.patch", "out", "patch2"]}, "'a' holds 'encoder.patch', which is no tensor's name"),
+            ({"a": "patch"}, "gives 'patch' for 'a', not a list of names"),
+            ({"a": [1]}, "gives [1] for 'a', not a list of names"),
+            ({"": ["patch"]}, "names a group ''; use letters, digits, _, - and dots"),
+            ({"a..b": ["patch"]}, "names a group 'a..b'; use"),
+            ({"stages.-1": ["patch"]}, "names a group 'stages.-1'; use"),
+            ({"a\n": ["patch"]}, "names a group 'a\\n'; use"),
+            (["patch", "out"], "gives a list, not a dict of names to lists"),
+            (None, "gives a NoneType, not a dict of names to lists"),
+        ],
+    )
+    def test_broken_declarations_are_one_line(self, declared: Any, message: str) -> None:
+        line = refusal(build("NamingEncoder", declared))
+        assert line.startswith(f"parameter_groups of encoder {HERE}.NamingEncoder")
+        assert message in line
+
+    def test_a_method_that_raises_is_one_line(self) -> None:
+        line = refusal(build("RaisingEncoder"))
+        assert line.startswith(f"parameter_groups of encoder {HERE}.RaisingEncoder raised KeyError: ")
+
+    def test_an_inherited_method_must_know_what_is_added(self) -> None:
+        decoder = {"class_path": f"{HERE}.LongerDecoder", "init_args": SMALL_DECODER}
+        line = refusal(build(decoder=decoder))
+        assert line == f"parameter_groups of decoder {HERE}.LongerDecoder: tensor 'extra.weight' is in no group"
+
+    def test_a_dynamics_with_parameters_is_a_group(self) -> None:
+        model = build(dynamics={"class_path": f"{HERE}.LearntDynamics"})
+        groups = parameter_groups(model)
+        assert list(groups)[-1] == "dynamics"
+        assert groups["dynamics"] == ["dynamics.strength"]
+        assert group_sizes(model)["dynamics"] == 3
+        assert sum(group_sizes(model).values()) == model.num_parameters()
+
+    def test_a_part_without_tensors_is_no_group(self) -> None:
+        model = build()
+        model.encoder = nn.Identity()
+        assert list(parameter_groups(model)) == [f"decoder.{name}" for name in DECODER_GROUPS]
+
+    def test_more_levels_than_nine_are_told_apart(self) -> None:
+        """ "stages.1" is not the beginning of "stages.10"."""
+        encoder = KLEncoder(4, 2**10, channels=4, norm_groups=4, multipliers=[1] * 11, blocks_per_level=1)
+        model = build()
+        model.encoder = encoder
+        model.register_to_config(encoder={"class_path": "KLEncoder"})
+        groups = parameter_groups(model)
+        assert all(tensor.startswith("encoder.down.1.") for tensor in groups["encoder.stages.1"])
+        assert select_groups(groups, ["encoder.stages.1"]) == ["encoder.stages.1"]
+        assert select_groups(groups, ["encoder.stages.-1"]) == ["encoder.stages.10"]
+
+
+class TestSelecting:
+    GROUPS: Mapping[str, list[str]] = {
+        name: []
+        for name in (
+            *("encoder.input", "encoder.stages.0", "encoder.stages.9", "encoder.stages.10", "encoder.latent_head"),
+            *("decoder.down.0", "decoder.down.1", "decoder.middle", "decoder.up.3", "decoder.up.1", "decoder.head"),
+        )
+    }
+
+    @pytest.mark.parametrize(
+        ("wanted", "expected"),
+        [
+            (["encoder.latent_head"], ["encoder.latent_head"]),
+            (["encoder.stages"], ["encoder.stages.0", "encoder.stages.9", "encoder.stages.10"]),
+            (["encoder.stages.-1"], ["encoder.stages.10"]),
+            (["encoder.stages.-3"], ["encoder.stages.0"]),
+            (["encoder.stages.-2", "encoder.stages.9"], ["encoder.stages.9"]),
+            (["decoder.up.-1"], ["decoder.up.1"]),  # the last that data pass through
+            (["decoder.up"], ["decoder.up.3", "decoder.up.1"]),
+            (["decoder.head", "encoder.stages.10"], ["encoder.stages.10", "decoder.head"]),
+            (["decoder", "encoder"], list(GROUPS)),
+        ],
+    )
+    def test_meaning(self, wanted: list[str], expected: list[str]) -> None:
+        assert select_groups(self.GROUPS, wanted) == expected
+
+    @pytest.mark.parametrize(
+        ("selector", "suggestion"),
+        [
+            ("econder", "encoder"),
+            ("encoder.stage", "encoder.stages"),
+            ("encoder.latent_haed", "encoder.latent_head"),
+            ("encoder.stages.1", "encoder.stages.10"),
+            ("encoder.", "encoder"),
+        ],
+    )
+    def test_a_typo_gets_a_suggestion(self, selector: str, suggestion: str) -> None:
+        with pytest.raises(InputError) as error:
+            select_groups(self.GROUPS, ["encoder.input", selector])
+        hint = f"unknown parameter group {selector!r} (did you mean {suggestion!r}?); accepted: decoder, decoder."
+        assert str(error.value).startswith(hint)
+        for name in self.GROUPS:
+            assert name in str(error.value)
+
+    @pytest.mark.parametrize(
+        "selector",
+        [
+            "encoder.stages.-4",
+            "encoder.stages.-0",
+            "encoder.-1",
+            "encoder.stages.-1.0",
+            "encoder.stages.-" + 5000 * "9",
+        ],
+        ids=lambda selector: selector[:20],
+    )
+    def test_an_index_that_is_not_there(self, selector: str) -> None:
+        with pytest.raises(InputError, match=f"unknown parameter group '{re.escape(selector)}'"):
+            select_groups(self.GROUPS, [selector])
+
+    def test_no_selector(self) -> None:
+        with pytest.raises(InputError, match=r"^no parameter group is named; name at least one of encoder, encoder\."):
+            select_groups(self.GROUPS, [])
+
+    def test_a_string_in_place_of_a_list(self) -> None:
+        with pytest.raises(InputError, match=r"as a list, such as \['encoder'\]"):
+            select_groups(self.GROUPS, "encoder")
+
+    def test_an_exact_name_means_that_group_alone(self) -> None:
+        names = ("encoder.trunk", "encoder.trunk.out", "encoder.1", "encoder.1.a")
+        groups: dict[str, list[str]] = {name: [] for name in names}
+        assert select_groups(groups, ["encoder.trunk"]) == ["encoder.trunk"]
+        assert select_groups(groups, ["encoder.-1"]) == select_groups(groups, ["encoder.1"]) == ["encoder.1"]
+
+
+STEPS = st.sampled_from(["encoder", "stages", "stage", "up", "0", "1", "2", "10"])
+NAMES = st.lists(st.lists(STEPS, min_size=1, max_size=4).map(".".join), unique=True, min_size=1, max_size=12)
+
+
+def by_prefix(names: list[str], selector: str) -> list[str]:
+    return [selector] if selector in names else [name for name in names if f"{name}.".startswith(f"{selector}.")]
+
+
+@given(names=NAMES, data=st.data())
+def test_selectors_mean_names_and_their_beginnings(names: list[str], data: st.DataObject) -> None:
+    beginnings = st.sampled_from(names).flatmap(
+        lambda name: st.sampled_from([name, *(name[: place.start()] for place in re.finditer(r"\.", name))])
+    )
+    wanted = data.draw(st.lists(beginnings, min_size=1, max_size=4))
+    meant = {name for selector in wanted for name in by_prefix(names, selector)}
+    assert select_groups({name: [] for name in names}, wanted) == [name for name in names if name in meant]
+
+
+@given(names=NAMES, data=st.data())
+def test_an_index_from_the_end_is_the_number_it_stands_for(names: list[str], data: st.DataObject) -> None:
+    """At any place of a name, counted in the order of the groups and not of the numbers."""
+    steps = data.draw(st.sampled_from(names)).split(".")
+    place = data.draw(st.integers(0, len(steps) - 1))
+    siblings = [
+        other[place]
+        for other in (name.split(".") for name in names)
+        if len(other) > place and other[:place] == steps[:place] and other[place].isdecimal()
+    ]
+    numbers = list(dict.fromkeys(siblings))
+    groups: dict[str, list[str]] = {name: [] for name in names}
+    for back in range(1, len(numbers) + 1):
+        prefix = steps[:place]
+        counted, plain = ".".join([*prefix, f"-{back}"]), ".".join([*prefix, numbers[-back]])
+        assert select_groups(groups, [counted]) == by_prefix(names, plain)
+    with pytest.raises(InputError):
+        select_groups(groups, [".".join([*steps[:place], f"-{len(numbers) + 1}"])])
+
+
+@given(names=NAMES, selector=st.text(max_size=20) | st.from_regex(r"\A(encoder|stages|-?\d*|\.){0,5}\Z"))
+@example(names=["encoder"], selector="encoder\n")
+@example(names=["encoder.0"], selector="encoder.-٣")
+def test_any_other_text_is_refused_in_one_line(names: list[str], selector: str) -> None:
+    assume(
+        not by_prefix(names, selector) and not re.search(r"(^|\.)-[1-9]", selector)
+    )  # what the tests above are about
+    with pytest.raises(InputError) as error:
+        select_groups({name: [] for name in names}, [selector])
+    assert str(error.value).startswith("unknown parameter group ")
+    assert len(str(error.value).splitlines()) == 1
