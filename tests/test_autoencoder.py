@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dc_ssdae import DCSSDAE, InputError
-from dc_ssdae.autoencoder import COMPONENTS
-from dc_ssdae.latent import draw_noise
+from dc_ssdae.autoencoder import COMPONENTS, NOT_MEASURED, write_latent_statistics
+from dc_ssdae.latent import LatentStatistics, draw_noise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FACTORS = [8, 16, 32, 64, 128]
@@ -364,7 +365,7 @@ class TestSaving:
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         names = {name for name in config if not name.startswith("_")}
-        assert names == {"latent_channels", "downsample_factor", *COMPONENTS}
+        assert names == {"latent_channels", "downsample_factor", *COMPONENTS, *NOT_MEASURED}
         # Under this key diffusers keeps a list of settings which it drops from the config on reload.
         assert "_use_default_values" not in {*config, *model.config}
         handed_over = {"latent_channels", "downsample_factor", "time_conditioning"}
@@ -395,6 +396,137 @@ class TestSaving:
         assert model.config.latent_channels == 4
         assert isinstance(model.encoder, torch.nn.Module)
         assert isinstance(model.decoder, torch.nn.Module)
+
+
+STATISTICS = LatentStatistics([0.5, -1.0, 0.25, 1e-7], [1.0, 2.0, 0.0, 0.1], 1000)
+
+
+class TestLatentStatistics:
+    def settings(self, config: Any) -> dict[str, Any]:
+        return {name: config[name] for name in NOT_MEASURED}
+
+    def test_defaults_are_numbers_that_change_nothing(self, saved: tuple[DCSSDAE, Path]) -> None:
+        """diffusers' pipelines multiply by scaling_factor: it must be a float and not None."""
+        assert self.settings(saved[0].config) == NOT_MEASURED
+        assert type(saved[0].config.scaling_factor) is float
+        parameters = inspect.signature(DCSSDAE).parameters
+        assert {name: parameters[name].default for name in NOT_MEASURED} == NOT_MEASURED
+
+    def test_survive_saving_and_loading(self, tmp_path: Path) -> None:
+        model = tiny()
+        before = {name: value for name, value in model.config.items() if name not in NOT_MEASURED}
+        model.set_latent_statistics(STATISTICS)
+        assert self.settings(model.config) == STATISTICS.settings()
+        assert {name: value for name, value in model.config.items() if name not in NOT_MEASURED} == before
+        model.save_pretrained(tmp_path / "first")
+        loaded = DCSSDAE.from_pretrained(tmp_path / "first")
+        assert self.settings(loaded.config) == STATISTICS.settings()
+        loaded.save_pretrained(tmp_path / "second")
+        assert self.settings(json.loads((tmp_path / "second" / "config.json").read_text())) == STATISTICS.settings()
+        assert self.settings(DCSSDAE.from_config(model.config).config) == STATISTICS.settings()
+        assert self.settings(copy.deepcopy(model).config) == STATISTICS.settings()
+
+    def test_are_settings_of_a_preset_and_whole_numbers_become_floats(self) -> None:
+        with torch.device("meta"):
+            model = DCSSDAE.from_preset("demo", scaling_factor=2, latents_mean=[0, 1, 2, 3], latents_std=[1, 1, 1, 0])
+        assert model.config.scaling_factor == 2.0
+        values = [model.config.scaling_factor, *model.config.latents_mean, *model.config.latents_std]
+        assert {type(value) for value in values} == {float}
+
+    @torch.no_grad()
+    def test_change_neither_latents_nor_images(self) -> None:
+        model, x = tiny(), image()
+        z, y = model.encode(x).latent_dist.mean, model(x).sample
+        model.set_latent_statistics(STATISTICS)
+        assert torch.equal(model.encode(x).latent_dist.mean, z)
+        assert torch.equal(model(x).sample, y)
+
+    def test_a_folder_from_before_there_were_any_loads(self, copied: Path) -> None:
+        config = json.loads((copied / "config.json").read_text())
+        old = {name: value for name, value in config.items() if name not in NOT_MEASURED}
+        assert len(old) == len(config) - 4
+        (copied / "config.json").write_text(json.dumps(old))
+        assert self.settings(DCSSDAE.from_pretrained(copied).config) == NOT_MEASURED
+        write_latent_statistics(copied, STATISTICS)
+        assert self.settings(DCSSDAE.from_pretrained(copied).config) == STATISTICS.settings()
+
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ({"scaling_factor": "1"}, "scaling_factor is '1'"),
+            ({"scaling_factor": None}, "scaling_factor is None"),
+            ({"scaling_factor": True}, "scaling_factor is True"),
+            ({"scaling_factor": 0.0}, "scaling_factor is 0.0; it must be above 0"),
+            ({"scaling_factor": -1.0}, "scaling_factor is -1.0"),
+            ({"scaling_factor": float("inf")}, "scaling_factor is inf"),
+            ({"scaling_factor": 10**400}, "scaling_factor is inf"),
+            ({"shift_factor": float("nan")}, "shift_factor is nan"),
+            ({"shift_factor": [0.0]}, "shift_factor is [0.0]"),
+            ({"latents_mean": 0.0}, "latents_mean is 0.0"),
+            ({"latents_mean": [0.0] * 3}, "latents_mean has 3 numbers"),
+            ({"latents_mean": [0.0, 0.0, None, 0.0]}, "latents_mean[2] is None"),
+            ({"latents_mean": [0.0, 0.0, True, 0.0]}, "latents_mean[2] is True"),
+            ({"latents_mean": [0.0, float("nan"), 0.0, 0.0]}, "latents_mean[1] is nan"),
+            ({"latents_std": [1.0] * 5}, "latents_std has 5 numbers"),
+            ({"latents_std": [1.0, 1.0, 1.0, -0.1]}, "latents_std[3] is -0.1"),
+            ({"latents_std": {"0": 1.0}}, "latents_std is {'0': 1.0}"),
+        ],
+        ids=str,
+    )
+    def test_wrong_values_are_named_in_one_line(self, given: dict[str, Any], named: str, copied: Path) -> None:
+        with torch.device("meta"), pytest.raises(InputError) as error:
+            DCSSDAE.from_preset("demo", **given)
+        assert named in str(error.value)
+        assert "\n" not in str(error.value)
+        config = json.loads((copied / "config.json").read_text())
+        (copied / "config.json").write_text(json.dumps({**config, **given}))
+        assert named in refusal(copied)
+
+    def test_of_another_number_of_channels(self, copied: Path) -> None:
+        statistics = LatentStatistics([0.0] * 3, [1.0] * 3, 5)
+        with pytest.raises(InputError, match="3 channels; this model has 4"):
+            tiny().set_latent_statistics(statistics)
+        before = (copied / "config.json").read_bytes()
+        with pytest.raises(InputError, match=r"3 channels; .*config\.json has 4"):
+            write_latent_statistics(copied, statistics)
+        assert (copied / "config.json").read_bytes() == before
+        with pytest.raises(InputError, match=r"config\.json is missing"):
+            write_latent_statistics(copied.parent, STATISTICS)
+
+    def test_writing_keeps_all_else(self, copied: Path) -> None:
+        path = copied / "config.json"
+        path.chmod(0o640)
+        before, weights = json.loads(path.read_text()), (copied / WEIGHTS).read_bytes()
+        write_latent_statistics(copied, STATISTICS)
+        after = json.loads(path.read_text())
+        assert {**before, **STATISTICS.settings()} == after
+        assert list(after) == sorted(after)
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert (copied / WEIGHTS).read_bytes() == weights
+        assert {file.name for file in copied.iterdir()} == {"config.json", WEIGHTS}
+        write_latent_statistics(copied, None)
+        assert json.loads(path.read_text()) == before
+
+    def test_the_order_of_a_config_written_by_hand_stays(self, copied: Path) -> None:
+        path = copied / "config.json"
+        config = dict(sorted(json.loads(path.read_text()).items(), reverse=True))
+        path.write_text(json.dumps(config))
+        write_latent_statistics(copied, STATISTICS)
+        assert list(json.loads(path.read_text())) == list(config)
+
+    @pytest.mark.parametrize("failing", ["replace", "fsync"])
+    def test_a_disk_that_fails_leaves_the_old_file(
+        self, failing: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        before = (copied / "config.json").read_bytes()
+        monkeypatch.setattr(os, failing, fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_latent_statistics(copied, STATISTICS)
+        assert (copied / "config.json").read_bytes() == before
+        assert {file.name for file in copied.iterdir()} == {"config.json", WEIGHTS}
 
 
 def build(**settings: Any) -> DCSSDAE:

@@ -1,5 +1,6 @@
-"""The diagonal Gaussian against torch.distributions, and the noise that does not depend on the batch."""
+"""The diagonal Gaussian against torch.distributions, noise that does not depend on the batch, and statistics."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from dc_ssdae import DiagonalGaussian, InputError
-from dc_ssdae.latent import draw_noise
+from dc_ssdae.latent import LatentMoments, LatentStatistics, draw_noise
 
 
 def test_kl_equals_torch_distributions() -> None:
@@ -157,3 +158,165 @@ def test_noise_that_does_not_fit_is_refused(logvar: torch.Tensor | None) -> None
         posterior.sample(noise=torch.zeros(1, 3, 4, 5))
     with pytest.raises(InputError, match="noise or generator, not both"):
         posterior.sample(torch.Generator(), noise=torch.zeros(2, 3, 4, 5))
+
+
+def gaussians(
+    batch: int = 12, channels: int = 3, side: int = 4, mean: float = 0.0, std: float = 1.0
+) -> DiagonalGaussian:
+    """Gaussians in float64 with another mean and spread in each channel."""
+    scale = std * torch.arange(1, channels + 1, dtype=torch.float64).view(1, -1, 1, 1)
+    mu = mean + scale * (1.0 + torch.randn(batch, channels, side, side, dtype=torch.float64))
+    return DiagonalGaussian(mu, (0.5 * scale).square().log() + 0.3 * torch.randn_like(mu))
+
+
+def part(posterior: DiagonalGaussian, which: slice) -> DiagonalGaussian:
+    return DiagonalGaussian(posterior.mean[which], None if posterior.logvar is None else posterior.logvar[which])
+
+
+def measured(*posteriors: DiagonalGaussian) -> LatentMoments:
+    moments = LatentMoments(posteriors[0].mean.shape[1])
+    for posterior in posteriors:
+        moments.add(posterior)
+    return moments
+
+
+def assert_same(one: LatentStatistics, other: LatentStatistics, rtol: float = 1e-12) -> None:
+    assert one.count == other.count
+    for mine, theirs in ((one.mean, other.mean), (one.std, other.std)):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), atol=1e-12, rtol=rtol)
+
+
+class TestStatistics:
+    def test_equal_those_of_very_many_samples(self) -> None:
+        posterior = gaussians()
+        generator = torch.Generator().manual_seed(3)
+        samples = torch.stack([posterior.sample(generator) for _ in range(4000)]).transpose(0, 2).flatten(1)
+        statistics = measured(posterior).statistics()
+        assert statistics.count == 12
+        torch.testing.assert_close(samples.mean(dim=1), torch.tensor(statistics.mean).double(), atol=0.01, rtol=0.0)
+        torch.testing.assert_close(samples.std(dim=1), torch.tensor(statistics.std).double(), atol=0.0, rtol=0.005)
+        normalised = (samples - statistics.shift_factor) * statistics.scaling_factor
+        assert abs(normalised.mean().item()) < 0.005
+        assert abs(normalised.std().item() - 1.0) < 0.005
+
+    def test_closed_form(self) -> None:
+        """Means -1 and 1 in half of the places each, and a variance of 3: in all a variance of 1 + 3."""
+        mean = torch.tensor([-1.0, 1.0]).repeat(8).view(2, 1, 2, 4) + torch.tensor([0.0, 10.0]).view(1, 2, 1, 1)
+        statistics = measured(DiagonalGaussian(mean, torch.full_like(mean, math.log(3.0)))).statistics()
+        assert statistics.mean == pytest.approx([0.0, 10.0], abs=1e-12)
+        assert statistics.std == pytest.approx([2.0, 2.0], rel=1e-6)
+        assert statistics.shift_factor == pytest.approx(5.0)
+        assert statistics.scaling_factor == pytest.approx(1.0 / math.sqrt(4.0 + 25.0), rel=1e-6)
+
+    def test_of_points_are_those_of_the_means(self) -> None:
+        mean = torch.randn(5, 3, 2, 6)
+        statistics = measured(DiagonalGaussian(mean)).statistics()
+        assert statistics.mean == pytest.approx(mean.double().mean(dim=(0, 2, 3)).tolist(), abs=1e-12)
+        assert statistics.std == pytest.approx(mean.double().std(dim=(0, 2, 3), correction=0).tolist(), rel=1e-12)
+
+    @pytest.mark.parametrize("std", [1e-2, 1e-6])
+    def test_a_large_mean_costs_no_digits(self, std: float) -> None:
+        """With sums of squares, 10^8 a value, nothing would be left of a variance of 10^-12."""
+        mu = 1e4 + std * torch.randn(20, 2, 5, 5, dtype=torch.float64)
+        statistics = measured(*(DiagonalGaussian(mu[start : start + 3]) for start in range(0, 20, 3))).statistics()
+        expected = (mu - 1e4).std(dim=(0, 2, 3), correction=0).tolist()
+        assert statistics.std == pytest.approx(expected, rel=1e-5)
+        assert statistics.mean == pytest.approx([1e4, 1e4], rel=1e-6)
+
+    def test_a_channel_that_never_changes_has_no_spread_at_all(self) -> None:
+        mu = torch.randn(9, 2, 3, 3, dtype=torch.float64)
+        mu[:, 1] = 12345.1
+        statistics = measured(*(DiagonalGaussian(mu[start : start + 2]) for start in range(0, 9, 2))).statistics()
+        assert statistics.std[1] == 0.0
+        assert statistics.std[0] > 0.5
+        assert math.isfinite(statistics.scaling_factor)
+
+    def test_do_not_depend_on_batches_or_their_order(self) -> None:
+        posterior = gaussians(mean=100.0)
+        whole = measured(posterior).statistics()
+        pieces = [part(posterior, slice(start, start + 5)) for start in (0, 5, 10)]
+        assert_same(measured(*pieces).statistics(), whole)
+        assert_same(measured(*reversed(pieces)).statistics(), whole)
+
+    def test_merge_in_any_order(self) -> None:
+        posterior = gaussians(mean=100.0)
+        whole = measured(posterior).statistics()
+        pieces = [measured(part(posterior, slice(start, start + 5))) for start in (0, 5, 10)]
+        for order in itertools.permutations(pieces):
+            total = LatentMoments(3)
+            for piece in order:
+                total.merge(piece)
+            assert_same(total.statistics(), whole)
+
+    @pytest.mark.parametrize("processes", [1, 2, 5])
+    def test_the_sum_of_all_states_is_the_state_of_all(self, processes: int) -> None:
+        """Also of a process without an image, as of the fifth here."""
+        posterior = gaussians(batch=4, mean=1e4)
+        states = []
+        for process in range(processes):
+            moments = LatentMoments(3)
+            moments.add(part(posterior, slice(process, None, processes)))
+            states.append(moments.state(process, processes))
+        total = torch.stack(states).sum(dim=0)
+        assert total.dtype == torch.float64
+        assert_same(LatentMoments.from_state(total).statistics(), measured(posterior).statistics())
+
+    def test_what_weighs_nothing_is_left_out_whatever_it_is(self) -> None:
+        posterior = gaussians(batch=4)
+        posterior.mean[1] = float("nan")
+        moments = LatentMoments(3)
+        moments.add(posterior, torch.tensor([1, 0, 1, 0]))
+        moments.add(posterior, torch.zeros(4))
+        assert_same(moments.statistics(), measured(part(posterior, slice(0, None, 2))).statistics())
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("where", ["mean", "logvar"])
+    def test_what_is_not_finite_is_refused(self, where: str, value: float) -> None:
+        posterior = gaussians()
+        tensor = posterior.mean if where == "mean" else posterior.logvar
+        assert tensor is not None
+        tensor[3, 1, 0, 0] = value
+        moments = measured(part(posterior, slice(0, 2)), posterior)
+        if where == "logvar" and value < 0:  # a variance of 0
+            assert moments.statistics().count == 14
+            return
+        with pytest.raises(InputError, match="not finite") as error:
+            LatentMoments.from_state(moments.state()).statistics()
+        assert "\n" not in str(error.value)
+
+    def test_none_of_no_image_and_of_a_collapsed_encoder(self) -> None:
+        with pytest.raises(InputError, match="no image"):
+            LatentMoments(3).statistics()
+        with pytest.raises(InputError, match="collapsed"):
+            measured(DiagonalGaussian(torch.full((4, 2, 3, 3), 0.1))).statistics()
+
+    def test_shapes_that_do_not_fit(self) -> None:
+        moments = LatentMoments(3)
+        with pytest.raises(InputError, match=r"\(B, 3, h, w\)"):
+            moments.add(gaussians(channels=2))
+        with pytest.raises(InputError, match="12 latents need as many weights"):
+            moments.add(gaussians(), torch.ones(3))
+        with pytest.raises(InputError, match="3 and 2 channels"):
+            moments.merge(LatentMoments(2))
+
+    @pytest.mark.parametrize(
+        ("mean", "std", "named"),
+        [
+            ([], [], "0 and 0"),
+            ([0.0], [1.0, 1.0], "1 and 2"),
+            ([float("nan")], [1.0], "not finite"),
+            ([0.0], [float("inf")], "not finite"),
+            ([0.0, 0.0], [1.0, -0.5], "-0.5"),
+            ([2.0, 2.0], [0.0, 0.0], "collapsed"),
+            ([0.0], [1e-320], "collapsed"),
+        ],
+    )
+    def test_numbers_that_are_none(self, mean: list[float], std: list[float], named: str) -> None:
+        with pytest.raises(InputError, match=named):
+            LatentStatistics(mean, std, 5)
+
+    def test_take_half_precision_on_the_way(self) -> None:
+        mean = torch.randn(50, 2, 8, 8)
+        low = measured(DiagonalGaussian(mean.bfloat16(), torch.zeros_like(mean).bfloat16())).statistics()
+        exact = measured(DiagonalGaussian(mean, torch.zeros_like(mean))).statistics()
+        assert low.std == pytest.approx(exact.std, rel=1e-3)

@@ -1,7 +1,11 @@
 """DCSSDAE: joins an encoder, a decoder and a dynamics; encode, decode, save, load."""
 
+import contextlib
 import inspect
 import json
+import math
+import os
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +34,7 @@ from dc_ssdae.components import (
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, check_at_least, check_type
-from dc_ssdae.latent import DiagonalGaussian, draw_noise
+from dc_ssdae.latent import DiagonalGaussian, LatentStatistics, draw_noise
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.presets import load_preset
 from dc_ssdae.samplers import euler, gradient_descent
@@ -45,9 +49,13 @@ __all__ = [
     "build_without_weights",
     "model_folder",
     "read_config",
+    "write_latent_statistics",
 ]
 
 DEFAULT_NOISE_SEED = 0
+
+NOT_MEASURED = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+"""The settings of a model whose latents' statistics are not known."""
 
 WEIGHTS = "diffusion_pytorch_model"
 """Stem of the names that diffusers gives weight files."""
@@ -98,6 +106,11 @@ class DCSSDAE(ModelMixin, ConfigMixin):
     none of them), and settings that JSON can hold. An encoder's forward gives a `DiagonalGaussian`; a decoder is
     called with x, z and time; a dynamics has what `dc_ssdae.dynamics.Dynamics` lists.
 
+    `encode` and `decode` speak of latents as they are. What a latent diffusion model is to be trained on is the
+    normalised latent, (z - latents_mean) / latents_std channel by channel or, with two numbers for all channels,
+    (z - shift_factor) · scaling_factor; undo it before `decode`. Where only scaling_factor is used, as in some of
+    diffusers' pipelines, the mean stays. `dc-ssdae stats` measures these settings and writes them into config.json.
+
     Args:
         latent_channels: c; handed to encoder and decoder.
         downsample_factor: f, a power of two from 8 on; handed to encoder and decoder.
@@ -106,6 +119,10 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         dynamics: EquilibriumMatching by default.
         classes: classes of your own that `class_path` may name, by module.Class or, if they have moved to another
             module, by their bare name. Not part of the config.
+        scaling_factor: one over the standard deviation of all values of the latents; 1.0 where not measured.
+        shift_factor: their mean; 0.0 where not measured.
+        latents_mean: the mean of each of the c channels; None where not measured.
+        latents_std: the standard deviation of each channel, 0.0 for one that never changes.
 
     Raises:
         InputError: a class or setting is unknown or does not fit the others; names it and what would be right.
@@ -126,17 +143,23 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         decoder: Mapping[str, Any] | None = None,
         dynamics: Mapping[str, Any] | None = None,
         classes: Iterable[type] = (),
+        *,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
         check_type("latent_channels", latent_channels, int)
         check_type("downsample_factor", downsample_factor, int)
         check_at_least(1, latent_channels=latent_channels)
+        normalisation = _check_normalisation(latent_channels, scaling_factor, shift_factor, latents_mean, latents_std)
         classes = check_classes(classes)
         parts = {"encoder": encoder, "decoder": decoder, "dynamics": dynamics}
         resolved = {part: resolve_part(part, given, classes) for part, given in parts.items()}
         # diffusers would drop on reload what it lists as left at its default; the resolved settings are to stay.
         registered = {key: value for key, value in self._internal_dict.items() if key != "_use_default_values"}
-        self._internal_dict = FrozenDict({**registered, **resolved})
+        self._internal_dict = FrozenDict({**registered, **resolved, **normalisation})
 
         self.dynamics: Dynamics = build_part("dynamics", resolved["dynamics"], {}, classes)
         following = {
@@ -159,8 +182,8 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         Args:
             name: one of `dc_ssdae.presets.list_presets()`.
             classes: as the constructor's.
-            settings: what to change: `latent_channels`, `downsample_factor`, or, by part, a mapping of that
-                class's settings, for example `encoder={"norm": "none"}`. One with `class_path` replaces the part.
+            settings: what to change: the constructor's settings by name; of a part, a mapping of that class's
+                settings, for example `encoder={"norm": "none"}`. One with `class_path` replaces the part.
 
         Raises:
             InputError: the preset or a setting is unknown.
@@ -268,6 +291,15 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         """Reconstruct images: decode, in one step, the mode of their encoding."""
         (posterior,) = self.encode(x, return_dict=False)
         return self.decode(posterior.mode(), return_dict=return_dict)
+
+    def set_latent_statistics(self, statistics: LatentStatistics) -> None:
+        """Put the latents' statistics into the config, to be saved with it.
+
+        Raises:
+            InputError: they are of another number of channels.
+        """
+        _check_channels(statistics, self.config.latent_channels, "this model")
+        self._internal_dict = FrozenDict({**self._internal_dict, **statistics.settings()})
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """Compute the activations of encoder and decoder again in the backward pass instead of keeping them.
@@ -418,6 +450,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def write_latent_statistics(folder: Path, statistics: LatentStatistics | None) -> None:
+    """Put the latents' statistics into a model folder's config.json, whole or not at all; all else in it stays.
+
+    Args:
+        folder: of a saved model.
+        statistics: of its latents; None puts the settings back to those of a model whose latents are not measured.
+
+    Raises:
+        InputError: there is no config.json, or it is of another number of channels.
+        OSError: it cannot be written; the old one stays.
+    """
+    config = read_config(folder)
+    path = folder / "config.json"
+    if statistics is not None:
+        _check_channels(statistics, config.get("latent_channels"), str(path))
+    changed = {**config, **(NOT_MEASURED if statistics is None else statistics.settings())}
+    if list(config) == sorted(config):  # as diffusers writes it
+        changed = dict(sorted(changed.items()))
+    beside = folder / f".{uuid.uuid4().hex}.partial"
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(changed, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.chmod(path.stat().st_mode)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(folder)
+
+
 def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = ()) -> DCSSDAE:
     """Build a model on the meta device, for its shapes and costs.
 
@@ -454,6 +517,54 @@ def model_folder(path: str | Path) -> Path:
     if (path / "config.yaml").exists() and not any(model.glob(f"{WEIGHTS}*.safetensors")):
         raise InputError(f"{path} has no model yet: the first checkpoint writes it")
     return model if (model / "config.json").exists() else path
+
+
+def _check_normalisation(
+    channels: int, scaling_factor: float, shift_factor: float, mean: list[float] | None, std: list[float] | None
+) -> dict[str, Any]:
+    """Check the settings that normalise latents, and list them with every number a float."""
+    scaling_factor = _finite("scaling_factor", scaling_factor)
+    if scaling_factor <= 0:
+        raise InputError(f"scaling_factor is {scaling_factor}; it must be above 0")
+    checked: dict[str, list[float] | None] = {}
+    for name, values in (("latents_mean", mean), ("latents_std", std)):
+        if values is None:
+            checked[name] = None
+            continue
+        check_type(name, values, list)
+        if len(values) != channels:
+            raise InputError(f"{name} has {len(values)} numbers; with latent_channels {channels} it needs {channels}")
+        checked[name] = [_finite(f"{name}[{place}]", value) for place, value in enumerate(values)]
+    for place, value in enumerate(checked["latents_std"] or ()):
+        if value < 0:
+            raise InputError(f"latents_std[{place}] is {value}; a standard deviation is at least 0")
+    return {"scaling_factor": scaling_factor, "shift_factor": _finite("shift_factor", shift_factor), **checked}
+
+
+def _finite(name: str, value: Any) -> float:
+    check_type(name, value, float)
+    try:
+        number = float(value)
+    except OverflowError:  # of a whole number with hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{name} is {number}; it must be finite")
+    return number
+
+
+def _check_channels(statistics: LatentStatistics, channels: Any, owner: str) -> None:
+    if len(statistics.mean) != channels:
+        raise InputError(f"the latents' statistics are of {len(statistics.mean)} channels; {owner} has {channels}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming in the folder outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _config_names() -> list[str]:

@@ -1,6 +1,9 @@
-"""The latent: a diagonal Gaussian per image, and what may be asked of it."""
+"""The latent: a diagonal Gaussian per image, what may be asked of it, and statistics over many of them."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,3 +113,171 @@ def draw_noise(
         for g in generators
     ]
     return torch.stack(noise) if noise else torch.empty(tuple(shape), device=device)
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation of the latents of a data set, which latent diffusion is trained with.
+
+    Either a latent z is normalised channel by channel, (z - mean) / std, or as a whole by two numbers,
+    (z - shift_factor) · scaling_factor, with which all values of all channels together have mean 0 and standard
+    deviation 1. A channel that never changes has the standard deviation 0.0: divide that one by 1.
+
+    Args:
+        mean: of each of the c channels.
+        std: of each channel, over images and places, not negative.
+        count: of images.
+
+    Raises:
+        InputError: a number is missing, not finite or negative; or every value of every latent is the same number, so
+            that no scaling gives a standard deviation of 1.
+    """
+
+    mean: list[float]
+    std: list[float]
+    count: int
+
+    def __post_init__(self) -> None:
+        if not self.mean or len(self.mean) != len(self.std):
+            raise InputError(f"a mean and a std a channel are needed, not {len(self.mean)} and {len(self.std)}")
+        if not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise InputError("the latents' statistics are not finite: the encoder gives infinities, or NaN")
+        if min(self.std) < 0:
+            raise InputError(f"a channel's standard deviation is {min(self.std)}; it cannot be negative")
+        if not (self._total_std > 0 and math.isfinite(self.scaling_factor)):
+            raise InputError("every value of every latent is the same, which nothing scales: the encoder has collapsed")
+
+    @property
+    def shift_factor(self) -> float:
+        """The mean of all values of all channels."""
+        return math.fsum(self.mean) / len(self.mean)
+
+    @property
+    def scaling_factor(self) -> float:
+        """One over the standard deviation of all values of all channels together."""
+        return 1.0 / self._total_std
+
+    @property
+    def _total_std(self) -> float:
+        """Of all values: the mean of the channels' variances, and the variance of their means."""
+        shift = self.shift_factor
+        return math.hypot(*self.std, *(mean - shift for mean in self.mean)) / math.sqrt(len(self.mean))
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of `DCSSDAE` that hold the statistics, under the names that diffusers gives them."""
+        return {
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+            "latents_mean": list(self.mean),
+            "latents_std": list(self.std),
+        }
+
+
+class LatentMoments:
+    """Gathers the statistics of latents, batch by batch, in float64.
+
+    They are those of samples, without drawing any: by the law of total variance Var z = Var μ + E σ². The sums are
+    of differences from the mean (Chan, Golub and LeVeque 1983), so that a large mean costs no digits, and a channel
+    that never changes has the standard deviation 0 exactly.
+
+    Args:
+        channels: c.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+        self.images = 0
+        self._values = 0  # of each channel
+        self._mean = torch.zeros(channels, dtype=torch.float64)
+        self._spread = torch.zeros(channels, dtype=torch.float64)  # Σ (μ - mean)² + Σ σ²
+
+    def add(self, posterior: DiagonalGaussian, weights: Tensor | None = None) -> None:
+        """Take in a batch.
+
+        What is not finite is taken in too, and refused by `statistics`, by all processes alike.
+
+        Args:
+            posterior: over (B, c, h, w), on any device; h and w may differ from batch to batch.
+            weights: (B,), 1 for images that count and 0 for those that fill the batch up; all count by default.
+
+        Raises:
+            InputError: the shapes do not fit.
+        """
+        mean = posterior.mean
+        if mean.ndim != 4 or mean.shape[1] != self.channels:
+            raise InputError(f"latents of shape (B, {self.channels}, h, w) are expected, not {tuple(mean.shape)}")
+        if weights is not None and weights.shape != mean.shape[:1]:
+            raise InputError(f"{mean.shape[0]} latents need as many weights, not {tuple(weights.shape)}")
+        # Chosen, not multiplied by 0, which would keep a NaN; and on the CPU, because not every device has float64.
+        chosen = torch.ones(mean.shape[0], dtype=torch.bool) if weights is None else weights.detach().cpu() != 0
+        mu = _by_channel(mean, chosen)
+        if mu.numel() == 0:
+            return
+        origin = mu[:, :1]
+        away = mu - origin
+        average = away.mean(dim=1, keepdim=True)
+        spread = (away - average).square().sum(dim=1)
+        if posterior.logvar is not None:
+            spread += _by_channel(posterior.logvar, chosen).exp().sum(dim=1)
+        self._join(int(chosen.sum()), mu.shape[1], (origin + average)[:, 0], spread)
+
+    def merge(self, other: "LatentMoments") -> None:
+        """Take in what another one has gathered.
+
+        Raises:
+            InputError: the numbers of channels differ.
+        """
+        if other.channels != self.channels:
+            raise InputError(f"latents of {self.channels} and {other.channels} channels have no common statistics")
+        self._join(other.images, other._values, other._mean, other._spread)
+
+    def state(self, process: int = 0, processes: int = 1) -> Tensor:
+        """All that was gathered; the sum of all processes' states is the state of all of them, for `from_state`.
+
+        Args:
+            process: index of this process.
+            processes: how many there are.
+
+        Returns:
+            (processes, 2 + 2c) float64 on the CPU, zero but for the process's own row.
+        """
+        state = torch.zeros(processes, 2 + 2 * self.channels, dtype=torch.float64)
+        counts = torch.tensor([self.images, self._values], dtype=torch.float64)
+        state[process] = torch.cat([counts, self._mean, self._spread])
+        return state
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> "LatentMoments":
+        """Read what `state` gave, or the sum of what it gave in each process."""
+        moments = cls((state.shape[1] - 2) // 2)
+        for row in state.detach().cpu():
+            images, values = (int(count) for count in row[:2])
+            mean, spread = row[2:].chunk(2)
+            moments._join(images, values, mean, spread)
+        return moments
+
+    def statistics(self) -> LatentStatistics:
+        """The statistics of all latents so far.
+
+        Raises:
+            InputError: there are none, or some are not finite, or all their values are the same.
+        """
+        if self.images == 0:
+            raise InputError("there are no latents to have statistics: no image was encoded")
+        std = (self._spread / self._values).sqrt()
+        return LatentStatistics(self._mean.tolist(), std.tolist(), self.images)
+
+    def _join(self, images: int, values: int, mean: Tensor, spread: Tensor) -> None:
+        if values == 0:
+            return
+        total = self._values + values
+        apart = mean - self._mean
+        self._spread = self._spread + spread + apart.square() * (self._values * values / total)
+        self._mean = mean.clone() if self._values == 0 else self._mean + apart * (values / total)
+        self.images += images
+        self._values = total
+
+
+def _by_channel(values: Tensor, chosen: Tensor) -> Tensor:
+    """Values (B, c, h, w) of the chosen images as (c, n) float64 on the CPU."""
+    return values.detach().cpu()[chosen].double().transpose(0, 1).flatten(1)
