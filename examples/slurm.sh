@@ -2,6 +2,7 @@
 # Trains on several nodes under SLURM, and goes on by itself after a pre-emption or the time limit:
 #
 #     sbatch --nodes=4 examples/slurm.sh dc_f32c32_eqm /data/imagenet runs/f32c32
+#     sbatch --nodes=4 examples/slurm.sh dc_f32c32_eqm /data/imagenet runs/f32c32 --recipe three_phase
 #
 #SBATCH --job-name=dc-ssdae
 #SBATCH --nodes=1
@@ -25,20 +26,29 @@ HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
 
 # The run's folder appears whole, by one rename: where it is, there is something to go on with.
-if [ -e "$RUN/config.yaml" ]; then
-    WORDS=(--resume "$RUN" "$@")
+if [ -e "$RUN/config.yaml" ] || [ -e "$RUN/recipe.yaml" ]; then
+    WORDS=(--resume "$RUN")
+    while [ $# -gt 0 ]; do # what goes on knows its recipe
+        if [ "$1" = --recipe ]; then shift 2; else WORDS+=("$1") && shift; fi
+    done
 else
     WORDS=(--config "$CONFIG" --data.root "$DATA" --training.output "$RUN" "$@")
 fi
 
-# Prints how many steps the last checkpoint has behind it, and how many the run is to have.
+# Prints how many steps the last checkpoint has behind it, and how many the run is to have; of a recipe, over its phases.
 steps() {
     python - "$RUN" <<'PYTHON'
 import json, pathlib, sys, yaml
 run = pathlib.Path(sys.argv[1])
-state, config = run / "checkpoints" / "last" / "state.json", run / "config.yaml"
-done = json.loads(state.read_text())["step"] if state.is_file() else 0
-print(done, yaml.safe_load(config.read_text())["training"]["steps"] if config.is_file() else 0)
+config, recipe = run / "config.yaml", run / "recipe.yaml"
+if recipe.is_file():
+    phases = list(yaml.safe_load(recipe.read_text())["phases"].items())
+    runs = [(run / f"{place}-{name}", phase) for place, (name, phase) in enumerate(phases, 1)]
+else:
+    runs = [(run, yaml.safe_load(config.read_text()))] if config.is_file() else []
+states = [folder / "checkpoints" / "last" / "state.json" for folder, _ in runs]
+done = sum(json.loads(state.read_text())["step"] for state in states if state.is_file())
+print(done, sum(settings["training"]["steps"] for _, settings in runs))
 PYTHON
 }
 read -r BEFORE _ <<<"$(steps)"

@@ -44,12 +44,19 @@ def photo(side: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1.0
 
 
+WHOLE = {
+    "lpips": {"weight": 0.5, "init_args": {"net": "squeeze", "weights": "random"}},
+    "repa": {"weight": 0.25, "init_args": {"backbone": "test_vit", "weights": "random"}},
+}
+"""The whole objective, with small networks in the places of VGG-16 and DINOv2."""
+
+
 @each_preset
 @torch.no_grad()
 def test_every_loss_is_finite_at_initialisation(name: str) -> None:
     """And KL is at most 10 per latent dimension, on a photo in float32 and on uniform noise under autocast."""
     model = DCSSDAE.from_preset(name).train()
-    objective = build_objective(RunConfig.from_mapping(load_preset(name)).losses)
+    objective = build_objective(RunConfig.from_mapping({**load_preset(name), "losses": WHOLE}).losses, model)
     side = 256 if model.config.downsample_factor == 128 else 128
     for autocast, x in ((False, photo(side)), (True, 2.0 * torch.rand(1, 3, side, side) - 1.0)):
         level = torch.tensor([0.4])
@@ -57,9 +64,9 @@ def test_every_loss_is_finite_at_initialisation(name: str) -> None:
             posterior = model.encoder(x)
             record = model.dynamics.corrupt(x, torch.randn_like(x), level)
             time = level if model.dynamics.conditions_on_time else None
-            prediction = model.decoder(record.x_level, posterior.sample(), time)
-            losses = objective(StepOutputs(model.dynamics, record, prediction, posterior))
-        assert set(losses.terms) == {"dynamics", "kl"}
+            prediction, features = model.decoder.forward_with_features(record.x_level, posterior.sample(), time)
+            losses = objective(StepOutputs(model.dynamics, record, prediction, posterior, features))
+        assert set(losses.terms) == {"dynamics", "lpips", "repa", "kl"}
         for term, value in (*losses.terms.items(), ("total", losses.total)):
             assert value.isfinite(), f"{term} is {value} with autocast={autocast}"
         per_dimension = (posterior.kl() / posterior.mean[0].numel()).item()

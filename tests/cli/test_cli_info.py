@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,57 @@ import torch
 from cli_samples import save_model
 
 from dc_ssdae import DCSSDAE
+from dc_ssdae.classes import import_class, importing_from
 from dc_ssdae.presets import list_presets, load_preset
 
 DTYPES = ("float32", "bfloat16")
+
+OWN_ENCODERS = """
+from torch import nn
+
+
+class NamingEncoder(nn.Module):
+    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, downsample_factor, downsample_factor)
+        self.out = nn.Conv2d(8, 2 * latent_channels, 1)
+
+    def parameter_groups(self):
+        return {"trunk": ["patch"], "latent_head": ["out"]}
+
+    def forward(self, x):
+        raise NotImplementedError
+
+
+class SilentEncoder(NamingEncoder):
+    parameter_groups = None
+
+
+class ForgetfulEncoder(NamingEncoder):
+    def parameter_groups(self):
+        return {"trunk": ["patch"]}
+"""
 
 
 @pytest.fixture(autouse=True)
 def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A saved model with each class of `naming_encoders.py` in the current folder, which is not imported any more."""
+    (tmp_path / "naming_encoders.py").write_text(OWN_ENCODERS)
+    monkeypatch.chdir(tmp_path)
+    with importing_from(tmp_path):
+        names = ("NamingEncoder", "SilentEncoder", "ForgetfulEncoder")
+        kinds = [import_class(f"naming_encoders.{name}") for name in names]
+    for kind in kinds:
+        part = {"class_path": f"naming_encoders.{kind.__name__}"}
+        DCSSDAE.from_preset("demo", encoder=part, classes=kinds).save_pretrained(tmp_path / kind.__name__)
+    del sys.modules["naming_encoders"]
+    yield tmp_path
+    sys.modules.pop("naming_encoders", None)
 
 
 def test_without_an_argument_lists_every_preset(run: Callable) -> None:
@@ -152,3 +196,88 @@ def test_a_device_that_is_not_there_is_refused(run: Callable) -> None:
     assert outcome.code == 2
     assert len(outcome.err) == 1
     assert "no device 'cuda:99'" in outcome.err[0]
+
+
+class TestGroups:
+    @pytest.mark.parametrize("columns", ["20", "80", "400"])
+    def test_one_line_a_group_whatever_the_width(
+        self, columns: str, run: Callable, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", columns)
+        outcome = run("info", "dc_f32c32_eqm", "--groups")
+        assert outcome.code == 0
+        assert not outcome.err
+        assert outcome.out == [
+            "encoder.input              1792",
+            "encoder.stages.1        6197120",
+            "encoder.stages.2       47791232",
+            "encoder.stages.3       20060416",
+            "encoder.stages.4       77869312",
+            "encoder.stages.5       75509760",
+            "encoder.latent_head      589888",
+            "decoder.latent_inputs     64736",
+            "decoder.image_inputs      37824",
+            "decoder.down.0           201536",
+            "decoder.down.1           414976",
+            "decoder.down.2          1110080",
+            "decoder.down.3           964480",
+            "decoder.middle          3519648",
+            "decoder.up.3            2584960",
+            "decoder.up.2            2474240",
+            "decoder.up.1             996032",
+            "decoder.head             433731",
+        ]
+
+    @pytest.mark.parametrize("name", ["vq_f8c4_fm", "demo"])
+    def test_json_says_the_same_and_adds_up(self, name: str, run: Callable) -> None:
+        sizes = json.loads("\n".join(run("info", name, "--groups", "--json").out))
+        assert [(group, str(size)) for group, size in sizes.items()] == [
+            tuple(line.split()) for line in run("info", name, "--groups").out
+        ]
+        profile = json.loads("\n".join(run("info", name, "--json").out))["parameters"]
+        assert sum(sizes.values()) == profile["total"]
+        for part in ("encoder", "decoder"):
+            assert sum(size for group, size in sizes.items() if group.startswith(part)) == profile[part]
+
+    def test_saved_model_and_run(self, run: Callable, model_dir: Path, tmp_path: Path) -> None:
+        shutil.copytree(model_dir, tmp_path / "run" / "model")
+        (tmp_path / "run" / "config.yaml").write_text("model:\n  latent_channels: 4\n")
+        expected = run("info", "demo", "--groups").out
+        for folder in (model_dir, tmp_path / "run"):
+            outcome = run("info", folder, "--groups")
+            assert (outcome.code, outcome.out, outcome.err) == (0, expected, [])
+
+    def test_users_classes(self, run: Callable, own_models: Path) -> None:
+        """Their forward would raise: nothing is computed."""
+        assert "which is not imported" in run("info", own_models / "NamingEncoder", "--groups").err[0]
+        patch, out = 3 * 8 * 8 * 8 + 8, 8 * 8 + 8
+        words = ("--groups", "--json", "--import", "naming_encoders")
+        named, silent = (
+            json.loads("\n".join(run("info", own_models / name, *words).out))
+            for name in ("NamingEncoder", "SilentEncoder")
+        )
+        assert list(named.items())[:2] == [("encoder.trunk", patch), ("encoder.latent_head", out)]
+        assert next(iter(silent.items())) == ("encoder", patch + out)
+
+    def test_broken_declaration_is_one_line(self, run: Callable, own_models: Path) -> None:
+        outcome = run("info", own_models / "ForgetfulEncoder", "--groups", "--import", "naming_encoders")
+        assert (outcome.code, outcome.out) == (2, [])
+        assert outcome.err == [
+            "dc-ssdae info: parameter_groups of encoder naming_encoders.ForgetfulEncoder: "
+            "tensor 'out.weight' is in no group"
+        ]
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ((), "--groups needs a model: a preset's name, or the folder of a saved model or a training run"),
+            (("--json",), "--groups needs a model: "),
+            (("demo", "--device", "cpu"), "--groups counts parameters, which no device or dtype changes: leave "),
+            (("demo", "--dtype", "bfloat16"), "--groups counts parameters, which no device or dtype changes: leave "),
+            (("demmo",), "unknown preset or folder 'demmo' (did you mean 'demo'?); accepted: "),
+        ],
+    )
+    def test_what_has_no_groups_is_one_line(self, words: tuple[str, ...], message: str, run: Callable) -> None:
+        outcome = run("info", *words, "--groups")
+        assert (outcome.code, outcome.out, len(outcome.err)) == (2, [], 1)
+        assert outcome.err[0].startswith(f"dc-ssdae info: {message}")

@@ -84,7 +84,7 @@ def loaded(
         for where, batch in zip(places, batches, strict=True):
             for index, place in enumerate(where):
                 assert (place.step, place.place) not in found
-                tensors = (batch.pixels, batch.level, batch.noise, batch.latent_noise)
+                tensors = (batch.pixels, batch.level, batch.noise, batch.latent_noise, batch.draw)
                 found[place.step, place.place] = Sample(*(tensor[index] for tensor in tensors), [])
     return found
 

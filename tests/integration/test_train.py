@@ -203,7 +203,7 @@ def test_an_own_encoder_loss_and_data_set_train_from_a_yaml(tmp_path):
     (tmp_path / "mine.py").write_text(OWN_CLASSES)
     config = yaml.safe_load(write_config(tmp_path / "c.yaml", tmp_path, steps=3, optimizer="adamw").read_text())
     config["model"]["encoder"] = {"class_path": "mine.Patches", "init_args": {"bias": False}}
-    config["losses"] = {"edges": {"weight": 0.1, "class_path": "mine.Edges", "init_args": {"power": 1.0}}}
+    config["losses"] |= {"edges": {"weight": 0.1, "class_path": "mine.Edges", "init_args": {"power": 1.0}}}
     stripes = {"class_path": "mine.Stripes", "init_args": {"count": 7}}
     config["data"] = {"dataset": stripes, "validation": stripes, "image_size": 32, "workers": 0}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -232,7 +232,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys):
         (["--data.image_size", "33"], "data.image_size"),
         (["--model.encoder.class_path", "nowhere.Encoder"], "nowhere"),
         (["--model.encoder.init_args.norm", "layer"], "norm"),
-        (["--losses.dynamics", "0", "--losses.kl", "0"], "losses"),
+        (["--losses.dynamics", "0", "--losses.kl", "0"], "losses: every weight is 0"),
         (["--training.processes", "2"], "training.processes"),
         (["--training.accumulation_steps", "3"], "training.batch_size"),
     ):

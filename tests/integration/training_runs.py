@@ -59,6 +59,7 @@ def write_config(path: Path, root: Path, **training: object) -> Path:
             "sample_images": 2,
             **training,
         },
+        "losses": {"lpips": 0.0, "repa": 0.0},
     }
     path.write_text(yaml.safe_dump(config))
     return path

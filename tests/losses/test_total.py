@@ -1,13 +1,17 @@
 """The weighted sum of loss terms, the built-in terms against closed forms, and terms of a user's own."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from dc_ssdae import DiagonalGaussian, InputError
+from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
-from dc_ssdae.losses import DynamicsLoss, KLLoss, LossTerm, Objective, StepOutputs, WeightedTerm
+from dc_ssdae.losses import DynamicsLoss, FrozenBackbone, KLLoss, LossTerm, Objective, StepOutputs, WeightedTerm
 from dc_ssdae.losses.total import BUILT_IN
 from dc_ssdae.training.build import build_objective
 from dc_ssdae.training.config import BUILT_IN_LOSSES, LossConfig
@@ -53,11 +57,26 @@ class Gives(nn.Module):
         return self.value
 
 
+class ReadsFeatures(nn.Module):
+    """A term that reads the decoder's features; without `layer` it has no opinion of its own which."""
+
+    reads_decoder_features = True
+
+    def __init__(self, layer: int | None = None) -> None:
+        super().__init__()
+        if layer is not None:
+            self.decoder_layer = layer
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        assert outputs.decoder_features is not None
+        return outputs.decoder_features.square().mean(dim=(1, 2, 3))
+
+
 # --- built-in terms ---
 
 
 def test_the_names_and_default_weights_are_the_specifications() -> None:
-    assert dict(BUILT_IN_LOSSES) == {"dynamics": 1.0, "kl": 1e-6}
+    assert dict(BUILT_IN_LOSSES) == {"dynamics": 1.0, "lpips": 0.5, "repa": 0.25, "kl": 1e-6}
     assert BUILT_IN.keys() == BUILT_IN_LOSSES.keys()
 
 
@@ -165,6 +184,49 @@ def test_whole_numbers_count_too() -> None:
     assert float(losses.total) == 6.0
 
 
+@pytest.mark.parametrize("layer", [None, 0, 3])
+def test_an_objective_tells_which_features_it_reads(layer: int | None) -> None:
+    weighted = WeightedTerm(1.0, ReadsFeatures(layer))
+    whole = Objective({"dynamics": WeightedTerm(1.0, DynamicsLoss()), "mine": weighted, "again": weighted})
+    assert (whole.wants_decoder_features, whole.decoder_layer) == (True, layer)
+    features = torch.randn(3, 4, 1, 1)
+    given = replace(outputs(), decoder_features=features)
+    torch.testing.assert_close(whole(given).terms["mine"], features.square().mean())
+
+
+def test_features_that_no_term_reads_are_not_asked_for() -> None:
+    whole = objective(dynamics=1.0, kl=1e-6)
+    assert (whole.wants_decoder_features, whole.decoder_layer, whole.random_backbones) == (False, None, [])
+    whole.compile_backbones()
+    assert outputs().decoder_features is None
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 1), (None, 4)])
+def test_terms_that_read_different_blocks_are_refused(one: int | None, other: int | None) -> None:
+    terms = {"one": WeightedTerm(1.0, ReadsFeatures(one)), "other": WeightedTerm(1.0, ReadsFeatures(other))}
+    with pytest.raises(InputError, match=rf"different ones: losses\.one {one}, losses\.other {other}") as caught:
+        Objective(terms)
+    assert "\n" not in str(caught.value)
+
+
+def test_terms_with_random_backbones_are_named() -> None:
+    term, real = Gives(1.0), Gives(1.0)
+    term.random_weights, real.random_weights = True, False
+    whole = Objective({"mine": WeightedTerm(1.0, term), "other": WeightedTerm(1.0, real)})
+    assert whole.random_backbones == ["mine"]
+
+
+def test_backbones_are_compiled_wherever_they_are() -> None:
+    term = nn.Sequential(FrozenBackbone(nn.Linear(2, 2)))
+    Objective({"mine": WeightedTerm(1.0, term)}).compile_backbones()
+    assert term[0].network._compiled_call_impl is not None
+
+
+def test_importing_the_losses_imports_no_backbones() -> None:
+    code = "import sys, dc_ssdae.losses; sys.exit(bool({'lpips', 'timm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(InputError, match="at least one term of a weight above 0"):
         Objective({})
@@ -180,15 +242,42 @@ def test_a_prediction_of_another_shape_is_refused() -> None:
 # --- from a configuration ---
 
 
+def tiny_model() -> DCSSDAE:
+    encoder = {"widths": [8, 8, 8, 8], "depths": [0, 1, 1, 1]}
+    decoder = {"channels": 8, "multipliers": [1, 1, 1, 3], "middle_layers": 1, "blocks_per_level": 1}
+    return DCSSDAE(
+        latent_channels=4,
+        downsample_factor=8,
+        encoder={"init_args": encoder},
+        decoder={"init_args": {**decoder, "norm_groups": 4, "heads": 2}},
+    )
+
+
+def test_the_heaviest_terms_are_built_for_the_model() -> None:
+    losses = {
+        "lpips": LossConfig(0.5, None, {"net": "alex", "weights": "random"}),
+        "repa": LossConfig(0.25, None, {"backbone": "test_vit", "weights": "random", "layer": 0}),
+    }
+    whole = build_objective(losses, tiny_model())
+    assert whole.random_backbones == ["lpips", "repa"]
+    assert (whole.wants_decoder_features, whole.decoder_layer) == (True, 0)
+    assert {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()} == {
+        "terms.repa.head.0.weight": (24, 24),
+        "terms.repa.head.0.bias": (24,),
+        "terms.repa.head.2.weight": (64, 24),
+        "terms.repa.head.2.bias": (64,),
+    }
+
+
 def test_a_zero_weight_leaves_its_term_out() -> None:
-    whole = build_objective({"dynamics": LossConfig(0.5), "kl": LossConfig(0.0)})
+    whole = build_objective({"dynamics": LossConfig(0.5), "kl": LossConfig(0.0)}, tiny_model())
     assert list(whole.terms) == ["dynamics"]
     assert whole.weights == {"dynamics": 0.5}
 
 
 def test_a_class_is_built_with_its_settings() -> None:
     settings = LossConfig(0.5, "torch.nn.Linear", {"in_features": 2, "out_features": 3})
-    (term,) = build_objective({"mine": settings}).terms.values()
+    (term,) = build_objective({"mine": settings}, tiny_model()).terms.values()
     assert isinstance(term, nn.Linear)
     assert term.out_features == 3
 
@@ -203,5 +292,5 @@ def test_a_class_is_built_with_its_settings() -> None:
 )
 def test_a_class_that_does_not_fit_is_named(config: LossConfig, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        build_objective({"mine": config})
+        build_objective({"mine": config}, tiny_model())
     assert "\n" not in str(caught.value)

@@ -1,4 +1,6 @@
-"""A user's encoder; a user's loss term with a parameter, a buffer and randomness, into which a test may reach."""
+"""A user's encoder and decoder; users' loss terms: one with a parameter, a buffer and randomness that a test may reach
+into, one that reads the decoder's features.
+"""
 
 from collections.abc import Callable
 
@@ -16,6 +18,29 @@ class Scheduled(DCEncoder):
         widths, depths = [8, 16, 16, 16], [0, 1, 1, 1]
         super().__init__(latent_channels, downsample_factor, widths=widths, depths=depths)
         self.rate = torch.linspace(0.0, 1.0, 3)[1].item()
+
+
+class PlainDecoder(nn.Module):
+    """A user's decoder that gives no features."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int, time_conditioning: bool) -> None:
+        super().__init__()
+        self.scale = downsample_factor
+        self.mix = nn.Conv2d(3 + latent_channels, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+        return self.mix(torch.cat([x, nn.functional.interpolate(z, scale_factor=self.scale)], dim=1))
+
+
+class FeatureNorm(nn.Module):
+    """Mean square of the features of the decoder's first middle block."""
+
+    reads_decoder_features = True
+    decoder_layer = 0
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        assert outputs.decoder_features is not None
+        return outputs.decoder_features.float().square().mean()
 
 
 class Hooked(nn.Module):

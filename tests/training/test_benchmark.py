@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 def demo_config(**training: Any) -> RunConfig:
     preset = load_preset("demo")
     given = {"batch_size": 2, "precision": "float32", "optimizer": "adamw", **training}
-    return RunConfig.from_mapping({"model": preset["model"], "data": {"image_size": 16}, "training": given})
+    losses = {"lpips": 0.0, "repa": 0.0}
+    data = {"image_size": 16}
+    return RunConfig.from_mapping({"model": preset["model"], "data": data, "training": given, "losses": losses})
 
 
 class OutOfMemory(nn.Module):
@@ -79,7 +81,7 @@ def test_comparison_gives_a_ratio_of_images_a_second() -> None:
 
 
 def test_steps_that_are_not_finite_are_counted() -> None:
-    weights = {"kl": {"weight": 1e38}}  # the gradient overflows
+    weights = {"kl": {"weight": 1e38}, "lpips": 0.0, "repa": 0.0}  # the gradient overflows
     config = RunConfig.from_mapping({**demo_config(lr=1e30, gradient_clip=None).to_mapping(), "losses": weights})
     (figures,) = measure_training("demo", config, {}, CPU, 2)
     assert figures.not_finite == 2
@@ -87,7 +89,7 @@ def test_steps_that_are_not_finite_are_counted() -> None:
 
 def test_out_of_memory_is_an_input_error_and_bugs_are_not() -> None:
     def with_term(kind: type) -> RunConfig:
-        losses = {"own": {"weight": 1.0, "class_path": f"{__name__}.{kind.__name__}"}}
+        losses = {"lpips": 0.0, "repa": 0.0, "own": {"weight": 1.0, "class_path": f"{__name__}.{kind.__name__}"}}
         return RunConfig.from_mapping({**demo_config().to_mapping(), "losses": losses})
 
     with pytest.raises(InputError, match=r"^out of memory on cpu: demo with training\.batch_size 2; ") as caught:

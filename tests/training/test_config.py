@@ -105,6 +105,8 @@ def test_losses_are_weights_or_mappings() -> None:
     config = RunConfig.from_mapping(valid())
     assert config.losses == {
         "dynamics": LossConfig(1.0),
+        "lpips": LossConfig(0.5),
+        "repa": LossConfig(0.25),
         "kl": LossConfig(1e-5),
         "edges": LossConfig(0.1, OWN_LOSS["class_path"], OWN_LOSS["init_args"]),
     }
@@ -174,12 +176,12 @@ def test_losses_are_weights_or_mappings() -> None:
         ("model.encoder", "KLEncoder", "model.encoder is 'KLEncoder'; it must be a mapping with class_path and init_"),
         ("model.encoder.norm", "none", "unknown key of model.encoder 'norm'; accepted: class_path, init_args"),
         ("losses", 5, "section losses is 5; it must be a mapping from names to weights"),
-        ("losses", {"kl": 0, "dynamics": 0}, "losses: every weight is 0, there is nothing to train"),
+        ("losses", dict.fromkeys(BUILT_IN_LOSSES, 0), "losses: every weight is 0, there is nothing to train"),
         ("losses.kl", None, "losses.kl is null; it must be a weight, or a mapping with weight, class_path, init_args"),
         ("losses.kl", True, "losses.kl is true; it must be a weight, or a mapping with weight, class_path, init_args"),
         ("losses.kl", -1, "losses.kl.weight is -1.0; it must be at least 0"),
         ("losses.edges.wieght", 1, "unknown setting of losses.edges 'wieght' (did you mean 'weight'?); accepted: "),
-        ("losses.kll", 1, "unknown loss term 'kll' (did you mean 'kl'?); accepted: dynamics, kl, or one of your own "),
+        ("losses.kll", 1, "unknown loss term 'kll' (did you mean 'kl'?); accepted: dynamics, kl, lpips, repa, or "),
         ("losses.a-b", 1, "a loss term is called 'a-b'; use letters, digits and underscores"),
     ],
 )

@@ -22,7 +22,7 @@ from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.errors import InputError
-from dc_ssdae.training.build import build_model, build_objective
+from dc_ssdae.training.build import build_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import OptimizerName
 from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes, sum_over_processes
@@ -50,7 +50,7 @@ def training_step() -> TrainingStep:
     """The same weights in every process; a KL term strong enough that no gradient is rounding alone."""
     torch.manual_seed(0)
     config = run_config(losses={"kl": 0.01})
-    return TrainingStep(build_model(config.model), build_objective(config.losses)).train()
+    return build_step(config).train()
 
 
 def share(tensors: tuple[Tensor, ...], rank: int, processes: int) -> tuple[Tensor, ...]:

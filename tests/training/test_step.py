@@ -11,7 +11,7 @@ from torch import Tensor
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Losses
-from dc_ssdae.training.build import build_model, build_objective
+from dc_ssdae.training.build import build_step
 from dc_ssdae.training.step import TrainingStep
 
 DYNAMICS: dict[str, dict[str, Any]] = {
@@ -25,8 +25,8 @@ def training_step(
 ) -> TrainingStep:
     """The same weights whatever the rest."""
     torch.manual_seed(0)
-    config = run_config(model={"dynamics": DYNAMICS[dynamics]}, losses={"kl": 0.01, **losses})
-    step = TrainingStep(build_model(config.model), build_objective(config.losses), precision, channels_last)
+    training = {"precision": precision, "channels_last": channels_last}
+    step = build_step(run_config(model={"dynamics": DYNAMICS[dynamics]}, losses={"kl": 0.01, **losses}, **training))
     with torch.no_grad():
         for parameter in step.parameters():
             if not parameter.any():  # what begins at zero would hide what comes before it

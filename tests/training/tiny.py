@@ -72,7 +72,7 @@ def run_config(
                 "sample_images": 0,
                 **training,
             },
-            "losses": losses,
+            "losses": {"lpips": 0.0, "repa": 0.0, **(losses or {})},
         }
     )
 

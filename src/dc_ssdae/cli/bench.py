@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dc_ssdae.data.benchmark import DataFigures
     from dc_ssdae.timing import Spread
     from dc_ssdae.training.benchmark import StepFigures
+    from dc_ssdae.training.config import RunConfig
 
 PROGRAM = "dc-ssdae bench"
 WIDTH = 100
@@ -229,6 +230,7 @@ def _measure_training(args: argparse.Namespace) -> None:
     machine = describe_machine(device)
     if args.json:
         plain = {"benchmark": "train", "steps": args.steps, "config": args.config.to_mapping()}
+        plain["random_backbones"] = _frozen_terms(args.config)
         say(json.dumps({**plain, "configurations": [asdict(entry) for entry in figures], "machine": machine}, indent=2))
     else:
         say(_steps_as_text(figures, args, machine))
@@ -299,12 +301,20 @@ def _steps_as_text(figures: "Sequence[StepFigures]", args: argparse.Namespace, m
         + ("" if figures[0].flops is None else f"{figures[0].flops / 1e12:.4g} TFLOPs a step: 3 times the forward's."),
         _machine_line(machine),
     ]
+    if frozen := _frozen_terms(config):
+        names = ", ".join(f"losses.{name}" for name in frozen)
+        notes.append(f"{names}: random weights in the backbone, which take as long as real ones; values mean nothing.")
     notes += [
         f"{entry.name}: {entry.not_finite} of the steps were not finite, and may have cost less."
         for entry in figures
         if entry.not_finite
     ]
     return "\n".join([*_table(speeds, 1), "", *_table(costs, 1), "", *map(_wrapped, notes)])
+
+
+def _frozen_terms(config: "RunConfig") -> list[str]:
+    """Names of the built-in terms that look through a backbone, which has random weights in a benchmark."""
+    return [name for name, loss in config.losses.items() if loss.weight and name in ("lpips", "repa")]
 
 
 def _machine_line(machine: dict[str, Any]) -> str:

@@ -114,13 +114,12 @@ def _choose_threads(config: "RunConfig", device: "torch.device") -> None:
 
     import torch
 
-    from dc_ssdae.training.build import build_model, build_objective
-    from dc_ssdae.training.step import TrainingStep
+    from dc_ssdae.training.build import build_step
 
     every = torch.get_num_threads()
     if device.type != "cpu" or every == 1:
         return
-    step = TrainingStep(build_model(config.model), build_objective(config.losses)).train()
+    step = build_step(config).train()
     batch, size = config.training.batch_size, config.data.image_size
     latent = size // config.model.downsample_factor
     inputs = (

@@ -6,7 +6,7 @@ import textwrap
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.cli.common import add_dtype_option, add_import_option, import_classes, say, select_device
 from dc_ssdae.cli.parser import CommandParser, device_name, filled
@@ -38,14 +38,28 @@ def build_parser() -> CommandParser:
         "--device", type=device_name, help="also time encode and one decode step there: auto, cpu, cuda, cuda:N or mps"
     )
     add_dtype_option(parser, "of the weights whose memory is told, and of what is timed")
+    parser.add_argument(
+        "--groups",
+        action="store_true",
+        help="print the model's parameter groups, which a phase of training can choose, with their numbers of "
+        "parameters, and nothing else",
+    )
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser
 
 
 def run(args: Namespace) -> int:
     """Print the presets or a model's profile; gives the exit code."""
+    if args.groups and args.model is None:
+        raise InputError("--groups needs a model: a preset's name, or the folder of a saved model or a training run")
+    # That it is given cannot be told from the default, which says nothing about groups either.
+    if args.groups and (args.device is not None or args.dtype != "float32"):
+        raise InputError("--groups counts parameters, which no device or dtype changes: leave --device and --dtype out")
     classes = import_classes(args.modules)
-    if args.model is None:
+    if args.groups:
+        sizes = _group_sizes(args.model, classes)
+        say(json.dumps(sizes, indent=2) if args.json else _groups_as_text(sizes))
+    elif args.model is None:
         presets = _presets()
         say(json.dumps(presets, indent=2) if args.json else _list_as_text(presets))
     else:
@@ -63,26 +77,16 @@ def _presets() -> list[dict[str, Any]]:
     return listing
 
 
-def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type]) -> dict[str, Any]:
-    import torch
+def _group_sizes(name: str, classes: Sequence[type]) -> dict[str, int]:
+    from dc_ssdae.parameter_groups import group_sizes
 
-    from dc_ssdae.autoencoder import DCSSDAE, model_folder
+    return group_sizes(_describe(name, classes).model)
+
+
+def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type]) -> dict[str, Any]:
     from dc_ssdae.evaluation.profile import compression_ratio, count_parameters
 
-    weights: list[str] = []
-    folder = None
-    if name in list_presets():
-        description = load_preset(name)["description"]
-        with torch.device("meta"):
-            model = DCSSDAE.from_preset(name)
-    elif Path(name).is_dir():
-        description = "a saved model"
-        folder = model_folder(name)
-        model, weights = _model_in(folder, classes)
-    elif Path(name).exists():
-        raise InputError(f"{name} is a file; info takes a preset's name or a saved model's folder")
-    else:
-        raise unknown_name("preset or folder", name, list_presets())
+    model, description, folder, weights = _describe(name, classes)
     return {
         "name": name,
         "description": description,
@@ -95,8 +99,37 @@ def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type])
         "sizes": {str(size): _at_size(model, size) for size in SIZES},
         "seconds": None if device is None else _seconds(folder or name, dtype, device, classes),
         **{part: _settings(model.config[part]) for part in ("encoder", "decoder", "dynamics")},
+        **{name: model.config[name] for name in ("shift_factor", "scaling_factor", "latents_mean", "latents_std")},
         "weights": weights,
     }
+
+
+class _Described(NamedTuple):
+    """A model on the meta device; of a saved one also its folder and the names of its weight files."""
+
+    model: "DCSSDAE"
+    description: str
+    folder: Path | None
+    weights: list[str]
+
+
+def _describe(name: str, classes: Sequence[type]) -> _Described:
+    """Build the model of a preset or a folder without weights."""
+    import torch
+
+    from dc_ssdae.autoencoder import DCSSDAE, model_folder
+
+    if name in list_presets():
+        with torch.device("meta"):
+            model = DCSSDAE.from_preset(name)
+        return _Described(model, load_preset(name)["description"], None, [])
+    if Path(name).is_dir():
+        folder = model_folder(name)
+        model, weights = _model_in(folder, classes)
+        return _Described(model, "a saved model", folder, weights)
+    if Path(name).exists():
+        raise InputError(f"{name} is a file; info takes a preset's name or a saved model's folder")
+    raise unknown_name("preset or folder", name, list_presets())
 
 
 def _mebibytes(model: "DCSSDAE", dtype: str) -> float:
@@ -162,6 +195,12 @@ def _list_as_text(presets: list[dict[str, Any]]) -> str:
     return "\n".join(_wrap(f"{row[0]:{name}}  {row[1]:>{factor}}  {row[2]:>{channels}}  ", row[3]) for row in rows)
 
 
+def _groups_as_text(sizes: Mapping[str, int]) -> str:
+    """One line a group, for other programs to read too: plain digits, and not wrapped to the terminal."""
+    name, digits = (max(map(len, column), default=0) for column in (sizes, map(str, sizes.values())))
+    return "\n".join(f"{group:{name}}  {size:>{digits}}" for group, size in sizes.items())
+
+
 def _profile_as_text(profile: Mapping[str, Any]) -> str:
     factor, channels = profile["downsample_factor"], profile["latent_channels"]
     lines = [
@@ -200,6 +239,10 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
         settings = dict(profile[part])
         class_name = settings.pop("class_path")
         lines.append(_wrap(f"{part:10}", ", ".join([class_name, *(f"{k} {v}" for k, v in settings.items())])))
+    if profile["latents_mean"] is not None:
+        shift, scale = profile["shift_factor"], profile["scaling_factor"]
+        channels = "; channel by channel: latents_mean and latents_std in config.json"
+        lines.append(_wrap(f"{'latent':10}", f"shift_factor {shift:.6g}, scaling_factor {scale:.6g}{channels}"))
     if profile["weights"]:
         lines.append(_wrap(f"{'weights':10}", f"{', '.join(profile['weights'])}: fit the config"))
     return "\n".join(lines)

@@ -8,8 +8,9 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -18,11 +19,12 @@ import docstring_parser
 import jsonargparse
 
 from dc_ssdae.errors import InputError
-from dc_ssdae.presets import dump_yaml, list_presets, load_preset, parse_yaml, read_yaml
-from dc_ssdae.training.config import BUILT_IN_LOSSES, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dc_ssdae.presets import dump_yaml, list_presets, list_recipes, load_preset, parse_yaml, read_yaml
+from dc_ssdae.training.config import BUILT_IN_LOSSES, RunConfig
+from dc_ssdae.training.config import SECTIONS as SECTION_CLASSES
 from dc_ssdae.training.config_checks import did_you_mean, mistake, shown, unknown
+from dc_ssdae.training.recipe import check_phase_name
 
-SECTION_CLASSES: Mapping[str, type] = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
 SECTIONS = (*SECTION_CLASSES, "losses")
 
 DEFAULT_CLASSES = {
@@ -35,6 +37,7 @@ DEFAULT_CLASSES = {
 _INSIDE = {
     "model": "One setting of a part: --model.encoder.init_args.norm none.",
     "data": "One setting of a data set: --data.dataset.init_args.path PATH.",
+    "distillation": "dc-ssdae distill fills it in.",
 }
 
 LONGEST_PATH = 24
@@ -48,11 +51,13 @@ class ParsedRun(NamedTuple):
     name: str
 
 
-class _Words(NamedTuple):
-    """The command's words, sorted; `flags` are pairs such as ("training.lr", "1e-4")."""
+class Words(NamedTuple):
+    """The command's words, sorted; `flags` are pairs such as ("training.lr", "1e-4"), `phase_flags` by phase."""
 
     configs: list[str]
+    recipe: str | None
     flags: list[tuple[str, str]]
+    phase_flags: dict[str, list[tuple[str, str]]]
     print_config: bool
 
 
@@ -65,6 +70,7 @@ def build_run_parser(prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} --config PRESET [--config FILE] [--section.name VALUE]\n"
+        f"       {prog} --recipe NAME --config PRESET [--section.name VALUE]\n"
         f"       {prog} --resume RUN [--section.name VALUE]",
         description="Train an autoencoder. Configurations are laid over each other in their order, flags over all of "
         "them; what is given twice counts as given last.",
@@ -77,6 +83,12 @@ def build_run_parser(prog: str) -> jsonargparse.ArgumentParser:
         metavar="NAME",
         help=f"a YAML file, or a preset: {', '.join(list_presets())}. Of mappings, what the later one leaves out stays "
         "as it was; the init_args of another class_path are dropped",
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"train in phases, one after the other: a YAML file with section phases, or {', '.join(list_recipes())}. "
+        "Its phases go over the configurations, flags over all phases, and --phases.PHASE.section.name VALUE over one",
     )
     parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, exactly where it stopped")
@@ -120,16 +132,21 @@ def parse_run_config(
         SystemExit: after --help and --print_config, with 0.
     """
     parser = parser or build_run_parser("dc-ssdae train")
-    given = _sort_words(words, parser)
-    settings: dict[str, Any] = _weights_as_mappings(base or {})
+    given = sort_words(words, parser)
+    if given.recipe is not None:
+        raise mistake("--recipe is for a new run of dc-ssdae train")
+    if given.phase_flags:
+        raise mistake(f"--phases.{next(iter(given.phase_flags))}: phases are those of a recipe; give --recipe NAME too")
+    settings: dict[str, Any] = weights_as_mappings(base or {})
     name = ""
     for word in given.configs:
-        name, layer = _read_layer(word)
-        settings = _lay_over(settings, layer)
-    settings = _lay_over(settings, _flags_as_mapping(given.flags, parser))
-    config = RunConfig.from_mapping(settings)
+        name, layer = read_layer(word)
+        if "phases" in layer:
+            raise mistake(f"{word} has phases: give it by --recipe {word}")
+        settings = lay_over(settings, layer)
+    config = RunConfig.from_mapping(lay_over(settings, flags_as_mapping(given.flags, parser)))
     if given.print_config:
-        _print(config)
+        print_text(partial(config_yaml, config))
         raise SystemExit(0)
     return ParsedRun(config, name)
 
@@ -144,6 +161,8 @@ def config_yaml(config: RunConfig, ascii_only: bool = False) -> str:
     plain = config.to_mapping()
     lines = ["# A run's configuration; dc-ssdae train --config FILE starts one like it."]
     for section, kind in SECTION_CLASSES.items():
+        if section not in plain:
+            continue
         summary, descriptions = _descriptions(kind)
         lines += ["", *_comment(summary), f"{section}:"]
         for name, value in plain[section].items():
@@ -159,9 +178,11 @@ def write_config(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(config_yaml(config), encoding="utf-8")
 
 
-def _sort_words(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> _Words:
+def sort_words(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> Words:
     configs: list[str] = []
+    recipe: str | None = None
     flags: list[tuple[str, str]] = []
+    phase_flags: dict[str, list[tuple[str, str]]] = {}
     print_config = False
     rest = iter(range(len(words)))
     for place in rest:
@@ -174,8 +195,9 @@ def _sort_words(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> _W
                 raise mistake(f"{name} takes no value, but was given {shown(value)}")
             print_config |= name == "--print_config"
             continue
-        if name != "--config":
-            _check_flag(name, parser)
+        phase, key = _split_phase(name)
+        if name not in ("--config", "--recipe"):
+            _check_flag(name if phase is None else f"--{key}", parser)
         if not equals:
             after = next(rest, None)
             value = "" if after is None or words[after].startswith("--") else words[after]
@@ -184,9 +206,25 @@ def _sort_words(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> _W
             raise mistake(f"{name} has no value; write {name} VALUE or {name}=VALUE")
         if name == "--config":
             configs.append(value)
+        elif name == "--recipe":
+            if recipe is not None:
+                raise mistake("--recipe is given twice")
+            recipe = value
+        elif phase is not None:
+            phase_flags.setdefault(phase, []).append((key, value))
         else:
-            flags.append((name[2:], value))
-    return _Words(configs, flags, print_config)
+            flags.append((key, value))
+    return Words(configs, recipe, flags, phase_flags, print_config)
+
+
+def _split_phase(name: str) -> tuple[str | None, str]:
+    """Split --phases.PHASE.section.name into the phase and the rest; of another flag, give what follows the dashes."""
+    if not name.startswith("--phases."):
+        return None, name.removeprefix("--")
+    phase, dot, key = name.removeprefix("--phases.").partition(".")
+    if not dot or not key:
+        raise mistake(f"{name} names no setting of a phase; write --phases.PHASE.section.name VALUE")
+    return phase, key
 
 
 def _check_flag(name: str, parser: jsonargparse.ArgumentParser) -> None:
@@ -233,7 +271,7 @@ def _free_form(key: str) -> bool:
     return any(key == path or key.startswith(f"{path}.") for path in (*mappings, "losses"))
 
 
-def _flags_as_mapping(flags: Sequence[tuple[str, str]], parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
+def flags_as_mapping(flags: Sequence[tuple[str, str]], parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
     """Nest the flags' values; of two for one setting the later one stays."""
     nested: dict[str, Any] = {}
     for key, text in flags:
@@ -241,7 +279,7 @@ def _flags_as_mapping(flags: Sequence[tuple[str, str]], parser: jsonargparse.Arg
         for part in reversed(key.split(".")):
             value = {part: value}
         # Among flags a class_path drops nothing: its init_args may stand before it on the line.
-        nested = _lay_over(nested, _weights_as_mappings(value), drops=False)
+        nested = lay_over(nested, weights_as_mappings(value), drops=False)
     return nested
 
 
@@ -263,11 +301,11 @@ def _flag_value(key: str, text: str, parser: jsonargparse.ArgumentParser) -> Any
     return typed if isinstance(typed, str) or not isinstance(read, str) else read
 
 
-def _read_layer(word: str) -> tuple[str, dict[str, Any]]:
+def read_layer(word: str) -> tuple[str, dict[str, Any]]:
     """Read a preset or a file: its name, and its sections."""
     presets = list_presets()
     if word in presets:
-        return word, _weights_as_mappings(load_preset(word))
+        return word, weights_as_mappings(load_preset(word))
     path = Path(os.path.expanduser(word))  # Path.expanduser raises where there is no such user
     if not os.path.lexists(path):
         if os.sep not in word and path.suffix not in (".yaml", ".yml"):
@@ -275,16 +313,18 @@ def _read_layer(word: str) -> tuple[str, dict[str, Any]]:
         raise mistake(f"--config: no such file {shown(word)}{did_you_mean(path.stem, presets)}")
     layer = read_yaml(path, word)
     for section, settings in list(layer.items()):
-        if section not in (*SECTIONS, "description"):
-            raise unknown(f"section of {path.name}", section, (*SECTIONS, "description"))
+        if section not in (*SECTIONS, "phases", "description"):
+            raise unknown(f"section of {path.name}", section, (*SECTIONS, "phases", "description"))
         if settings is None:  # all its lines are comments
             del layer[section]
+        elif section == "phases":
+            layer[section] = checked_phases(settings, path.name)
         elif section != "description" and not isinstance(settings, Mapping):
             raise mistake(f"section {section} of {path.name} is {shown(settings)}; it must be a mapping of settings")
-    return path.stem, _weights_as_mappings(layer)
+    return path.stem, weights_as_mappings(layer)
 
 
-def _weights_as_mappings(layer: Mapping[str, Any]) -> dict[str, Any]:
+def weights_as_mappings(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Spell `losses: {kl: 1e-6}` as `losses: {kl: {weight: 1e-6}}`, so that it leaves the term's class as it was."""
     losses = layer.get("losses")
     if not isinstance(losses, Mapping):
@@ -296,7 +336,23 @@ def _weights_as_mappings(layer: Mapping[str, Any]) -> dict[str, Any]:
     return {**layer, "losses": spelt}
 
 
-def _lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = True, path: str = "") -> dict[str, Any]:
+def checked_phases(phases: Any, source: str) -> dict[str, Any]:
+    if not isinstance(phases, Mapping) or not phases:
+        raise mistake(f"section phases of {source} is {shown(phases)}; it must be a mapping from names to settings")
+    accepted = ("starts_from", *(section for section in SECTIONS if section != "distillation"))
+    for name, layer in phases.items():
+        check_phase_name(name)
+        if not isinstance(layer, Mapping):
+            raise mistake(f"phases.{name} of {source} is {shown(layer)}; it must be a mapping of sections")
+        for section, settings in layer.items():
+            if section not in accepted:
+                raise unknown(f"section of phases.{name}", section, accepted)
+            if section != "starts_from" and not isinstance(settings, Mapping):
+                raise mistake(f"phases.{name}.{section} of {source} is {shown(settings)}; it must be a mapping")
+    return {name: weights_as_mappings(layer) for name, layer in phases.items()}
+
+
+def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = True, path: str = "") -> dict[str, Any]:
     """Merge two mappings, the one above winning; where `drops`, another class_path drops the init_args below it."""
     merged = dict(below)
     if drops and "class_path" in above:
@@ -306,17 +362,18 @@ def _lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = 
     for key, value in above.items():
         under = merged.get(key)
         if isinstance(value, Mapping) and isinstance(under, Mapping):
-            value = _lay_over(under, value, drops, f"{path}.{key}".lstrip("."))
+            value = lay_over(under, value, drops, f"{path}.{key}".lstrip("."))
         merged[key] = value
     return merged
 
 
-def _print(config: RunConfig) -> None:
-    text = config_yaml(config)
+def print_text(spell: Callable[[bool], str]) -> None:
+    """Print what `spell(ascii_only)` gives, in ASCII alone where the terminal takes no more."""
+    text = spell(False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = config_yaml(config, ascii_only=True)
+        text = spell(True)
     sys.stdout.write(text)
 
 
@@ -336,7 +393,15 @@ def _comment(text: str, indent: str = "") -> list[str]:
 def _metavar(hint: Any) -> str:
     """What stands for a value in the help."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    names = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple: "[X, X]", dict: "MAPPING"}
+    names = {
+        int: "N",
+        float: "X",
+        bool: "true|false",
+        str: "TEXT",
+        tuple: "[X, X]",
+        dict: "MAPPING",
+        list: "[TEXT, ...]",
+    }
     words = [
         "|".join(get_args(kind)) if get_origin(kind) is Literal else names.get(get_origin(kind) or kind)
         for kind in kinds

@@ -11,7 +11,9 @@ from dc_ssdae.cli.common import complain
 from dc_ssdae.errors import InputError, ToldElsewhere
 
 if TYPE_CHECKING:
-    from dc_ssdae.training.config import TrainingConfig
+    from dc_ssdae.training.config import RunConfig, TrainingConfig
+    from dc_ssdae.training.recipe import Recipe
+    from dc_ssdae.training.trainer import Outcome
 
 PROGRAM = "dc-ssdae train"
 
@@ -29,25 +31,33 @@ class TrainParser:
         try:
             return self._parse(words)
         except InputError as error:
-            raise _told_once(error) from error
+            raise told_once(error) from error
 
     def _parse(self, words: Sequence[str]) -> argparse.Namespace:
         from dc_ssdae.cli.run_config import parse_run_config
+        from dc_ssdae.cli.run_recipe import asks_for_recipe, parse_recipe
 
-        resume, rest = _take_option(words, "--resume")
+        resume, rest = take_option(words, "--resume", "the folder of a run")
         rest = [word for word in rest if word != "--debug"]
         if resume is None:
-            parsed = parse_run_config(rest)
-            if not parsed.name and parsed.config.training.output is None:
+            if asks_for_recipe(rest):
+                recipe, name, output = parse_recipe(rest)
+                return _words(resume=None, config=None, recipe=recipe, name=name, output=output)
+            config, name = parse_run_config(rest)
+            output = config.training.output
+            if not name and output is None:
                 raise InputError("which configuration? --config PRESET (dc-ssdae info lists them) or --config FILE")
-            return _words(resume=None, config=parsed.config, name=parsed.name, changed=True)
+            return _words(resume=None, config=config, recipe=None, name=name, output=output)
         if any(word in ("--help", "-h") for word in rest):
             parse_run_config(rest)
         path = Path(resume)
-        before = _read_run(path)
-        after = parse_run_config(rest, base=before.to_mapping()).config if rest else before
-        _check_changes(before.to_mapping(), after.to_mapping(), path)
-        return _words(resume=path, config=after, name=path.name, changed=after != before)
+        if (path / "recipe.yaml").is_file():
+            before, after = _changed_recipe(path, rest)
+            return _words(resume=path, config=None, recipe=after, changed=after != before)
+        run = read_run(path)
+        config = parse_run_config(rest, base=run.to_mapping()).config if rest else run
+        check_changes(run.to_mapping(), config.to_mapping(), path)
+        return _words(resume=path, config=config, recipe=None, changed=config != run)
 
 
 def _words(**values: Any) -> argparse.Namespace:
@@ -61,9 +71,7 @@ def build_parser() -> TrainParser:
 
 def run(args: argparse.Namespace) -> int:
     """Train; gives the exit code, 0 also where a signal asked for the end."""
-    # A user's own classes are named in the configuration, and lie where the command is given.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    find_own_classes()
     from dc_ssdae.data.loader import ReadingFailed
 
     try:
@@ -71,18 +79,20 @@ def run(args: argparse.Namespace) -> int:
     except (ReadingFailed, ToldElsewhere):
         raise
     except InputError as error:  # which all processes meet
-        raise _told_once(error) from error
+        raise told_once(error) from error
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.recipe is not None:
+        return _run_recipe(args)
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.training.build import resolved
     from dc_ssdae.training.launch import resume_run, start_run
     from dc_ssdae.training.run import check_new
 
     if args.resume is None:
-        path = Path(args.config.training.output or Path("runs") / args.name)
-        if _is_main_process():
+        path = Path(args.output or Path("runs") / args.name)
+        if is_main_process():
             check_new(path)
         config = resolved(args.config)
         outcome = start_run(config, config_yaml(config), path)
@@ -93,11 +103,51 @@ def _run(args: argparse.Namespace) -> int:
             _say(f"{path} is finished: {_spent(config.training)}")
             return 0
         outcome = found
-    if outcome.stopped_by is not None:
-        _say(f"stopped by {outcome.stopped_by} after step {outcome.step}; go on with: dc-ssdae train --resume {path}")
-    else:
-        _say(f"done after step {outcome.step}: the model is {path / 'model'}")
+    tell_end(PROGRAM, outcome, path)
     return 0
+
+
+def _run_recipe(args: argparse.Namespace) -> int:
+    from dc_ssdae.cli.run_config import config_yaml
+    from dc_ssdae.cli.run_recipe import recipe_yaml
+    from dc_ssdae.training.phases import resolved_recipe, resume_recipe, start_recipe
+    from dc_ssdae.training.run import check_new
+
+    if args.resume is None:
+        path = Path(args.output or Path("runs") / args.name)
+        if is_main_process():
+            check_new(path)
+        recipe = resolved_recipe(args.recipe)
+        outcome = start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, _say)
+    else:
+        path, recipe = args.resume, args.recipe
+        text = recipe_yaml(recipe) if args.changed else None
+        found = resume_recipe(recipe, text, path, config_yaml, _say)
+        if found is None:
+            _say(
+                f"{path} is finished: its {len(recipe.phases)} phases have spent their budgets "
+                f"(--phases.{recipe.phases[-1].name}.training.steps N goes on to N)"
+            )
+            return 0
+        outcome = found
+    tell_end(PROGRAM, outcome, path)
+    return 0
+
+
+def find_own_classes() -> None:
+    """Let Python find a user's own classes, which a configuration names, where the command is given."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def tell_end(program: str, outcome: "Outcome", path: Path) -> None:
+    """Say how a run ended, and what to do next."""
+    if outcome.stopped_by is not None:
+        message = f"stopped by {outcome.stopped_by} after step {outcome.step}; go on with: {program} --resume {path}"
+    else:
+        message = f"done after step {outcome.step}: the model is {path / 'model'}"
+    if is_main_process():
+        complain(program, message)
 
 
 def _spent(training: "TrainingConfig") -> str:
@@ -109,7 +159,29 @@ def _spent(training: "TrainingConfig") -> str:
     return "its budget is spent: " + " or ".join(budgets)
 
 
-def _read_run(path: Path) -> Any:
+def _changed_recipe(path: Path, words: Sequence[str]) -> "tuple[Recipe, Recipe]":
+    """A recipe's run as it was, and as flags want it: phases that have ended stay, the others may change."""
+    from dc_ssdae.cli.run_recipe import lay_over_recipe
+    from dc_ssdae.training.phases import settled_phases
+    from dc_ssdae.training.recipe import read_recipe
+
+    before = read_recipe(path)
+    if not words:
+        return before, before
+    after = lay_over_recipe(before, words, settled_phases(before, path))
+    for old, new in zip(before.phases, after.phases, strict=True):
+        folder = before.folder(path, old.name)
+        if (folder / "config.yaml").is_file():
+            check_changes(old.config.to_mapping(), new.config.to_mapping(), folder)
+    return before, after
+
+
+def read_run(path: Path) -> "RunConfig":
+    """Read the configuration of the run that --resume names.
+
+    Raises:
+        InputError: it is no run, or its configuration is damaged.
+    """
     from dc_ssdae.presets import read_yaml
     from dc_ssdae.training.config import RunConfig
 
@@ -121,7 +193,12 @@ def _read_run(path: Path) -> Any:
     return RunConfig.from_mapping(read_yaml(file, str(file)))
 
 
-def _check_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
+def check_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
+    """Refuse a change that would make it another run.
+
+    Raises:
+        InputError: names the setting.
+    """
     from dc_ssdae.training.config import MAY_CHANGE
     from dc_ssdae.training.config_checks import shown
 
@@ -138,15 +215,24 @@ def _check_changes(before: dict[str, Any], after: dict[str, Any], path: Path) ->
         raise InputError(f"losses.{added[0]} is not part of {path}; start a new run with --training.init_from {path}")
 
 
-def _take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Take an option with its value out of the words."""
+def take_option(words: Sequence[str], name: str, needs: str) -> tuple[str | None, list[str]]:
+    """Take an option with its value out of the words.
+
+    Args:
+        words: of the command.
+        name: of the option, with its dashes.
+        needs: what its value is, for messages.
+
+    Raises:
+        InputError: it has no value.
+    """
     value, rest = None, []
     position = 0
     while position < len(words):
         word = words[position]
         if word == name:
             if position + 1 == len(words) or words[position + 1].startswith("--"):
-                raise InputError(f"{name} needs the folder of a run")
+                raise InputError(f"{name} needs {needs}")
             position += 1
             value = words[position]
         elif word.startswith(f"{name}="):
@@ -155,19 +241,20 @@ def _take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]
             rest.append(word)
         position += 1
     if value is not None and not value.strip():
-        raise InputError(f"{name} is empty; it needs the folder of a run")
+        raise InputError(f"{name} is empty; it needs {needs}")
     return value, rest
 
 
-def _told_once(error: InputError) -> InputError:
+def told_once(error: InputError) -> InputError:
     """An error that every process meets, for one of them to tell."""
-    return error if _is_main_process() else ToldElsewhere(str(error))
+    return error if is_main_process() else ToldElsewhere(str(error))
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _say(message: str) -> None:
-    if _is_main_process():
+    if is_main_process():
         complain(PROGRAM, message)

@@ -49,6 +49,7 @@ class Sample(NamedTuple):
     level: Tensor
     noise: Tensor
     latent_noise: Tensor
+    draw: Tensor
     broken: list[BrokenImage]
 
 
@@ -59,6 +60,7 @@ class Batch(NamedTuple):
     level: (B,), drawn by the dynamics.
     noise: (B, 3, S, S), standard normal.
     latent_noise: (B, c, S/f, S/f), standard normal: makes a sample of the posterior.
+    draw: int64 (B,), numbers the run's images; one number is one crop with one noise.
     broken: what could not be read while the batch was drawn.
     """
 
@@ -66,14 +68,20 @@ class Batch(NamedTuple):
     level: Tensor
     noise: Tensor
     latent_noise: Tensor
+    draw: Tensor
     broken: list[BrokenImage]
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Batch":
         """Stack samples."""
-        pixels, level, noise, latent_noise, broken = zip(*samples, strict=True)
-        stacked = [torch.stack(parts) for parts in (pixels, level, noise, latent_noise)]
-        return cls(stacked[0], stacked[1], stacked[2], stacked[3], [image for images in broken for image in images])
+        pixels, level, noise, latent_noise, draw, broken = zip(*samples, strict=True)
+        stacked = [torch.stack(parts) for parts in (pixels, level, noise, latent_noise, draw)]
+        everything_broken = [image for images in broken for image in images]
+        return cls(stacked[0], stacked[1], stacked[2], stacked[3], stacked[4], everything_broken)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a training step takes, in its order."""
+        return self.pixels, self.noise, self.level, self.latent_noise, self.draw
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class Drawing:
         flip: mirror half of the crops.
         latent_shape: (c, S/f, S/f).
         dynamics: draws the levels.
+        repeat_after: steps after which the first step's crops and noise come again; None draws anew for ever.
     """
 
     seed: int
@@ -97,6 +106,7 @@ class Drawing:
     flip: bool
     latent_shape: tuple[int, int, int]
     dynamics: Dynamics
+    repeat_after: int | None = None
 
 
 class Place(NamedTuple):
@@ -121,12 +131,15 @@ class TrainingSamples(Dataset[Sample]):
 
     def __getitem__(self, place: Place) -> Sample:
         drawing = self.drawing
-        pixels, broken = self._read(place.step * drawing.batch_size + place.place)
-        generator = image_generator(drawing.seed, place.step, place.place)
+        step = place.step if drawing.repeat_after is None else place.step % drawing.repeat_after
+        draw = step * drawing.batch_size + place.place
+        pixels, broken = self._read(draw)
+        generator = image_generator(drawing.seed, step, place.place)
         crop = random_scaled_crop(pixels, drawing.image_size, drawing.aug_scale, generator, drawing.flip)
         level = drawing.dynamics.sample_level(1, generator=generator)[0]
         noise = torch.randn(3, drawing.image_size, drawing.image_size, generator=generator)
-        return Sample(crop, level, noise, torch.randn(drawing.latent_shape, generator=generator), broken)
+        latent_noise = torch.randn(drawing.latent_shape, generator=generator)
+        return Sample(crop, level, noise, latent_noise, torch.tensor(draw), broken)
 
     def _read(self, position: int) -> tuple[Tensor, list[BrokenImage]]:
         broken: list[BrokenImage] = []

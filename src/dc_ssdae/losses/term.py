@@ -20,12 +20,15 @@ class StepOutputs:
             `target`.
         prediction: the decoder's answer, (B, 3, H, W).
         posterior: the encoder's answer.
+        decoder_features: output of one of the decoder's middle blocks, (B, D, H/8, W/8), with gradient and in the
+            precision of the networks; None where no term reads it.
     """
 
     dynamics: Dynamics
     record: Corruption
     prediction: Tensor
     posterior: DiagonalGaussian
+    decoder_features: Tensor | None = None
 
     @cached_property
     def clean_estimate(self) -> Tensor:
@@ -34,7 +37,11 @@ class StepOutputs:
 
 
 class LossTerm(Protocol):
-    """A term of the objective: an `nn.Module`, whose parameters, if it has any, train with the model's."""
+    """A term of the objective: an `nn.Module`, whose parameters, if it has any, train with the model's.
+
+    A term that reads `decoder_features` has the attribute `reads_decoder_features = True` and may have
+    `decoder_layer`, the index of the middle block that it reads, from 0; None is REPA's.
+    """
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
         """Give the term before its weight: scalar, or (B,), of which the mean counts."""

@@ -6,11 +6,19 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dc_ssdae.errors import InputError
+from dc_ssdae.losses.backbones import FrozenBackbone
 from dc_ssdae.losses.dynamics import DynamicsLoss
 from dc_ssdae.losses.kl import KLLoss
+from dc_ssdae.losses.perceptual import LPIPSLoss
+from dc_ssdae.losses.repa import REPALoss
 from dc_ssdae.losses.term import StepOutputs
 
-BUILT_IN: Mapping[str, type[nn.Module]] = {"dynamics": DynamicsLoss, "kl": KLLoss}
+BUILT_IN: Mapping[str, type[nn.Module]] = {
+    "dynamics": DynamicsLoss,
+    "lpips": LPIPSLoss,
+    "repa": REPALoss,
+    "kl": KLLoss,
+}
 """Terms that a configuration names without a class_path."""
 
 
@@ -34,8 +42,13 @@ class Objective(nn.Module):
     Args:
         terms: by name; at least one.
 
+    Attributes:
+        wants_decoder_features: whether a term reads `StepOutputs.decoder_features`.
+        decoder_layer: the middle block that these terms read, counted from 0; None is REPA's.
+        random_backbones: names of the terms whose backbone has random weights, which says nothing of images.
+
     Raises:
-        InputError: there is no term.
+        InputError: there is no term, or two terms read different blocks of the decoder.
     """
 
     def __init__(self, terms: Mapping[str, WeightedTerm]) -> None:
@@ -44,6 +57,16 @@ class Objective(nn.Module):
             raise InputError("an objective needs at least one term of a weight above 0")
         self.weights = {name: term.weight for name, term in terms.items()}
         self.terms = nn.ModuleDict({name: term.term for name, term in terms.items()})
+        readers = {name: term for name, term in self.terms.items() if getattr(term, "reads_decoder_features", False)}
+        self.wants_decoder_features = bool(readers)
+        self.decoder_layer = _common_layer(readers)
+        self.random_backbones = [name for name, term in self.terms.items() if getattr(term, "random_weights", False)]
+
+    def compile_backbones(self) -> None:
+        """Compile the frozen networks of the terms, in place."""
+        for module in self.modules():
+            if isinstance(module, FrozenBackbone):
+                module.compile()
 
     def forward(self, outputs: StepOutputs) -> Losses:
         """Compute every term and the total.
@@ -61,3 +84,11 @@ class Objective(nn.Module):
             values[name] = value.float().mean()
         total = sum((self.weights[name] * value for name, value in values.items()), start=values[name].new_zeros(()))
         return Losses(total, values)
+
+
+def _common_layer(readers: Mapping[str, nn.Module]) -> int | None:
+    layers = {name: getattr(term, "decoder_layer", None) for name, term in readers.items()}
+    if len(set(layers.values())) > 1:
+        wanted = ", ".join(f"losses.{name} {layer}" for name, layer in layers.items())
+        raise InputError(f"all terms read the same block of the decoder, but these want different ones: {wanted}")
+    return next(iter(layers.values()), None)

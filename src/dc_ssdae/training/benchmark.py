@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.profile import count_flops
 from dc_ssdae.timing import Spread, alternating, resident_set
-from dc_ssdae.training.build import build_model, build_step, own_classes, place_step
+from dc_ssdae.training.build import build_model, build_step, has_backbone, own_classes, place_step
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.optimizer import build_optimizer, evaluated_weights
@@ -138,7 +138,7 @@ class _Stepper:
             torch.cuda.reset_peak_memory_stats(device)
             self._allocated = torch.cuda.memory_allocated(device)
         torch.manual_seed(training.seed)
-        self._module = build_step(config)
+        self._module = build_step(_with_random_backbones(config))
         place_step(self._module, config, device)
         self._optimizer = build_optimizer(self._module, training)
         self._scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
@@ -269,6 +269,17 @@ def _image_flops(config: RunConfig) -> int | None:
         model = build_model(config.model)
     flops = count_flops(model, config.data.image_size)
     return 3 * (flops.encode + flops.decode_step)
+
+
+def _with_random_backbones(config: RunConfig) -> RunConfig:
+    """Need no weights from anywhere: how fast a backbone is does not depend on them."""
+    losses = {
+        name: replace(loss, init_args={**loss.init_args, "weights": "random"})
+        if loss.class_path is None and has_backbone(name, loss)
+        else loss
+        for name, loss in config.losses.items()
+    }
+    return replace(config, losses=losses)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Settings of a run: sections model, data, training and losses. Reading and checking them needs no torch."""
+"""Settings of a run: sections model, data, training, losses, distillation. Reading and checking them needs no torch."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Direction = Literal["max", "min"]
 
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-BUILT_IN_LOSSES: Mapping[str, float] = {"dynamics": 1.0, "kl": 1e-6}
+BUILT_IN_LOSSES: Mapping[str, float] = {"dynamics": 1.0, "lpips": 0.5, "repa": 0.25, "kl": 1e-6}
 """Terms that need no class_path, and their default weights (SPEC section 2, "Total loss")."""
 
 LARGEST_SEED = 2**32 - 1
@@ -46,6 +46,7 @@ MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
         "keep_every",
         "evaluate_every",
         "sample_images",
+        "latent_statistics",
         "max_skipped_steps",
         "processes",
         "wandb",
@@ -156,13 +157,18 @@ class TrainingConfig:
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         seed: of weights, data order, crops, levels and noise.
         output: the run's folder, which must not exist yet; null is runs/NAME of the configuration.
-        init_from: a model or run whose weights to start from.
+        init_from: a model or run whose weights to start from; of a run, also what its loss terms have learnt.
+        train: names of the parameter groups that train, such as [encoder.latent_head, decoder]; encoder.stages.-1 is
+            the last stage, losses.NAME what a loss term has learnt. The others keep every bit, batch statistics
+            included. null trains everything; dc-ssdae info PRESET --groups lists the names.
         checkpoint_every: steps between checkpoints.
         keep_every: steps between checkpoints that are kept for good, a multiple of checkpoint_every; null keeps
             only the last and the best.
         evaluate_every: steps between evaluations on validation images, with the averaged weights.
         best_metric: what makes a checkpoint the best, psnr, ssim or mse; NAME:max or NAME:min gives the direction.
         sample_images: validation images whose reconstructions are logged at an evaluation.
+        latent_statistics: training images, at most, over which the latent's mean and standard deviation are measured
+            at the end, for the model's config; 0 measures nothing.
         max_skipped_steps: the run stops after this many non-finite steps in a row.
         processes: how many processes the run must have; null takes what the launcher started.
         wandb: also log to Weights & Biases, which must be installed.
@@ -188,11 +194,13 @@ class TrainingConfig:
     seed: int = 0
     output: str | None = None
     init_from: str | None = None
+    train: list[str] | None = None
     checkpoint_every: int = 1000
     keep_every: int | None = None
     evaluate_every: int = 5000
     best_metric: str = "psnr"
     sample_images: int = 8
+    latent_statistics: int = 10_000
     max_skipped_steps: int = 10
     processes: int | None = None
     wandb: bool = False
@@ -213,7 +221,7 @@ class TrainingConfig:
         _check_range("training", self, "minutes", "lr", "gradient_clip", above=0.0)
         _check_range("training", self, "weight_decay", at_least=0.0)
         _check_range("training", self, "warmup", "ema_decay", at_least=0.0, below=1.0)
-        _check_range("training", self, "ema_start", "sample_images", at_least=0)
+        _check_range("training", self, "ema_start", "sample_images", "latent_statistics", at_least=0)
         _check_range("training", self, "seed", at_least=0, at_most=LARGEST_SEED)
         for beta in self.betas:
             if not 0.0 <= beta < 1.0:
@@ -231,6 +239,8 @@ class TrainingConfig:
                 f"training.checkpoint_every, {self.checkpoint_every}"
             )
         _check_filled("training", self, "output", "init_from", "wandb_project")
+        if self.train is not None and not self.train:
+            raise InputError("training.train is []; name the groups that train, or null for all of them")
         _ = self.best
 
     @property
@@ -275,6 +285,30 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Learning to land in one step where a teacher lands in several (SPEC section 2, "Distillation").
+
+    Args:
+        teacher: the model or run to learn from, of the same model; the run keeps a copy of it.
+        steps: the teacher's, K.
+        step_size: of the teacher's descent, as of DCSSDAE.decode; null is decode's own default.
+        cache_steps: draw crops and noise for this many steps only, again and again, and keep the teacher's results of
+            them on disk; null draws anew at every step and keeps nothing.
+    """
+
+    teacher: str
+    steps: int = 8
+    step_size: float | None = None
+    cache_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _fit_fields("distillation", self)
+        _check_filled("distillation", self, "teacher")
+        _check_range("distillation", self, "steps", "cache_steps", at_least=1)
+        _check_range("distillation", self, "step_size", above=0.0)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run.
 
@@ -282,13 +316,15 @@ class RunConfig:
         model: which autoencoder.
         data: which images.
         training: the loop.
-        losses: terms of the objective by name, each with weight and, if it is your own, class_path and init_args.
+        losses: terms of the objective by name, each with weight and, where it takes any, class_path and init_args.
+        distillation: whom to learn from; None learns from the images.
     """
 
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     losses: dict[str, LossConfig] = field(default_factory=dict)
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.losses, Mapping):
@@ -312,22 +348,21 @@ class RunConfig:
         """Build from plain data, as YAML gives it.
 
         Args:
-            settings: sections model, data, training and losses; `description` is passed over.
+            settings: sections model, data, training, losses and distillation; `description` is passed over.
 
         Raises:
             InputError: a section or setting is unknown, of the wrong type or out of range; one line that names it.
         """
         if not isinstance(settings, Mapping):
             raise mistake(f"a configuration is a mapping of sections, not {shown(settings)}")
-        sections = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
         for name in settings:
-            if name not in (*sections, "losses", "description"):
-                raise unknown("section of the configuration", name, (*sections, "losses", "description"))
+            if name not in (*SECTIONS, "losses", "description"):
+                raise unknown("section of the configuration", name, (*SECTIONS, "losses", "description"))
         if settings.get("model") is None:
             raise InputError("the configuration has no section model; start from a preset with --config PRESET")
         built: dict[str, Any] = {
             name: _build(name, section, settings[name])
-            for name, section in sections.items()
+            for name, section in SECTIONS.items()
             if settings.get(name) is not None
         }
         losses = settings.get("losses")
@@ -337,6 +372,8 @@ class RunConfig:
         """Plain data that `from_mapping` takes back, every default spelt out."""
         plain = asdict(self)
         plain["training"]["betas"] = list(self.training.betas)
+        if self.distillation is None:
+            del plain["distillation"]
         return plain
 
     def fixed_settings(self) -> dict[str, Any]:
@@ -345,12 +382,21 @@ class RunConfig:
             f"{section}.{name}": value
             for section, settings in self.to_mapping().items()
             for name, value in settings.items()
-            if name not in MAY_CHANGE.get(section, ()) and name not in ("output", "init_from")
+            if name not in MAY_CHANGE.get(section, ()) and name not in ("output", "init_from", "teacher")
         }
 
     def with_training(self, **settings: Any) -> "RunConfig":
         """The same with some settings of section training changed."""
         return replace(self, training=replace(self.training, **settings))
+
+
+SECTIONS: Mapping[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "distillation": DistillationConfig,
+}
+"""The sections whose settings are fixed; section losses is free in its names."""
 
 
 def _build(section: str, kind: type, settings: Any) -> Any:
@@ -363,7 +409,8 @@ def _build(section: str, kind: type, settings: Any) -> Any:
     for entry in fields(kind):
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and settings.get(entry.name) is None:
-            raise InputError(f"{section}.{entry.name} is not given; start from a preset, or set it")
+            hint = "; start from a preset, or set it" if section == "model" else ""
+            raise InputError(f"{section}.{entry.name} is not given{hint}")
     return kind(**settings)
 
 

@@ -21,6 +21,7 @@ _WANTED = {
     str: "text",
     tuple: "two numbers, such as [0.9, 0.999]",
     dict: "a mapping with class_path and init_args",
+    list: "a list of names, such as [encoder.latent_head, decoder]",
     NoneType: "null",
 }
 _NO = object()
@@ -60,7 +61,8 @@ def fitted(path: str, value: Any, hint: Any) -> Any:
     Args:
         path: of the setting, as training.lr.
         value: what was given; a whole number fits float, a list of two numbers fits a pair.
-        hint: int, float, bool, str, a Literal of words, tuple[float, float], dict[str, Any], or a union of them.
+        hint: int, float, bool, str, a Literal of words, tuple[float, float], list[str], dict[str, Any], or a union
+            of them.
 
     Raises:
         InputError: the value does not fit.
@@ -87,6 +89,9 @@ def _fit(path: str, value: Any, kind: Any) -> Any:
         is_pair = isinstance(value, list | tuple) and len(value) == 2
         pair = [_fit(path, part, float) for part in value] if is_pair else [_NO]
         return _NO if _NO in pair else tuple(pair)
+    if origin is list:
+        is_list = isinstance(value, list | tuple) and all(isinstance(part, str) and part.strip() for part in value)
+        return [_fit(path, part, str) for part in value] if is_list else _NO
     if origin is dict:
         return plain(path, value) if isinstance(value, Mapping) else _NO
     if origin is float and is_number:

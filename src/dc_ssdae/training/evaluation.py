@@ -1,4 +1,4 @@
-"""Evaluation within a run: reconstruct validation images in one step and measure them."""
+"""Evaluation within a run: reconstruct validation images in one step and measure them; measure the latents."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +17,9 @@ from dc_ssdae.data.loader import (
     in_one_line,
     leave_signals_to_the_parent,
 )
+from dc_ssdae.evaluation.latent_statistics import LatentSurvey, latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
+from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 from dc_ssdae.training.config import METRICS
 from dc_ssdae.training.distributed import sum_over_processes
 
@@ -85,6 +87,42 @@ def evaluate(
     measured = int(total[:, -1].sum())
     means = total[:, :-1].sum(dim=0) / measured
     return Evaluation(dict(zip(MEASURES, means.tolist(), strict=True)), measured, broken)
+
+
+def measure_latent(
+    encode: Callable[[Tensor], DiagonalGaussian],
+    images: ValidationImages,
+    channels: int,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+) -> LatentSurvey:
+    """Gather the moments of images' latents; every process does its share, and all get the same result.
+
+    Args:
+        encode: uint8 (B, 3, S, S) to the Gaussian over (B, c, h, w).
+        images: what to encode.
+        channels: c.
+        accelerator: of the run.
+        batch_size: images at a time in each process.
+        workers: that read images.
+    """
+    device, processes = accelerator.device, accelerator.num_processes
+    survey = latent_statistics(
+        lambda pixels: encode(pixels.to(device)),
+        images,
+        channels,
+        batch_size,
+        workers,
+        accelerator.process_index,
+        processes,
+    )
+    state = survey.moments.state(accelerator.process_index, processes)
+    # Not every device has float64: it is added up where the processes' back end wants it.
+    total = sum_over_processes(state.to(device) if device.type == "cuda" else state)
+    return LatentSurvey(
+        LatentMoments.from_state(total), gather_object(survey.broken) if processes > 1 else survey.broken
+    )
 
 
 def _measure(pixels: Tensor, output: Tensor) -> list[float]:

@@ -1,18 +1,21 @@
 """Starting a run and going on with one: everything is checked, and the folder is there, before the trainer begins."""
 
+import json
 import os
 import shutil
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
 
+from dc_ssdae.autoencoder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.data.sources import ImageSources, open_sources
 from dc_ssdae.errors import InputError
-from dc_ssdae.training.build import build_model, check_components
+from dc_ssdae.training.build import build_model, check_components, fetch_backbones
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
 from dc_ssdae.training.logging import read_lines
@@ -47,11 +50,12 @@ def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False
     with StopRequest() as stop:
         accelerator = start_processes(config.training.processes, cpu)
         sources = _check(config, accelerator, starts=True)
+        teacher = None if config.distillation is None else model_folder(config.distillation.teacher)
         with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
-            model_config = _model_config(config)
+            model_config = _model_config(config, teacher)
 
         def create() -> None:
-            create_run(path, config_text, model_config, replace)
+            create_run(path, config_text, model_config, replace, teacher)
 
         on_main_process(accelerator, create)
         run = RunFolder(path, config.training.keep_every)
@@ -82,6 +86,8 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
     """
     run = RunFolder(path, config.training.keep_every)
     if is_finished(run, config.training):
+        if os.environ.get("RANK", "0") != "0":
+            return None
         with suppress(InputError, OSError):  # another process is at it, or nothing can be written there any more
             lock = RunLock(path)
             lock.acquire()
@@ -92,21 +98,32 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
         return None
     with StopRequest() as stop:
         accelerator = start_processes(config.training.processes, cpu)
-        sources = _check(config, accelerator, starts=run.checkpoints.last() is None)
+        teacher = run.teacher if run.teacher.is_dir() else None
+        sources = _check(config, accelerator, run.checkpoints.last() is None, teacher)
         return _train(config, run, accelerator, sources, stop, config_text)
 
 
-def _check(config: RunConfig, accelerator: Accelerator, starts: bool) -> ImageSources:
+def _check(config: RunConfig, accelerator: Accelerator, starts: bool, teacher: Path | None = None) -> ImageSources:
     data = config.data
 
     def check() -> ImageSources:
         check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
-        check_components(config, starts)
+        check_components(config, starts, teacher)
         if data.root is None and data.dataset is None:
             raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
         return open_sources(data.root, data.dataset, data.validation, data.cache)
 
-    return everyone(accelerator, check)
+    sources = everyone(accelerator, check)
+    # A download is for one process of each machine; the others find it then.
+    fetch = partial(fetch_backbones, config.losses)
+    first = accelerator.is_local_main_process
+    everyone(accelerator, fetch if first else check_nothing)
+    everyone(accelerator, check_nothing if first else fetch)
+    return sources
+
+
+def check_nothing() -> None:
+    """What a process does while another one checks or fetches something for it."""
 
 
 def _train(
@@ -125,7 +142,8 @@ def _train(
             if not (run.model / "config.json").is_file():
                 run.model.mkdir(exist_ok=True)
                 with init_empty_weights():
-                    (run.model / "config.json").write_text(_model_config(config), encoding="utf-8")
+                    teacher = run.teacher if run.teacher.is_dir() else None
+                    (run.model / "config.json").write_text(_model_config(config, teacher), encoding="utf-8")
             recover_run(run)
             if config_text is not None:
                 _replace_text(run.config, config_text)
@@ -143,8 +161,12 @@ def _train(
         lock.release()
 
 
-def _model_config(config: RunConfig) -> str:
-    return str(build_model(config.model).to_json_string())
+def _model_config(config: RunConfig, teacher: Path | None) -> str:
+    """The model's config.json; a student's latent is normalised as its teacher's, whose encoder it keeps."""
+    model = json.loads(build_model(config.model).to_json_string())
+    given = {} if teacher is None else read_config(teacher)
+    model |= {name: given[name] for name in NOT_MEASURED if name in given}
+    return json.dumps(model, indent=2, sort_keys=True) + "\n"
 
 
 def _replace_text(path: Path, text: str) -> None:

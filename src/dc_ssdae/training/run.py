@@ -7,6 +7,7 @@ RUN/model/             the averaged model, for `from_pretrained`
 RUN/checkpoints/       see `checkpoint`
 RUN/samples/           reconstructions of validation images
 RUN/tensorboard/
+RUN/teacher/           of a distillation: a copy of the model to learn from;  teacher_cache/: its results
 """
 
 import fcntl
@@ -25,9 +26,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dc_ssdae.autoencoder import read_config, write_latent_statistics
 from dc_ssdae.errors import InputError
+from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.training.checkpoint import CheckpointFolder, read_state, sync
 from dc_ssdae.training.config import TrainingConfig
+from dc_ssdae.training.recipe import RECIPE_FILE
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -88,6 +92,20 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def teacher(self) -> Path:
+        """The model that a distillation learns from."""
+        return self.path / "teacher"
+
+    def inherits_latent(self) -> bool:
+        """Whether the latent is that of a teacher whose mean and standard deviation are known, and stay."""
+        return self.teacher.is_dir() and read_config(self.teacher).get("latents_mean") is not None
+
+    @property
+    def teacher_cache(self) -> Path:
+        """What the teacher made of the images, where that is kept."""
+        return self.path / "teacher_cache"
+
+    @property
     def samples(self) -> Path:
         """Pictures of reconstructions."""
         return self.path / "samples"
@@ -105,14 +123,16 @@ def check_new(path: Path) -> None:
         InputError: something is there already.
     """
     if path.exists() or path.is_symlink():
-        if (path / CONFIG_FILE).is_file():
+        if (path / CONFIG_FILE).is_file() or (path / RECIPE_FILE).is_file():
             raise InputError(
                 f"{path} is a run already: go on with it by --resume {path}, or choose another --training.output"
             )
         raise InputError(f"{path} exists already and is no run; choose another --training.output")
 
 
-def create_run(path: Path, config_text: str, model_config_text: str, replace: bool = False) -> None:
+def create_run(
+    path: Path, config_text: str, model_config_text: str, replace: bool = False, teacher: Path | None = None
+) -> None:
     """Make a run's folder, with its configuration and the model's inside, by one rename.
 
     Args:
@@ -120,6 +140,7 @@ def create_run(path: Path, config_text: str, model_config_text: str, replace: bo
         config_text: of config.yaml.
         model_config_text: of model/config.json.
         replace: put it in the place of an earlier run.
+        teacher: the folder of a model to keep a copy of.
 
     Raises:
         InputError: something else is there.
@@ -133,6 +154,13 @@ def create_run(path: Path, config_text: str, model_config_text: str, replace: bo
         (partial / "model").mkdir(parents=True)
         (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         (partial / "model" / "config.json").write_text(model_config_text, encoding="utf-8")
+        if teacher is not None:
+            (partial / "teacher").mkdir()
+            shutil.copy(teacher / "config.json", partial / "teacher" / "config.json")
+            # Not linked: who writes into the file there would change this one too.
+            shutil.copy(teacher / WEIGHTS_FILE, partial / "teacher" / WEIGHTS_FILE)
+            for entry in (*(partial / "teacher").iterdir(), partial / "teacher"):
+                sync(entry)
         for entry in (partial / CONFIG_FILE, partial / "model" / "config.json", partial / "model", partial):
             sync(entry)
         if path.exists():
@@ -204,22 +232,34 @@ class RunLock:
             self._handle = None
 
 
-def publish_model(run: RunFolder, ema_file: Path) -> None:
+def publish_model(run: RunFolder, ema_file: Path, statistics: LatentStatistics | None = None) -> None:
     """Make a checkpoint's averaged weights those of RUN/model, by one rename; without a second copy where it can.
+
+    Args:
+        run: the folder.
+        ema_file: the weights.
+        statistics: of their latent, for config.json; None where they are not measured.
 
     Raises:
         OSError: it cannot be written.
     """
     beside = run.model / f".{uuid.uuid4().hex}.partial"
     try:
-        try:
-            os.link(ema_file, beside)
-        except OSError:
-            shutil.copy(ema_file, beside)
+        _link_or_copy(ema_file, beside)
         os.replace(beside, run.model / WEIGHTS_FILE)
     finally:
         beside.unlink(missing_ok=True)
+    stale = read_config(run.model).get("latents_mean") is not None and not run.inherits_latent()
+    if statistics is not None or stale:
+        write_latent_statistics(run.model, statistics)
     sync(run.model)
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copy(file, target)
 
 
 def recover_run(run: RunFolder) -> None:
@@ -233,8 +273,14 @@ def recover_run(run: RunFolder) -> None:
     for entry in run.model.glob(".*.partial"):
         entry.unlink(missing_ok=True)
     last, published = run.checkpoints.last(), run.model / WEIGHTS_FILE
-    if last is not None and not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
-        publish_model(run, last / "ema.safetensors")
+    if last is None:
+        return
+    measured = read_state(last).get("latent_statistics")
+    statistics = None if measured is None else LatentStatistics(**measured)
+    if not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
+        publish_model(run, last / "ema.safetensors", statistics)
+    elif statistics is not None and read_config(run.model).get("latents_mean") is None:
+        write_latent_statistics(run.model, statistics)
 
 
 def describe_environment(command: list[str], hardware: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One step's computation as a module, which is what a process group wraps."""
 
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -7,7 +8,9 @@ from torch import Tensor, nn
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range
+from dc_ssdae.dynamics import Corruption
 from dc_ssdae.errors import InputError
+from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Losses, Objective, StepOutputs
 
 
@@ -19,6 +22,9 @@ class TrainingStep(nn.Module):
         objective: its terms may hold parameters, which train too.
         precision: "float32", or "bfloat16" or "float16" for autocast around the networks; losses stay float32.
         channels_last: bring the images into that memory order.
+
+    Attributes:
+        held_back: names of the parameters that `freeze_all_but` keeps from training.
     """
 
     def __init__(
@@ -29,8 +35,21 @@ class TrainingStep(nn.Module):
         self.objective = objective
         self._dtype = getattr(torch, precision)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._frozen: list[nn.Module] = []
+        self.held_back: set[str] = set()
+        self._decode_with_features: Callable[..., tuple[Tensor, Tensor]] | None = None
+        if objective.wants_decoder_features:
+            self._decode_with_features = getattr(model.decoder, "forward_with_features", None)
+            if self._decode_with_features is None:
+                terms = [name for name, term in objective.terms.items() if getattr(term, "reads_decoder_features", 0)]
+                raise InputError(
+                    f"losses.{terms[0]} reads the decoder's features, and {type(model.decoder).__name__} has no "
+                    f"forward_with_features; leave the term out: --losses.{terms[0]} 0"
+                )
 
-    def forward(self, pixels: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor) -> Losses:
+    def forward(
+        self, pixels: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None = None
+    ) -> Losses:
         """Compute the losses of a batch; gradients flow to encoder, decoder and objective.
 
         Args:
@@ -38,15 +57,65 @@ class TrainingStep(nn.Module):
             noise: (B, 3, S, S), standard normal.
             level: (B,), of the dynamics.
             latent_noise: (B, c, S/f, S/f), standard normal.
+            draw: int64 (B,), numbers the run's images; of no use here.
         """
-        dynamics = self.model.dynamics
-        x = to_model_range(pixels).contiguous(memory_format=self._memory_format)
-        record = dynamics.corrupt(x, noise.contiguous(memory_format=self._memory_format), level)
+        x, noise = self._images(pixels), noise.contiguous(memory_format=self._memory_format)
+        record = self.model.dynamics.corrupt(x, noise, level)
         with self._autocast(x):
             posterior = self.model.posterior(x)
             z = posterior.sample(noise=latent_noise)
-            prediction = self.model.decoder(record.x_level, z, level if dynamics.conditions_on_time else None)
-        return self.objective(StepOutputs(dynamics, record, prediction, posterior))
+        return self._losses(record, posterior, z)
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        return to_model_range(pixels).contiguous(memory_format=self._memory_format)
+
+    def _losses(self, record: Corruption, posterior: DiagonalGaussian, z: Tensor) -> Losses:
+        dynamics = self.model.dynamics
+        time = record.level if dynamics.conditions_on_time else None
+        features = None
+        with self._autocast(record.x):
+            if self._decode_with_features is None:
+                prediction = self.model.decoder(record.x_level, z, time)
+            else:
+                layer = self.objective.decoder_layer
+                prediction, features = self._decode_with_features(record.x_level, z, time, layer)
+        return self.objective(StepOutputs(dynamics, record, prediction, posterior, features))
+
+    def freeze_all_but(self, trained: Set[str]) -> None:
+        """Leave everything else as it is: no gradients, and batch statistics and dropout as in evaluation.
+
+        Args:
+            trained: names of tensors of the state dict, of the model and the objective.
+        """
+        for name, parameter in self.named_parameters():
+            # What its author has frozen stays so.
+            if parameter.requires_grad and name not in trained:
+                parameter.requires_grad_(False)
+                self.held_back.add(name)
+        self._frozen = list(_untouched(self, "", trained))
+
+    def train(self, mode: bool = True) -> "TrainingStep":
+        """As PyTorch's, but what is frozen stays in evaluation mode, where batch norm uses its statistics."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def compile_networks(self) -> None:
+        """Compile encoder, decoder and the objective's backbones."""
+        self.model.encoder.compile()
+        self.model.decoder.compile()
+        if self._decode_with_features is not None:
+            self._decode_with_features = torch.compile(self._decode_with_features)
+        self.objective.compile_backbones()
+
+    def posterior(self, pixels: Tensor) -> DiagonalGaussian:
+        """Encode images: uint8 (B, 3, S, S) to the Gaussian over their latents, in float32."""
+        x = self._images(pixels)
+        with torch.no_grad(), self._autocast(x):
+            posterior = self.model.encode(x).latent_dist
+        logvar = None if posterior.logvar is None else posterior.logvar.float()
+        return DiagonalGaussian(posterior.mean.float(), logvar)
 
     def reconstruct(self, pixels: Tensor) -> Tensor:
         """Encode images and decode the mode of their latents in one step.
@@ -57,7 +126,7 @@ class TrainingStep(nn.Module):
         Returns:
             float32 (B, 3, S, S), about [-1, 1].
         """
-        x = to_model_range(pixels).contiguous(memory_format=self._memory_format)
+        x = self._images(pixels)
         with torch.no_grad(), self._autocast(x):
             latent = self.model.encode(x).latent_dist.mode()
             return self.model.decode(latent.float()).sample.float()
@@ -68,3 +137,13 @@ class TrainingStep(nn.Module):
         if not torch.amp.is_autocast_available(x.device.type):
             raise InputError(f"training.precision: {x.device.type} has no autocast; use float32")
         return torch.autocast(x.device.type, self._dtype)
+
+
+def _untouched(module: nn.Module, prefix: str, trained: Set[str]) -> Iterator[nn.Module]:
+    """The largest modules that hold tensors none of which trains."""
+    names = [f"{prefix}{name}" for name in module.state_dict()]
+    if names and trained.isdisjoint(names):
+        yield module
+        return
+    for name, child in module.named_children():
+        yield from _untouched(child, f"{prefix}{name}.", trained)

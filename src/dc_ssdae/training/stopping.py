@@ -13,7 +13,8 @@ PATIENCE = 3
 class StopRequest:
     """While entered, SIGTERM and SIGINT only set `name`, until the third SIGINT.
 
-    Outside the main thread, where Python cannot handle signals, it does nothing.
+    Outside the main thread, where Python cannot handle signals, it does nothing. Of two, one within the other, the
+    outer one hears of the wish when the inner one is left.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,9 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if self.name is not None and isinstance(outer, StopRequest):
+                outer.name = self.name
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
-from dc_ssdae.autoencoder import DCSSDAE, model_folder
 from dc_ssdae.data.images import to_uint8
 from dc_ssdae.data.loader import (
     Batch,
@@ -27,15 +27,18 @@ from dc_ssdae.data.loader import (
 )
 from dc_ssdae.data.sources import ImageSources
 from dc_ssdae.errors import InputError
+from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import build_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.config_checks import shown
+from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.distributed import on_main_process, sum_over_processes
 from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
-from dc_ssdae.training.evaluation import evaluate
+from dc_ssdae.training.evaluation import evaluate, measure_latent
+from dc_ssdae.training.initial import check_terms_are_trained, load_initial_weights
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.optimizer import (
     OptimizerState,
@@ -45,11 +48,10 @@ from dc_ssdae.training.optimizer import (
     optimizer_state,
     set_learning_rate,
 )
-from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, publish_model
+from dc_ssdae.training.run import RunFolder, publish_model
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.tensors import gathered, whole
-from dc_ssdae.weights import read_safetensors
 
 EVALUATION_BATCH = 16
 
@@ -113,18 +115,26 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._saved_at: int | None = None
         self._evaluated_at: int | None = None
+        self._latent_statistics: LatentStatistics | None = None
         self._broken = {str(line.get("name")) for line in read_lines(run.broken_images) if line.get("split") == "train"}
 
         training = config.training
         torch.manual_seed(training.seed)
-        module = build_step(config)
+        module = build_step(config, run.teacher if run.teacher.is_dir() else None)
+        if config.distillation is not None and config.distillation.cache_steps is not None:
+            assert isinstance(module, DistillationStep)
+            module.cache = TeacherCache(run.teacher_cache, config.distillation.cache_steps * training.batch_size)
         folder = run.checkpoints.last()
         checkpoint = None if folder is None else read_checkpoint(folder, STATE)
         if checkpoint is not None:
             check_same_tensors(f"{folder}/model.safetensors", module.state_dict(), checkpoint.tensors["model"])
             module.load_state_dict(dict(checkpoint.tensors["model"]))
-        elif training.init_from is not None:
-            _load_weights(module.model, training.init_from)
+        else:
+            source = training.init_from if config.distillation is None else str(run.teacher)
+            loaded = set() if source is None else load_initial_weights(module, source)
+            check_terms_are_trained(module, loaded)
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)  # an earlier phase's is not this run's
         place_step(module, config, accelerator.device)
         self.optimizer = build_optimizer(module, training)
         # Accelerate returns wrappers; sharding also exchanges the parameters inside module and optimiser.
@@ -134,6 +144,7 @@ class Trainer:
             from torch.distributed.fsdp import register_fsdp_forward_method
 
             register_fsdp_forward_method(self.module, "reconstruct")
+            register_fsdp_forward_method(self.module, "posterior")
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=training.precision == "float16")
         self.ema = ExponentialMovingAverage(self.module.model, training.ema_decay, training.ema_start)
         self._evaluated = evaluated_weights(self.optimizer, self.module.model)
@@ -141,6 +152,8 @@ class Trainer:
         # What a step that is thrown away must not leave behind: statistics of its batch.
         self._buffers = [tensor for name, tensor in self.module.state_dict().items() if name not in trained]
         self._loss_names = ("total", *self.module.objective.terms)
+        self._random_backbones = self.module.objective.random_backbones
+        self._remark = {"random_backbones": self._random_backbones} if self._random_backbones else {}
         workers = config.data.workers
         self._workers = default_workers(_processes_here(accelerator)) if workers is None else workers
         self._mark = time.monotonic()
@@ -169,6 +182,7 @@ class Trainer:
             "skipped_in_a_row": self._skipped_in_a_row,
             "evaluated_at": self._evaluated_at,
             "best": self.best,
+            "latent_statistics": None if self._latent_statistics is None else asdict(self._latent_statistics),
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "processes": self.accelerator.num_processes,
@@ -195,6 +209,9 @@ class Trainer:
                     f"{name} was {shown(state['settings'][name])} when the run was saved and is {shown(value)} in its "
                     "configuration now; put it back, or start a new run with --training.init_from"
                 )
+        for name, value in self.config.fixed_settings().items():
+            if name.startswith("losses.") and name not in state["settings"] and value["weight"]:
+                raise InputError(f"{name} was no term when the run was saved; set it to 0, or start a new run")
         length = len(self.sources.train)
         if state["images_in_data_set"] != length:
             raise InputError(
@@ -212,6 +229,9 @@ class Trainer:
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.best = state["best"]
         self._evaluated_at = state["evaluated_at"]
+        # A longer budget changes the weights again.
+        measured = state.get("latent_statistics") if self.is_finished() else None
+        self._latent_statistics = None if measured is None else LatentStatistics(**measured)
 
     def is_finished(self) -> bool:
         """Whether the budget is spent."""
@@ -229,6 +249,9 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         evaluated_at = self._evaluated_at or 0
         with closing(Loggers(self.run_folder, self.config, is_main, self.step, self.seconds, evaluated_at)) as loggers:
+            if self._random_backbones:
+                names = ", ".join(f"losses.{name}" for name in self._random_backbones)
+                loggers.say(f"{names}: random weights in the backbone, whose values and whose training mean nothing")
             if self._evaluation_due() and self.step and self._evaluated_at != self.step:
                 # A signal came in the very step that was to be evaluated. The weights are saved, the score is not.
                 is_best = self._evaluate(loggers)
@@ -249,14 +272,17 @@ class Trainer:
         return Outcome(self.step, (self.stop.name or "a signal to another process") if stopped else None)
 
     def _after_step(self, loggers: Loggers) -> None:
-        """Evaluate and save where that is due."""
+        """Measure the latent, evaluate and save where that is due."""
         training = self.config.training
+        measured = self.is_finished() and training.latent_statistics > 0 and not self.run_folder.inherits_latent()
+        if measured:
+            self._latent_statistics = self._measure_latent(loggers)
         if self._evaluation_due():
             best = self.best
             is_best = self._evaluate(loggers)
             if not self._save(loggers, is_best):
                 self.best = best  # there is no checkpoint of it
-        elif self.step % training.checkpoint_every == 0:
+        elif self.step % training.checkpoint_every == 0 or measured:
             self._save(loggers)
         else:
             return
@@ -302,6 +328,7 @@ class Trainer:
             "gradient_norm": gradient_norm,
             "lr": lr,
             **({"skipped": not_finite} if not_finite else {}),
+            **self._remark,
             "images_per_second": training.batch_size / max(exchanged.lap, 1e-9),
             "seconds": self.seconds,
             "memory_gib": _memory_gib(self.accelerator.device),
@@ -318,10 +345,12 @@ class Trainer:
         device = self.accelerator.device
         sums = torch.zeros(len(self._loss_names), device=device)
         for place, batch in enumerate(batches):
-            inputs = [part.to(device, non_blocking=True) for part in (batch.pixels, batch.noise, batch.level)]
+            inputs = [part.to(device, non_blocking=True) for part in batch.tensors()]
             is_last = place == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                losses = self.wrapped(*inputs, batch.latent_noise.to(device, non_blocking=True))
+                losses = self.wrapped(*inputs)
+                if not losses.total.requires_grad:
+                    raise TrainingFailed("no loss term depends on anything that trains; see training.train and losses")
                 self.accelerator.backward(self.scaler.scale(losses.total / len(batches)))
             if self._first and self.accelerator.num_processes > 1 and is_last:
                 self._check_gradients()
@@ -388,18 +417,19 @@ class Trainer:
         data, training = self.config.data, self.config.training
         images = ValidationImages(self.sources.validation, data.image_size, data.validation_images)
         model = self.module.model
-        batch_size = min(EVALUATION_BATCH, training.batch_size // self.accelerator.num_processes)
         self.module.eval()
         try:
             with self.ema.swapped_into(model):
-                result = evaluate(self.module.reconstruct, images, self.accelerator, batch_size, self._workers)
+                result = evaluate(
+                    self.module.reconstruct, images, self.accelerator, self._evaluation_batch(), self._workers
+                )
                 if training.sample_images:
                     self._log_pictures(images, loggers)
         finally:
             self.module.train()
         loggers.broken(result.broken, self.step, "validation")
         self._evaluated_at = self.step
-        loggers.evaluation({"step": self.step, **result.values, "images": result.images})
+        loggers.evaluation({"step": self.step, **result.values, "images": result.images, **self._remark})
         if not result.images:
             loggers.say(f"step {self.step}: no validation image can be read; nothing is the best")
         name, direction = training.best
@@ -411,6 +441,33 @@ class Trainer:
             return False
         self.best = {"metric": name, "value": value, "step": self.step}
         return True
+
+    def _measure_latent(self, loggers: Loggers) -> LatentStatistics | None:
+        """Mean and standard deviation of the averaged model's latent over training images."""
+        data, training = self.config.data, self.config.training
+        images = ValidationImages(self.sources.train, data.image_size, training.latent_statistics)
+        self.module.eval()
+        try:
+            with self.ema.swapped_into(self.module.model):
+                survey = measure_latent(
+                    self.module.posterior,
+                    images,
+                    self.config.model.latent_channels,
+                    self.accelerator,
+                    self._evaluation_batch(),
+                    self._workers,
+                )
+        finally:
+            self.module.train()
+        loggers.broken(survey.broken, self.step, "train")
+        try:
+            return survey.moments.statistics()
+        except InputError as error:
+            loggers.say(f"step {self.step}: the latent's statistics cannot be measured: {error}")
+            return None
+
+    def _evaluation_batch(self) -> int:
+        return min(EVALUATION_BATCH, self.config.training.batch_size // self.accelerator.num_processes)
 
     def _log_pictures(self, images: ValidationImages, loggers: Loggers) -> None:
         shown = [images[place] for place in range(min(self.config.training.sample_images, len(images)))]
@@ -436,7 +493,7 @@ class Trainer:
                     raise TrainingFailed(f"step {self.step}: {name} is not finite; {self._last_good()}")
             try:
                 folder = self.run_folder.checkpoints.save(checkpoint, is_best)
-                publish_model(self.run_folder, folder / "ema.safetensors")
+                publish_model(self.run_folder, folder / "ema.safetensors", self._latent_statistics)
             except OSError as error:
                 return " ".join(str(error).split())
             return None
@@ -462,6 +519,7 @@ class Trainer:
             flip=config.data.flip,
             latent_shape=(config.model.latent_channels, side, side),
             dynamics=self.module.model.dynamics,
+            repeat_after=None if config.distillation is None else config.distillation.cache_steps,
         )
         places = Places(
             self.step,
@@ -481,18 +539,6 @@ class Exchanged(NamedTuple):
     stop: bool
     broken: bool
     lap: float
-
-
-def _load_weights(model: DCSSDAE, source: str) -> None:
-    """Start from a saved model's or a run's weights.
-
-    Raises:
-        InputError: they are not there, or of another architecture.
-    """
-    folder = model_folder(source)
-    weights = read_safetensors(folder / WEIGHTS_FILE)
-    check_same_tensors(f"training.init_from {source}", model.state_dict(), weights)
-    model.load_state_dict(weights)
 
 
 def _processes_here(accelerator: Accelerator) -> int:

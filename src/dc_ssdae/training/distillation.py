@@ -1,0 +1,143 @@
+"""Distillation: one step learns to land where a frozen teacher lands in several (SPEC section 2, "Distillation")."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.losses import Losses, Objective
+from dc_ssdae.training.step import TrainingStep
+
+
+class DistillationStep(TrainingStep):
+    """The step of a student: its target is what the teacher makes of the same noise and latent.
+
+    The dynamics regresses from pure noise alone, with the teacher's K-step sample in the image's place; so do the terms
+    that compare with `record.x`.
+
+    Args:
+        model: the student.
+        objective: as `TrainingStep`'s.
+        teacher: a model of the same architecture. It is no submodule: it neither trains nor gets into checkpoints.
+        steps: the teacher's, K.
+        step_size: of the teacher's descent; None is `DCSSDAE.decode`'s default.
+        precision: of the student, and of the teacher's networks.
+        channels_last: as `TrainingStep`'s.
+    """
+
+    def __init__(
+        self,
+        model: DCSSDAE,
+        objective: Objective,
+        teacher: DCSSDAE,
+        steps: int,
+        step_size: float | None = None,
+        precision: str = "float32",
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(model, objective, precision, channels_last)
+        self._held = [teacher.requires_grad_(False).eval()]
+        self._steps = steps
+        self._step_size = step_size
+        self.cache: TeacherCache | None = None
+
+    @property
+    def teacher(self) -> DCSSDAE:
+        """The frozen model."""
+        return self._held[0]
+
+    def forward(
+        self, pixels: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None = None
+    ) -> Losses:
+        """Compute the losses of a batch; arguments as `TrainingStep.forward`'s, of which `level` is not used.
+
+        Args:
+            pixels: uint8 (B, 3, S, S).
+            noise: (B, 3, S, S), where both start from.
+            level: (B,).
+            latent_noise: (B, c, S/f, S/f): makes the latent, the teacher's, that both get.
+            draw: int64 (B,), by which the teacher's results are kept; needed where there is a cache.
+        """
+        x, noise = self._images(pixels), noise.contiguous(memory_format=self._memory_format)
+        dynamics = self.model.dynamics
+        with torch.no_grad(), self._autocast(x):
+            posterior = self.teacher.posterior(x)
+            z = posterior.sample(noise=latent_noise)
+            target = self._cached(z, noise, draw)
+        record = dynamics.corrupt(target, noise, torch.full_like(level, dynamics.noise_level))
+        return self._losses(record, posterior, z)
+
+    def teach(self, z: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Decode with the teacher: z (B, c, h, w) and noise (B, 3, H, W) to images (B, 3, H, W), float32."""
+        step_size = self._step_size if steps > 1 else None
+        return self.teacher.decode(z, num_steps=steps, step_size=step_size, noise=noise).sample.float()
+
+    def compile_networks(self) -> None:
+        """Compile the student's networks, the teacher's, and the objective's backbones."""
+        super().compile_networks()
+        self.teacher.encoder.compile()
+        self.teacher.decoder.compile()
+
+    def _cached(self, z: Tensor, noise: Tensor, draw: Tensor | None) -> Tensor:
+        if self.cache is None or draw is None:
+            return self.teach(z, noise, self._steps)
+        found = self.cache.read(draw)
+        if found is None:
+            found = self.teach(z, noise, self._steps)
+            self.cache.write(draw, found)
+        return found.to(noise.device).contiguous(memory_format=self._memory_format)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "TrainingStep":
+        # Of devices and memory order the teacher is part all the same.
+        super()._apply(fn, recurse)
+        nn.Module._apply(self.teacher, fn, recurse)
+        return self
+
+
+class TeacherCache:
+    """The teacher's results on disk, a file an image, each written by one rename.
+
+    Args:
+        folder: made with the first file.
+        count: of different draws; image n of the run is the same as image n + count.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder = folder
+        self.count = count
+        self._full = False
+
+    def read(self, draw: Tensor) -> Tensor | None:
+        """Give the results (B, 3, S, S), float32, of draws (B,); None where one is not there."""
+        found = []
+        for number in draw.tolist():
+            try:
+                found.append(load_file(self._file(number))["image"])
+            except (OSError, SafetensorError, KeyError):
+                return None
+        return torch.stack(found)
+
+    def write(self, draw: Tensor, images: Tensor) -> None:
+        """Keep results; where the disk is full, say so once, and keep no more."""
+        if self._full:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for number, image in zip(draw.tolist(), images.cpu(), strict=True):
+                file = self._file(number)
+                beside = file.with_suffix(".partial")
+                save_file({"image": image.contiguous()}, beside)
+                beside.replace(file)
+        except (OSError, SafetensorError) as error:
+            self._full = True
+            line = " ".join(str(error).split())
+            tqdm.write(f"{self.folder} cannot be written ({line}); no more results are kept", file=sys.stderr)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number % self.count:08d}.safetensors"

@@ -1,0 +1,178 @@
+"""Distillation end to end: one step comes to land where several did; one that is killed ends as if it had not been."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from training_runs import assert_same_runs, count_lines, environment, kill, make_images, metrics, train, write_config
+
+from dc_ssdae import DCSSDAE
+from dc_ssdae.cli.main import main
+from dc_ssdae.data.images import read_image
+
+TEACHER_STEPS = 100
+STUDENT_STEPS = 70
+K = 6
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate keeps its state for a process's life."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    make_images(root / "train", 24)
+    make_images(root / "validation", 8, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a small model, trained until one step and several clearly differ."""
+    folder = tmp_path_factory.mktemp("teacher")
+    settings = {
+        "steps": TEACHER_STEPS,
+        "optimizer": "adamw",
+        "lr": 3.0e-3,
+        "gradient_clip": 1.0,
+        "ema_start": 0,
+        "checkpoint_every": 1000,
+        "evaluate_every": 1000,
+        "sample_images": 0,
+        "latent_statistics": 0,
+    }
+    config = write_config(folder / "config.yaml", data, **settings)
+    assert train(["--config", str(config), "--training.output", str(folder / "run")], folder / "log") == 0
+    return folder / "run"
+
+
+def distil(words: list[str]) -> int:
+    _forget()
+    return main(["distill", *words])
+
+
+def distances(run: Path) -> list[float]:
+    """From the teacher's K-step result: of the teacher's one step, of its K steps, of the student's one step."""
+    report = json.loads((run / "distillation.json").read_text())
+    return [entry["to_target"] for entry in report["decodings"]]
+
+
+def elsewhere(teacher: Path, student: Path, data: Path, steps: int) -> tuple[float, float]:
+    """The distances of the one-step results with noise and samples of the latent other than the comparison's."""
+    models = [DCSSDAE.from_pretrained(path / "model") for path in (teacher, student)]
+    crops = [read_image(file).pixels[:, :32, :32] for file in sorted((data / "validation").iterdir())]
+    x = torch.stack(crops).float() / 127.5 - 1.0
+    generator = torch.Generator().manual_seed(99)
+    noise = torch.randn(x.shape, generator=generator)
+    with torch.no_grad():
+        z = models[0].encode(x).latent_dist.sample(generator=generator)
+        target = models[0].decode(z, num_steps=steps, noise=noise).sample
+        one, other = (float((model.decode(z, noise=noise).sample - target).square().mean()) for model in models)
+    return one, other
+
+
+def test_one_step_comes_closer_to_several(
+    teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "student"
+    words = ["--teacher", str(teacher), "--steps", str(K), "--training.output", str(run)]
+    words += ["--training.steps", str(STUDENT_STEPS), "--training.lr", "2e-3"]
+    begun = time.monotonic()
+    assert distil(words) == 0
+    seconds = time.monotonic() - begun
+    table = capsys.readouterr().out
+    one, several, student = distances(run)
+    other_one, other_student = elsewhere(teacher, run, data, K)
+    losses = [line["loss/dynamics"] for line in metrics(run)]
+    with capsys.disabled():
+        print(f"\n{table}")
+        print(f"teacher of {TEACHER_STEPS} steps, student of {STUDENT_STEPS} in {seconds:.0f} s")
+        print(f"loss {sum(losses[:5]) / 5:.4f} at first, {sum(losses[-5:]) / 5:.4f} at last")
+        print(f"MSE to the teacher's {K} steps: {one:.4f} of its one step, {student:.4f} of the student's")
+        print(f"with other noise and latents: {other_one:.4f} and {other_student:.4f}")
+    assert several == 0.0
+    assert one > 0.01, "the teacher's one step and its several do not differ: there is nothing to learn"
+    assert student < 0.5 * one
+    assert other_student < 0.5 * other_one
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    # What is printed is what is written.
+    found = re.findall(r"(\d+\.\d+)$", table, flags=re.MULTILINE)
+    assert [float(number) for number in found[:3]] == pytest.approx([one, several, student], abs=1e-6)
+
+
+def test_a_teacher_of_one_step_teaches_nothing(
+    teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "student"
+    words = ["--teacher", str(teacher), "--steps", "1", "--training.output", str(run), "--training.steps", "30"]
+    assert distil(words) == 0
+    one, same, student = distances(run)
+    _, other_student = elsewhere(teacher, run, data, 1)
+    report = json.loads((run / "distillation.json").read_text())["decodings"]
+    psnr = [entry["psnr"] for entry in report]
+    losses = [line["loss/dynamics"] for line in metrics(run)]
+    with capsys.disabled():
+        print(f"\nMSE between the student's one step and the teacher's: {student:.2g}, elsewhere {other_student:.2g}")
+        print(f"PSNR {psnr[0]:.3f} and {psnr[2]:.3f} dB; losses {losses[0]:.2g}, largest {max(losses):.2g}")
+    assert one == same == 0.0
+    assert losses[0] < 1e-11
+    assert max(student, other_student) < 1e-4
+    assert psnr[2] == pytest.approx(psnr[0], abs=0.05)
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dc_ssdae", "distill", *words],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
+        )
+
+
+@pytest.mark.slow  # tests/training/test_distillation.py stops one within one process
+def test_a_killed_distillation_ends_bit_identical(teacher: Path, tmp_path: Path) -> None:
+    """With a cache that the kill leaves half full."""
+    settings = ["--training.steps", "14", "--training.checkpoint_every", "3", "--training.evaluate_every", "5"]
+    words = ["--teacher", os.path.relpath(teacher), "--steps", "3", *settings, "--distillation.cache_steps", "9"]
+    whole, run, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    assert distil([*words, "--training.output", str(whole)]) == 0
+
+    process = start([*words, "--training.output", str(run)], log)
+    try:
+        deadline = time.monotonic() + 120
+        while count_lines(run / "metrics.jsonl") < 5 and process.poll() is None:
+            assert time.monotonic() < deadline, "the run hangs"
+            time.sleep(0.001)
+        assert process.poll() is None, log.read_text()
+    finally:
+        kill(process)
+    assert (run / "checkpoints/last").exists()
+    assert not (run / "distillation.json").exists()
+    assert distil(["--resume", str(run)]) == 0
+    assert len(metrics(whole)) == 14
+    assert_same_runs(run, whole)
+    assert (run / "distillation.json").read_bytes() == (whole / "distillation.json").read_bytes()
+    assert len(list((run / "teacher_cache").glob("*.safetensors"))) == 36
+    assert yaml.safe_load((run / "config.yaml").read_text())["distillation"]["steps"] == 3

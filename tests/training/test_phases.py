@@ -1,0 +1,723 @@
+"""Training in phases: what changes in each, what it starts from, what is refused beforehand, stopping and going on."""
+
+import gc
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from killed import EVENTS, KILLED
+from terms import Hooked
+from tiny import make_images, run_config
+from torch import Tensor, nn
+
+from dc_ssdae import DCSSDAE, DiagonalGaussian
+from dc_ssdae.cli.run_config import config_yaml
+from dc_ssdae.cli.run_recipe import recipe_yaml
+from dc_ssdae.errors import InputError
+from dc_ssdae.losses import StepOutputs
+from dc_ssdae.parameter_groups import parameter_groups, select_groups
+from dc_ssdae.training import launch as launch_module
+from dc_ssdae.training import phases as phases_module
+from dc_ssdae.training.build import build_model, build_step
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
+from dc_ssdae.training.phases import finished_phases, resolved_recipe, resume_recipe, settled_phases, start_recipe
+from dc_ssdae.training.recipe import Phase, Recipe, read_recipe
+from dc_ssdae.training.run import RunFolder, RunLock
+from dc_ssdae.training.step import TrainingStep
+from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
+from dc_ssdae.weights import read_safetensors
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+LATENT = ["encoder.stages.-1", "encoder.latent_head", "decoder.latent_inputs"]
+PHASES: dict[str, dict[str, Any]] = {
+    "low": {},
+    "latent": {"train": LATENT, "data": {"image_size": 64}, "batch_size": 3, "lr": 5e-4},
+    "head": {"train": ["decoder.head"], "losses": {"kl": 0.0}},
+}
+"""The packaged recipe's, small."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of nine training and three validation images."""
+    root = tmp_path_factory.mktemp("images")
+    make_images(root / "train", 9)
+    make_images(root / "validation", 3, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(images: Path) -> Path:
+    """The training images alone: nothing is evaluated."""
+    return images / "train"
+
+
+@pytest.fixture(autouse=True)
+def no_hook() -> Iterator[None]:
+    Hooked.hook = None
+    yield
+    Hooked.hook = None
+
+
+def recipe_of(root: Path, phases: Mapping[str, Mapping[str, Any]] = PHASES, **training: Any) -> Recipe:
+    """Phases of the tiny model, each from the one before; `sources` names others."""
+    made: list[Phase] = []
+    for name, settings in phases.items():
+        own = {**training, **settings}
+        before = made[-1].name if made and own.get("init_from") is None else None
+        starts_from = own.pop("starts_from", before)
+        made.append(Phase(name, run_config(**{"root": root, **own}), starts_from))
+    return Recipe(made)
+
+
+def start(recipe: Recipe, path: Path, told: list[str] | None = None) -> Outcome:
+    tell = [].append if told is None else told.append
+    return start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, tell, cpu=True)
+
+
+def resume(recipe: Recipe, path: Path, told: list[str] | None = None, text: str | None = None) -> Outcome | None:
+    tell = [].append if told is None else told.append
+    return resume_recipe(recipe, text, path, config_yaml, tell, cpu=True)
+
+
+def refusal(recipe: Recipe, path: Path) -> str:
+    """The one line with which a recipe is refused, before anything is written."""
+    with pytest.raises(InputError) as caught:
+        start(recipe, path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert sorted(path.parent.iterdir()) == []
+    return message
+
+
+def last(run: Path) -> Checkpoint:
+    folder = RunFolder(run).checkpoints.last()
+    assert folder is not None
+    return read_checkpoint(folder)
+
+
+def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that are not bit for bit the same; NaN and the sign of 0 count."""
+    assert one.keys() == other.keys()
+
+    def bits(tensor: Tensor) -> bytes:
+        return tensor.contiguous().numpy().tobytes()
+
+    return {name for name, tensor in one.items() if bits(tensor) != bits(other[name])}
+
+
+def assert_same_checkpoints(one: Path, other: Path) -> None:
+    first, second = last(one), last(other)
+    for file in ("model", "ema", "optimizer"):
+        assert different(first.tensors[file], second.tensors[file]) == set(), file
+    assert {**first.state, "seconds": 0} == {**second.state, "seconds": 0}
+
+
+class Begun(NamedTuple):
+    """What a phase was before its first step: its weights, and which of its modules train."""
+
+    weights: dict[str, Tensor]
+    training: dict[str, bool]
+    steps_alive: int
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, Begun]:
+    return watch(monkeypatch)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Begun]:
+    """Keep what each phase that begins from now on is, by the name of its folder."""
+    found: dict[str, Begun] = {}
+
+    class Watched(Trainer):
+        def run(self) -> Outcome:
+            gc.collect()
+            # By its type alone: isinstance asks objects that do not like it.
+            found[self.run_folder.path.name] = Begun(
+                {name: tensor.clone() for name, tensor in self.module.state_dict().items()},
+                {name: module.training for name, module in self.module.named_modules()},
+                sum(type(thing) is TrainingStep for thing in gc.get_objects()),
+            )
+            return super().run()
+
+    monkeypatch.setattr(launch_module, "Trainer", Watched)
+    return found
+
+
+class Trained(NamedTuple):
+    """A recipe that nothing disturbed."""
+
+    recipe: Recipe
+    path: Path
+    begun: dict[str, Begun]
+    told: list[str]
+
+    def folder(self, name: str) -> Path:
+        return self.recipe.folder(self.path, name)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("adamw", marks=pytest.mark.slow), "schedule_free_radam"])
+def trained(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    recipe = resolved_recipe(recipe_of(images, optimizer=request.param, steps=7, checkpoint_every=7))
+    path, told = tmp_path_factory.mktemp("recipes") / "run", []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        begun = watch(monkeypatch)
+        assert start(recipe, path, told) == Outcome(7, None)
+    return Trained(recipe, path, begun, told)
+
+
+def groups_of(names: list[str] | None) -> dict[str, list[str]]:
+    """The tiny model's groups that train."""
+    groups = parameter_groups(build_model(run_config().model))
+    return groups if names is None else {name: groups[name] for name in select_groups(groups, names)}
+
+
+# --- what a recipe does ---
+
+
+@pytest.mark.parametrize("name", list(PHASES))
+def test_a_phase_changes_its_groups_and_nothing_else(trained: Trained, name: str) -> None:
+    before = trained.begun[trained.folder(name).name].weights
+    before = {key.removeprefix("model."): tensor for key, tensor in before.items()}
+    after = last(trained.folder(name)).tensors
+    groups = groups_of(PHASES[name].get("train"))
+    allowed = {tensor for held in groups.values() for tensor in held}
+    for weights in ({key.removeprefix("model."): t for key, t in after["model"].items()}, after["ema"]):
+        changed = different(before, weights)
+        assert changed <= allowed
+        for group, held in groups.items():
+            assert changed & set(held), f"{group} has not changed"
+        moved = {f"decoder.latent_norm.{buffer}" for buffer in STATISTICS} & changed
+        assert len(moved) == (3 if "decoder.latent_inputs" in groups else 0)
+    if name != "low":
+        assert len(allowed) < len(before) / 2
+
+
+@pytest.mark.parametrize("name", list(PHASES))
+def test_the_optimiser_holds_state_for_what_trains_alone(trained: Trained, name: str) -> None:
+    tensors = last(trained.folder(name)).tensors["optimizer"]
+    held = {tensor.rpartition("/")[0].removeprefix("model.") for tensor in tensors}
+    parameters = {key for key, _ in build_model(run_config().model).named_parameters()}
+    allowed = {tensor for held in groups_of(PHASES[name].get("train")).values() for tensor in held}
+    assert held == allowed & parameters
+
+
+def test_a_phase_starts_from_the_average_of_the_one_before(trained: Trained) -> None:
+    for before, name in (("low", "latent"), ("latent", "head")):
+        average = last(trained.folder(before)).tensors["ema"]
+        weights = trained.begun[trained.folder(name).name].weights
+        assert different({f"model.{key}": tensor for key, tensor in average.items()}, weights) == set()
+        raw = last(trained.folder(before)).tensors["model"]
+        assert different(raw, weights), "the average is no other than the weights"
+
+
+@pytest.mark.parametrize("name", list(PHASES))
+def test_what_is_frozen_is_in_evaluation_mode(trained: Trained, name: str) -> None:
+    model = build_model(run_config().model)
+    allowed = {tensor for held in groups_of(PHASES[name].get("train")).values() for tensor in held}
+    modes = trained.begun[trained.folder(name).name].training
+    for place, module in model.named_modules():
+        held = {f"{place}.{tensor}".lstrip(".") for tensor in module.state_dict()}
+        if held:
+            assert modes[f"model.{place}".rstrip(".")] == bool(held & allowed), place
+
+
+def test_what_is_left_of_a_recipe(trained: Trained) -> None:
+    path = trained.path
+    assert {entry.name for entry in path.iterdir()} == {".lock", "1-low", "2-latent", "3-head", "model", "recipe.yaml"}
+    assert read_recipe(path) == trained.recipe
+    assert os.readlink(path / "model") == "3-head/model"
+    model = DCSSDAE.from_pretrained(path / "model")
+    assert different(last(path / "3-head").tensors["ema"], model.state_dict()) == set()
+    for name in PHASES:
+        assert last(trained.folder(name)).state["step"] == 7
+        assert DCSSDAE.from_pretrained(trained.folder(name) / "model").config["latents_mean"] is not None
+        assert len((trained.folder(name) / "evaluations.jsonl").read_text().splitlines()) == 1
+    assert [line.split(":")[0] for line in trained.told] == [
+        "phase low (1 of 3) begins",
+        "phase latent (2 of 3) begins",
+        "phase head (3 of 3) begins",
+    ]
+
+
+def test_no_phase_keeps_the_one_before_in_memory(trained: Trained) -> None:
+    counts = [trained.begun[trained.folder(name).name].steps_alive for name in PHASES]
+    assert len(set(counts)) == 1
+
+
+# --- modules of a user's ---
+
+
+class Dropping(nn.Module):
+    """An encoder in two parts, with dropout in each: `mixed` says how often it has had any effect."""
+
+    effects: dict[str, int]
+    """Of all objects of the class, because the loop builds them."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
+        super().__init__()
+        shape = (8, 8, downsample_factor, downsample_factor)
+        self.body = nn.Sequential(nn.Conv2d(3, *shape[1:]), nn.Dropout(0.5), nn.BatchNorm2d(8))
+        self.tail = nn.Sequential(nn.Conv2d(8, 2 * latent_channels, 1), nn.Dropout(0.5))
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        return {"body": ["body"], "tail": ["tail"]}
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        if torch.is_grad_enabled():  # in a step, not in an evaluation
+            for name in ("body", "tail"):
+                Dropping.effects[name] += getattr(self, name)[1].training
+        return DiagonalGaussian.from_moments(self.tail(self.body(x)))
+
+
+def test_a_users_frozen_dropout_is_inactive_and_its_batch_norm_stands_still(images: Path, tmp_path: Path) -> None:
+    model = {"encoder": {"class_path": f"{__name__}.Dropping"}}
+    phases = {
+        "whole": {"steps": 2},
+        "tail": {"steps": 3, "train": ["encoder.tail"]},
+        "decoder": {"steps": 4, "train": ["decoder"], "losses": {"kl": 0.0}},
+    }
+    Dropping.effects = {"body": 0, "tail": 0}
+    path = tmp_path / "run"
+    start(recipe_of(images, phases, model=model, evaluate_every=1), path)
+    assert Dropping.effects == {"body": 2, "tail": 5}
+    whole, tail, decoder = (last(path / name).tensors["model"] for name in ("1-whole", "2-tail", "3-decoder"))
+    average = {f"model.{name}": tensor for name, tensor in last(path / "1-whole").tensors["ema"].items()}
+    assert int(whole["model.encoder.body.2.num_batches_tracked"]) == 2
+    assert different(average, tail) == {f"model.encoder.tail.0.{kind}" for kind in ("weight", "bias")}
+    average = {f"model.{name}": tensor for name, tensor in last(path / "2-tail").tensors["ema"].items()}
+    assert {name.split(".")[1] for name in different(average, decoder)} == {"decoder"}
+
+
+# --- mistakes, found before the first phase ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"train": ["decoder.heads"]},
+            "phase head: training.train: unknown parameter group 'decoder.heads' (did you mean 'decoder.head'?)",
+        ),
+        ({"train": ["decoder.head", "encoder.stages.-9"]}, "phase head: training.train: unknown parameter group 'enc"),
+        ({"train": ["encoder.stages.0", "head"]}, "phase head: training.train: unknown parameter group"),
+        (
+            {"train": ["decoder", "losses.hooked"]},
+            "phase head: training.train: unknown parameter group 'losses.hooked'",
+        ),
+        ({"batch_size": 3, "processes": 2}, "training.processes is 2, but the launcher started 1"),
+        ({"losses": {"mine": {"class_path": "nowhere.Mine"}}}, "phase head: "),
+        ({"losses": {"mine": {"class_path": "terms.Hooked", "init_args": {"stop": 1}}}}, "phase head: losses.mine"),
+        ({"root": "nowhere/at/all"}, "phase head: "),
+        ({"root": None}, "phase head: data.root is not given"),
+        ({"data": {"validation": "nowhere/at/all"}}, "phase head: "),
+        ({"init_from": "nowhere/at/all", "starts_from": None}, "phase head: training.init_from nowhere/at/all: "),
+    ],
+)
+@pytest.mark.parametrize("only", [False, True])
+def test_a_mistake_in_a_phase_is_found_before_the_first(
+    photos: Path, tmp_path: Path, settings: dict[str, Any], message: str, only: bool
+) -> None:
+    """In the last phase of three, and in the first of one."""
+    phases = {**({} if only else {"low": {}, "latent": {"train": LATENT}}), "head": settings}
+    assert message in refusal(recipe_of(photos, phases), tmp_path / "run")
+
+
+def test_weights_of_another_model_are_no_source(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    saved = tmp_path_factory.mktemp("saved")
+    DCSSDAE.from_preset("demo").save_pretrained(saved)
+    phases = {"low": {}, "other": {"init_from": str(saved), "starts_from": None}}
+    message = refusal(recipe_of(photos, phases), tmp_path_factory.mktemp("empty") / "run")
+    assert message.startswith(f"phase other: training.init_from {saved} ")
+    assert "shape" in message
+
+
+def test_a_mistake_that_the_first_step_shows_leaves_nothing(photos: Path, tmp_path: Path) -> None:
+    """In the first phase: the same name is free again. In a later one the phases before it stay."""
+    nothing = {
+        "train": ["encoder"],
+        "losses": {"dynamics": 0.0, "kl": 0.0, "still": {"class_path": f"{__name__}.Still"}},
+    }
+    with pytest.raises(TrainingFailed, match="no loss term depends on anything that trains"):
+        start(recipe_of(photos, {"one": nothing}), tmp_path / "run")
+    assert sorted(tmp_path.iterdir()) == []
+    with pytest.raises(TrainingFailed):
+        start(recipe_of(photos, {"one": {"steps": 2}, "two": nothing}), tmp_path / "run")
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {".lock", "1-one", "model", "recipe.yaml"}
+    mended = recipe_of(photos, {"one": {"steps": 2}, "two": {"steps": 2, "train": ["encoder"]}})
+    assert resume(mended, tmp_path / "run") == Outcome(2, None)
+
+
+class Still(nn.Module):
+    """A term that hangs on nothing that trains."""
+
+    def forward(self, outputs: Any) -> Tensor:
+        return outputs.record.x.mean()
+
+
+# --- stopping and going on ---
+
+
+HOOKED = {"hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
+STOPPED = {
+    "one": {},
+    "two": {"train": ["decoder", "losses.hooked"]},
+    "three": {"train": ["decoder.head"], "losses": {**HOOKED, "kl": 0.0}},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three phases of three steps with a term of its own parameters, that nothing disturbed."""
+    path = tmp_path_factory.mktemp("recipes") / "whole"
+    assert start(stopped_recipe(photos), path) == Outcome(3, None)
+    return path
+
+
+def stopped_recipe(photos: Path, **training: Any) -> Recipe:
+    return recipe_of(photos, STOPPED, **{"losses": HOOKED, "steps": 3, "latent_statistics": 0, **training})
+
+
+def at_call(number: int, work: Callable[[], object]) -> Callable[[int, Tensor], Tensor]:
+    """A hook that does something once, at a call counted over all phases."""
+    seen = 0
+
+    def hook(call: int, value: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == number + 1:
+            work()
+        return value
+
+    return hook
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_finished_recipe_is_left_as_it_is(photos: Path, whole: Path) -> None:
+    def contents() -> dict[Path, bytes]:
+        files = (path for path in whole.rglob("*") if path.is_file() and path.name != ".lock")
+        return {path: path.read_bytes() for path in files}
+
+    recipe, before = stopped_recipe(photos), contents()
+    assert finished_phases(recipe, whole) == list(STOPPED)
+    told: list[str] = []
+    assert resume(recipe, whole, told) is None
+    assert told == []
+    assert contents() == before
+
+
+def test_a_moved_recipe_goes_on(photos: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere" / "moved"
+    shutil.copytree(whole, path, symlinks=True)
+    shutil.rmtree(path / "3-three")
+    (path / "model").unlink()
+    told: list[str] = []
+    assert resume(stopped_recipe(photos), path, told) == Outcome(3, None)
+    assert told == [f"phase three (3 of 3) begins: {path / '3-three'}"]
+    assert_same_checkpoints(path / "3-three", whole / "3-three")
+    assert os.readlink(path / "model") == "3-three/model"
+
+
+def test_phases_may_start_from_any_earlier_one_or_from_another_run(
+    photos: Path, whole: Path, tmp_path: Path, begun: dict[str, Begun]
+) -> None:
+    phases = {
+        "first": {"init_from": str(whole / "2-two")},
+        "left": {"train": ["encoder"]},
+        "right": {"train": ["decoder"], "starts_from": "first"},
+        "other": {"init_from": str(whole), "starts_from": None},
+    }
+    start(recipe_of(photos, phases, steps=1, latent_statistics=0), tmp_path / "run")
+    for folder, source in (
+        ("1-first", whole / "2-two"),
+        ("2-left", tmp_path / "run" / "1-first"),
+        ("3-right", tmp_path / "run" / "1-first"),
+        ("4-other", whole / "3-three"),
+    ):
+        average = {f"model.{key}": tensor for key, tensor in last(source).tensors["ema"].items()}
+        assert different(begun[folder].weights, average) == set(), folder
+    # Each changes its own half, from one and the same start.
+    left, right, first = (last(tmp_path / "run" / name).tensors["ema"] for name in ("2-left", "3-right", "1-first"))
+    assert {name.partition(".")[0] for name in different(left, first)} == {"encoder"}
+    assert {name.partition(".")[0] for name in different(right, first)} == {"decoder"}
+
+
+def test_a_folder_that_exists_is_refused(photos: Path, whole: Path) -> None:
+    with pytest.raises(InputError, match="is a run already: go on with it by --resume"):
+        start(stopped_recipe(photos), whole)
+
+
+@pytest.mark.parametrize("call", [0, 4, 7])
+def test_stopped_anywhere_it_ends_as_if_nothing_had_happened(
+    photos: Path, whole: Path, tmp_path: Path, call: int
+) -> None:
+    recipe, path = stopped_recipe(photos), tmp_path / "run"
+    Hooked.hook = at_call(call, interrupt)
+    assert start(recipe, path) == Outcome(call % 3 + 1, "SIGTERM")
+    names = list(STOPPED)
+    assert finished_phases(recipe, path) == names[: call // 3]
+    assert {entry.name for entry in path.glob("?-*")} == {f"{n + 1}-{names[n]}" for n in range(call // 3 + 1)}
+    DCSSDAE.from_pretrained(path / "model")
+    assert os.readlink(path / "model") == f"{max(call // 3, 1)}-{names[max(call // 3 - 1, 0)]}/model"
+    assert resume(recipe, path) == Outcome(3, None)
+    for folder in ("1-one", "2-two", "3-three"):
+        assert_same_checkpoints(path / folder, whole / folder)
+    assert os.readlink(path / "model") == "3-three/model"
+
+
+def test_a_signal_between_two_phases_ends_it(photos: Path, whole: Path, tmp_path: Path) -> None:
+    recipe, path, told = stopped_recipe(photos), tmp_path / "run", []
+
+    def tell(line: str) -> None:
+        told.append(line)
+
+    original = phases_module._link_later_model
+
+    def link(path: Path, folder: Path) -> None:
+        original(path, folder)
+        interrupt()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(phases_module, "_link_later_model", link)
+        outcome = start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, tell, cpu=True)
+    assert outcome == Outcome(3, "SIGTERM")
+    assert len(told) == 1
+    assert not (path / "2-two").exists()
+    # On going on, the same before anything has been done.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(phases_module, "_link_later_model", lambda *_: interrupt())
+        assert resume(recipe, path) == Outcome(0, "SIGTERM")
+    assert not (path / "2-two").exists()
+    assert resume(recipe, path) == Outcome(3, None)
+    assert_same_checkpoints(path / "3-three", whole / "3-three")
+
+
+def killed_at(work: Callable[[], object], change: str, after: int) -> bool:
+    """Do some work in a forked process that ends at a change to a file, or some changes after it; says whether so."""
+    child = os.fork()
+    if child == 0:
+        left: int | None = None
+
+        def hook(event: str, given: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event not in EVENTS:
+                return
+            if left is None and re.match(change, f"{event} {given[0]}"):
+                left = after + 1
+            left = None if left is None else left - 1
+            if left == 0:
+                os._exit(KILLED)
+
+        try:
+            sys.addaudithook(hook)
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+
+
+KILLS = (
+    (r"os\.mkdir .*/\.1-one\..*\.partial", 0),  # nothing but the recipe
+    (r"os\.rename .*/2-two/checkpoints/", 0),
+    (r"os\.symlink 2-two/model", 0),  # finished, and nobody knows yet
+    (r"os\.symlink 2-two/model", 1),
+    (r"os\.rename .*/\.3-three\..*\.partial", 1),  # a phase without a step
+    (r"os\.symlink 3-three/model", 1),
+)
+"""Changes to files, and how many more there are before the end."""
+
+
+def test_killed_at_a_change_to_a_file_it_ends_as_if_nothing_had_happened(
+    photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    # In a process of its own: what has run a backward pass cannot be forked and run another.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    words = [sys.executable, __file__, str(photos), str(tmp_path)]
+    subprocess.run(words, check=True, cwd=Path(__file__).parent, env={**os.environ, **threads})
+    for number in range(len(KILLS)):
+        check_going_on(stopped_recipe(photos), tmp_path / str(number) / "run", whole)
+
+
+def check_going_on(recipe: Recipe, path: Path, whole: Path) -> None:
+    if (path / "1-one" / "checkpoints" / "last").exists():
+        DCSSDAE.from_pretrained(path / "model")
+    names = list(STOPPED)
+    finished = finished_phases(recipe, path)
+    assert finished == names[: len(finished)]
+    outcome = resume(recipe, path)
+    assert outcome == (None if finished == names else Outcome(3, None))
+    for folder in ("1-one", "2-two", "3-three"):
+        assert_same_checkpoints(path / folder, whole / folder)
+    assert os.readlink(path / "model") == "3-three/model"
+    model = DCSSDAE.from_pretrained(path / "model")
+    assert different(model.state_dict(), last(whole / "3-three").tensors["ema"]) == set()
+
+
+def test_a_begun_phase_without_a_checkpoint_starts_from_its_source(photos: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole, path, symlinks=True)
+    shutil.rmtree(path / "3-three")
+    shutil.rmtree(path / "2-two" / "checkpoints")
+    (path / "2-two" / "model" / WEIGHTS).unlink()
+    assert resume(stopped_recipe(photos), path) == Outcome(3, None)
+    assert_same_checkpoints(path / "2-two", whole / "2-two")
+    assert_same_checkpoints(path / "3-three", whole / "3-three")
+
+
+def test_going_on_with_other_budgets(photos: Path, whole: Path, tmp_path: Path) -> None:
+    """Of what is left; a finished phase stays, and what is written is what is done."""
+    path = tmp_path / "run"
+    shutil.copytree(whole, path, symlinks=True)
+    shutil.rmtree(path / "3-three")
+    longer = stopped_recipe(photos, steps=5)
+    recipe = Recipe([*stopped_recipe(photos).phases[:2], longer.phases[2]])
+    assert resume(recipe, path, text=recipe_yaml(recipe)) == Outcome(5, None)
+    assert read_recipe(path) == recipe
+    assert [last(path / name).state["step"] for name in ("1-one", "2-two", "3-three")] == [3, 3, 5]
+
+
+def test_what_is_left_is_checked_before_it_goes_on(photos: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole, path, symlinks=True)
+    shutil.rmtree(path / "3-three")
+    shutil.rmtree(path / "2-two")
+    before = (path / "recipe.yaml").read_bytes()
+    for settings, message in (
+        ({"train": ["decoder.heads"]}, "phase three: training.train: unknown parameter group"),
+        ({"root": "nowhere/at/all"}, "phase three: "),
+    ):
+        wrong = recipe_of(photos, {**STOPPED, "three": settings}, steps=3, losses=HOOKED)
+        with pytest.raises(InputError, match=message):
+            resume(wrong, path, text=recipe_yaml(wrong))
+        assert (path / "recipe.yaml").read_bytes() == before
+        assert not (path / "2-two").exists()
+
+
+def test_a_recipe_that_is_being_trained_is_left_alone(photos: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole, path, symlinks=True)
+    shutil.rmtree(path / "3-three")
+    before = (path / "recipe.yaml").read_bytes()
+    recipe = stopped_recipe(photos, steps=5)
+    read_end, write_end = os.pipe()
+    done_read, done_write = os.pipe()
+    child = os.fork()  # this process would get its own lock
+    if child == 0:
+        RunLock(path).acquire()
+        os.write(write_end, b".")
+        os.read(done_read, 1)
+        os._exit(0)
+    os.read(read_end, 1)
+    try:
+        with pytest.raises(InputError, match=f"is being trained by process {child}"):
+            resume(recipe, path, text=recipe_yaml(recipe))
+    finally:
+        os.write(done_write, b".")
+        os.waitpid(child, 0)
+    assert (path / "recipe.yaml").read_bytes() == before
+    assert not (path / "3-three").exists()
+
+
+def test_a_damaged_checkpoint_is_named(photos: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole, path, symlinks=True)
+    (path / "2-two" / "checkpoints" / "last" / "state.json").write_text("{")
+    with pytest.raises(InputError, match=r"2-two/checkpoints/step-00000003/state\.json cannot be read"):
+        resume(stopped_recipe(photos), path)
+
+
+def test_a_source_that_is_gone_is_named(photos: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole, path, symlinks=True)
+    shutil.rmtree(path / "3-three")
+    (path / "2-two" / "model" / WEIGHTS).unlink()
+    # What a run publishes comes from its checkpoint, so it is there again.
+    assert resume(stopped_recipe(photos), path) == Outcome(3, None)
+    assert read_safetensors(path / "2-two" / "model" / WEIGHTS)
+
+
+def test_a_signal_in_the_last_step_of_a_phase_keeps_the_next_from_beginning(photos: Path, tmp_path: Path) -> None:
+    Hooked.hook = at_call(2, interrupt)
+    assert start(stopped_recipe(photos), tmp_path / "run") == Outcome(3, "SIGTERM")
+    assert not (tmp_path / "run" / "2-two").exists()
+
+
+def test_the_last_phase_may_go_on_and_the_others_may_not(photos: Path, tmp_path: Path) -> None:
+    recipe = stopped_recipe(photos)
+    start(recipe, tmp_path / "run")
+    names = [phase.name for phase in recipe.phases]
+    assert settled_phases(recipe, tmp_path / "run") == names[:-1]
+    longer = recipe.phases[-1].config.with_training(steps=5)
+    more = Recipe([*recipe.phases[:-1], recipe.phases[-1]._replace(config=longer)])
+    link = tmp_path / "run" / "model"
+    target = os.readlink(link)
+    Hooked.hook = at_call(0, interrupt)
+    assert resume(more, tmp_path / "run") == Outcome(4, "SIGTERM")
+    assert os.readlink(link) == target, "the best there is, also while it goes on"
+    assert resume(more, tmp_path / "run") == Outcome(5, None)
+
+
+class Looking(nn.Module):
+    """A user's term with a frozen network of its own, as a submodule, and a head that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Conv2d(3, 4, 3).requires_grad_(False)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        return self.head(self.network(outputs.prediction.float()).mean((2, 3))).square().mean(1)
+
+
+def test_what_an_author_has_frozen_stays_frozen(photos: Path, tmp_path: Path) -> None:
+    losses = {"looking": {"class_path": f"{__name__}.Looking"}}
+    for train in (None, ["decoder", "losses.looking"]):
+        step = build_step(run_config(photos, losses=losses, train=train))
+        assert not step.objective.terms["looking"].network.weight.requires_grad
+        assert step.objective.terms["looking"].head.weight.requires_grad
+    start(recipe_of(photos, {"one": {"losses": losses}}, steps=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("first", "train", "message"),
+    [
+        (0.0, ["decoder.head"], "phase two: losses.repa has parameters of its own, which phase one does not train"),
+        (0.0, ["decoder.head", "losses.dynamics"], "phase two: training.train: unknown parameter group 'losses.dyn"),
+        (0.25, ["decoder.head", "losses.kl"], "phase two: training.train: unknown parameter group 'losses.kl'"),
+    ],
+)
+def test_terms_of_late_phases_are_checked_before_the_first(
+    photos: Path, tmp_path: Path, first: float, train: list[str], message: str
+) -> None:
+    term = {"init_args": {"backbone": "test_vit", "weights": "random"}}
+    phases = {
+        "one": {"losses": {"repa": {"weight": first, **term}}},
+        "two": {"losses": {"repa": {"weight": 0.25, **term}}, "train": train},
+    }
+    with pytest.raises(InputError) as caught:
+        start(recipe_of(photos, phases, steps=1), tmp_path / "run")
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    of_photos, into = map(Path, sys.argv[1:])
+    for place, (at, later) in enumerate(KILLS):
+        run = into / str(place) / "run"
+        if not killed_at(partial(start, stopped_recipe(of_photos), run), at, later):
+            sys.exit(f"it was not killed at {at}")
