@@ -5,7 +5,6 @@ import errno
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +23,9 @@ from dc_ssdae.training.checkpoint import (
     read_state,
     write_checkpoint,
 )
+
+DISK_KIB = 1024
+"""Of the file system that `small_disk` gives."""
 
 FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 
@@ -241,18 +243,6 @@ def test_a_tensor_file_that_cannot_be_written(
     assert steps_of(folder) == (20, 10)
     folder.save(checkpoint(30), is_best=True)
     assert steps_of(folder) == (30, 30)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.decode().strip()}")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
 
 
 def test_a_full_disk(small_disk: Path) -> None:

@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -35,6 +34,9 @@ from dc_ssdae.training.logging import read_lines
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, create_run
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer
+
+DISK_KIB = 256
+"""Of the file system that `small_disk` gives."""
 
 VARIABLE = {"images_per_second", "seconds", "memory_gib"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -159,18 +161,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A teacher of each dynamics."""
     folder = tmp_path_factory.mktemp("teachers")
     return {name: save_teacher(folder / name, name) for name in DYNAMICS}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.decode().strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def start(config: RunConfig, path: Path) -> Outcome:

@@ -1,24 +1,24 @@
 """What a run writes down survives kills and full disks, line by line."""
 
-import contextlib
 import json
 import math
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import run_config
+from tiny import fill, run_config
 
 from dc_ssdae.data.loader import BrokenImage
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.logging import JsonLines, Loggers, read_lines
 from dc_ssdae.training.run import RunFolder
+
+DISK_KIB = 256
+"""Of the file system that `small_disk` gives."""
 
 
 @pytest.fixture
@@ -29,24 +29,6 @@ def warnings() -> list[str]:
 @pytest.fixture
 def lines(tmp_path: Path, warnings: list[str]) -> JsonLines:
     return JsonLines(tmp_path / "lines.jsonl", warnings.append)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.decode().strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
 
 
 def entry(step: int, **more: Any) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """Whole runs of a tiny model: what is skipped, saved, stopped, resumed and refused."""
 
-import contextlib
 import errno
 import math
 import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from terms import Hooked
-from tiny import make_images, run_config, yaml_of
+from tiny import fill, make_images, run_config, yaml_of
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
@@ -34,6 +32,9 @@ from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.run import RunFolder, create_run
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
+
+DISK_KIB = 12288
+"""Of the file system that `small_disk` gives."""
 
 VARIABLE = {"images_per_second", "seconds", "memory_gib"}
 HOOKED = {"hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
@@ -476,24 +477,6 @@ def test_the_last_checkpoint_must_be_written(photos: Path, tmp_path: Path, monke
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert resume(run_config(photos), tmp_path / "run") == Outcome(8, None)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 12 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.decode().strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
 
 
 def test_a_run_lives_through_a_full_disk(

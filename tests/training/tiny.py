@@ -1,5 +1,6 @@
 """What the tests of the loop share: a model that trains in milliseconds, batches, pictures, configurations."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def make_images(folder: Path, count: int, seed: int = 0) -> Path:
         size = (int(generator.integers(40, 57)), int(generator.integers(40, 57)))
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"image{index:04d}.png")
     return folder
+
+
+def fill(disk: Path) -> None:
+    """Leave no room on a file system."""
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
 
 
 def run_config(

@@ -245,7 +245,10 @@ def publish_model(run: RunFolder, ema_file: Path, statistics: LatentStatistics |
     """
     beside = run.model / f".{uuid.uuid4().hex}.partial"
     try:
-        _link_or_copy(ema_file, beside)
+        try:
+            os.link(ema_file, beside)
+        except OSError:
+            shutil.copy(ema_file, beside)
         os.replace(beside, run.model / WEIGHTS_FILE)
     finally:
         beside.unlink(missing_ok=True)
@@ -253,13 +256,6 @@ def publish_model(run: RunFolder, ema_file: Path, statistics: LatentStatistics |
     if statistics is not None or stale:
         write_latent_statistics(run.model, statistics)
     sync(run.model)
-
-
-def _link_or_copy(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copy(file, target)
 
 
 def recover_run(run: RunFolder) -> None:
