@@ -6,6 +6,7 @@ import json
 import math
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,13 +33,16 @@ from dc_ssdae.components import (
     find_class,
     resolve_part,
 )
-from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
+from dc_ssdae.decoding import DESCENTS, DecoderOutput, Divergence, check_latent, level_of, plan_decoding, run_plan
+from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
+from dc_ssdae.dynamics.energy import apply_network, as_normal
 from dc_ssdae.errors import InputError, check_at_least, check_type
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics, draw_noise
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.presets import load_preset
-from dc_ssdae.samplers import euler, gradient_descent
-from dc_ssdae.samplers.result import check_num_steps
+from dc_ssdae.samplers import StepSize
+from dc_ssdae.samplers.descent import mark_varying_batch
+from dc_ssdae.samplers.result import check_share
 from dc_ssdae.weights import check_tensors, shard_files
 
 __all__ = [
@@ -84,13 +88,6 @@ class EncoderOutput(BaseOutput):
     """What `DCSSDAE.encode` gives: the Gaussian over the latent."""
 
     latent_dist: DiagonalGaussian
-
-
-@dataclass
-class DecoderOutput(BaseOutput):
-    """What `DCSSDAE.decode` gives: images (B, 3, H, W). diffusers has such a class, which takes seconds to import."""
-
-    sample: Tensor
 
 
 class DCSSDAE(ModelMixin, ConfigMixin):
@@ -235,57 +232,116 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         z: Tensor,
         return_dict: bool = True,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        num_steps: int = 1,
-        step_size: float | None = None,
+        num_steps: int | None = None,
+        step_size: StepSize | None = None,
         noise: Tensor | None = None,
+        *,
+        sampler: str | None = None,
+        momentum: float | None = None,
+        tolerance: float | None = None,
+        draft: Tensor | None = None,
+        start: float | None = None,
+        return_trajectory: bool = False,
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode latents to images, in one step or several.
 
-        One step is the dynamics' clean estimate from pure noise. More steps of equilibrium matching go on from there
-        and descend the field; flow matching integrates the velocity by Euler's method.
+        One step is the dynamics' clean estimate from pure noise. Several steps of equilibrium matching descend its
+        field; flow matching integrates its velocity by Euler's method.
 
         Args:
             z: (B, c, h, w), cast to the model's dtype.
-            return_dict: give an output with `sample`; False gives a tuple of it.
+            return_dict: give an output with `sample` and what the sampler tells; False gives a tuple of the sample.
             generator: where the noise comes from: one generator, from which the images draw in order, or one per
                 image. By default every image draws the same noise, of one fixed seed, so that a decode is
                 reproducible and does not depend on the batch (but for float rounding).
-            num_steps: evaluations of the decoder, at least 1.
-            step_size: η, for several steps of equilibrium matching: descend with it from the noise on. By default
-                the first step is the clean estimate and the others have 1/L, L the field's slope near the data.
+            num_steps: evaluations of the decoder, at least 1; with `tolerance`, the most that an image gets. 1 by
+                default, and 8 where a sampler of several steps is chosen.
+            step_size: η of a descent: one for all steps, a sequence with one for each, or a function of the step's
+                index. By default they follow from the decay (`EquilibriumMatching.step_sizes`).
             noise: (B, 3, h·f, w·f) to start from, in place of `generator`.
+            sampler: "one_step"; for equilibrium matching "gradient_descent", "nesterov", or "nesterov_eqm", the
+                variant of its authors' code; for flow matching "euler". By default one_step where num_steps is 1.
+            momentum: μ in [0, 1) of nesterov, 0.3 by default.
+            tolerance: of a descent: an image is done when the root mean square of its field falls below tolerance · λ,
+                and costs nothing from then on.
+            draft: (B, 3, h·f, w·f) images in [-1, 1], to start from in place of pure noise.
+            start: γ in [0, 1], the share of `draft` in the start; the rest is noise.
+            return_trajectory: give `trajectory` too, all states from the start to the sample.
 
         Returns:
-            Images (B, 3, h·f, w·f) in the model's dtype, about [-1, 1], not clamped.
+            Images (B, 3, h·f, w·f) in the model's dtype, about [-1, 1], not clamped; see `DecoderOutput`.
 
         Raises:
-            InputError: a shape or a setting does not fit.
+            InputError: a shape or a setting does not fit, or z holds NaN.
+
+        Warns:
+            Divergence: a descent gave up images; `sample` has the best state of each, `diverged` tells which.
         """
-        check_num_steps(num_steps)
+        if (draft is None) != (start is None):
+            raise InputError("draft and start go together: start is the share of draft in what is decoded from")
+        begin = 0.0 if start is None else check_share("start", start)
+        plan = plan_decoding(self.dynamics, sampler, num_steps, step_size, momentum, tolerance, begin)
         z = z.to(self.dtype)
-        start = self._start_noise(z, generator, noise)
-        dynamics = self.dynamics
-        descends = num_steps > 1 and isinstance(dynamics, EquilibriumMatching)
-        if step_size is not None:
-            if not descends:
-                raise InputError("step_size is for several steps of equilibrium matching; leave it out here")
-            sample = gradient_descent(lambda x: self._predict(x, z), start, num_steps, step_size).sample
-        elif num_steps > 1 and not descends:
-            if not isinstance(dynamics, FlowMatching):
-                raise InputError(
-                    f"num_steps is {num_steps}; several steps are for EquilibriumMatching, FlowMatching and classes "
-                    f"derived from them, which {type(dynamics).__name__} is not"
-                )
-            sample = euler(lambda x, time: self._predict(x, z, time), start, num_steps).sample
-        else:
-            level = torch.full((z.shape[0],), dynamics.noise_level, device=z.device)
-            time = level if dynamics.conditions_on_time else None
-            sample = dynamics.clean_estimate(start, self._predict(start, z, time), level)
-            if isinstance(dynamics, EquilibriumMatching) and num_steps > 1:
-                eta = 1.0 / dynamics.stiffness
-                sample = gradient_descent(lambda x: self._predict(x, z), sample, num_steps - 1, eta).sample
-        sample = sample.to(self.dtype)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        check_latent(z, self.config.latent_channels)
+        x = self._start_noise(z, generator, noise)
+        if draft is not None:
+            x = self._noised_draft(draft, x, begin)
+        bucket = plan.tolerance is not None and any(map(_is_compiled, self.decoder.modules()))
+
+        def field(x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+            if bucket and x.dtype != z.dtype:
+                x = x.to(z.dtype)
+                mark_varying_batch(x)
+            return self.field(x, z, time)
+
+        result = run_plan(plan, self.dynamics, field, x, z, begin, bucket, return_trajectory)
+        if plan.sampler in DESCENTS and not torch.compiler.is_compiling() and bool(result.diverged.any()):
+            lost = int(result.diverged.sum())
+            warnings.warn(
+                f"{lost} of {len(z)} images diverged and fell back to their best state; try a smaller step_size",
+                Divergence,
+                stacklevel=3,  # past diffusers' hook
+            )
+        sample = result.sample.to(self.dtype)
+        return DecoderOutput(sample, *result[1:]) if return_dict else (sample,)
+
+    def field(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+        """What samplers descend, or integrate: the decoder's answer, or the gradient of its explicit energy.
+
+        Args:
+            x: (B, 3, H, W). Cast to z's dtype for the decoder alone: in half precision the noise to be cancelled would
+                lose the image's low bits.
+            z: (B, c, h, w) of the model's dtype.
+            time: (B,) in [0, 1] for dynamics that condition on it.
+
+        Returns:
+            (B, 3, H, W) float32.
+        """
+
+        def network(y: Tensor) -> Tensor:
+            at = None if time is None else as_normal(time)
+            return self.decoder(y.to(z.dtype), as_normal(z), at).float()
+
+        return apply_network(self.dynamics, network, x).float()
+
+    def energy(self, x: Tensor, z: Tensor) -> Tensor:
+        """The explicit energy of images given latents (SPEC section 2, "Explicit energy"), which a decode lowers.
+
+        Args:
+            x: (B, 3, H, W).
+            z: (B, c, h, w), cast to the model's dtype.
+
+        Returns:
+            (B,) float32.
+
+        Raises:
+            InputError: the model has no explicit energy, or a shape does not fit.
+        """
+        if not isinstance(self.dynamics, EquilibriumMatching):
+            raise InputError(f"{type(self.dynamics).__name__} has no energy; EquilibriumMatching may have one")
+        z = z.to(self.dtype)
+        check_latent(z, self.config.latent_channels)
+        return self.dynamics.energy(x, self.decoder(x.to(self.dtype), z))
 
     def forward(self, x: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Reconstruct images: decode, in one step, the mode of their encoding."""
@@ -318,20 +374,13 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         default = partial(checkpoint, use_reentrant=False)
         super().enable_gradient_checkpointing(gradient_checkpointing_func or default)
 
-    def _predict(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
-        # The iterate stays in float32: in half precision the noise to be cancelled would lose the image's low bits.
-        return self.decoder(x.to(z.dtype), z, time).float()
-
     def _start_noise(
         self,
         z: Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         noise: Tensor | None,
     ) -> Tensor:
-        factor = self.config.downsample_factor
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels or 0 in z.shape:
-            raise InputError(f"a latent batch has shape (B, {self.config.latent_channels}, h, w), not {tuple(z.shape)}")
-        shape = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
+        shape = self._image_shape(z)
         if noise is not None:
             if generator is not None:
                 raise InputError("give noise or generator, not both")
@@ -342,6 +391,23 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
             return draw_noise((1, *shape[1:]), fixed, z.device).expand(shape)
         return draw_noise(shape, generator, z.device)
+
+    def _noised_draft(self, draft: Tensor, noise: Tensor, start: float) -> Tensor:
+        if tuple(draft.shape) != tuple(noise.shape) or not draft.is_floating_point():
+            kind = str(draft.dtype).removeprefix("torch.")
+            raise InputError(
+                f"draft is {kind} of shape {tuple(draft.shape)}; this latent needs floating-point images of "
+                f"{tuple(noise.shape)} in [-1, 1]"
+            )
+        draft = draft.to(device=noise.device, dtype=torch.float32)
+        if not torch.compiler.is_compiling() and not bool(draft.isfinite().all()):
+            raise InputError("draft holds NaN or infinite values")
+        level = torch.full((len(noise),), level_of(self.dynamics, start), device=noise.device)
+        return self.dynamics.corrupt(draft, noise, level).x_level
+
+    def _image_shape(self, z: Tensor) -> tuple[int, int, int, int]:
+        factor = self.config.downsample_factor
+        return (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save config.json and the weights as safetensors, as diffusers does, readable for whom config.json is.
@@ -565,6 +631,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has been called on it, in place or around it."""
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def _config_names() -> list[str]:

@@ -4,6 +4,7 @@ Wang & Du 2025, "Equilibrium matching: generative modeling with implicit energy-
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dc_ssdae.dynamics.corruption import Corruption, check_same_shape, draw_on, expand_level
+from dc_ssdae.dynamics.energy import ENERGIES, energy_gradient
 from dc_ssdae.errors import InputError, unknown_name
 
 
@@ -109,6 +111,8 @@ class EquilibriumMatching:
         gradient_scale: λ > 0.
         decay_kink: a of the truncated and piecewise decays.
         decay_start: b of the piecewise decay.
+        explicit_energy: None, and the network's answer is the field; or "dot" or "l2", and the field is the gradient
+            of the energy ⟨x, f(x)⟩ or ½‖f(x)‖² of its answer.
 
     Raises:
         InputError: a setting is unknown or out of range.
@@ -123,11 +127,34 @@ class EquilibriumMatching:
         gradient_scale: float = 1.0,
         decay_kink: float | None = None,
         decay_start: float | None = None,
+        explicit_energy: str | None = None,
     ) -> None:
+        if explicit_energy is not None and explicit_energy not in ENERGIES:
+            raise unknown_name("explicit_energy", explicit_energy, ENERGIES)
         if not 0.0 < gradient_scale < math.inf:
             raise InputError(f"gradient_scale is {gradient_scale}; it must be positive and finite")
         self.decay = make_decay(decay, decay_kink, decay_start)
         self.gradient_scale = float(gradient_scale)
+        self.explicit_energy = explicit_energy
+
+    def field(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The field at x (B, …): the network's answer, or the gradient of the explicit energy."""
+        if self.explicit_energy is None:
+            return network(x)
+        return energy_gradient(network, x, ENERGIES[self.explicit_energy])
+
+    def energy(self, x: Tensor, answer: Tensor) -> Tensor:
+        """The explicit energy of x (B, …) and the network's answer there: (B,) float32.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.explicit_energy is None:
+            raise InputError(
+                f"this field has no explicit energy; train one with explicit_energy {' or '.join(map(repr, ENERGIES))}"
+            )
+        check_same_shape(x, answer, "answer")
+        return ENERGIES[self.explicit_energy](x, answer)
 
     @property
     def stiffness(self) -> float:
@@ -136,6 +163,24 @@ class EquilibriumMatching:
         Gradient descent is stable for step sizes below 2/L, Nesterov's below 2 (1 + μ)/((1 + 2 μ) L).
         """
         return self.gradient_scale * self.decay.stiffness
+
+    def step_sizes(self, num_steps: int, power: float = 1.0, start_level: float = 0.0) -> list[float]:
+        """Step sizes η_k of a descent along the levels on which the network was trained.
+
+        With t = 1 − γ and t_k = (1 − γ_0) (1 − k/n)^power, η_k = (t_k − t_{k+1}) / (λ c(1 − t_k)): on the true field of
+        one image the descent then passes the levels 1 − t_k and lands on the image with its last step. One step from
+        noise is 1/(λ c(0)), for the linear decay 1/λ. (Our own; for the linear decay these are Euler's steps along
+        the path of x̂.)
+
+        Args:
+            num_steps: n, at least 1.
+            power: bends the steps towards the data; 1 is uniform in γ.
+            start_level: γ_0 in [0, 1], of the state that the descent starts from.
+        """
+        left = [(1.0 - step / num_steps) ** power for step in range(num_steps + 1)]
+        levels = torch.tensor([1.0 - (1.0 - start_level) * share for share in left[:-1]], dtype=torch.float64)
+        ratios = self.decay.distance_ratio(levels).tolist()
+        return [(1.0 - left[k + 1] / left[k]) * ratio / self.gradient_scale for k, ratio in enumerate(ratios)]
 
     def sample_level(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

@@ -7,19 +7,34 @@ import torch
 from torch import Tensor
 
 from dc_ssdae.errors import InputError
-from dc_ssdae.samplers.result import SamplerResult, check_field, check_num_steps, root_mean_square
+from dc_ssdae.samplers.result import (
+    SamplerResult,
+    check_field,
+    check_num_steps,
+    check_share,
+    is_finite,
+    root_mean_square,
+)
 
 
 def euler(
-    velocity: Callable[[Tensor, Tensor], Tensor], x_init: Tensor, num_steps: int = 8, power: float = 4.0
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_init: Tensor,
+    num_steps: int = 8,
+    power: float = 4.0,
+    *,
+    start_time: float = 1.0,
+    return_trajectory: bool = False,
 ) -> SamplerResult:
     """Integrate x ← x + (t_i − t_{i+1}) v(x, t_i) over t_i = (1 − i/n)^power (SPEC section 2, "Flow matching").
 
     Args:
         velocity: v of ((B, …), times (B,)) -> (B, …), pointing from noise to data.
-        x_init: (B, …), pure noise.
+        x_init: (B, …), at `start_time`: pure noise for 1.
         num_steps: n, at least 1.
         power: bends the steps towards the data; 1 is uniform.
+        start_time: in [0, 1]; all t_i are multiplied with it.
+        return_trajectory: keep every state.
 
     Raises:
         InputError: a setting is out of range, or the velocity returns another shape.
@@ -27,11 +42,15 @@ def euler(
     check_num_steps(num_steps)
     if not power > 0.0:
         raise InputError(f"power is {power}; it must be positive")
-    times = [(1.0 - index / num_steps) ** power for index in range(num_steps + 1)]
+    start_time = check_share("start_time", start_time)
+    times = [start_time * (1.0 - index / num_steps) ** power for index in range(num_steps + 1)]
     x = x_init
     speed = x
+    states = [x]
     for now, after in itertools.pairwise(times):
         speed = check_field(velocity(x, torch.full((x.shape[0],), now, device=x.device)), x)
         x = x + (now - after) * speed
+        states.append(x)
     evaluations = torch.full((x.shape[0],), num_steps, dtype=torch.int64, device=x.device)
-    return SamplerResult(x, evaluations, root_mean_square(speed))
+    trajectory = torch.stack(states) if return_trajectory else None
+    return SamplerResult(x, evaluations, root_mean_square(speed), ~is_finite(x), trajectory)

@@ -1,7 +1,10 @@
 """What every sampler gives back, and the checks they share."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dc_ssdae.errors import InputError
@@ -10,19 +13,35 @@ from dc_ssdae.errors import InputError
 class SamplerResult(NamedTuple):
     """A sampler's outcome.
 
-    sample: (B, …), the last iterate.
+    sample: (B, …), the last iterate; of an image that diverged, the best state it had.
     num_evaluations: (B,) int64, evaluations of the field spent on each image.
-    residual_rms: (B,) float32, root mean square of the field where it was last evaluated.
+    residual_rms: (B,) float32, root mean square of the field where it was last evaluated; of an image that diverged,
+        in the state it fell back to, infinite where it had none.
+    diverged: (B,) bool, whether the image was given up.
+    trajectory: (steps + 1, B, …), the start and the state after every step, where it was asked for. An image that has
+        stopped stays as it is.
     """
 
     sample: Tensor
     num_evaluations: Tensor
     residual_rms: Tensor
+    diverged: Tensor
+    trajectory: Tensor | None = None
 
 
 def root_mean_square(field: Tensor) -> Tensor:
-    """Root mean square over everything but the batch: (B, …) -> (B,) float32."""
-    return field.float().square().flatten(1).mean(dim=1).sqrt()
+    """Root mean square over everything but the batch: (B, …) -> (B,) float32.
+
+    Summed in float64, so that an image's value does not depend on the batch it is in; Apple's GPUs have none.
+    """
+    wide = torch.float32 if field.device.type == "mps" else torch.float64
+    values = field.flatten(1).to(wide)
+    return values.square().mean(dim=1).sqrt().float()
+
+
+def is_finite(images: Tensor) -> Tensor:
+    """Which images (B, …) hold finite numbers alone: (B,) bool."""
+    return images.isfinite().flatten(1).all(dim=1)
 
 
 def check_num_steps(num_steps: int) -> None:
@@ -31,8 +50,55 @@ def check_num_steps(num_steps: int) -> None:
     Raises:
         InputError: names the value.
     """
-    if not isinstance(num_steps, int) or num_steps < 1:
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
         raise InputError(f"num_steps is {num_steps!r}; it must be a whole number from 1 on")
+
+
+def check_number(name: str, value: Any, accepts: Callable[[float], bool], wanted: str) -> float:
+    """Refuse what is no finite number, or not one that is accepted.
+
+    Args:
+        name: of the setting, for the message.
+        value: what was given.
+        accepts: tells of a number whether it is.
+        wanted: what is accepted, for the message.
+
+    Raises:
+        InputError: names the value.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not accepts(value):
+        raise InputError(f"{name} is {value!r}; it must be {wanted}")
+    return float(value)
+
+
+def check_tolerance(tolerance: float | None) -> float | None:
+    """Refuse a tolerance that is no finite number from 0 on; None has none.
+
+    Raises:
+        InputError: names the value.
+    """
+    if tolerance is None:
+        return None
+    return check_number("tolerance", tolerance, lambda value: value >= 0.0, "finite and at least 0, or None")
+
+
+def check_momentum(momentum: float) -> float:
+    """Refuse a momentum outside [0, 1).
+
+    Raises:
+        InputError: names the value.
+    """
+    return check_number("momentum", momentum, lambda value: 0.0 <= value < 1.0, "at least 0 and below 1")
+
+
+def check_share(name: str, value: float) -> float:
+    """Refuse a number outside [0, 1].
+
+    Raises:
+        InputError: names the value.
+    """
+    return check_number(name, value, lambda number: 0.0 <= number <= 1.0, "from 0 to 1")
 
 
 def check_field(value: Tensor, x: Tensor) -> Tensor:
@@ -41,6 +107,8 @@ def check_field(value: Tensor, x: Tensor) -> Tensor:
     Raises:
         InputError: names both shapes.
     """
+    if not isinstance(value, Tensor):
+        raise InputError(f"the field returned a {type(value).__name__}; it must return a tensor of x's shape")
     if value.shape != x.shape:
         raise InputError(f"the field returned shape {tuple(value.shape)} for an x of {tuple(x.shape)}")
     return value

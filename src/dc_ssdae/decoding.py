@@ -1,0 +1,196 @@
+"""Decoding as a choice of sampler: what `DCSSDAE.decode` does with a start, a field and its settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
+from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.samplers import SamplerResult, StepSize, euler, gradient_descent, nesterov
+from dc_ssdae.samplers.result import check_momentum, check_num_steps, check_tolerance, is_finite, root_mean_square
+
+ONE_STEP, EULER = "one_step", "euler"
+DESCENTS = ("gradient_descent", "nesterov", "nesterov_eqm")
+SAMPLERS = (ONE_STEP, *DESCENTS, EULER)
+"""What `DCSSDAE.decode` takes as `sampler`."""
+
+DEFAULT_DESCENT = "gradient_descent"
+DEFAULT_NUM_STEPS = 8
+DEFAULT_MOMENTUM = 0.3
+
+
+class Divergence(RuntimeWarning):
+    """Images of a decode diverged; what was given for them is the best state they had."""
+
+
+@dataclass
+class DecoderOutput(BaseOutput):
+    """What `DCSSDAE.decode` gives. diffusers has such a class, which takes seconds to import, without the rest.
+
+    Args:
+        sample: images (B, 3, H, W), about [-1, 1].
+        num_evaluations: (B,) int64, evaluations of the decoder spent on each image.
+        residual_rms: (B,) float32, root mean square of the field, or velocity, where it was last evaluated.
+        diverged: (B,) bool, images that the sampler gave up; `sample` has their best state.
+        trajectory: (steps + 1, B, 3, H, W) float32, from the start to the sample, where it was asked for.
+    """
+
+    sample: Tensor
+    num_evaluations: Tensor | None = None
+    residual_rms: Tensor | None = None
+    diverged: Tensor | None = None
+    trajectory: Tensor | None = None
+
+
+class DecodingPlan(NamedTuple):
+    """A sampler and its settings; the last three are a descent's."""
+
+    sampler: str
+    num_steps: int
+    step_size: StepSize | None = None
+    momentum: float = 0.0
+    tolerance: float | None = None
+
+
+def plan_decoding(
+    dynamics: Dynamics,
+    sampler: str | None = None,
+    num_steps: int | None = None,
+    step_size: StepSize | None = None,
+    momentum: float | None = None,
+    tolerance: float | None = None,
+    start: float = 0.0,
+) -> DecodingPlan:
+    """Choose what a decode leaves open, and check that what it gives fits the dynamics.
+
+    Args:
+        dynamics: of the model.
+        sampler: one of `SAMPLERS`. None is one_step, unless the other settings speak of several steps.
+        num_steps: the most evaluations.
+        step_size: η of a descent. None follows from the decay.
+        momentum: μ of nesterov.
+        tolerance: of a descent, for λ = 1; the field's root mean square is compared with λ times as much.
+        start: γ of the state that the decode starts from.
+
+    Raises:
+        InputError: a setting is unknown, out of range, or of another sampler or dynamics.
+    """
+    if num_steps is not None:
+        check_num_steps(num_steps)
+    if sampler is not None and sampler not in SAMPLERS:
+        raise unknown_name("sampler", sampler, SAMPLERS)
+    given = {"step_size": step_size, "momentum": momentum, "tolerance": tolerance}
+    named = [name for name, value in given.items() if value is not None]
+    several = num_steps is not None and num_steps > 1
+    descends, integrates = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
+    if sampler is None:
+        sampler = ONE_STEP
+        if descends and (several or named):
+            sampler = "nesterov" if momentum is not None else DEFAULT_DESCENT
+        elif several and not integrates:
+            raise InputError(
+                f"num_steps is {num_steps}; several steps are for EquilibriumMatching, FlowMatching and classes "
+                f"derived from them, which {type(dynamics).__name__} is not"
+            )
+        elif several:
+            sampler = EULER
+    if (sampler in DESCENTS and not descends) or (sampler == EULER and not integrates):
+        fitting = (ONE_STEP, *DESCENTS) if descends else (ONE_STEP, EULER) if integrates else (ONE_STEP,)
+        kind = type(dynamics).__name__
+        raise InputError(f"this model's dynamics, {kind}, has no sampler {sampler!r}; it has {', '.join(fitting)}")
+    if sampler == ONE_STEP and several:
+        raise InputError(f"num_steps is {num_steps}; sampler 'one_step' has one")
+    if sampler not in DESCENTS:
+        if named:
+            raise InputError(f"{named[0]} is for a descent of equilibrium matching; sampler {sampler!r} has none")
+        return DecodingPlan(sampler, num_steps or (1 if sampler == ONE_STEP else DEFAULT_NUM_STEPS))
+    if sampler == "gradient_descent" and momentum is not None:
+        raise InputError("momentum is for sampler 'nesterov' or 'nesterov_eqm'; gradient_descent has none")
+    assert isinstance(dynamics, EquilibriumMatching)
+    num_steps = num_steps or DEFAULT_NUM_STEPS
+    if step_size is None:
+        step_size = dynamics.step_sizes(num_steps, start_level=start)
+    if sampler != "gradient_descent" and momentum is None:
+        momentum = DEFAULT_MOMENTUM
+    momentum = 0.0 if momentum is None else check_momentum(momentum)
+    tolerance = check_tolerance(tolerance)
+    if tolerance is not None:
+        tolerance *= dynamics.gradient_scale
+    return DecodingPlan(sampler, num_steps, step_size, momentum, tolerance)
+
+
+def run_plan(
+    plan: DecodingPlan,
+    dynamics: Dynamics,
+    field: Callable[..., Tensor],
+    x: Tensor,
+    z: Tensor,
+    start: float = 0.0,
+    bucket: bool = False,
+    return_trajectory: bool = False,
+) -> SamplerResult:
+    """Decode as planned.
+
+    Args:
+        plan: of `plan_decoding` for these dynamics.
+        dynamics: of the model.
+        field: of x (b, 3, H, W), z (b, c, h, w) and, where the dynamics conditions on time, time (b,).
+        x: (B, 3, H, W), float32: to start from.
+        z: (B, c, h, w).
+        start: γ of x.
+        bucket: as the samplers'.
+        return_trajectory: keep every state.
+    """
+    if plan.sampler == ONE_STEP:
+        level = torch.full((x.shape[0],), level_of(dynamics, start), device=x.device)
+        prediction = field(x, z, level) if dynamics.conditions_on_time else field(x, z)
+        sample = dynamics.clean_estimate(x, prediction, level)
+        count = torch.ones(x.shape[0], dtype=torch.int64, device=x.device)
+        trajectory = torch.stack([x, sample]) if return_trajectory else None
+        return SamplerResult(sample, count, root_mean_square(prediction), ~is_finite(sample), trajectory)
+    if plan.sampler == EULER:
+        return euler(
+            lambda state, time: field(state, z, time),
+            x,
+            plan.num_steps,
+            start_time=1.0 - start,
+            return_trajectory=return_trajectory,
+        )
+    shared: dict[str, Any] = {
+        "num_steps": plan.num_steps,
+        "step_size": plan.step_size,
+        "tolerance": plan.tolerance,
+        "condition": z,
+        "bucket": bucket,
+        "return_trajectory": return_trajectory,
+    }
+    if plan.sampler == "gradient_descent":
+        return gradient_descent(field, x, **shared)
+    variant = "eqm" if plan.sampler == "nesterov_eqm" else "standard"
+    return nesterov(field, x, momentum=plan.momentum, variant=variant, **shared)
+
+
+def level_of(dynamics: Dynamics, start: float) -> float:
+    """The dynamics' level of a state with share γ of the image: `noise_level` for 0, the data's for 1."""
+    return dynamics.noise_level + start * (1.0 - 2.0 * dynamics.noise_level)
+
+
+def check_latent(z: Tensor, channels: int) -> None:
+    """Refuse latents that cannot be decoded.
+
+    Raises:
+        InputError: the shape is not (B, channels, h, w), or values are not finite; names the images.
+    """
+    if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape:
+        raise InputError(f"a latent batch has shape (B, {channels}, h, w), not {tuple(z.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    finite = is_finite(z)
+    if not bool(finite.all()):
+        places = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")
+        raise InputError(f"z holds NaN or infinite values, in rows {shown} of 0 to {len(z) - 1}")

@@ -1,0 +1,206 @@
+"""The loop that gradient descent and Nesterov's method share: steps, and stopping image by image."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.samplers.result import (
+    SamplerResult,
+    check_field,
+    check_momentum,
+    check_num_steps,
+    check_number,
+    check_tolerance,
+    is_finite,
+    root_mean_square,
+)
+
+StepSize = float | Sequence[float] | Callable[[int], float]
+"""η: one for all steps, one for each, or a function of the step's index from 0."""
+
+DIVERGENCE_RATIO = 10.0
+"""An image whose field grows to more than so many times its first root mean square is given up."""
+
+
+def descend(
+    field: Callable[..., Tensor],
+    x_init: Tensor,
+    num_steps: int,
+    step_size: StepSize,
+    momentum: float = 0.0,
+    steps_from_lookahead: bool = True,
+    tolerance: float | None = None,
+    condition: Tensor | Sequence[Tensor] = (),
+    bucket: bool = False,
+    return_trajectory: bool = False,
+) -> SamplerResult:
+    """Descend a field that points uphill.
+
+    Args:
+        field: f, called with x (B, …) and the tensors of `condition`, giving x's shape.
+        x_init: (B, …), where the descent starts.
+        num_steps: the most evaluations of the field that an image gets, at least 1.
+        step_size: η > 0.
+        momentum: μ in [0, 1); the field is evaluated at y = x + μ (x − x_prev).
+        steps_from_lookahead: the next x is y − η f(y), with which velocity builds up; else x − η f(y).
+        tolerance: an image stops with the step in which the root mean square of its field is below it, and the
+            following evaluations are of the others alone. None never stops, and needs no look at values on the way.
+        condition: one or several tensors (B, …) that the field is given too: the rows of the images that are left.
+        bucket: for a compiled field: fill up the images that are left to a power of two, at least two, by repeating
+            one, so that the field meets few shapes, and tell torch.compile that the batch varies.
+        return_trajectory: keep every state.
+
+    Raises:
+        InputError: a setting is out of range, or the field returns another shape.
+    """
+    sizes = resolve_step_sizes(step_size, num_steps)
+    momentum, tolerance = check_momentum(momentum), check_tolerance(tolerance)
+    images = _Images(x_init, condition, bucket, return_trajectory)
+    x = previous = x_init
+    for index, eta in enumerate(sizes):
+        y = x if momentum == 0.0 or index == 0 else x + momentum * (x - previous)
+        gradient = images.evaluate(field, y)
+        following = (y if steps_from_lookahead else x) - eta * gradient
+        x, previous = images.advance(y, gradient, x, following, tolerance)
+        if images.count == 0:
+            break
+    return images.result(num_steps)
+
+
+def resolve_step_sizes(step_size: StepSize, num_steps: int) -> list[float]:
+    """List the step sizes of a descent.
+
+    Raises:
+        InputError: one is not positive and finite, or there are not as many as steps.
+    """
+    check_num_steps(num_steps)
+    if callable(step_size):
+        sizes = [step_size(index) for index in range(num_steps)]
+    elif isinstance(step_size, int | float):
+        sizes = [step_size] * num_steps
+    elif isinstance(step_size, Sequence) and not isinstance(step_size, str):
+        sizes = list(step_size)
+        if len(sizes) != num_steps:
+            raise InputError(f"step_size lists {len(sizes)} numbers for num_steps {num_steps}; give one a step")
+    else:
+        raise InputError(f"step_size is {step_size!r}; it must be a number, one for each step, or a function of a step")
+    return [check_number("step_size", size, lambda value: value > 0.0, "positive and finite") for size in sizes]
+
+
+class _Images:
+    """What is known of the images on their way, and of those that have left the batch.
+
+    Attributes:
+        count: of the images that are left.
+    """
+
+    def __init__(
+        self, x_init: Tensor, condition: Tensor | Sequence[Tensor], bucket: bool, return_trajectory: bool
+    ) -> None:
+        batch = self.count = x_init.shape[0]
+        self._condition = [condition] if isinstance(condition, Tensor) else list(condition)
+        for tensor in self._condition:
+            if tensor.shape[:1] != x_init.shape[:1]:
+                raise InputError(
+                    f"condition has shape {tuple(tensor.shape)}; it needs a row for each of {batch} images"
+                )
+        self._batch = batch
+        self._bucket = bucket
+        # Of all images:
+        self._sample = x_init
+        self._evaluations = torch.zeros(batch, dtype=torch.int64, device=x_init.device)
+        self._residual = torch.full((batch,), torch.inf, device=x_init.device)
+        self._diverged = torch.zeros(batch, dtype=torch.bool, device=x_init.device)
+        self._trajectory = [x_init] if return_trajectory else None
+        # Of those that are left, whose places are `rows`, or all:
+        self._rows: Tensor | None = None
+        self._lost = self._diverged
+        self._best, self._best_rms = x_init, self._residual
+        self._first_rms: Tensor | None = None
+
+    def evaluate(self, field: Callable[..., Tensor], y: Tensor) -> Tensor:
+        """The field at y of the images that are left."""
+        arguments = [y, *self._condition]
+        if self._bucket:
+            missing = min(self._batch, 1 << (max(self.count, 2) - 1).bit_length()) - self.count
+            if missing > 0:
+                arguments = [torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) for part in arguments]
+            for part in arguments:
+                mark_varying_batch(part)
+        try:
+            return check_field(field(*arguments), arguments[0])[: self.count]
+        except (InputError, RuntimeError, ValueError) as error:
+            if self.count == self._batch or self._condition:
+                raise
+            raise InputError(
+                f"the field fails on the {self.count} of {self._batch} images that are left "
+                f"({' '.join(str(error).split())}); pass what belongs to single images as condition"
+            ) from error
+
+    def advance(
+        self, y: Tensor, gradient: Tensor, x: Tensor, following: Tensor, tolerance: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Take in an evaluation at y and the step to `following` that it led to, and let those that are done leave.
+
+        Returns:
+            The state and the one before of the images that are left.
+        """
+        rms = root_mean_square(gradient)
+        self._evaluations = self._put(self._evaluations, self._get(self._evaluations) + (~self._lost).long())
+        self._first_rms = rms if self._first_rms is None else self._first_rms
+        lost = self._lost | ~rms.isfinite() | (rms > DIVERGENCE_RATIO * self._first_rms)
+        better = ~lost & (rms < self._best_rms)
+        self._best = torch.where(_as_rows(better, y), y, self._best)
+        self._best_rms = torch.where(better, rms, self._best_rms)
+        self._lost = lost = lost | ~is_finite(following)
+        rms = torch.where(lost, self._best_rms, rms)
+        following = torch.where(_as_rows(lost, y), self._best, following)
+        previous = torch.where(_as_rows(lost, y), self._best, x)
+        self._residual = self._put(self._residual, rms)
+        self._diverged = self._put(self._diverged, lost)
+        self._sample = self._put(self._sample, following)
+        if self._trajectory is not None:
+            self._trajectory.append(self._sample)
+        if tolerance is not None:
+            moving = ~(lost | (rms < tolerance))
+            if not bool(moving.all()):
+                kept = moving.nonzero().flatten()
+                following, previous = following[kept], previous[kept]
+                self._leave_only(kept)
+        return following, previous
+
+    def result(self, num_steps: int) -> SamplerResult:
+        """The outcome."""
+        trajectory = None
+        if self._trajectory is not None:
+            unused = num_steps + 1 - len(self._trajectory)
+            trajectory = torch.stack([*self._trajectory, *[self._sample] * unused])
+        return SamplerResult(self._sample, self._evaluations, self._residual, self._diverged, trajectory)
+
+    def _leave_only(self, kept: Tensor) -> None:
+        self._rows = kept if self._rows is None else self._rows[kept]
+        self.count = len(kept)
+        self._condition = [part[kept] for part in self._condition]
+        self._lost, self._best, self._best_rms = self._lost[kept], self._best[kept], self._best_rms[kept]
+        assert self._first_rms is not None
+        self._first_rms = self._first_rms[kept]
+
+    def _get(self, values: Tensor) -> Tensor:
+        return values if self._rows is None else values[self._rows]
+
+    def _put(self, values: Tensor, new: Tensor) -> Tensor:
+        return new if self._rows is None else values.index_copy(0, self._rows, new)
+
+
+def mark_varying_batch(tensor: Tensor) -> None:
+    """Tell torch.compile that the first side of a tensor varies, so that another batch compiles nothing anew."""
+    import torch._dynamo  # takes a second, which only a compiled field needs
+
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def _as_rows(mask: Tensor, like: Tensor) -> Tensor:
+    """A (B,) mask in a shape that broadcasts against (B, …)."""
+    return mask.view(-1, *[1] * (like.ndim - 1))
