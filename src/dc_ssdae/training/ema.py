@@ -1,4 +1,4 @@
-"""The exponential moving average of a model: of its parameters, and of its buffers, batch statistics included."""
+"""The exponential moving average of a model: its parameters averaged, its buffers copied."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +11,12 @@ from dc_ssdae.training.tensors import assign, local_part
 
 
 class ExponentialMovingAverage:
-    """Averages every floating-point tensor of a model's state dict, and copies the others.
+    """Averages a model's parameters, and copies its buffers.
 
-    diffusers' EMAModel knows parameters only, and PyTorch's AveragedModel rounds integer buffers after averaging
-    them; neither can start later, nor follow the weights that a schedule-free optimiser means to be evaluated.
+    Running statistics are averages already, over a few batches. A second, longer average would keep what one batch of
+    exploded latents leaves in a variance for tens of thousands of steps, and with it ruin every evaluation. diffusers'
+    EMAModel knows no buffers; neither it nor PyTorch's AveragedModel can start later, or follow the weights that a
+    schedule-free optimiser means to be evaluated.
 
     Args:
         model: whose tensors to average, sharded or not; it is copied.
@@ -26,6 +28,7 @@ class ExponentialMovingAverage:
         self.decay = decay
         self.start = start
         self._tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, evaluated: Callable[[str, Tensor], Tensor] | None = None) -> None:
@@ -41,7 +44,7 @@ class ExponentialMovingAverage:
         for name, tensor in model.state_dict().items():
             value = local_part(tensor.detach() if evaluated is None else evaluated(name, tensor.detach()))
             average = local_part(self._tensors[name])
-            if step > self.start and average.is_floating_point():
+            if step > self.start and name in self._parameters and average.is_floating_point():
                 averages.append(average)
                 values.append(value)
             else:
