@@ -5,7 +5,7 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,17 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
         machine["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         machine["cuda"] = torch.version.cuda if device.type == "cuda" else None
     return machine
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """Say in a sentence what `describe_machine` told."""
+    device = machine.get("device_name") or machine.get("device", "cpu")
+    on = "" if device == "cpu" else f"{device}, "
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
+    cuda = f", CUDA {machine['cuda']}" if machine.get("cuda") else ""
+    versions = f"PyTorch {machine['torch']}{cuda}, Python {machine['python']}"
+    return f"Measured on {on}{machine['cpu']}, {cores}, {threads}, {versions}."
 
 
 def alternating(count: int, round_: int) -> Sequence[int]:

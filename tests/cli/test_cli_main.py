@@ -95,8 +95,8 @@ def test_misuse_is_one_line(words: list[str], message: str, run: Callable) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "0"], "argument --steps: '0' is not a whole number from 1 on"),
-        (["--steps", "1.5"], "argument --steps: '1.5' is not a whole number from 1 on"),
+        (["--steps", "0"], "argument --steps/--num_steps: '0' is not a whole number from 1 on"),
+        (["--steps", "1.5"], "argument --steps/--num_steps: '1.5' is not a whole number from 1 on"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 to 4294967295"),
         (["--seed", "4294967296"], "argument --seed: '4294967296' is not a whole number from 0 to 4294967295"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8' (choose from "),

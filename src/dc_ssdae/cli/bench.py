@@ -246,6 +246,8 @@ def _plain(figures: "DataFigures") -> dict[str, Any]:
 def _data_as_text(
     figures: "DataFigures", args: argparse.Namespace, latent: tuple[int, int, int], machine: dict[str, Any]
 ) -> str:
+    from dc_ssdae.timing import machine_line
+
     rows = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
     for source in figures.sources:
         named = [(_STAGES[stage], rate) for stage, rate in source.stages.items()]
@@ -261,7 +263,7 @@ def _data_as_text(
         *(["Lines of workers: the loader with so many processes, which share the cores."] if args.workers else []),
         f"Crops of {size} px, aug_scale {args.aug_scale:g}; noise of shapes 3x{size}x{size} and "
         f"{'x'.join(map(str, latent))}.",
-        _machine_line(machine),
+        machine_line(machine),
     ]
     if len({source.images for source in figures.sources}) > 1:
         told = ", ".join(f"{source.name} {source.images:,}" for source in figures.sources)
@@ -277,6 +279,8 @@ def _data_as_text(
 
 
 def _steps_as_text(figures: "Sequence[StepFigures]", args: argparse.Namespace, machine: dict[str, Any]) -> str:
+    from dc_ssdae.timing import machine_line
+
     speeds = [("configuration", "images/s", "ms/step", "quartiles", "ratio", "quartiles")]
     costs = [("configuration", "forward ms", "backward ms", "update ms", "peak GiB", "TFLOP/s")]
     for entry in figures:
@@ -299,7 +303,7 @@ def _steps_as_text(figures: "Sequence[StepFigures]", args: argparse.Namespace, m
         + (", compared in alternation with the first; ratios are of images/s." if len(figures) > 1 else "."),
         f"Memory: {what}. "
         + ("" if figures[0].flops is None else f"{figures[0].flops / 1e12:.4g} TFLOPs a step: 3 times the forward's."),
-        _machine_line(machine),
+        machine_line(machine),
     ]
     if frozen := _frozen_terms(config):
         names = ", ".join(f"losses.{name}" for name in frozen)
@@ -315,16 +319,6 @@ def _steps_as_text(figures: "Sequence[StepFigures]", args: argparse.Namespace, m
 def _frozen_terms(config: "RunConfig") -> list[str]:
     """Names of the built-in terms that look through a backbone, which has random weights in a benchmark."""
     return [name for name, loss in config.losses.items() if loss.weight and name in ("lpips", "repa")]
-
-
-def _machine_line(machine: dict[str, Any]) -> str:
-    device = machine.get("device_name") or machine.get("device", "cpu")
-    on = "" if device == "cpu" else f"{device}, "
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    cores = f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
-    cuda = f", CUDA {machine['cuda']}" if machine.get("cuda") else ""
-    versions = f"PyTorch {machine['torch']}{cuda}, Python {machine['python']}"
-    return f"Measured on {on}{machine['cpu']}, {cores}, {threads}, {versions}."
 
 
 def _quartiles(spread: "Spread", form: str) -> str:

@@ -1,11 +1,9 @@
 """`dc-ssdae curves`: losses and evaluations of runs as a picture."""
 
-import os
-import uuid
 from argparse import Namespace
 from pathlib import Path
 
-from dc_ssdae.cli.common import complain, say
+from dc_ssdae.cli.common import complain, say, write_whole
 from dc_ssdae.cli.parser import CommandParser, file_path
 
 
@@ -35,13 +33,6 @@ def run(args: Namespace) -> int:
     runs = read_runs(args.runs)
     for note in (note for run in runs for note in run.notes):
         complain(args.program, note)
-    picture = draw_curves(runs, kind)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    beside = args.out.parent / f".{uuid.uuid4().hex}.partial"
-    try:
-        beside.write_bytes(picture)
-        os.replace(beside, args.out)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(args.out, draw_curves(runs, kind))
     say(f"{', '.join(run.name for run in runs)} -> {args.out}")
     return 0

@@ -8,11 +8,13 @@ from dc_ssdae.cli.common import (
     add_decoding_options,
     add_model_options,
     add_output_option,
+    check_decoding,
     decode_latent,
     for_each_file,
     load_model,
     plan_outputs,
     shape_line,
+    write_decoded,
 )
 from dc_ssdae.cli.parser import CommandParser, file_path
 
@@ -35,14 +37,15 @@ def run(args: Namespace) -> int:
     """Decode every latent; gives the exit code."""
     jobs = plan_outputs(args.latents, args.out, ".png")
     model = load_model(args)
+    check_decoding(args, model)
     from dc_ssdae.cli.latent_file import check_model_fits, read_latent
-    from dc_ssdae.data.images import write_png
 
     def decode(job: Job) -> Done:
         content = read_latent(job.source)
         check_model_fits(content, model.config.latent_channels, model.config.downsample_factor)
         latent = content.latent[None]
-        write_png(decode_latent(model, latent, content.original_size, args.steps, args.seed), job.target)
-        return Done(shape_line(job, content.original_size, latent))
+        decoded = decode_latent(args, model, latent, content.original_size, job.source.stem)
+        write_decoded(decoded, job)
+        return Done(shape_line(job, content.original_size, latent) + decoded.remark, decoded.notes)
 
     return for_each_file(args, jobs, decode)

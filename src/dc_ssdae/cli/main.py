@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, Command] = {
     "stats": Command("dc_ssdae.cli.stats", "measure the mean and standard deviation of latents"),
     "curves": Command("dc_ssdae.cli.curves", "draw the losses and the evaluations of runs"),
     "distill": Command("dc_ssdae.cli.distill", "teach a model to do in one step what it does in several"),
+    "study": Command("dc_ssdae.cli.study", "sweep samplers, steps and tolerances of a model, or of two"),
     "info": Command("dc_ssdae.cli.info", "list the presets, or describe a preset or a saved model"),
     "convert": Command("dc_ssdae.cli.convert", "turn other people's checkpoints into models of this package"),
     "pack": Command("dc_ssdae.cli.pack", "turn a folder of images into tar shards"),

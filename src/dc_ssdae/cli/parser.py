@@ -81,6 +81,19 @@ def whole_number(smallest: int, largest: int | None = None) -> Callable[[str], i
     return parse
 
 
+def number(text: str) -> float:
+    """Read a number, as an option's type; whether it is in range is checked where it is used."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def numbers(text: str) -> float | list[float]:
+    """Read one number, or several with commas between them, as an option's type."""
+    return [number(part) for part in text.split(",")] if "," in text else number(text)
+
+
 def filled(text: str) -> str:
     """Refuse an empty word, as an option's type: a script's unset variable would stand for the current folder."""
     if not text.strip():

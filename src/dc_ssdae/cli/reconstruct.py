@@ -8,12 +8,14 @@ from dc_ssdae.cli.common import (
     add_decoding_options,
     add_model_options,
     add_output_option,
+    check_decoding,
     decode_latent,
     encode_pixels,
     for_each_file,
     load_model,
     plan_outputs,
     shape_line,
+    write_decoded,
 )
 from dc_ssdae.cli.parser import CommandParser, file_path
 
@@ -36,13 +38,15 @@ def run(args: Namespace) -> int:
     """Reconstruct every image; gives the exit code."""
     jobs = plan_outputs(args.images, args.out, ".png")
     model = load_model(args)
-    from dc_ssdae.data.images import read_image, write_png
+    check_decoding(args, model)
+    from dc_ssdae.data.images import read_image
 
     def reconstruct(job: Job) -> Done:
         image = read_image(job.source)
         posterior, size = encode_pixels(model, image.pixels)
         latent = posterior.mode()
-        write_png(decode_latent(model, latent, size, args.steps, args.seed), job.target)
-        return Done(shape_line(job, size, latent), image.notes)
+        decoded = decode_latent(args, model, latent, size, job.source.stem)
+        write_decoded(decoded, job)
+        return Done(shape_line(job, size, latent) + decoded.remark, [*image.notes, *decoded.notes])
 
     return for_each_file(args, jobs, reconstruct)

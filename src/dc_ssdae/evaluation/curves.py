@@ -143,11 +143,22 @@ def draw_curves(runs: Sequence[RunCurves], kind: str = "png") -> bytes:
         import matplotlib
     except ImportError:
         raise InputError("pictures of curves need matplotlib: pip install 'dc-ssdae[eval]'") from None
-    style = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
     buffer = io.BytesIO()
-    with matplotlib.rc_context({**style, "svg.fonttype": "none", "text.parse_math": False}):
+    with matplotlib.rc_context(picture_style()):
         curves_figure(runs).savefig(buffer, format=kind)
     return buffer.getvalue()
+
+
+def picture_style() -> dict[str, Any]:
+    """matplotlib's settings for all pictures of figures."""
+    return {
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+    }
 
 
 def curves_figure(runs: Sequence[RunCurves]) -> "Figure":

@@ -74,7 +74,7 @@ def count_flops(model: DCSSDAE, size: int) -> Flops:
         with FlopCounterMode(display=False) as encoding:
             latent = twin.encode(image).latent_dist.mode()
         with FlopCounterMode(display=False) as decoding:
-            twin.decode(latent, noise=image)
+            twin.field(image, latent, torch.zeros(1) if twin.dynamics.conditions_on_time else None)
     return Flops(encoding.get_total_flops(), decoding.get_total_flops())
 
 
@@ -105,15 +105,16 @@ def timed(run: Callable[[], T], device: torch.device, repeats: int) -> tuple[T, 
     result = run()
     seconds = []
     for _ in range(repeats):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         result = run()
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
     return result, statistics.median(seconds)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given, so that a clock may be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

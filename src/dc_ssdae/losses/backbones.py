@@ -142,9 +142,7 @@ def find_weights(term: str, file: WeightsFile, weights: str | None) -> Path | No
         if found is None:
             raise InputError(f"{setting} is {weights!r}, a folder without {names}; place it there, from {file.origin}")
         return found
-    folder = os.environ.get(FOLDER_VARIABLE)
-    found = _in_folder(f"environment variable {FOLDER_VARIABLE}", folder, file) if folder else None
-    found = found or file.cached()
+    found = weights_on_this_machine(file)
     if found is not None:
         return found
     try:
@@ -156,6 +154,17 @@ def find_weights(term: str, file: WeightsFile, weights: str | None) -> Path | No
             f"({reason}); place it in the folder that {setting} or the environment variable {FOLDER_VARIABLE} names, "
             f"or leave the term out with --losses.{term} 0"
         ) from None
+
+
+def weights_on_this_machine(file: WeightsFile) -> Path | None:
+    """Find a backbone's weights in the folder that DC_SSDAE_WEIGHTS names, or in the library's cache.
+
+    Raises:
+        InputError: the variable names something that is no folder.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    found = _in_folder(f"environment variable {FOLDER_VARIABLE}", folder, file) if folder else None
+    return found or file.cached()
 
 
 def hub_file(url: str) -> WeightsFile:

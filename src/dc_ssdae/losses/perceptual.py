@@ -17,6 +17,7 @@ from dc_ssdae.losses.backbones import (
     hub_file,
     load_exactly,
     read_weights,
+    weights_on_this_machine,
 )
 from dc_ssdae.losses.term import StepOutputs
 
@@ -64,15 +65,31 @@ class LPIPSLoss(nn.Module):
         """
         find_weights("lpips", _file(net, precision), weights)
 
+    @classmethod
+    def is_on_this_machine(cls, net: str = "vgg") -> bool:
+        """Whether the network's weights are here, so that nothing is downloaded for them.
+
+        Raises:
+            InputError: there is no such network, or DC_SSDAE_WEIGHTS names no folder.
+        """
+        return weights_on_this_machine(_file(net, "auto")) is not None
+
     def forward(self, outputs: StepOutputs) -> Tensor:
-        x = outputs.record.x
+        return self.distance(outputs.clean_estimate, outputs.record.x)
+
+    def distance(self, estimate: Tensor, x: Tensor) -> Tensor:
+        """LPIPS of images (B, 3, H, W) in [-1, 1] against others: (B,) float32; gradients flow to `estimate`.
+
+        Raises:
+            InputError: the images are too small for the network.
+        """
         smallest = TRUNKS[self.net][1]
         if min(x.shape[-2:]) < smallest:
             size = f"{x.shape[-2]}×{x.shape[-1]}"
             raise InputError(f"losses.lpips: images are {size}; {self.net} needs sides of at least {smallest} pixels")
         with torch.no_grad():
             real = [_unit_length(features) for features in self.backbone(x)]
-        estimated = self.backbone(outputs.clean_estimate)
+        estimated = self.backbone(estimate)
         total = x.new_zeros(x.shape[0], dtype=torch.float32)
         for head, ours, theirs in zip(self.backbone.network.heads, estimated, real, strict=True):
             difference = (_unit_length(ours) - theirs).square().mean(dim=(2, 3))

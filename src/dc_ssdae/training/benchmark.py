@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.profile import count_flops
+from dc_ssdae.evaluation.profile import count_flops, wait_for
 from dc_ssdae.timing import Spread, alternating, resident_set
 from dc_ssdae.training.build import build_model, build_step, has_backbone, own_classes, place_step
 from dc_ssdae.training.config import RunConfig
@@ -149,9 +149,9 @@ class _Stepper:
 
     def run(self, steps: int) -> list[_StepTime]:
         """Do one step untimed and then `steps` timed ones, each from the wait for the device to the next such wait."""
-        self._wait()
+        wait_for(self._device)
         done = [self._do_step() for _ in range(steps + 1)]
-        self._wait()
+        wait_for(self._device)
         return [
             _StepTime(this.waited - before.waited, self._phases(this.marks), this.finite)
             for before, this in pairwise(done)
@@ -214,12 +214,6 @@ class _Stepper:
             spent = before.elapsed_time(mark) / 1000.0 if self._device.type == "cuda" else mark - before
             seconds[name] = seconds.get(name, 0.0) + spent
         return seconds
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        elif self._device.type == "mps":
-            torch.mps.synchronize()
 
 
 class _Done(NamedTuple):

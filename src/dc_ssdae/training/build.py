@@ -104,6 +104,7 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
     model = build_model(config.model)
     if training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    _check_second_derivatives(model, config)
     objective = build_objective(config.losses, model)
     if config.distillation is None:
         step = TrainingStep(model, objective, training.precision, training.channels_last)
@@ -169,13 +170,16 @@ def decoder_groups(config: ModelConfig) -> list[str]:
     return [name for name in parameter_groups(model) if name.partition(".")[0] == "decoder"]
 
 
-def check_components(config: RunConfig, starts: bool = True, teacher: Path | None = None) -> None:
+def check_components(
+    config: RunConfig, starts: bool = True, teacher: Path | None = None, sharded: bool = False
+) -> None:
     """Find mistakes in the model's and the losses' settings before anything heavy is built.
 
     Args:
         config: of the run.
         starts: False for a run that goes on, which needs the weights it started from no longer.
         teacher: where a run keeps its copy of a distillation's teacher; None for one that is yet to be copied.
+        sharded: whether the parameters are sharded over processes.
 
     Raises:
         InputError: as `build_model` and `build_objective`.
@@ -184,6 +188,7 @@ def check_components(config: RunConfig, starts: bool = True, teacher: Path | Non
         model = build_model(config.model)
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    _check_second_derivatives(model, config, sharded)
     if config.distillation is not None:
         _check_teacher(model, config, teacher)
     source = config.training.init_from
@@ -249,6 +254,17 @@ def _check_source(name: str, source: str, model: DCSSDAE) -> None:
         raise InputError(f"{name} {source}: {error}") from None
     given = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
     check_same_tensors(f"{name} {source}", model.state_dict(), given)
+
+
+def _check_second_derivatives(model: DCSSDAE, config: RunConfig, sharded: bool = False) -> None:
+    """Refuse what an explicit energy, whose training differentiates a gradient, cannot be combined with."""
+    if getattr(model.dynamics, "explicit_energy", None) is None:
+        return
+    wanted = "the dynamics trains with an explicit_energy, which takes second derivatives"
+    if config.training.compile:
+        raise InputError(f"{wanted}; torch.compile has none: set training.compile false")
+    if sharded:
+        raise InputError(f"{wanted}; they were never tried with FSDP, and are refused: run without sharding")
 
 
 def _check_teacher(model: DCSSDAE, config: RunConfig, kept: Path | None) -> None:

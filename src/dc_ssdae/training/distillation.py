@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.losses import Losses, Objective
-from dc_ssdae.training.step import TrainingStep
+from dc_ssdae.training.step import TrainingStep, decode_or_nan
 
 
 class DistillationStep(TrainingStep):
@@ -76,7 +76,7 @@ class DistillationStep(TrainingStep):
     def teach(self, z: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Decode with the teacher: z (B, c, h, w) and noise (B, 3, H, W) to images (B, 3, H, W), float32."""
         step_size = self._step_size if steps > 1 else None
-        return self.teacher.decode(z, num_steps=steps, step_size=step_size, noise=noise).sample.float()
+        return decode_or_nan(self.teacher, z, num_steps=steps, step_size=step_size, noise=noise)
 
     def compile_networks(self) -> None:
         """Compile the student's networks, the teacher's, and the objective's backbones."""

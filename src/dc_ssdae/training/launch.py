@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import DistributedType
 
 from dc_ssdae.autoencoder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.data.sources import ImageSources, open_sources
@@ -108,7 +109,7 @@ def _check(config: RunConfig, accelerator: Accelerator, starts: bool, teacher: P
 
     def check() -> ImageSources:
         check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
-        check_components(config, starts, teacher)
+        check_components(config, starts, teacher, accelerator.distributed_type == DistributedType.FSDP)
         if data.root is None and data.dataset is None:
             raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
         return open_sources(data.root, data.dataset, data.validation, data.cache)

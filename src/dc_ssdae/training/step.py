@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.dynamics import Corruption
+from dc_ssdae.dynamics.energy import apply_network
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Losses, Objective, StepOutputs
+from dc_ssdae.samplers.result import is_finite
 
 
 class TrainingStep(nn.Module):
@@ -72,14 +75,18 @@ class TrainingStep(nn.Module):
     def _losses(self, record: Corruption, posterior: DiagonalGaussian, z: Tensor) -> Losses:
         dynamics = self.model.dynamics
         time = record.level if dynamics.conditions_on_time else None
-        features = None
-        with self._autocast(record.x):
+        features: list[Tensor] = []
+
+        def network(x: Tensor) -> Tensor:
             if self._decode_with_features is None:
-                prediction = self.model.decoder(record.x_level, z, time)
-            else:
-                layer = self.objective.decoder_layer
-                prediction, features = self._decode_with_features(record.x_level, z, time, layer)
-        return self.objective(StepOutputs(dynamics, record, prediction, posterior, features))
+                return self.model.decoder(x, z, time)
+            prediction, kept = self._decode_with_features(x, z, time, self.objective.decoder_layer)
+            features.append(kept)
+            return prediction
+
+        with self._autocast(record.x):
+            prediction = apply_network(dynamics, network, record.x_level)
+        return self.objective(StepOutputs(dynamics, record, prediction, posterior, features[0] if features else None))
 
     def freeze_all_but(self, trained: Set[str]) -> None:
         """Leave everything else as it is: no gradients, and batch statistics and dropout as in evaluation.
@@ -129,7 +136,7 @@ class TrainingStep(nn.Module):
         x = self._images(pixels)
         with torch.no_grad(), self._autocast(x):
             latent = self.model.encode(x).latent_dist.mode()
-            return self.model.decode(latent.float()).sample.float()
+            return decode_or_nan(self.model, latent.float())
 
     def _autocast(self, x: Tensor) -> AbstractContextManager[None]:
         if self._dtype == torch.float32:
@@ -137,6 +144,16 @@ class TrainingStep(nn.Module):
         if not torch.amp.is_autocast_available(x.device.type):
             raise InputError(f"training.precision: {x.device.type} has no autocast; use float32")
         return torch.autocast(x.device.type, self._dtype)
+
+
+def decode_or_nan(model: DCSSDAE, z: Tensor, **settings: Any) -> Tensor:
+    """Decode latents (B, c, h, w) to float32 images; one whose latent is not finite becomes NaN.
+
+    `DCSSDAE.decode` refuses such latents. Here they are a step to be thrown away, or a measure that is not finite.
+    """
+    usable = is_finite(z).view(-1, 1, 1, 1)
+    images = model.decode(torch.where(usable, z, 0.0), **settings).sample.float()
+    return torch.where(usable, images, torch.nan)
 
 
 def _untouched(module: nn.Module, prefix: str, trained: Set[str]) -> Iterator[nn.Module]:
