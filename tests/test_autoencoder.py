@@ -14,54 +14,15 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from tiny_models import TINY_DECODER, image, tiny, tiny_encoder
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.autoencoder import COMPONENTS, NOT_MEASURED, write_latent_statistics
+from dc_ssdae.decoding import plan_decoding
 from dc_ssdae.latent import LatentStatistics, draw_noise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FACTORS = [8, 16, 32, 64, 128]
-
-TINY_DECODER = {
-    "init_args": {
-        "channels": 8,
-        "multipliers": [1, 1, 2, 2],
-        "norm_groups": 8,
-        "middle_layers": 1,
-        "blocks_per_level": 1,
-        "window_radius": 3,
-    }
-}
-
-
-def tiny_encoder(kind: str, factor: int) -> dict[str, Any]:
-    if kind == "KLEncoder":
-        init_args: dict[str, Any] = {"channels": 8, "norm_groups": 8, "blocks_per_level": 1}
-    else:
-        halvings = factor.bit_length() - 1
-        init_args = {
-            "widths": [16] * halvings + [32],
-            "depths": [0] + [1] * halvings,
-            "block_types": ["ResBlock"] * halvings + ["EfficientViTBlock"],
-        }
-    return {"class_path": kind, "init_args": init_args}
-
-
-def tiny(factor: int = 8, encoder: str = "KLEncoder", **given: Any) -> DCSSDAE:
-    """A small autoencoder in eval mode with every parameter and running statistic moved off its start."""
-    parts = {"encoder": tiny_encoder(encoder, factor), "decoder": TINY_DECODER, **given}
-    model = DCSSDAE(latent_channels=4, downsample_factor=factor, **parts)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        model.decoder.latent_norm.running_mean.normal_()
-        model.decoder.latent_norm.running_var.uniform_(0.5, 2.0)
-    return model.eval()
-
-
-def image(batch: int = 1, height: int = 32, width: int = 48) -> Tensor:
-    return 2.0 * torch.rand(batch, 3, height, width) - 1.0
 
 
 @pytest.fixture(scope="module")
@@ -248,14 +209,24 @@ class TestSteps:
     @torch.no_grad()
     @pytest.mark.parametrize("step_size", [None, 0.3])
     def test_several_steps_of_equilibrium_matching_descend(self, step_size: float | None) -> None:
-        """By default the first step is the clean estimate, 1/(λ c(0)) = 1/4, and the others have 1/L = 0.2/4."""
+        """By default along the levels of the decay."""
         model = tiny(dynamics={"init_args": {"decay": "truncated", "gradient_scale": 4.0}})
         z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        sizes = plan_decoding(model.dynamics, "gradient_descent", 3).step_size
         expected = noise
-        for eta in (0.25, 0.05, 0.05) if step_size is None else [step_size] * 3:
+        for eta in sizes if step_size is None else [step_size] * 3:
             expected = expected - eta * model.decoder(expected, z)
-        y = model.decode(z, noise=noise, num_steps=3, step_size=step_size).sample
+        y = model.decode(z, noise=noise, num_steps=3, step_size=step_size, sampler="gradient_descent").sample
         torch.testing.assert_close(y, expected, atol=1e-4, rtol=0.0)
+
+    @torch.no_grad()
+    def test_one_step_of_a_given_size_descends(self) -> None:
+        model = tiny(dynamics={"init_args": {"gradient_scale": 4.0}})
+        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        expected = noise - 0.1 * model.decoder(noise, z)
+        y = model.decode(z, noise=noise, num_steps=1, step_size=0.1).sample
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0.0)
+        assert not torch.allclose(y, model.decode(z, noise=noise).sample)
 
     @torch.no_grad()
     @pytest.mark.parametrize("num_steps", [1, 2, 4])
@@ -282,12 +253,10 @@ class TestSteps:
         with pytest.raises(InputError, match="num_steps"):
             saved[0].decode(torch.zeros(1, 4, 1, 1), num_steps=num_steps)
 
-    @pytest.mark.parametrize(
-        ("dynamics", "num_steps"), [("EquilibriumMatching", 1), ("FlowMatching", 1), ("FlowMatching", 4)]
-    )
-    def test_a_step_size_that_nobody_reads(self, dynamics: str, num_steps: int) -> None:
-        model = tiny(dynamics={"class_path": dynamics})
-        with pytest.raises(InputError, match="step_size is for several steps of equilibrium matching"):
+    @pytest.mark.parametrize("num_steps", [1, 4])
+    def test_a_step_size_that_nobody_reads(self, num_steps: int) -> None:
+        model = tiny(dynamics={"class_path": "FlowMatching"})
+        with pytest.raises(InputError, match="step_size is for a descent of equilibrium matching"):
             model.decode(torch.zeros(1, 4, 1, 1), num_steps=num_steps, step_size=0.5)
 
     def test_a_step_size_that_does_not_descend(self, saved: tuple[DCSSDAE, Path]) -> None:

@@ -40,7 +40,7 @@ from dc_ssdae.errors import InputError, check_at_least, check_type
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics, draw_noise
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.presets import load_preset
-from dc_ssdae.samplers import StepSize
+from dc_ssdae.samplers import Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_share
 from dc_ssdae.weights import check_tensors, shard_files
@@ -233,11 +233,11 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_steps: int | None = None,
-        step_size: StepSize | None = None,
+        step_size: Schedule | None = None,
         noise: Tensor | None = None,
         *,
         sampler: str | None = None,
-        momentum: float | None = None,
+        momentum: Schedule | None = None,
         tolerance: float | None = None,
         draft: Tensor | None = None,
         start: float | None = None,
@@ -261,7 +261,8 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             noise: (B, 3, h·f, w·f) to start from, in place of `generator`.
             sampler: "one_step"; for equilibrium matching "gradient_descent", "nesterov", or "nesterov_eqm", the
                 variant of its authors' code; for flow matching "euler". By default one_step where num_steps is 1.
-            momentum: μ in [0, 1) of nesterov, 0.3 by default.
+            momentum: μ in [0, 1) of nesterov, as step_size one or several; 0.3 by default, from the first step on that
+                does not come from pure noise.
             tolerance: of a descent: an image is done when the root mean square of its field falls below tolerance · λ,
                 and costs nothing from then on.
             draft: (B, 3, h·f, w·f) images in [-1, 1], to start from in place of pure noise.

@@ -1,6 +1,6 @@
 """Decoding as a choice of sampler: what `DCSSDAE.decode` does with a start, a field and its settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, unknown_name
-from dc_ssdae.samplers import SamplerResult, StepSize, euler, gradient_descent, nesterov
-from dc_ssdae.samplers.result import check_momentum, check_num_steps, check_tolerance, is_finite, root_mean_square
+from dc_ssdae.samplers import SamplerResult, Schedule, euler, gradient_descent, nesterov
+from dc_ssdae.samplers.descent import resolve_momenta, resolve_step_sizes
+from dc_ssdae.samplers.result import check_num_steps, check_tolerance, is_finite, root_mean_square
 
 ONE_STEP, EULER = "one_step", "euler"
 DESCENTS = ("gradient_descent", "nesterov", "nesterov_eqm")
@@ -21,6 +22,8 @@ SAMPLERS = (ONE_STEP, *DESCENTS, EULER)
 DEFAULT_DESCENT = "gradient_descent"
 DEFAULT_NUM_STEPS = 8
 DEFAULT_MOMENTUM = 0.3
+STOPPING_STEP = 0.5
+"""Of a descent that stops by itself, after its first step, in units of 1/L. (Measured; docs/results.md.)"""
 
 
 class Divergence(RuntimeWarning):
@@ -51,8 +54,8 @@ class DecodingPlan(NamedTuple):
 
     sampler: str
     num_steps: int
-    step_size: StepSize | None = None
-    momentum: float = 0.0
+    step_size: Sequence[float] = ()
+    momentum: Sequence[float] = ()
     tolerance: float | None = None
 
 
@@ -60,8 +63,8 @@ def plan_decoding(
     dynamics: Dynamics,
     sampler: str | None = None,
     num_steps: int | None = None,
-    step_size: StepSize | None = None,
-    momentum: float | None = None,
+    step_size: Schedule | None = None,
+    momentum: Schedule | None = None,
     tolerance: float | None = None,
     start: float = 0.0,
 ) -> DecodingPlan:
@@ -71,7 +74,8 @@ def plan_decoding(
         dynamics: of the model.
         sampler: one of `SAMPLERS`. None is one_step, unless the other settings speak of several steps.
         num_steps: the most evaluations.
-        step_size: η of a descent. None follows from the decay.
+        step_size: η of a descent. None follows from the decay, by `EquilibriumMatching.step_sizes`; with a tolerance
+            the first is of these, and the others are `STOPPING_STEP`/L.
         momentum: μ of nesterov.
         tolerance: of a descent, for λ = 1; the field's root mean square is compared with λ times as much.
         start: γ of the state that the decode starts from.
@@ -112,15 +116,23 @@ def plan_decoding(
         raise InputError("momentum is for sampler 'nesterov' or 'nesterov_eqm'; gradient_descent has none")
     assert isinstance(dynamics, EquilibriumMatching)
     num_steps = num_steps or DEFAULT_NUM_STEPS
+    lands = step_size is None
     if step_size is None:
-        step_size = dynamics.step_sizes(num_steps, start_level=start)
-    if sampler != "gradient_descent" and momentum is None:
-        momentum = DEFAULT_MOMENTUM
-    momentum = 0.0 if momentum is None else check_momentum(momentum)
+        step_size = dynamics.step_sizes(num_steps, start)
+        if tolerance is not None:
+            step_size = [step_size[0], *[STOPPING_STEP / dynamics.stiffness] * (num_steps - 1)]
+    if sampler == "gradient_descent":
+        momentum = 0.0
+    elif momentum is None or (lands and isinstance(momentum, int | float)):
+        momentum = DEFAULT_MOMENTUM if momentum is None else momentum
+        # What the first step covers, from noise to the image, is no velocity to go on with.
+        momentum = [0.0, 0.0, *[momentum] * num_steps][:num_steps] if lands else momentum
     tolerance = check_tolerance(tolerance)
     if tolerance is not None:
         tolerance *= dynamics.gradient_scale
-    return DecodingPlan(sampler, num_steps, step_size, momentum, tolerance)
+    return DecodingPlan(
+        sampler, num_steps, resolve_step_sizes(step_size, num_steps), resolve_momenta(momentum, num_steps), tolerance
+    )
 
 
 def run_plan(

@@ -241,3 +241,91 @@ def test_result_that_is_not_finite_is_one_line(run: Callable, photo: Path, tmp_p
     count = 3 * 24 * 37
     line = f"dc-ssdae reconstruct: {photo}: {count} of {count} values of the image are infinite or NaN"
     assert outcome == (2, [], [line])
+
+
+def test_samplers_stop_and_say_what_they_took(reconstruct: Callable, model_dir: Path, tmp_path: Path) -> None:
+    photo = save(tmp_path / "photo.png", random_pixels(16, 24))
+    settings = {"sampler": "nesterov", "num_steps": 5, "step_size": [0.1] * 5, "momentum": 0.2, "tolerance": 0.01}
+    model = DCSSDAE.from_pretrained(model_dir)
+    with torch.inference_mode():
+        z = model.encode(to_model_range(read_image(photo).pixels)[None]).latent_dist.mode()
+        expected = model.decode(z, **settings)
+    words = ("--sampler", "nesterov", "--num_steps", 5, "--step_size", "0.1,0.1,0.1,0.1,0.1", "--momentum", 0.2)
+    outcome = reconstruct(photo, *words, "--tolerance", 0.01)
+    assert outcome.code == 0
+    assert outcome.out[0].endswith(f", 5 evaluations, field RMS {float(expected.residual_rms[0]):.4g}")
+    assert torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, to_uint8(expected.sample[0]))
+
+    outcome = reconstruct(photo, "--sampler", "gradient_descent", "--num_steps", 9, "--tolerance", 1e6)
+    assert ", 1 evaluations" not in outcome.out[0], "one evaluation needs no remark"
+
+
+def test_a_trajectory_is_written_beside_the_image(reconstruct: Callable, model_dir: Path, tmp_path: Path) -> None:
+    photo = save(tmp_path / "photo.png", random_pixels(13, 20))
+    assert reconstruct(photo, "--steps", 3, "--return_trajectory").code == 0
+    image = read_image(tmp_path / "out" / "photo.png").pixels
+    states = read_image(tmp_path / "out" / "photo-trajectory.png").pixels
+    assert tuple(states.shape) == (3, 13, 4 * 20)
+    assert torch.equal(states[:, :, 60:], image)
+    assert not torch.equal(states[:, :, :20], image)
+
+
+def test_a_draft_is_where_the_decode_starts(reconstruct: Callable, model_dir: Path, tmp_path: Path) -> None:
+    photo = save(tmp_path / "photo.png", random_pixels(16, 24))
+    drafts = tmp_path / "drafts"
+    drafts.mkdir()
+    pixels = random_pixels(16, 24, seed=4)
+    draft = save(drafts / "photo.png", pixels)
+    model = DCSSDAE.from_pretrained(model_dir)
+    with torch.inference_mode():
+        z = model.encode(to_model_range(read_image(photo).pixels)[None]).latent_dist.mode()
+        expected = to_uint8(model.decode(z, draft=to_model_range(read_image(draft).pixels)[None], start=0.7).sample[0])
+    for path in (draft, drafts):
+        assert reconstruct(photo, "--draft", path, "--start", 0.7).code == 0
+        assert torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, expected)
+
+    save(drafts / "photo.png", pixels[:8])
+    outcome = reconstruct(photo, "--draft", drafts, "--start", 0.7)
+    assert outcome.code == 2
+    assert "height 8, width 24" in outcome.err[0]
+    (drafts / "photo.png").unlink()
+    outcome = reconstruct(photo, "--draft", drafts, "--start", 0.7)
+    assert outcome.code == 2
+    assert "drafts/photo.png" in outcome.err[0]
+
+
+def test_an_image_that_diverges_is_told(reconstruct: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = save(tmp_path / "photo.png", random_pixels(8, 8))
+    monkeypatch.setattr(DCSSDAE, "field", lambda model, x, z, time=None: 3.0 * x)
+    outcome = reconstruct(photo, "--steps", 8, "--step_size", 2)
+    assert outcome.code == 0
+    assert outcome.err == [
+        f"dc-ssdae reconstruct: {photo}: diverged; this is the best state it had: try a smaller --step_size"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--sampler", "nestorov"], "did you mean 'nesterov'"),
+        (["--sampler", "euler"], "EquilibriumMatching, has no sampler 'euler'"),
+        (["--sampler", "one_step", "--steps", "2"], "num_steps is 2; sampler 'one_step' has one"),
+        (["--step_size", "x"], "argument --step_size: 'x' is not a number"),
+        (["--step_size", "0.1,0.2", "--steps", "3"], "step_size lists 2 numbers for num_steps 3"),
+        (["--tolerance", "-1"], "tolerance is -1.0"),
+        (["--tolerance", "nan"], "tolerance is nan"),
+        (["--momentum", "1"], "momentum is 1.0"),
+        (["--sampler", "gradient_descent", "--momentum", "0.1"], "momentum is for sampler"),
+        (["--start", "0.5"], "--draft and --start go together"),
+        (["--draft", "x.png"], "--draft and --start go together"),
+        (["--draft", "x.png", "--start", "1.5"], "--start is 1.5"),
+    ],
+)
+def test_decoding_options_that_do_not_fit_are_one_line(
+    words: list[str], named: str, reconstruct: Callable, tmp_path: Path
+) -> None:
+    outcome = reconstruct(save(tmp_path / "photo.png", random_pixels(8, 8)), *words)
+    assert outcome.code == 2
+    assert outcome.out == []
+    assert len(outcome.err) == 1
+    assert named in outcome.err[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from dc_ssdae.dynamics import Corruption, EquilibriumMatching
 from dc_ssdae.dynamics.equilibrium import make_decay
 from dc_ssdae.errors import InputError
+from dc_ssdae.samplers import gradient_descent
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"decay": "linear"},
@@ -163,6 +164,66 @@ def test_near_the_data_the_field_is_stiffness_times_distance(name: str) -> None:
     x, noise = (tensor.double() for tensor in images(1))
     record = dynamics.corrupt(x, noise, torch.tensor([0.99], dtype=torch.float64))
     torch.testing.assert_close(record.target, dynamics.stiffness * (record.x_level - x))
+
+
+@each_decay
+@each_scale
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+@pytest.mark.parametrize("start_level", [0.0, 0.3, 0.8, 0.95, 1.0])
+def test_step_sizes_land_on_the_data_from_any_level(
+    name: str, scale: float, num_steps: int, start_level: float
+) -> None:
+    """The true field of one image, λ c(γ)(ε − x), at the state's own γ: the first step lands, the others stay."""
+    dynamics = EquilibriumMatching(**SETTINGS[name], gradient_scale=scale)
+    x, noise = (tensor.double() for tensor in images(1))
+    way = noise - x
+
+    def field(state: Tensor) -> Tensor:
+        level = 1.0 - ((state - x) * way).sum().item() / way.square().sum().item()
+        return scale * closed_form(name, level) * way
+
+    start = start_level * x + (1.0 - start_level) * noise
+    sizes = dynamics.step_sizes(num_steps, start_level)
+    path = gradient_descent(field, start, num_steps, sizes, return_trajectory=True).trajectory
+    assert path is not None
+    torch.testing.assert_close(path[1:], x.expand(num_steps, *x.shape), atol=1e-12, rtol=0.0)
+
+
+@each_decay
+@each_scale
+def test_one_step_size_is_that_of_the_clean_estimate(name: str, scale: float) -> None:
+    dynamics = EquilibriumMatching(**SETTINGS[name], gradient_scale=scale)
+    assert dynamics.step_sizes(1) == pytest.approx([1.0 / (scale * closed_form(name, 0.0))], rel=1e-12)
+    for level in (0.2, 0.7, 0.99):
+        expected = (1.0 - level) / (scale * closed_form(name, level))
+        assert dynamics.step_sizes(1, level) == pytest.approx([expected], rel=1e-12)
+        if name == "linear":
+            assert dynamics.step_sizes(1, level) == [1.0 / scale]
+
+
+@each_decay
+@each_scale
+@pytest.mark.parametrize("num_steps", [1, 3, 8])
+def test_step_sizes_from_the_data_itself_are_finite(name: str, scale: float, num_steps: int) -> None:
+    """There c(γ) is 0, but the ratio (1 − γ)/(λ c(γ)) is 1/L."""
+    dynamics = EquilibriumMatching(**SETTINGS[name], gradient_scale=scale)
+    sizes = dynamics.step_sizes(num_steps, 1.0)
+    assert len(sizes) == num_steps
+    assert all(math.isfinite(size) and size > 0.0 for size in sizes)
+    assert sizes[0] == pytest.approx(1.0 / dynamics.stiffness, rel=1e-12)
+
+
+@each_decay
+@each_scale
+@pytest.mark.parametrize("descent", [0.3, 1.0, 2.5, 100.0])
+def test_the_step_sizes_after_the_first_share_the_descent(name: str, scale: float, descent: float) -> None:
+    """Alike, at most 1/L each, and together descent/L where that many steps can go so far."""
+    dynamics = EquilibriumMatching(**SETTINGS[name], gradient_scale=scale)
+    for num_steps in (2, 3, 4, 9):
+        first, *others = dynamics.step_sizes(num_steps, descent=descent)
+        assert [first] == dynamics.step_sizes(1)
+        assert others == [others[0]] * (num_steps - 1)
+        assert sum(others) == pytest.approx(min(descent, num_steps - 1) / dynamics.stiffness, rel=1e-12)
 
 
 @each_scale

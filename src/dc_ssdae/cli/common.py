@@ -371,17 +371,12 @@ def check_decoding(args: "Namespace", model: "DCSSDAE") -> None:
         InputError: an option is unknown, out of range, or does not fit the model or the others.
     """
     from dc_ssdae.decoding import plan_decoding
-    from dc_ssdae.samplers.descent import resolve_step_sizes
     from dc_ssdae.samplers.result import check_share
 
     if (args.draft is None) != (args.start is None):
         raise InputError("--draft and --start go together: start is the share of the draft in what is decoded from")
     start = 0.0 if args.start is None else check_share("--start", args.start)
-    plan = plan_decoding(
-        model.dynamics, args.sampler, args.num_steps, args.step_size, args.momentum, args.tolerance, start
-    )
-    if plan.step_size is not None:
-        resolve_step_sizes(plan.step_size, plan.num_steps)
+    plan_decoding(model.dynamics, args.sampler, args.num_steps, args.step_size, args.momentum, args.tolerance, start)
 
 
 def decode_latent(

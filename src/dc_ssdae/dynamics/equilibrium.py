@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dc_ssdae.dynamics.corruption import Corruption, check_same_shape, draw_on, expand_level
 from dc_ssdae.dynamics.energy import ENERGIES, energy_gradient
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_at_least, unknown_name
 
 
 class Decay(Protocol):
@@ -74,6 +74,9 @@ class PiecewiseDecay:
         before = (1.0 - level) / self._before_kink(level.clamp(max=self.kink))
         return torch.where(level <= self.kink, before, torch.full_like(level, 1.0 - self.kink))
 
+
+LANDED_DESCENT = 1.5
+"""How far to descend after the first step has landed, in units of 1/L."""
 
 DECAYS = ("linear", "truncated", "piecewise")
 
@@ -160,27 +163,35 @@ class EquilibriumMatching:
     def stiffness(self) -> float:
         """L of f ≈ L (x − x*) near the data: λ for the linear decay, λ/(1 − a) for the others.
 
-        Gradient descent is stable for step sizes below 2/L, Nesterov's below 2 (1 + μ)/((1 + 2 μ) L).
+        Gradient descent is stable for step sizes below 2/L, Nesterov's below 2 (1 + μ)/((1 + 2 μ) L), and its
+        variant of EqM's authors below 2/((1 + 2 μ) L).
         """
         return self.gradient_scale * self.decay.stiffness
 
-    def step_sizes(self, num_steps: int, power: float = 1.0, start_level: float = 0.0) -> list[float]:
-        """Step sizes η_k of a descent along the levels on which the network was trained.
+    def step_sizes(self, num_steps: int, start_level: float = 0.0, descent: float = LANDED_DESCENT) -> list[float]:
+        """Step sizes of a descent that begins at a known level.
 
-        With t = 1 − γ and t_k = (1 − γ_0) (1 − k/n)^power, η_k = (t_k − t_{k+1}) / (λ c(1 − t_k)): on the true field of
-        one image the descent then passes the levels 1 − t_k and lands on the image with its last step. One step from
-        noise is 1/(λ c(0)), for the linear decay 1/λ. (Our own; for the linear decay these are Euler's steps along
-        the path of x̂.)
+        The first is (1 − γ_0)/(λ c(γ_0)), with which the true field of one image lands on it: from noise 1/(λ c(0)),
+        for the linear decay 1/λ from anywhere. The others share a way of `descent`/L, L the field's slope near the
+        data, in steps of at most 1/L: a learned field's zeros are not quite the images, and descending for ever gives
+        worse ones. (Our own; the default was measured, docs/results.md.)
 
         Args:
-            num_steps: n, at least 1.
-            power: bends the steps towards the data; 1 is uniform in γ.
-            start_level: γ_0 in [0, 1], of the state that the descent starts from.
+            num_steps: at least 1.
+            start_level: γ_0 in [0, 1], of the state that the descent starts from; 0 is pure noise.
+            descent: sum of the step sizes after the first, in units of 1/L, above 0.
+
+        Raises:
+            InputError: a value is out of range.
         """
-        left = [(1.0 - step / num_steps) ** power for step in range(num_steps + 1)]
-        levels = torch.tensor([1.0 - (1.0 - start_level) * share for share in left[:-1]], dtype=torch.float64)
-        ratios = self.decay.distance_ratio(levels).tolist()
-        return [(1.0 - left[k + 1] / left[k]) * ratio / self.gradient_scale for k, ratio in enumerate(ratios)]
+        check_at_least(1, num_steps=num_steps)
+        if not 0.0 <= start_level <= 1.0:
+            raise InputError(f"start_level is {start_level}; it must be from 0 to 1")
+        if not 0.0 < descent < math.inf:
+            raise InputError(f"descent is {descent}; it must be positive and finite")
+        landing = float(self.decay.distance_ratio(torch.tensor(start_level, dtype=torch.float64))) / self.gradient_scale
+        others = num_steps - 1
+        return [landing, *[min(1.0, descent / max(others, 1)) / self.stiffness] * others]
 
     def sample_level(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

@@ -102,9 +102,8 @@ class Grid:
                 for momentum in self.momenta if sampler != "gradient_descent" else (None,):
                     for size in self.step_sizes:
                         settings += [Setting(sampler, steps, size, momentum) for steps in self.steps]
-                        if size is not None:  # steps that follow from the decay land with their last one only
-                            most = max(self.steps)
-                            settings += [Setting(sampler, most, size, momentum, stop) for stop in self.tolerances]
+                        most = max(self.steps)
+                        settings += [Setting(sampler, most, size, momentum, stop) for stop in self.tolerances]
         for setting in settings:
             plan_decoding(dynamics, **setting.arguments(dynamics))  # type: ignore[arg-type]
         return list(dict.fromkeys(settings))

@@ -1,6 +1,7 @@
 """The loop that gradient descent and Nesterov's method share: steps, and stopping image by image."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,16 +10,16 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.samplers.result import (
     SamplerResult,
     check_field,
-    check_momentum,
     check_num_steps,
     check_number,
+    check_start,
     check_tolerance,
     is_finite,
     root_mean_square,
 )
 
-StepSize = float | Sequence[float] | Callable[[int], float]
-"""η: one for all steps, one for each, or a function of the step's index from 0."""
+Schedule = float | Sequence[float] | Callable[[int], float]
+"""A number for all steps, one for each, or a function of the step's index from 0."""
 
 DIVERGENCE_RATIO = 10.0
 """An image whose field grows to more than so many times its first root mean square is given up."""
@@ -28,8 +29,8 @@ def descend(
     field: Callable[..., Tensor],
     x_init: Tensor,
     num_steps: int,
-    step_size: StepSize,
-    momentum: float = 0.0,
+    step_size: Schedule,
+    momentum: Schedule = 0.0,
     steps_from_lookahead: bool = True,
     tolerance: float | None = None,
     condition: Tensor | Sequence[Tensor] = (),
@@ -43,7 +44,7 @@ def descend(
         x_init: (B, …), where the descent starts.
         num_steps: the most evaluations of the field that an image gets, at least 1.
         step_size: η > 0.
-        momentum: μ in [0, 1); the field is evaluated at y = x + μ (x − x_prev).
+        momentum: μ in [0, 1); the field is evaluated at y = x + μ (x − x_prev), in the first step at x.
         steps_from_lookahead: the next x is y − η f(y), with which velocity builds up; else x − η f(y).
         tolerance: an image stops with the step in which the root mean square of its field is below it, and the
             following evaluations are of the others alone. None never stops, and needs no look at values on the way.
@@ -55,12 +56,17 @@ def descend(
     Raises:
         InputError: a setting is out of range, or the field returns another shape.
     """
-    sizes = resolve_step_sizes(step_size, num_steps)
-    momentum, tolerance = check_momentum(momentum), check_tolerance(tolerance)
+    sizes, momenta = resolve_step_sizes(step_size, num_steps), resolve_momenta(momentum, num_steps)
+    tolerance = check_tolerance(tolerance)
+    condition = [condition] if isinstance(condition, Tensor) else list(condition)
+    if bucket:
+        # torch.compile looks at strides and inference mode; the images that are left are contiguous and of the mode
+        # they are picked in, so that all must be from the first evaluation on. It also marks copies, not the caller's.
+        x_init, *condition = (part.clone(memory_format=torch.contiguous_format) for part in (x_init, *condition))
     images = _Images(x_init, condition, bucket, return_trajectory)
     x = previous = x_init
-    for index, eta in enumerate(sizes):
-        y = x if momentum == 0.0 or index == 0 else x + momentum * (x - previous)
+    for index, (eta, mu) in enumerate(zip(sizes, momenta, strict=True)):
+        y = x if mu == 0.0 or index == 0 else x + mu * (x - previous)
         gradient = images.evaluate(field, y)
         following = (y if steps_from_lookahead else x) - eta * gradient
         x, previous = images.advance(y, gradient, x, following, tolerance)
@@ -69,24 +75,38 @@ def descend(
     return images.result(num_steps)
 
 
-def resolve_step_sizes(step_size: StepSize, num_steps: int) -> list[float]:
+def resolve_step_sizes(step_size: Schedule, num_steps: int) -> list[float]:
     """List the step sizes of a descent.
 
     Raises:
         InputError: one is not positive and finite, or there are not as many as steps.
     """
+    return _resolve("step_size", step_size, num_steps, lambda value: value > 0.0, "positive and finite")
+
+
+def resolve_momenta(momentum: Schedule, num_steps: int) -> list[float]:
+    """List the momenta of a descent.
+
+    Raises:
+        InputError: one is outside [0, 1), or there are not as many as steps.
+    """
+    return _resolve("momentum", momentum, num_steps, lambda value: 0.0 <= value < 1.0, "at least 0 and below 1")
+
+
+def _resolve(
+    name: str, schedule: Schedule, num_steps: int, accepts: Callable[[float], bool], wanted: str
+) -> list[float]:
     check_num_steps(num_steps)
-    if callable(step_size):
-        sizes = [step_size(index) for index in range(num_steps)]
-    elif isinstance(step_size, int | float):
-        sizes = [step_size] * num_steps
-    elif isinstance(step_size, Sequence) and not isinstance(step_size, str):
-        sizes = list(step_size)
-        if len(sizes) != num_steps:
-            raise InputError(f"step_size lists {len(sizes)} numbers for num_steps {num_steps}; give one a step")
+    values: list[Any]
+    if callable(schedule):
+        values = [schedule(index) for index in range(num_steps)]
+    elif isinstance(schedule, Sequence) and not isinstance(schedule, str | bytes):
+        values = list(schedule)
+        if len(values) != num_steps:
+            raise InputError(f"{name} lists {len(values)} numbers for num_steps {num_steps}; give one a step")
     else:
-        raise InputError(f"step_size is {step_size!r}; it must be a number, one for each step, or a function of a step")
-    return [check_number("step_size", size, lambda value: value > 0.0, "positive and finite") for size in sizes]
+        values = [schedule] * num_steps
+    return [check_number(name, value, accepts, f"{wanted}: a number, one a step, or a function") for value in values]
 
 
 class _Images:
@@ -99,6 +119,7 @@ class _Images:
     def __init__(
         self, x_init: Tensor, condition: Tensor | Sequence[Tensor], bucket: bool, return_trajectory: bool
     ) -> None:
+        check_start(x_init)
         batch = self.count = x_init.shape[0]
         self._condition = [condition] if isinstance(condition, Tensor) else list(condition)
         for tensor in self._condition:
@@ -123,14 +144,17 @@ class _Images:
     def evaluate(self, field: Callable[..., Tensor], y: Tensor) -> Tensor:
         """The field at y of the images that are left."""
         arguments = [y, *self._condition]
+        missing = 0
         if self._bucket:
             missing = min(self._batch, 1 << (max(self.count, 2) - 1).bit_length()) - self.count
             if missing > 0:
-                arguments = [torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) for part in arguments]
+                places = self._padding(missing)
+                arguments = [part[places] for part in arguments]
             for part in arguments:
                 mark_varying_batch(part)
         try:
-            return check_field(field(*arguments), arguments[0])[: self.count]
+            value = check_field(field(*arguments), arguments[0])
+            return value[self._rows] if missing > 0 and len(value) == self._batch else value[: self.count]
         except (InputError, RuntimeError, ValueError) as error:
             if self.count == self._batch or self._condition:
                 raise
@@ -138,6 +162,15 @@ class _Images:
                 f"the field fails on the {self.count} of {self._batch} images that are left "
                 f"({' '.join(str(error).split())}); pass what belongs to single images as condition"
             ) from error
+
+    def _padding(self, missing: int) -> Tensor:
+        """Which of the images that are left fill the rows: where all fit, each its own row, as a field may hold on to
+        the others; elsewhere the first ones theirs in order."""
+        assert self._rows is not None
+        order = torch.arange(self.count, device=self._rows.device)
+        if self.count + missing == self._batch:
+            return self._rows.new_zeros(self._batch).index_copy(0, self._rows, order)
+        return torch.cat([order, order.new_zeros(missing)])
 
     def advance(
         self, y: Tensor, gradient: Tensor, x: Tensor, following: Tensor, tolerance: float | None

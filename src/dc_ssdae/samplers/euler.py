@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError
 from dc_ssdae.samplers.result import (
     SamplerResult,
     check_field,
     check_num_steps,
+    check_number,
     check_share,
+    check_start,
     is_finite,
     root_mean_square,
 )
@@ -40,8 +41,8 @@ def euler(
         InputError: a setting is out of range, or the velocity returns another shape.
     """
     check_num_steps(num_steps)
-    if not power > 0.0:
-        raise InputError(f"power is {power}; it must be positive")
+    check_start(x_init)
+    power = check_number("power", power, lambda value: value > 0.0, "positive and finite")
     start_time = check_share("start_time", start_time)
     times = [start_time * (1.0 - index / num_steps) ** power for index in range(num_steps + 1)]
     x = x_init

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from dc_ssdae.samplers.descent import StepSize, descend
+from dc_ssdae.samplers.descent import Schedule, descend
 from dc_ssdae.samplers.result import SamplerResult
 
 
@@ -12,7 +12,7 @@ def gradient_descent(
     field: Callable[..., Tensor],
     x_init: Tensor,
     num_steps: int = 8,
-    step_size: StepSize = 0.5,
+    step_size: Schedule = 0.5,
     tolerance: float | None = None,
     *,
     condition: Tensor | Sequence[Tensor] = (),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from dc_ssdae.errors import unknown_name
-from dc_ssdae.samplers.descent import StepSize, descend
+from dc_ssdae.samplers.descent import Schedule, descend
 from dc_ssdae.samplers.result import SamplerResult
 
 VARIANTS = ("standard", "eqm")
@@ -15,8 +15,8 @@ def nesterov(
     field: Callable[..., Tensor],
     x_init: Tensor,
     num_steps: int = 8,
-    step_size: StepSize = 0.5,
-    momentum: float = 0.3,
+    step_size: Schedule = 0.5,
+    momentum: Schedule = 0.3,
     tolerance: float | None = None,
     *,
     variant: str = "standard",
@@ -34,10 +34,11 @@ def nesterov(
         x_init: (B, …).
         num_steps: at least 1.
         step_size: η, as `gradient_descent`'s.
-        momentum: μ in [0, 1).
+        momentum: μ in [0, 1), likewise one for all steps, a sequence or a function. The first is of no effect, because
+            x_prev is x there.
         tolerance: as `gradient_descent`'s; of f at y, where it is evaluated.
         variant: "standard", or "eqm", the sampler that the authors of equilibrium matching released: it evaluates f
-            at y and steps from x, x ← x − η f(y), so that no velocity builds up.
+            at y and steps from x, x ← x − η f(y), so that no velocity builds up; it is stable for η L < 2/(1 + 2 μ).
         condition: as `gradient_descent`'s.
         bucket: as `gradient_descent`'s.
         return_trajectory: keep every x.

@@ -1,6 +1,6 @@
 """What every sampler gives back, and the checks they share."""
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,8 +67,9 @@ def check_number(name: str, value: Any, accepts: Callable[[float], bool], wanted
         InputError: names the value.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not accepts(value):
-        raise InputError(f"{name} is {value!r}; it must be {wanted}")
+    # Compared before it is converted, which a whole number beyond every float does not survive.
+    if not is_number or not abs(value) <= sys.float_info.max or not accepts(value):
+        raise InputError(f"{name} is {' '.join(repr(value).split())}; it must be {wanted}")
     return float(value)
 
 
@@ -83,15 +84,6 @@ def check_tolerance(tolerance: float | None) -> float | None:
     return check_number("tolerance", tolerance, lambda value: value >= 0.0, "finite and at least 0, or None")
 
 
-def check_momentum(momentum: float) -> float:
-    """Refuse a momentum outside [0, 1).
-
-    Raises:
-        InputError: names the value.
-    """
-    return check_number("momentum", momentum, lambda value: 0.0 <= value < 1.0, "at least 0 and below 1")
-
-
 def check_share(name: str, value: float) -> float:
     """Refuse a number outside [0, 1].
 
@@ -99,6 +91,16 @@ def check_share(name: str, value: float) -> float:
         InputError: names the value.
     """
     return check_number(name, value, lambda number: 0.0 <= number <= 1.0, "from 0 to 1")
+
+
+def check_start(x_init: Tensor) -> None:
+    """Refuse a start that is no batch.
+
+    Raises:
+        InputError: names its shape.
+    """
+    if x_init.ndim < 2:
+        raise InputError(f"x_init has shape {tuple(x_init.shape)}; it needs a batch's side and at least one more")
 
 
 def check_field(value: Tensor, x: Tensor) -> Tensor:

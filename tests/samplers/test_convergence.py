@@ -1,0 +1,259 @@
+"""How fast the descents converge, against closed forms: every curvature h of a quadratic is a mode of its own.
+
+With η the step size and μ the momentum a mode obeys x_{k+1} = (1 − ηh) ((1 + μ) x_k − μ x_{k−1}) in Nesterov's method
+and x_{k+1} = (1 − ηh (1 + μ)) x_k + ηhμ x_{k−1} in its variant "eqm", from x_{−1} = x_0.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from dc_ssdae.samplers import gradient_descent, nesterov
+
+VARIANTS = ("standard", "eqm")
+KAPPA = 100.0
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_momentum = pytest.mark.parametrize("momentum", [0.0, 0.3, 0.6, 0.9])
+each_kappa = pytest.mark.parametrize("kappa", [2.0, 10.0, 100.0])
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def companion(product: float, momentum: float, variant: str) -> Tensor:
+    """A of (x_{k+1}, x_k) = A (x_k, x_{k−1}) for product = ηh."""
+    if variant == "standard":
+        first = [(1.0 - product) * (1.0 + momentum), -(1.0 - product) * momentum]
+    else:
+        first = [1.0 - product * (1.0 + momentum), product * momentum]
+    return torch.tensor([first, [1.0, 0.0]], dtype=torch.float64)
+
+
+def amplitude(product: float, momentum: float, variant: str, step: int) -> float:
+    """x_step / x_0."""
+    return torch.linalg.matrix_power(companion(product, momentum, variant), step)[0].sum().item()
+
+
+def spectral_radius(product: float, momentum: float, variant: str) -> float:
+    return torch.linalg.eigvals(companion(product, momentum, variant)).abs().max().item()
+
+
+def limit(momentum: float, variant: str) -> float:
+    """Of ηL, from which on the descent is unstable."""
+    return 2.0 * (1.0 + momentum if variant == "standard" else 1.0) / (1.0 + 2.0 * momentum)
+
+
+def curvatures(kappa: float) -> Tensor:
+    """Seven from m = 1 to L = κ."""
+    return torch.logspace(0.0, math.log10(kappa), 7, dtype=torch.float64)
+
+
+def best_momentum(kappa: float) -> float:
+    return (math.sqrt(kappa) - 1.0) / (math.sqrt(kappa) + 1.0)
+
+
+def path(method: Callable[..., object], slopes: Tensor, num_steps: int, step_size: float, **settings: object) -> Tensor:
+    """All states (steps + 1, modes) of a descent of f = h x from 1 in every mode."""
+    result = method(
+        lambda x: slopes * x, torch.ones_like(slopes)[None], num_steps, step_size, return_trajectory=True, **settings
+    )
+    assert not result.diverged.any()
+    return result.trajectory[:, 0]
+
+
+@each_kappa
+def test_the_best_step_of_gradient_descent_contracts_by_kappa_minus_one_over_kappa_plus_one(kappa: float) -> None:
+    """η = 2/(m + L): the softest and the stiffest mode shrink by as much, the others by more."""
+    ratio = (kappa - 1.0) / (kappa + 1.0)
+    states = path(gradient_descent, curvatures(kappa), 20, 2.0 / (1.0 + kappa))
+    steps = states[1:] / states[:-1]
+    torch.testing.assert_close(steps[:, 0], torch.full_like(steps[:, 0], ratio), atol=0.0, rtol=1e-12)
+    torch.testing.assert_close(steps[:, -1], torch.full_like(steps[:, 0], -ratio), atol=0.0, rtol=1e-12)
+    assert (steps[:, 1:-1].abs() < ratio).all()
+
+
+@each_kappa
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_other_steps_of_gradient_descent_contract_the_worst_mode_less(kappa: float, factor: float) -> None:
+    step_size = factor * 2.0 / (1.0 + kappa)
+    states = path(gradient_descent, curvatures(kappa), 1, step_size)
+    worst = states[1].abs().max().item()
+    assert worst > (kappa - 1.0) / (kappa + 1.0)
+    assert worst == pytest.approx(max(abs(1.0 - step_size), abs(1.0 - step_size * kappa)), rel=1e-12)
+
+
+@each_kappa
+def test_a_step_of_one_over_the_stiffest_curvature_leaves_the_softest_one_minus_one_over_kappa(kappa: float) -> None:
+    states = path(gradient_descent, curvatures(kappa), 20, 1.0 / kappa)
+    assert states[1:, -1].abs().max() < 1e-15
+    powers = (1.0 - 1.0 / kappa) ** torch.arange(21, dtype=torch.float64)
+    torch.testing.assert_close(states[:, 0], powers, atol=0.0, rtol=1e-12)
+    assert (states[1:, :-1] <= powers[1:, None] * (1.0 + 1e-12)).all()
+
+
+@each_variant
+@each_momentum
+def test_nesterov_follows_the_power_of_its_companion_matrix(momentum: float, variant: str) -> None:
+    products = [share * limit(momentum, variant) for share in (0.01, 0.2, 0.5, 0.8, 0.97)]
+    slopes = torch.tensor(products, dtype=torch.float64)
+    states = path(nesterov, slopes, 30, 1.0, momentum=momentum, variant=variant)
+    expected = [[amplitude(product, momentum, variant, step) for product in products] for step in range(31)]
+    torch.testing.assert_close(states, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=1e-10)
+
+
+@each_variant
+def test_changing_momenta_follow_the_product_of_their_companion_matrices(variant: str) -> None:
+    products = [0.02, 0.3, 0.7]
+    momenta = [0.0, 0.5, 0.1, 0.3, 0.0, 0.8, 0.2]
+    slopes = torch.tensor(products, dtype=torch.float64)
+    states = path(nesterov, slopes, 7, 1.0, momentum=momenta, variant=variant)
+    for mode, product in enumerate(products):
+        pair = torch.ones(2, dtype=torch.float64)
+        for step, momentum in enumerate(momenta):
+            pair = companion(product, momentum, variant) @ pair
+            assert states[step + 1, mode].item() == pytest.approx(pair[0].item(), rel=1e-12)
+
+
+def test_nesterovs_own_momenta_keep_his_bound() -> None:
+    """With η = 1/L and μ_k = k/(k + 3) the energy after k steps is at most 2 L ‖x_0‖²/(k + 1)² for any curvatures.
+
+    Gradient descent does not keep it where some are small.
+    """
+    slopes = torch.logspace(-6.0, 0.0, 25, dtype=torch.float64)
+
+    def times_the_bound(method: Callable[..., object], **settings: object) -> Tensor:
+        states = path(method, slopes, 400, 1.0, **settings)
+        energies = 0.5 * (slopes * states.square()).sum(dim=1)
+        steps = torch.arange(401, dtype=torch.float64)
+        return energies * (steps + 1.0).square() / (2.0 * len(slopes))
+
+    assert (times_the_bound(nesterov, momentum=lambda index: index / (index + 3)) <= 1.0).all()
+    assert (times_the_bound(gradient_descent) > 1.0).any()
+
+
+@pytest.mark.parametrize("kappa", [4.0, 25.0, 100.0])
+def test_nesterovs_rate_is_one_minus_the_root_of_m_over_l(kappa: float) -> None:
+    """With η = 1/L and the best μ both roots of the softest mode are ρ = 1 − √(m/L): it is (1 + (1 − ρ) k) ρ^k."""
+    rate = 1.0 - 1.0 / math.sqrt(kappa)
+    states = path(nesterov, curvatures(kappa), 400, 1.0 / kappa, momentum=best_momentum(kappa))
+    steps = torch.arange(401, dtype=torch.float64)
+    softest = (1.0 + (1.0 - rate) * steps) * rate**steps
+    torch.testing.assert_close(states[:, 0], softest, atol=0.0, rtol=1e-9)
+    lengths = states.norm(dim=1)
+    measured = (lengths[400] / lengths[200]).item() ** (1.0 / 200.0)
+    assert measured == pytest.approx(rate, rel=5e-3)
+
+
+def evaluations(method: Callable[..., object], step_size: float, reduction: float, **settings: object) -> int:
+    """Until the field of κ = 100, alike in all modes at first, is so many times smaller."""
+    slopes = curvatures(KAPPA)
+    tolerance = 1.0 / reduction
+    result = method(lambda x: slopes * x, 1.0 / slopes[None], 5000, step_size, tolerance=tolerance, **settings)
+    assert result.residual_rms.item() < tolerance
+    return int(result.num_evaluations.item())
+
+
+def promised(step_size: float, reduction: float, momentum: float) -> int:
+    """What the companion matrices tell of `evaluations`."""
+    products = [step_size * slope for slope in curvatures(KAPPA).tolist()]
+    before = now = [1.0] * len(products)
+    for step in itertools.count(1):
+        looked_at = [(1.0 + momentum) * x - momentum * last for x, last in zip(now, before, strict=True)]
+        if math.hypot(*looked_at) / math.sqrt(len(products)) < 1.0 / reduction:
+            return step
+        before, now = now, [amplitude(product, momentum, "standard", step) for product in products]
+    raise AssertionError
+
+
+def test_nesterov_needs_far_fewer_evaluations_than_gradient_descent() -> None:
+    plain = evaluations(gradient_descent, 2.0 / (1.0 + KAPPA), 1e4)
+    fast = evaluations(nesterov, 1.0 / KAPPA, 1e4, momentum=best_momentum(KAPPA))
+    assert plain == promised(2.0 / (1.0 + KAPPA), 1e4, 0.0)
+    assert fast == promised(1.0 / KAPPA, 1e4, best_momentum(KAPPA))
+    assert plain > 4 * fast
+
+
+def test_nesterovs_variant_accelerates_nothing_at_the_same_step() -> None:
+    step_size = 0.4 / KAPPA
+    plain = evaluations(gradient_descent, step_size, 1e2)
+    released = evaluations(partial(nesterov, variant="eqm"), step_size, 1e2, momentum=0.7)
+    standard = evaluations(nesterov, step_size, 1e2, momentum=0.7)
+    assert released == pytest.approx(plain, rel=0.01)
+    assert standard < 0.35 * plain
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.3, 0.6, 0.9])
+def test_nesterovs_variant_never_beats_the_best_gradient_descent(momentum: float) -> None:
+    """Not at any stable step: momentum lowers the limit and gains nothing for it."""
+    plain = evaluations(gradient_descent, 2.0 / (1.0 + KAPPA), 1e2)
+    for share in (0.8, 0.95, 0.99):
+        step_size = share * limit(momentum, "eqm") / KAPPA
+        assert evaluations(partial(nesterov, variant="eqm"), step_size, 1e2, momentum=momentum) > plain
+
+
+@each_variant
+@each_momentum
+@pytest.mark.parametrize("share", [0.97, 0.997, 1.003, 1.03])
+def test_nesterov_is_stable_below_its_limit_and_given_up_above(momentum: float, variant: str, share: float) -> None:
+    """ηL < 2 (1 + μ)/(1 + 2μ), for the variant 2/(1 + 2μ); above, as soon as theory has grown to 10 times the first."""
+    product = share * limit(momentum, variant)
+    radius = spectral_radius(product, momentum, variant)
+    assert (radius < 1.0) == (share < 1.0)
+    num_steps = math.ceil(math.log(100.0) / abs(math.log(radius)))
+    states = [1.0, *(amplitude(product, momentum, variant, step) for step in range(num_steps))]
+    looked_at = [abs((1.0 + momentum) * x - momentum * before) for before, x in itertools.pairwise(states)]
+    start = double(2, 3)
+    result = nesterov(lambda x: 4.0 * x, start, num_steps, product / 4.0, momentum, variant=variant)
+    assert result.diverged.tolist() == [share > 1.0] * 2
+    if share < 1.0:
+        assert (result.sample.abs() < 0.05 * start.abs()).all()
+        assert result.num_evaluations.tolist() == [num_steps] * 2
+    else:
+        grown = next(step for step, size in enumerate(looked_at) if size > 10.0)
+        assert result.num_evaluations.tolist() == [grown + 1] * 2
+
+
+@each_variant
+@each_momentum
+def test_the_limit_is_where_the_spectral_radius_is_one(momentum: float, variant: str) -> None:
+    assert spectral_radius(limit(momentum, variant), momentum, variant) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("product", [1.98, 2.02])
+def test_gradient_descent_is_stable_below_two_over_the_curvature(product: float) -> None:
+    result = gradient_descent(lambda x: 4.0 * x, double(2, 3), 400, product / 4.0)
+    assert result.diverged.tolist() == [product > 2.0] * 2
+    assert (result.num_evaluations < 400).tolist() == [product > 2.0] * 2
+
+
+@each_variant
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+def test_without_momentum_nesterov_is_gradient_descent_bit_for_bit(variant: str, tolerance: float | None) -> None:
+    start = torch.randn(5, 3, 7) * torch.tensor([0.01, 0.1, 1.0, 3.0, 10.0])[:, None, None]
+
+    def field(x: Tensor) -> Tensor:
+        return 1.3 * x + 0.3 * x.sin()
+
+    plain = gradient_descent(field, start, 12, 0.4, tolerance, return_trajectory=True)
+    released = nesterov(field, start, 12, 0.4, 0.0, tolerance, variant=variant, return_trajectory=True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, released, strict=True))
+    moved = nesterov(field, start, 12, 0.4, 0.2, tolerance, variant=variant)
+    assert not torch.equal(moved.sample, plain.sample)
+
+
+def test_the_variants_differ_from_their_second_step_on() -> None:
+    start = double(2, 3)
+    paths = [
+        nesterov(lambda x: x, start, 3, 0.4, 0.5, variant=name, return_trajectory=True).trajectory for name in VARIANTS
+    ]
+    assert torch.equal(paths[0][:2], paths[1][:2])
+    assert not torch.equal(paths[0][2], paths[1][2])
+    with_momentum = 0.6 * (1.5 * 0.6 - 0.5)
+    torch.testing.assert_close(paths[0][2], with_momentum * start)
+    torch.testing.assert_close(paths[1][2], (0.6 - 0.4 * (1.5 * 0.6 - 0.5)) * start)

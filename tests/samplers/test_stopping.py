@@ -1,0 +1,474 @@
+"""Images that stop, or are given up, one by one: what each gets must not depend on those beside it."""
+
+import contextlib
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.samplers import SamplerResult, gradient_descent, nesterov
+
+DESCENTS: dict[str, Callable[..., SamplerResult]] = {
+    "gradient descent": gradient_descent,
+    "nesterov": nesterov,
+    "nesterov eqm": partial(nesterov, variant="eqm"),
+}
+MOMENTUM = 0.3  # nesterov's default
+BATCH = 6
+each_descent = pytest.mark.parametrize("name", DESCENTS)
+
+
+def rms(images: Tensor) -> Tensor:
+    return images.double().square().flatten(1).mean(dim=1).sqrt()
+
+
+class Case:
+    """Images at distances from 0 to 30 of their goals, each with a slope of its own, and a field that keeps a record.
+
+    f is made of operations that round alike wherever an element lies, so that all of this holds bit for bit.
+
+    Attributes:
+        rows: how many images each evaluation had.
+        states: where each image, by its place, was evaluated.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(3)
+        goal, way = (torch.randn(BATCH, 3, 5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+        distances = torch.tensor([3.0, 0.0, 30.0, 0.02, 1.0, 3.0], dtype=torch.float64)
+        way = way / rms(way).view(-1, 1, 1, 1) * distances.view(-1, 1, 1, 1)
+        self.goal, self.start = goal.to(dtype), goal.to(dtype) + way.to(dtype)
+        self.slope = torch.tensor([0.5, 1.0, 1.9, 1.2, 0.8, 1.5], dtype=dtype).view(-1, 1, 1, 1)
+        self.place = torch.arange(BATCH)
+        self.rows: list[int] = []
+        self.states: dict[int, list[Tensor]] = defaultdict(list)
+
+    def field(self, x: Tensor, goal: Tensor, slope: Tensor, place: Tensor) -> Tensor:
+        assert torch.equal(goal, self.goal[place])
+        assert torch.equal(slope, self.slope[place])
+        self.rows.append(len(x))
+        for index, state in zip(place.tolist(), x, strict=True):
+            self.states[index].append(state)
+        way = x - goal
+        return slope * way - 0.2 * way / (1.0 + way * way)
+
+    def run(self, name: str, places: list[int] | None = None, num_steps: int = 60, **settings: Any) -> SamplerResult:
+        kept = self.place if places is None else torch.tensor(places)
+        settings = {"tolerance": 1e-2, "step_size": 0.6, **settings}
+        condition = [self.goal[kept], self.slope[kept], kept]
+        return DESCENTS[name](self.field, self.start[kept], num_steps, condition=condition, **settings)
+
+
+def assert_same(one: SamplerResult, other: SamplerResult, places: list[int] | slice = slice(None)) -> None:
+    """All that is known of the images `one` holds is what `other` has at these places, bit for bit."""
+    for mine, theirs in zip(one[:4], other[:4], strict=True):
+        assert torch.equal(mine, theirs[places])
+
+
+def ideal(name: str, product: float, first_rms: float, tolerance: float) -> int:
+    """Evaluations until the first below the tolerance, itself included, on f = L (x − x*) with product = ηL."""
+    momentum = 0.0 if name == "gradient descent" else MOMENTUM
+    before = now = 1.0
+    for count in itertools.count(1):
+        looked_at = now + momentum * (now - before)
+        size = abs(looked_at) * first_rms
+        assert abs(size / tolerance - 1.0) > 1e-3, "too near to the tolerance for a test"
+        if size < tolerance:
+            return count
+        following = (now if name == "nesterov eqm" else looked_at) - product * looked_at
+        before, now = now, following
+    raise AssertionError
+
+
+@each_descent
+@pytest.mark.parametrize("product", [0.1, 0.5, 1.0, 1.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_image_gets_the_evaluations_of_theory(name: str, product: float, dtype: torch.dtype) -> None:
+    """On f = L (x − x*), from the goal itself to far away: the ideal count, not one more or less."""
+    slope, tolerance = 4.0, 1e-3
+    distances = [0.0, 1e-5, 0.01, 0.1, 0.7, 3.0, 29.0]
+    goal, way = torch.randn(2, len(distances), 3, 4, 5, dtype=torch.float64)
+    way = way / rms(way).view(-1, 1, 1, 1) * torch.tensor(distances, dtype=torch.float64).view(-1, 1, 1, 1)
+    goal = goal.to(dtype)
+    result = DESCENTS[name](
+        lambda x, goal: slope * (x - goal),
+        goal + way.to(dtype),
+        num_steps=300,
+        step_size=product / slope,
+        tolerance=tolerance,
+        condition=goal,
+    )
+    expected = [ideal(name, product, slope * distance, tolerance) for distance in distances]
+    assert result.num_evaluations.tolist() == expected
+    assert (result.residual_rms < tolerance).all()
+    assert not result.diverged.any()
+
+
+@each_descent
+def test_settled_images_leave_the_batch(name: str) -> None:
+    case = Case()
+    result = case.run(name)
+    assert case.rows == sorted(case.rows, reverse=True)
+    assert case.rows[0] == BATCH
+    assert case.rows[-1] < BATCH
+    assert len(set(case.rows)) > 3
+    assert sum(case.rows) == result.num_evaluations.sum()
+    assert len(case.rows) == result.num_evaluations.max() < 60
+    assert [len(case.states[place]) for place in range(BATCH)] == result.num_evaluations.tolist()
+
+
+@each_descent
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_image_alone_gets_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    case = Case(dtype)
+    together = case.run(name, num_steps=20)
+    assert together.num_evaluations.min() == 1
+    for place in range(BATCH):
+        assert_same(case.run(name, [place], num_steps=20), together, [place])
+
+
+@each_descent
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(order=st.permutations(range(BATCH)), cuts=st.sets(st.integers(1, BATCH - 1)))
+def test_any_order_and_any_split_gives_the_same_bits(name: str, order: list[int], cuts: set[int]) -> None:
+    case = Case()
+    together = case.run(name)
+    for first, last in itertools.pairwise([0, *sorted(cuts), BATCH]):
+        assert_same(case.run(name, order[first:last]), together, order[first:last])
+
+
+@each_descent
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 7])
+def test_the_cap_on_steps_holds(name: str, num_steps: int) -> None:
+    free = Case().run(name).num_evaluations
+    case = Case()
+    capped = case.run(name, num_steps=num_steps)
+    assert capped.num_evaluations.tolist() == free.clamp(max=num_steps).tolist()
+    assert len(case.rows) == num_steps
+    assert (capped.residual_rms < 1e-2).tolist() == (free <= num_steps).tolist()
+
+
+@each_descent
+def test_a_tolerance_of_zero_never_stops(name: str) -> None:
+    """Not even at the goal; it does what None does."""
+    case = Case()
+    result = case.run(name, num_steps=9, tolerance=0.0)
+    assert result.residual_rms[1] == 0.0
+    assert result.num_evaluations.tolist() == [9] * BATCH
+    assert case.rows == [BATCH] * 9
+    assert_same(result, Case().run(name, num_steps=9, tolerance=None))
+
+
+@each_descent
+def test_the_residual_is_that_of_the_last_evaluation(name: str) -> None:
+    case = Case(torch.float64)
+    result = case.run(name)
+    for place in range(BATCH):
+        states = torch.stack(case.states[place])
+        way = states - case.goal[place]
+        sizes = rms(case.slope[place] * way - 0.2 * way / (1.0 + way * way))
+        assert result.residual_rms[place].item() == pytest.approx(sizes[-1].item(), rel=1e-6)
+        assert sizes[-1] < 1e-2
+        assert (sizes[:-1] >= 1e-2).all()
+
+
+@pytest.mark.parametrize("name", ["gradient descent", "nesterov"])
+def test_the_step_that_settles_an_image_is_still_applied(name: str) -> None:
+    case = Case(torch.float64)
+    result = case.run(name)
+    for place in range(BATCH):
+        last = case.states[place][-1]
+        way = last - case.goal[place]
+        expected = last - 0.6 * (case.slope[place] * way - 0.2 * way / (1.0 + way * way))
+        torch.testing.assert_close(result.sample[place], expected, atol=1e-15, rtol=1e-15)
+        if place != 1:  # which starts at its goal
+            assert not torch.equal(result.sample[place], last)
+
+
+@each_descent
+def test_conditions_follow_their_images(name: str) -> None:
+    """The record's field checks that every row meets its own; here that each image reaches its own goal."""
+    case = Case()
+    result = case.run(name, [4, 2, 0, 5, 1, 3])
+    torch.testing.assert_close(result.sample, case.goal[[4, 2, 0, 5, 1, 3]], atol=0.1, rtol=0.0)
+    assert set(case.rows) > {1, BATCH}
+
+
+@each_descent
+def test_one_condition_needs_no_list(name: str) -> None:
+    goal = torch.randn(3, 2)
+    start = goal + torch.tensor([0.0, 1.0, 9.0])[:, None]
+    results = [
+        DESCENTS[name](lambda x, goal: x - goal, start, 20, tolerance=1e-2, condition=condition)
+        for condition in (goal, [goal], (goal,))
+    ]
+    assert results[0].num_evaluations.tolist() != [20] * 3
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+@each_descent
+@pytest.mark.parametrize("settled", [1, 2])
+@pytest.mark.parametrize("bucket", [False, True])
+def test_a_field_that_holds_on_to_all_images_is_told_of_condition(name: str, settled: int, bucket: bool) -> None:
+    """With one image left its tensor broadcasts, with two it does not fit."""
+    goal = torch.randn(3, 2, 4)
+    start = goal.clone()
+    start[settled:] += 1.0
+    with pytest.raises(InputError, match="pass what belongs to single images as condition") as error:
+        DESCENTS[name](lambda x: x - goal, start, 20, tolerance=1e-2, bucket=bucket)
+    assert "\n" not in str(error.value)
+    assert f"the {3 - settled} of 3 images that are left" in str(error.value)
+
+
+@each_descent
+def test_padding_lets_no_image_meet_anothers_tensors(name: str) -> None:
+    """Of eight images six are left: padded to eight, they fit what a field holds of all eight, but not in its order."""
+    goal = torch.arange(8.0)[:, None].expand(8, 3).clone()
+    start = goal.clone()
+    start[2:] += 1.0
+    with contextlib.suppress(InputError):  # refusing them is as good
+        sample = DESCENTS[name](lambda x: x - goal, start, 6, tolerance=1e-3, bucket=True).sample
+        torch.testing.assert_close(sample, goal, atol=0.1, rtol=0.0)
+
+
+@each_descent
+@pytest.mark.parametrize("at", [3, 1])
+def test_a_fields_own_error_is_left_as_it_is(name: str, at: int) -> None:
+    """Before any image has left, and after, where the field is given what belongs to the images."""
+
+    def field(x: Tensor, goal: Tensor) -> Tensor:
+        if len(x) == at:
+            raise ValueError("mine")
+        return x - goal
+
+    goal = torch.randn(3, 2)
+    start = goal + torch.tensor([0.0, 0.0, 9.0])[:, None]
+    with pytest.raises(ValueError, match=r"^mine$"):
+        DESCENTS[name](field, start, 9, tolerance=1e-2, condition=goal)
+
+
+@each_descent
+def test_a_fields_long_error_is_put_in_one_line(name: str) -> None:
+    def field(x: Tensor) -> Tensor:
+        if len(x) == 1:
+            raise RuntimeError("it goes on\n  for lines\n")
+        return x
+
+    with pytest.raises(InputError, match=r"\(it goes on for lines\); pass what belongs .* as condition$") as error:
+        DESCENTS[name](field, torch.tensor([[0.0], [1.0]]), 9, tolerance=1e-2)
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+@each_descent
+@pytest.mark.parametrize("shape", [(2, 5), (4, 2), (1, 2), ()])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_condition_with_another_number_of_rows_is_refused(name: str, shape: tuple[int, ...], first: bool) -> None:
+    condition = [torch.zeros(shape), torch.zeros(3, 1)]
+    with pytest.raises(InputError, match=r"condition has shape .* a row for each of 3 images") as error:
+        DESCENTS[name](lambda x, *rest: x, torch.zeros(3, 2), condition=condition if first else condition[::-1])
+    assert "\n" not in str(error.value)
+
+
+@each_descent
+@pytest.mark.parametrize("num_steps", [3, 60])
+def test_the_trajectory_of_a_settled_image_stays_where_it_is(name: str, num_steps: int) -> None:
+    case = Case()
+    result = case.run(name, num_steps=num_steps, return_trajectory=True)
+    path = result.trajectory
+    assert path is not None
+    assert path.shape == (num_steps + 1, *case.start.shape)
+    assert torch.equal(path[0], case.start)
+    assert torch.equal(path[-1], result.sample)
+    for place, count in enumerate(result.num_evaluations.tolist()):
+        assert torch.equal(path[count:, place], result.sample[place].expand(num_steps + 1 - count, -1, -1, -1))
+        moved = (path[1 : count + 1, place] != path[:count, place]).flatten(1).any(dim=1)
+        assert moved.all() or place == 1
+    assert_same(case.run(name, num_steps=num_steps), result)
+
+
+def test_gradients_pass_to_images_that_have_left() -> None:
+    """On f = h (x − x*) an image that took k steps has ∂x/∂x_0 = (1 − ηh)^k, ∂x/∂x* = 1 − (1 − ηh)^k."""
+    case = Case(torch.float64)
+    start, goal = case.start.clone().requires_grad_(), case.goal.clone().requires_grad_()
+    slope = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    result = gradient_descent(
+        lambda x, goal: slope * (x - goal), start, 60, 0.6, tolerance=1e-2, condition=goal, return_trajectory=True
+    )
+    assert len(set(result.num_evaluations.tolist())) > 3
+    result.sample.sum().backward()
+    left = (1.0 - 0.6 * 0.7) ** result.num_evaluations.double().view(-1, 1, 1, 1)
+    torch.testing.assert_close(start.grad, left.expand_as(start))
+    torch.testing.assert_close(goal.grad, 1.0 - left.expand_as(start))
+    counts = result.num_evaluations.double().view(-1, 1, 1, 1)
+    by_hand = (-0.6 * counts * (1.0 - 0.6 * 0.7) ** (counts - 1.0) * (case.start - case.goal)).sum()
+    torch.testing.assert_close(slope.grad, by_hand)
+
+
+@each_descent
+def test_gradients_of_images_that_leave_are_those_of_each_alone(name: str) -> None:
+    case = Case(torch.float64)
+    case.start.requires_grad_()
+    case.run(name).sample.square().sum().backward()
+    together = case.start.grad
+    assert together is not None
+    assert together.flatten(1).any(dim=1).all()
+    for place in range(BATCH):
+        case.start.grad = None
+        case.run(name, [place]).sample.square().sum().backward()
+        torch.testing.assert_close(case.start.grad[place], together[place])
+
+
+# Giving up. The field of these follows a script: image by image the root mean square of every evaluation, in turn.
+
+INF, NAN = math.inf, math.nan
+HEALTHY = [8.0, 6.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125]
+# The script, and at which evaluation the image is given up; what follows would tempt to take it back.
+LOST: dict[str, tuple[list[float], int]] = {
+    "nan": ([4.0, 2.0, NAN, 0.5, 0.5, 0.5, 0.5, 0.5], 2),
+    "infinite": ([4.0, 2.0, 3.0, INF, 0.5, 0.5, 0.5, 0.5], 3),
+    "minus infinite": ([4.0, -INF, 3.0, 0.5, 0.5, 0.5, 0.5, 0.5], 1),
+    "grown": ([2.0, 1.0, 3.0, 15.0, 20.5, 0.5, 0.5, 0.5], 4),
+    "grown at once": ([2.0, 20.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 1),
+    "grown from little": ([0.5, 0.375, 5.5, 0.5, 0.5, 0.5, 0.5, 0.5], 2),
+    "nan at first": ([NAN, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 0),
+    "infinite at first": ([INF, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 0),
+    "nan at last": ([8.0, 4.0, 6.0, 5.0, 5.0, 5.0, 5.0, NAN], 7),
+}
+each_loss = pytest.mark.parametrize("loss", LOST)
+either_tolerance = pytest.mark.parametrize("tolerance", [None, 0.01, 0.3])
+
+
+class Script:
+    """f of a script, of one sign or the other in each element; with `spot`, what is not finite is so in one alone."""
+
+    def __init__(self, *scripts: list[float], spot: bool = False) -> None:
+        self.scripts = torch.tensor(scripts, dtype=torch.float32)
+        self.start = torch.randn(len(scripts), 3, 4)
+        self.sign = torch.where(torch.randn(3, 4) > 0.0, 1.0, -1.0)
+        self.spot = spot
+        self.rows: list[int] = []
+        self.states: dict[int, list[Tensor]] = defaultdict(list)
+
+    def field(self, x: Tensor, place: Tensor) -> Tensor:
+        for index, state in zip(place.tolist(), x, strict=True):
+            self.states[index].append(state)
+        sizes = self.scripts[place, len(self.rows)]
+        self.rows.append(len(x))
+        values = sizes.view(-1, 1, 1) * self.sign
+        if self.spot:
+            values[:, 1:] = values[:, 1:].nan_to_num(1.0, 1.0, 1.0)
+        return values
+
+    def run(self, name: str, places: list[int] | None = None, **settings: Any) -> SamplerResult:
+        kept = torch.arange(len(self.start)) if places is None else torch.tensor(places)
+        self.rows.clear()
+        self.states.clear()
+        return DESCENTS[name](self.field, self.start[kept], 8, 0.25, condition=kept, **settings)
+
+
+@each_descent
+@each_loss
+@either_tolerance
+@pytest.mark.parametrize("spot", [False, True])
+def test_an_image_that_diverges_falls_back_to_its_best_state(
+    name: str, loss: str, tolerance: float | None, spot: bool
+) -> None:
+    sizes, when = LOST[loss]
+    script = Script(HEALTHY, sizes, HEALTHY, spot=spot)
+    result = script.run(name, tolerance=tolerance, return_trajectory=True)
+    assert result.diverged.tolist() == [False, True, False]
+    assert result.num_evaluations[1] == when + 1
+    states = script.states[1]
+    assert torch.equal(states[0], script.start[1])
+    best = min(range(when), key=lambda step: sizes[step]) if when else 0
+    assert torch.equal(result.sample[1], states[best])
+    assert result.residual_rms[1] == (sizes[best] if when else INF)
+    assert result.trajectory is not None
+    assert (result.trajectory[when + 1 :, 1] == states[best]).all()
+    assert all(torch.equal(state, states[best]) for state in states[when + 1 :])
+    assert len({state.sum().item() for state in states[: when + 1]}) == when + 1, "the states tell nothing"
+
+
+@each_descent
+@each_loss
+@either_tolerance
+def test_the_neighbours_of_an_image_that_diverges_do_not_notice(name: str, loss: str, tolerance: float | None) -> None:
+    healthy = [[size * 0.5 for size in HEALTHY], HEALTHY]
+    script = Script(healthy[0], LOST[loss][0], healthy[1])
+    result = script.run(name, tolerance=tolerance)
+    assert result.diverged.tolist() == [False, True, False]
+    without = script.run(name, [0, 2], tolerance=tolerance)
+    assert_same(without, result, [0, 2])
+    assert not without.diverged.any()
+    assert_same(script.run(name, [1], tolerance=tolerance), result, [1])
+
+
+@each_descent
+@each_loss
+def test_an_image_that_diverges_leaves_the_batch_where_images_may_leave(name: str, loss: str) -> None:
+    sizes, when = LOST[loss]
+    script = Script(HEALTHY, sizes, HEALTHY)
+    script.run(name, tolerance=0.01)
+    assert script.rows == [3] * (when + 1) + [2] * (7 - when)
+    script.run(name, tolerance=None)
+    assert script.rows == [3] * 8
+
+
+@each_descent
+@either_tolerance
+def test_growing_to_ten_times_the_first_is_not_yet_diverging(name: str, tolerance: float | None) -> None:
+    script = Script([1.0, 10.0, 10.0, 9.0, 10.0, 10.0, 10.0, 10.0], [1.0, 10.0, 10.0, 9.0, 10.00001, 1.0, 1.0, 1.0])
+    result = script.run(name, tolerance=tolerance)
+    assert result.diverged.tolist() == [False, True]
+    assert result.num_evaluations.tolist() == [8, 5]
+    assert result.residual_rms.tolist() == [10.0, 1.0]
+
+
+@each_descent
+def test_the_earlier_of_two_equally_good_states_is_the_best(name: str) -> None:
+    script = Script([4.0, 2.0, 3.0, 2.0, NAN, 0.5, 0.5, 0.5])
+    assert torch.equal(script.run(name).sample[0], script.states[0][1])
+
+
+@each_descent
+@either_tolerance
+def test_a_step_to_what_is_not_finite_is_taken_back(name: str, tolerance: float | None) -> None:
+    """The field is finite, the state behind the step is not."""
+    start = torch.tensor([[3e38, 1.0], [1.0, 1.0]])
+    result = DESCENTS[name](lambda x: -x, start, 2, 1.0, tolerance=tolerance)
+    assert result.diverged.tolist() == [True, False]
+    assert torch.equal(result.sample[0], start[0])
+    assert result.num_evaluations.tolist() == [1, 2]
+    assert result.residual_rms[0].item() == pytest.approx(3e38 / math.sqrt(2.0), rel=1e-6)
+    assert result.sample[1, 0] > 2.0
+
+
+@each_descent
+def test_all_images_may_diverge(name: str) -> None:
+    script = Script([4.0, NAN] + [0.5] * 6, [4.0, 2.0, INF] + [0.5] * 5)
+    result = script.run(name, tolerance=0.01, return_trajectory=True)
+    assert result.diverged.all()
+    assert script.rows == [2, 2, 1]
+    assert result.trajectory is not None
+    assert result.trajectory.shape == (9, 2, 3, 4)
+    assert torch.equal(result.trajectory[-1], result.sample)
+
+
+@each_descent
+def test_without_a_tolerance_no_value_is_looked_at(name: str) -> None:
+    """Tensors that have no values do: nothing on the way waits for the device."""
+    x = torch.zeros(3, 2, 4, device="meta")
+    result = DESCENTS[name](lambda x, goal: x - goal, x, 5, condition=x, return_trajectory=True)
+    assert all(part is not None and part.is_meta for part in result)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        DESCENTS[name](lambda x, goal: x - goal, x, 5, condition=x, tolerance=0.1)

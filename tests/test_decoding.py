@@ -1,0 +1,876 @@
+"""Decoding: samplers against loops by hand, what an output carries, stopping, energies, compiling, and mistakes."""
+
+import copy
+import itertools
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import TINY_DECODER, image, tiny
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae.decoding import (
+    DEFAULT_DESCENT,
+    DEFAULT_MOMENTUM,
+    DEFAULT_NUM_STEPS,
+    DESCENTS,
+    SAMPLERS,
+    DecodingPlan,
+    Divergence,
+    plan_decoding,
+    run_plan,
+)
+from dc_ssdae.dynamics import Corruption, Dynamics, EquilibriumMatching, FlowMatching
+from dc_ssdae.networks import UViTDecoder
+from dc_ssdae.samplers import gradient_descent, nesterov
+
+DYNAMICS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "truncated": {"init_args": {"decay": "truncated", "gradient_scale": 4.0}},
+    "flow": {"class_path": "FlowMatching"},
+}
+KINDS = ("dot", "l2")
+
+
+class Settling(UViTDecoder):
+    """Pulls an image to a goal, at a rate that is the mean size of its latent's values."""
+
+    gain = 1.0
+
+    def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+        rate = z.abs().mean(dim=(1, 2, 3), keepdim=True)
+        return self.gain * (rate * x + 0.2 * super().forward(x, z, time))
+
+
+class Spherical:
+    """A dynamics that shares no class with the package's own, and mixes image and noise along a circle."""
+
+    conditions_on_time, noise_level = True, 1.0
+
+    def sample_level(self) -> None: ...
+
+    def corrupt(self, x: Tensor, noise: Tensor, level: Tensor) -> Corruption:
+        angle = 0.5 * math.pi * level[:, None, None, None]
+        return Corruption(x, noise, level, angle.cos() * x + angle.sin() * noise, x)
+
+    def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
+        return 0.5 * x_level + (1.0 + level[:, None, None, None]) * prediction
+
+    def loss(self) -> None: ...
+
+
+def settling(**dynamics: Any) -> DCSSDAE:
+    """A model of equilibrium matching with a `Settling` decoder."""
+    decoder = {"class_path": f"{__name__}.Settling", "init_args": TINY_DECODER["init_args"]}
+    return tiny(decoder=decoder, dynamics={"init_args": dynamics})
+
+
+def latents(*rates: float) -> Tensor:
+    """z (B, 4, 2, 3) whose values have these mean sizes."""
+    z = torch.randn(len(rates), 4, 2, 3)
+    return torch.tensor(rates)[:, None, None, None] * z / z.abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+RATES = (0.4, 2.0, 0.7, 1.0, 1.5, 0.5)
+"""With which images settle after different numbers of steps."""
+
+
+def rms(field: Tensor) -> Tensor:
+    return field.double().square().mean(dim=(1, 2, 3)).sqrt().float()
+
+
+def refusal(call: Callable[..., Any], *arguments: Any, **given: Any) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(InputError) as error:
+        call(*arguments, **given)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, DCSSDAE]:
+    """A model for each of `DYNAMICS`, which tests never change."""
+    torch.manual_seed(0)
+    return {name: tiny(dynamics=dynamics) for name, dynamics in DYNAMICS.items()}
+
+
+def descend_by_hand(
+    model: DCSSDAE, sampler: str, sizes: Sequence[float], momenta: Sequence[float], x: Tensor, z: Tensor, share: float
+) -> tuple[list[Tensor], Tensor]:
+    """All states of a descent from x, and the last field."""
+    states = [x]
+    for index, (eta, mu) in enumerate(zip(sizes, momenta, strict=True)):
+        ahead = states[-1]
+        if sampler != "gradient_descent" and index > 0:
+            ahead = states[-1] + mu * (states[-1] - states[-2])
+        field = model.decoder(ahead, z)
+        states.append((states[-1] if sampler == "nesterov_eqm" else ahead) - eta * field)
+    return states, field
+
+
+STARTS = pytest.mark.parametrize("start", [None, 0.0, 0.3, 0.9, 1.0])
+
+
+class TestSamplersAgainstLoops:
+    """From noise, and from x_γ = γ · draft + (1 − γ) · noise."""
+
+    def check(self, model: DCSSDAE, start: float | None, by_hand: Callable[..., Any], **given: Any) -> None:
+        """A decode gives the states of a loop by hand, called with x, z and γ, and what the last field tells."""
+        z, noise, draft = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24), image(2, 16, 24)
+        share = start or 0.0
+        states, field = by_hand(share * draft + (1.0 - share) * noise, z, share)
+        begin = {} if start is None else {"draft": draft, "start": start}
+        output = model.decode(z, noise=noise, return_trajectory=True, **given, **begin)
+        torch.testing.assert_close(output.sample, states[-1], atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(output.trajectory, torch.stack(states), atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(output.residual_rms, rms(field), atol=1e-5, rtol=0.0)
+        assert output.num_evaluations.tolist() == [len(states) - 1] * 2
+        assert output.num_evaluations.dtype == torch.int64
+        assert output.residual_rms.dtype == torch.float32
+        assert output.diverged.tolist() == [False] * 2
+        if start == 1.0:
+            assert torch.equal(output.trajectory[0], draft)
+
+    @torch.no_grad()
+    @STARTS
+    @pytest.mark.parametrize("kind", ["linear", "truncated"])
+    def test_one_step_of_equilibrium_matching(self, kind: str, start: float | None, models: dict[str, DCSSDAE]) -> None:
+        """x̂ = x_γ − (1 − γ)/c(γ) f/λ."""
+
+        def by_hand(x: Tensor, z: Tensor, share: float) -> tuple[list[Tensor], Tensor]:
+            # The truncated decay's c(γ) is min(1, (1 − γ)/0.2).
+            ratio, scale = (1.0, 1.0) if kind == "linear" else (max(1.0 - share, 0.2), 4.0)
+            field = models[kind].decoder(x, z)
+            return [x, x - ratio / scale * field], field
+
+        self.check(models[kind], start, by_hand, sampler="one_step")
+
+    @torch.no_grad()
+    @STARTS
+    @pytest.mark.parametrize("sampler", DESCENTS)
+    @pytest.mark.parametrize("kind", ["linear", "truncated"])
+    def test_descents(self, kind: str, sampler: str, start: float | None, models: dict[str, DCSSDAE]) -> None:
+        model, accelerated = models[kind], sampler != "gradient_descent"
+        sizes = [0.2, 0.1, 0.1, 0.05]
+        for chosen, by_hand in (
+            ({}, None),
+            ({"momentum": 0.4} if accelerated else {}, None),
+            ({"step_size": sizes}, (sizes, [DEFAULT_MOMENTUM] * 4)),
+            ({"step_size": 0.1, **({"momentum": 0.7} if accelerated else {})}, ([0.1] * 4, [0.7] * 4)),
+        ):
+            plan = plan_decoding(model.dynamics, sampler, 4, start=start or 0.0, **chosen)
+            schedules = (plan.step_size, plan.momentum) if by_hand is None else by_hand
+            loop = partial(descend_by_hand, model, sampler, *schedules)
+            self.check(model, start, loop, sampler=sampler, num_steps=4, **chosen)
+
+    @torch.no_grad()
+    @STARTS
+    @pytest.mark.parametrize("sampler", ["one_step", "euler"])
+    def test_flow_matching(self, sampler: str, start: float | None, models: dict[str, DCSSDAE]) -> None:
+        """From t = 1 − γ, and all times with it."""
+        num_steps = 1 if sampler == "one_step" else 3
+
+        def by_hand(x: Tensor, z: Tensor, share: float) -> tuple[list[Tensor], Tensor]:
+            states = [x]
+            times = [(1.0 - share) * (1.0 - k / num_steps) ** 4 for k in range(num_steps + 1)]
+            for now, after in itertools.pairwise(times):
+                field = models["flow"].decoder(states[-1], z, torch.full((2,), now))
+                states.append(states[-1] + (now - after) * field)
+            return states, field
+
+        self.check(models["flow"], start, by_hand, sampler=sampler, num_steps=num_steps)
+
+    @pytest.mark.parametrize("kind", ["linear", "truncated"])
+    def test_default_step_sizes_are_for_the_level_of_the_start(self, kind: str, models: dict[str, DCSSDAE]) -> None:
+        dynamics = models[kind].dynamics
+        assert isinstance(dynamics, EquilibriumMatching)
+        for start in (0.0, 0.3, 0.9, 1.0):
+            plan = plan_decoding(dynamics, "gradient_descent", 5, start=start)
+            assert plan.step_size == dynamics.step_sizes(5, start_level=start)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("kind", "sampler"),
+        [*[("truncated", name) for name in ("one_step", *DESCENTS)], ("flow", "one_step"), ("flow", "euler")],
+    )
+    def test_a_start_of_0_is_no_draft(self, kind: str, sampler: str, models: dict[str, DCSSDAE]) -> None:
+        z = torch.randn(2, 4, 2, 3)
+        for noise in (None, torch.randn(2, 3, 16, 24)):
+            expected = models[kind].decode(z, noise=noise, sampler=sampler)
+            output = models[kind].decode(z, noise=noise, sampler=sampler, draft=image(2, 16, 24), start=0.0)
+            assert torch.equal(output.sample, expected.sample)
+            assert torch.equal(output.residual_rms, expected.residual_rms)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("sizes", [0.1, [0.3, 0.2, 0.1], lambda index: 0.3 - 0.1 * index])
+    def test_step_sizes_that_are_given(self, sizes: Any, models: dict[str, DCSSDAE]) -> None:
+        model, z, x = models["linear"], torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        y = model.decode(z, noise=x, num_steps=3, step_size=sizes, sampler="gradient_descent").sample
+        for eta in [0.1] * 3 if sizes == 0.1 else [0.3, 0.2, 0.1]:
+            x = x - eta * model.decoder(x, z)
+        torch.testing.assert_close(y, x, atol=1e-5, rtol=0.0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("kind", "given", "same"),
+        [
+            ("linear", {}, {"sampler": "one_step"}),
+            ("linear", {"num_steps": 1}, {"sampler": "one_step"}),
+            ("linear", {"num_steps": 3}, {"sampler": DEFAULT_DESCENT, "num_steps": 3}),
+            ("linear", {"step_size": 0.1}, {"sampler": DEFAULT_DESCENT, "step_size": 0.1}),
+            ("linear", {"sampler": DEFAULT_DESCENT}, {"num_steps": DEFAULT_NUM_STEPS}),
+            ("linear", {"tolerance": 0.0}, {"sampler": DEFAULT_DESCENT, "tolerance": 0.0}),
+            ("linear", {"momentum": 0.6}, {"sampler": "nesterov", "momentum": 0.6}),
+            ("linear", {"sampler": "nesterov"}, {"sampler": "nesterov", "momentum": DEFAULT_MOMENTUM}),
+            ("linear", {"sampler": "nesterov_eqm"}, {"sampler": "nesterov_eqm", "momentum": DEFAULT_MOMENTUM}),
+            ("flow", {}, {"sampler": "one_step"}),
+            ("flow", {"num_steps": 3}, {"sampler": "euler", "num_steps": 3}),
+            ("flow", {"sampler": "euler"}, {"sampler": "euler", "num_steps": DEFAULT_NUM_STEPS}),
+        ],
+    )
+    def test_what_is_left_open(
+        self, kind: str, given: dict[str, Any], same: dict[str, Any], models: dict[str, DCSSDAE]
+    ) -> None:
+        z = torch.randn(1, 4, 2, 2)
+        output, expected = models[kind].decode(z, **given), models[kind].decode(z, **same)
+        assert torch.equal(output.sample, expected.sample)
+        assert torch.equal(output.num_evaluations, expected.num_evaluations)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind", ["linear", "dot", "flow"])
+    def test_the_field_serves_a_sampler_of_ones_own(self, kind: str, models: dict[str, DCSSDAE]) -> None:
+        model = models[kind] if kind in models else tiny(dynamics={"init_args": {"explicit_energy": kind}})
+        z, x = torch.randn(3, 4, 2, 3), torch.randn(3, 3, 16, 24)
+        if kind == "flow":
+            velocity = model.field(x, z, torch.ones(3))
+            torch.testing.assert_close(x + velocity, model.decode(z, noise=x).sample, atol=1e-6, rtol=0.0)
+            return
+        for sampler, chosen in ((gradient_descent, {}), (nesterov, {"momentum": 0.4})):
+            own = sampler(model.field, x, 4, 0.1, condition=z, **chosen)
+            output = model.decode(z, noise=x, num_steps=4, step_size=0.1, sampler=sampler.__name__, **chosen)
+            torch.testing.assert_close(own.sample, output.sample, atol=1e-6, rtol=0.0)
+            torch.testing.assert_close(own.residual_rms, output.residual_rms, atol=1e-6, rtol=0.0)
+
+
+class TestOutputs:
+    @torch.no_grad()
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_a_trajectory_only_where_it_is_asked_for(self, sampler: str, models: dict[str, DCSSDAE]) -> None:
+        model = models["flow" if sampler == "euler" else "linear"]
+        z = torch.randn(2, 4, 1, 2)
+        output = model.decode(z, sampler=sampler, return_trajectory=True)
+        steps = 1 if sampler == "one_step" else DEFAULT_NUM_STEPS
+        assert output.trajectory.shape == (steps + 1, 2, 3, 8, 16)
+        assert torch.equal(output.trajectory[-1], output.sample)
+        assert model.decode(z, sampler=sampler).trajectory is None
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_a_tuple_has_the_sample_alone(self, sampler: str, models: dict[str, DCSSDAE]) -> None:
+        model = models["flow" if sampler == "euler" else "linear"]
+        z = torch.randn(2, 4, 1, 2)
+        given = model.decode(z, return_dict=False, sampler=sampler, return_trajectory=True)
+        assert isinstance(given, tuple)
+        assert len(given) == 1
+        assert torch.equal(given[0], model.decode(z, sampler=sampler).sample)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(("kind", "sampler"), [("linear", "gradient_descent"), ("flow", "euler")])
+    def test_half_precision_iterates_in_full(self, kind: str, sampler: str) -> None:
+        model = tiny(dynamics=DYNAMICS[kind]).to(torch.bfloat16)
+        seen = []
+        model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append({part.dtype for part in inputs[:2]}))
+        output = model.decode(torch.randn(2, 4, 2, 3), num_steps=4, sampler=sampler, return_trajectory=True)
+        assert seen == [{torch.bfloat16}] * 4
+        assert output.sample.dtype == torch.bfloat16
+        assert output.sample.isfinite().all()
+        assert output.trajectory.dtype == torch.float32
+        assert torch.equal(output.sample, output.trajectory[-1].bfloat16())
+        for state in output.trajectory:
+            assert not torch.equal(state, state.bfloat16().float())
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+SPLITS = ([[0], [1], [2], [3], [4], [5]], [[5, 3], [1, 4, 0, 2]])
+
+
+class TestBatches:
+    @torch.no_grad()
+    @pytest.mark.parametrize("origin", ["default", "generators", "noise"])
+    @pytest.mark.parametrize(
+        ("settles", "given"),
+        [
+            (True, {}),
+            (True, {"sampler": "gradient_descent", "step_size": 0.1}),
+            (True, {"sampler": "gradient_descent", "step_size": 0.3, "tolerance": 0.2}),
+            (True, {"sampler": "nesterov", "step_size": 0.3, "tolerance": 0.2}),
+            (True, {"sampler": "nesterov_eqm", "step_size": 0.3, "tolerance": 0.2}),
+            (False, {"sampler": "euler", "num_steps": 4}),
+        ],
+        ids=["one_step", "gradient_descent", *[f"{name} to a tolerance" for name in DESCENTS], "euler"],
+    )
+    def test_an_image_does_not_depend_on_its_batch(self, settles: bool, given: dict[str, Any], origin: str) -> None:
+        model = settling() if settles else tiny(dynamics=DYNAMICS["flow"])
+        z, noise = latents(*RATES), torch.randn(6, 3, 16, 24)
+
+        def decode(rows: Sequence[int]) -> Any:
+            start: dict[str, Any] = {"generators": {"generator": seeds(*rows)}, "noise": {"noise": noise[rows]}}
+            return model.decode(z[rows], **start.get(origin, {}), **given)
+
+        together = decode(range(6))
+        if "tolerance" in given:
+            assert len(set(together.num_evaluations.tolist())) >= 3
+        for split in SPLITS:
+            for rows in split:
+                apart = decode(rows)
+                for name in ("sample", "residual_rms"):
+                    torch.testing.assert_close(apart[name], together[name][rows], atol=1e-5, rtol=0.0)
+                assert torch.equal(apart.num_evaluations, together.num_evaluations[rows])
+
+
+def stops_by_hand(model: DCSSDAE, x: Tensor, z: Tensor, eta: float, momentum: float, bound: float, most: int) -> Any:
+    """One image's (state, evaluations, residual), by Nesterov's method; gradient descent for momentum 0."""
+    previous, count, residual = x, 0, math.inf
+    while count < most and residual >= bound:
+        ahead = x + momentum * (x - previous)
+        field = model.field(ahead, z)
+        x, previous, count, residual = ahead - eta * field, x, count + 1, rms(field).item()
+    return x, count, residual
+
+
+class TestStopping:
+    @torch.no_grad()
+    @pytest.mark.parametrize("momentum", [None, 0.3])
+    @pytest.mark.parametrize("explicit_energy", [None, *KINDS])
+    def test_an_image_stops_with_the_step_in_which_its_field_is_small(
+        self, explicit_energy: str | None, momentum: float | None
+    ) -> None:
+        model = settling(gradient_scale=2.0, explicit_energy=explicit_energy)
+        z, x = latents(*RATES), torch.randn(6, 3, 16, 24)
+        output = model.decode(
+            z, noise=x, num_steps=6, step_size=0.3, tolerance=0.1, momentum=momentum, return_trajectory=True
+        )
+        counts = output.num_evaluations.tolist()
+        assert len(set(counts)) >= 3
+        for row in range(6):
+            sample, count, residual = stops_by_hand(
+                model, x[row : row + 1], z[row : row + 1], 0.3, momentum or 0.0, 2.0 * 0.1, 6
+            )
+            assert count == counts[row]
+            torch.testing.assert_close(output.sample[row : row + 1], sample, atol=1e-5, rtol=0.0)
+            assert output.residual_rms[row].item() == pytest.approx(residual, abs=1e-5)
+            for state in output.trajectory[count:, row]:
+                assert torch.equal(state, output.sample[row])
+            assert not torch.equal(output.trajectory[count - 1, row], output.sample[row])
+
+    @torch.no_grad()
+    def test_a_tolerance_is_for_a_gradient_scale_of_1(self) -> None:
+        """A field 4 times as large, of a model with λ = 4, descends and stops the same way."""
+        ones = settling(decay="truncated")
+        fours = settling(decay="truncated", gradient_scale=4.0)
+        fours.load_state_dict(ones.state_dict())
+        fours.decoder.gain = 4.0
+        z = latents(*RATES)
+        expected, output = (model.decode(z, tolerance=0.6) for model in (ones, fours))
+        assert len(set(expected.num_evaluations.tolist())) >= 3
+        assert torch.equal(output.num_evaluations, expected.num_evaluations)
+        torch.testing.assert_close(output.sample, expected.sample, atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(output.residual_rms, 4.0 * expected.residual_rms, atol=1e-5, rtol=0.0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("sampler", DESCENTS)
+    def test_images_that_have_settled_cost_nothing(self, sampler: str) -> None:
+        model, z = settling(), latents(*RATES)
+        rows = []
+
+        def look(module: torch.nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+            x, latent = inputs[:2]
+            assert len(x) == len(latent)
+            rows.append(len(x))
+
+        model.decoder.register_forward_pre_hook(look)
+        output = model.decode(z, sampler=sampler, num_steps=8, step_size=0.3, tolerance=0.2)
+        assert sum(rows) == output.num_evaluations.sum().item() < 8 * 6
+        assert rows == [(output.num_evaluations > step).sum().item() for step in range(len(rows))]
+
+    @torch.no_grad()
+    def test_without_a_tolerance_nothing_stops(self) -> None:
+        model = settling()
+        counts = model.decode(latents(*RATES), num_steps=6, step_size=0.5).num_evaluations
+        assert counts.tolist() == [6] * 6
+        assert model.decode(latents(*RATES), step_size=0.5, tolerance=0.0).num_evaluations.tolist() == [8] * 6
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("tolerance", [None, 0.2])
+    @pytest.mark.parametrize("sampler", DESCENTS)
+    def test_images_that_diverge(self, sampler: str, tolerance: float | None) -> None:
+        """They are told of, once, and fall back to their best state; the others do not notice."""
+        model, z = settling(), latents(0.3, 2.6, 0.5, 3.0)
+        given = {"sampler": sampler, "num_steps": 5, "step_size": 2.0, "tolerance": tolerance}
+        with pytest.warns(Divergence, match="2 of 4 images diverged") as caught:
+            output = model.decode(z, return_trajectory=True, **given)
+        assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
+        assert output.diverged.tolist() == [False, True, False, True]
+        assert output.sample.isfinite().all()
+        assert output.trajectory.isfinite().all()
+        # The field grew with every step.
+        assert torch.equal(output.sample[1::2], output.trajectory[0, 1::2])
+        start = output.trajectory[0, 1::2]
+        torch.testing.assert_close(output.residual_rms[1::2], rms(model.decoder(start, z[1::2])), atol=1e-5, rtol=0.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            apart = model.decode(z[::2], **given)
+        assert apart.diverged.tolist() == [False, False]
+        torch.testing.assert_close(output.sample[::2], apart.sample, atol=1e-5, rtol=0.0)
+
+    @torch.no_grad()
+    def test_a_sane_decode_does_not_warn(self, models: dict[str, DCSSDAE]) -> None:
+        z = torch.randn(2, 4, 2, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for sampler in ("one_step", *DESCENTS):
+                assert not models["truncated"].decode(z, sampler=sampler).diverged.any()
+            assert not models["flow"].decode(z, num_steps=3).diverged.any()
+
+
+NOTHING = torch.zeros(2, 4, 1, 1)
+DRAFT = torch.zeros(2, 3, 8, 8)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("kind", DYNAMICS)
+    def test_latents_that_are_not_finite(self, kind: str, value: float, models: dict[str, DCSSDAE]) -> None:
+        z = torch.zeros(5, 4, 2, 2)
+        z[1, 2, 0, 1] = z[3, 0, 1, 1] = value
+        message = refusal(models[kind].decode, z)
+        assert message == "z holds NaN or infinite values, in rows 1, 3 of 0 to 4"
+        message = refusal(models[kind].decode, z[1:2].expand(20, -1, -1, -1))
+        assert message.endswith("in rows 0, 1, 2, 3, 4, 5, 6, 7, … of 0 to 19")
+
+    @pytest.mark.parametrize(
+        ("kind", "given", "words"),
+        [
+            ("linear", {"num_steps": 0}, "num_steps is 0"),
+            ("linear", {"num_steps": True}, "num_steps is True"),
+            ("flow", {"num_steps": -3, "sampler": "euler"}, "num_steps is -3"),
+            ("linear", {"tolerance": -0.1}, "tolerance is -0.1"),
+            ("linear", {"tolerance": math.nan}, "tolerance is nan"),
+            ("linear", {"tolerance": "0.1"}, "tolerance is '0.1'"),
+            ("linear", {"momentum": 1.0}, "momentum is 1.0"),
+            ("linear", {"momentum": 1.0, "num_steps": 1}, "momentum is 1.0"),
+            ("linear", {"momentum": math.nan, "num_steps": 2, "sampler": "nesterov_eqm"}, "momentum is nan"),
+            ("linear", {"momentum": -0.5, "sampler": "nesterov_eqm"}, "momentum is -0.5"),
+            ("linear", {"step_size": 0.0}, "step_size is 0.0"),
+            ("linear", {"step_size": [0.1, 0.2], "num_steps": 3}, "step_size lists 2 numbers for num_steps 3"),
+            ("linear", {"step_size": [0.1, math.nan], "num_steps": 2}, "step_size is nan"),
+            ("linear", {"start": 0.5}, "draft and start go together"),
+            ("linear", {"draft": DRAFT}, "draft and start go together"),
+            ("linear", {"draft": DRAFT, "start": 1.5}, "start is 1.5"),
+            ("flow", {"draft": DRAFT, "start": -0.5}, "start is -0.5"),
+            ("linear", {"draft": DRAFT, "start": math.nan}, "start is nan"),
+            ("linear", {"draft": DRAFT[:1], "start": 0.5}, "draft is float32 of shape (1, 3, 8, 8); .* (2, 3, 8, 8)"),
+            ("flow", {"draft": DRAFT[..., :4], "start": 0.5}, "draft is float32 of shape (2, 3, 8, 4); .*(2, 3, 8, 8)"),
+            ("linear", {"draft": DRAFT.byte(), "start": 0.5}, "draft is uint8 of shape (2, 3, 8, 8)"),
+            ("linear", {"draft": DRAFT / 0.0, "start": 0.5}, "draft holds NaN or infinite values"),
+            ("linear", {"draft": DRAFT + math.inf, "start": 0.0}, "draft holds NaN or infinite values"),
+            ("linear", {"sampler": "gradient_decent"}, "sampler 'gradient_decent' (did you mean 'gradient_descent'?)"),
+            ("flow", {"sampler": "eular"}, "unknown sampler 'eular' (did you mean 'euler'?)"),
+            ("linear", {"sampler": "euler"}, "EquilibriumMatching, has no sampler 'euler'; it has one_step, gradient_"),
+            *[
+                ("flow", {"sampler": name}, f"FlowMatching, has no sampler '{name}'; it has one_step, euler")
+                for name in DESCENTS
+            ],
+            ("linear", {"sampler": "gradient_descent", "momentum": 0.3}, "momentum is for sampler 'nesterov' or"),
+            ("linear", {"sampler": "one_step", "tolerance": 0.1}, "tolerance is for a descent .* 'one_step' has none"),
+            ("linear", {"sampler": "one_step", "step_size": 0.1}, "step_size is for a descent .* 'one_step' has none"),
+            ("linear", {"sampler": "one_step", "momentum": 0.1}, "momentum is for a descent .* 'one_step' has none"),
+            ("linear", {"sampler": "one_step", "num_steps": 3}, "num_steps is 3; sampler 'one_step' has one"),
+            ("flow", {"sampler": "one_step", "num_steps": 3}, "num_steps is 3; sampler 'one_step' has one"),
+            ("flow", {"tolerance": 0.1}, "tolerance is for a descent .* 'one_step' has none"),
+            ("flow", {"num_steps": 3, "tolerance": 0.1}, "tolerance is for a descent .* 'euler' has none"),
+            ("flow", {"sampler": "euler", "step_size": 0.1}, "step_size is for a descent .* 'euler' has none"),
+            ("flow", {"sampler": "euler", "momentum": 0.1}, "momentum is for a descent .* 'euler' has none"),
+        ],
+    )
+    def test_settings(self, kind: str, given: dict[str, Any], words: str, models: dict[str, DCSSDAE]) -> None:
+        message = refusal(models[kind].decode, NOTHING, **given)
+        place = 0
+        for part in words.split(".*"):
+            assert part in message[place:]
+            place = message.index(part, place) + len(part)
+
+    @pytest.mark.parametrize(
+        "value",
+        [10**400, torch.zeros(3, 3), torch.zeros(3, 3).numpy(), object()],
+        ids=["int", "tensor", "array", "object"],
+    )
+    @pytest.mark.parametrize("name", ["sampler", "num_steps", "step_size", "momentum", "tolerance", "start"])
+    def test_values_of_other_kinds(self, name: str, value: Any, models: dict[str, DCSSDAE]) -> None:
+        if name == "num_steps" and isinstance(value, int):
+            value = 1e300
+        draft = {"draft": DRAFT} if name == "start" else {}
+        assert name in refusal(models["linear"].decode, NOTHING, **{name: value}, **draft)
+
+    @settings(derandomize=True, deadline=None, max_examples=120)
+    @given(data=st.data())
+    def test_settings_make_a_plan_that_runs_or_are_refused_in_one_line(self, data: st.DataObject) -> None:
+        dynamics: Dynamics = data.draw(
+            st.sampled_from(
+                [
+                    EquilibriumMatching(),
+                    EquilibriumMatching("truncated", 4.0),
+                    EquilibriumMatching("piecewise", explicit_energy="dot"),
+                    FlowMatching(),
+                    Spherical(),
+                ]
+            )
+        )
+
+        def draw(name: str, *fitting: Any) -> Any:
+            """Often nothing, often one that fits, at times one that never does."""
+            value = data.draw(st.sampled_from([*[None] * 6, *fitting * 2, "other"]), label=name)
+            return data.draw(st.sampled_from([math.nan, -1, True, "1"]), label=name) if value == "other" else value
+
+        sampler = draw("sampler", *SAMPLERS)
+        num_steps = draw("num_steps", 1, 2, 5)
+        step_size = draw("step_size", 0.1, 1, [0.3, 0.2], [0.1] * 5, lambda step: 0.5 - 0.2 * step)
+        momentum = draw("momentum", 0.0, 0.5, 0.99)
+        tolerance = draw("tolerance", 0, 0.25, 1.0)
+        start = data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]), label="start")
+
+        def field(x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+            assert (time is not None) == dynamics.conditions_on_time
+            return 0.3 * x
+
+        try:
+            plan = plan_decoding(dynamics, sampler, num_steps, step_size, momentum, tolerance, start)
+            result = run_plan(plan, dynamics, field, torch.ones(2, 3, 8, 8), NOTHING, start)
+            message = ""
+        except InputError as error:
+            message = str(error)
+        assert "\n" not in message
+        if message:
+            return
+        self.check(plan, dynamics, sampler, num_steps, momentum, tolerance)
+        assert result.sample.isfinite().all()
+        assert 1 <= result.num_evaluations.min() <= result.num_evaluations.max() <= plan.num_steps
+
+    def check(
+        self, plan: DecodingPlan, dynamics: Dynamics, sampler: Any, num_steps: Any, momentum: Any, tolerance: Any
+    ) -> None:
+        """A plan follows what was given, and suits the dynamics."""
+        assert plan.sampler in SAMPLERS
+        assert sampler in (None, plan.sampler)
+        assert num_steps in (None, plan.num_steps)
+        assert plan.num_steps == 1 or plan.sampler != "one_step"
+        if plan.sampler in DESCENTS:
+            assert isinstance(dynamics, EquilibriumMatching)
+            assert momentum is None or 0.0 <= momentum < 1.0
+            assert len(plan.step_size) == len(plan.momentum) == plan.num_steps
+            assert all(eta > 0.0 for eta in plan.step_size)
+            assert all(0.0 <= mu < 1.0 for mu in plan.momentum)
+            assert plan.tolerance == (None if tolerance is None else tolerance * dynamics.gradient_scale)
+        else:
+            assert isinstance(dynamics, FlowMatching) or plan.sampler == "one_step"
+            assert (momentum, tolerance, plan.tolerance) == (None, None, None)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("start", [None, 0.0, 0.25, 1.0])
+    def test_a_dynamics_of_ones_own_has_one_step(self, start: float | None) -> None:
+        model = tiny(dynamics={"class_path": f"{__name__}.Spherical"})
+        z, noise, draft = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24), image(2, 16, 24)
+        level = torch.full((2,), 1.0 - (start or 0.0))
+        x = noise if start is None else model.dynamics.corrupt(draft, noise, level).x_level
+        expected = 0.5 * x + (1.0 + level[0]) * model.decoder(x, z, level)
+        begin = {} if start is None else {"draft": draft, "start": start}
+        output = model.decode(z, noise=noise, **begin)
+        torch.testing.assert_close(output.sample, expected, atol=1e-5, rtol=0.0)
+        assert output.num_evaluations.tolist() == [1, 1]
+        assert "which Spherical is not" in refusal(model.decode, z, num_steps=2, **begin)
+        for sampler in SAMPLERS[1:]:
+            message = refusal(model.decode, z, sampler=sampler, **begin)
+            assert f"Spherical, has no sampler {sampler!r}; it has one_step" in message
+
+
+def energetic(kind: str, **dynamics: Any) -> DCSSDAE:
+    return tiny(dynamics={"init_args": {"explicit_energy": kind, **dynamics}})
+
+
+def wide_energy(decoder: torch.nn.Module, kind: str, x: Tensor, z: Tensor) -> Tensor:
+    """The sum of the images' energies, in the decoder's own dtype."""
+    answer = decoder(x, z)
+    return (x * answer).sum() if kind == "dot" else 0.5 * answer.square().sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestExplicitEnergies:
+    def test_the_field_is_the_gradient_of_the_energy(self, kind: str) -> None:
+        model = energetic(kind, gradient_scale=3.0)
+        z, x = torch.randn(3, 4, 2, 3), torch.randn(3, 3, 16, 24)
+        field = model.field(x, z)
+        leaf = x.clone().requires_grad_()
+        energy = model.energy(leaf, z)
+        assert energy.shape == (3,)
+        assert energy.dtype == torch.float32
+        torch.testing.assert_close(field, torch.autograd.grad(energy.sum(), leaf)[0], atol=1e-5, rtol=0.0)
+
+        wide = copy.deepcopy(model.decoder).double()
+        wide_x, direction = x.double(), torch.randn(3, 3, 16, 24, dtype=torch.float64)
+        with torch.no_grad():
+            here = wide_energy(wide, kind, wide_x, z.double())
+            above, below = (wide_energy(wide, kind, wide_x + step * direction, z.double()) for step in (1e-5, -1e-5))
+        assert energy.sum().item() == pytest.approx(here.item(), rel=1e-4)
+        slope = (field.double() * direction).sum().item()
+        assert slope == pytest.approx((above - below).item() / 2e-5, rel=1e-4, abs=1e-3)
+
+    def test_decoding_in_every_mode_of_autograd(self, kind: str) -> None:
+        model = energetic(kind)
+        z, noise = torch.randn(3, 4, 2, 3), torch.randn(3, 3, 16, 24)
+        modes: dict[str, AbstractContextManager[Any]] = {
+            "no_grad": torch.no_grad(),
+            "inference_mode": torch.inference_mode(),
+            "grad": nullcontext(),
+        }
+        outputs = {}
+        for name, mode in modes.items():
+            with mode:
+                outputs[name] = model.decode(z, noise=noise, num_steps=4, step_size=0.02, tolerance=0.0)
+        assert {name: output.sample.requires_grad for name, output in outputs.items()} == {
+            "no_grad": False,
+            "inference_mode": False,
+            "grad": True,
+        }
+        for name in ("inference_mode", "grad"):
+            torch.testing.assert_close(outputs[name].sample, outputs["no_grad"].sample, atol=1e-5, rtol=0.0)
+            torch.testing.assert_close(outputs[name].residual_rms, outputs["no_grad"].residual_rms, atol=1e-5, rtol=0.0)
+
+    @pytest.mark.parametrize("sampler", ["gradient_descent", "nesterov"])
+    def test_a_descent_lowers_the_energy_with_every_step(self, kind: str, sampler: str) -> None:
+        model, z = energetic(kind), 2.0 * torch.randn(4, 4, 2, 3)
+        with torch.no_grad():
+            states = model.decode(
+                z, generator=seeds(1, 2, 3, 4), sampler=sampler, num_steps=6, step_size=0.005, return_trajectory=True
+            ).trajectory
+            energies = torch.stack([model.energy(state, z) for state in states])
+        assert energies.shape == (7, 4)
+        assert (energies.diff(dim=0) < 0.0).all(), energies
+
+    def test_one_step_is_the_clean_estimate_of_the_gradient(self, kind: str) -> None:
+        model = energetic(kind, gradient_scale=2.0)
+        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        expected = noise - model.field(noise, z) / 2.0
+        with torch.no_grad():
+            torch.testing.assert_close(model.decode(z, noise=noise).sample, expected, atol=1e-5, rtol=0.0)
+
+    def test_a_saved_model_keeps_its_energy(self, kind: str, tmp_path: Path) -> None:
+        model = energetic(kind)
+        model.save_pretrained(tmp_path)
+        loaded = DCSSDAE.from_pretrained(tmp_path)
+        assert loaded.config.dynamics["init_args"]["explicit_energy"] == kind
+        z, x = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        with torch.no_grad():
+            assert torch.equal(loaded.field(x, z), model.field(x, z))
+            assert torch.equal(loaded.energy(x, z), model.energy(x, z))
+
+    @pytest.mark.parametrize("tokens", [(2, 3), (23, 23)], ids=["all pairs", "tiles"])
+    def test_the_field_can_be_trained(self, kind: str, tokens: tuple[int, int]) -> None:
+        """The loss's gradient, a second derivative of the energy, against differences of losses in float64."""
+        model = energetic(kind)
+        batch = 2 if tokens == (2, 3) else 1
+        z, x = torch.randn(batch, 4, *tokens), image(batch, 8 * tokens[0], 8 * tokens[1])
+        record = model.dynamics.corrupt(x, torch.randn_like(x), torch.full((batch,), 0.4))
+        loss = model.dynamics.loss(record, model.field(record.x_level, z)).mean()
+        loss.backward()
+        parameters = dict(model.decoder.named_parameters())
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        assert [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()] == []
+        assert [name for name, grad in gradients.items() if not grad.any()] == []
+
+        wide = copy.deepcopy(model.decoder).double().requires_grad_(False)
+        # The norm of the latent computes in float32, in which so small a difference would be lost.
+        moved = [name for name in parameters if not name.startswith("latent_norm")]
+        directions = {name: torch.randn_like(parameters[name], dtype=torch.float64) for name in moved}
+
+        def wide_loss(step: float) -> float:
+            for name in moved:
+                wide.get_parameter(name).copy_(parameters[name].detach() + step * directions[name])
+            at = record.x_level.double().requires_grad_()
+            (field,) = torch.autograd.grad(wide_energy(wide, kind, at, z.double()), at)
+            return (field - record.target.double()).square().mean().item()
+
+        assert loss.item() == pytest.approx(wide_loss(0.0), rel=1e-4)
+        slope = sum((gradients[name].double() * directions[name]).sum().item() for name in moved)
+        assert slope == pytest.approx((wide_loss(1e-6) - wide_loss(-1e-6)) / 2e-6, rel=1e-3)
+
+    @torch.no_grad()
+    def test_half_precision(self, kind: str) -> None:
+        model = energetic(kind)
+        z, x = torch.randn(2, 4, 2, 3).bfloat16(), torch.randn(2, 3, 16, 24)
+        expected = model.field(x, z.float())
+        model.to(torch.bfloat16)
+        field = model.field(x, z)
+        assert field.dtype == torch.float32
+        assert ((field - expected).norm() / expected.norm()).item() < 0.05
+        if kind == "dot":  # of which x itself is a factor, not rounded
+            assert not torch.equal(field, field.bfloat16().float())
+        assert model.energy(x, z).dtype == torch.float32
+        output = model.decode(z, num_steps=3, step_size=0.02, return_trajectory=True)
+        assert output.sample.dtype == torch.bfloat16
+        assert output.trajectory.dtype == torch.float32
+        assert output.trajectory.isfinite().all()
+
+    def test_a_part_can_be_trained(self, kind: str) -> None:
+        """Attention whose table is frozen could take a fused kernel, which has no second derivative."""
+        model = energetic(kind)
+        model.requires_grad_(False)
+        model.decoder.middle.project_in.requires_grad_(True)
+        model.field(torch.randn(2, 3, 16, 24), torch.randn(2, 4, 2, 3)).square().mean().backward()
+        trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert trained == {"decoder.middle.project_in.weight", "decoder.middle.project_in.bias"}
+        for parameter in model.decoder.middle.project_in.parameters():
+            assert parameter.grad.isfinite().all()
+            assert parameter.grad.any()
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_gradient_checkpointing_changes_nothing(self, kind: str, frozen: bool) -> None:
+        """Also where the table is frozen: what is computed again must choose the same kernels."""
+        model = energetic(kind)
+        model.decoder.middle.blocks[0].attention.relative_position_table.requires_grad_(not frozen)
+        z, x = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        gradients = []
+        for _ in range(2):
+            model.field(x, z).square().mean().backward()
+            gradients.append([parameter.grad for parameter in model.decoder.parameters() if parameter.requires_grad])
+            model.zero_grad()
+            model.enable_gradient_checkpointing()
+        torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
+
+    def test_a_decode_can_be_trained_through(self, kind: str) -> None:
+        model = energetic(kind)
+        sample = model.decode(torch.randn(2, 4, 2, 3), num_steps=2, step_size=0.02).sample
+        sample.square().mean().backward()
+        gradients = [parameter.grad for parameter in model.decoder.parameters()]
+        assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in gradients)
+
+
+class TestNoExplicitEnergy:
+    @pytest.mark.parametrize("kind", DYNAMICS)
+    def test_is_refused(self, kind: str, models: dict[str, DCSSDAE]) -> None:
+        message = refusal(models[kind].energy, DRAFT, NOTHING)
+        assert ("FlowMatching has no energy" if kind == "flow" else "explicit_energy 'dot' or 'l2'") in message
+
+    def test_shapes_and_values_that_do_not_fit(self) -> None:
+        model = energetic("dot")
+        assert "(B, 4, h, w)" in refusal(model.energy, DRAFT, torch.zeros(2, 3, 1, 1))
+        assert "(2, 3, 16, 8)" in refusal(model.energy, DRAFT, torch.zeros(2, 4, 2, 1))
+        assert "rows 0, 1" in refusal(model.energy, DRAFT, NOTHING + math.nan)
+
+    def test_an_unknown_name(self) -> None:
+        assert "unknown explicit_energy 'dott' (did you mean 'dot'?)" in refusal(energetic, "dott")
+        assert "explicit_energy" in refusal(
+            tiny, dynamics={"class_path": "FlowMatching", "init_args": {"explicit_energy": "dot"}}
+        )
+
+
+class TestInferenceTensors:
+    """What was made in inference mode may be decoded outside of it."""
+
+    @pytest.mark.parametrize("grad", [False, True])
+    @pytest.mark.parametrize("explicit_energy", [None, *KINDS])
+    def test_decode(self, explicit_energy: str | None, grad: bool) -> None:
+        model = tiny(dynamics={"init_args": {"explicit_energy": explicit_energy}})
+        z, noise, draft = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24), image(2, 16, 24)
+        with torch.inference_mode():
+            made = [part.clone() for part in (z, noise, draft)]
+        for begin, made_begin in (({}, {}), ({"draft": draft, "start": 0.5}, {"draft": made[2], "start": 0.5})):
+            for steps in ({}, {"num_steps": 2, "step_size": 0.02}):
+                with torch.set_grad_enabled(grad):
+                    expected = model.decode(z, noise=noise, **begin, **steps).sample
+                    sample = model.decode(made[0], noise=made[1], **made_begin, **steps).sample
+                torch.testing.assert_close(sample, expected, atol=1e-5, rtol=0.0)
+                assert sample.requires_grad == grad
+
+    @pytest.mark.parametrize("explicit_energy", [None, *KINDS])
+    def test_field_and_energy(self, explicit_energy: str | None) -> None:
+        model = tiny(dynamics={"init_args": {"explicit_energy": explicit_energy}})
+        z, x = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+        with torch.inference_mode():
+            made_z, made_x = z.clone(), x.clone()
+        torch.testing.assert_close(model.field(made_x, made_z), model.field(x, z), atol=1e-5, rtol=0.0)
+        if explicit_energy is not None:
+            torch.testing.assert_close(model.energy(made_x, made_z), model.energy(x, z), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def fresh_compiler(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    # Which pytest would capture, and the compiler write at length for it.
+    caplog.set_level(logging.WARNING, logger="torch.__trace")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+class TestCompiled:
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("explicit_energy", "dtype"), [(None, torch.float32), (None, torch.bfloat16), ("dot", torch.float32)]
+    )
+    def test_a_batch_that_shrinks_compiles_once(self, explicit_energy: str | None, dtype: torch.dtype) -> None:
+        model = settling(explicit_energy=explicit_energy).to(dtype)
+        z = latents(0.8, 0.3, 2.0, 0.6, 1.0, 1.5, 0.4)
+        given = {"sampler": "gradient_descent", "step_size": 0.3, "tolerance": 0.35}
+        expected = model.decode(z, num_steps=8, **given)
+        counts = expected.num_evaluations
+        assert len(set(counts.tolist())) >= 4
+        counter = CompileCounter()
+        model.decoder.compile(backend=counter)
+        model.decode(z, num_steps=1, **given)
+        assert counter.frame_count == 1
+        output = model.decode(z, num_steps=8, **given)
+        assert counter.frame_count == 1
+        assert torch.equal(output.num_evaluations, counts)
+        atol = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(output.sample, expected.sample, atol=atol, rtol=0.0)
+        torch.testing.assert_close(output.residual_rms, expected.residual_rms, atol=atol, rtol=0.0)
+
+    @torch.no_grad()
+    def test_latents_and_noise_in_another_order_in_memory(self) -> None:
+        model = settling()
+        z = latents(1.0).expand(5, -1, -1, -1)
+        noise = torch.randn(5, 3, 24, 16).transpose(2, 3) * torch.tensor([0.2, 0.5, 1.0, 2.0, 4.0])[:, None, None, None]
+        given = {"sampler": "nesterov", "step_size": 0.3, "tolerance": 0.35, "noise": noise, "num_steps": 8}
+        expected = model.decode(z, **given)
+        assert len(set(expected.num_evaluations.tolist())) >= 3
+        counter = CompileCounter()
+        model.decoder.compile(backend=counter)
+        output = model.decode(z, **given)
+        assert counter.frame_count == 1
+        assert torch.equal(output.num_evaluations, expected.num_evaluations)
+        torch.testing.assert_close(output.sample, expected.sample, atol=1e-5, rtol=0.0)
+
+    @torch.no_grad()
+    def test_steps_of_a_whole_batch_compile_once(self) -> None:
+        model, z = tiny(dynamics=DYNAMICS["flow"]), torch.randn(3, 4, 2, 3)
+        expected = model.decode(z, num_steps=3).sample
+        counter = CompileCounter()
+        model.decoder.compile(backend=counter)
+        y = model.decode(z, num_steps=3).sample
+        assert counter.frame_count == 1
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0.0)

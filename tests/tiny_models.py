@@ -1,0 +1,48 @@
+"""Small autoencoders, and images for them, that several test modules share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dc_ssdae import DCSSDAE
+
+TINY_DECODER = {
+    "init_args": {
+        "channels": 8,
+        "multipliers": [1, 1, 2, 2],
+        "norm_groups": 8,
+        "middle_layers": 1,
+        "blocks_per_level": 1,
+        "window_radius": 3,
+    }
+}
+
+
+def tiny_encoder(kind: str, factor: int) -> dict[str, Any]:
+    if kind == "KLEncoder":
+        init_args: dict[str, Any] = {"channels": 8, "norm_groups": 8, "blocks_per_level": 1}
+    else:
+        halvings = factor.bit_length() - 1
+        init_args = {
+            "widths": [16] * halvings + [32],
+            "depths": [0] + [1] * halvings,
+            "block_types": ["ResBlock"] * halvings + ["EfficientViTBlock"],
+        }
+    return {"class_path": kind, "init_args": init_args}
+
+
+def tiny(factor: int = 8, encoder: str = "KLEncoder", **given: Any) -> DCSSDAE:
+    """A small autoencoder in eval mode with every parameter and running statistic moved off its start."""
+    parts = {"encoder": tiny_encoder(encoder, factor), "decoder": TINY_DECODER, **given}
+    model = DCSSDAE(latent_channels=4, downsample_factor=factor, **parts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model.decoder.latent_norm.running_mean.normal_()
+        model.decoder.latent_norm.running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+def image(batch: int = 1, height: int = 32, width: int = 48) -> Tensor:
+    return 2.0 * torch.rand(batch, 3, height, width) - 1.0

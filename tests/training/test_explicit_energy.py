@@ -1,0 +1,128 @@
+"""Training a field that is the gradient of an energy: second derivatives, checkpoints, and what it is refused with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SIZE, batch, make_images, run_config, yaml_of
+
+from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae.training.build import build_step, check_components
+from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.launch import start_run
+from dc_ssdae.training.step import TrainingStep
+
+
+def config(energy: str | None, root: Path | None = None, **training: Any) -> RunConfig:
+    dynamics = {"class_path": "EquilibriumMatching", "init_args": {"explicit_energy": energy, "gradient_scale": 2.0}}
+    return run_config(root, model={"dynamics": dynamics}, **training)
+
+
+def moved_step(energy: str | None, **training: Any) -> TrainingStep:
+    torch.manual_seed(0)
+    step = build_step(config(energy, **training))
+    with torch.no_grad():
+        for parameter in step.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # what begins at zero would hide what is before it
+    return step.train()
+
+
+@pytest.mark.parametrize("energy", ["dot", "l2"])
+def test_the_loss_is_that_of_the_energys_gradient(energy: str) -> None:
+    """‖∇E − λ (1 − γ) (ε − x)‖²/λ², ∇E by autograd through the plain decoder."""
+    pixels, noise, level, latent_noise = batch(0)
+    found = moved_step(energy)(pixels, noise, level, latent_noise).terms["dynamics"]
+    model = moved_step(energy).model
+    x = pixels.float() / 127.5 - 1.0
+    gamma = level[:, None, None, None]
+    posterior = model.encoder(x)
+    z = posterior.mean + (0.5 * posterior.logvar).exp() * latent_noise
+    x_level = (gamma * x + (1.0 - gamma) * noise).requires_grad_()
+    answer = model.decoder(x_level, z)
+    total = (x_level * answer).sum() if energy == "dot" else 0.5 * answer.square().sum()
+    (gradient,) = torch.autograd.grad(total, x_level)
+    expected = (gradient - 2.0 * (1.0 - gamma) * (noise - x)).square().mean() / 4.0
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("energy", ["dot", "l2"])
+def test_the_parameters_gradient_is_the_losses_slope(energy: str) -> None:
+    """Along a random direction, by central differences in float64."""
+    step = moved_step(energy).double()
+    pixels, noise, level, latent_noise = batch(0)
+    inputs = (pixels, noise.double(), level.double(), latent_noise.double())
+
+    def loss() -> torch.Tensor:
+        # The dynamics' loss itself is computed in float32, which is too coarse for differences.
+        model = step.model
+        x = inputs[0].double() / 127.5 - 1.0
+        record = model.dynamics.corrupt(x, inputs[1], inputs[2])
+        z = model.encoder(x).mean
+        field = model.dynamics.field(lambda y: model.decoder(y, z), record.x_level)
+        return (field - record.target).square().mean()
+
+    parameters = [parameter for parameter in step.model.decoder.parameters() if parameter.requires_grad]
+    step.eval()  # the batch norm's statistics stay
+    gradients = torch.autograd.grad(loss(), parameters)
+    directions = [torch.randn_like(parameter) for parameter in parameters]
+    slope = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True))
+    width = 1e-5
+    ends = []
+    for sign in (1.0, -2.0):
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(sign * width * direction)
+        ends.append(float(loss().detach()))
+    # Energies are summed in float32, through which autograd's path leads.
+    assert float(slope) == pytest.approx((ends[0] - ends[1]) / (2 * width), rel=2e-3)
+
+
+@pytest.mark.parametrize("energy", ["dot", "l2"])
+def test_gradient_checkpointing_changes_nothing(energy: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        step = moved_step(energy, gradient_checkpointing=checkpointing)
+        step(*batch(0)).total.backward()
+        gradients.append({name: parameter.grad for name, parameter in step.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("energy", ["dot", "l2"])
+def test_a_run_learns_evaluates_and_decodes(energy: str, tmp_path: Path) -> None:
+    photos = make_images(tmp_path / "photos", 6)
+    make_images(tmp_path / "photos" / "validation", 3, seed=1)
+    (tmp_path / "photos" / "train").mkdir()
+    for file in (tmp_path / "photos").glob("*.png"):
+        file.rename(tmp_path / "photos" / "train" / file.name)
+    wanted = config(energy, photos, steps=40, lr=3e-3, checkpoint_every=40)
+    start_run(wanted, yaml_of(wanted), tmp_path / "run", cpu=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = torch.tensor([float(line.split('"loss/dynamics": ')[1].split(",")[0]) for line in lines])
+    assert losses.isfinite().all()
+    assert losses[-10:].mean() < 0.8 * losses[:10].mean()
+    assert (tmp_path / "run" / "evaluations.jsonl").exists()
+    model = DCSSDAE.from_pretrained(tmp_path / "run" / "model")
+    assert model.dynamics.explicit_energy == energy
+    with torch.inference_mode():
+        z = torch.randn(2, 4, SIZE // 8, SIZE // 8)
+        assert model.decode(z, num_steps=3).sample.isfinite().all()
+
+
+def test_compiling_is_refused_and_sharding_too() -> None:
+    with pytest.raises(InputError, match=r"explicit_energy.*training.compile false"):
+        check_components(config("dot", compile=True))
+    with pytest.raises(InputError, match=r"explicit_energy.*FSDP"):
+        check_components(config("dot"), sharded=True)
+    check_components(config(None, compile=True), sharded=True)
+    with pytest.raises(InputError, match=r"training\.compile false"):
+        build_step(config("l2", compile=True))
+
+
+def test_an_unknown_energy_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"explicit_energy 'dott' \(did you mean 'dot'\?\)") as caught:
+        check_components(config("dott"))
+    assert "\n" not in str(caught.value)
