@@ -27,6 +27,7 @@ from dc_ssdae.decoding import (
     DEFAULT_NUM_STEPS,
     DESCENTS,
     SAMPLERS,
+    STOPPING_STEP,
     DecodingPlan,
     Divergence,
     plan_decoding,
@@ -120,7 +121,7 @@ def descend_by_hand(
     return states, field
 
 
-STARTS = pytest.mark.parametrize("start", [None, 0.0, 0.3, 0.9, 1.0])
+STARTS = pytest.mark.parametrize("start", [None, 0.3, 0.9, 1.0])
 
 
 class TestSamplersAgainstLoops:
@@ -197,8 +198,21 @@ class TestSamplersAgainstLoops:
         dynamics = models[kind].dynamics
         assert isinstance(dynamics, EquilibriumMatching)
         for start in (0.0, 0.3, 0.9, 1.0):
-            plan = plan_decoding(dynamics, "gradient_descent", 5, start=start)
-            assert plan.step_size == dynamics.step_sizes(5, start_level=start)
+            expected = dynamics.step_sizes(5, start_level=start)
+            assert plan_decoding(dynamics, "gradient_descent", 5, start=start).step_size == expected
+            stopping = plan_decoding(dynamics, num_steps=5, tolerance=0.1, start=start).step_size
+            assert stopping == [expected[0], *[STOPPING_STEP / dynamics.stiffness] * 4]
+
+    @pytest.mark.parametrize("sampler", ["nesterov", "nesterov_eqm"])
+    def test_a_first_step_that_lands_gives_no_velocity(self, sampler: str) -> None:
+        """Where the step sizes are the default ones; a schedule of momenta stays as it is."""
+        plan = partial(plan_decoding, EquilibriumMatching(), sampler)
+        assert plan(4).momentum == [0.0, 0.0, DEFAULT_MOMENTUM, DEFAULT_MOMENTUM]
+        assert plan(4, momentum=0.4).momentum == [0.0, 0.0, 0.4, 0.4]
+        assert plan(1, momentum=0.4).momentum == [0.0]
+        assert plan(4, momentum=0.4, step_size=0.1).momentum == [0.4] * 4
+        assert plan(4, momentum=[0.1, 0.2, 0.3, 0.4]).momentum == [0.1, 0.2, 0.3, 0.4]
+        assert plan(4, momentum=lambda step: 0.1 * step).momentum == [0.1 * step for step in range(4)]
 
     @torch.no_grad()
     @pytest.mark.parametrize(

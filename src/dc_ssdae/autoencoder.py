@@ -284,18 +284,15 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         plan = plan_decoding(self.dynamics, sampler, num_steps, step_size, momentum, tolerance, begin)
         z = z.to(self.dtype)
         check_latent(z, self.config.latent_channels)
-        x = self._start_noise(z, generator, noise)
+        # Strides that changed with the first step would make torch.compile compile twice.
+        x = self._start_noise(z, generator, noise).contiguous()
         if draft is not None:
             x = self._noised_draft(draft, x, begin)
         bucket = plan.tolerance is not None and any(map(_is_compiled, self.decoder.modules()))
 
-        def field(x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
-            if bucket and x.dtype != z.dtype:
-                x = x.to(z.dtype)
-                mark_varying_batch(x)
-            return self.field(x, z, time)
-
-        result = run_plan(plan, self.dynamics, field, x, z, begin, bucket, return_trajectory)
+        result = run_plan(
+            plan, self.dynamics, partial(self._field, varying_batch=bucket), x, z, begin, bucket, return_trajectory
+        )
         if plan.sampler in DESCENTS and not torch.compiler.is_compiling() and bool(result.diverged.any()):
             lost = int(result.diverged.sum())
             warnings.warn(
@@ -318,10 +315,15 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         Returns:
             (B, 3, H, W) float32.
         """
+        return self._field(x, z, time)
 
+    def _field(self, x: Tensor, z: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
         def network(y: Tensor) -> Tensor:
+            y = as_normal(y.to(z.dtype))
+            if varying_batch:
+                mark_varying_batch(y)
             at = None if time is None else as_normal(time)
-            return self.decoder(y.to(z.dtype), as_normal(z), at).float()
+            return self.decoder(y, as_normal(z), at).float()
 
         return apply_network(self.dynamics, network, x).float()
 
@@ -342,7 +344,8 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             raise InputError(f"{type(self.dynamics).__name__} has no energy; EquilibriumMatching may have one")
         z = z.to(self.dtype)
         check_latent(z, self.config.latent_channels)
-        return self.dynamics.energy(x, self.decoder(x.to(self.dtype), z))
+        x = as_normal(x)
+        return self.dynamics.energy(x, self.decoder(x.to(self.dtype), as_normal(z)))
 
     def forward(self, x: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Reconstruct images: decode, in one step, the mode of their encoding."""
@@ -387,6 +390,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
                 raise InputError("give noise or generator, not both")
             if tuple(noise.shape) != shape:
                 raise InputError(f"noise has shape {tuple(noise.shape)}; this latent needs {shape}")
+            _check_finite_images("noise", noise)
             return noise.to(device=z.device, dtype=torch.float32)
         if generator is None:
             fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
@@ -401,8 +405,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
                 f"{tuple(noise.shape)} in [-1, 1]"
             )
         draft = draft.to(device=noise.device, dtype=torch.float32)
-        if not torch.compiler.is_compiling() and not bool(draft.isfinite().all()):
-            raise InputError("draft holds NaN or infinite values")
+        _check_finite_images("draft", draft)
         level = torch.full((len(noise),), level_of(self.dynamics, start), device=noise.device)
         return self.dynamics.corrupt(draft, noise, level).x_level
 
@@ -632,6 +635,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _check_finite_images(name: str, images: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
+        raise InputError(f"{name} holds NaN or infinite values")
 
 
 def _is_compiled(module: nn.Module) -> bool:

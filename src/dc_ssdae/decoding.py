@@ -85,7 +85,7 @@ def plan_decoding(
     """
     if num_steps is not None:
         check_num_steps(num_steps)
-    if sampler is not None and sampler not in SAMPLERS:
+    if sampler is not None and (not isinstance(sampler, str) or sampler not in SAMPLERS):
         raise unknown_name("sampler", sampler, SAMPLERS)
     given = {"step_size": step_size, "momentum": momentum, "tolerance": tolerance}
     named = [name for name, value in given.items() if value is not None]
@@ -121,18 +121,17 @@ def plan_decoding(
         step_size = dynamics.step_sizes(num_steps, start)
         if tolerance is not None:
             step_size = [step_size[0], *[STOPPING_STEP / dynamics.stiffness] * (num_steps - 1)]
-    if sampler == "gradient_descent":
-        momentum = 0.0
-    elif momentum is None or (lands and isinstance(momentum, int | float)):
-        momentum = DEFAULT_MOMENTUM if momentum is None else momentum
+    lands = lands and (momentum is None or isinstance(momentum, int | float))
+    if momentum is None:
+        momentum = 0.0 if sampler == "gradient_descent" else DEFAULT_MOMENTUM
+    momenta = resolve_momenta(momentum, num_steps)
+    if lands:
         # What the first step covers, from noise to the image, is no velocity to go on with.
-        momentum = [0.0, 0.0, *[momentum] * num_steps][:num_steps] if lands else momentum
+        momenta = [0.0, 0.0, *momenta[2:]][:num_steps]
     tolerance = check_tolerance(tolerance)
     if tolerance is not None:
         tolerance *= dynamics.gradient_scale
-    return DecodingPlan(
-        sampler, num_steps, resolve_step_sizes(step_size, num_steps), resolve_momenta(momentum, num_steps), tolerance
-    )
+    return DecodingPlan(sampler, num_steps, resolve_step_sizes(step_size, num_steps), momenta, tolerance)
 
 
 def run_plan(

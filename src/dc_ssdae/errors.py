@@ -10,6 +10,11 @@ class InputError(ValueError):
     """A user's value, file or setting cannot be used; the message is one line that says what would be right."""
 
 
+def shown(value: object) -> str:
+    """What a value looks like, in one line."""
+    return " ".join(repr(value).split())
+
+
 class ToldElsewhere(InputError):
     """An error that another process of the same run reports; this one ends without a word."""
 
@@ -28,7 +33,7 @@ def unknown_name(kind: str, name: object, accepted: Iterable[str]) -> InputError
     names = sorted(accepted)
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return InputError(f"unknown {kind} {name!r}{hint}; accepted: {', '.join(names) or 'none'}")
+    return InputError(f"unknown {kind} {shown(name)}{hint}; accepted: {', '.join(names) or 'none'}")
 
 
 def check_at_least(smallest: int, **values: int) -> None:

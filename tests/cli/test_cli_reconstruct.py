@@ -269,6 +269,12 @@ def test_a_trajectory_is_written_beside_the_image(reconstruct: Callable, model_d
     assert torch.equal(states[:, :, 60:], image)
     assert not torch.equal(states[:, :, :20], image)
 
+    other = save(tmp_path / "photo-trajectory.jpg", random_pixels(8, 8))
+    outcome = reconstruct(photo, other, "--steps", 3, "--return_trajectory")
+    assert outcome.code == 2
+    assert "would both be written to" in outcome.err[0]
+    assert reconstruct(photo, other, "--steps", 3).code == 0
+
 
 def test_a_draft_is_where_the_decode_starts(reconstruct: Callable, model_dir: Path, tmp_path: Path) -> None:
     photo = save(tmp_path / "photo.png", random_pixels(16, 24))

@@ -229,7 +229,8 @@ def by_hand(name: str, model: DCSSDAE, z: Tensor, noise: Tensor, steps: int, ste
     if step_size is not None:
         x, rest = noise, steps
     else:
-        x, rest, step_size = noise - model.decoder(noise, z) / scale, steps - 1, 1.0 / slope
+        x, rest = noise - model.decoder(noise, z) / scale, steps - 1
+        step_size = min(1.0, 1.5 / max(rest, 1)) / slope
     for _ in range(rest):
         x = x - step_size * model.decoder(x, z)
     return x

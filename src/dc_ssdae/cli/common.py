@@ -174,8 +174,14 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def plan_outputs(sources: Sequence[Path], out: Path, suffix: str) -> list[Job]:
+def plan_outputs(sources: Sequence[Path], out: Path, suffix: str, *others: str) -> list[Job]:
     """Decide which file is written from which, `out/STEM.suffix`, and make the folder.
+
+    Args:
+        sources: the inputs.
+        out: the folder.
+        suffix: of the files that are written.
+        others: of further files that are written beside them.
 
     Raises:
         InputError: two files would be written to the same place, or one over an input; `out` is no folder.
@@ -184,14 +190,15 @@ def plan_outputs(sources: Sequence[Path], out: Path, suffix: str) -> list[Job]:
     writers: dict[str, Path] = {}
     jobs = []
     for source in sources:
-        target = out / f"{source.stem}{suffix}"
-        key = target.name.casefold()  # not every file system tells A from a
-        if key in writers:
-            raise InputError(f"{writers[key]} and {source} would both be written to {target}; rename one of them")
-        if _identity(target) in inputs:
-            raise InputError(f"{target} is one of the inputs and would be overwritten; choose another --out")
-        writers[key] = source
-        jobs.append(Job(source, target))
+        targets = [out / f"{source.stem}{ending}" for ending in (suffix, *others)]
+        for target in targets:
+            key = target.name.casefold()  # not every file system tells A from a
+            if key in writers:
+                raise InputError(f"{writers[key]} and {source} would both be written to {target}; rename one of them")
+            if _identity(target) in inputs:
+                raise InputError(f"{target} is one of the inputs and would be overwritten; choose another --out")
+            writers[key] = source
+        jobs.append(Job(source, targets[0]))
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -430,13 +437,22 @@ def decode_latent(
     return Decoded(image, states, remark, notes)
 
 
+TRAJECTORY = "-trajectory.png"
+"""Ending of the file that `--return_trajectory` writes."""
+
+
+def plan_decoded(args: "Namespace", sources: Sequence[Path]) -> list[Job]:
+    """As `plan_outputs`, for what `write_decoded` writes."""
+    return plan_outputs(sources, args.out, ".png", *([TRAJECTORY] if args.return_trajectory else []))
+
+
 def write_decoded(decoded: Decoded, job: Job) -> None:
     """Write the image, and the trajectory beside it."""
     from dc_ssdae.data.images import write_png
 
     write_png(decoded.image, job.target)
     if decoded.trajectory is not None:
-        write_png(decoded.trajectory, job.target.with_name(f"{job.target.stem}-trajectory.png"))
+        write_png(decoded.trajectory, job.target.with_name(f"{job.target.stem}{TRAJECTORY}"))
 
 
 def _read_draft(path: Path, stem: str, size: tuple[int, int], model: "DCSSDAE") -> "Tensor":

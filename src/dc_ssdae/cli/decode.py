@@ -12,7 +12,7 @@ from dc_ssdae.cli.common import (
     decode_latent,
     for_each_file,
     load_model,
-    plan_outputs,
+    plan_decoded,
     shape_line,
     write_decoded,
 )
@@ -35,7 +35,7 @@ def build_parser() -> CommandParser:
 
 def run(args: Namespace) -> int:
     """Decode every latent; gives the exit code."""
-    jobs = plan_outputs(args.latents, args.out, ".png")
+    jobs = plan_decoded(args, args.latents)
     model = load_model(args)
     check_decoding(args, model)
     from dc_ssdae.cli.latent_file import check_model_fits, read_latent

@@ -13,7 +13,7 @@ from dc_ssdae.cli.common import (
     encode_pixels,
     for_each_file,
     load_model,
-    plan_outputs,
+    plan_decoded,
     shape_line,
     write_decoded,
 )
@@ -36,7 +36,7 @@ def build_parser() -> CommandParser:
 
 def run(args: Namespace) -> int:
     """Reconstruct every image; gives the exit code."""
-    jobs = plan_outputs(args.images, args.out, ".png")
+    jobs = plan_decoded(args, args.images)
     model = load_model(args)
     check_decoding(args, model)
     from dc_ssdae.data.images import read_image

@@ -1,11 +1,13 @@
 """Building blocks shared by the networks: down- and upsampling, and the residual block of the U-ViT decoder."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dc_ssdae.errors import InputError
@@ -26,9 +28,23 @@ class CheckpointedModule(nn.Module):
         """Call `block(*inputs)`, of whose activations only the inputs are kept where checkpointing is on."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return block(*inputs)
+        if not torch.compiler.is_compiling() and _attention_is_plain():
+            block = partial(_run_plain, block)
         if self._gradient_checkpointing_func is None:
             return checkpoint(block, *inputs, use_reentrant=False)
         return self._gradient_checkpointing_func(block, *inputs)
+
+
+def _attention_is_plain() -> bool:
+    """Whether the fused kernels of attention are switched off, as second derivatives need it."""
+    cuda = torch.backends.cuda
+    return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+
+
+def _run_plain(block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run a block without fused attention, also when the backward pass computes it again, outside of `sdpa_kernel`."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return block(*inputs)
 
 
 def average_channel_groups(x: Tensor, channels: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, shown
 
 
 class SamplerResult(NamedTuple):
@@ -51,7 +51,7 @@ def check_num_steps(num_steps: int) -> None:
         InputError: names the value.
     """
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-        raise InputError(f"num_steps is {num_steps!r}; it must be a whole number from 1 on")
+        raise InputError(f"num_steps is {shown(num_steps)}; it must be a whole number from 1 on")
 
 
 def check_number(name: str, value: Any, accepts: Callable[[float], bool], wanted: str) -> float:
@@ -69,7 +69,7 @@ def check_number(name: str, value: Any, accepts: Callable[[float], bool], wanted
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared before it is converted, which a whole number beyond every float does not survive.
     if not is_number or not abs(value) <= sys.float_info.max or not accepts(value):
-        raise InputError(f"{name} is {' '.join(repr(value).split())}; it must be {wanted}")
+        raise InputError(f"{name} is {shown(value)}; it must be {wanted}")
     return float(value)
 
 
