@@ -82,9 +82,18 @@ class TestGrid:
         assert Setting("nesterov", 2, 0.5).arguments(dynamics)["step_size"] == pytest.approx(0.5 / 20.0)
         assert Setting("nesterov", 2).arguments(dynamics)["step_size"] is None
 
+    def test_other_ways_to_descend_after_the_landing(self) -> None:
+        dynamics = EquilibriumMatching("truncated", gradient_scale=4.0)
+        grid = Grid(steps=(1, 3), samplers=["gradient_descent"], step_sizes=(), tolerances=(), descents=(0.8,))
+        (setting,) = grid.settings(dynamics)
+        assert setting == Setting("gradient_descent", 3, descent=0.8)
+        assert setting.arguments(dynamics)["step_size"] == pytest.approx([0.25, 0.4 / 20.0, 0.4 / 20.0])
+        assert "then 0.8/L" in setting.family
+
     @pytest.mark.parametrize(
         ("given", "named"),
         [
+            ({"descents": [0.0]}, "descent is 0.0"),
             ({"tolerances": [-1.0]}, "tolerance is -1.0"),
             ({"momenta": [1.0]}, "momentum is 1.0"),
             ({"step_sizes": [0.0]}, "step_size is 0.0"),

@@ -100,6 +100,12 @@ def _add_sampling(studies: Any) -> None:
         metavar="X,...",
         help="at which descents of a given step size stop, at the largest of --steps; default 0.2,0.1,0.05,0.025",
     )
+    sweep.add_argument(
+        "--descents",
+        type=_list_of(number),
+        metavar="X,...",
+        help="other ways, in units of 1/L, that gradient descent's steps after the first share; default none",
+    )
     parser.add_argument(
         "--lpips",
         choices=("vgg", "alex", "squeeze", "none"),
@@ -125,7 +131,7 @@ def _study_sampling(args: Namespace) -> int:
     existing = [args.out / name for name in FILES if (args.out / name).exists()]
     if existing:
         raise InputError(f"{existing[0]} is there already; choose another --out")
-    names = ("steps", "samplers", "step_sizes", "momenta", "tolerances")
+    names = ("steps", "samplers", "step_sizes", "momenta", "tolerances", "descents")
     grid = Grid(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
     models = _load_models(args)
     for name, model in models.items():

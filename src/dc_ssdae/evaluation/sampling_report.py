@@ -105,6 +105,7 @@ def sampling_table(measurements: Sequence[Measurement]) -> str:
         setting = m.setting
         stops = setting.tolerance is not None
         size = "decay" if setting.step_size is None else f"{setting.step_size:g}"
+        size += "" if setting.descent is None else f", then {setting.descent:g}"
         rows.append(
             [
                 m.model,

@@ -28,13 +28,23 @@ QUALITIES: Mapping[str, tuple[str, bool]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode; `step_size` in units of 1/L, L the field's slope near the data, None from the decay."""
+    """One way to decode.
+
+    Args:
+        sampler: as `DCSSDAE.decode` takes it.
+        num_steps: likewise.
+        step_size: in units of 1/L, L the field's slope near the data; None follows from the decay.
+        momentum: likewise.
+        tolerance: likewise.
+        descent: of `EquilibriumMatching.step_sizes`, where it is not the default.
+    """
 
     sampler: str
     num_steps: int
     step_size: float | None = None
     momentum: float | None = None
     tolerance: float | None = None
+    descent: float | None = None
 
     @property
     def family(self) -> str:
@@ -42,6 +52,8 @@ class Setting:
         parts = [self.sampler]
         if self.sampler in DESCENTS:
             parts.append("steps from the decay" if self.step_size is None else f"η = {self.step_size:g}/L")
+        if self.descent is not None:
+            parts[-1] += f", then {self.descent:g}/L"
         if self.momentum is not None:
             parts.append(f"μ = {self.momentum:g}")
         if self.tolerance is not None:
@@ -50,10 +62,12 @@ class Setting:
 
     def arguments(self, dynamics: object) -> dict[str, Any]:
         """What `DCSSDAE.decode` takes for it."""
-        step_size = self.step_size
-        if step_size is not None:
-            assert isinstance(dynamics, EquilibriumMatching)
-            step_size /= dynamics.stiffness
+        step_size: float | list[float] | None = self.step_size
+        if isinstance(dynamics, EquilibriumMatching):
+            if self.step_size is not None:
+                step_size = self.step_size / dynamics.stiffness
+            elif self.descent is not None:
+                step_size = dynamics.step_sizes(self.num_steps, descent=self.descent)
         return {
             "sampler": self.sampler,
             "num_steps": self.num_steps,
@@ -73,6 +87,7 @@ class Grid:
         step_sizes: of descents, in units of 1/L; None stands for those that follow from the decay.
         momenta: of nesterov.
         tolerances: at which descents stop, with the largest number of steps as their cap; for λ = 1.
+        descents: other ways, in units of 1/L, that the steps of gradient descent after the first share.
     """
 
     steps: Sequence[int] = (1, 2, 4, 8, 16)
@@ -80,6 +95,7 @@ class Grid:
     step_sizes: Sequence[float | None] = (None, 0.5)
     momenta: Sequence[float] = (0.3,)
     tolerances: Sequence[float] = (0.2, 0.1, 0.05, 0.025)
+    descents: Sequence[float] = ()
 
     def settings(self, dynamics: object) -> list[Setting]:
         """List the settings that fit a dynamics, none of them twice.
@@ -104,6 +120,13 @@ class Grid:
                         settings += [Setting(sampler, steps, size, momentum) for steps in self.steps]
                         most = max(self.steps)
                         settings += [Setting(sampler, most, size, momentum, stop) for stop in self.tolerances]
+                if sampler == "gradient_descent":
+                    settings += [
+                        Setting(sampler, steps, descent=way)
+                        for way in self.descents
+                        for steps in self.steps
+                        if steps > 1
+                    ]
         for setting in settings:
             plan_decoding(dynamics, **setting.arguments(dynamics))  # type: ignore[arg-type]
         return list(dict.fromkeys(settings))
