@@ -33,11 +33,20 @@ from dc_ssdae.components import (
     find_class,
     resolve_part,
 )
-from dc_ssdae.decoding import DESCENTS, DecoderOutput, Divergence, check_latent, level_of, plan_decoding, run_plan
+from dc_ssdae.decoding import (
+    DESCENTS,
+    DecoderOutput,
+    Divergence,
+    check_latent,
+    noised_draft,
+    plan_decoding,
+    run_plan,
+    start_noise,
+)
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.energy import apply_network, as_normal
 from dc_ssdae.errors import InputError, check_at_least, check_type
-from dc_ssdae.latent import DiagonalGaussian, LatentStatistics, draw_noise
+from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.presets import load_preset
 from dc_ssdae.samplers import Schedule
@@ -55,8 +64,6 @@ __all__ = [
     "read_config",
     "write_latent_statistics",
 ]
-
-DEFAULT_NOISE_SEED = 0
 
 NOT_MEASURED = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 """The settings of a model whose latents' statistics are not known."""
@@ -284,12 +291,11 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         plan = plan_decoding(self.dynamics, sampler, num_steps, step_size, momentum, tolerance, begin)
         z = z.to(self.dtype)
         check_latent(z, self.config.latent_channels)
-        # Strides that changed with the first step would make torch.compile compile twice.
-        x = self._start_noise(z, generator, noise).contiguous()
+        factor = self.config.downsample_factor
+        x = start_noise(z, (len(z), 3, z.shape[2] * factor, z.shape[3] * factor), generator, noise)
         if draft is not None:
-            x = self._noised_draft(draft, x, begin)
+            x = noised_draft(self.dynamics, draft, x, begin)
         bucket = plan.tolerance is not None and any(map(_is_compiled, self.decoder.modules()))
-
         result = run_plan(
             plan, self.dynamics, partial(self._field, varying_batch=bucket), x, z, begin, bucket, return_trajectory
         )
@@ -377,41 +383,6 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         # Not diffusers' own default, a local function, with which a model cannot be pickled.
         default = partial(checkpoint, use_reentrant=False)
         super().enable_gradient_checkpointing(gradient_checkpointing_func or default)
-
-    def _start_noise(
-        self,
-        z: Tensor,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        noise: Tensor | None,
-    ) -> Tensor:
-        shape = self._image_shape(z)
-        if noise is not None:
-            if generator is not None:
-                raise InputError("give noise or generator, not both")
-            if tuple(noise.shape) != shape:
-                raise InputError(f"noise has shape {tuple(noise.shape)}; this latent needs {shape}")
-            _check_finite_images("noise", noise)
-            return noise.to(device=z.device, dtype=torch.float32)
-        if generator is None:
-            fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
-            return draw_noise((1, *shape[1:]), fixed, z.device).expand(shape)
-        return draw_noise(shape, generator, z.device)
-
-    def _noised_draft(self, draft: Tensor, noise: Tensor, start: float) -> Tensor:
-        if tuple(draft.shape) != tuple(noise.shape) or not draft.is_floating_point():
-            kind = str(draft.dtype).removeprefix("torch.")
-            raise InputError(
-                f"draft is {kind} of shape {tuple(draft.shape)}; this latent needs floating-point images of "
-                f"{tuple(noise.shape)} in [-1, 1]"
-            )
-        draft = draft.to(device=noise.device, dtype=torch.float32)
-        _check_finite_images("draft", draft)
-        level = torch.full((len(noise),), level_of(self.dynamics, start), device=noise.device)
-        return self.dynamics.corrupt(draft, noise, level).x_level
-
-    def _image_shape(self, z: Tensor) -> tuple[int, int, int, int]:
-        factor = self.config.downsample_factor
-        return (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save config.json and the weights as safetensors, as diffusers does, readable for whom config.json is.
@@ -635,11 +606,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _check_finite_images(name: str, images: Tensor) -> None:
-    if not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
-        raise InputError(f"{name} holds NaN or infinite values")
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.latent import draw_noise
 from dc_ssdae.samplers import SamplerResult, Schedule, euler, gradient_descent, nesterov
 from dc_ssdae.samplers.descent import resolve_momenta, resolve_step_sizes
 from dc_ssdae.samplers.result import check_num_steps, check_tolerance, is_finite, root_mean_square
@@ -19,6 +20,7 @@ DESCENTS = ("gradient_descent", "nesterov", "nesterov_eqm")
 SAMPLERS = (ONE_STEP, *DESCENTS, EULER)
 """What `DCSSDAE.decode` takes as `sampler`."""
 
+DEFAULT_NOISE_SEED = 0
 DEFAULT_DESCENT = "gradient_descent"
 DEFAULT_NUM_STEPS = 8
 DEFAULT_MOMENTUM = 0.3
@@ -188,6 +190,62 @@ def run_plan(
 def level_of(dynamics: Dynamics, start: float) -> float:
     """The dynamics' level of a state with share γ of the image: `noise_level` for 0, the data's for 1."""
     return dynamics.noise_level + start * (1.0 - 2.0 * dynamics.noise_level)
+
+
+def start_noise(
+    z: Tensor,
+    shape: tuple[int, int, int, int],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    noise: Tensor | None,
+) -> Tensor:
+    """The noise that a decode of z starts from: given, drawn, or by default the same for every image.
+
+    Args:
+        z: (B, c, h, w), for its device.
+        shape: (B, 3, H, W).
+        generator: one for all images, or one for each.
+        noise: of that shape, in place of a generator.
+
+    Returns:
+        Float32, contiguous: strides that changed with the first step would make torch.compile compile twice.
+
+    Raises:
+        InputError: noise and generator are both given, or one does not fit.
+    """
+    if noise is not None:
+        if generator is not None:
+            raise InputError("give noise or generator, not both")
+        if tuple(noise.shape) != shape:
+            raise InputError(f"noise has shape {tuple(noise.shape)}; this latent needs {shape}")
+        _check_finite("noise", noise)
+        return noise.to(device=z.device, dtype=torch.float32).contiguous()
+    if generator is None:
+        fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
+        return draw_noise((1, *shape[1:]), fixed, z.device).expand(shape).contiguous()
+    return draw_noise(shape, generator, z.device)
+
+
+def noised_draft(dynamics: Dynamics, draft: Tensor, noise: Tensor, start: float) -> Tensor:
+    """γ · draft + (1 − γ) · noise, γ being `start`: (B, 3, H, W) float32, of images (B, 3, H, W) in [-1, 1].
+
+    Raises:
+        InputError: the draft does not fit.
+    """
+    if draft.shape != noise.shape or not draft.is_floating_point():
+        kind = str(draft.dtype).removeprefix("torch.")
+        raise InputError(
+            f"draft is {kind} of shape {tuple(draft.shape)}; this latent needs floating-point images of "
+            f"{tuple(noise.shape)} in [-1, 1]"
+        )
+    _check_finite("draft", draft)
+    draft = draft.to(device=noise.device, dtype=torch.float32)
+    level = torch.full((len(noise),), level_of(dynamics, start), device=noise.device)
+    return dynamics.corrupt(draft, noise, level).x_level
+
+
+def _check_finite(name: str, images: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
+        raise InputError(f"{name} holds NaN or infinite values")
 
 
 def check_latent(z: Tensor, channels: int) -> None:
