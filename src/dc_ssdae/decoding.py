@@ -24,7 +24,7 @@ DEFAULT_NOISE_SEED = 0
 DEFAULT_DESCENT = "gradient_descent"
 DEFAULT_NUM_STEPS = 8
 DEFAULT_MOMENTUM = 0.3
-STOPPING_STEP = 0.5
+STOPPING_STEP = 1.0
 """Of a descent that stops by itself, after its first step, in units of 1/L. (Measured; docs/results.md.)"""
 
 

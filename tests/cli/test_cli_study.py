@@ -8,7 +8,7 @@ import pytest
 from cli_samples import random_pixels, save_model
 from PIL import Image
 
-GRID = ("--steps", "1,2", "--step_sizes", "decay,0.25", "--tolerances", "0.5", "--rounds", 1, "--device", "cpu")
+GRID = ("--steps", "1,2", "--step_sizes", "default,0.25", "--tolerances", "0.5", "--rounds", 1, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

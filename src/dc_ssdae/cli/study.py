@@ -90,8 +90,8 @@ def _add_sampling(studies: Any) -> None:
         "--step_sizes",
         type=_list_of(_step_size),
         metavar="X,...",
-        help="of descents, in units of 1/L, L the field's slope near the data; decay is what decode takes by default. "
-        "Default decay,0.5",
+        help="of descents, in units of 1/L, L the field's slope near the data; the word default is what decode takes "
+        "by itself (default: default,0.5)",
     )
     sweep.add_argument("--momenta", type=_list_of(number), metavar="X,...", help="of nesterov; default 0.3")
     sweep.add_argument(
@@ -262,4 +262,4 @@ def _list_of(parse: "Callable[[str], Any]") -> "Callable[[str], list[Any]]":
 
 
 def _step_size(text: str) -> float | None:
-    return None if text == "decay" else number(text)
+    return None if text == "default" else number(text)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANEL = (4.6, 3.4)  # inches
-_DASHES = ("-", "--", ":", "-.")
+_DASHES = ("-", "--", ":", "-.", (0, (6, 1)), (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1)), (0, (3, 4)))
+_LETTERS = 13  # of the legend, an inch
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -104,8 +105,8 @@ def sampling_table(measurements: Sequence[Measurement]) -> str:
     for m in measurements:
         setting = m.setting
         stops = setting.tolerance is not None
-        size = "decay" if setting.step_size is None else f"{setting.step_size:g}"
-        size += "" if setting.descent is None else f", then {setting.descent:g}"
+        size = "default" if setting.step_size is None else f"{setting.step_size:g}"
+        size = size if setting.descent is None else f"landing, then {setting.descent:g}"
         rows.append(
             [
                 m.model,
@@ -177,9 +178,11 @@ def sampling_figure(study: SamplingStudy) -> "Figure":
     measurements, is_pair = study.measurements, len(study.models) == 2
     qualities = [name for name in ("psnr", "lpips") if any(name in m.qualities for m in measurements)]
     styles = _styles(measurements)
+    labels = [f"{model}: {family}" for model, family in styles]
     columns = 3 if is_pair else 2
-    legend_rows = -(-len(styles) // 3)
-    size = (_PANEL[0] * columns, _PANEL[1] * len(qualities) + 0.22 * legend_rows + 0.2)
+    width = _PANEL[0] * columns
+    legend_columns = max(1, int(_LETTERS * width / (max(map(len, labels)) + 8)))
+    size = (width, _PANEL[1] * len(qualities) + 0.2 * -(-len(labels) // legend_columns) + 0.2)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     panels = figure.subplots(len(qualities), columns, squeeze=False)
     for row, quality in zip(panels, qualities, strict=True):
@@ -191,13 +194,12 @@ def sampling_figure(study: SamplingStudy) -> "Figure":
             axes.set_ylabel(QUALITIES[quality][0])
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            if not QUALITIES[quality][1]:
+            if not QUALITIES[quality][1] and not axes.yaxis_inverted():
                 axes.invert_yaxis()
         if is_pair:
             _draw_needed(row[2], study, quality)
     handles = [_handle(style) for style in styles.values()]
-    labels = [f"{model}: {family}" for model, family in styles]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize=8)
     return figure
 
 
@@ -248,6 +250,22 @@ def _draw_families(
             [cost(m) for m in front], [m.qualities[quality] for m in front], color="#999999", linewidth=5, alpha=0.25
         )
     axes.grid(alpha=0.25)
+    _show_the_better_half(axes, [m for m in measurements if quality in m.qualities], quality)
+
+
+def _show_the_better_half(axes: Any, measurements: Sequence[Measurement], quality: str) -> None:
+    """Leave out what is far worse than one step: a few bad settings would flatten all others."""
+    sign = 1.0 if QUALITIES[quality][1] else -1.0
+    values = [sign * m.qualities[quality] for m in measurements]
+    one = [sign * m.qualities[quality] for m in measurements if m.setting.sampler == ONE_STEP] or values
+    best, floor = max(values), min(one)
+    floor -= max(0.6 * (best - floor), 0.01 * abs(floor))
+    below = sum(value < floor for value in values)
+    if below == 0 or best <= floor:
+        return
+    axes.set_ylim(sign * floor, sign * (best + 0.06 * (best - floor)))
+    text = f"{below} worse setting{'s' * (below > 1)} below, in the table"
+    axes.set_title(text, loc="right", fontsize=7, color="#666666")
 
 
 def _draw_needed(axes: Any, study: SamplingStudy, quality: str) -> None:

@@ -51,13 +51,13 @@ class Setting:
         """The setting without what a curve runs along: the number of steps or, with tolerances, those."""
         parts = [self.sampler]
         if self.sampler in DESCENTS:
-            parts.append("steps from the decay" if self.step_size is None else f"η = {self.step_size:g}/L")
+            parts.append("η by default" if self.step_size is None else f"η = {self.step_size:g}/L")
         if self.descent is not None:
-            parts[-1] += f", then {self.descent:g}/L"
+            parts[-1] = f"landing, then {self.descent:g}/L"
         if self.momentum is not None:
             parts.append(f"μ = {self.momentum:g}")
         if self.tolerance is not None:
-            parts.append(f"stopping, at most {self.num_steps}")
+            parts.append(f"stopping (≤ {self.num_steps})")
         return ", ".join(parts)
 
     def arguments(self, dynamics: object) -> dict[str, Any]:
