@@ -85,3 +85,12 @@ def test_latent_shape_and_compression_ratio() -> None:
             latent_shape(model, height, width)
     with pytest.raises(InputError, match="positive multiples of f = 64, not 96"):
         count_flops(model, 96)
+
+
+@pytest.mark.parametrize("energy", ["dot", "l2"])
+def test_an_explicit_energys_step_is_a_forward_and_a_backward_pass(energy: str) -> None:
+    """A backward pass to the image has a product for each of the forward pass, and attention's has two."""
+    plain = count_flops(DCSSDAE.from_preset("demo"), 64)
+    explicit = count_flops(DCSSDAE.from_preset("demo", dynamics={"explicit_energy": energy}), 64)
+    assert explicit.encode == plain.encode
+    assert 1.8 * plain.decode_step < explicit.decode_step < 2.5 * plain.decode_step

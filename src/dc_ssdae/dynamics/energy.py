@@ -38,7 +38,8 @@ def energy_gradient(
         x = as_normal(x)
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-        total = energy(x, network(x)).sum()
+        # Not the leaf itself: PyTorch's hooks on a module's inputs, such as its FLOP counter's, fail on leaves here.
+        total = energy(x, network(x.view_as(x))).sum()
         (gradient,) = torch.autograd.grad(total, x, create_graph=trains)
     return gradient
 
