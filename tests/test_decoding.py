@@ -22,7 +22,6 @@ from torch._dynamo.testing import CompileCounter
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.decoding import (
-    DEFAULT_DESCENT,
     DEFAULT_MOMENTUM,
     DEFAULT_NUM_STEPS,
     DESCENTS,
@@ -242,10 +241,10 @@ class TestSamplersAgainstLoops:
         [
             ("linear", {}, {"sampler": "one_step"}),
             ("linear", {"num_steps": 1}, {"sampler": "one_step"}),
-            ("linear", {"num_steps": 3}, {"sampler": DEFAULT_DESCENT, "num_steps": 3}),
-            ("linear", {"step_size": 0.1}, {"sampler": DEFAULT_DESCENT, "step_size": 0.1}),
-            ("linear", {"sampler": DEFAULT_DESCENT}, {"num_steps": DEFAULT_NUM_STEPS}),
-            ("linear", {"tolerance": 0.0}, {"sampler": DEFAULT_DESCENT, "tolerance": 0.0}),
+            ("linear", {"num_steps": 3}, {"sampler": "gradient_descent", "num_steps": 3}),
+            ("linear", {"step_size": 0.1}, {"sampler": "gradient_descent", "step_size": 0.1}),
+            ("linear", {"sampler": "gradient_descent"}, {"num_steps": DEFAULT_NUM_STEPS}),
+            ("linear", {"tolerance": 0.0}, {"sampler": "gradient_descent", "tolerance": 0.0}),
             ("linear", {"momentum": 0.6}, {"sampler": "nesterov", "momentum": 0.6}),
             ("linear", {"sampler": "nesterov"}, {"sampler": "nesterov", "momentum": DEFAULT_MOMENTUM}),
             ("linear", {"sampler": "nesterov_eqm"}, {"sampler": "nesterov_eqm", "momentum": DEFAULT_MOMENTUM}),

@@ -21,8 +21,9 @@ SAMPLERS = (ONE_STEP, *DESCENTS, EULER)
 """What `DCSSDAE.decode` takes as `sampler`."""
 
 DEFAULT_NOISE_SEED = 0
-DEFAULT_DESCENT = "gradient_descent"
-DEFAULT_NUM_STEPS = 8
+DEFAULT_NUM_STEPS = 4
+"""Of samplers that take several. (Measured; docs/results.md: more cost more, and none was better.)"""
+
 DEFAULT_MOMENTUM = 0.3
 STOPPING_STEP = 1.0
 """Of a descent that stops by itself, after its first step, in units of 1/L. (Measured; docs/results.md.)"""
@@ -91,25 +92,9 @@ def plan_decoding(
         raise unknown_name("sampler", sampler, SAMPLERS)
     given = {"step_size": step_size, "momentum": momentum, "tolerance": tolerance}
     named = [name for name, value in given.items() if value is not None]
-    several = num_steps is not None and num_steps > 1
-    descends, integrates = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
     if sampler is None:
-        sampler = ONE_STEP
-        if descends and (several or named):
-            sampler = "nesterov" if momentum is not None else DEFAULT_DESCENT
-        elif several and not integrates:
-            raise InputError(
-                f"num_steps is {num_steps}; several steps are for EquilibriumMatching, FlowMatching and classes "
-                f"derived from them, which {type(dynamics).__name__} is not"
-            )
-        elif several:
-            sampler = EULER
-    if (sampler in DESCENTS and not descends) or (sampler == EULER and not integrates):
-        fitting = (ONE_STEP, *DESCENTS) if descends else (ONE_STEP, EULER) if integrates else (ONE_STEP,)
-        kind = type(dynamics).__name__
-        raise InputError(f"this model's dynamics, {kind}, has no sampler {sampler!r}; it has {', '.join(fitting)}")
-    if sampler == ONE_STEP and several:
-        raise InputError(f"num_steps is {num_steps}; sampler 'one_step' has one")
+        sampler = _default_sampler(dynamics, num_steps, named)
+    _check_fits(sampler, dynamics, num_steps)
     if sampler not in DESCENTS:
         if named:
             raise InputError(f"{named[0]} is for a descent of equilibrium matching; sampler {sampler!r} has none")
@@ -134,6 +119,29 @@ def plan_decoding(
     if tolerance is not None:
         tolerance *= dynamics.gradient_scale
     return DecodingPlan(sampler, num_steps, resolve_step_sizes(step_size, num_steps), momenta, tolerance)
+
+
+def _default_sampler(dynamics: Dynamics, num_steps: int | None, named: Sequence[str]) -> str:
+    """The sampler that the other settings, of which `named` are given, ask for."""
+    several = num_steps is not None and num_steps > 1
+    if isinstance(dynamics, EquilibriumMatching) and (several or named):
+        return "nesterov" if "momentum" in named else "gradient_descent"
+    if several and not isinstance(dynamics, FlowMatching):
+        raise InputError(
+            f"num_steps is {num_steps}; several steps are for EquilibriumMatching, FlowMatching and classes "
+            f"derived from them, which {type(dynamics).__name__} is not"
+        )
+    return EULER if several else ONE_STEP
+
+
+def _check_fits(sampler: str, dynamics: Dynamics, num_steps: int | None) -> None:
+    descends, integrates = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
+    if (sampler in DESCENTS and not descends) or (sampler == EULER and not integrates):
+        fitting = (ONE_STEP, *DESCENTS) if descends else (ONE_STEP, EULER) if integrates else (ONE_STEP,)
+        kind = type(dynamics).__name__
+        raise InputError(f"this model's dynamics, {kind}, has no sampler {sampler!r}; it has {', '.join(fitting)}")
+    if sampler == ONE_STEP and num_steps is not None and num_steps > 1:
+        raise InputError(f"num_steps is {num_steps}; sampler 'one_step' has one")
 
 
 def run_plan(
