@@ -23,6 +23,7 @@ from torch._dynamo.testing import CompileCounter
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.decoding import (
     DEFAULT_MOMENTUM,
+    DEFAULT_MOST_STEPS,
     DEFAULT_NUM_STEPS,
     DESCENTS,
     SAMPLERS,
@@ -244,6 +245,7 @@ class TestSamplersAgainstLoops:
             ("linear", {"num_steps": 3}, {"sampler": "gradient_descent", "num_steps": 3}),
             ("linear", {"step_size": 0.1}, {"sampler": "gradient_descent", "step_size": 0.1}),
             ("linear", {"sampler": "gradient_descent"}, {"num_steps": DEFAULT_NUM_STEPS}),
+            ("linear", {"tolerance": 0.1}, {"tolerance": 0.1, "num_steps": DEFAULT_MOST_STEPS}),
             ("linear", {"tolerance": 0.0}, {"sampler": "gradient_descent", "tolerance": 0.0}),
             ("linear", {"momentum": 0.6}, {"sampler": "nesterov", "momentum": 0.6}),
             ("linear", {"sampler": "nesterov"}, {"sampler": "nesterov", "momentum": DEFAULT_MOMENTUM}),
@@ -426,7 +428,7 @@ class TestStopping:
         model = settling()
         counts = model.decode(latents(*RATES), num_steps=6, step_size=0.5).num_evaluations
         assert counts.tolist() == [6] * 6
-        assert model.decode(latents(*RATES), step_size=0.5, tolerance=0.0).num_evaluations.tolist() == [8] * 6
+        assert model.decode(latents(*RATES), step_size=0.5, tolerance=0.0).num_evaluations.tolist() == [16] * 6
 
     @torch.no_grad()
     @pytest.mark.parametrize("tolerance", [None, 0.2])

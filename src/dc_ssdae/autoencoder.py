@@ -262,7 +262,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
                 image. By default every image draws the same noise, of one fixed seed, so that a decode is
                 reproducible and does not depend on the batch (but for float rounding).
             num_steps: evaluations of the decoder, at least 1; with `tolerance`, the most that an image gets. 1 by
-                default, and 4 where a sampler of several steps is chosen.
+                default, 4 where a sampler of several steps is chosen, and 16 with `tolerance`.
             step_size: η of a descent: one for all steps, a sequence with one for each, or a function of the step's
                 index. By default they follow from the decay (`EquilibriumMatching.step_sizes`).
             noise: (B, 3, h·f, w·f) to start from, in place of `generator`.

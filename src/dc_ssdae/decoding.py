@@ -24,6 +24,9 @@ DEFAULT_NOISE_SEED = 0
 DEFAULT_NUM_STEPS = 4
 """Of samplers that take several. (Measured; docs/results.md: more cost more, and none was better.)"""
 
+DEFAULT_MOST_STEPS = 16
+"""Of a descent that stops by itself."""
+
 DEFAULT_MOMENTUM = 0.3
 STOPPING_STEP = 1.0
 """Of a descent that stops by itself, after its first step, in units of 1/L. (Measured; docs/results.md.)"""
@@ -102,7 +105,7 @@ def plan_decoding(
     if sampler == "gradient_descent" and momentum is not None:
         raise InputError("momentum is for sampler 'nesterov' or 'nesterov_eqm'; gradient_descent has none")
     assert isinstance(dynamics, EquilibriumMatching)
-    num_steps = num_steps or DEFAULT_NUM_STEPS
+    num_steps = num_steps or (DEFAULT_NUM_STEPS if tolerance is None else DEFAULT_MOST_STEPS)
     lands = step_size is None
     if step_size is None:
         step_size = dynamics.step_sizes(num_steps, start)

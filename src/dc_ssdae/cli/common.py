@@ -114,7 +114,8 @@ def add_decoding_options(parser: CommandParser) -> None:
         dest="num_steps",
         type=whole_number(1),
         metavar="N",
-        help="evaluations of the decoder, with --tolerance at most (default 1, and 4 for a sampler of several steps)",
+        help="evaluations of the decoder, with --tolerance at most (default 1; 4 for a sampler of several "
+        "steps; 16 with --tolerance)",
     )
     parser.add_argument(
         "--step_size",
