@@ -100,7 +100,7 @@ def add_output_option(parser: CommandParser) -> None:
 
 
 def add_decoding_options(parser: CommandParser) -> None:
-    """Add what `decode_latent` and `read_draft` take: the settings of `DCSSDAE.decode`, under their names."""
+    """Add what `decode_latent` takes: the settings of `DCSSDAE.decode`, under their names."""
     parser.add_argument(
         "--sampler",
         metavar="NAME",
@@ -130,7 +130,7 @@ def add_decoding_options(parser: CommandParser) -> None:
         "--tolerance",
         type=number,
         metavar="X",
-        help="of a descent: an image is done when the root mean square of its field falls below it",
+        help="of a descent: an image is done when the root mean square of its field, for a gradient scale of 1, falls below it",
     )
     parser.add_argument(
         "--draft",
