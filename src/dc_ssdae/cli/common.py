@@ -130,7 +130,8 @@ def add_decoding_options(parser: CommandParser) -> None:
         "--tolerance",
         type=number,
         metavar="X",
-        help="of a descent: an image is done when the root mean square of its field, for a gradient scale of 1, falls below it",
+        help="of a descent: an image is done when the root mean square of its field falls below it, for a gradient "
+        "scale of 1",
     )
     parser.add_argument(
         "--draft",
