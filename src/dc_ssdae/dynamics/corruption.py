@@ -19,7 +19,11 @@ class Corruption(NamedTuple):
 
 
 class Dynamics(Protocol):
-    """How an image is corrupted, what the network learns from it, and how its answer gives the image back."""
+    """How an image is corrupted, what the network learns from it, and how its answer gives the image back.
+
+    One whose field is something else than the network's answer also has `field(network, x)`, which gives it at x (B, …)
+    for a function `network` of x; `EquilibriumMatching` with an explicit energy is one.
+    """
 
     conditions_on_time: bool
     """Whether the network is told the level."""

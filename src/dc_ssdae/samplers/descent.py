@@ -116,12 +116,10 @@ class _Images:
         count: of the images that are left.
     """
 
-    def __init__(
-        self, x_init: Tensor, condition: Tensor | Sequence[Tensor], bucket: bool, return_trajectory: bool
-    ) -> None:
+    def __init__(self, x_init: Tensor, condition: list[Tensor], bucket: bool, return_trajectory: bool) -> None:
         check_start(x_init)
         batch = self.count = x_init.shape[0]
-        self._condition = [condition] if isinstance(condition, Tensor) else list(condition)
+        self._condition = condition
         for tensor in self._condition:
             if tensor.shape[:1] != x_init.shape[:1]:
                 raise InputError(
