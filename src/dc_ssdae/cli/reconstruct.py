@@ -5,16 +5,18 @@ from argparse import Namespace
 from dc_ssdae.cli.common import (
     Done,
     Job,
-    add_decoding_options,
     add_model_options,
     add_output_option,
-    check_decoding,
-    decode_latent,
     encode_pixels,
     for_each_file,
     load_model,
-    plan_decoded,
     shape_line,
+)
+from dc_ssdae.cli.decoding_options import (
+    add_decoding_options,
+    check_decoding,
+    decode_latent,
+    plan_decoded,
     write_decoded,
 )
 from dc_ssdae.cli.parser import CommandParser, file_path
