@@ -60,6 +60,7 @@ __all__ = [
     "DEFAULT_CLASSES",
     "EncoderOutput",
     "build_without_weights",
+    "may_be_on_the_hub",
     "model_folder",
     "read_config",
     "write_latent_statistics",
@@ -422,7 +423,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         name = str(pretrained_model_name_or_path)
         if name and Path(name).is_dir():
             cls._check_folder(Path(name, kwargs.get("subfolder") or ""), kwargs.get("variant"), classes)
-        elif not _may_be_on_the_hub(name):
+        elif not may_be_on_the_hub(name):
             raise InputError(f"{name!r}: no such folder, nor the id of a model on the hub")
         model, info = super().from_pretrained(
             str(pretrained_model_name_or_path),
@@ -618,7 +619,7 @@ def _config_names() -> list[str]:
     return [name for name in names if name not in ("self", *DCSSDAE.ignore_for_config)]
 
 
-def _may_be_on_the_hub(name: str) -> bool:
+def may_be_on_the_hub(name: str) -> bool:
     """Tell a hub id, OWNER/MODEL, from a misspelt path, which should not wait for the network."""
     owner, slash, model = name.partition("/")
     is_id = bool(slash and model) and "/" not in model and owner not in ("", ".", "..", "~")

@@ -19,6 +19,17 @@ class ToldElsewhere(InputError):
     """An error that another process of the same run reports; this one ends without a word."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, on whatever device."""
+    import torch
+
+    # On the CPU and on Apple's GPUs it is a plain RuntimeError.
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 def unknown_name(kind: str, name: object, accepted: Iterable[str]) -> InputError:
     """Build the error for a name that is not among the accepted ones, with the closest match suggested.
 

@@ -262,10 +262,17 @@ class LatentMoments:
         Raises:
             InputError: there are none, or some are not finite, or all their values are the same.
         """
+        return LatentStatistics(*self.mean_and_std(), self.images)
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, whatever they are.
+
+        Raises:
+            InputError: there are no latents.
+        """
         if self.images == 0:
             raise InputError("there are no latents to have statistics: no image was encoded")
-        std = (self._spread / self._values).sqrt()
-        return LatentStatistics(self._mean.tolist(), std.tolist(), self.images)
+        return self._mean.tolist(), (self._spread / self._values).sqrt().tolist()
 
     def _join(self, images: int, values: int, mean: Tensor, spread: Tensor) -> None:
         if values == 0:

@@ -1,10 +1,13 @@
-"""Random numbers from (seed, step, place in the global batch) and nothing else, so that no state needs to be stored."""
+"""Random numbers from a seed and a place or a name, and nothing else, so that no state needs to be stored."""
+
+import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 # The first word of each seed sequence, so that no two purposes share a stream.
-_IMAGE, _ORDER, _REPLACEMENT, _AMBIENT = range(4)
+_IMAGE, _ORDER, _REPLACEMENT, _AMBIENT, _NAMED, _RESAMPLING = range(6)
 
 
 def image_generator(seed: int, step: int, place: int) -> torch.Generator:
@@ -38,6 +41,38 @@ def replacement_index(seed: int, position: int, attempt: int, length: int) -> in
 def seed_ambient(seed: int, step: int, process: int) -> None:
     """Seed PyTorch's default generators for a step: dropout in a user's own network is then reproducible too."""
     torch.manual_seed(_word(_AMBIENT, seed, step, process))
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Make the CPU generator of an image that is known by its name, wherever it stands among others."""
+    return torch.Generator().manual_seed(_word(_NAMED, seed, *_digest(name)))
+
+
+def resampling_counts(seed: int, names: Sequence[str], replicates: int) -> np.ndarray:
+    """Draw how often each of some images is in each replicate of a Poisson bootstrap.
+
+    The counts are Poisson's with mean 1 and depend on the image's name, not on its place or on the others: a sample
+    that is never held in memory can be resampled in any order, in any number of processes (Hanley and MacGibbon 2006).
+
+    Args:
+        seed: 0 or more.
+        names: of B images.
+        replicates: how many, R.
+
+    Returns:
+        (B, R) int64.
+    """
+    rows = [
+        np.random.default_rng(np.random.SeedSequence([_RESAMPLING, seed, *_digest(name)])).poisson(1.0, replicates)
+        for name in names
+    ]
+    return np.stack(rows) if rows else np.zeros((0, replicates), dtype=np.int64)
+
+
+def _digest(name: str) -> tuple[int, int]:
+    """Two words that stand for a name."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def _word(*entropy: int) -> int:

@@ -22,10 +22,11 @@ from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.errors import InputError
+from dc_ssdae.processes import sum_over_processes
 from dc_ssdae.training.build import build_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import OptimizerName
-from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes, sum_over_processes
+from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.evaluation import evaluate
 from dc_ssdae.training.optimizer import (

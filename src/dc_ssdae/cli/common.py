@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dc_ssdae.cli.parser import CommandParser, device_name, file_path, filled
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -163,7 +163,7 @@ def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job
         try:
             done = process(job)
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 message = "out of memory; try a smaller image, --dtype bfloat16 or another --device"
             elif isinstance(error, (InputError, OSError)):
                 message = describe(error)
@@ -209,16 +209,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    # On the CPU and on Apple's GPUs it is a plain RuntimeError.
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
 
 
 def select_device(name: str) -> "torch.device":

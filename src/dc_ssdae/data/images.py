@@ -242,7 +242,7 @@ def write_png(pixels: Tensor, path: str | Path) -> None:
         raise InputError(f"PNG is written from uint8 pixels of shape (3, H, W), not from {_describe(pixels)}")
     target = Path(path)
     beside = target.parent / f".{uuid.uuid4().hex}.partial"
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    image = to_pillow(pixels)
     try:
         image.save(beside, format="PNG")
         os.replace(beside, target)
@@ -251,6 +251,11 @@ def write_png(pixels: Tensor, path: str | Path) -> None:
     finally:
         with contextlib.suppress(OSError, ValueError):  # after the renaming there is nothing left to remove
             beside.unlink()
+
+
+def to_pillow(pixels: Tensor) -> Image.Image:
+    """Make a Pillow image of uint8 pixels (3, H, W) in RGB order, on any device."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

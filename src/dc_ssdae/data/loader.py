@@ -187,7 +187,7 @@ class Places:
 
 
 class ValidationImage(NamedTuple):
-    """A validation image, uint8 (3, S, S), at its place in the evaluation; or why it cannot be read."""
+    """A validation image (3, S, S), uint8 unless another `prepare` made it, at its place; or why it cannot be read."""
 
     place: int
     pixels: Tensor
@@ -201,12 +201,20 @@ class ValidationImages(Dataset[ValidationImage]):
         source: the images.
         image_size: side S in pixels.
         limit: how many, at most.
+        prepare: resizes and cuts in another way: from uint8 (3, H, W) and S to (3, S, S); can be pickled.
     """
 
-    def __init__(self, source: ImageSource, image_size: int, limit: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        limit: int,
+        prepare: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> None:
         count = min(len(source), limit)
         self.source = source
         self.image_size = image_size
+        self.prepare = prepare or _resize_and_crop
         self.indices = [place * len(source) // count for place in range(count)]
 
     def __len__(self) -> int:
@@ -215,11 +223,46 @@ class ValidationImages(Dataset[ValidationImage]):
     def __getitem__(self, place: int) -> ValidationImage:
         index = self.indices[place]
         try:
-            pixels = center_crop(resize_shorter_side(self.source.read(index), self.image_size), self.image_size)
+            pixels = self.prepare(self.source.read(index), self.image_size)
         except InputError as error:
             blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
             return ValidationImage(place, blank, BrokenImage(self.source.name(index), str(error)))
         return ValidationImage(place, pixels, None)
+
+    def name(self, place: int) -> str:
+        """The name of an image, which says nothing about where its data set lies, where the data set allows that."""
+        name: Callable[[int], str] = getattr(self.source, "relative_name", self.source.name)
+        return name(self.indices[place])
+
+
+def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
+    return center_crop(resize_shorter_side(pixels, size), size)
+
+
+def validation_loader(
+    images: ValidationImages, places: Sequence[int], batch_size: int, workers: int
+) -> Iterator[list[ValidationImage]]:
+    """Read some validation images, batch by batch.
+
+    Args:
+        images: of an evaluation.
+        places: which, in this order.
+        batch_size: images at a time.
+        workers: processes that read them; 0 reads in this one.
+
+    Raises:
+        ReadingFailed: the data set can no longer be read.
+    """
+    loader: DataLoader[list[ValidationImage]] = DataLoader(
+        images,  # type: ignore[arg-type]
+        sampler=places,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_the_parent(),
+        generator=torch.Generator(),
+    )
+    return in_one_line(loader)
 
 
 def training_loader(samples: TrainingSamples, places: Places, workers: int, pin_memory: bool) -> Iterator[Batch]:

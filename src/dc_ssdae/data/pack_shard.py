@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from dc_ssdae.data.folder import ImageFolder
-from dc_ssdae.data.images import read_image_bytes
+from dc_ssdae.data.images import read_image_bytes, to_pillow
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.shard_index import UNFINISHED_FOLDER, partial_file, scan_tar, write_whole
 from dc_ssdae.data.shards import Shards
@@ -164,7 +163,7 @@ def _encode(pixels: Tensor, settings: PackSettings) -> bytes:
         "webp": {"format": "WEBP", "quality": settings.quality},
     }
     buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, **options[settings.format])
+    to_pillow(pixels).save(buffer, **options[settings.format])
     return buffer.getvalue()
 
 

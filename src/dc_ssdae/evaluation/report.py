@@ -11,8 +11,9 @@ from string import Template
 
 import matplotlib
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
+
+from dc_ssdae.data.images import to_pillow
 
 DIFFERENCE_GAIN = 2
 """How much the pictures of differences are amplified around mid-grey."""
@@ -155,7 +156,7 @@ def _difference(result: PhotoResult) -> Tensor:
 
 def _png(pixels: Tensor) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG", optimize=True)
+    to_pillow(pixels).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

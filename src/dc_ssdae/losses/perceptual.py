@@ -124,6 +124,15 @@ def _unit_length(features: Tensor) -> Tensor:
 
 def _file(net: str, precision: str) -> WeightsFile:
     check_precision(precision)
+    return trunk_file(net)
+
+
+def trunk_file(net: str) -> WeightsFile:
+    """Describe torchvision's file of LPIPS' network `net`.
+
+    Raises:
+        InputError: there is no such network.
+    """
     if net not in TRUNKS:
         raise unknown_name("net of losses.lpips", net, TRUNKS)
     from torchvision.models import get_model_weights
@@ -131,8 +140,16 @@ def _file(net: str, precision: str) -> WeightsFile:
     return hub_file(get_model_weights(TRUNKS[net][0])["IMAGENET1K_V1"].url)
 
 
-def _build(net: str, path: Path | None) -> PerceptualFeatures:
-    import lpips
+def build_trunk(net: str, path: Path | None) -> nn.Module:
+    """Build LPIPS' network `net`, which gives features at several depths, as its package slices it.
+
+    Args:
+        net: one of `TRUNKS`.
+        path: of torchvision's file; None draws random weights, the same at every start.
+
+    Raises:
+        InputError: the file is damaged, or another network's.
+    """
     from lpips import pretrained_networks
 
     classes = {
@@ -156,6 +173,13 @@ def _build(net: str, path: Path | None) -> PerceptualFeatures:
         tensors = {name: tensor for name, tensor in read_weights(path).items() if not name.startswith("classifier.")}
         renamed = {name: f"features.{name.partition('.')[2]}" for name in trunk.state_dict()}
         load_exactly(trunk, tensors, path, renamed)
+    return trunk
+
+
+def _build(net: str, path: Path | None) -> PerceptualFeatures:
+    import lpips
+
+    trunk = build_trunk(net, path)
     heads_path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     heads = [head.flatten() for _, head in sorted(read_weights(heads_path).items())]
     return PerceptualFeatures(lpips.ScalingLayer(), trunk, heads)

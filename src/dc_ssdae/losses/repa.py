@@ -170,11 +170,20 @@ class PatchTokens(nn.Module):
 
 
 def _file(backbone: str, layer: int | None, precision: str) -> WeightsFile:
-    import timm
-
     check_precision(precision)
     if layer is not None:
         check_at_least(0, layer=layer)
+    return transformer_file(backbone)
+
+
+def transformer_file(backbone: str) -> WeightsFile:
+    """Describe the file of a model of timm's.
+
+    Raises:
+        InputError: timm has no such model, or no weights of it.
+    """
+    import timm
+
     architecture = backbone.partition(".")[0]
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(backbone, [*timm.list_models(), *timm.list_pretrained()], n=1)
@@ -197,20 +206,32 @@ def _file(backbone: str, layer: int | None, precision: str) -> WeightsFile:
 
 
 def _build(backbone: str, path: Path | None) -> PatchTokens:
+    return PatchTokens(build_transformer(backbone, path))
+
+
+def build_transformer(backbone: str, path: Path | None) -> Any:
+    """Build a vision transformer of timm that takes images of any size.
+
+    Args:
+        backbone: timm's name.
+        path: of timm's file or the authors'; None draws random weights, the same at every start.
+
+    Raises:
+        InputError: it is no such transformer, or the file is damaged or another network's.
+    """
     import timm
 
     try:
         with fixed_random_state():
             transformer = timm.create_model(backbone, pretrained=False, num_classes=0, dynamic_img_size=True)
-        tokens = PatchTokens(transformer)
-        _ = transformer.num_prefix_tokens, transformer.patch_embed.patch_size
+        _ = transformer.num_prefix_tokens, transformer.patch_embed.patch_size, transformer.embed_dim
     except (TypeError, AttributeError):
         raise InputError(
             f"losses.repa: {backbone} of timm is no vision transformer that takes images of any size; {DINOV2_B} is one"
         ) from None
     if path is not None:
         load_exactly(transformer, _native_names(transformer, read_weights(path)), path)
-    return tokens
+    return transformer
 
 
 def _native_names(transformer: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

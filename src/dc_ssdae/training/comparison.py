@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.data.images import to_model_range, to_uint8, write_png
+from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8, write_png
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError
@@ -185,7 +185,7 @@ def _labelled(columns: Sequence[Sequence[Tensor]], names: Sequence[str]) -> Tens
     font = ImageFont.load_default(size=LABEL_SIZE)
     margin = int(max(font.getlength(name) for name in names)) + 2 * LABEL_SIZE
     page = Image.new("RGB", (margin + grid.shape[2], grid.shape[1]), "white")
-    page.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (margin, 0))
+    page.paste(to_pillow(grid), (margin, 0))
     draw = ImageDraw.Draw(page)
     for place, name in enumerate(names):
         draw.text((LABEL_SIZE, int((place + 0.5) * tile)), name, fill="black", font=font, anchor="lm")

@@ -4,8 +4,6 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, gather_object
 
@@ -125,10 +123,3 @@ def everyone(accelerator: Accelerator, work: Callable[[], T]) -> T:
         if messages:
             raise (InputError if accelerator.is_main_process else ToldElsewhere)(messages[0])
     return result  # type: ignore[return-value]
-
-
-def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Add a tensor up over all processes, in place; in one process it stays."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values

@@ -7,21 +7,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dc_ssdae.data.images import to_uint8
-from dc_ssdae.data.loader import (
-    BrokenImage,
-    ValidationImage,
-    ValidationImages,
-    in_one_line,
-    leave_signals_to_the_parent,
-)
+from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
 from dc_ssdae.evaluation.latent_statistics import LatentSurvey, latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
+from dc_ssdae.processes import sum_over_processes
 from dc_ssdae.training.config import METRICS
-from dc_ssdae.training.distributed import sum_over_processes
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
 assert MEASURES.keys() == METRICS.keys()
@@ -55,20 +48,11 @@ def evaluate(
     rounds = -(-count // processes)
     # Sharded networks need every process to call them equally often: the last image fills up, and counts once.
     mine = [min(place * processes + accelerator.process_index, count - 1) for place in range(rounds)]
-    loader: DataLoader[list[ValidationImage]] = DataLoader(
-        images,  # type: ignore[arg-type]
-        sampler=mine,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=leave_signals_to_the_parent(),
-        generator=torch.Generator(),
-    )
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
     results = torch.zeros(count, len(MEASURES) + 1, dtype=torch.float64)
     broken: list[BrokenImage] = []
     seen: set[int] = set()
-    for batch in in_one_line(loader):
+    for batch in validation_loader(images, mine, batch_size, workers):
         pixels = torch.stack([image.pixels for image in batch])
         reconstructed = reconstruct(pixels.to(accelerator.device)).cpu()
         for image, output in zip(batch, reconstructed, strict=True):

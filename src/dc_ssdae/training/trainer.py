@@ -28,6 +28,7 @@ from dc_ssdae.data.loader import (
 from dc_ssdae.data.sources import ImageSources
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
+from dc_ssdae.processes import sum_over_processes
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import build_step, place_step
@@ -35,7 +36,7 @@ from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
-from dc_ssdae.training.distributed import on_main_process, sum_over_processes
+from dc_ssdae.training.distributed import on_main_process
 from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
 from dc_ssdae.training.evaluation import evaluate, measure_latent
 from dc_ssdae.training.initial import check_terms_are_trained, load_initial_weights

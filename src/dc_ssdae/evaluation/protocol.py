@@ -1,0 +1,205 @@
+"""Evaluation protocols: from an image file to what a model sees, and from what it gives to what metrics see.
+
+Published figures differ by these choices more than by models, so a protocol has a name and is printed with its results.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+from dc_ssdae.data.images import to_pillow, to_uint8
+from dc_ssdae.data.transforms import center_crop
+from dc_ssdae.errors import InputError, check_at_least, unknown_name
+
+Rounding = Literal["round", "truncate"]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A way to bring an image to a square.
+
+    Args:
+        words: how, for people.
+        apply: (pixels uint8 (3, H, W), size) to (3, size, size), uint8 or, where nothing was rounded, float32, both in
+            [0, 255].
+    """
+
+    words: str
+    apply: Callable[[Tensor, int], Tensor]
+
+
+def adm_crop(pixels: Tensor, size: int) -> Tensor:
+    """Halve by 2×2 boxes while the shorter side is at least 2 · size, resize it to size bicubically, cut the centre.
+
+    With Pillow's filters, which are antialiased, and rounded to uint8 at each step, as ADM prepares ImageNet
+    (Dhariwal and Nichol 2021, the released code); an odd pixel over goes to the right and the bottom.
+
+    Args:
+        pixels: uint8 (3, H, W).
+        size: in pixels, at least 1.
+
+    Returns:
+        uint8 (3, size, size).
+    """
+    check_at_least(1, size=size)
+    image = to_pillow(pixels)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return tvf.pil_to_tensor(image.crop((left, top, left + size, top + size)))
+
+
+def bilinear_on_tensors(pixels: Tensor, size: int) -> Tensor:
+    """Resize the shorter side bilinearly with antialiasing in floating point, and cut the centre.
+
+    Args:
+        pixels: uint8 (3, H, W).
+        size: in pixels, at least 1.
+
+    Returns:
+        float32 (3, size, size) in [0, 255], not rounded.
+    """
+    check_at_least(1, size=size)
+    resized = tvf.resize(pixels.float(), [size], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    return center_crop(resized, size)
+
+
+def bilinear_by_pillow(pixels: Tensor, size: int) -> Tensor:
+    """Resize the shorter side with Pillow's bilinear filter, which is antialiased, and cut the centre.
+
+    Args:
+        pixels: uint8 (3, H, W).
+        size: in pixels, at least 1.
+
+    Returns:
+        uint8 (3, size, size).
+    """
+    check_at_least(1, size=size)
+    image = tvf.resize(to_pillow(pixels), [size], interpolation=InterpolationMode.BILINEAR)
+    return tvf.pil_to_tensor(tvf.center_crop(image, [size]))
+
+
+RESIZES: Mapping[str, Resize] = {
+    "adm": Resize(
+        "shorter side halved by boxes while it is at least twice the size, then bicubic (Pillow, antialiased), "
+        "centre crop (the ADM crop)",
+        adm_crop,
+    ),
+    "bilinear_tensor": Resize(
+        "shorter side resized bilinearly with antialiasing on floating-point tensors (torchvision), centre crop; the "
+        "model sees it unrounded",
+        bilinear_on_tensors,
+    ),
+    "bilinear_pil": Resize(
+        "shorter side resized bilinearly (Pillow, antialiased), centre crop",
+        bilinear_by_pillow,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How images are prepared, what is decoded, and which metrics are taken of it.
+
+    Args:
+        name: of the protocol.
+        resize: one of `RESIZES`.
+        size: side of the square in pixels, where the user names no other.
+        rounding: of the output to uint8, before every metric.
+        psnr: "per_image" is the mean of the images' PSNRs; "pooled" the PSNR of the mean of their squared errors.
+        ssim: "torchmetrics" (Gaussian window of 11 pixels, σ 1.5), or "scikit-image" (uniform window of 7 pixels,
+            unbiased covariances); both are means over images.
+        lpips: network of LPIPS v0.1, "alex" or "vgg".
+        latent: that is decoded, the posterior's "mean" or a "sample" of it.
+    """
+
+    name: str
+    resize: str
+    size: int
+    rounding: Rounding
+    psnr: Literal["per_image", "pooled"]
+    ssim: Literal["torchmetrics", "scikit-image"]
+    lpips: Literal["alex", "vgg"]
+    latent: Literal["mean", "sample"]
+
+    def prepare(self, pixels: Tensor, size: int) -> Tensor:
+        """Bring an image, uint8 (3, H, W), to (3, size, size), uint8 or float32, both in [0, 255]."""
+        return RESIZES[self.resize].apply(pixels, size)
+
+    def model_input(self, prepared: Tensor) -> Tensor:
+        """Map prepared images of any shape to the model's range: float32 in [-1, 1]."""
+        return prepared.float() / 127.5 - 1
+
+    def reference(self, prepared: Tensor) -> Tensor:
+        """The uint8 images that metrics compare with: the prepared ones, rounded to nearest where they are not yet."""
+        if prepared.dtype == torch.uint8:
+            return prepared
+        return prepared.round().clamp(0, 255).to(torch.uint8)
+
+    def to_uint8(self, output: Tensor) -> Tensor:
+        """Turn a model's output, about [-1, 1], into uint8: clamped, then rounded or truncated.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        if self.rounding == "round":
+            return to_uint8(output)
+        if not output.isfinite().all():
+            raise InputError("the output is not finite")
+        # As (x + 1) / 2 · 255, so that a value which stands for a whole number is one exactly, or a hair above it.
+        return output.double().clamp(-1, 1).add(1).mul(127.5).add(1e-4).floor().clamp(0, 255).to(torch.uint8)
+
+    def settings(self) -> dict[str, Any]:
+        """All fields, for a file."""
+        return asdict(self)
+
+    def sentences(self, size: int) -> list[str]:
+        """Say it in words.
+
+        Args:
+            size: side of the images in pixels.
+        """
+        psnr = "mean over images" if self.psnr == "per_image" else "of the squared error pooled over all images"
+        window = "Gaussian window of 11 pixels" if self.ssim == "torchmetrics" else "uniform window of 7 pixels"
+        network = {"alex": "AlexNet", "vgg": "VGG-16"}[self.lpips]
+        rounded = "rounded" if self.rounding == "round" else "truncated"
+        latent = "the posterior's mean" if self.latent == "mean" else "a sample of the posterior"
+        return [
+            f"Images: {size}×{size} px, {RESIZES[self.resize].words}.",
+            f"Decoded: {latent}. Output clamped to [-1, 1] and {rounded} to uint8 before every metric.",
+            f"PSNR: {psnr} (torchmetrics). SSIM: mean over images, {window} ({self.ssim}). LPIPS: {network}, v0.1 "
+            "(lpips), mean over images.",
+        ]
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("dcae", "adm", 256, "round", "per_image", "torchmetrics", "alex", "mean"),
+        Protocol("lightningdit", "bilinear_tensor", 256, "round", "per_image", "torchmetrics", "vgg", "sample"),
+        Protocol("rae", "adm", 256, "truncate", "per_image", "torchmetrics", "vgg", "mean"),
+        Protocol("original", "bilinear_pil", 128, "round", "pooled", "scikit-image", "alex", "mean"),
+    )
+}
+"""The protocols by name; `docs/evaluation.md` says whose each of them is."""
+
+DEFAULT_PROTOCOL = "dcae"
+
+
+def find_protocol(name: str) -> Protocol:
+    """Look a protocol up.
+
+    Raises:
+        InputError: there is none of that name; lists them.
+    """
+    if name not in PROTOCOLS:
+        raise unknown_name("protocol", name, PROTOCOLS)
+    return PROTOCOLS[name]
