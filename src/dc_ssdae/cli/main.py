@@ -29,6 +29,8 @@ COMMANDS: Mapping[str, Command] = {
     "decode": Command("dc_ssdae.cli.decode", "decode latents to PNG images"),
     "train": Command("dc_ssdae.cli.train", "train a model, or go on with a run"),
     "stats": Command("dc_ssdae.cli.stats", "measure the mean and standard deviation of latents"),
+    "eval": Command("dc_ssdae.cli.eval", "measure an autoencoder: quality, latents, worst and best images"),
+    "compare": Command("dc_ssdae.cli.compare", "measure many autoencoders alike, with pictures and costs"),
     "curves": Command("dc_ssdae.cli.curves", "draw the losses and the evaluations of runs"),
     "distill": Command("dc_ssdae.cli.distill", "teach a model to do in one step what it does in several"),
     "study": Command("dc_ssdae.cli.study", "sweep samplers, steps and tolerances of a model, or of two"),

@@ -58,9 +58,11 @@ class Candidate(ABC):
     Attributes:
         remarks: what to know about it, each a few words.
         splits: whether it can encode and decode apart from each other.
+        is_baseline: whether it is there to compare with, and not to train a generative model on.
     """
 
     splits: bool = True
+    is_baseline: bool = False
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
@@ -190,6 +192,8 @@ class CodecCandidate(Candidate):
         quality: from 1 to 100.
     """
 
+    is_baseline = True
+
     def __init__(self, kind: str, quality: int) -> None:
         super().__init__()
         self.kind = kind
@@ -216,6 +220,8 @@ class BicubicCandidate(Candidate):
     Args:
         factor: at least 1.
     """
+
+    is_baseline = True
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -403,7 +409,8 @@ def _load_diffusers(
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            candidate = DiffusersCandidate(kind.from_config(config).to(dtype).eval())
+            model = kind.from_config(config).eval()
+        candidate = DiffusersCandidate(model if dtype == torch.float32 else model.to(dtype))
         candidate.remarks.append(RANDOM_WEIGHTS)
         return candidate
     try:
@@ -424,14 +431,14 @@ def _load_diffusers(
 
 def _diffusers_config(value: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The config, and the sub-folder as an argument where it is a pipeline's."""
-    from diffusers import ConfigMixin
+    from diffusers import AutoencoderKL
 
     problem: Exception | None = None
     for place in ({}, {"subfolder": "vae"}):
         if Path(value).is_dir() and not (Path(value, *place.values()) / "config.json").is_file():
             continue
         try:
-            return dict(ConfigMixin.load_config(value, **place)), place
+            return dict(AutoencoderKL.load_config(value, **place)), place  # reads that of any class
         except Exception as error:  # missing, damaged, or the network
             problem = problem or error
     if problem is None:

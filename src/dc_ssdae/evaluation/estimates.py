@@ -72,8 +72,8 @@ class Estimate:
         return f"{self.value:.{digits}f}"
 
     def interval_text(self, digits: int) -> str:
-        """The interval in words, empty where there is none."""
-        if self.low is None or self.high is None:
+        """The interval in words, empty where there is none or it is a point."""
+        if self.low is None or self.high is None or self.low == self.high:
             return ""
         return f"{self.low:.{digits}f} to {self.high:.{digits}f}"
 

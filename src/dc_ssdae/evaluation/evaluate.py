@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
+from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImages, validation_loader
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.candidates import Candidate, Encoded
@@ -60,6 +60,7 @@ class Evaluation:
         names: of all images, also of those that cannot be read.
         values: of each image, by metric and by KL, BITS and EVALUATIONS: (N,) float64, NaN where there is none.
         broken: images that cannot be read.
+        broken_places: the places of those.
         latent: None where there is no posterior over (B, c, h, w).
         latent_shape: of one image's latent; None for a codec or a function.
         others: mean KL, bits per pixel and evaluations, with their intervals.
@@ -70,6 +71,7 @@ class Evaluation:
     names: list[str]
     values: dict[str, np.ndarray]
     broken: list[BrokenImage]
+    broken_places: list[int] = field(default_factory=list)
     latent: LatentProfile | None = None
     latent_shape: tuple[int, ...] | None = None
     others: dict[str, Estimate] = field(default_factory=dict)
@@ -111,7 +113,7 @@ def evaluate(
 
     Raises:
         CandidateFailed: its output is not finite or has another shape, or it raises an InputError.
-        InputError: no image can be read, or the data set can no longer be read.
+        ReadingFailed: no image can be read, or the data set can no longer be read.
     """
     processes = processes or Processes()
     for distance in suite.distances.values():
@@ -119,7 +121,7 @@ def evaluate(
     gathered = _Gathered(len(images), [*suite.images, KL, BITS, EVALUATIONS])
     places = processes.share(len(images))
     for batch in validation_loader(images, places, settings.batch_size, settings.workers):
-        gathered.broken += [image.broken for image in batch if image.broken is not None]
+        gathered.broken += [(image.place, image.broken) for image in batch if image.broken is not None]
         usable = [image for image in batch if image.broken is None]
         if usable:
             names = [images.name(image.place) for image in usable]
@@ -165,7 +167,7 @@ class _Gathered:
         # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
         self.values = {name: torch.zeros(count, dtype=torch.float64) for name in names}
         self.known = {name: torch.zeros(count, dtype=torch.float64) for name in names}
-        self.broken: list[BrokenImage] = []
+        self.broken: list[tuple[int, BrokenImage]] = []
         self.profiler: LatentProfiler | None = None
         self.has_profile = True
         self.latent_shape: tuple[int, ...] | None = None
@@ -196,7 +198,7 @@ class _Gathered:
         self, images: ValidationImages, suite: MetricSuite, settings: EvaluationSettings, processes: Processes
     ) -> Evaluation:
         """Put together what all processes have found."""
-        broken = [image for part in processes.gather(self.broken) for image in part]
+        broken = sorted(image for part in processes.gather(self.broken) for image in part)
         values: dict[str, np.ndarray] = {}
         for name, found in self.values.items():
             known = processes.sum(self.known[name]) > 0
@@ -204,7 +206,7 @@ class _Gathered:
             values[name] = torch.where(known, total, torch.nan).numpy()
         measured = len(images) - len(broken)
         if measured == 0:
-            raise InputError(f"none of {len(images)} images can be read; the first: {broken[0].reason}")
+            raise ReadingFailed(f"none of {len(images)} images can be read; the first: {broken[0][1].reason}")
         shape = next((shape for shape in processes.gather(self.latent_shape) if shape is not None), None)
         metrics = {name: self._estimate(name, values, suite, settings, processes) for name in METRICS}
         return Evaluation(
@@ -212,7 +214,8 @@ class _Gathered:
             images=measured,
             names=[images.name(place) for place in range(len(images))],
             values=values,
-            broken=broken,
+            broken=[image for _, image in broken],
+            broken_places=[place for place, _ in broken],
             latent=self._profile(processes),
             latent_shape=shape,
             others={

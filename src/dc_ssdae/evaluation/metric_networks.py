@@ -40,6 +40,7 @@ ImageMetric = Callable[[Tensor, Tensor], Tensor]
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIDE = 224
 INCEPTION_CHANNELS = 2048
+NOT_ASKED = "not asked for"
 MSE = "mse"
 """Measured of every image too, for PSNRs that are pooled."""
 
@@ -101,7 +102,7 @@ def load_metrics(
             raise unknown_name("metric", name, METRICS)
     names = [name for name in METRICS if wanted is None or name in wanted]
     suite = MetricSuite(images={MSE: _in_float64(mse_each, device)})
-    suite.missing = {name: "not asked for" for name in METRICS if name not in names}
+    suite.missing = {name: NOT_ASKED for name in METRICS if name not in names}
     loader = _Loader(suite, device, random_backbones, download)
     for name in names:
         if name == "psnr":

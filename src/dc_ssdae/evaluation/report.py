@@ -1,19 +1,15 @@
 """A report for people: one self-contained HTML page, pictures first."""
 
-import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 import matplotlib
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dc_ssdae.data.images import to_pillow
+from dc_ssdae.evaluation.html import data_uri, escape, fill_template, png
 
 DIFFERENCE_GAIN = 2
 """How much the pictures of differences are amplified around mid-grey."""
@@ -67,14 +63,14 @@ def write_demo_report(
         curves: the losses, one value a step.
         facts: label and text of what else a reader should know about the run.
     """
-    template = Template((resources.files(__package__) / "demo_report.html").read_text(encoding="utf-8"))
-    page = template.substitute(
-        verdict=html.escape(_verdict(results)),
+    page = fill_template(
+        "demo_report.html",
+        verdict=escape(_verdict(results)),
         photos="\n".join(_photo(result) for result in results),
         rows="\n".join([*(_row(result) for result in results), _row(_mean(results))]),
-        curves=_data_uri(_plot(curves)),
-        facts="\n".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()),
-        gain=DIFFERENCE_GAIN,
+        curves=data_uri(_plot(curves)),
+        facts="\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()),
+        gain=str(DIFFERENCE_GAIN),
     )
     beside = path.with_name(path.name + ".part")
     beside.write_text(page, encoding="utf-8")
@@ -121,12 +117,12 @@ def _photo(result: PhotoResult) -> str:
          f"SSIM {result.baseline_ssim:.3f}"),
     )  # fmt: skip
     figures = "".join(
-        f'<figure><img src="{_data_uri(_png(pixels))}" alt="{html.escape(result.name)}: {html.escape(title)}" '
+        f'<figure><img src="{data_uri(png(pixels))}" alt="{escape(result.name)}: {escape(title)}" '
         f'width="{pixels.shape[2]}" height="{pixels.shape[1]}">'
-        f"<figcaption><b>{html.escape(title)}</b><br>{html.escape(caption)}</figcaption></figure>"
+        f"<figcaption><b>{escape(title)}</b><br>{escape(caption)}</figcaption></figure>"
         for pixels, title, caption in panels
     )
-    return f'<section class="photo"><h3>{html.escape(result.name)}</h3><div class="panels">{figures}</div></section>'
+    return f'<section class="photo"><h3>{escape(result.name)}</h3><div class="panels">{figures}</div></section>'
 
 
 def _row(result: PhotoResult | _Mean) -> str:
@@ -136,7 +132,7 @@ def _row(result: PhotoResult | _Mean) -> str:
         latent = "×".join(str(side) for side in result.latent_shape)
         values = f"{result.latent_values:,} / {3 * result.baseline_size[0] * result.baseline_size[1]:,}"
     cells = (
-        html.escape(name),
+        escape(name),
         latent,
         values,
         f"{result.psnr:.2f}",
@@ -152,12 +148,6 @@ def _row(result: PhotoResult | _Mean) -> str:
 def _difference(result: PhotoResult) -> Tensor:
     difference = result.reconstruction.int() - result.original.int()
     return (128 + DIFFERENCE_GAIN * difference).clamp(0, 255).byte()
-
-
-def _png(pixels: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    to_pillow(pixels).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _plot(curves: Sequence[LossCurve]) -> bytes:
@@ -184,7 +174,3 @@ def _running_mean(values: Sequence[float], keep: float = 0.95) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1.0
         means.append(total / weight)
     return means
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,0 +1,95 @@
+"""`dc-ssdae compare`: any number of autoencoders through one protocol, with pictures, figures and costs."""
+
+from argparse import Namespace
+from functools import partial
+
+from dc_ssdae.cli.common import complain, import_classes, say, write_whole
+from dc_ssdae.cli.evaluation_options import (
+    MODELS,
+    add_evaluation_options,
+    command_line,
+    load_suite,
+    open_evaluation,
+    parse_models,
+    refuse_existing,
+)
+from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
+from dc_ssdae.errors import InputError
+
+PROGRAM = "dc-ssdae compare"
+FILES = ("index.html", "table.md", "table.json", "pareto.png")
+
+
+def build_parser() -> CommandParser:
+    """Build the command's parser."""
+    parser = CommandParser(
+        prog=PROGRAM,
+        description="Reconstruct the same images with any number of autoencoders, and measure all of them under one "
+        "protocol: quality with its intervals, latent, parameters, speed and memory. Writes DIR/index.html, table.md, "
+        "table.json and pareto.png. A model that fails is reported in its row, the others finish, and the exit code "
+        "is 2. Needs the extra eval: pip install 'dc-ssdae[eval]'.",
+    )
+    parser.add_argument("models", nargs="+", type=filled, metavar="MODEL", help=MODELS)
+    parser.add_argument(
+        "--out", required=True, type=file_path, metavar="DIR", help="folder to write to, without a comparison in it"
+    )
+    add_evaluation_options(parser)
+    parser.add_argument(
+        "--rounds", type=whole_number(1), default=3, metavar="R", help="in which speed is measured (default 3)"
+    )
+    parser.add_argument("--show", type=whole_number(1), default=8, metavar="N", help="images on the page (default 8)")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Measure, write and print; gives the exit code."""
+    import os
+
+    specs = parse_models(args.models)
+    refuse_existing(args.out, FILES)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("compare runs in one process, so that speeds can be compared; eval takes several")
+    opened = open_evaluation(args)
+    classes = import_classes(args.modules)
+    suite = load_suite(args, opened, opened.device)
+
+    from tqdm import tqdm
+
+    from dc_ssdae.evaluation.arena import run_arena
+    from dc_ssdae.evaluation.arena_report import ArenaReport
+    from dc_ssdae.evaluation.candidates import open_candidate
+    from dc_ssdae.timing import describe_machine
+
+    openers = {spec.label: partial(open_candidate, spec, opened.dtype, classes, opened.decoding) for spec in specs}
+    with tqdm(total=len(specs) * len(opened.images), unit="image", leave=False, disable=None) as bar:
+        entries = run_arena(
+            openers,
+            opened.images,
+            suite,
+            opened.settings,
+            opened.device,
+            args.rounds,
+            args.show,
+            bar.update,
+            lambda label, reason: complain(args.program, f"{label} failed: {reason}"),
+            args.debug,
+        )
+    if all(entry.failed is not None for entry in entries):
+        raise InputError("every model failed; nothing is written")
+    report = ArenaReport(
+        entries,
+        opened.settings,
+        suite,
+        opened.data,
+        opened.total,
+        describe_machine(opened.device),
+        command_line(),
+        args.dtype,
+        args.rounds,
+    )
+    pareto, text = report.as_picture(), report.as_markdown()
+    contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
+    for name, content in zip(FILES, contents, strict=True):
+        write_whole(args.out / name, content)
+    say(f"{text}\n-> {', '.join(str(args.out / name) for name in FILES)}")
+    return 2 if any(entry.failed is not None for entry in entries) else 0

@@ -1,0 +1,142 @@
+"""`dc-ssdae eval`: one autoencoder under a named protocol, with intervals, latents, and its worst and best images."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dc_ssdae.cli.common import complain, import_classes, say, write_whole
+from dc_ssdae.cli.evaluation_options import (
+    MODELS,
+    OpenEvaluation,
+    add_evaluation_options,
+    command_line,
+    load_suite,
+    open_evaluation,
+    parse_models,
+    refuse_existing,
+)
+from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
+from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
+
+if TYPE_CHECKING:
+    from dc_ssdae.evaluation.candidates import Candidate
+    from dc_ssdae.evaluation.evaluate import Evaluation
+    from dc_ssdae.evaluation.metric_networks import MetricSuite
+    from dc_ssdae.processes import Processes
+
+FILES = ("report.html", "report.md", "report.json", "images.csv")
+
+
+def build_parser() -> CommandParser:
+    """Build the command's parser."""
+    parser = CommandParser(
+        prog="dc-ssdae eval",
+        description="Reconstruct images and measure rFID, PSNR, SSIM, LPIPS, DreamSim and rFDD with 95 % intervals, "
+        "and the latents. Writes DIR/report.html with the worst and the best images, report.md, report.json and "
+        "images.csv with a line an image. Several processes share the work: torchrun --nproc_per_node N -m dc_ssdae "
+        "eval ... Needs the extra eval: pip install 'dc-ssdae[eval]'.",
+    )
+    parser.add_argument("--model", required=True, type=filled, metavar="MODEL", help=MODELS)
+    parser.add_argument(
+        "--out",
+        type=file_path,
+        default=Path("evaluation"),
+        metavar="DIR",
+        help="folder to write to, without an evaluation in it (default evaluation)",
+    )
+    add_evaluation_options(parser)
+    parser.add_argument(
+        "--show", type=whole_number(1), default=6, metavar="N", help="worst and best images on the page (default 6)"
+    )
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Measure, write and print; gives the exit code."""
+    (spec,) = parse_models([args.model])
+    refuse_existing(args.out, FILES)
+    opened = open_evaluation(args)
+    classes = import_classes(args.modules)
+    import torch
+
+    from dc_ssdae.evaluation.candidates import open_candidate
+    from dc_ssdae.processes import Processes
+
+    processes = Processes.join(opened.device)
+    if processes.count > 1 and opened.device.type == "cuda":
+        opened = opened._replace(device=torch.device(processes.device))
+    try:
+        suite = load_suite(args, opened, opened.device)
+        candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
+        evaluation = _evaluate(args, opened, candidate, suite, processes)
+    except (InputError, OSError) as error:
+        if processes.is_main:
+            raise
+        raise ToldElsewhere(str(error)) from error
+    if processes.is_main:
+        _write(args, spec.label, opened, candidate, suite, evaluation)
+    return 0
+
+
+def _evaluate(
+    args: Namespace, opened: OpenEvaluation, candidate: "Candidate", suite: "MetricSuite", processes: "Processes"
+) -> "Evaluation":
+    from tqdm import tqdm
+
+    from dc_ssdae.evaluation.evaluate import evaluate
+
+    images = opened.images
+    disabled = None if processes.is_main else True
+    try:
+        with tqdm(total=len(processes.share(len(images))), unit="image", leave=False, disable=disabled) as bar:
+            return evaluate(candidate, images, suite, opened.settings, opened.device, processes, bar.update)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"out of memory with --batch {args.batch}; try a smaller one, or --dtype bfloat16") from None
+
+
+def _write(
+    args: Namespace,
+    label: str,
+    opened: OpenEvaluation,
+    candidate: "Candidate",
+    suite: "MetricSuite",
+    evaluation: "Evaluation",
+) -> None:
+    """Look at the worst and best images again, and write everything."""
+    from dc_ssdae.evaluation.evaluate import reconstruct_places
+    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
+    from dc_ssdae.timing import describe_machine
+
+    report = EvaluationReport(
+        label,
+        candidate.remarks,
+        evaluation,
+        opened.settings,
+        suite,
+        opened.data,
+        opened.total,
+        describe_machine(opened.device),
+        command_line(),
+        args.dtype,
+        opened.decoding,
+    )
+    ranked = report.ranked()
+
+    def shown(places: list[int]) -> list[Any]:
+        return reconstruct_places(candidate, opened.images, places, opened.settings, opened.device)
+
+    worst, best = shown(ranked[: args.show]), shown(ranked[::-1][: args.show])
+    for image in evaluation.broken:
+        complain(args.program, f"left out: {image.reason}")
+    text = report.as_markdown()
+    contents = (
+        report.as_page(worst, best),
+        text.encode("utf-8", "backslashreplace"),
+        report.as_json().encode("utf-8"),
+        report.as_csv().encode("utf-8", "backslashreplace"),
+    )
+    for name, content in zip(FILES, contents, strict=True):
+        write_whole(args.out / name, content)
+    say(f"{text}\n-> {', '.join(str(args.out / name) for name in FILES)}")

@@ -1,0 +1,82 @@
+"""What a reader must know before comparing figures: the protocol in words, and what may not be compared."""
+
+from collections.abc import Mapping, Sequence
+
+from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
+from dc_ssdae.evaluation.estimates import METRICS, Estimate
+from dc_ssdae.evaluation.evaluate import EvaluationSettings
+from dc_ssdae.evaluation.metric_networks import NOT_ASKED, MetricSuite
+
+ENOUGH_IMAGES = 10_000
+"""Below them a distance between sets says more about how many images there are than about the model."""
+
+
+def protocol_lines(settings: EvaluationSettings, suite: MetricSuite, data: str, images: int, total: int) -> list[str]:
+    """Say how figures were measured.
+
+    Args:
+        settings: of the evaluation.
+        suite: its metrics.
+        data: name of the data set.
+        images: how many were measured.
+        total: of the data set.
+    """
+    protocol = settings.protocol
+    which = f"all {images:,} images of {data}"
+    if images != total:
+        which = f"{images:,} of the {total:,} images of {data}, evenly spread"
+    lines = [f"Protocol {protocol.name}. Data: {which}.", *protocol.sentences(settings.size)]
+    for name in ("rfid", "rfdd"):
+        if name in suite.distances:
+            network = "Inception of FID (torch-fidelity)" if name == "rfid" else "DINOv2-L/14, class token (timm)"
+            lines.append(
+                f"{METRICS[name].title}: Fréchet distance (torchmetrics) on features of {network}, between the "
+                f"reconstructions and the same {images:,} processed images, never statistics of the training set."
+            )
+    for name, file in suite.files.items():
+        lines.append(f"Weights of {METRICS[name].title}: {file}.")
+    lines.append(
+        "Intervals: 95 %, by resampling images with replacement; of distances between sets, ± t · s over replicates of "
+        "a Poisson bootstrap. They tell how much another draw of images would change a figure, not another training."
+    )
+    return lines
+
+
+def missing_lines(suite: MetricSuite) -> list[str]:
+    """Say which metrics were not taken, and why."""
+    return [f"No {METRICS[name].title}: {reason}." for name, reason in suite.missing.items() if reason != NOT_ASKED]
+
+
+def caveats(
+    settings: EvaluationSettings,
+    suite: MetricSuite,
+    metrics: Sequence[Mapping[str, Estimate]],
+    images: int,
+    random_models: Sequence[str] = (),
+) -> list[str]:
+    """Say what may not be compared.
+
+    Args:
+        settings: of the evaluation.
+        suite: its metrics.
+        metrics: of each model that has results.
+        images: how many were measured.
+        random_models: labels of those with random weights.
+    """
+    lines = []
+    if random_models:
+        names, verb = ", ".join(random_models), "has" if len(random_models) == 1 else "have"
+        lines.append(f"{names} {verb} {RANDOM_WEIGHTS}: cost and shape can be compared, quality means nothing.")
+    lines += [f"{METRICS[name].title}: {note}." for name, note in suite.notes.items()]
+    taken = [name for name in suite.distances if any(found[name].value is not None for found in metrics)]
+    if taken and images < ENOUGH_IMAGES:
+        titles = " and ".join(METRICS[name].title for name in taken)
+        lines.append(
+            f"{titles} of {images:,} images: these distances fall as images are added, so compare them only with those "
+            f"of the same {images:,}; published ones are of 50,000."
+        )
+    lines.append(
+        f"Figures are of {settings.size} px images under the protocol {settings.protocol.name}: not comparable with "
+        "those of another size or protocol."
+    )
+    return lines
