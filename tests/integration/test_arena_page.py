@@ -1,0 +1,174 @@
+"""The whole arena: a model trained here, diffusers' autoencoders, codecs; its page in a browser."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dc_ssdae.data.images import write_png
+from dc_ssdae.data.sample_photos import sample_photos
+
+pytestmark = pytest.mark.xdist_group("arena")  # so that one worker makes the arena, once
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LABELS = ["ours", "AutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "jpeg:75", "jpeg:20", "bicubic:8"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos beside the repository; elsewhere crops of those that scikit-image carries."""
+    beside = Path(os.environ.get("DC_SSDAE_DATA") or REPOSITORY / "../shared/data/imagenet-sample").resolve()
+    if beside.is_dir():
+        return beside
+    folder = tmp_path_factory.mktemp("photos")
+    for split, part in (("train", "train"), ("held_out", "validation")):
+        (folder / part).mkdir()
+        for photo in sample_photos(split):  # type: ignore[arg-type]
+            for place in range(10):
+                crop = photo.pixels[:, 10 * place : 10 * place + 160, 12 * place : 12 * place + 200]
+                write_png(crop, folder / part / f"{photo.name}-{place}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arena(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that examples/arena.sh writes, with a model of a few steps."""
+    out = tmp_path_factory.mktemp("arena")
+    binaries = Path(sys.executable).parent
+    environment = {**os.environ, "STEPS": "5", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("DC_SSDAE_WEIGHTS", None)
+    command = ["bash", str(REPOSITORY / "examples/arena.sh"), str(photos), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out / "arena"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The system's Chromium, with nothing of its own going on."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("there is no chromium on this machine (Debian: apt install chromium)")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    quiet += ["--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as driver:
+        context = driver.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("browser")), executable_path=found, headless=True, args=quiet
+        )
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def page(browser: Any, arena: Path) -> Iterator[Any]:
+    """The arena's page; at the end nothing may have been said on the console."""
+    opened = browser.new_page()
+    said: list[str] = []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("requestfailed", lambda request: said.append(request.url))
+    opened.set_viewport_size({"width": 1440, "height": 900})
+    opened.goto((arena / "index.html").as_uri())
+    yield opened
+    opened.close()
+    assert said == []
+
+
+def test_every_model_has_its_row(arena: Path) -> None:
+    table = json.loads((arena / "table.json").read_text())
+    rows = {row["model"]: row for row in table["rows"]}
+    assert list(rows) == LABELS
+    for label, row in rows.items():
+        assert "failed" not in row
+        assert row["psnr"]["low"] < row["psnr"]["value"] < row["psnr"]["high"]
+        assert ("random weights" in row["remarks"]) == label.startswith("Autoencoder")
+        for name in table["columns"]:
+            assert name == "model" or row[name]["value"] is not None or row[name]["reason"]
+    assert table["protocol"]["images"] == 30
+    assert rows["AutoencoderDC"]["latent_shape"]["value"] == [32, 4, 4]
+    assert rows["AutoencoderDC"]["tokens"]["value"] == 16
+    assert rows["AutoencoderKL"]["compression"]["value"] == 48
+    assert rows["jpeg:75"]["psnr"]["value"] > rows["jpeg:20"]["psnr"]["value"]
+    assert rows["jpeg:75"]["bits_per_pixel"]["value"] > rows["jpeg:20"]["bits_per_pixel"]["value"]
+    with Image.open(arena / "pareto.png") as picture:
+        assert picture.width > 800
+
+
+def pictures(page: Any, count: int) -> list[bytes]:
+    """What the first cells look like: the original's, then those of the models."""
+    views = page.locator(".view")
+    return [views.nth(place).screenshot() for place in range(count)]
+
+
+def test_the_slider_changes_the_pictures(page: Any) -> None:
+    count = 1 + len(LABELS)
+    assert page.locator(".view").count() == 8 * count
+    before = pictures(page, count)
+    assert len(set(before)) == count
+    page.locator("#split").fill("0")
+    originals = pictures(page, count)
+    assert originals[0] == before[0]
+    assert all(now != then for now, then in zip(originals[1:], before[1:], strict=True))
+    page.locator("#split").fill("50")
+    halves = pictures(page, count)
+    assert all(now not in (one, other) for now, one, other in zip(halves[1:], originals[1:], before[1:], strict=True))
+    page.locator("#reset").click()
+    assert pictures(page, count) == before
+
+
+def test_a_click_flips_every_model(page: Any) -> None:
+    count = 1 + len(LABELS)
+    before = pictures(page, count)
+    page.locator(".view").nth(2).click()
+    assert page.locator("#split").input_value() == "0"
+    flipped = pictures(page, count)
+    assert all(now != then for now, then in zip(flipped[1:], before[1:], strict=True))
+    page.locator(".view").nth(5).press("Enter")
+    assert page.locator("#split").input_value() == "100"
+
+
+def test_zoom_and_drag_show_the_same_crop_of_all(page: Any) -> None:
+    count = 1 + len(LABELS)
+    before = pictures(page, count)
+    page.locator("#zoom").fill("4")
+    zoomed = pictures(page, count)
+    # A picture that is black all over (a random decoder may give that) looks the same at every zoom.
+    moving = [place for place in range(count) if zoomed[place] != before[place]]
+    assert len(moving) >= count - 1
+    box = page.locator(".view").first.bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 40, box["y"] + 70, steps=3)
+    page.mouse.up()
+    dragged = pictures(page, count)
+    assert all(dragged[place] != zoomed[place] for place in moving)
+    assert page.locator("#split").input_value() == "100", "a drag is no click"
+    places = page.eval_on_selector_all(
+        ".layer", "layers => [...new Set(layers.map(layer => getComputedStyle(layer).transform))]"
+    )
+    assert places == ["matrix(4, 0, 0, 4, 0, 0)"]
+
+
+@pytest.mark.parametrize("width", [375, 1440])
+def test_it_can_be_read_at_any_width(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    smallest = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('p, li, td, th, h1, h2, h3, figcaption, label')]"
+        ".map(element => parseFloat(getComputedStyle(element).fontSize)))"
+    )
+    assert smallest >= 13
+    first = page.locator(".view").first.bounding_box()
+    assert first["width"] >= 140
+    assert first["y"] < 900, "pictures come first"
+    names = page.locator("td:first-child")
+    heights = [names.nth(place).bounding_box()["height"] for place in range(names.count())]
+    assert max(heights) < 90, "a name is not broken letter by letter"
