@@ -49,8 +49,10 @@ DREAMSIM_FILES = (
     "open_clip_vitb16_pretrain.pth.tar",
     "clip_vitb16_pretrain.pth.tar",
     "ensemble_lora",
+    "facebookresearch_dino_main",
+    "checkpoints/dino_vitbase16_pretrain.pth",
 )
-"""What the package dreamsim keeps of its ensemble in its folder."""
+"""What the package dreamsim keeps of its ensemble in its folder; the last two by way of PyTorch Hub."""
 
 
 @dataclass
@@ -178,8 +180,12 @@ class _Loader:
             return
         from dreamsim import dreamsim
 
-        with contextlib.redirect_stdout(sys.stderr):
-            network, preprocess = dreamsim(pretrained=True, device=str(self.device), cache_dir=str(folder))
+        hub = torch.hub.get_dir()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                network, preprocess = dreamsim(pretrained=True, device=str(self.device), cache_dir=str(folder))
+        finally:
+            torch.hub.set_dir(hub)  # the package moves it
         self.suite.files["dreamsim"] = f"ensemble of {folder}"
 
         def measure(reference: Tensor, images: Tensor) -> Tensor:
