@@ -1,15 +1,21 @@
 """Metrics and the bicubic baseline against independent implementations."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
+from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from dc_ssdae.data.sample_photos import sample_photos
 from dc_ssdae.data.transforms import resize_shorter_side
 from dc_ssdae.evaluation.baseline import bicubic_baseline
-from dc_ssdae.evaluation.metrics import psnr, ssim
+from dc_ssdae.evaluation.metrics import mse, mse_each, psnr, psnr_each, scikit_ssim_each, ssim, ssim_each
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +77,141 @@ def test_baseline_is_pillows_bicubic():
     # Pillow rounds and clamps the small image too, which matters where bicubic overshoots.
     assert difference.max() <= 8
     assert difference.mean() < 0.5
+
+
+# --- images of a batch, each on its own ---
+
+EACH = {"psnr": psnr_each, "ssim": ssim_each, "scikit ssim": scikit_ssim_each, "mse": mse_each}
+GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[Tensor, Tensor]:
+    """Photos (7, 3, 48, 61) and others between hardly and entirely different, none of them equal."""
+    photos = [resize_shorter_side(photo.pixels, 64)[:, :48, :61] for photo in sample_photos("held_out")]
+    reference = torch.stack([photos[i % len(photos)].roll(i, dims=2) for i in range(7)])
+    generator = torch.Generator().manual_seed(1)
+    strength = torch.tensor([0.6, 2.0, 6.0, 12.0, 25.0, 60.0, 400.0]).view(7, 1, 1, 1)
+    noise = torch.randn(reference.shape, generator=generator) * strength
+    images = (reference + noise).round().clamp(0, 255).to(torch.uint8)
+    images[1] = images[1] // 2 + 60  # another brightness and contrast
+    return reference, images
+
+
+def one_by_one(metric: Callable[[Tensor, Tensor], object], pair: tuple[Tensor, Tensor]) -> Tensor:
+    """A library's metric called for one image at a time, (1, 3, H, W) both."""
+    calls = [metric(reference[None], image[None]) for reference, image in zip(*pair, strict=True)]
+    return torch.tensor([float(value) for value in calls], dtype=torch.float64)  # type: ignore[arg-type]
+
+
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_psnr_of_each_is_torchmetrics(batch: tuple[Tensor, Tensor]) -> None:
+    function = one_by_one(lambda a, b: torchmetrics_psnr(b.double(), a.double(), data_range=255.0), batch)
+    module = one_by_one(lambda a, b: PeakSignalNoiseRatio(data_range=255.0)(b.double(), a.double()), batch)
+    assert_equal(psnr_each(*batch), function)
+    # The module sums up in float32.
+    torch.testing.assert_close(psnr_each(*batch), module, rtol=1e-6, atol=0)
+
+
+def test_psnr_of_each_is_scikit_images(batch: tuple[Tensor, Tensor]) -> None:
+    expected = one_by_one(lambda a, b: peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=255), batch)
+    # torchmetrics keeps the logarithm of 255 in float32.
+    torch.testing.assert_close(psnr_each(*batch), expected, rtol=0, atol=1e-5)
+    assert expected.min() < 10.0
+    assert expected.max() > 45.0
+
+
+def test_ssim_of_each_is_torchmetrics(batch: tuple[Tensor, Tensor]) -> None:
+    function = one_by_one(lambda a, b: torchmetrics_ssim(b.double(), a.double(), data_range=255.0), batch)
+    module = one_by_one(lambda a, b: StructuralSimilarityIndexMeasure(data_range=255.0)(b.double(), a.double()), batch)
+    assert_equal(ssim_each(*batch), function)
+    # The module sums up in float32.
+    torch.testing.assert_close(ssim_each(*batch), module, rtol=1e-6, atol=0)
+    assert 0.0 < function.min() < 0.1 < 0.98 < function.max() < 1.0
+
+
+def test_ssim_of_each_is_scikit_images_where_the_border_is_mirrored(batch: tuple[Tensor, Tensor]) -> None:
+    """scikit-image leaves out what its window of 11 pixels does not cover: a border of 5.
+
+    torchmetrics mirrors the image there, without the outermost pixel twice; mirrored beforehand, both average over the
+    same windows.
+    """
+    expected = []
+    for reference, image in zip(*batch, strict=True):
+        pair = [np.pad(x.numpy().astype(float), ((0, 0), (5, 5), (5, 5)), mode="reflect") for x in (reference, image)]
+        expected.append(structural_similarity(*pair, channel_axis=0, data_range=255, **GAUSSIAN))
+    torch.testing.assert_close(ssim_each(*batch), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    inside = one_by_one(
+        lambda a, b: structural_similarity(
+            a[0].double().numpy(), b[0].double().numpy(), channel_axis=0, data_range=255, **GAUSSIAN
+        ),
+        batch,
+    )
+    assert (ssim_each(*batch) - inside).abs().max() > 1e-4, "the border makes no difference here"
+
+
+def test_scikit_ssim_of_each_is_scikit_images(batch: tuple[Tensor, Tensor]) -> None:
+    def by_default(reference: Tensor, image: Tensor) -> float:
+        sides = [np.ascontiguousarray(x[0].numpy().transpose(1, 2, 0)) for x in (reference, image)]
+        return float(structural_similarity(*sides, channel_axis=-1, win_size=7))  # its range of uint8 is 255
+
+    assert_equal(scikit_ssim_each(*batch), one_by_one(by_default, batch))
+    assert (scikit_ssim_each(*batch) - ssim_each(*batch)).abs().max() > 1e-3, "the two windows make no difference here"
+
+
+def test_mse_of_each_is_scikit_images_and_goes_with_psnr(batch: tuple[Tensor, Tensor]) -> None:
+    values = mse_each(*batch)
+    assert_equal(values, one_by_one(lambda a, b: mean_squared_error(a.numpy() / 255.0, b.numpy() / 255.0), batch))
+    torch.testing.assert_close(-10.0 * values.log10(), psnr_each(*batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", EACH.values(), ids=EACH)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_batch_size_changes_nothing(
+    metric: Callable[[Tensor, Tensor], Tensor], size: int, batch: tuple[Tensor, Tensor]
+) -> None:
+    parts = [metric(*(side[start : start + size] for side in batch)) for start in range(0, 7, size)]
+    assert_equal(torch.cat(parts), metric(*batch))
+    assert [len(part) for part in parts] == [size] * (7 // size) + ([7 % size] if 7 % size else [])
+
+
+@pytest.mark.parametrize(("single", "each"), [(psnr, psnr_each), (ssim, ssim_each), (mse, mse_each)])
+def test_one_image_is_a_batch_of_one(
+    single: Callable[[Tensor, Tensor], float], each: Callable[[Tensor, Tensor], Tensor], batch: tuple[Tensor, Tensor]
+) -> None:
+    values = [single(reference, image) for reference, image in zip(*batch, strict=True)]
+    assert all(isinstance(value, float) for value in values)
+    assert_equal(torch.tensor(values, dtype=torch.float64), each(*batch))
+
+
+@pytest.mark.parametrize("metric", EACH.values(), ids=EACH)
+def test_the_images_are_left_as_they_are(
+    metric: Callable[[Tensor, Tensor], Tensor], batch: tuple[Tensor, Tensor]
+) -> None:
+    before = [side.clone() for side in batch]
+    metric(*batch)
+    assert all(torch.equal(side, kept) for side, kept in zip(batch, before, strict=True))
+
+
+def test_an_equal_image_among_others_is_perfect(batch: tuple[Tensor, Tensor]) -> None:
+    reference, images = batch[0], batch[1].clone()
+    images[2] = reference[2]
+    assert psnr_each(reference, images).isinf().tolist() == [place == 2 for place in range(7)]
+    assert mse_each(reference, images)[2] == 0.0
+    for metric in (ssim_each, scikit_ssim_each):
+        values = metric(reference, images)
+        assert values[2] == pytest.approx(1.0, abs=1e-12)
+        assert (values[[0, 1, 3, 4, 5, 6]] < 0.9999).all()
+
+
+def test_black_against_white_is_the_worst() -> None:
+    black, white = torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    assert psnr_each(black, white).tolist() == pytest.approx([0.0], abs=1e-5)
+    assert mse_each(black, white).tolist() == [1.0]
+    # Equal but for the luminance: c₁ / (μ² + c₁), with c₁ = (0.01 · 255)².
+    for metric in (ssim_each, scikit_ssim_each):
+        assert float(metric(black, white)) == pytest.approx(1e-4 / (1.0 + 1e-4), rel=1e-6)

@@ -2,8 +2,9 @@
 
 from argparse import Namespace
 from functools import partial
+from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import complain, import_classes, say, write_whole
+from dc_ssdae.cli.common import complain, describe, import_classes, say, write_whole
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     add_evaluation_options,
@@ -15,6 +16,9 @@ from dc_ssdae.cli.evaluation_options import (
 )
 from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
 from dc_ssdae.errors import InputError
+
+if TYPE_CHECKING:
+    from dc_ssdae.evaluation.candidates import Candidate
 
 PROGRAM = "dc-ssdae compare"
 FILES = ("index.html", "table.md", "table.json", "pareto.png")
@@ -57,10 +61,17 @@ def run(args: Namespace) -> int:
 
     from dc_ssdae.evaluation.arena import run_arena
     from dc_ssdae.evaluation.arena_report import ArenaReport
-    from dc_ssdae.evaluation.candidates import open_candidate
+    from dc_ssdae.evaluation.candidates import Candidate, open_candidate
     from dc_ssdae.timing import describe_machine
 
-    openers = {spec.label: partial(open_candidate, spec, opened.dtype, classes, opened.decoding) for spec in specs}
+    # All of them before the hours that measuring takes: what cannot be loaded is a mistake to mend at once.
+    candidates: dict[str, Candidate] = {}
+    for spec in specs:
+        try:
+            candidates[spec.label] = open_candidate(spec, opened.dtype, classes, opened.decoding)
+        except (InputError, OSError) as error:
+            raise InputError(f"{spec.label}: {describe(error)}") from error
+    openers = {label: partial(_given, candidate) for label, candidate in candidates.items()}
     with tqdm(total=len(specs) * len(opened.images), unit="image", leave=False, disable=None) as bar:
         entries = run_arena(
             openers,
@@ -93,3 +104,7 @@ def run(args: Namespace) -> int:
         write_whole(args.out / name, content)
     say(f"{text}\n-> {', '.join(str(args.out / name) for name in FILES)}")
     return 2 if any(entry.failed is not None for entry in entries) else 0
+
+
+def _given(candidate: "Candidate") -> "Candidate":
+    return candidate

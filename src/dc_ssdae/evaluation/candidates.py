@@ -20,7 +20,8 @@ from torchvision.transforms.v2 import functional as tvf
 from dc_ssdae.autoencoder import DCSSDAE, may_be_on_the_hub, model_folder
 from dc_ssdae.classes import import_module, importing_from
 from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
-from dc_ssdae.errors import InputError
+from dc_ssdae.decoding import plan_decoding
+from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.presets import list_presets
 
@@ -109,12 +110,18 @@ class OurCandidate(Candidate):
     Args:
         model: in eval mode.
         decoding: what `DCSSDAE.decode` takes besides the latent.
+
+    Raises:
+        InputError: the model cannot be decoded so.
     """
 
     def __init__(self, model: DCSSDAE, decoding: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.model = model
         self.decoding = dict(decoding or {})
+        names = ("sampler", "num_steps", "step_size", "momentum", "tolerance")
+        settings: dict[str, Any] = {name: self.decoding.get(name) for name in names}
+        plan_decoding(model.dynamics, **settings)
 
     def module(self) -> nn.Module:
         return self.model
@@ -170,6 +177,8 @@ class PythonCandidate(Candidate):
                 f"{name} is neither a function from images to images nor an object with encode and decode, but "
                 f"{type(value).__name__}"
             )
+        if not self.splits:
+            self.remarks.append("a function, timed as a whole")
         if isinstance(value, nn.Module):
             value.eval()
 
@@ -362,8 +371,6 @@ def _check_value(text: str, kind: str, value: str) -> None:
             raise InputError(f"{text!r}: the factor is a number from 1 on, as in bicubic:8")
     elif kind == "preset":
         if value not in list_presets():
-            from dc_ssdae.errors import unknown_name
-
             raise unknown_name("preset", value, list_presets())
     elif kind == "python":
         if not re.fullmatch(r"\w+(\.\w+)+", value):
@@ -461,16 +468,16 @@ def _find_python(path: str) -> Any:
             if owner is None:
                 raise
         if not hasattr(owner, name):
-            raise InputError(f"python:{path}: {module_name} has no {name}")
+            raise unknown_name(f"object of {module_name}", name, [key for key in dir(owner) if not key.startswith("_")])
         value = getattr(owner, name)
         if not isinstance(value, type):
             return value
         try:
             return value()
-        except TypeError as error:
+        except Exception as error:  # a user's code may raise anything
             raise InputError(
-                f"python:{path}: the class is made without arguments, which it refuses ({_line(error)}); name an "
-                "object or a function instead"
+                f"python:{path}: making the class without arguments failed with {type(error).__name__}: "
+                f"{_line(error)}; name an object or a function instead"
             ) from error
 
 

@@ -276,9 +276,11 @@ def _reconstruct(
     if images.shape != x.shape:
         given, wanted = ("×".join(map(str, shape)) for shape in (images.shape, x.shape))
         raise CandidateFailed(f"gives images of shape {given} for {wanted}")
-    lost = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+    lost = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if lost:
-        raise CandidateFailed(f"gives NaN or infinity in {lost} of {len(images)} images of a batch, {names[0]} first")
+        raise CandidateFailed(
+            f"gives NaN or infinity in {len(lost)} of a batch's {len(images)} images, {names[lost[0]]} first"
+        )
     if gathered is not None:
         gathered.add_latent(encoded, places, x.shape[-1] * x.shape[-2])
         if decoded.num_evaluations is not None:
