@@ -96,22 +96,24 @@ def bootstrap(
         return Estimate(reason="no image was measured")
     values = np.sort(values)
     value = float(statistic(values, axis=0))
-    if len(values) < 2 or not np.isfinite(values).all():
+    if len(values) < 2 or not np.isfinite(values).all() or not math.isfinite(value):
         return Estimate(value)
     if values[0] == values[-1]:
         return Estimate(value, value, value)
     from scipy.stats import bootstrap as resample
 
-    interval = resample(
-        (values,),
-        statistic,
-        n_resamples=resamples,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        batch=max(1, 2_000_000 // len(values)),  # resamples at a time, so that memory stays small
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high))
+    with np.errstate(invalid="ignore"):  # resamples of perfect images alone have an infinite PSNR
+        interval = resample(
+            (values,),
+            statistic,
+            n_resamples=resamples,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            batch=max(1, 2_000_000 // len(values)),  # resamples at a time, so that memory stays small
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    low, high = float(interval.low), float(interval.high)
+    return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else Estimate(value)
 
 
 def around(value: float, replicates: np.ndarray) -> Estimate:

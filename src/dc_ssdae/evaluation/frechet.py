@@ -61,7 +61,7 @@ class FrechetDistance:
         counts = torch.from_numpy(resampling_counts(self.seed, names, len(self._metrics) - 1)).to(self.device)
         sides = [(images, False)] if self.has_reference else [(images, False), (reference, True)]
         for pixels, real in sides:
-            features = self.features(pixels).double().to(self.device)
+            features = self.features(pixels).to(self.device).double()
             self._metrics[0].update(features, real=real)
             for place, metric in enumerate(self._metrics[1:]):
                 metric.update(features.repeat_interleave(counts[:, place], dim=0), real=real)
@@ -77,7 +77,7 @@ class FrechetDistance:
                 metric.sync()
             if processes.is_main:
                 values.append(_distance(metric))
-            if processes.count > 1:
+            if metric._is_synced:  # `compute` has undone it already
                 metric.unsync()
             metric.reset()
         self.has_reference = True

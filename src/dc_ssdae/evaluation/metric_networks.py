@@ -235,7 +235,9 @@ class Inception(nn.Module):
         with fixed_random_state():
             extractor = _without_weights(library.FeatureExtractorInceptionV3)
         if path is not None:
-            load_exactly(extractor, read_weights(path), path)
+            # The published file comes from TensorFlow, where nobody counts batches, and nothing reads their number.
+            counts = {name: n for name, n in extractor.state_dict().items() if name.endswith(".num_batches_tracked")}
+            load_exactly(extractor, counts | read_weights(path), path)
         self.extractor = extractor.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -246,7 +248,8 @@ class Inception(nn.Module):
 class DINOv2(nn.Module):
     """The class token of a DINOv2 of timm: uint8 (B, 3, H, W) to (B, D) float32 (Stein et al. 2023).
 
-    Images are resized to 224 pixels a side: bicubic, antialiased, in floating point.
+    Images are resized to 224 pixels a side: bicubic, antialiased, in floating point. Positions are resampled as the
+    authors' code does it, bicubic without antialiasing and with its offset, where timm would use antialiasing.
 
     Args:
         name: timm's.
@@ -259,7 +262,14 @@ class DINOv2(nn.Module):
     def __init__(self, name: str, path: Path | None) -> None:
         super().__init__()
         self.transformer: Any = build_transformer(name, path)
+        positions = _resized_positions(self.transformer)
+        self.transformer.set_input_size(img_size=(DINOV2_SIDE, DINOV2_SIDE))
+        self.transformer.pos_embed = nn.Parameter(positions)
         self.channels: int = self.transformer.embed_dim
+        if path is None:
+            for name_, scale in self.transformer.named_parameters():
+                if name_.endswith(".gamma"):  # timm starts its layer scales at 1e-5, which hides the image
+                    nn.init.ones_(scale)
         config = self.transformer.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
@@ -267,6 +277,18 @@ class DINOv2(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = F.interpolate(pixels / 255.0, (DINOV2_SIDE, DINOV2_SIDE), mode="bicubic", antialias=True)
         return self.transformer.forward_features((x - self.mean) / self.std)[:, 0]
+
+
+def _resized_positions(transformer: Any) -> Tensor:
+    """The position embeddings for images of DINOV2_SIDE pixels, (1, prefix + tokens, D)."""
+    prefix = transformer.num_prefix_tokens
+    embeddings = transformer.pos_embed.detach()
+    side = DINOV2_SIDE // transformer.patch_embed.patch_size[0]
+    rows, columns = transformer.patch_embed.grid_size
+    grid = embeddings[:, prefix:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+    scale = ((side + 0.1) / rows, (side + 0.1) / columns)  # 0.1 as in the authors' code, which passes the scale on
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    return torch.cat([embeddings[:, :prefix], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _in_float64(metric: ImageMetric, device: torch.device) -> ImageMetric:

@@ -155,7 +155,7 @@ class Protocol:
         if not output.isfinite().all():
             raise InputError("the output is not finite")
         # As (x + 1) / 2 · 255, so that a value which stands for a whole number is one exactly, or a hair above it.
-        return output.double().clamp(-1, 1).add(1).mul(127.5).add(1e-4).floor().clamp(0, 255).to(torch.uint8)
+        return output.float().clamp(-1, 1).add(1).mul(127.5).add(1e-4).floor().clamp(0, 255).to(torch.uint8)
 
     def settings(self) -> dict[str, Any]:
         """All fields, for a file."""
