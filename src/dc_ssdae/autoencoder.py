@@ -623,4 +623,4 @@ def may_be_on_the_hub(name: str) -> bool:
     """Tell a hub id, OWNER/MODEL, from a misspelt path, which should not wait for the network."""
     owner, slash, model = name.partition("/")
     is_id = bool(slash and model) and "/" not in model and owner not in ("", ".", "..", "~")
-    return is_id and not Path(owner).exists() and not Path(name).exists()
+    return is_id and not os.path.exists(owner) and not os.path.exists(name)

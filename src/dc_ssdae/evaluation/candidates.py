@@ -1,9 +1,9 @@
 """The autoencoders that can be measured: ours, diffusers', a Python object, image codecs and plain resizing."""
 
-import importlib
 import inspect
 import io
 import math
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.autoencoder import DCSSDAE, may_be_on_the_hub, model_folder
-from dc_ssdae.classes import import_module, importing_from
+from dc_ssdae.classes import find_imported, import_module, importing_from
 from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
 from dc_ssdae.decoding import plan_decoding
 from dc_ssdae.errors import InputError, unknown_name
@@ -186,6 +186,10 @@ class PythonCandidate(Candidate):
         return self.value if isinstance(self.value, nn.Module) else None
 
     def encode(self, x: Tensor) -> Encoded:
+        module = self.module()
+        weights = None if module is None else next(module.parameters(), None)
+        if weights is not None and weights.is_floating_point():
+            x = x.to(weights.dtype)
         # A function does all of its work in `decode`.
         return Encoded(_posterior(self.value.encode(x), self.name)) if self.splits else Encoded(None, x)
 
@@ -285,11 +289,12 @@ def parse_candidate(text: str) -> CandidateSpec:
     """
     label, equals, rest = text.partition("=")
     # A label has none of the signs that paths and kinds have, so that "=" in a path stays there.
-    if not equals or not label.strip() or re.search(r"[/\\:]", label) or Path(text).exists():
+    if not equals or not label.strip() or re.search(r"[/\\:]", label) or os.path.exists(text):
         label, rest = "", text
+    rest = rest.strip()
     kind, colon, value = rest.partition(":")
     if not colon or kind not in ("preset", "diffusers", "python", "jpeg", "webp", "bicubic"):
-        if colon and not Path(rest).exists():
+        if colon and not os.path.exists(rest):
             raise InputError(f"{text!r} names no model; it is {FORMS}")
         kind, value = "ours", rest
     value = value.strip()
@@ -307,8 +312,10 @@ def name_apart(specs: Sequence[CandidateSpec]) -> list[CandidateSpec]:
     """
     labels = [spec.label for spec in specs]
     renamed = [
-        CandidateSpec(spec.value if spec.kind in ("ours", "diffusers") else spec.label, spec.kind, spec.value)
+        CandidateSpec(spec.value, spec.kind, spec.value)
         if labels.count(spec.label) > 1
+        and spec.kind in ("ours", "diffusers")
+        and spec.label == _default_label(spec.kind, spec.value)
         else spec
         for spec in specs
     ]
@@ -360,7 +367,7 @@ def open_candidate(
 
 def _check_value(text: str, kind: str, value: str) -> None:
     if kind in ("jpeg", "webp"):
-        if not re.fullmatch(r"\d+", value) or not 1 <= int(value) <= 100:
+        if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= 100:
             raise InputError(f"{text!r}: the quality is a whole number from 1 to 100, as in {kind}:75")
     elif kind == "bicubic":
         try:
@@ -375,25 +382,25 @@ def _check_value(text: str, kind: str, value: str) -> None:
     elif kind == "python":
         if not re.fullmatch(r"\w+(\.\w+)+", value):
             raise InputError(f"{text!r}: write python:MODULE.NAME, as in python:my_package.my_module.my_autoencoder")
-    elif not Path(value).is_dir() and not may_be_on_the_hub(value):
+    elif not os.path.isdir(value) and not (may_be_on_the_hub(value) and value.isprintable()):
         raise InputError(f"{text!r}: there is no folder {value!r}; a model is named by {FORMS}")
 
 
 def _default_label(kind: str, value: str) -> str:
-    if kind in ("ours", "diffusers") and Path(value).is_dir():
+    if kind in ("ours", "diffusers") and os.path.isdir(value):
         folder = Path(value).resolve()
-        return folder.parent.name if folder.name in ("model", "vae") else folder.name
+        return (folder.parent.name if folder.name in ("model", "vae") else folder.name) or str(folder)
     if kind in ("ours", "diffusers"):
         return value
     return value.rpartition(".")[2] if kind == "python" else f"{kind}:{value}"
 
 
 def _load_ours(value: str, dtype: torch.dtype, classes: Sequence[type]) -> DCSSDAE:
-    name = model_folder(value) if Path(value).is_dir() else value
+    name = model_folder(value) if os.path.isdir(value) else value
     try:
         return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype)
     except OSError as error:
-        if Path(value).is_dir():
+        if os.path.isdir(value):
             raise
         raise InputError(f"{value}: no such folder, and not to be had from the hub: {_line(error)}") from error
 
@@ -416,7 +423,10 @@ def _load_diffusers(
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            model = kind.from_config(config).eval()
+            try:
+                model = kind.from_config(config).eval()
+            except Exception as error:  # settings that fit no model
+                raise InputError(f"diffusers:{value}: its config.json makes no {name}: {_line(error)}") from error
         candidate = DiffusersCandidate(model if dtype == torch.float32 else model.to(dtype))
         candidate.remarks.append(RANDOM_WEIGHTS)
         return candidate
@@ -442,7 +452,7 @@ def _diffusers_config(value: str) -> tuple[dict[str, Any], dict[str, str]]:
 
     problem: Exception | None = None
     for place in ({}, {"subfolder": "vae"}):
-        if Path(value).is_dir() and not (Path(value, *place.values()) / "config.json").is_file():
+        if os.path.isdir(value) and not (Path(value, *place.values()) / "config.json").is_file():
             continue
         try:
             return dict(AutoencoderKL.load_config(value, **place)), place  # reads that of any class
@@ -461,11 +471,9 @@ def _find_python(path: str) -> Any:
         try:
             owner = import_module(module_name)
         except InputError as error:
-            outer, _, inner = module_name.rpartition(".")
-            if error.__cause__ is not None or not outer:
-                raise
-            owner = getattr(importlib.import_module(outer), inner, None)
-            if owner is None:
+            # What looks like a module may be a class that holds the name; the modules before it are imported by now.
+            owner = find_imported(module_name)
+            if error.__cause__ is not None or owner is None:
                 raise
         if not hasattr(owner, name):
             raise unknown_name(f"object of {module_name}", name, [key for key in dir(owner) if not key.startswith("_")])
@@ -485,12 +493,10 @@ def _posterior(output: Any, name: str) -> DiagonalGaussian:
     """Find the latent in what `encode` gave."""
     if isinstance(output, tuple) and len(output) == 1:
         output = output[0]
-    distribution = getattr(
-        output, "latent_dist", output if hasattr(output, "mean") and not isinstance(output, Tensor) else None
-    )
-    if distribution is not None:
-        mean = distribution.mean
-        return DiagonalGaussian(mean, getattr(distribution, "logvar", None))
+    distribution = getattr(output, "latent_dist", output)
+    if isinstance(getattr(distribution, "mean", None), Tensor):
+        logvar = getattr(distribution, "logvar", None)
+        return DiagonalGaussian(distribution.mean, logvar if isinstance(logvar, Tensor) else None)
     for field in ("latents", "latent"):
         if isinstance(getattr(output, field, None), Tensor):
             return DiagonalGaussian(getattr(output, field))
@@ -500,7 +506,7 @@ def _posterior(output: Any, name: str) -> DiagonalGaussian:
 
 
 def _sample(output: Any) -> Tensor:
-    if isinstance(output, tuple) and not hasattr(output, "sample"):
+    if isinstance(output, tuple) and output and not hasattr(output, "sample"):
         output = output[0]
     images = output if isinstance(output, Tensor) else getattr(output, "sample", None)
     if not isinstance(images, Tensor):

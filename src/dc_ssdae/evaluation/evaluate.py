@@ -101,7 +101,8 @@ def evaluate(
     Args:
         candidate: on `device`.
         images: as `settings.images` gives them.
-        suite: of the settings' protocol.
+        suite: of the settings' protocol. It keeps what it needs of the images for the next candidate: a suite is for
+            one data set.
         settings: see there.
         device: of candidate and metrics.
         processes: that share the work, if there are several.
@@ -119,6 +120,34 @@ def evaluate(
     for distance in suite.distances.values():
         distance.discard()
     gathered = _Gathered(len(images), [*suite.images, KL, BITS, EVALUATIONS])
+    problem: Exception | None = None
+    try:
+        _go_through(candidate, images, suite, settings, device, processes, gathered, advance)
+    except Exception as error:  # a user's code may raise anything
+        if processes.count == 1:
+            raise
+        problem = error
+    # Where one process has failed all do, so that none waits for it; in the words of the first.
+    reason = None if problem is None else str(problem) or type(problem).__name__
+    failures = [text for text in processes.gather(reason) if text is not None]
+    if problem is not None:
+        raise problem
+    if failures:
+        raise CandidateFailed(failures[0])
+    return gathered.result(images, suite, settings, processes)
+
+
+def _go_through(
+    candidate: Candidate,
+    images: ValidationImages,
+    suite: MetricSuite,
+    settings: EvaluationSettings,
+    device: torch.device,
+    processes: Processes,
+    gathered: "_Gathered",
+    advance: Callable[[int], object] | None,
+) -> None:
+    """Reconstruct and measure this process's share."""
     places = processes.share(len(images))
     for batch in validation_loader(images, places, settings.batch_size, settings.workers):
         gathered.broken += [(image.place, image.broken) for image in batch if image.broken is not None]
@@ -135,7 +164,6 @@ def evaluate(
                 distance.add(reference, output, names)
         if advance is not None:
             advance(len(batch))
-    return gathered.result(images, suite, settings, processes)
 
 
 @torch.inference_mode()
@@ -273,6 +301,8 @@ def _reconstruct(
     except InputError as error:
         raise CandidateFailed(str(error)) from error
     images = decoded.images
+    if not images.is_floating_point():
+        raise CandidateFailed(f"gives images of {images.dtype}, not floating-point numbers in [-1, 1]")
     if images.shape != x.shape:
         given, wanted = ("×".join(map(str, shape)) for shape in (images.shape, x.shape))
         raise CandidateFailed(f"gives images of shape {given} for {wanted}")
