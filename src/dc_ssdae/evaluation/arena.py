@@ -122,7 +122,10 @@ def run_arena(
             candidates.pop(label, None)
             if report is not None:
                 report(label, entries[label].failed or "")
-        _free(device)
+            del error  # with all that its frames hold
+            gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     for label, opener in openers.items():
         entry = entries[label]
@@ -141,6 +144,8 @@ def run_arena(
 
         attempt(label, measure_quality)
 
+    if not candidates:
+        return list(entries.values())
     x = _speed_batch(images, settings).to(device)
     seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in candidates}
     for round_ in range(-1, rounds):
@@ -258,9 +263,3 @@ def _speed_batch(images: ValidationImages, settings: EvaluationSettings) -> Tens
         if len(found) == settings.batch_size:
             break
     return torch.stack(found)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
