@@ -98,6 +98,8 @@ def run(args: Namespace) -> int:
         args.dtype,
         args.rounds,
     )
+    for image in report.broken:
+        complain(args.program, f"left out: {image.reason}")
     pareto, text = report.as_picture(), report.as_markdown()
     contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
     for name, content in zip(FILES, contents, strict=True):

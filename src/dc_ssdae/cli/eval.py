@@ -105,6 +105,7 @@ def _write(
     evaluation: "Evaluation",
 ) -> None:
     """Look at the worst and best images again, and write everything."""
+    from dc_ssdae.evaluation.candidates import OurCandidate
     from dc_ssdae.evaluation.evaluate import reconstruct_places
     from dc_ssdae.evaluation.evaluation_report import EvaluationReport
     from dc_ssdae.timing import describe_machine
@@ -120,7 +121,7 @@ def _write(
         describe_machine(opened.device),
         command_line(),
         args.dtype,
-        opened.decoding,
+        opened.decoding if isinstance(candidate, OurCandidate) else {},
     )
     ranked = report.ranked()
 

@@ -160,6 +160,7 @@ def load_suite(args: "Namespace", opened: OpenEvaluation, device: "torch.device"
         args.download,
         args.replicates,
         args.seed,
+        size=opened.settings.size,
     )
 
 

@@ -119,7 +119,10 @@ def run_arena(
             if debug:
                 traceback.print_exception(error)
             entries[label].failed = describe_failure(error, settings.batch_size)
-            candidates.pop(label, None)
+            failed = candidates.pop(label, None)
+            if failed is not None:
+                with suppress(Exception):  # whoever gave it may hold it still: the device is the next one's
+                    failed.to(torch.device("cpu"))
             if report is not None:
                 report(label, entries[label].failed or "")
             del error  # with all that its frames hold

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dc_ssdae.data.loader import BrokenImage
 from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.caveats import caveats, missing_lines, protocol_lines
@@ -87,6 +88,11 @@ class ArenaReport:
     def images(self) -> int:
         """How many were measured, the same for all that finished; 0 where none did."""
         return next((entry.evaluation.images for entry in self._finished if entry.evaluation is not None), 0)
+
+    @property
+    def broken(self) -> Sequence[BrokenImage]:
+        """What could not be read, the same for all that finished."""
+        return next((entry.evaluation.broken for entry in self._finished if entry.evaluation is not None), [])
 
     @property
     def _finished(self) -> list[Entry]:
@@ -190,7 +196,7 @@ class ArenaReport:
     def _protocol(self) -> list[str]:
         device = "allocated on the GPU" if str(self.machine.get("device", "")).startswith("cuda") else "resident"
         return [
-            *protocol_lines(self.settings, self.suite, self.data, self.images, self.total),
+            *protocol_lines(self.settings, self.suite, self.data, self.images, len(self.broken), self.total),
             f"Speed: medians of {self.rounds} rounds in alternating order over a batch of {self._batch}, {self.dtype}, "
             f"encoding and decoding timed apart, with their quartiles. Memory: the most that was {device} while that "
             "batch was encoded and decoded, the weights among it.",
@@ -367,7 +373,11 @@ def _draw(entries: Sequence[Entry]) -> "Figure":
     labels = [entry.label for entry in entries if entry.label in handles]
     if labels:
         shown = [handles[label] for label in labels]
-        figure.legend(shown, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        # matplotlib leaves out what begins with an underscore, reads $ as mathematics, and knows no stray bytes.
+        texts = [f"\u200b{label}".encode("utf-8", "backslashreplace").decode() for label in labels]
+        legend = figure.legend(shown, texts, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 

@@ -11,7 +11,9 @@ ENOUGH_IMAGES = 10_000
 """Below them a distance between sets says more about how many images there are than about the model."""
 
 
-def protocol_lines(settings: EvaluationSettings, suite: MetricSuite, data: str, images: int, total: int) -> list[str]:
+def protocol_lines(
+    settings: EvaluationSettings, suite: MetricSuite, data: str, images: int, broken: int, total: int
+) -> list[str]:
     """Say how figures were measured.
 
     Args:
@@ -19,13 +21,22 @@ def protocol_lines(settings: EvaluationSettings, suite: MetricSuite, data: str, 
         suite: its metrics.
         data: name of the data set.
         images: how many were measured.
+        broken: how many could not be read.
         total: of the data set.
     """
     protocol = settings.protocol
-    which = f"all {images:,} images of {data}"
-    if images != total:
-        which = f"{images:,} of the {total:,} images of {data}, evenly spread"
-    lines = [f"Protocol {protocol.name}. Data: {which}.", *protocol.sentences(settings.size)]
+    which = f"all {total:,} images of {data}"
+    if images + broken != total:
+        which = f"{images + broken:,} of the {total:,} images of {data}, evenly spread"
+    lines = [f"Protocol {protocol.name}. Data: {which}."]
+    if broken:
+        they = (
+            "1 image of them cannot be read and is"
+            if broken == 1
+            else f"{broken:,} images of them cannot be read and are"
+        )
+        lines.append(f"{they} left out of everything.")
+    lines += protocol.sentences(settings.size)
     for name in ("rfid", "rfdd"):
         if name in suite.distances:
             network = "Inception of FID (torch-fidelity)" if name == "rfid" else "DINOv2-L/14, class token (timm)"

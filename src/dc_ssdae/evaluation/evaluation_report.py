@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.caveats import caveats, missing_lines, protocol_lines
-from dc_ssdae.evaluation.estimates import METRICS, MetricInfo
+from dc_ssdae.evaluation.estimates import METRICS, Estimate, MetricInfo
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, KL, Evaluation, EvaluationSettings, Reconstructed
 from dc_ssdae.evaluation.latent_statistics import ACTIVE_VARIANCE, LatentProfile
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
@@ -174,10 +174,9 @@ class EvaluationReport:
         return caveats(self.settings, self.suite, [self.evaluation.metrics], self.evaluation.images, random)
 
     def _protocol(self) -> list[str]:
-        total = self.total
-        lines = protocol_lines(self.settings, self.suite, self.data, self.evaluation.images, total)
-        if self.evaluation.broken:
-            lines.append(f"{len(self.evaluation.broken)} images cannot be read and are left out of everything.")
+        lines = protocol_lines(
+            self.settings, self.suite, self.data, self.evaluation.images, len(self.evaluation.broken), self.total
+        )
         decoding = ", ".join(f"{name} {value}" for name, value in self.decoding.items())
         lines.append(f"Model computed in {self.dtype}" + (f"; decoded with {decoding}." if decoding else "."))
         return [*lines, machine_line(self.machine)]
@@ -231,7 +230,7 @@ class EvaluationReport:
         for image in shown:
             values = {name: self.evaluation.values[name][image.place] for name in METRICS if name in self.suite.images}
             caption = ", ".join(
-                f"{METRICS[name].title} {value:.{METRICS[name].digits}f} {METRICS[name].unit}".rstrip()
+                f"{METRICS[name].title} {Estimate(value).text(METRICS[name].digits)} {METRICS[name].unit}".rstrip()
                 for name, value in values.items()
             )
             panels = [

@@ -83,6 +83,7 @@ def load_metrics(
     replicates: int = REPLICATES,
     seed: int = 0,
     dinov2: str = DINOV2_L,
+    size: int | None = None,
 ) -> MetricSuite:
     """Load the metrics of a protocol.
 
@@ -95,9 +96,11 @@ def load_metrics(
         replicates: of the bootstrap of distances between sets.
         seed: of the bootstrap.
         dinov2: timm's name of the network of rFDD.
+        size: smallest side of the images in pixels, where it is known.
 
     Raises:
-        InputError: a name is unknown, a file is damaged or another network's, or a download failed.
+        InputError: a name is unknown, images are too small for a metric that was asked for, a file is damaged or
+            another network's, or a download failed.
     """
     for name in wanted or ():
         if name not in METRICS:
@@ -113,6 +116,10 @@ def load_metrics(
             suite.images[name] = _in_float64(ssim_each if protocol.ssim == "torchmetrics" else scikit_ssim_each, device)
         elif name == "dreamsim":
             loader.dreamsim()
+        elif name == "lpips" and size is not None and size < TRUNKS[protocol.lpips][1]:
+            suite.missing[name] = _too_small(protocol.lpips)
+            if wanted is not None:
+                raise InputError(suite.missing[name])
         elif name == "lpips":
             loader.network(name, trunk_file(protocol.lpips), lambda path: _LPIPS(protocol.lpips, path))
         else:
@@ -214,7 +221,7 @@ class _LPIPS(nn.Module):
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
         smallest = TRUNKS[self.net][1]
         if min(images.shape[-2:]) < smallest:
-            raise InputError(f"LPIPS of {self.net} needs images of at least {smallest} pixels; give a larger --size")
+            raise InputError(_too_small(self.net))
         return self.metric(to_model_range(images), to_model_range(reference)).reshape(len(images))
 
 
@@ -289,6 +296,10 @@ def _resized_positions(transformer: Any) -> Tensor:
     scale = ((side + 0.1) / rows, (side + 0.1) / columns)  # 0.1 as in the authors' code, which passes the scale on
     grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
     return torch.cat([embeddings[:, :prefix], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _too_small(net: str) -> str:
+    return f"LPIPS of {net} needs images of at least {TRUNKS[net][1]} pixels; give a larger --size"
 
 
 def _in_float64(metric: ImageMetric, device: torch.device) -> ImageMetric:
