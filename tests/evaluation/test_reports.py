@@ -505,6 +505,13 @@ class TestArenaMarkdown:
         """Seven of eight were measured because one is broken, not because they were chosen evenly spread."""
         assert re.search(r"\b1 image.* cannot be read", arena.as_markdown())
 
+    def test_it_says_how_our_models_decode(self) -> None:
+        report = arena_of({"pooling": pooling}, decoding={"num_steps": 3, "sampler": "nesterov"})
+        line = "- Models of this package decode with num_steps 3, sampler nesterov."
+        assert line in report.as_markdown().splitlines()
+        assert strict(report.as_json())["protocol"]["decoding"] == {"num_steps": 3, "sampler": "nesterov"}
+        assert "decode with" not in replace(report, decoding={}).as_markdown()
+
     def test_images_are_only_called_spread_where_there_is_a_limit(self) -> None:
         report = arena_of({"pooling": pooling}, limit=4, broken=False)
         assert "4 of the 8 images of some/<data>, evenly spread" in report.as_markdown()
@@ -910,15 +917,31 @@ class TestCaveats:
 class TestProtocolLines:
     def test_which_images(self) -> None:
         settings, suite = EvaluationSettings(PROTOCOLS["dcae"], 64), MetricSuite()
-        all_of_them = protocol_lines(settings, suite, "photos", 1234, 1234)
+        all_of_them = protocol_lines(settings, suite, "photos", 1234, 0, 1234)
         assert all_of_them[0] == "Protocol dcae. Data: all 1,234 images of photos."
-        some = protocol_lines(settings, suite, "photos", 100, 1234)
+        some = protocol_lines(settings, suite, "photos", 100, 0, 1234)
         assert some[0] == "Protocol dcae. Data: 100 of the 1,234 images of photos, evenly spread."
-        assert all_of_them[1:-1] == PROTOCOLS["dcae"].sentences(64)
-        assert all_of_them[-1].startswith("Intervals: 95 %")
+        for lines in (all_of_them, some):
+            assert lines[1:-1] == PROTOCOLS["dcae"].sentences(64)
+            assert lines[-1].startswith("Intervals: 95 %")
+
+    @pytest.mark.parametrize(
+        ("broken", "sentence"),
+        [
+            (1, "1 image of them cannot be read and is left out of everything."),
+            (1100, "1,100 images of them cannot be read and are left out of everything."),
+        ],
+    )
+    def test_images_that_cannot_be_read_are_no_limit(self, broken: int, sentence: str) -> None:
+        settings, suite = EvaluationSettings(PROTOCOLS["dcae"], 64), MetricSuite()
+        all_of_them = protocol_lines(settings, suite, "photos", 1234 - broken, broken, 1234)
+        assert all_of_them[:2] == ["Protocol dcae. Data: all 1,234 images of photos.", sentence]
+        some = protocol_lines(settings, suite, "photos", 50, broken, 5000)
+        assert some[0] == f"Protocol dcae. Data: {50 + broken:,} of the 5,000 images of photos, evenly spread."
+        assert some[1] == sentence
 
     def test_networks_and_weights_are_named(self) -> None:
-        lines = protocol_lines(EvaluationSettings(PROTOCOLS["dcae"], 64), suite_of(), "photos", 8, 8)
+        lines = protocol_lines(EvaluationSettings(PROTOCOLS["dcae"], 64), suite_of(), "photos", 8, 0, 8)
         assert sum(line.startswith("rFID: Fréchet distance (torchmetrics) on features of Inc") for line in lines) == 1
         assert not any(line.startswith("rFDD") for line in lines)
         assert "Weights of LPIPS: far.pth, SHA-256 0123." in lines

@@ -97,6 +97,7 @@ def run(args: Namespace) -> int:
         command_line(),
         args.dtype,
         args.rounds,
+        opened.decoding,
     )
     for image in report.broken:
         complain(args.program, f"left out: {image.reason}")

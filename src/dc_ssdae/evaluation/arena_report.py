@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dc_ssdae.data.loader import BrokenImage
 from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
-from dc_ssdae.evaluation.caveats import caveats, missing_lines, protocol_lines
+from dc_ssdae.evaluation.caveats import caveats, decoding_lines, missing_lines, protocol_lines
 from dc_ssdae.evaluation.curves import COLOURS, picture_style
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, EvaluationSettings
@@ -67,6 +67,7 @@ class ArenaReport:
         command: that made the report.
         dtype: of the networks.
         rounds: in which speed was measured.
+        decoding: how models of this package decode, where that is not their default.
         columns: by name; derived.
     """
 
@@ -79,6 +80,7 @@ class ArenaReport:
     command: str
     dtype: str
     rounds: int
+    decoding: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Column] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +120,7 @@ class ArenaReport:
                 "data": self.data,
                 "seed": self.settings.seed,
                 "weights": self.suite.files,
+                "decoding": dict(self.decoding),
             },
             "caveats": self.caveats(),
             "speed": {"batch": self._batch, "rounds": self.rounds, "dtype": self.dtype, "interval": "quartiles"},
@@ -197,6 +200,7 @@ class ArenaReport:
         device = "allocated on the GPU" if str(self.machine.get("device", "")).startswith("cuda") else "resident"
         return [
             *protocol_lines(self.settings, self.suite, self.data, self.images, len(self.broken), self.total),
+            *decoding_lines(self.decoding),
             f"Speed: medians of {self.rounds} rounds in alternating order over a batch of {self._batch}, {self.dtype}, "
             f"encoding and decoding timed apart, with their quartiles. Memory: the most that was {device} while that "
             "batch was encoded and decoded, the weights among it.",

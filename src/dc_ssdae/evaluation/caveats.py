@@ -1,6 +1,7 @@
 """What a reader must know before comparing figures: the protocol in words, and what may not be compared."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
@@ -51,6 +52,12 @@ def protocol_lines(
         "a Poisson bootstrap. They tell how much another draw of images would change a figure, not another training."
     )
     return lines
+
+
+def decoding_lines(decoding: Mapping[str, Any]) -> list[str]:
+    """Say how models of this package decode, where that is not in one step."""
+    settings = ", ".join(f"{name} {value}" for name, value in decoding.items())
+    return [f"Models of this package decode with {settings}."] if settings else []
 
 
 def missing_lines(suite: MetricSuite) -> list[str]:
