@@ -11,7 +11,7 @@ photos=$1 out=$2
 if [ -e "$out/model" ]; then
   dc-ssdae train --resume "$out/model"
 else
-  dc-ssdae train --config demo --data.root "$photos" --training.steps "${STEPS:-2000}" --training.lr 2e-3 \
+  dc-ssdae train --config demo --data.root "$photos" --training.steps "${STEPS:-800}" --training.lr 2e-3 \
     --training.ema_decay 0.998 --training.output "$out/model"
 fi
 python "$(dirname "$0")/peers.py" "$out/peers"

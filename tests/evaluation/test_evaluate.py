@@ -445,6 +445,7 @@ class TestSampling:
 # --- however the work is cut ---
 
 
+@pytest.mark.xdist_group("invariance")  # so that the two processes are started once
 class TestInvariance:
     @pytest.mark.parametrize("name", SITUATIONS)
     @pytest.mark.parametrize("batch_size", [1, 2, 4, 100])

@@ -1,10 +1,11 @@
 """`dc-ssdae eval`: one autoencoder under a named protocol, with intervals, latents, and its worst and best images."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain, import_classes, say, write_whole
+from dc_ssdae.cli.common import complain, describe, import_classes, say, write_whole
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     OpenEvaluation,
@@ -53,6 +54,15 @@ def build_parser() -> CommandParser:
 
 def run(args: Namespace) -> int:
     """Measure, write and print; gives the exit code."""
+    try:
+        return _run(args)
+    except (InputError, OSError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            raise
+        raise ToldElsewhere(describe(error)) from error
+
+
+def _run(args: Namespace) -> int:
     (spec,) = parse_models([args.model])
     refuse_existing(args.out, FILES)
     opened = open_evaluation(args)
@@ -65,14 +75,9 @@ def run(args: Namespace) -> int:
     processes = Processes.join(opened.device)
     if processes.count > 1 and opened.device.type == "cuda":
         opened = opened._replace(device=torch.device(processes.device))
-    try:
-        suite = load_suite(args, opened, opened.device)
-        candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
-        evaluation = _evaluate(args, opened, candidate, suite, processes)
-    except (InputError, OSError) as error:
-        if processes.is_main:
-            raise
-        raise ToldElsewhere(str(error)) from error
+    suite = load_suite(args, opened, opened.device)
+    candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
+    evaluation = _evaluate(args, opened, candidate, suite, processes)
     if processes.is_main:
         _write(args, spec.label, opened, candidate, suite, evaluation)
     return 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.cli.common import add_device_option, add_dtype_option, add_import_option
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, filled, number, numbers, whole_number
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -123,15 +123,16 @@ def open_evaluation(args: "Namespace") -> OpenEvaluation:
     protocol = find_protocol(args.protocol)
     for name in args.metrics or ():
         if name not in METRICS:
-            from dc_ssdae.errors import unknown_name
-
             raise unknown_name("metric", name, METRICS)
     import torch
 
     from dc_ssdae.data.loader import default_workers
     from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.decoding import SAMPLERS
     from dc_ssdae.evaluation.evaluate import EvaluationSettings
 
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        raise unknown_name("sampler", args.sampler, SAMPLERS)
     workers = default_workers(1) if args.workers is None else args.workers
     settings = EvaluationSettings(protocol, args.size or protocol.size, args.batch, workers, args.seed)
     sources = open_sources(args.data, None, None, None)

@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from dc_ssdae.data.loader import ReadingFailed, ValidationImages
-from dc_ssdae.errors import InputError, is_out_of_memory
 from dc_ssdae.evaluation.candidates import Candidate
-from dc_ssdae.evaluation.evaluate import Evaluation, EvaluationSettings, Reconstructed, evaluate, reconstruct_places
+from dc_ssdae.evaluation.evaluate import (
+    Evaluation,
+    EvaluationSettings,
+    Reconstructed,
+    describe_failure,
+    evaluate,
+    reconstruct_places,
+)
 from dc_ssdae.evaluation.metric_networks import MetricSuite
 from dc_ssdae.evaluation.profile import wait_for
 from dc_ssdae.timing import Spread, alternating
@@ -177,16 +183,6 @@ def shown_places(count: int, show: int) -> list[int]:
     """Places of the images to look at, evenly spread."""
     shown = min(show, count)
     return [place * count // shown for place in range(shown)]
-
-
-def describe_failure(error: Exception, batch_size: int) -> str:
-    """Say in one line why a candidate has no results."""
-    if is_out_of_memory(error):
-        return f"out of memory with batches of {batch_size}"
-    text = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from dc_ssdae.data.loader import BrokenImage
 from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.caveats import caveats, decoding_lines, missing_lines, protocol_lines
-from dc_ssdae.evaluation.curves import COLOURS, picture_style
+from dc_ssdae.evaluation.curves import COLOURS, picture_style, shorten
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, EvaluationSettings
 from dc_ssdae.evaluation.metric_networks import MetricSuite
@@ -33,6 +33,7 @@ from dc_ssdae.timing import Spread, machine_line
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LEGEND, _LONGEST_LABEL = 140, 64  # letters that the legend's width holds, and the most of a label
 MARKERS = "osD^vP*X<>hp"
 
 
@@ -232,7 +233,7 @@ class ArenaReport:
         return Table(heads, rows, [entry.failed for entry in self.entries])
 
     def _photos(self) -> list[Photo]:
-        places = sorted({place for entry in self._finished for place in entry.shown})
+        places = sorted(set.intersection(*({*entry.shown} for entry in self._finished))) if self._finished else []
         photos = []
         for place in places:
             panels = []
@@ -333,7 +334,8 @@ def _draw(entries: Sequence[Entry]) -> "Figure":
 
     wanted = [name for name in ("psnr", "lpips", "rfid") if any(quality(e, name) is not None for e in entries)]
     names = wanted or ["psnr"]
-    rows = -(-(len(entries)) // 4)
+    longest = max((min(len(entry.label), _LONGEST_LABEL) for entry in entries), default=1)
+    rows = -(-len(entries) // max(1, min(4, _LEGEND // (4 + longest))))
     height = 3.3 * len(names) + 0.28 * rows + 0.4
     figure = Figure(figsize=(10.5, height), layout="constrained")
     grid = figure.subplots(len(names), 2, squeeze=False)
@@ -378,8 +380,10 @@ def _draw(entries: Sequence[Entry]) -> "Figure":
     if labels:
         shown = [handles[label] for label in labels]
         # matplotlib leaves out what begins with an underscore, reads $ as mathematics, and knows no stray bytes.
-        texts = [f"\u200b{label}".encode("utf-8", "backslashreplace").decode() for label in labels]
-        legend = figure.legend(shown, texts, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        texts = [shorten(label.encode("utf-8", "backslashreplace").decode(), _LONGEST_LABEL) for label in labels]
+        columns = max(1, min(4, _LEGEND // (4 + max(map(len, texts)))))
+        texts = [f"\u200b{text}" for text in texts]
+        legend = figure.legend(shown, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure
@@ -396,11 +400,14 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _plain_ticks(axes: Any) -> None:
     """Whole numbers at a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axes.get_xlim()
     axes.set_xlim(low / 1.25, high * 1.25)
-    wide = math.log10(max(high / low, 1.0)) > 2.5
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    decades = math.log10(max(high / low, 1.0))
+    if decades > 0.7:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2.5 else (1.0, 2.0, 5.0), numticks=7))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -288,7 +288,7 @@ def _legend(runs: Sequence[RunCurves]) -> dict[str, Any]:
 
     legend: dict[str, Any] = {}
     for index, run in enumerate(runs):
-        label = _shorten(run.name, _LONGEST_RUN)
+        label = shorten(run.name, _LONGEST_RUN)
         # matplotlib leaves out what begins with an underscore.
         label = f"\u200b{label}" if label.startswith("_") else label
         legend[label if label not in legend else f"{label} ({index + 1})"] = Line2D(
@@ -358,7 +358,7 @@ def _phase_labels(runs: Sequence[RunCurves], end: int) -> list[tuple[float, str,
     for phase, indices in sorted(owners.items()):
         place = max(phase.start, labels[-1][0] + _LABEL[0] * end) if labels else float(phase.start)
         colour = COLOURS[indices[0] % len(COLOURS)] if len(indices) == 1 < len(runs) else "#555555"
-        labels.append((place, _shorten(phase.name, _LONGEST_PHASE), colour))
+        labels.append((place, shorten(phase.name, _LONGEST_PHASE), colour))
     return labels
 
 
@@ -382,6 +382,7 @@ def _draw_phases(axes: Any, runs: Sequence[RunCurves]) -> None:
         axes.annotate(name, (place, 0.99), xycoords=edge, xytext=(2, 0), textcoords="offset points", **style)
 
 
-def _shorten(name: str, longest: int) -> str:
+def shorten(name: str, longest: int) -> str:
+    """Cut letters out of the middle of a name that is longer than `longest`."""
     half = (longest - 1) // 2
     return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"

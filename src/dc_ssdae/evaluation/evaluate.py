@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImages, validation_loader
 from dc_ssdae.data.sources import ImageSource
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, is_out_of_memory
 from dc_ssdae.evaluation.candidates import Candidate, Encoded
 from dc_ssdae.evaluation.estimates import METRICS, Estimate, bootstrap, pooled_psnr
 from dc_ssdae.evaluation.latent_statistics import LatentProfile, LatentProfiler
@@ -128,7 +128,7 @@ def evaluate(
             raise
         problem = error
     # Where one process has failed all do, so that none waits for it; in the words of the first.
-    reason = None if problem is None else str(problem) or type(problem).__name__
+    reason = None if problem is None else describe_failure(problem, settings.batch_size)
     failures = [text for text in processes.gather(reason) if text is not None]
     if problem is not None:
         raise problem
@@ -186,6 +186,16 @@ def reconstruct_places(
         sides = zip(usable, names, settings.protocol.reference(prepared).cpu(), output.cpu(), strict=True)
         shown += [Reconstructed(image.place, name, original, after) for image, name, original, after in sides]
     return shown
+
+
+def describe_failure(error: Exception, batch_size: int) -> str:
+    """Say in one line why a candidate has no results."""
+    if is_out_of_memory(error):
+        return f"out of memory with batches of {batch_size}"
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class _Gathered:

@@ -158,7 +158,9 @@ class EvaluationReport:
             sections.append(section("Latent", lines, *self._channels(found.latent)))
         if found.broken:
             lines = bullets([image.reason for image in found.broken[:20]])
-            sections.append(section("Left out", paragraph(f"{len(found.broken)} images cannot be read."), lines))
+            count = len(found.broken)
+            left_out = paragraph(f"{count:,} image{'s' * (count > 1)} cannot be read.")
+            sections.append(section("Left out", left_out, lines))
         sections.append(section("Protocol", bullets(self._protocol())))
         return render_page(
             f"Evaluation of {self.label}",
