@@ -11,8 +11,8 @@ photos=$1 out=$2
 if [ -e "$out/model" ]; then
   dc-ssdae train --resume "$out/model"
 else
-  dc-ssdae train --config demo --data.root "$photos" --training.steps "${STEPS:-800}" --training.lr 2e-3 \
-    --training.ema_decay 0.998 --training.output "$out/model"
+  dc-ssdae train --config demo --data.root "$photos" --training.steps "${STEPS:-1500}" --training.lr 2e-3 \
+    --training.ema_decay 0.99 --training.output "$out/model"
 fi
 python "$(dirname "$0")/peers.py" "$out/peers"
 dc-ssdae compare ours="$out/model" diffusers:"$out"/peers/AutoencoderKL diffusers:"$out"/peers/AutoencoderDC \
