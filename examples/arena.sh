@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A model that is trained here, against small autoencoders of diffusers (random weights), JPEG and plain resizing.
 #   examples/arena.sh PHOTOS OUT
-# Ten minutes on two idle CPU cores, nine of them the training; STEPS=100 makes it short. Open OUT/arena/index.html.
+# Six minutes on two idle CPU cores, five of them the training; STEPS=100 makes it short. Open OUT/arena/index.html.
 set -euo pipefail
 if [ $# -ne 2 ]; then
   echo "usage: $0 PHOTOS OUT" >&2
