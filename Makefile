@@ -28,10 +28,10 @@ demo: $(STAMP)  ## train a small model on real photos (MINUTES=3) and write runs
 	$(BIN)/dc-ssdae demo --minutes $(MINUTES) --out runs/demo
 
 test: $(STAMP)  ## run the test suite (WORKERS=auto processes)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 test-slow: $(STAMP)  ## run the long tests too
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -m 'slow or not slow'
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m 'slow or not slow'
 
 lint: $(STAMP)  ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """What all tests share: one thread share per worker, fixed seeds, and the folders with data from outside."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -42,6 +45,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def fixed_seed() -> None:
     """Every test starts from the same state of the default generator, whatever ran before it."""
     torch.manual_seed(0)
+
+
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Fill a folder in one of xdist's workers, for what takes long; the others wait and find it."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (folder / ".made").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder / ".made").touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture

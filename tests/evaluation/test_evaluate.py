@@ -445,7 +445,6 @@ class TestSampling:
 # --- however the work is cut ---
 
 
-@pytest.mark.xdist_group("invariance")  # so that the two processes are started once
 class TestInvariance:
     @pytest.mark.parametrize("name", SITUATIONS)
     @pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
@@ -546,10 +545,9 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def records(made_once: Any) -> list[dict[str, Any]]:
     """What two processes have found, by each of them."""
-    folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(work, args=(str(folder),), nprocs=PROCESSES)
+    folder = made_once("evaluation-processes", lambda folder: mp.spawn(work, args=(str(folder),), nprocs=PROCESSES))
     return [torch.load(folder / f"record{rank}", weights_only=True) for rank in range(PROCESSES)]
 
 

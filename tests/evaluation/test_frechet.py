@@ -408,9 +408,8 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(work, args=(str(folder),), nprocs=PROCESSES)
+def records(made_once: Any) -> list[list[dict[str, Any]]]:
+    folder = made_once("frechet-processes", lambda folder: mp.spawn(work, args=(str(folder),), nprocs=PROCESSES))
     return [torch.load(folder / f"record{rank}", weights_only=True) for rank in range(PROCESSES)]
 
 

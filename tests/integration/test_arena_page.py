@@ -15,8 +15,6 @@ from PIL import Image
 from dc_ssdae.data.images import write_png
 from dc_ssdae.data.sample_photos import sample_photos
 
-pytestmark = pytest.mark.xdist_group("arena")  # so that one worker makes the arena, once
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 LABELS = ["ours", "AutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "jpeg:75", "jpeg:20", "bicubic:8"]
 
@@ -38,16 +36,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arena(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def arena(photos: Path, made_once: Any) -> Path:
     """The folder that examples/arena.sh writes, with a model of a few steps."""
-    out = tmp_path_factory.mktemp("arena")
-    binaries = Path(sys.executable).parent
-    environment = {**os.environ, "STEPS": "5", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    environment.pop("DC_SSDAE_WEIGHTS", None)
-    command = ["bash", str(REPOSITORY / "examples/arena.sh"), str(photos), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out / "arena"
+
+    def compare(out: Path) -> None:
+        binaries = Path(sys.executable).parent
+        environment = {**os.environ, "STEPS": "5", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+        environment.pop("DC_SSDAE_WEIGHTS", None)
+        command = ["bash", str(REPOSITORY / "examples/arena.sh"), str(photos), str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return made_once("arena", compare) / "arena"
 
 
 @pytest.fixture(scope="module")

@@ -232,15 +232,17 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(made_once: Any) -> Path:
     """Everything that two processes have done, and what they did it with."""
-    folder = tmp_path_factory.mktemp("distributed")
-    for count in COUNTS:
-        make_images(folder / f"images{count}", count, seed=count)
-    (folder / "images7" / "image0005.png").write_bytes(b"no image")
-    plain_runs(folder)
-    mp.spawn(work, args=(str(folder),), nprocs=PROCESSES)
-    return folder
+
+    def run(folder: Path) -> None:
+        for count in COUNTS:
+            make_images(folder / f"images{count}", count, seed=count)
+        (folder / "images7" / "image0005.png").write_bytes(b"no image")
+        plain_runs(folder)
+        mp.spawn(work, args=(str(folder),), nprocs=PROCESSES)
+
+    return made_once("distributed", run)
 
 
 @pytest.fixture(scope="module")
