@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from dc_ssdae.data.images import write_png
@@ -42,6 +43,7 @@ def arena(photos: Path, made_once: Any) -> Path:
     def compare(out: Path) -> None:
         binaries = Path(sys.executable).parent
         environment = {**os.environ, "STEPS": "5", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+        environment.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # workers share the machine
         environment.pop("DC_SSDAE_WEIGHTS", None)
         command = ["bash", str(REPOSITORY / "examples/arena.sh"), str(photos), str(out)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
