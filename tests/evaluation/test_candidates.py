@@ -22,18 +22,15 @@ from torchvision.transforms import functional as tvf
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
 from dc_ssdae.data.images import to_model_range, to_uint8
+from dc_ssdae.evaluation.candidate_names import CandidateSpec, name_apart, open_candidate, parse_candidate
 from dc_ssdae.evaluation.candidates import (
     RANDOM_WEIGHTS,
     BicubicCandidate,
     Candidate,
-    CandidateSpec,
     CodecCandidate,
     DiffusersCandidate,
     OurCandidate,
     PythonCandidate,
-    name_apart,
-    open_candidate,
-    parse_candidate,
 )
 from dc_ssdae.presets import list_presets
 

@@ -40,6 +40,17 @@ class Done(NamedTuple):
     notes: Sequence[str] = ()
 
 
+def add_data_option(parser: CommandParser) -> None:
+    """Add `--data`, for commands that measure validation images where there are any."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=filled,
+        metavar="ROOT",
+        help="images, as data.root of a training run; of one with validation/, that",
+    )
+
+
 def add_device_option(parser: CommandParser) -> None:
     """Add `--device`."""
     parser.add_argument(

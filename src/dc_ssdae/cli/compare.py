@@ -61,7 +61,8 @@ def run(args: Namespace) -> int:
 
     from dc_ssdae.evaluation.arena import run_arena
     from dc_ssdae.evaluation.arena_report import ArenaReport
-    from dc_ssdae.evaluation.candidates import Candidate, open_candidate
+    from dc_ssdae.evaluation.candidate_names import open_candidate
+    from dc_ssdae.evaluation.candidates import Candidate
     from dc_ssdae.timing import describe_machine
 
     # All of them before the hours that measuring takes: what cannot be loaded is a mistake to mend at once.

@@ -69,7 +69,7 @@ def _run(args: Namespace) -> int:
     classes = import_classes(args.modules)
     import torch
 
-    from dc_ssdae.evaluation.candidates import open_candidate
+    from dc_ssdae.evaluation.candidate_names import open_candidate
     from dc_ssdae.processes import Processes
 
     processes = Processes.join(opened.device)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dc_ssdae.cli.common import add_device_option, add_dtype_option, add_import_option
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, filled, number, numbers, whole_number
+from dc_ssdae.cli.common import add_data_option, add_device_option, add_dtype_option, add_import_option
+from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, number, numbers, whole_number
 from dc_ssdae.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from dc_ssdae.data.loader import ValidationImages
-    from dc_ssdae.evaluation.candidates import CandidateSpec
+    from dc_ssdae.evaluation.candidate_names import CandidateSpec
     from dc_ssdae.evaluation.evaluate import EvaluationSettings
     from dc_ssdae.evaluation.metric_networks import MetricSuite
 
@@ -32,13 +32,7 @@ MODELS = (
 
 def add_evaluation_options(parser: CommandParser) -> None:
     """Add what `open_evaluation` reads, but for the models."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        type=filled,
-        metavar="ROOT",
-        help="images, as data.root of a training run; of one with validation/, that",
-    )
+    add_data_option(parser)
     parser.add_argument(
         "--protocol",
         default="dcae",
@@ -197,7 +191,7 @@ def parse_models(texts: Sequence[str]) -> "list[CandidateSpec]":
     Raises:
         InputError: one of them names nothing, or two have the same name.
     """
-    from dc_ssdae.evaluation.candidates import name_apart, parse_candidate
+    from dc_ssdae.evaluation.candidate_names import name_apart, parse_candidate
 
     return name_apart([parse_candidate(text) for text in texts])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import (
+    add_data_option,
     add_device_option,
     add_dtype_option,
     add_import_option,
@@ -57,13 +58,7 @@ def _add_sampling(studies: Any) -> None:
     parser.add_argument(
         "--baseline", type=filled, metavar="DIR", help="another one to compare with, such as a flow-matching model"
     )
-    parser.add_argument(
-        "--data",
-        required=True,
-        type=filled,
-        metavar="ROOT",
-        help="images, as data.root of a training run; of one with validation/, that",
-    )
+    add_data_option(parser)
     parser.add_argument(
         "--out",
         type=file_path,
