@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.caveats import caveats, missing_lines, protocol_lines
@@ -18,7 +17,7 @@ from dc_ssdae.evaluation.estimates import METRICS, Estimate, MetricInfo
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, KL, Evaluation, EvaluationSettings, Reconstructed
 from dc_ssdae.evaluation.latent_statistics import ACTIVE_VARIANCE, LatentProfile
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
-from dc_ssdae.evaluation.report import DIFFERENCE_GAIN
+from dc_ssdae.evaluation.report import DIFFERENCE_GAIN, difference
 from dc_ssdae.evaluation.viewer import Group, Panel, Photo, Table, bullets, paragraph, render_page, section, warning
 from dc_ssdae.timing import machine_line
 
@@ -237,15 +236,15 @@ class EvaluationReport:
             )
             panels = [
                 Panel("reconstruction", caption, image.output),
-                Panel("difference", f"×{DIFFERENCE_GAIN}, grey is none", _difference(image), flips=False),
+                Panel(
+                    "difference",
+                    f"×{DIFFERENCE_GAIN}, grey is none",
+                    difference(image.original, image.output),
+                    flips=False,
+                ),
             ]
             photos.append(Photo(image.name, image.original, panels))
         return photos
-
-
-def _difference(image: Reconstructed) -> Tensor:
-    difference = image.output.int() - image.original.int()
-    return (128 + DIFFERENCE_GAIN * difference).clamp(0, 255).byte()
 
 
 def _list(lines: Sequence[str]) -> str:

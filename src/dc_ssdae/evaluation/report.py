@@ -112,7 +112,7 @@ def _photo(result: PhotoResult) -> str:
     panels = (
         (result.original, "original", f"{result.original.shape[2]}×{result.original.shape[1]} px"),
         (result.reconstruction, "reconstruction", f"{result.psnr:.2f} dB, SSIM {result.ssim:.3f}"),
-        (_difference(result), "difference", f"×{DIFFERENCE_GAIN}, grey is none"),
+        (difference(result.original, result.reconstruction), "difference", f"×{DIFFERENCE_GAIN}, grey is none"),
         (result.baseline, f"bicubic, {width}×{height} and back", f"{result.baseline_psnr:.2f} dB, "
          f"SSIM {result.baseline_ssim:.3f}"),
     )  # fmt: skip
@@ -145,9 +145,9 @@ def _row(result: PhotoResult | _Mean) -> str:
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _difference(result: PhotoResult) -> Tensor:
-    difference = result.reconstruction.int() - result.original.int()
-    return (128 + DIFFERENCE_GAIN * difference).clamp(0, 255).byte()
+def difference(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """A picture of what differs between two images, uint8 (3, H, W), `DIFFERENCE_GAIN` times around mid-grey."""
+    return (128 + DIFFERENCE_GAIN * (reconstruction.int() - original.int())).clamp(0, 255).byte()
 
 
 def _plot(curves: Sequence[LossCurve]) -> bytes:
