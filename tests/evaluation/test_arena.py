@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -621,3 +622,29 @@ def test_memory_is_unknown_where_the_system_does_not_tell(monkeypatch: pytest.Mo
     assert entry.failed is None
     assert entry.memory is None
     assert entry.decode is not None
+
+
+class Held:
+    """What a candidate has in memory while it works."""
+
+
+def test_what_a_candidate_held_when_it_failed_is_free_for_the_next() -> None:
+    """An out-of-memory error holds its frames, and they all that was on the device."""
+    held: list[weakref.ref[Held]] = []
+    found: list[bool] = []
+
+    def greedy(x: Tensor) -> Tensor:
+        mine = Held()
+        held.append(weakref.ref(mine))
+        error = MemoryError()  # a cycle: the error will have this frame, and the frame has the error
+        raise error
+
+    def next_one(x: Tensor) -> Tensor:
+        found.append(held[0]() is None)
+        return blurred(x)
+
+    entries = compete(
+        {"greedy": lambda: PythonCandidate(greedy, "greedy"), "next": lambda: PythonCandidate(next_one, "n")}
+    )
+    assert [entry.failed is None for entry in entries] == [False, True]
+    assert all(found)

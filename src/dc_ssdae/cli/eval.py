@@ -75,7 +75,10 @@ def _run(args: Namespace) -> int:
     processes = Processes.join(opened.device)
     if processes.count > 1 and opened.device.type == "cuda":
         opened = opened._replace(device=torch.device(processes.device))
-    suite = load_suite(args, opened, opened.device)
+    for turn in (True, False):  # what is to be downloaded, the main process downloads, and the others find
+        if processes.is_main is turn:
+            suite = load_suite(args, opened, opened.device)
+        processes.gather(None)
     candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
     evaluation = _evaluate(args, opened, candidate, suite, processes)
     if processes.is_main:

@@ -131,8 +131,8 @@ def run_arena(
                     failed.to(torch.device("cpu"))
             if report is not None:
                 report(label, entries[label].failed or "")
-            del error  # with all that its frames hold
-            gc.collect()
+        if entries[label].failed is not None:
+            gc.collect()  # only here, where the error is gone, and with it its frames and all that they hold
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
