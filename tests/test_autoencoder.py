@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY_DECODER, image, tiny, tiny_encoder
 
 from dc_ssdae import DCSSDAE, InputError
-from dc_ssdae.autoencoder import COMPONENTS, NOT_MEASURED, write_latent_statistics
+from dc_ssdae.autoencoder import COMPONENTS
 from dc_ssdae.decoding import plan_decoding
 from dc_ssdae.latent import LatentStatistics, draw_noise
+from dc_ssdae.model_folder import NOT_MEASURED, write_latent_statistics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FACTORS = [8, 16, 32, 64, 128]

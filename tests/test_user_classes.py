@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
-from dc_ssdae.autoencoder import COMPONENTS, build_without_weights, read_config
+from dc_ssdae.autoencoder import COMPONENTS, build_without_weights
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
+from dc_ssdae.model_folder import read_config
 from dc_ssdae.networks import KLEncoder, UViTDecoder
 
 HERE = __name__

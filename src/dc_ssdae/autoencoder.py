@@ -1,11 +1,7 @@
 """DCSSDAE: joins an encoder, a decoder and a dynamics; encode, decode, save, load."""
 
-import contextlib
 import inspect
-import json
 import math
-import os
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +43,7 @@ from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.energy import apply_network, as_normal
 from dc_ssdae.errors import InputError, check_at_least, check_type
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
+from dc_ssdae.model_folder import WEIGHTS, check_channels, may_be_on_the_hub, read_config
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.presets import load_preset
 from dc_ssdae.samplers import Schedule
@@ -60,17 +57,7 @@ __all__ = [
     "DEFAULT_CLASSES",
     "EncoderOutput",
     "build_without_weights",
-    "may_be_on_the_hub",
-    "model_folder",
-    "read_config",
-    "write_latent_statistics",
 ]
-
-NOT_MEASURED = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
-"""The settings of a model whose latents' statistics are not known."""
-
-WEIGHTS = "diffusion_pytorch_model"
-"""Stem of the names that diffusers gives weight files."""
 
 LOADING_ARGUMENTS = (
     "cache_dir",
@@ -365,7 +352,7 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         Raises:
             InputError: they are of another number of channels.
         """
-        _check_channels(statistics, self.config.latent_channels, "this model")
+        check_channels(statistics, self.config.latent_channels, "this model")
         self._internal_dict = FrozenDict({**self._internal_dict, **statistics.settings()})
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
@@ -473,56 +460,6 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         return {**init, "classes": classes}, unused, hidden
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model folder's config.json.
-
-    Raises:
-        InputError: it is missing or no JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        hint = f"; the run's model is {folder / 'model'}" if (folder / "config.yaml").is_file() else ""
-        raise InputError(f"{folder} holds no model: config.json is missing{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return config
-
-
-def write_latent_statistics(folder: Path, statistics: LatentStatistics | None) -> None:
-    """Put the latents' statistics into a model folder's config.json, whole or not at all; all else in it stays.
-
-    Args:
-        folder: of a saved model.
-        statistics: of its latents; None puts the settings back to those of a model whose latents are not measured.
-
-    Raises:
-        InputError: there is no config.json, or it is of another number of channels.
-        OSError: it cannot be written; the old one stays.
-    """
-    config = read_config(folder)
-    path = folder / "config.json"
-    if statistics is not None:
-        _check_channels(statistics, config.get("latent_channels"), str(path))
-    changed = {**config, **(NOT_MEASURED if statistics is None else statistics.settings())}
-    if list(config) == sorted(config):  # as diffusers writes it
-        changed = dict(sorted(changed.items()))
-    beside = folder / f".{uuid.uuid4().hex}.partial"
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(changed, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.chmod(path.stat().st_mode)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _sync_folder(folder)
-
-
 def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = ()) -> DCSSDAE:
     """Build a model on the meta device, for its shapes and costs.
 
@@ -538,27 +475,6 @@ def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = (
         model = DCSSDAE.from_config(dict(config), classes=classes)
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
     return nn.Module.to(model, "meta")
-
-
-def model_folder(path: str | Path) -> Path:
-    """Find the folder of the model that a path means: its own, or `model/` in the folder of a training run.
-
-    Args:
-        path: a folder written by `save_pretrained`, or a run's.
-
-    Returns:
-        The folder that holds config.json; `path` itself where neither does.
-
-    Raises:
-        InputError: it is a run that has not written a model yet.
-    """
-    path = Path(path)
-    if (path / "config.json").exists():
-        return path
-    model = path / "model"
-    if (path / "config.yaml").exists() and not any(model.glob(f"{WEIGHTS}*.safetensors")):
-        raise InputError(f"{path} has no model yet: the first checkpoint writes it")
-    return model if (model / "config.json").exists() else path
 
 
 def _check_normalisation(
@@ -594,21 +510,6 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
-def _check_channels(statistics: LatentStatistics, channels: Any, owner: str) -> None:
-    if len(statistics.mean) != channels:
-        raise InputError(f"the latents' statistics are of {len(statistics.mean)} channels; {owner} has {channels}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming in the folder outlast a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile has been called on it, in place or around it."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
@@ -617,10 +518,3 @@ def _is_compiled(module: nn.Module) -> bool:
 def _config_names() -> list[str]:
     names = inspect.signature(DCSSDAE.__init__).parameters
     return [name for name in names if name not in ("self", *DCSSDAE.ignore_for_config)]
-
-
-def may_be_on_the_hub(name: str) -> bool:
-    """Tell a hub id, OWNER/MODEL, from a misspelt path, which should not wait for the network."""
-    owner, slash, model = name.partition("/")
-    is_id = bool(slash and model) and "/" not in model and owner not in ("", ".", "..", "~")
-    return is_id and not os.path.exists(owner) and not os.path.exists(name)

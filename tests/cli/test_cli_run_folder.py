@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dc_ssdae import DCSSDAE, InputError
-from dc_ssdae.autoencoder import model_folder
 from dc_ssdae.classes import import_class, importing_from
+from dc_ssdae.model_folder import model_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -13,9 +13,9 @@ from terms import Hooked
 from tiny import make_images, run_config, yaml_of
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.autoencoder import write_latent_statistics
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
+from dc_ssdae.model_folder import write_latent_statistics
 from dc_ssdae.training.build import build_step, place_step
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.launch import resume_run, start_run

@@ -17,12 +17,12 @@ from tiny import SIZE, batch, make_images, run_config, yaml_of
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.autoencoder import read_config, write_latent_statistics
 from dc_ssdae.data.loader import Drawing, Place, TrainingSamples
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.losses import StepOutputs
+from dc_ssdae.model_folder import read_config, write_latent_statistics
 from dc_ssdae.parameter_groups import parameter_groups
 from dc_ssdae.training.build import build_model, build_step, decoder_groups
 from dc_ssdae.training.checkpoint import read_checkpoint

@@ -269,7 +269,8 @@ def load_model(args: "Namespace") -> "DCSSDAE":
     classes = import_classes(args.modules)
     import torch
 
-    from dc_ssdae.autoencoder import DCSSDAE, model_folder
+    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.model_folder import model_folder
 
     name = model_folder(args.model) if Path(args.model).is_dir() else args.model
     try:

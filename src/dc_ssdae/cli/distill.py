@@ -127,7 +127,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _base(teacher: str, steps: int) -> dict[str, Any]:
     """What a student starts from: the teacher's model, and the data and the loop of its run, if it comes from one."""
-    from dc_ssdae.autoencoder import COMPONENTS, model_folder, read_config
+    from dc_ssdae.autoencoder import COMPONENTS
+    from dc_ssdae.model_folder import model_folder, read_config
     from dc_ssdae.training.build import decoder_groups
     from dc_ssdae.training.config import ModelConfig
 

@@ -117,7 +117,8 @@ def _describe(name: str, classes: Sequence[type]) -> _Described:
     """Build the model of a preset or a folder without weights."""
     import torch
 
-    from dc_ssdae.autoencoder import DCSSDAE, model_folder
+    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.model_folder import model_folder
 
     if name in list_presets():
         with torch.device("meta"):
@@ -158,7 +159,8 @@ def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type
 
 def _model_in(folder: Path, classes: Sequence[type]) -> "tuple[DCSSDAE, list[str]]":
     """Build the model of a folder without weights, and check the weight files by their headers."""
-    from dc_ssdae.autoencoder import build_without_weights, read_config
+    from dc_ssdae.autoencoder import build_without_weights
+    from dc_ssdae.model_folder import read_config
     from dc_ssdae.weights import check_tensors
 
     model = build_without_weights(read_config(folder), classes)

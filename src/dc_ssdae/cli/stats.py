@@ -73,9 +73,9 @@ def run(args: Namespace) -> int:
             f"{args.model} is no folder, whose config.json could be written; a model's id on the hub needs --no-write"
         )
     model = load_model(args)
-    from dc_ssdae.autoencoder import model_folder, write_latent_statistics
     from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.model_folder import model_folder, write_latent_statistics
 
     folder = None if args.no_write else model_folder(args.model)
     if folder is not None and not os.access(folder, os.W_OK):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dc_ssdae.autoencoder import DCSSDAE, may_be_on_the_hub, model_folder
+from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import find_imported, import_module, importing_from
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.evaluation.candidates import (
@@ -23,6 +23,7 @@ from dc_ssdae.evaluation.candidates import (
     OurCandidate,
     PythonCandidate,
 )
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder
 from dc_ssdae.presets import list_presets
 
 

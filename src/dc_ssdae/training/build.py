@@ -13,12 +13,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from dc_ssdae.autoencoder import DCSSDAE, model_folder, read_config
+from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import import_class
 from dc_ssdae.components import COMPONENTS, resolve_part
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError
 from dc_ssdae.losses.total import BUILT_IN, Objective, WeightedTerm
+from dc_ssdae.model_folder import model_folder, read_config
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
 from dc_ssdae.training.config_checks import shown

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dc_ssdae.autoencoder import model_folder
 from dc_ssdae.errors import InputError
+from dc_ssdae.model_folder import model_folder
 from dc_ssdae.training.ema import check_same_tensors
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
 
-from dc_ssdae.autoencoder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.data.sources import ImageSources, open_sources
 from dc_ssdae.errors import InputError
+from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import build_model, check_components, fetch_backbones
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes

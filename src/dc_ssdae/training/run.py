@@ -26,9 +26,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dc_ssdae.autoencoder import read_config, write_latent_statistics
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
+from dc_ssdae.model_folder import read_config, write_latent_statistics
 from dc_ssdae.training.checkpoint import CheckpointFolder, read_state, sync
 from dc_ssdae.training.config import TrainingConfig
 from dc_ssdae.training.recipe import RECIPE_FILE

@@ -1,0 +1,115 @@
+"""A saved model's folder on the disk: finding it, reading its config.json and writing statistics into it."""
+
+import contextlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.latent import LatentStatistics
+
+NOT_MEASURED = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+"""The settings of a model whose latents' statistics are not known."""
+
+WEIGHTS = "diffusion_pytorch_model"
+"""Stem of the names that diffusers gives weight files."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a model folder's config.json.
+
+    Raises:
+        InputError: it is missing or no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = f"; the run's model is {folder / 'model'}" if (folder / "config.yaml").is_file() else ""
+        raise InputError(f"{folder} holds no model: config.json is missing{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return config
+
+
+def write_latent_statistics(folder: Path, statistics: LatentStatistics | None) -> None:
+    """Put the latents' statistics into a model folder's config.json, whole or not at all; all else in it stays.
+
+    Args:
+        folder: of a saved model.
+        statistics: of its latents; None puts the settings back to those of a model whose latents are not measured.
+
+    Raises:
+        InputError: there is no config.json, or it is of another number of channels.
+        OSError: it cannot be written; the old one stays.
+    """
+    config = read_config(folder)
+    path = folder / "config.json"
+    if statistics is not None:
+        check_channels(statistics, config.get("latent_channels"), str(path))
+    changed = {**config, **(NOT_MEASURED if statistics is None else statistics.settings())}
+    if list(config) == sorted(config):  # as diffusers writes it
+        changed = dict(sorted(changed.items()))
+    beside = folder / f".{uuid.uuid4().hex}.partial"
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(changed, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.chmod(path.stat().st_mode)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(folder)
+
+
+def model_folder(path: str | Path) -> Path:
+    """Find the folder of the model that a path means: its own, or `model/` in the folder of a training run.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a run's.
+
+    Returns:
+        The folder that holds config.json; `path` itself where neither does.
+
+    Raises:
+        InputError: it is a run that has not written a model yet.
+    """
+    path = Path(path)
+    if (path / "config.json").exists():
+        return path
+    model = path / "model"
+    if (path / "config.yaml").exists() and not any(model.glob(f"{WEIGHTS}*.safetensors")):
+        raise InputError(f"{path} has no model yet: the first checkpoint writes it")
+    return model if (model / "config.json").exists() else path
+
+
+def may_be_on_the_hub(name: str) -> bool:
+    """Tell a hub id, OWNER/MODEL, from a misspelt path, which should not wait for the network."""
+    owner, slash, model = name.partition("/")
+    is_id = bool(slash and model) and "/" not in model and owner not in ("", ".", "..", "~")
+    return is_id and not os.path.exists(owner) and not os.path.exists(name)
+
+
+def check_channels(statistics: LatentStatistics, channels: Any, owner: str) -> None:
+    """Refuse statistics of another number of channels than `owner` has.
+
+    Raises:
+        InputError: names both numbers.
+    """
+    if len(statistics.mean) != channels:
+        raise InputError(f"the latents' statistics are of {len(statistics.mean)} channels; {owner} has {channels}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming in the folder outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
