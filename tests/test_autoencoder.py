@@ -619,7 +619,8 @@ class TestUnknownSettings:
 
     def test_from_pretrained(self, saved: tuple[DCSSDAE, Path]) -> None:
         assert "'torch_dtyp' (did you mean 'torch_dtype'?)" in refusal(saved[1], torch_dtyp=torch.float16)
-        assert "unpickle" in refusal(saved[1], use_safetensors=False)
+        assert "only safetensors" in refusal(saved[1], use_safetensors=False)
+        assert "only safetensors" in refusal(saved[1], use_flashpack=True)
 
 
 class TestSpoiltFolders:

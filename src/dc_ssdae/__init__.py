@@ -16,6 +16,8 @@ _HOMES = {
     "DCSSDAE": "dc_ssdae.autoencoder",
     "DiagonalGaussian": "dc_ssdae.latent",
     "InputError": "dc_ssdae.errors",
+    # Not ours to offer, but diffusers looks for it in the module of a pipeline's part, to know how to load that.
+    "ModelMixin": "diffusers.models.modeling_utils",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import init_empty_weights
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -45,11 +46,13 @@ from dc_ssdae.errors import InputError, check_at_least, check_type
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
 from dc_ssdae.model_folder import WEIGHTS, check_channels, may_be_on_the_hub, read_config
 from dc_ssdae.networks import UViTDecoder
+from dc_ssdae.networks.blocks import check_image
 from dc_ssdae.presets import load_preset
 from dc_ssdae.samplers import Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_share
-from dc_ssdae.weights import check_tensors, shard_files
+from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
+from dc_ssdae.weights import PICKLE_SUFFIXES, check_tensors, pickle_refused, shard_files
 
 __all__ = [
     "COMPONENTS",
@@ -59,19 +62,33 @@ __all__ = [
     "build_without_weights",
 ]
 
+FOLLOWING_SETTINGS = (
+    "block_out_channels",
+    "encoder_block_out_channels",
+    "spatial_compression_ratio",
+    "in_channels",
+    "out_channels",
+    "force_upcast",
+)
+"""What `DCSSDAE.config` tells besides the model's own settings, because pipelines and training scripts ask for it."""
+
 LOADING_ARGUMENTS = (
     "cache_dir",
     "device_map",
+    "disable_mmap",
     "dtype",
     "force_download",
     "local_files_only",
     "low_cpu_mem_usage",
     "max_memory",
+    "offload_folder",
+    "offload_state_dict",
     "proxies",
     "revision",
     "subfolder",
     "token",
     "torch_dtype",
+    "use_flashpack",
     "use_safetensors",
     "variant",
 )
@@ -80,12 +97,25 @@ LOADING_ARGUMENTS = (
 
 @dataclass
 class EncoderOutput(BaseOutput):
-    """What `DCSSDAE.encode` gives: the Gaussian over the latent."""
+    """What `DCSSDAE.encode` gives: the Gaussian over the latent.
+
+    diffusers' pipelines ask for it under three names. `latents` and `latent` are its mode, (B, c, h, w).
+    """
 
     latent_dist: DiagonalGaussian
 
+    @property
+    def latents(self) -> Tensor:
+        """The mode of the Gaussian, as autoencoders without one call their latents."""
+        return self.latent_dist.mode()
 
-class DCSSDAE(ModelMixin, ConfigMixin):
+    @property
+    def latent(self) -> Tensor:
+        """The same under the name that `AutoencoderDC` gives it."""
+        return self.latent_dist.mode()
+
+
+class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """An autoencoder whose decoder is a one-step diffusion model (SPEC section 1).
 
     Each of `encoder`, `decoder` and `dynamics` is a mapping with `class_path`, one of the names in `COMPONENTS` or
@@ -124,6 +154,17 @@ class DCSSDAE(ModelMixin, ConfigMixin):
     encoder: nn.Module
     decoder: UViTDecoder
     _supports_gradient_checkpointing = True
+    # Blocks whose outputs join their inputs, which must be on one device.
+    _no_split_modules = (
+        "KLResidualBlock",
+        "SpatialSelfAttention",
+        "ResBlock",
+        "EfficientViTBlock",
+        "SpaceToChannelDownsample",
+        "ConditionedResidualBlock",
+        "UpLevel",
+        "TransformerBlock",
+    )
     ignore_for_config: ClassVar[list[str]] = ["classes"]
 
     @register_to_config
@@ -142,6 +183,8 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
+        self.use_tiling = False
+        self.use_slicing = False
         check_type("latent_channels", latent_channels, int)
         check_type("downsample_factor", downsample_factor, int)
         check_at_least(1, latent_channels=latent_channels)
@@ -162,6 +205,25 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         for part in ("encoder", "decoder"):
             handed_over = {name: following[name] for name in HANDED_OVER[part]}
             setattr(self, part, build_part(part, resolved[part], handed_over, classes))
+        self._tile = check_tiling(None, DEFAULT_OVERLAP, downsample_factor)
+
+    @property
+    def config(self) -> FrozenDict:
+        """The settings, and what diffusers' pipelines look for besides, which follows from them and is not saved."""
+        return FrozenDict({**self._internal_dict, **self._following_settings()})
+
+    def _following_settings(self) -> dict[str, Any]:
+        channels, factor = self._internal_dict["latent_channels"], self._internal_dict["downsample_factor"]
+        stages = factor.bit_length()  # pipelines take 2^(stages - 1) for f
+        widths = getattr(self.encoder, "widths", None)
+        if not (isinstance(widths, list | tuple) and len(widths) == stages):
+            widths = [channels] * stages
+        return dict(zip(FOLLOWING_SETTINGS, (list(widths), list(widths), factor, 3, 3, False), strict=True))
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """The factor f, under the name that some pipelines look for."""
+        return self._internal_dict["downsample_factor"]
 
     def __getattr__(self, name: str) -> Any:
         # diffusers' own version answers with the config's entry of that name, which would hide encoder and decoder.
@@ -218,8 +280,30 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         """
         if not x.is_floating_point():
             raise InputError(f"images are floating-point numbers in [-1, 1], not {x.dtype}; scale them first")
-        posterior = self.posterior(x.to(self.dtype))
+        x = x.to(self.dtype)
+        if self.use_slicing and len(x) > 1:
+            posterior = DiagonalGaussian.join([self._posterior_in_tiles(image) for image in x.split(1)])
+        else:
+            posterior = self._posterior_in_tiles(x)
         return EncoderOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def _posterior_in_tiles(self, x: Tensor) -> DiagonalGaussian:
+        """As `posterior`, but tile by tile where tiling is on and the images are larger than a tile."""
+        factor = self.config.downsample_factor
+        if not self.use_tiling or max(x.shape[2:]) <= self._tile[0] * factor:
+            return self.posterior(x)
+        check_image(x, factor)
+        height, width = (side // factor for side in x.shape[2:])
+        has_variance = False
+
+        def compute(rows: slice, columns: slice) -> Tensor:
+            nonlocal has_variance
+            posterior = self.posterior(x[:, :, _times(rows, factor), _times(columns, factor)])
+            has_variance = posterior.logvar is not None
+            return posterior.mean if posterior.logvar is None else torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+        moments = blend_tiles(compute, height, width, *self._tile).to(x.dtype)
+        return DiagonalGaussian.from_moments(moments) if has_variance else DiagonalGaussian(moments)
 
     @apply_forward_hook
     def decode(
@@ -312,6 +396,22 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         return self._field(x, z, time)
 
     def _field(self, x: Tensor, z: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
+        """As `field`, image by image and tile by tile where slicing and tiling are on."""
+        if self.use_slicing and len(x) > 1:
+            times = [None] * len(x) if time is None else time.split(1)
+            return torch.cat([self._field(*image) for image in zip(x.split(1), z.split(1), times, strict=True)])
+        if not self.use_tiling or max(z.shape[2:]) <= self._tile[0]:
+            return self._whole_field(x, z, time, varying_batch)
+        factor = self.config.downsample_factor
+
+        def compute(rows: slice, columns: slice) -> Tensor:
+            x_tile = x[:, :, _times(rows, factor), _times(columns, factor)]
+            return self._whole_field(x_tile, z[:, :, rows, columns], time, varying_batch)
+
+        height, width = z.shape[2:]
+        return blend_tiles(compute, height, width, *self._tile, scale=factor)
+
+    def _whole_field(self, x: Tensor, z: Tensor, time: Tensor | None, varying_batch: bool) -> Tensor:
         def network(y: Tensor) -> Tensor:
             y = as_normal(y.to(z.dtype))
             if varying_batch:
@@ -355,6 +455,23 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         check_channels(statistics, self.config.latent_channels, "this model")
         self._internal_dict = FrozenDict({**self._internal_dict, **statistics.settings()})
 
+    def enable_tiling(self, tile_size: int | None = None, overlap: float = DEFAULT_OVERLAP) -> None:
+        """Encode and decode images that are larger than a tile in overlapping tiles, blended; memory follows the tile.
+
+        The noise of a decode is drawn once, for the whole image; each step of a sampler blends the field, so that all
+        tiles go on from one state. What the networks know of the whole image, as the statistics of group norms, is of
+        the tile then: the result is close to that without tiles, not equal to it.
+
+        Args:
+            tile_size: side in pixels, a multiple of f and at least 2 f; None is 512, or 4 f where that is more.
+            overlap: share of a tile's side that neighbours have in common, from 0 to 0.75; at least one latent.
+
+        Raises:
+            InputError: one of them is out of range.
+        """
+        self._tile = check_tiling(tile_size, overlap, self.config.downsample_factor)
+        self.use_tiling = True
+
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """Compute the activations of encoder and decoder again in the backward pass instead of keeping them.
 
@@ -379,6 +496,8 @@ class DCSSDAE(ModelMixin, ConfigMixin):
             save_directory: a folder, made if need be.
             kwargs: diffusers' saving arguments, such as `variant` and `max_shard_size`.
         """
+        if kwargs.get("safe_serialization") is False or kwargs.get("use_flashpack"):
+            raise InputError("models are saved as safetensors only: leave safe_serialization and use_flashpack out")
         variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
         # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
         Path(save_directory, f"{WEIGHTS}.safetensors.index{variant}.json").unlink(missing_ok=True)
@@ -405,8 +524,8 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         """
         check_names("argument of from_pretrained", kwargs, ("classes", *LOADING_ARGUMENTS))
         classes = check_classes(classes)
-        if kwargs.get("use_safetensors") is False:
-            raise InputError("use_safetensors=False would unpickle; convert the weights to safetensors")
+        if kwargs.get("use_safetensors") is False or kwargs.get("use_flashpack"):
+            raise InputError("only safetensors are loaded: leave use_safetensors and use_flashpack out")
         name = str(pretrained_model_name_or_path)
         if name and Path(name).is_dir():
             cls._check_folder(Path(name, kwargs.get("subfolder") or ""), kwargs.get("variant"), classes)
@@ -431,8 +550,32 @@ class DCSSDAE(ModelMixin, ConfigMixin):
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
         if index.is_file():
             check_tensors(shard_files(index), expected)
-        else:
-            check_tensors([folder / f"{WEIGHTS}{suffix}.safetensors"], expected)
+            return
+        single = folder / f"{WEIGHTS}{suffix}.safetensors"
+        pickles = [file for file in sorted(folder.glob("*")) if file.suffix in PICKLE_SUFFIXES]
+        if pickles and not single.is_file():
+            raise pickle_refused(pickles[0])
+        check_tensors([single], expected)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Build a model with fresh random weights from what `config` gives, or `load_config`.
+
+        Args:
+            config: the settings. What follows from others may be among them.
+            kwargs: settings that go before those in `config`, `classes` as the constructor's, and diffusers' own
+                arguments.
+
+        Raises:
+            InputError: a setting is unknown, missing or does not fit.
+        """
+        given = {name: config[name] for name in FOLLOWING_SETTINGS if name in config}
+        built = super().from_config({name: config[name] for name in config if name not in given}, **kwargs)
+        model = built[0] if isinstance(built, tuple) else built
+        for name, value in given.items():
+            if not kwargs and value != model.config[name]:
+                raise InputError(f"{name} is {value!r}; it follows from the other settings as {model.config[name]!r}")
+        return built
 
     @classmethod
     def extract_init_dict(
@@ -458,6 +601,10 @@ class DCSSDAE(ModelMixin, ConfigMixin):
                 find_class(part, given["class_path"], classes, source="config.json")
         init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         return {**init, "classes": classes}, unused, hidden
+
+
+# diffusers writes a class's module into a pipeline's model_index.json and imports nothing more to find it there.
+DCSSDAE.__module__ = "dc_ssdae"
 
 
 def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = ()) -> DCSSDAE:
@@ -513,6 +660,10 @@ def _finite(name: str, value: Any) -> float:
 def _is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile has been called on it, in place or around it."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def _times(span: slice, factor: int) -> slice:
+    return slice(span.start * factor, span.stop * factor)
 
 
 def _config_names() -> list[str]:

@@ -37,6 +37,22 @@ class DiagonalGaussian:
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar)
 
+    @classmethod
+    def join(cls, parts: Sequence["DiagonalGaussian"]) -> "DiagonalGaussian":
+        """Put the Gaussians of several batches, all with a variance or all without, into one."""
+        logvars = [part.logvar for part in parts if part.logvar is not None]
+        return cls(torch.cat([part.mean for part in parts]), torch.cat(logvars) if logvars else None)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation (B, c, h, w); zeros where the encoder gives a point."""
+        return torch.zeros_like(self.mean) if self.logvar is None else torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self) -> Tensor:
+        """Variance (B, c, h, w); zeros where the encoder gives a point."""
+        return torch.zeros_like(self.mean) if self.logvar is None else torch.exp(self.logvar)
+
     def mode(self) -> Tensor:
         """The most likely latent, which is the mean: (B, c, h, w)."""
         return self.mean

@@ -35,10 +35,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         InputError: the file is missing, no safetensors file, or truncated; names the first tensor cut off.
     """
     if path.suffix in PICKLE_SUFFIXES:
-        raise InputError(
-            f"{path} is a pickle file, which can run code when loaded; save its state dict with "
-            "safetensors.torch.save_file first"
-        )
+        raise pickle_refused(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     size = path.stat().st_size
@@ -63,6 +60,14 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return shapes
     except SafetensorError as error:
         raise _unreadable(path, error) from None
+
+
+def pickle_refused(path: Path) -> InputError:
+    """What to say of a pickle file in place of loading it, which could run code."""
+    return InputError(
+        f"{path} is a pickle file, which could run code when loaded; convert it: "
+        f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), {path.stem + '.safetensors'!r})"
+    )
 
 
 def check_tensors(files: Iterable[Path], expected: Mapping[str, torch.Size]) -> None:

@@ -114,6 +114,7 @@ class DCEncoder(CheckpointedModule):
         _check_stages(widths, depths, block_types, scales, latent_channels if out_shortcut else None)
 
         self.downsample_factor = downsample_factor
+        self.widths = widths
         self.variational = variational
         self.out_shortcut = out_shortcut
         self.project_in = (

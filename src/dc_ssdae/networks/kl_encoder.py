@@ -52,6 +52,7 @@ class KLEncoder(CheckpointedModule):
             if width < 1 or width % norm_groups:
                 raise InputError(f"level width {width} is no positive multiple of norm_groups = {norm_groups}")
         self.downsample_factor = downsample_factor
+        self.widths = widths
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):

@@ -180,12 +180,16 @@ class UViTDecoder(CheckpointedModule):
         embedded_time = None
         if self.time_embedding is not None and time is not None:
             embedded_time = self.time_embedding(time, y.dtype)
+        # Not one list that all levels change: hooks that move a module's inputs, as offloading has, copy lists.
         skips = [y]
         for down in self.down:
-            y = down(y, context, embedded_time, skips)
+            y, outputs = down(y, context, embedded_time)
+            skips += outputs
         y, features = self.middle(y, context, layer)
         for up in self.up:
-            y = up(y, context, embedded_time, skips)
+            assert isinstance(up, UpLevel)
+            own = [skips.pop() for _ in up.blocks]
+            y = up(y, context, embedded_time, own)
         return self.run_block(self._output, y), features
 
     def parameter_groups(self) -> dict[str, list[str]]:
@@ -264,24 +268,28 @@ class Level(CheckpointedModule):
 
 
 class DownLevel(Level):
-    """Residual blocks, then conv3 with stride 2 on all levels but the last; appends every output to the skips."""
+    """Residual blocks, then conv3 with stride 2 on all levels but the last; gives the last output, and all of them."""
 
-    def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(self, y: Tensor, context: Tensor, time: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        outputs = []
         for block in self.blocks:
             y = self.run_block(block, y, context, time)
-            skips.append(y)
+            outputs.append(y)
         if self.resample is not None:
             y = self.resample(y)
-            skips.append(y)
-        return y
+            outputs.append(y)
+        return y, outputs
 
 
 class UpLevel(Level):
-    """Residual blocks, each on (hidden, skip), then nearest ×2 and conv3 on all levels but the first."""
+    """Residual blocks, each on (hidden, its skip), then nearest ×2 and conv3 on all levels but the first.
+
+    The list of skips is used up, so that each is freed after its block.
+    """
 
     def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
         for block in self.blocks:
-            y = self.run_block(_run_joined, block, y, skips.pop(), context, time)
+            y = self.run_block(_run_joined, block, y, skips.pop(0), context, time)
         if self.resample is not None:
             y = self.run_block(_run_upsampled, self.resample, y)
         return y

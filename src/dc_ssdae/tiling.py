@@ -1,0 +1,117 @@
+"""Overlapping tiles: what an image is gone through in when all of it at once would not fit into memory."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dc_ssdae.errors import InputError, check_type
+
+DEFAULT_TILE_SIZE = 512
+"""Side of a tile in pixels, where the factor f leaves at least four latents of it."""
+
+DEFAULT_OVERLAP = 0.25
+LARGEST_OVERLAP = 0.75
+
+
+def check_tiling(tile_size: int | None, overlap: float, downsample_factor: int) -> tuple[int, int]:
+    """Turn a tile's size and overlap into numbers of latents.
+
+    Args:
+        tile_size: side in pixels, a multiple of f; None is 512, or 4 f where that is more.
+        overlap: share of a tile's side that it has in common with its neighbour, from 0 to 0.75.
+        downsample_factor: f.
+
+    Returns:
+        The tile's side and its overlap, in latents; at least one latent overlaps unless `overlap` is 0.
+
+    Raises:
+        InputError: one of them is out of range.
+    """
+    if tile_size is None:
+        tile_size = max(DEFAULT_TILE_SIZE, 4 * downsample_factor)
+    check_type("tile_size", tile_size, int)
+    check_type("overlap", overlap, float)
+    if not 0.0 <= overlap <= LARGEST_OVERLAP:
+        raise InputError(f"overlap is {overlap}; it must be from 0 to {LARGEST_OVERLAP}, a share of the tile's side")
+    size, rest = divmod(tile_size, downsample_factor)
+    if rest or size < 2:
+        raise InputError(
+            f"tile_size is {tile_size}; it must be a multiple of f = {downsample_factor}, at least "
+            f"{2 * downsample_factor}"
+        )
+    return size, min(max(round(overlap * size), 1), size - 1) if overlap else 0
+
+
+def tile_starts(length: int, size: int, overlap: int) -> list[int]:
+    """Spread as few tiles as possible evenly over a side, each whole and overlapping the next by `overlap` or more.
+
+    Args:
+        length: of the side.
+        size: of a tile; a longer one than the side is cut to it.
+        overlap: of neighbours, less than `size`.
+    """
+    last = length - min(size, length)
+    gaps = -(-last // (size - overlap))
+    return [index * last // gaps for index in range(gaps + 1)] if gaps else [0]
+
+
+def tile_weights(starts: Sequence[int], size: int, length: int, scale: int = 1) -> Tensor:
+    """The weight of each tile along a side: linear ramps where tiles overlap, adding up to one at every place.
+
+    Args:
+        starts: of the tiles, as `tile_starts` gives them.
+        size: of a tile.
+        length: of the side.
+        scale: places of the result for each unit of the side.
+
+    Returns:
+        float32 (tiles, size · scale).
+    """
+    size = min(size, length)
+    ends = [start + size for start in starts]
+    place = torch.arange(size * scale, dtype=torch.float64) + 0.5
+    weights = torch.ones(len(starts), size * scale, dtype=torch.float64)
+    for index in range(1, len(starts)):
+        if ramp := scale * (ends[index - 1] - starts[index]):
+            weights[index] *= (place / ramp).clamp(max=1.0)
+            weights[index - 1] *= ((size * scale - place) / ramp).clamp(max=1.0)
+    total = torch.zeros(length * scale, dtype=torch.float64)
+    spans = [slice(start * scale, end * scale) for start, end in zip(starts, ends, strict=True)]
+    for span, weight in zip(spans, weights, strict=True):
+        total[span] += weight
+    return torch.stack([weight / total[span] for span, weight in zip(spans, weights, strict=True)]).float()
+
+
+def blend_tiles(
+    compute: Callable[[slice, slice], Tensor], height: int, width: int, size: int, overlap: int, scale: int = 1
+) -> Tensor:
+    """Compute a map tile by tile and blend the tiles; one tile is held at a time, beside the map.
+
+    Args:
+        compute: of rows and columns (of the grid of height × width), gives (B, C, rows · scale, columns · scale).
+        height: of the grid.
+        width: of the grid.
+        size: side of a tile in units of the grid.
+        overlap: of neighbouring tiles in units of the grid.
+        scale: places of the map for each unit of the grid.
+
+    Returns:
+        (B, C, height · scale, width · scale), float32; what one tile gives, as it is, where one covers the grid.
+    """
+    tops, lefts = tile_starts(height, size, overlap), tile_starts(width, size, overlap)
+    if len(tops) == len(lefts) == 1:
+        return compute(slice(0, height), slice(0, width)).float()
+    row_weights = tile_weights(tops, size, height, scale)
+    column_weights = tile_weights(lefts, size, width, scale)
+    blended: Tensor | None = None
+    for top, down in zip(tops, row_weights, strict=True):
+        for left, across in zip(lefts, column_weights, strict=True):
+            tile = compute(slice(top, min(top + size, height)), slice(left, min(left + size, width))).float()
+            if blended is None:
+                blended = tile.new_zeros(*tile.shape[:2], height * scale, width * scale)
+            tile = tile * down.to(tile.device)[:, None] * across.to(tile.device)
+            rows = slice(top * scale, top * scale + tile.shape[2])
+            blended[:, :, rows, left * scale : left * scale + tile.shape[3]] += tile
+    assert blended is not None
+    return blended
