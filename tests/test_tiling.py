@@ -1,0 +1,295 @@
+"""Tiles against closed forms, tiled models against whole ones, and seams in photos."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import TINY_DECODER, image, tiny
+from torch import Tensor, nn
+
+from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae.tiling import blend_tiles, check_tiling, tile_starts, tile_weights
+
+SIDES = st.tuples(st.integers(1, 60), st.integers(2, 12), st.integers(0, 9)).filter(lambda side: side[2] < side[1])
+
+
+class TestTiles:
+    @settings(derandomize=True, deadline=None)
+    @given(SIDES)
+    def test_they_cover_a_side_overlap_and_lie_inside(self, side: tuple[int, int, int]) -> None:
+        length, size, overlap = side
+        starts = tile_starts(length, size, overlap)
+        size = min(size, length)
+        assert starts[0] == 0
+        assert starts[-1] + size == length
+        for before, after in itertools.pairwise(starts):
+            assert 0 < after - before <= size - overlap
+
+    @settings(derandomize=True, deadline=None)
+    @given(SIDES)
+    def test_no_fewer_would_do(self, side: tuple[int, int, int]) -> None:
+        length, size, overlap = side
+        tiles = len(tile_starts(length, size, overlap))
+        if tiles > 1:
+            assert size + (tiles - 2) * (size - overlap) < length
+
+    @settings(derandomize=True, deadline=None)
+    @given(SIDES, st.integers(1, 5))
+    def test_their_weights_add_up_to_one_everywhere(self, side: tuple[int, int, int], scale: int) -> None:
+        length, size, overlap = side
+        starts = tile_starts(length, size, overlap)
+        total = torch.zeros(length * scale)
+        for start, weight in zip(starts, tile_weights(starts, size, length, scale), strict=True):
+            assert weight.min() > 0
+            total[start * scale : start * scale + len(weight)] += weight
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+    def test_weights_are_ramps_over_the_overlap(self) -> None:
+        first, second = tile_weights([0, 6], 8, 14, scale=2)  # 2 units overlap, which are 4 places
+        ramp = torch.tensor([0.125, 0.375, 0.625, 0.875])
+        torch.testing.assert_close(first, torch.cat([torch.ones(12), ramp.flip(0)]))
+        torch.testing.assert_close(second, torch.cat([ramp, torch.ones(12)]))
+
+    def test_without_overlap_tiles_lie_side_by_side(self) -> None:
+        assert tile_starts(12, 4, 0) == [0, 4, 8]
+        assert torch.equal(tile_weights([0, 4, 8], 4, 12), torch.ones(3, 4))
+
+    @settings(derandomize=True, deadline=None, max_examples=30)
+    @given(SIDES, SIDES, st.integers(1, 3))
+    def test_what_tiles_do_alike_is_blended_to_the_whole(
+        self, rows: tuple[int, int, int], columns: tuple[int, int, int], scale: int
+    ) -> None:
+        height, size, overlap = rows
+        width = columns[0]
+        whole = torch.arange(2.0 * height * width * scale**2).view(1, 2, height * scale, width * scale) % 17
+
+        def compute(down: slice, across: slice) -> Tensor:
+            assert max(down.stop - down.start, across.stop - across.start) <= size
+            return whole[:, :, down.start * scale : down.stop * scale, across.start * scale : across.stop * scale]
+
+        torch.testing.assert_close(blend_tiles(compute, height, width, size, overlap, scale), whole)
+
+    @pytest.mark.parametrize(
+        ("tile_size", "overlap", "factor", "expected"),
+        [(None, 0.25, 8, (64, 16)), (None, 0.25, 32, (16, 4)), (None, 0.25, 128, (4, 1)), (None, 0.25, 256, (4, 1))],
+    )
+    def test_the_default_fits_every_factor(
+        self, tile_size: int | None, overlap: float, factor: int, expected: tuple[int, int]
+    ) -> None:
+        assert check_tiling(tile_size, overlap, factor) == expected
+
+    def test_a_small_overlap_is_one_latent_at_least_and_none_is_none(self) -> None:
+        assert check_tiling(64, 0.01, 8) == (8, 1)
+        assert check_tiling(64, 0.0, 8) == (8, 0)
+        assert check_tiling(16, 0.75, 8) == (2, 1)
+
+    @pytest.mark.parametrize(
+        ("tile_size", "overlap", "words"),
+        [
+            (500, 0.25, "tile_size is 500; it must be a multiple of f = 8, at least 16"),
+            (8, 0.25, "tile_size is 8"),
+            (0, 0.25, "tile_size is 0"),
+            (-16, 0.25, "tile_size is -16"),
+            (64, 0.8, "overlap is 0.8; it must be from 0 to 0.75"),
+            (64, -0.1, "overlap is -0.1"),
+            (64, float("nan"), "overlap is nan"),
+            (64.0, 0.25, "tile_size"),
+            (64, "a quarter", "overlap"),
+        ],
+    )
+    def test_what_does_not_fit_is_told_in_one_line(self, tile_size: int, overlap: float, words: str) -> None:
+        model = tiny()
+        with pytest.raises(InputError) as error:
+            model.enable_tiling(tile_size, overlap)
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+        assert not model.use_tiling
+
+
+class Patches(nn.Module):
+    """Looks at each cell of f × f pixels alone, so that a tile knows as much as the whole."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int, variance: bool = True) -> None:
+        super().__init__()
+        self.variance = variance
+        channels = 2 * latent_channels if variance else latent_channels
+        self.conv = nn.Conv2d(3, channels, downsample_factor, downsample_factor)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        moments = self.conv(x)
+        return DiagonalGaussian.from_moments(moments) if self.variance else DiagonalGaussian(moments)
+
+
+class Pixels(nn.Module):
+    """A field that looks at each pixel, and the latent there, alone; notes what it was called with."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int, time_conditioning: bool) -> None:
+        super().__init__()
+        self.factor = downsample_factor
+        self.time = time_conditioning
+        self.of_latent = nn.Conv2d(latent_channels, 3, 1)
+        self.calls: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+        self.calls.append(tuple(x.shape))
+        target = nn.functional.interpolate(self.of_latent(z).tanh(), scale_factor=self.factor)
+        return (x - target) * (1.0 if time is None else time[:, None, None, None])
+
+
+def local_model(dynamics: str = "EquilibriumMatching", variance: bool = True, **init_args: object) -> DCSSDAE:
+    name = f"{__name__}.Patches"
+    torch.manual_seed(0)
+    return DCSSDAE(
+        latent_channels=4,
+        downsample_factor=8,
+        encoder={"class_path": name, "init_args": {"variance": variance}},
+        decoder={"class_path": f"{__name__}.Pixels"},
+        dynamics={"class_path": dynamics, "init_args": init_args},
+        classes=[Patches, Pixels],
+    ).eval()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+class TestModels:
+    @pytest.mark.parametrize("variance", [True, False])
+    @pytest.mark.parametrize(("height", "width"), [(72, 104), (16, 104), (72, 40), (40, 40)])
+    def test_tiled_encoding_of_a_local_encoder_is_exact(self, variance: bool, height: int, width: int) -> None:
+        model, x = local_model(variance=variance), image(2, height, width)
+        whole = model.encode(x).latent_dist
+        model.enable_tiling(32)
+        tiled = model.encode(x).latent_dist
+        torch.testing.assert_close(tiled.mean, whole.mean, atol=1e-5, rtol=0)
+        assert (tiled.logvar is None) == (not variance)
+        if variance:
+            torch.testing.assert_close(tiled.logvar, whole.logvar, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize(
+        ("dynamics", "init_args", "decoding"),
+        [
+            ("EquilibriumMatching", {}, {}),
+            ("EquilibriumMatching", {}, {"num_steps": 3}),
+            ("EquilibriumMatching", {}, {"sampler": "nesterov", "num_steps": 4, "tolerance": 0.2}),
+            ("EquilibriumMatching", {"explicit_energy": "dot"}, {"num_steps": 2}),
+            ("FlowMatching", {}, {}),
+            ("FlowMatching", {}, {"num_steps": 3}),
+        ],
+    )
+    def test_tiled_decoding_of_a_local_field_is_exact(
+        self, dynamics: str, init_args: dict[str, object], decoding: dict[str, object]
+    ) -> None:
+        """Tiles agree only where their noise is cut from one noise for the whole image."""
+        model, z = local_model(dynamics, **init_args), torch.randn(2, 4, 9, 13)
+        whole = model.decode(z, generator=torch.Generator().manual_seed(3), **decoding)
+        model.decoder.calls.clear()
+        model.enable_tiling(32)
+        tiled = model.decode(z, generator=torch.Generator().manual_seed(3), **decoding)
+        torch.testing.assert_close(tiled.sample, whole.sample, atol=1e-5, rtol=0)
+        assert torch.equal(tiled.num_evaluations, whole.num_evaluations)
+        assert {call[2:] for call in model.decoder.calls} == {(32, 32)}
+
+    def test_an_image_that_fits_into_a_tile_keeps_its_bits(self) -> None:
+        model, x = tiny(), image(1, 32, 48)
+        whole = model(x).sample
+        model.enable_tiling(48)
+        assert torch.equal(model(x).sample, whole)
+
+    def test_disabling_brings_the_bits_back(self) -> None:
+        model, x = tiny(), image(1, 32, 48)
+        whole = model(x).sample
+        model.enable_tiling(16)
+        assert not torch.equal(model(x).sample, whole)
+        model.disable_tiling()
+        assert torch.equal(model(x).sample, whole)
+
+    @pytest.mark.parametrize(("encoder", "factor"), [("KLEncoder", 8), ("DCEncoder", 32)])
+    def test_tiles_of_the_real_networks_come_close_to_the_whole(self, encoder: str, factor: int) -> None:
+        model, x = tiny(factor, encoder), image(1, 4 * factor, 6 * factor)
+        z = model.encode(x).latent_dist.mode()
+        whole = model.decode(z).sample
+        model.enable_tiling(3 * factor)
+        tiled_z, tiled = model.encode(x).latent_dist.mode(), model.decode(z).sample
+        assert tiled.shape == whole.shape
+        assert tiled_z.shape == z.shape
+        for ours, reference in ((tiled, whole), (tiled_z, z)):
+            assert not torch.equal(ours, reference)
+            assert torch.corrcoef(torch.stack([ours.flatten(), reference.flatten()]))[0, 1] > 0.7
+
+    def test_one_draw_of_noise_serves_all_tiles(self) -> None:
+        """The field as it is, with its noise, must be seamless: no tile may start from a noise of its own."""
+        model, z = local_model(), torch.randn(1, 4, 9, 13)
+        model.enable_tiling(32)
+        noise = torch.randn(1, 3, 72, 104)
+        start = model.decode(z, noise=noise, return_trajectory=True).trajectory[0]
+        assert torch.equal(start, noise)
+        generator = torch.Generator().manual_seed(3)
+        model.decode(z, generator=generator)
+        whole = local_model()
+        other = torch.Generator().manual_seed(3)
+        whole.decode(z, generator=other)
+        assert torch.equal(generator.get_state(), other.get_state())
+
+    def test_what_does_not_divide_is_named_as_a_whole(self) -> None:
+        model = tiny()
+        model.enable_tiling(16)
+        with pytest.raises(InputError, match="image of 36×48 pixels"):
+            model.encode(image(1, 36, 48))
+
+    def test_gradients_reach_every_tile(self) -> None:
+        model = tiny()
+        model.enable_tiling(16)
+        with torch.enable_grad():
+            x = image(1, 32, 48).requires_grad_()
+            model(x).sample.square().mean().backward()
+        assert x.grad is not None
+        assert (x.grad.abs().amax(dim=1) > 0).float().mean() > 0.9
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_keeps_its_dtype(self, dtype: torch.dtype) -> None:
+        model, x = tiny().to(dtype), image(1, 32, 48)
+        model.enable_tiling(16)
+        posterior = model.encode(x).latent_dist
+        assert posterior.mean.dtype == posterior.logvar.dtype == dtype
+        assert model.decode(posterior.mode()).sample.dtype == dtype
+
+
+class TestSlicing:
+    @pytest.mark.parametrize("decoding", [{}, {"num_steps": 3}, {"tolerance": 0.5}])
+    def test_slices_give_what_the_batch_gives(self, decoding: dict[str, object]) -> None:
+        model, x = tiny(), image(3)
+        whole = model.encode(x).latent_dist
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        sample = model.decode(whole.mode(), generator=generators, **decoding).sample
+        model.enable_slicing()
+        sliced = model.encode(x).latent_dist
+        torch.testing.assert_close(sliced.mean, whole.mean, atol=1e-5, rtol=0)
+        torch.testing.assert_close(sliced.logvar, whole.logvar, atol=1e-5, rtol=0)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        again = model.decode(whole.mode(), generator=generators, **decoding).sample
+        torch.testing.assert_close(again, sample, atol=1e-5, rtol=0)
+
+    def test_networks_see_one_image_at_a_time(self) -> None:
+        model = local_model("FlowMatching", variance=False)
+        model.enable_slicing()
+        model.enable_tiling(32)
+        z = model.encode(image(3, 40, 40)).latent_dist
+        assert z.logvar is None
+        model.decode(z.mode(), num_steps=2)
+        assert {call[0] for call in model.decoder.calls} == {1}
+        model.disable_slicing()
+        model.decode(z.mode())
+        assert model.decoder.calls[-1][0] == 3
+
+
+def test_the_tiny_decoder_has_a_group_norm_so_that_tiles_differ() -> None:
+    """Guards the tests above: with local networks alone they would prove nothing of the real ones."""
+    assert TINY_DECODER["init_args"]["norm_groups"]
+    assert any(isinstance(module, nn.GroupNorm) for module in tiny().decoder.modules())
