@@ -335,3 +335,27 @@ def test_decoding_options_that_do_not_fit_are_one_line(
     assert outcome.out == []
     assert len(outcome.err) == 1
     assert named in outcome.err[0]
+
+
+def test_tiles_are_those_of_the_model_in_python(
+    reconstruct: Callable, run: Callable, model_dir: Path, tmp_path: Path
+) -> None:
+    photo = save(tmp_path / "photo.png", random_pixels(40, 64))
+    model = DCSSDAE.from_pretrained(model_dir)
+    model.enable_tiling(32)
+    with torch.inference_mode():
+        latent = model.encode(to_model_range(read_image(photo).pixels)[None]).latent_dist.mode()
+        expected = to_uint8(model.decode(latent).sample[0])
+    assert reconstruct(photo).code == 0
+    assert not torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, expected)
+    assert reconstruct(photo, "--tile-size", 32).code == 0
+    assert torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, expected)
+    shared = ("--model", model_dir, "--out", tmp_path / "apart", "--device", "cpu", "--tile-size", 32)
+    assert run("encode", photo, *shared).code == 0
+    assert run("decode", tmp_path / "apart" / "photo.safetensors", *shared).code == 0
+    assert torch.equal(read_image(tmp_path / "apart" / "photo.png").pixels, expected)
+
+
+def test_a_tile_size_that_does_not_fit_the_model(reconstruct: Callable, photo: Path) -> None:
+    line = "dc-ssdae reconstruct: tile_size is 36; it must be a multiple of f = 8, at least 16"
+    assert reconstruct(photo, "--tile-size", 36) == (2, [], [line])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dc_ssdae.cli.parser import CommandParser, device_name, file_path, filled
+from dc_ssdae.cli.parser import CommandParser, device_name, file_path, filled, whole_number
 from dc_ssdae.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -78,6 +78,17 @@ def add_model_options(parser: CommandParser) -> None:
     add_import_option(parser)
     add_device_option(parser)
     add_dtype_option(parser, "what to compute in")
+
+
+def add_tile_size_option(parser: CommandParser) -> None:
+    """Add `--tile-size`, which `load_model` reads, for commands that take images of any size."""
+    parser.add_argument(
+        "--tile-size",
+        type=whole_number(1),
+        metavar="S",
+        help="go through images with a side above S pixels in overlapping tiles of S by S, a multiple of the model's f "
+        "(512 is a good one): memory follows the tile",
+    )
 
 
 def add_import_option(parser: CommandParser) -> None:
@@ -175,7 +186,7 @@ def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job
             done = process(job)
         except Exception as error:
             if is_out_of_memory(error):
-                message = "out of memory; try a smaller image, --dtype bfloat16 or another --device"
+                message = "out of memory; try a smaller image, --tile-size 512, --dtype bfloat16 or another --device"
             elif isinstance(error, (InputError, OSError)):
                 message = describe(error)
             else:
@@ -263,7 +274,7 @@ def load_model(args: "Namespace") -> "DCSSDAE":
 
     Raises:
         InputError: there is no such device, no such module to import, or no such model, or its files are damaged or
-            do not fit together.
+            do not fit together, or `--tile-size` does not fit it.
     """
     device = select_device(args.device)  # before the seconds that loading takes
     classes = import_classes(args.modules)
@@ -279,6 +290,9 @@ def load_model(args: "Namespace") -> "DCSSDAE":
         if Path(args.model).is_dir():
             raise
         raise InputError(f"{args.model}: no such folder, and not to be had from the hub: {describe(error)}") from error
+    tile_size = getattr(args, "tile_size", None)
+    if tile_size is not None:
+        model.enable_tiling(tile_size)
     return model.to(device)
 
 

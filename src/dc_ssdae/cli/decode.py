@@ -2,7 +2,16 @@
 
 from argparse import Namespace
 
-from dc_ssdae.cli.common import Done, Job, add_model_options, add_output_option, for_each_file, load_model, shape_line
+from dc_ssdae.cli.common import (
+    Done,
+    Job,
+    add_model_options,
+    add_output_option,
+    add_tile_size_option,
+    for_each_file,
+    load_model,
+    shape_line,
+)
 from dc_ssdae.cli.decoding_options import (
     add_decoding_options,
     check_decoding,
@@ -22,6 +31,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("latents", nargs="+", type=file_path, metavar="LATENT", help="safetensors file")
     add_model_options(parser)
+    add_tile_size_option(parser)
     add_output_option(parser)
     add_decoding_options(parser)
     return parser

@@ -7,6 +7,7 @@ from dc_ssdae.cli.common import (
     Job,
     add_model_options,
     add_output_option,
+    add_tile_size_option,
     encode_pixels,
     for_each_file,
     load_model,
@@ -26,6 +27,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("images", nargs="+", type=file_path, metavar="IMAGE", help="image file")
     add_model_options(parser)
+    add_tile_size_option(parser)
     add_output_option(parser)
     parser.add_argument(
         "--sample", action="store_true", help="sample from the encoder's Gaussian instead of taking its mode"
