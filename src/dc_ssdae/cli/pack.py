@@ -46,7 +46,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--max-broken-share",
-        type=_share,
+        type=share,
         default=0.1,
         metavar="X",
         help="fail if more than this share of the images cannot be read (default 0.1); up to there they are left out",
@@ -92,7 +92,8 @@ def _size(text: str) -> int | None:
     return None if text == "none" else whole_number(1)(text)
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """Read a share, a number from 0 to 1, as an option's type."""
     try:
         value = float(text)
     except ValueError:

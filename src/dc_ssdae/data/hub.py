@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dc_ssdae.data.images import read_image, read_image_bytes
+from dc_ssdae.data.labels import UNKNOWN_LABEL, as_label, names_of_classes
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.errors import InputError, unknown_name
 
@@ -23,9 +24,10 @@ class HubDataset:
         data_files: as `load_dataset` takes it.
         data_dir: as `load_dataset` takes it.
         cache_dir: where `datasets` keeps what it fetches; None is its default.
+        label_column: the column of whole numbers that are the labels; None takes "label" or "labels", if there is one.
 
     Raises:
-        InputError: it cannot be loaded, or has no such split or image column, or no rows.
+        InputError: it cannot be loaded, or has no such split or column, or no rows.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class HubDataset:
         data_files: str | list[str] | dict[str, Any] | None = None,
         data_dir: str | None = None,
         cache_dir: str | None = None,
+        label_column: str | None = None,
     ) -> None:
         datasets = import_optional("datasets")
         self._path = path
@@ -65,6 +68,11 @@ class HubDataset:
             )
         if not len(rows):
             raise InputError(f"split {split!r} of the data set {path!r} is empty")
+        label_column = _label_column(path, rows.features, label_column)
+        self._label_column = label_column
+        self._labels = None if label_column is None else rows.select_columns([label_column])
+        feature = None if label_column is None else rows.features[label_column]
+        self.classes: list[str] = names_of_classes(getattr(feature, "names", None))
         # Images are decoded here and not by the library, so that one that is broken is met alone, by its index.
         self._rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
@@ -88,6 +96,10 @@ class HubDataset:
         """The data set's path, and the row."""
         return f"{self._path}[{index}]"
 
+    def label(self, index: int) -> int:
+        """The row's label, -1 where it has none."""
+        return UNKNOWN_LABEL if self._labels is None else as_label(self._labels[int(index)][self._label_column])
+
     def read(self, index: int) -> Tensor:
         """Read an image.
 
@@ -110,6 +122,18 @@ class HubDataset:
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
         return read_image_bytes(row["bytes"], name).pixels
+
+
+def _label_column(path: str, features: Mapping[str, Any], wanted: str | None) -> str | None:
+    """The column of labels among a table's columns."""
+    if wanted is not None and wanted not in features:
+        raise unknown_name(f"label column of {path}", wanted, list(features))
+    for name in ("label", "labels") if wanted is None else (wanted,):
+        if "int" in str(getattr(features.get(name), "dtype", "")):
+            return name
+    if wanted is not None:
+        raise InputError(f"column {wanted!r} of {path!r} has no labels: its type is {features[wanted]}")
+    return None
 
 
 def _written_by_save_to_disk(path: str) -> bool:

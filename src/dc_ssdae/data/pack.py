@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,36 +16,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dc_ssdae.data.folder import ImageFolder
+from dc_ssdae.data.labels import folder_classes, folder_labels
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.pack_shard import (
-    PackJob,
-    PackSettings,
-    ShardReport,
-    read_json,
-    read_report,
-    shard_name,
-    to_json,
-    write_shard,
-)
-from dc_ssdae.data.shard_cache import is_url
-from dc_ssdae.data.shard_index import (
-    INDEX_FILE,
-    MANIFEST_FILE,
-    MANIFEST_FORMAT,
-    MANIFEST_VERSION,
-    UNFINISHED_FOLDER,
-    ShardIndex,
-    remove_partial_files,
-    write_index,
-    write_whole,
-)
+from dc_ssdae.data.pack_shard import PACK, PackJob, PackSettings, ShardReport, read_report, write_shard
+from dc_ssdae.data.resumable import check_broken, check_places
+from dc_ssdae.data.shard_index import INDEX_FILE, MANIFEST_FORMAT, MANIFEST_VERSION, ShardIndex, write_index
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.sources import open_path, split_folders
 from dc_ssdae.errors import InputError
 
-_SETTINGS_FILE, _LOCK_FILE = "settings.json", ".pack.lock"
 _POLL_SECONDS = 0.5
+_OTHER_IMAGES = dict.fromkeys(
+    ("images", "names_sha256", "classes_sha256"), "was packed from other images than are in the source now"
+)
 
 
 class PackedPart(NamedTuple):
@@ -101,52 +84,29 @@ def pack(
             or too many images are broken.
         OSError: something cannot be written.
     """
-    from filelock import FileLock, Timeout
-
     import_optional("webdataset")
     target = Path(destination)
-    _check_places(source, target)
+    check_places(source, target)
     parts = {name: open_path(folder, cache) for name, folder in (split_folders(source) or {"": source}).items()}
     if any(isinstance(part, Shards) for part in parts.values()):
         report("the source is shards: members other than the images, labels too, are left out")
-    classes = _classes(parts)
-    target.mkdir(parents=True, exist_ok=True)
-    lock = target / _LOCK_FILE
-    try:
-        with FileLock(lock, timeout=0):
-            jobs = {name: _plan(part, classes, target / name, settings) for name, part in parts.items()}
-            finished = {name: _begin(job, identity, set(parts)) for name, (job, identity) in jobs.items()}
-            done = []
-            for name, (job, identity) in jobs.items():
-                manifest = finished[name]
-                if manifest is not None:
-                    report(f"{str(job.folder)!r} is finished already; nothing to do")
-                else:
-                    reports = _pack_part(name, job, workers, max_broken_share, report)
-                    manifest = _finish(job, reports, classes, identity)
-                counts = manifest["images"], len(manifest["shards"]), manifest["kept"], len(manifest["broken"])
-                done.append(PackedPart(name, job.folder, *counts))
-            lock.unlink(missing_ok=True)
-            return done
-    except Timeout as error:
-        raise InputError(f"another dc-ssdae pack is writing to {str(target)!r}") from error
-
-
-def _check_places(source: str, target: Path) -> None:
-    if not is_url(source) and os.path.isdir(source) and target.resolve().is_relative_to(Path(source).resolve()):
-        raise InputError(f"the destination {str(target)!r} lies in the source {source!r}; choose a folder outside")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"the destination {str(target)!r} is not a folder")
-
-
-def _classes(parts: Mapping[str, Any]) -> list[str]:
-    """Names of the folders that images lie in, over all parts, so that a class has one number everywhere."""
-    folders = [part for part in parts.values() if isinstance(part, ImageFolder)]
-    return sorted({_class_of(part.relative_name(index)) for part in folders for index in range(len(part))} - {""})
-
-
-def _class_of(relative_name: str) -> str:
-    return relative_name.rpartition("/")[0]
+    classes = folder_classes(parts.values())
+    with PACK.lock(target):
+        jobs = {name: _plan(part, classes, target / name, settings) for name, part in parts.items()}
+        finished = {
+            name: PACK.begin(job.folder, identity, set(parts), _OTHER_IMAGES) for name, (job, identity) in jobs.items()
+        }
+        done = []
+        for name, (job, identity) in jobs.items():
+            manifest = finished[name]
+            if manifest is not None:
+                report(f"{str(job.folder)!r} is finished already; nothing to do")
+            else:
+                reports = _pack_part(name, job, workers, max_broken_share, report)
+                manifest = _finish(job, reports, classes, identity)
+            counts = manifest["images"], len(manifest["shards"]), manifest["kept"], len(manifest["broken"])
+            done.append(PackedPart(name, job.folder, *counts))
+        return done
 
 
 def _plan(source: Any, classes: Sequence[str], folder: Path, settings: PackSettings) -> tuple[PackJob, dict[str, Any]]:
@@ -160,8 +120,7 @@ def _plan(source: Any, classes: Sequence[str], folder: Path, settings: PackSetti
         order = np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")
     labels = None
     if isinstance(source, ImageFolder):
-        numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers.get(_class_of(name), -1) for name in names], dtype=np.int64)
+        labels = folder_labels(source, classes)
     identity = {
         **asdict(settings),
         "images": len(names),
@@ -169,48 +128,6 @@ def _plan(source: Any, classes: Sequence[str], folder: Path, settings: PackSetti
         "classes_sha256": hashlib.sha256("\0".join(classes).encode("utf-8", "surrogateescape")).hexdigest(),
     }
     return PackJob(source, order, labels, folder, settings), identity
-
-
-def _begin(job: PackJob, identity: dict[str, Any], parts: set[str]) -> dict[str, Any] | None:
-    """Prepare a part's folder for its shards; gives the manifest of one that is finished."""
-    folder, state = job.folder, job.folder / UNFINISHED_FOLDER
-    manifest_path, settings_path = folder / MANIFEST_FILE, state / _SETTINGS_FILE
-    if manifest_path.exists():
-        manifest = read_json(manifest_path)
-        if manifest.get("format") != MANIFEST_FORMAT:
-            raise InputError(f"{str(manifest_path)!r} was not written by dc-ssdae pack; choose an empty folder")
-        _compare(manifest.get("settings"), identity, folder)
-        for shard in manifest["shards"]:
-            path = folder / shard["name"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise InputError(f"shard {str(path)!r} is missing or damaged; delete {str(folder)!r} and pack again")
-        shutil.rmtree(state, ignore_errors=True)  # it was killed between the manifest and this
-        return manifest
-    if settings_path.exists():
-        _compare(read_json(settings_path), identity, folder)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        ours = {UNFINISHED_FOLDER, _LOCK_FILE} | parts
-        foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
-        if foreign:
-            raise InputError(f"the destination {str(folder)!r} holds {foreign[0]!r}; choose an empty folder")
-        state.mkdir(exist_ok=True)
-        write_whole(settings_path, to_json(identity))
-    remove_partial_files(folder)
-    remove_partial_files(state)
-    return None
-
-
-def _compare(begun: Any, identity: dict[str, Any], folder: Path) -> None:
-    begun = begun if isinstance(begun, dict) else {}
-    for name, value in identity.items():
-        if begun.get(name) == value:
-            continue
-        if name in ("images", "names_sha256", "classes_sha256"):
-            raise InputError(f"{str(folder)!r} was packed from other images than are in the source now")
-        raise InputError(
-            f"{str(folder)!r} was begun with {name} {begun.get(name)}, not {value}; choose another destination"
-        )
 
 
 def _pack_part(
@@ -224,22 +141,17 @@ def _pack_part(
     total = len(job.order)
     already = sum(len(shard.names) + len(shard.broken) for shard in reports.values())
     with tqdm(total=total, initial=already, unit="image", desc=name or None, disable=None) as bar:
-        _check_broken(reports, total, max_broken_share)
+        check_broken(_broken(reports), total, max_broken_share)
         for number, shard in _write_shards(job, missing, workers, bar.update):
             reports[number] = shard
             for broken_name, reason in shard.broken:
                 report(reason if broken_name in reason else f"{broken_name}: {reason}")
-            _check_broken(reports, total, max_broken_share)
+            check_broken(_broken(reports), total, max_broken_share)
     return [reports[number] for number in sorted(reports)]
 
 
-def _check_broken(reports: Mapping[int, ShardReport], total: int, max_broken_share: float) -> None:
-    broken = [entry for number in sorted(reports) for entry in reports[number].broken]
-    if len(broken) > max_broken_share * total + 1e-9:
-        raise InputError(
-            f"{len(broken)} of {total} images are broken, more than the share of {max_broken_share:g} that "
-            f"--max-broken-share allows; one of them: {broken[-1][1]}"
-        )
+def _broken(reports: Mapping[int, ShardReport]) -> list[tuple[str, str]]:
+    return [entry for number in sorted(reports) for entry in reports[number].broken]
 
 
 def _write_shards(
@@ -331,10 +243,14 @@ def _finish(
         "broken": [{"name": name, "reason": reason} for shard in reports for name, reason in shard.broken],
         "index": {"file": INDEX_FILE, "sha256": write_index(index, job.folder / INDEX_FILE)},
         "shards": [
-            {"name": shard_name(number), "images": len(shard.names), "bytes": shard.bytes, "sha256": shard.sha256}
+            {
+                "name": PACK.shard_path(job.folder, number).name,
+                "images": len(shard.names),
+                "bytes": shard.bytes,
+                "sha256": shard.sha256,
+            }
             for number, shard in enumerate(reports)
         ],
     }
-    write_whole(job.folder / MANIFEST_FILE, to_json(manifest))
-    shutil.rmtree(job.folder / UNFINISHED_FOLDER)
+    PACK.finish(job.folder, manifest)
     return manifest

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Callable
@@ -16,13 +15,16 @@ from torch import Tensor
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import read_image_bytes, to_pillow
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.shard_index import UNFINISHED_FOLDER, partial_file, scan_tar, write_whole
+from dc_ssdae.data.resumable import ShardCommand, to_json
+from dc_ssdae.data.shard_index import MANIFEST_FORMAT, partial_file, scan_tar, write_whole
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.transforms import resize_shorter_side
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 
 ImageFormat = Literal["jpg", "png", "webp"]
 FORMATS = ("jpg", "png", "webp")
+
+PACK = ShardCommand("pack", MANIFEST_FORMAT, ".tar")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class PackJob:
 def write_shard(job: PackJob, number: int, advance: Callable[[int], Any]) -> ShardReport:
     tar_writer = import_optional("webdataset.writer").TarWriter
     first = number * job.settings.shard_size
-    path = job.folder / shard_name(number)
+    path = PACK.shard_path(job.folder, number)
     beside = partial_file(path)
     kept, broken = 0, []
     try:
@@ -121,7 +123,7 @@ def write_shard(job: PackJob, number: int, advance: Callable[[int], Any]) -> Sha
             found.offsets.tolist(),
             found.sizes.tolist(),
         )
-        write_whole(_report_path(job, number), to_json(shard._asdict()))
+        write_whole(PACK.report_path(job.folder, number), to_json(shard._asdict()))
         os.replace(beside, path)  # last: a shard is finished when both are there
     finally:
         beside.unlink(missing_ok=True)
@@ -182,34 +184,10 @@ def _key(place: int, relative_name: str) -> str:
     return f"{place:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:60]}"
 
 
-def shard_name(number: int) -> str:
-    return f"{number:06d}.tar"
-
-
-def _report_path(job: PackJob, number: int) -> Path:
-    return job.folder / UNFINISHED_FOLDER / f"{number:06d}.json"
-
-
 def read_report(job: PackJob, number: int) -> ShardReport | None:
     """The report of a shard that is finished."""
-    shard, path = job.folder / shard_name(number), _report_path(job, number)
-    if not shard.is_file() or not path.is_file():
+    content = PACK.read_report(job.folder, number)
+    if content is None:
         return None
-    found = ShardReport(**read_json(path))
-    if found.bytes != shard.stat().st_size:
-        return None
+    found = ShardReport(**content)
     return found._replace(broken=[(name, reason) for name, reason in found.broken])
-
-
-def to_json(content: Any) -> bytes:
-    return json.dumps(content, indent=1).encode()  # ASCII, so that odd file names survive
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} is not what dc-ssdae pack writes")
-    return content

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dc_ssdae.data.images import IMAGE_EXTENSIONS
+from dc_ssdae.data.labels import as_label
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.errors import InputError
@@ -28,6 +29,7 @@ NOT_PLAIN = -1
 """Size of a member that is a link or sparse: it has no bytes of its own to read."""
 
 _BLOCK = 512  # bytes; a tar is made of blocks
+_LONGEST_LABEL = 64  # bytes
 
 
 class ShardIndex(NamedTuple):
@@ -71,10 +73,11 @@ class ShardRecord(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What reading needs of a manifest: the `shards`, and the SHA-256 of the index file."""
+    """What reading needs of a manifest: the `shards`, the SHA-256 of the index file, and the names of the classes."""
 
     shards: list[ShardRecord]
     index_sha256: str
+    classes: list[str]
 
 
 def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
@@ -91,7 +94,6 @@ def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
     Raises:
         InputError: the file is no tar, or damaged, or a sample has two images. One line that names it.
     """
-    base_plus_ext = import_optional("webdataset.tariterators").base_plus_ext
     wanted = None if extensions is None else {extension.lower().lstrip(".") for extension in extensions}
     names: list[str] = []
     places: list[tuple[int, int]] = []
@@ -100,11 +102,10 @@ def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
     for member in _members(path):
         if member.name.rpartition("/")[2].startswith("."):
             continue
-        key, extension = base_plus_ext(member.name)
+        key, extension = sample_key(member.name)
         if key is None or member.isdir():
             continue
         keys[key] = None
-        extension = extension.lower()
         if (extension.rpartition(".")[2] not in IMAGE_EXTENSIONS) if wanted is None else (extension not in wanted):
             continue
         if key == key_of_last_image:
@@ -120,6 +121,34 @@ def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
         logger.warning("shard %r: %d of %d samples have no image", path, len(keys) - len(names), len(keys))
     offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
     return ShardIndex(NameTable.of(names), offsets.copy(), sizes.copy())
+
+
+def scan_labels(path: str) -> dict[str, int]:
+    """Find the labels in a tar shard: the whole numbers that its members .cls hold.
+
+    Args:
+        path: a tar that is not compressed.
+
+    Returns:
+        The label of each sample by its key, for those that have one.
+
+    Raises:
+        InputError: the file is no tar, or damaged. One line that names it.
+    """
+    found = {}
+    with open(path, "rb") as file:
+        for member in _members(path):
+            key, extension = sample_key(member.name)
+            if extension == "cls" and key is not None and member.isreg() and member.size <= _LONGEST_LABEL:
+                file.seek(member.offset_data)
+                found[key] = as_label(file.read(member.size))
+    return found
+
+
+def sample_key(name: str) -> tuple[str | None, str]:
+    """Split a member's name into its sample's key, None for no sample's, and what follows the first dot, lower case."""
+    key, extension = import_optional("webdataset.tariterators").base_plus_ext(name)
+    return key, (extension or "").lower()
 
 
 def _members(path: str) -> list[tarfile.TarInfo]:
@@ -190,7 +219,7 @@ def read_manifest(path: str) -> Manifest | None:
             ShardRecord(str(shard["name"]), int(shard["images"]), int(shard["bytes"]), str(shard["sha256"]))
             for shard in content["shards"]
         ]
-        return Manifest(shards, str(content["index"]["sha256"]))
+        return Manifest(shards, str(content["index"]["sha256"]), [str(name) for name in content.get("classes", [])])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"the manifest {path!r} is damaged ({error!r}); delete it to read the shards without"

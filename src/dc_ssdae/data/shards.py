@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from dc_ssdae.data.images import read_image_bytes
+from dc_ssdae.data.labels import UNKNOWN_LABEL
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.shard_cache import cached_file, check_scheme, fetch, is_url, sibling
 from dc_ssdae.data.shard_index import (
@@ -26,6 +27,8 @@ from dc_ssdae.data.shard_index import (
     check_finished,
     read_index,
     read_manifest,
+    sample_key,
+    scan_labels,
     scan_tar,
 )
 from dc_ssdae.errors import InputError
@@ -69,6 +72,7 @@ class Shards:
             extensions = [extensions]
         self._cache = cache
         self._shards: list[Shard] = []
+        self._classes: list[list[str]] = []
         parts: list[ShardIndex] = []
         for pattern in [urls] if isinstance(urls, str) else urls:
             for folder_shards in _by_folder(_shard_urls(os.fspath(pattern))):
@@ -84,6 +88,7 @@ class Shards:
     def _add_folder(self, urls: Sequence[str], parts: list[ShardIndex], extensions: Sequence[str] | None) -> None:
         """Index the shards `urls` of one folder, through its manifest if it has one."""
         manifest, indices = (None, {}) if extensions is not None else self._read_manifest(urls)
+        self._classes.append(manifest.classes if manifest else [])
         remote = is_url(urls[0])
         if remote and manifest is None:
             logger.warning("fetching %d shards to learn what is in them: %s …", len(urls), urls[0])
@@ -132,6 +137,11 @@ class Shards:
         """The number of images in each shard."""
         return self._blocks
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that the labels number, as the manifests tell them; none where they do not agree."""
+        return self._classes[0] if all(names == self._classes[0] for names in self._classes) else []
+
     def name(self, index: int) -> str:
         """The shard's path or URL, and the image's name in it."""
         return f"{self._shards[self._shard_of(index)].url}: {self._index.names[index]}"
@@ -172,6 +182,24 @@ class Shards:
             raise InputError(f"cannot read image {self.name(index)!r}: {len(data)} of its {size} bytes are there")
         return data
 
+    def label(self, index: int) -> int:
+        """The whole number in the member .cls beside the image, -1 where there is none.
+
+        Raises:
+            InputError: the shard is damaged.
+            OSError: its shard is not there, or cannot be fetched.
+        """
+        number = self._shard_of(index)
+        labels: OrderedDict[int, dict[str, int]] | None = getattr(self._files, "labels", None)
+        if labels is None:
+            labels = self._files.labels = OrderedDict()
+        if number not in labels:
+            labels[number] = scan_labels(self._path(number))
+            if len(labels) > OPEN_FILES:
+                labels.popitem(last=False)
+        key, _ = sample_key(self._index.names[index])
+        return UNKNOWN_LABEL if key is None else labels[number].get(key, UNKNOWN_LABEL)
+
     def _shard_of(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} images, none at {index}")
@@ -186,12 +214,14 @@ class Shards:
         if number in files:
             files.move_to_end(number)
             return files[number]
-        shard = self._shards[number]
-        path = fetch(shard.url, self._cache, shard.sha256) if is_url(shard.url) else shard.url
-        file = files[number] = FileIO(path)
+        file = files[number] = FileIO(self._path(number))
         if len(files) > OPEN_FILES:
             files.popitem(last=False)[1].close()
         return file
+
+    def _path(self, number: int) -> str:
+        shard = self._shards[number]
+        return str(fetch(shard.url, self._cache, shard.sha256)) if is_url(shard.url) else shard.url
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_files"}

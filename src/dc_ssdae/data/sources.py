@@ -15,6 +15,7 @@ from dc_ssdae.classes import import_class
 from dc_ssdae.data.folder import ImageFolder, image_files, no_images
 from dc_ssdae.data.hub import HubDataset
 from dc_ssdae.data.images import read_image_bytes, read_pillow_image
+from dc_ssdae.data.labels import UNKNOWN_LABEL, as_label
 from dc_ssdae.data.shard_cache import is_url
 from dc_ssdae.data.shard_index import check_finished
 from dc_ssdae.data.shards import Shards, tar_files
@@ -51,6 +52,26 @@ class ImageSources(NamedTuple):
 
     train: ImageSource
     validation: ImageSource | None
+
+
+def read_labelled(source: ImageSource, index: int) -> tuple[Tensor, int]:
+    """Read an image and its label.
+
+    Args:
+        source: its `label(index)` is asked, where it has one; a user's items tell theirs after the image, or as
+            "label" or "labels".
+        index: of the image.
+
+    Returns:
+        uint8 (3, H, W), upright RGB; and the label, -1 where it is not known.
+
+    Raises:
+        InputError: the image cannot be read.
+    """
+    if isinstance(source, _Items):
+        return source.read_labelled(index)
+    label = getattr(source, "label", None)
+    return source.read(index), as_label(label(index)) if callable(label) else UNKNOWN_LABEL
 
 
 def open_sources(
@@ -240,6 +261,14 @@ class _WithBlocks:
     def blocks(self) -> Sequence[int]:
         return [len(self)]
 
+    @property
+    def classes(self) -> Any:
+        return getattr(self._source, "classes", None)
+
+    def label(self, index: int) -> int:
+        label = getattr(self._source, "label", None)
+        return as_label(label(index)) if callable(label) else UNKNOWN_LABEL
+
     def name(self, index: int) -> str:
         return str(self._source.name(index))
 
@@ -265,13 +294,29 @@ class _Items:
     def name(self, index: int) -> str:
         return f"{self._label}[{index}]"
 
+    @property
+    def classes(self) -> Any:
+        return getattr(self._dataset, "classes", None)
+
     def read(self, index: int) -> Tensor:
-        name = self.name(index)
+        return _pixels(self._item(index), self.name(index))
+
+    def read_labelled(self, index: int) -> tuple[Tensor, int]:
+        item = self._item(index)
+        return _pixels(item, self.name(index)), _label(item)
+
+    def _item(self, index: int) -> Any:
         try:
-            item = self._dataset[index]
+            return self._dataset[index]
         except Exception as error:  # the user's code meets broken images with whatever its decoder raises
-            raise InputError(f"cannot read image {name!r}: {_told(error)}") from error
-        return _pixels(item, name)
+            raise InputError(f"cannot read image {self.name(index)!r}: {_told(error)}") from error
+
+
+def _label(item: Any) -> int:
+    """Find the label in a data set's item."""
+    if isinstance(item, Mapping):
+        return as_label(item.get("label", item.get("labels")))
+    return as_label(item[1]) if isinstance(item, tuple | list) and len(item) > 1 else UNKNOWN_LABEL
 
 
 def _pixels(item: Any, name: str) -> Tensor:

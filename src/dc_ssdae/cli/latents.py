@@ -1,0 +1,178 @@
+"""`dc-ssdae latents`: a data set to safetensors shards of its latents, for training loops."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dc_ssdae.cli.common import DTYPES, add_model_options, complain, describe, load_model, say, select_device
+from dc_ssdae.cli.pack import share
+from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
+from dc_ssdae.errors import InputError, ToldElsewhere
+
+if TYPE_CHECKING:
+    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.data.sources import ImageSource
+    from dc_ssdae.processes import Processes
+
+_YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def build_parser() -> CommandParser:
+    """Build the command's parser."""
+    parser = CommandParser(
+        prog="dc-ssdae latents",
+        description="Encode a data set once: writes OUT/000000.safetensors and so on, with the tensors latents (N, c, "
+        "h, w), as the encoder gives them, and labels (N,), and a manifest.json with their statistics. "
+        "dc_ssdae.data.latents.LatentDataset reads them, and so does whatever reads LightningDiT's features. "
+        "Interrupted at any time, the same command goes on where it stopped. Several processes share the shards: "
+        "torchrun --nproc_per_node N -m dc_ssdae latents ...",
+    )
+    parser.add_argument(
+        "data",
+        type=filled,
+        metavar="DATA",
+        help="images, as data.root of a training run: a folder, perhaps with train/ and validation/, of images or "
+        "shards; or a pattern of shards; or a YAML file whose section data names them, as a run's config.yaml",
+    )
+    parser.add_argument(
+        "out",
+        type=file_path,
+        metavar="OUT",
+        help="folder to write to; made if need be. Of data with train/ and validation/, OUT/train and OUT/validation",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--size",
+        type=whole_number(1),
+        default=256,
+        metavar="S",
+        help="side in pixels of the square that is cut from an image's centre, after resizing by the shorter side; a "
+        "multiple of the model's f (default 256)",
+    )
+    parser.add_argument(
+        "--store",
+        choices=("mean", "sample", "mean_std"),
+        default="mean",
+        help="of the encoder's Gaussian, its mean, one sample, or mean and standard deviation, from which a reader "
+        "samples anew each epoch, at twice the size (default mean)",
+    )
+    parser.add_argument("--flip", action="store_true", help="store the mirrored image's latent too, at twice the size")
+    parser.add_argument("--seed", type=whole_number(0, LARGEST_SEED), metavar="S", help="of --store sample (default 0)")
+    parser.add_argument(
+        "--store-dtype", choices=DTYPES, help="of the latents in the shards (default: what --dtype computes in)"
+    )
+    parser.add_argument("--split", choices=("train", "validation"), help="encode this part of the data alone")
+    parser.add_argument(
+        "--images",
+        type=whole_number(1),
+        metavar="N",
+        help="how many to encode of each part, at most, evenly spread over it (default: all)",
+    )
+    parser.add_argument(
+        "--shard-size", type=whole_number(1), default=1000, metavar="N", help="images in a shard (default 1000)"
+    )
+    parser.add_argument(
+        "--batch", type=whole_number(1), default=16, metavar="B", help="images encoded at a time (default 16)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=whole_number(0),
+        metavar="N",
+        help="processes that read images, for each that encodes (default: one for each core but one, at most 8)",
+    )
+    parser.add_argument(
+        "--max-broken-share",
+        type=share,
+        default=0.1,
+        metavar="X",
+        help="fail if more than this share of the images cannot be read (default 0.1); up to there they are left out",
+    )
+    parser.add_argument(
+        "--cache",
+        type=filled,
+        metavar="DIR",
+        help="folder for shards that come from a URL (default ~/.cache/dc_ssdae/shards)",
+    )
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Encode the images; gives the exit code."""
+    try:
+        return _run(args)
+    except (InputError, OSError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            raise
+        raise ToldElsewhere(describe(error)) from error
+
+
+def _run(args: Namespace) -> int:
+    if args.seed is not None and args.store != "sample":
+        raise InputError(f"--seed is for --store sample; {args.store} is not random")
+    device = select_device(args.device)
+    from dc_ssdae.data.encode_latents import encode_latents, together
+    from dc_ssdae.data.latent_shard import LatentEncoder, LatentSettings
+    from dc_ssdae.data.loader import default_workers
+    from dc_ssdae.processes import Processes
+
+    processes = Processes.join(device)
+    if processes.count > 1 and device.type == "cuda":
+        args.device = str(processes.device)
+    settings = LatentSettings(
+        args.size, args.store, args.flip, args.seed or 0, args.store_dtype or args.dtype, args.shard_size
+    )
+    parts = together(processes, lambda: _open_parts(args.data, args.out, args.cache))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    done = encode_latents(
+        parts,
+        args.out,
+        LatentEncoder.of(_load(args, processes), args.model),
+        settings,
+        only=args.split,
+        limit=args.images,
+        batch_size=args.batch,
+        workers=default_workers(here) if args.workers is None else args.workers,
+        processes=processes,
+        max_broken_share=args.max_broken_share,
+        report=lambda line: complain(args.program, line),
+    )
+    for part in done if processes.is_main else ():
+        label = f"{part.name}: " if part.name else ""
+        unlabelled = f"; {part.unlabelled} without a label (-1)" if part.unlabelled else ""
+        broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
+        say(f"{label}{part.images} images in {part.shards} shards -> {part.folder}{unlabelled}{broken}")
+    return 0
+
+
+def _load(args: Namespace, processes: "Processes") -> "DCSSDAE":
+    """The model; what is to be downloaded, the main process downloads, and the others find."""
+    from dc_ssdae.data.encode_latents import together
+
+    first = together(processes, lambda: load_model(args) if processes.is_main else None)
+    return together(processes, lambda: first or load_model(args))
+
+
+def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSource]":
+    """The images of each part, by its name; "" where the data is not divided."""
+    from dc_ssdae.data.resumable import check_places
+    from dc_ssdae.data.sources import open_path, open_sources, split_folders
+
+    if not data.endswith(_YAML_SUFFIXES):
+        root = os.path.expanduser(data)
+        check_places(root, out)
+        return {name: open_path(folder, cache) for name, folder in (split_folders(root) or {"": root}).items()}
+    from dc_ssdae.classes import importing_from
+    from dc_ssdae.presets.plain_yaml import read_yaml
+
+    section: Any = read_yaml(Path(data)).get("data")
+    if not isinstance(section, dict):
+        raise InputError(f"{data} has no section data; it names images by root or dataset, as a run's config.yaml does")
+    named = {name: section.get(name) for name in ("root", "dataset", "validation")}
+    if isinstance(named["root"], str):
+        check_places(named["root"], out)
+    with importing_from(Path.cwd()):
+        sources = open_sources(named["root"], named["dataset"], named["validation"], cache or section.get("cache"))
+    if sources.validation is None:
+        return {"": sources.train}
+    return {"train": sources.train, "validation": sources.validation}
