@@ -588,6 +588,15 @@ class TestDiffusers:
         told = refusal(lambda: opened(f"diffusers:{tmp_path}"))
         assert told == f"diffusers:{tmp_path}: there is no config.json, neither there nor in vae/"
 
+    def test_a_pickle_is_never_loaded(self, saved: Path, tmp_path: Path) -> None:
+        text = rewrite(saved, tmp_path)
+        torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "diffusion_pytorch_model.bin")
+        assert opened(text).remarks == []
+        (tmp_path / WEIGHTS).unlink()
+        told = refusal(lambda: opened(text))
+        assert told.startswith(f"diffusers:{tmp_path}: its weights are in diffusion_pytorch_model.bin; a pickle")
+        assert "torch.load(FILE, weights_only=True)" in told
+
     def test_missing_tensors_are_refused(self, saved: Path, tmp_path: Path) -> None:
         state = load_file(saved / "AutoencoderKL" / WEIGHTS)
         first, second, third, *rest = sorted(state)

@@ -1,7 +1,5 @@
-"""The encoders against diffusers' independent ones, with random weights copied across by explicit name maps."""
+"""The encoders against diffusers' independent ones, with random weights copied across by the converter's name maps."""
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,68 +7,23 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import nn
 
+from dc_ssdae.interop.diffusers_encoders import diffusers_names
 from dc_ssdae.networks import DCEncoder, KLEncoder
 
 TOLERANCE = 1e-4
 
-Rules = tuple[tuple[str, str], ...]
 
-EFFICIENT_VIT: Rules = (
-    (r"^project_in\.conv\.", r"conv_in.conv."),
-    (r"^project_in\.", r"conv_in."),
-    (r"^latent_head\.", r"conv_out."),
-    (r"^stages\.", r"down_blocks."),
-    (r"\.attention\.scales\.(\d+)\.0\.", r".attn.to_qkv_multiscale.\1.proj_in."),
-    (r"\.attention\.scales\.(\d+)\.1\.", r".attn.to_qkv_multiscale.\1.proj_out."),
-    (r"\.attention\.out\.", r".attn.to_out."),
-    (r"\.attention\.norm\.", r".attn.norm_out."),
-    (r"\.bottleneck\.expand\.", r".conv_out.conv_inverted."),
-    (r"\.bottleneck\.depthwise\.", r".conv_out.conv_depth."),
-    (r"\.bottleneck\.project\.", r".conv_out.conv_point."),
-    (r"\.bottleneck\.norm\.", r".conv_out.norm."),
-)
-"""Ours to diffusers'; our query_key_value is, besides, the concatenation of its to_q, to_k and to_v."""
-
-KL: Rules = (
-    (r"^conv_in\.", r"encoder.conv_in."),
-    (r"^down\.(\d+)\.\d+\.conv\.", r"encoder.down_blocks.\1.downsamplers.0.conv."),
-    (r"^down\.(\d+)\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"\.shortcut\.", r".conv_shortcut."),
-    (r"^middle\.0\.", r"encoder.mid_block.resnets.0."),
-    (r"^middle\.2\.", r"encoder.mid_block.resnets.1."),
-    (r"^middle\.1\.norm\.", r"encoder.mid_block.attentions.0.group_norm."),
-    (r"^middle\.1\.query\.", r"encoder.mid_block.attentions.0.to_q."),
-    (r"^middle\.1\.key\.", r"encoder.mid_block.attentions.0.to_k."),
-    (r"^middle\.1\.value\.", r"encoder.mid_block.attentions.0.to_v."),
-    (r"^middle\.1\.out\.", r"encoder.mid_block.attentions.0.to_out.0."),
-    (r"^latent_head\.0\.", r"encoder.conv_norm_out."),
-    (r"^latent_head\.2\.", r"encoder.conv_out."),
-    (r"^latent_head\.3\.", r"quant_conv."),
-)
-
-
-def theirs(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def sources(name: str, rules: Rules) -> list[str]:
-    """Names of diffusers' tensors that make up one of ours."""
-    if ".attention.query_key_value." in name:
-        return [theirs(name, rules).replace("attention.query_key_value", f"attn.to_{part}") for part in "qkv"]
-    return [theirs(name, rules)]
-
-
-def copy_across(ours: nn.Module, reference: nn.Module, rules: Rules, wanted: Callable[[str], bool]) -> None:
-    """Load the reference's weights into ours; every wanted tensor of the reference is used exactly once."""
-    state = {name: value for name, value in reference.state_dict().items() if wanted(name)}
-    used = [source for name in ours.state_dict() for source in sources(name, rules)]
-    assert sorted(used) == sorted(state)
+def copy_across(ours: nn.Module, reference: nn.Module) -> None:
+    """Load the reference's weights into ours; every tensor of its encoder is used exactly once."""
+    names = diffusers_names(ours)
+    state = {
+        name: value for name, value in reference.state_dict().items() if name.startswith(("encoder.", "quant_conv."))
+    }
+    assert sorted(source for sources in names.values() for source in sources) == sorted(state)
     ours.load_state_dict(
         {
             # Linear layers of the reference are 1×1 convolutions of ours.
-            name: torch.cat([state[source] for source in sources(name, rules)]).view_as(value)
+            name: torch.cat([state[source] for source in names[name]]).view_as(value)
             for name, value in ours.state_dict().items()
         }
     )
@@ -109,15 +62,15 @@ def test_efficient_vit_encoder(architecture: str, height: int, width: int) -> No
         decoder_block_types=["ResBlock"] * 2,
         decoder_qkv_multiscales=[(), ()],
         **common,
-    ).encoder.eval()
-    perturb(reference)
+    ).eval()
+    perturb(reference.encoder)
     encoder = DCEncoder(
         16, 32, architecture=architecture, widths=widths, depths=depths, variational=False, out_shortcut=True
     ).eval()
-    copy_across(encoder, reference, EFFICIENT_VIT, lambda name: True)
+    copy_across(encoder, reference)
     x = 2.0 * torch.rand(2, 3, height, width) - 1.0
     posterior = encoder(x)
-    expected = reference(x)
+    expected = reference.encode(x).latent
     assert posterior.mean.shape == (2, 16, height // 32, width // 32)
     assert posterior.logvar is None
     assert expected.std() > 0.1
@@ -139,7 +92,7 @@ def test_kl_encoder(halvings: int, height: int, width: int) -> None:
     ).eval()
     perturb(reference)
     encoder = KLEncoder(4, 2**halvings, channels=16, norm_groups=8).eval()
-    copy_across(encoder, reference, KL, lambda name: name.startswith(("encoder.", "quant_conv.")))
+    copy_across(encoder, reference)
     x = 2.0 * torch.rand(2, 3, height, width) - 1.0
     posterior = encoder(x)
     expected = reference.encode(x).latent_dist

@@ -1,10 +1,15 @@
 """`dc-ssdae convert`: other people's checkpoints to models of this package; one sub-command a source."""
 
+import json
+import shlex
 from argparse import Namespace
 
 from dc_ssdae.cli.common import add_dtype_option, say
-from dc_ssdae.cli.parser import CommandParser, file_path
+from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
 from dc_ssdae.errors import InputError
+
+TRAINING_FILE = "frozen_encoder.yaml"
+"""Beside a model with a published encoder: the configuration of a run that trains its decoder."""
 
 
 def build_parser() -> CommandParser:
@@ -24,6 +29,42 @@ def build_parser() -> CommandParser:
     original.add_argument("--out", required=True, type=file_path, metavar="DIR", help="folder to make, absent or empty")
     add_dtype_option(original, "what to store the weights in")
     original.set_defaults(convert=_convert_original)
+    published = sources.add_parser(
+        "diffusers",
+        help="the encoder of diffusers' AutoencoderKL or AutoencoderDC, with a new decoder",
+        description="Take the encoder of a published AutoencoderKL or AutoencoderDC of diffusers, and join it with a "
+        "new, untrained decoder. The latent's scaling_factor, shift_factor, mean and standard deviation stay as "
+        "published.",
+    )
+    published.add_argument(
+        "source", type=filled, metavar="SOURCE", help="the folder of a model or of a pipeline, or its id on the hub"
+    )
+    published.add_argument(
+        "--out", required=True, type=file_path, metavar="DIR", help="folder to make, absent or empty"
+    )
+    published.add_argument(
+        "--subfolder", type=filled, metavar="NAME", help="where in SOURCE the autoencoder is (default: the top, or vae)"
+    )
+    published.add_argument("--variant", type=filled, metavar="NAME", help="which weight files, such as fp16")
+    published.add_argument(
+        "--decoder-size", type=filled, default="S", metavar="SIZE", help="XS, S, B, M, L, XL or H (default S)"
+    )
+    published.add_argument(
+        "--dynamics",
+        type=filled,
+        default="EquilibriumMatching",
+        metavar="NAME",
+        help="EquilibriumMatching (the default) or FlowMatching",
+    )
+    published.add_argument(
+        "--seed",
+        type=whole_number(0, LARGEST_SEED),
+        default=0,
+        metavar="S",
+        help="of the decoder's random weights (default 0)",
+    )
+    add_dtype_option(published, "what to store the weights in")
+    published.set_defaults(convert=_convert_diffusers)
     return parser
 
 
@@ -53,3 +94,30 @@ def _convert_original(args: Namespace) -> None:
                 say(f"{part} {name}: {theirs[name]}, as the checkpoint shows (preset: {ours[name]})")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{args.checkpoint}: {parameters:,} parameters -> {args.out}")
+
+
+def _convert_diffusers(args: Namespace) -> None:
+    import torch
+
+    from dc_ssdae.components import COMPONENTS
+    from dc_ssdae.interop.diffusers_encoders import convert_diffusers
+    from dc_ssdae.presets import dump_yaml
+
+    model = convert_diffusers(args.source, args.decoder_size, args.dynamics, args.seed, args.subfolder, args.variant)
+    torch.nn.Module.to(model, getattr(torch, args.dtype)).save_pretrained(args.out)
+    config = model.config
+    parts = {part: config[part] for part in COMPONENTS}
+    shape = {"latent_channels": config.latent_channels, "downsample_factor": config.downsample_factor}
+    run = {
+        "description": f"a new decoder on the frozen encoder of {args.source}",
+        "model": json.loads(json.dumps({**shape, **parts})),
+        "training": {"train": ["decoder", "losses.repa"]},
+        "losses": {"kl": 0.0},
+    }
+    (args.out / TRAINING_FILE).write_text(dump_yaml(run), encoding="utf-8")
+    parameters = sum(parameter.numel() for parameter in model.encoder.parameters())
+    kind = f"f{config.downsample_factor}c{config.latent_channels} {config.encoder['class_path']}"
+    say(f"{args.source}: {kind}, {parameters:,} parameters -> {args.out}")
+    say(f"as published: scaling_factor {config.scaling_factor:g}, shift_factor {config.shift_factor:g}")
+    command = shlex.join(["--config", str(args.out / TRAINING_FILE), "--training.init_from", str(args.out)])
+    say(f"the decoder is untrained: train it with dc-ssdae train {command} --data.root PHOTOS")

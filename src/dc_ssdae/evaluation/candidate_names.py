@@ -1,6 +1,5 @@
 """What names a candidate on the command line, and loading what it names."""
 
-import inspect
 import math
 import os
 import re
@@ -22,6 +21,13 @@ from dc_ssdae.evaluation.candidates import (
     DiffusersCandidate,
     OurCandidate,
     PythonCandidate,
+)
+from dc_ssdae.interop.diffusers_models import (
+    autoencoder_class,
+    find_diffusers_model,
+    has_weights,
+    in_one_line,
+    load_diffusers_model,
 )
 from dc_ssdae.model_folder import may_be_on_the_hub, model_folder
 from dc_ssdae.presets import list_presets
@@ -172,65 +178,30 @@ def _load_ours(value: str, dtype: torch.dtype, classes: Sequence[type]) -> DCSSD
     except OSError as error:
         if os.path.isdir(value):
             raise
-        raise InputError(f"{value}: no such folder, and not to be had from the hub: {_line(error)}") from error
+        raise InputError(f"{value}: no such folder, and not to be had from the hub: {in_one_line(error)}") from error
 
 
 def _load_diffusers(
     value: str, dtype: torch.dtype, classes: Sequence[type], decoding: Mapping[str, Any] | None
 ) -> Candidate:
     """A saved model, or the `vae` of a saved pipeline; with random weights where a folder has a config alone."""
-    import diffusers
-
-    config, place = _diffusers_config(value)
-    name = config.get("_class_name")
-    if name == DCSSDAE.__name__:
-        return OurCandidate(_load_ours(str(Path(value, *place.values())), dtype, classes), decoding)
-    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
-    is_model = inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin)
-    if not (is_model and hasattr(kind, "encode")):
-        raise InputError(f"diffusers:{value}: its config.json names {name!r}, which is no autoencoder of diffusers")
-    folder = Path(value, *place.values())
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            try:
-                model = kind.from_config(config).eval()
-            except Exception as error:  # settings that fit no model
-                raise InputError(f"diffusers:{value}: its config.json makes no {name}: {_line(error)}") from error
-        candidate = DiffusersCandidate(model if dtype == torch.float32 else model.to(dtype))
-        candidate.remarks.append(RANDOM_WEIGHTS)
-        return candidate
-    try:
-        model, told = kind.from_pretrained(value, torch_dtype=dtype, output_loading_info=True, **place)
-    except Exception as error:  # what diffusers raises for files that do not fit has no common base
-        raise InputError(f"diffusers:{value} cannot be loaded as {name}: {_line(error)}") from error
-    for key, word in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has left over"),
-        ("mismatched_keys", "misshapes"),
-    ):
-        if told.get(key):
-            first, more = sorted(map(str, told[key]))[0], len(told[key]) - 1
-            others = f" and {more} more" if more else ""
-            raise InputError(f"diffusers:{value}: its file {word} the tensor {first}{others} of {name}")
-    return DiffusersCandidate(model.eval())
-
-
-def _diffusers_config(value: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The config, and the sub-folder as an argument where it is a pipeline's."""
-    from diffusers import AutoencoderKL
-
-    problem: Exception | None = None
-    for place in ({}, {"subfolder": "vae"}):
-        if os.path.isdir(value) and not (Path(value, *place.values()) / "config.json").is_file():
-            continue
+    source = find_diffusers_model(value, f"diffusers:{value}")
+    if source.config.get("_class_name") == DCSSDAE.__name__:
+        return OurCandidate(_load_ours(str(source.folder), dtype, classes), decoding)
+    kind = autoencoder_class(source)
+    if has_weights(source):
+        return DiffusersCandidate(load_diffusers_model(source, kind, dtype))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         try:
-            return dict(AutoencoderKL.load_config(value, **place)), place  # reads that of any class
-        except Exception as error:  # missing, damaged, or the network
-            problem = problem or error
-    if problem is None:
-        raise InputError(f"diffusers:{value}: there is no config.json, neither there nor in vae/")
-    raise InputError(f"diffusers:{value}: {_line(problem)}") from problem
+            model = kind.from_config(source.config).eval()
+        except Exception as error:  # settings that fit no model
+            raise InputError(
+                f"{source.label}: its config.json makes no {kind.__name__}: {in_one_line(error)}"
+            ) from error
+    candidate = DiffusersCandidate(model if dtype == torch.float32 else model.to(dtype))
+    candidate.remarks.append(RANDOM_WEIGHTS)
+    return candidate
 
 
 def _find_python(path: str) -> Any:
@@ -255,9 +226,5 @@ def _find_python(path: str) -> Any:
         except Exception as error:  # a user's code may raise anything
             raise InputError(
                 f"python:{path}: making the class without arguments failed with {type(error).__name__}: "
-                f"{_line(error)}; name an object or a function instead"
+                f"{in_one_line(error)}; name an object or a function instead"
             ) from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

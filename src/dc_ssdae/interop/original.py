@@ -17,6 +17,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.networks.dc_encoder import EfficientViTBlock
 from dc_ssdae.presets import load_preset
+from dc_ssdae.provenance import short_name
 from dc_ssdae.weights import read_safetensors
 
 Rules = tuple[tuple[str, str], ...]
@@ -168,11 +169,12 @@ def convert_original(checkpoint: Path, preset: str) -> DCSSDAE:
     """
     class_name = (load_preset(preset)["model"].get("encoder") or {}).get("class_path", DEFAULT_CLASSES["encoder"])
     tensors = read_safetensors(checkpoint)
+    source = short_name(f"a checkpoint of the original code, {checkpoint.name}")
     settings = settings_shown_by(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if class_name != "DCEncoder":
         settings.pop("encoder", None)  # of another encoder's checkpoint; the names below tell what does not fit
     with torch.device("meta"):
-        model = DCSSDAE.from_preset(preset, **settings)
+        model = DCSSDAE.from_preset(preset, provenance={"source": source, "preset": preset}, **settings)
     expected = model.state_dict()
     try:
         renamed = _rename(original_model_names(model), expected, tensors)

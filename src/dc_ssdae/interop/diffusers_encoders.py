@@ -1,0 +1,353 @@
+"""Published encoders, of diffusers' AutoencoderKL and AutoencoderDC: their settings and tensors turned into ours."""
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import Tensor, nn
+
+from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.errors import InputError, check_type, shown, unknown_name
+from dc_ssdae.interop.diffusers_models import DiffusersSource, find_diffusers_model, load_diffusers_model
+from dc_ssdae.model_folder import may_be_on_the_hub
+from dc_ssdae.networks import DCEncoder, KLEncoder
+from dc_ssdae.networks.attention import LinearAttention
+from dc_ssdae.networks.dc_encoder import ARCHITECTURES, Architecture
+from dc_ssdae.provenance import name_of_path, short_name
+
+CLASSES: Mapping[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+"""The classes of diffusers whose encoders are known."""
+
+LARGEST_WIDTH = 2**16
+LARGEST_DEPTH = 100
+"""Of what a config may ask for: what is larger is a slip, or made to keep the loader busy for ever."""
+
+Rules = tuple[tuple[str, str], ...]
+
+_KL: Rules = (
+    (r"^conv_in\.", r"encoder.conv_in."),
+    (r"^down\.(\d+)\.\d+\.conv\.", r"encoder.down_blocks.\1.downsamplers.0.conv."),
+    (r"^down\.(\d+)\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
+    (r"\.shortcut\.", r".conv_shortcut."),
+    (r"^middle\.0\.", r"encoder.mid_block.resnets.0."),
+    (r"^middle\.2\.", r"encoder.mid_block.resnets.1."),
+    (r"^middle\.1\.norm\.", r"encoder.mid_block.attentions.0.group_norm."),
+    (r"^middle\.1\.(q|k|v)(?:uery|ey|alue)\.", r"encoder.mid_block.attentions.0.to_\1."),
+    (r"^middle\.1\.out\.", r"encoder.mid_block.attentions.0.to_out.0."),
+    (r"^latent_head\.0\.", r"encoder.conv_norm_out."),
+    (r"^latent_head\.2\.", r"encoder.conv_out."),
+    (r"^latent_head\.3\.", r"quant_conv."),
+)
+
+_DC: Rules = (
+    (r"^project_in\.conv\.", r"encoder.conv_in.conv."),
+    (r"^project_in\.", r"encoder.conv_in."),
+    (r"^latent_head\.", r"encoder.conv_out."),
+    (r"^stages\.", r"encoder.down_blocks."),
+    (r"\.attention\.scales\.(\d+)\.0\.", r".attn.to_qkv_multiscale.\1.proj_in."),
+    (r"\.attention\.scales\.(\d+)\.1\.", r".attn.to_qkv_multiscale.\1.proj_out."),
+    (r"\.attention\.out\.", r".attn.to_out."),
+    (r"\.attention\.norm\.", r".attn.norm_out."),
+    (r"\.bottleneck\.expand\.", r".conv_out.conv_inverted."),
+    (r"\.bottleneck\.depthwise\.", r".conv_out.conv_depth."),
+    (r"\.bottleneck\.project\.", r".conv_out.conv_point."),
+    (r"\.bottleneck\.norm\.", r".conv_out.norm."),
+)
+
+
+def diffusers_names(encoder: nn.Module) -> dict[str, list[str]]:
+    """Map every tensor name of one of our encoders to the names of diffusers' tensors that make it up, in order.
+
+    Raises:
+        InputError: it is an encoder that diffusers does not have.
+    """
+    if isinstance(encoder, KLEncoder):
+        rules = _KL
+    elif isinstance(encoder, DCEncoder):
+        rules = _DC
+    else:
+        raise InputError(f"diffusers has no encoder like a {type(encoder).__name__}")
+    names = {}
+    for ours in encoder.state_dict():
+        theirs = ours
+        for pattern, replacement in rules:
+            theirs = re.sub(pattern, replacement, theirs)
+        joined = ".attention.query_key_value."
+        names[ours] = [theirs.replace(joined, f".attn.to_{part}.") for part in "qkv"] if joined in ours else [theirs]
+    return names
+
+
+def convert_tensors(encoder: KLEncoder | DCEncoder, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn diffusers' tensors into a state dict of one of our encoders.
+
+    An AutoencoderKL without `quant_conv` gets the identity there, one without attention an attention that adds zero.
+
+    Args:
+        encoder: gives names and shapes; it may be on the meta device.
+        theirs: the whole state dict of the autoencoder; the decoder's tensors are passed over.
+
+    Returns:
+        What `encoder.load_state_dict` takes.
+
+    Raises:
+        InputError: a tensor is missing, left over, of another size, or not finite; names it.
+    """
+    names = diffusers_names(encoder)
+    wanted = {name for parts in names.values() for name in parts}
+    if isinstance(encoder, KLEncoder):
+        for part in ("quant_conv.", "encoder.mid_block.attentions."):
+            if not any(name.startswith(part) for name in theirs):
+                wanted = {name for name in wanted if not name.startswith(part)}
+    given = {name for name in theirs if name.startswith(("encoder.", "quant_conv."))}
+    for word, odd in (("lacks", wanted - given), ("has left over", given - wanted)):
+        if odd:
+            raise InputError(f"the encoder {word} the tensor {min(odd)}")
+    state = {}
+    for ours, value in encoder.state_dict().items():
+        if not wanted.issuperset(names[ours]):
+            state[ours] = _of_an_absent_part(ours, value)
+            continue
+        joined = torch.cat([theirs[name] for name in names[ours]])
+        if joined.numel() != value.numel():
+            raise InputError(
+                f"the tensor {names[ours][0]} has shape {tuple(theirs[names[ours][0]].shape)}, which does not fit "
+                f"{tuple(value.shape)}"
+            )
+        if not joined.isfinite().all():
+            raise InputError(f"the tensor {names[ours][0]} is not finite")
+        # Linear layers of theirs are 1×1 convolutions of ours.
+        state[ours] = joined.reshape(value.shape)
+    return state
+
+
+def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read off a config.json of diffusers what `DCSSDAE` is to be built with.
+
+    Args:
+        config: with `_class_name`; what is left out takes the class's default.
+
+    Returns:
+        latent_channels, downsample_factor, encoder, and the latent's published statistics.
+
+    Raises:
+        InputError: a setting is unknown, of the wrong type, or of an encoder that this package does not have.
+    """
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in CLASSES:
+        if name == DCSSDAE.__name__:
+            raise InputError("config.json is of a model of this package, which needs no conversion")
+        raise InputError(f"config.json is of a {shown(name)}; the encoders of {' and '.join(CLASSES)} can be converted")
+    parameters = inspect.signature(CLASSES[name].__init__).parameters
+    defaults = {key: value.default for key, value in parameters.items() if key != "self"}
+    for key in config:
+        if not str(key).startswith("_") and key not in defaults:
+            raise unknown_name(f"setting of {name}", key, defaults)
+    settings = {key: _as_lists(config.get(key, default)) for key, default in defaults.items()}
+    _demand(settings, "in_channels", int, [3])
+    channels = _number(settings, "latent_channels", LARGEST_WIDTH)
+    widths, encoder = (_kl_encoder if name == "AutoencoderKL" else _dc_encoder)(settings)
+    shift = settings.get("shift_factor")
+    return {
+        "latent_channels": channels,
+        "downsample_factor": 2 ** (len(widths) - 1),
+        "encoder": encoder,
+        "scaling_factor": settings["scaling_factor"],
+        "shift_factor": 0.0 if shift is None else shift,
+        "latents_mean": settings.get("latents_mean"),
+        "latents_std": settings.get("latents_std"),
+    }
+
+
+def convert_diffusers(
+    name: str,
+    decoder_size: str = "S",
+    dynamics: str = "EquilibriumMatching",
+    seed: int = 0,
+    subfolder: str | None = None,
+    variant: str | None = None,
+) -> DCSSDAE:
+    """Build one of our models from a published encoder, with a new decoder.
+
+    Args:
+        name: a folder that diffusers' `save_pretrained` has written, a pipeline's, or the id of either on the hub.
+        decoder_size: of the U-ViT decoder.
+        dynamics: "EquilibriumMatching" or "FlowMatching".
+        seed: of the decoder's random weights.
+        subfolder: where in it the autoencoder lies; None looks at the top, then in `vae/`.
+        variant: which of several weight files, such as "fp16".
+
+    Returns:
+        The model in eval mode, float32. The latent's statistics are the published ones.
+
+    Raises:
+        InputError: there is no such model, its files are damaged, or this package has no such encoder.
+    """
+    _check_name(name)
+    source = find_diffusers_model(name, name, subfolder)
+    with _naming(source):
+        parts = {"decoder": {"init_args": {"size": decoder_size}}, "dynamics": {"class_path": dynamics}}
+        settings = {**model_settings(source.config), **parts, "provenance": _provenance(source)}
+        with torch.device("meta"):
+            encoder = DCSSDAE(**settings).encoder
+    theirs = load_diffusers_model(source, CLASSES[source.config["_class_name"]], variant=variant)
+    assert isinstance(encoder, KLEncoder | DCEncoder)
+    with _naming(source):
+        state = convert_tensors(encoder, theirs.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = DCSSDAE(**settings)
+    model.encoder.load_state_dict(state)
+    return model.eval()
+
+
+def _provenance(source: DiffusersSource) -> dict[str, Any]:
+    name = name_of_path(source.name) if os.path.isdir(source.name) else short_name(source.name)
+    kind = source.config["_class_name"]
+    return {"source": f"{kind} {name}" if name else kind, "untrained": ["decoder"]}
+
+
+def _kl_encoder(settings: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    """Widths of the levels, and our encoder's class and settings."""
+    widths = _numbers(settings, "block_out_channels", LARGEST_WIDTH)
+    _demand_each(settings, "down_block_types", ["DownEncoderBlock2D"], len(widths))
+    _demand(settings, "act_fn", str, ["silu", "swish"])
+    for key in ("use_quant_conv", "mid_block_add_attention"):
+        check_type(key, settings[key], bool)
+    channels = math.gcd(*widths)
+    return widths, {
+        "class_path": "KLEncoder",
+        "init_args": {
+            "channels": channels,
+            "multipliers": [width // channels for width in widths],
+            "blocks_per_level": _number(settings, "layers_per_block", LARGEST_DEPTH),
+            "norm_groups": _number(settings, "norm_num_groups", LARGEST_WIDTH),
+        },
+    }
+
+
+def _dc_encoder(settings: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    widths = _numbers(settings, "encoder_block_out_channels", LARGEST_WIDTH)
+    depths = _numbers(settings, "encoder_layers_per_block", LARGEST_DEPTH, at_least=0)
+    block_types = settings["encoder_block_types"]
+    if isinstance(block_types, str):
+        block_types = [block_types] * len(widths)
+    check_type("encoder_block_types", block_types, list[str])
+    scales = settings["encoder_qkv_multiscales"]
+    check_type("encoder_qkv_multiscales", scales, list[list[int]])
+    for key, values in (
+        ("encoder_layers_per_block", depths),
+        ("encoder_block_types", block_types),
+        ("encoder_qkv_multiscales", scales),
+    ):
+        if len(values) != len(widths):
+            raise InputError(f"{key} is of {len(values)} stages; encoder_block_out_channels has {len(widths)}")
+    used = [scale for kind, scale in zip(block_types, scales, strict=True) if kind == "EfficientViTBlock"]
+    if used and any(scale != used[0] for scale in used):
+        raise InputError(f"encoder_qkv_multiscales is {shown(scales)}; DCEncoder has the same in all its attention")
+    if used:
+        _demand(settings, "attention_head_dim", int, [LinearAttention.HEAD_WIDTH])
+    # As published, SANA's says Conv; and diffusers takes whatever is not pixel_unshuffle for it.
+    _demand(settings, "downsample_block_type", str, ["pixel_unshuffle", "conv", "Conv"])
+    check_type("encoder_out_shortcut", settings["encoder_out_shortcut"], bool)
+    _numbers(settings, "decoder_layers_per_block", LARGEST_DEPTH, at_least=0)  # diffusers builds the decoder too
+    built = Architecture(
+        widths=tuple(widths),
+        depths=tuple(depths),
+        block_types=tuple(block_types),
+        attention_scales=tuple(used[0]) if used else (),
+        strided_downsample=settings["downsample_block_type"] != "pixel_unshuffle",
+    )
+    variation = {"variational": False, "out_shortcut": settings["encoder_out_shortcut"]}
+    return widths, {"class_path": "DCEncoder", "init_args": {**_architecture_settings(built), **variation}}
+
+
+def _architecture_settings(built: Architecture) -> dict[str, Any]:
+    """The name of a family that the stages are the first of; else what they are."""
+    stages = len(built.widths)
+    for name, family in ARCHITECTURES.items():
+        first = Architecture(
+            family.widths[:stages],
+            family.depths[:stages],
+            family.block_types[:stages],
+            family.attention_scales,
+            family.strided_downsample,
+        )
+        if first == built:
+            return {"architecture": name}
+    return {
+        "widths": list(built.widths),
+        "depths": list(built.depths),
+        "block_types": list(built.block_types),
+        "attention_scales": list(built.attention_scales),
+        "strided_downsample": built.strided_downsample,
+    }
+
+
+def _of_an_absent_part(name: str, value: Tensor) -> Tensor:
+    """Weights with which a part of ours that theirs does not have changes nothing."""
+    if name == "latent_head.3.weight":
+        return torch.eye(value.shape[0]).view(value.shape)
+    return torch.zeros(value.shape)
+
+
+def _check_name(name: str) -> None:
+    if os.path.isdir(name):
+        return
+    if os.path.exists(name):
+        raise InputError(f"{name} is a file; name the folder that diffusers' save_pretrained has written")
+    if not (may_be_on_the_hub(name) and name.isprintable()):
+        raise InputError(f"{name!r}: no such folder, nor the id of a model on the hub")
+
+
+@contextmanager
+def _naming(source: DiffusersSource) -> Iterator[None]:
+    """Put the source's name before the message of an error."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source.label}: {error}") from None
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _number(settings: Mapping[str, Any], key: str, at_most: int) -> int:
+    check_type(key, settings[key], int)
+    return _numbers({key: [settings[key]]}, key, at_most)[0]
+
+
+def _numbers(settings: Mapping[str, Any], key: str, at_most: int, at_least: int = 1) -> list[int]:
+    values = settings[key]
+    check_type(key, values, list[int])
+    for value in values:
+        if isinstance(value, bool) or not at_least <= value <= at_most:
+            raise InputError(f"{key} has {shown(value)}; it must be a whole number from {at_least} to {at_most}")
+    if not values:
+        raise InputError(f"{key} is empty; it needs a number a level")
+    return values
+
+
+def _demand(settings: Mapping[str, Any], key: str, kind: type, accepted: Sequence[Any]) -> None:
+    """Refuse a value that this package's encoders do not have."""
+    check_type(key, settings[key], kind)
+    if settings[key] not in accepted:
+        raise InputError(f"{key} is {shown(settings[key])}; this package's encoder has {_either(accepted)} there")
+
+
+def _demand_each(settings: Mapping[str, Any], key: str, accepted: Sequence[str], count: int) -> None:
+    check_type(key, settings[key], list[str])
+    if len(settings[key]) != count:
+        raise InputError(f"{key} is of {len(settings[key])} levels; block_out_channels has {count}")
+    for value in settings[key]:
+        _demand({key: value}, key, str, accepted)
+
+
+def _either(accepted: Sequence[Any]) -> str:
+    return " or ".join(map(str, accepted))

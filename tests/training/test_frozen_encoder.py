@@ -1,0 +1,153 @@
+"""Training a decoder on an encoder that stays: what it starts from, what it costs, what is known of its latent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_images, run_config
+from torch import Tensor, nn
+
+from dc_ssdae import DiagonalGaussian
+from dc_ssdae.errors import InputError
+from dc_ssdae.latent import LatentStatistics
+from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
+from dc_ssdae.training.build import build_model, build_step
+from dc_ssdae.training.config import RunConfig, keeps_latent
+from dc_ssdae.training.initial import check_encoder_is_trained
+from dc_ssdae.training.launch import resume_run, start_run
+from dc_ssdae.training.run import RunFolder, recover_run
+
+PUBLISHED = {"scaling_factor": 0.41407, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 8)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A saved model that knows what a published one tells of its latent."""
+    torch.manual_seed(11)
+    path = tmp_path / "source"
+    build_model(run_config().model).save_pretrained(path)
+    (path / "config.json").write_text(json.dumps({**read_config(path), **PUBLISHED}))
+    return path
+
+
+def frozen(images: Path | None, **given: Any) -> RunConfig:
+    return run_config(images, losses={"kl": 0.0}, **{"train": ["decoder"], "latent_statistics": 4, **given})
+
+
+def start(config: RunConfig, path: Path) -> dict[str, Any]:
+    start_run(config, "", path, cpu=True)
+    return statistics(path)
+
+
+def statistics(path: Path) -> dict[str, Any]:
+    config = read_config(path / "model")
+    return {name: config[name] for name in NOT_MEASURED}
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_the_published_statistics_stay(images: Path, source: Path, tmp_path: Path, channels: bool) -> None:
+    if channels:
+        write_latent_statistics(source, LatentStatistics([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0], 9))
+    expected = {name: read_config(source)[name] for name in NOT_MEASURED}
+    config = frozen(images, steps=2, init_from=str(source))
+    assert start(config, tmp_path / "run") == expected
+    longer = frozen(images, steps=4, init_from=str(tmp_path / "taken away"))
+    resume_run(longer, None, tmp_path / "run", cpu=True)
+    assert statistics(tmp_path / "run") == expected
+    # As after a kill between the checkpoint and the model's publication.
+    (tmp_path / "run" / "model" / "diffusion_pytorch_model.safetensors").unlink()
+    recover_run(RunFolder(tmp_path / "run"))
+    assert statistics(tmp_path / "run") == expected
+
+
+def test_an_encoder_that_trains_has_its_own_measured(images: Path, source: Path, tmp_path: Path) -> None:
+    config = frozen(images, steps=2, init_from=str(source), train=["encoder.latent_head", "decoder"])
+    found = start(config, tmp_path / "run")
+    assert found["latents_mean"] is not None
+    assert found["scaling_factor"] != PUBLISHED["scaling_factor"]
+
+
+def test_statistics_that_nobody_knew_are_measured_once(images: Path, source: Path, tmp_path: Path) -> None:
+    write_latent_statistics(source, None)
+    config = frozen(images, steps=2, init_from=str(source))
+    found = start(config, tmp_path / "run")
+    assert found["latents_mean"] is not None
+    resume_run(frozen(images, steps=4), None, tmp_path / "run", cpu=True)
+    assert statistics(tmp_path / "run") == found
+
+
+def test_the_encoder_does_no_work_for_gradients(images: Path) -> None:
+    step = build_step(frozen(images)).train()
+    seen: list[DiagonalGaussian] = []
+    step.model.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    noise, latent_noise = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    step(pixels, noise, torch.tensor([0.2, 0.7]), latent_noise).total.backward()
+    (posterior,) = seen
+    assert posterior.logvar is not None
+    for tensor in (posterior.mean, posterior.logvar):
+        assert not tensor.requires_grad
+        assert tensor.grad_fn is None
+    assert all(parameter.grad is None for parameter in step.model.encoder.parameters())
+    assert all(parameter.grad is not None for parameter in step.model.decoder.parameters())
+    assert not any(module.training for module in step.model.encoder.modules())
+
+
+def test_a_random_encoder_that_would_stay_so_is_refused(images: Path, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training.train leaves the encoder out, .* --training.init_from") as caught:
+        start(frozen(images), tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+    check_encoder_is_trained(frozen(images, init_from=str(source)))
+    check_encoder_is_trained(frozen(images, train=["encoder.latent_head", "decoder"]))
+    check_encoder_is_trained(run_config(images))
+
+
+class Pretrained(nn.Module):
+    """A user's encoder, which brings its own weights."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 2 * latent_channels, downsample_factor, downsample_factor)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian.from_moments(self.patch(x))
+
+
+def test_a_users_encoder_may_bring_its_own_weights(images: Path) -> None:
+    check_encoder_is_trained(
+        run_config(images, model={"encoder": {"class_path": f"{__name__}.Pretrained"}}, train=["decoder"])
+    )
+
+
+def test_a_term_that_is_left_out_may_be_named(images: Path) -> None:
+    chosen = ["decoder", "losses.repa"]
+    repa = {"weight": 0.25, "init_args": {"backbone": "test_vit", "weights": "random"}}
+    assert frozen(images, train=chosen).trained_groups() == ["decoder"]
+    assert run_config(images, losses={"repa": repa}, train=chosen).trained_groups() == chosen
+    assert run_config(images).trained_groups() is None
+    assert build_step(frozen(images, train=chosen)).held_back
+    with pytest.raises(InputError, match=r"unknown parameter group 'losses.kl'"):
+        build_step(run_config(images, train=["decoder", "losses.kl"]))
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        (None, False),
+        (["decoder"], True),
+        (["decoder.head", "losses.repa"], True),
+        (["decoder", "encoder"], False),
+        (["encoder.stages.-1", "decoder"], False),
+    ],
+)
+def test_which_groups_keep_the_latent(train: list[str] | None, expected: bool) -> None:
+    assert keeps_latent(train) is expected
+    assert run_config(train=train).training.keeps_latent is expected
