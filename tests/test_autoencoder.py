@@ -335,7 +335,7 @@ class TestSaving:
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         names = {name for name in config if not name.startswith("_")}
-        assert names == {"latent_channels", "downsample_factor", *COMPONENTS, *NOT_MEASURED}
+        assert names == {"latent_channels", "downsample_factor", *COMPONENTS, *NOT_MEASURED, "provenance"}
         # Under this key diffusers keeps a list of settings which it drops from the config on reload.
         assert "_use_default_values" not in {*config, *model.config}
         handed_over = {"latent_channels", "downsample_factor", "time_conditioning"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -44,10 +45,12 @@ from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.energy import apply_network, as_normal
 from dc_ssdae.errors import InputError, check_at_least, check_type
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
+from dc_ssdae.model_card import create_repository, upload_model, write_model_card
 from dc_ssdae.model_folder import WEIGHTS, check_channels, may_be_on_the_hub, read_config
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import check_image
 from dc_ssdae.presets import load_preset
+from dc_ssdae.provenance import check_provenance
 from dc_ssdae.samplers import Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_share
@@ -145,6 +148,8 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         shift_factor: their mean; 0.0 where not measured.
         latents_mean: the mean of each of the c channels; None where not measured.
         latents_std: the standard deviation of each channel, 0.0 for one that never changes.
+        provenance: what is known of the model's training and evaluations, as `dc_ssdae.provenance.check_provenance`
+            takes it; the card that is saved with the model tells it. None where nothing is known.
 
     Raises:
         InputError: a class or setting is unknown or does not fit the others; names it and what would be right.
@@ -181,6 +186,7 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         shift_factor: float = 0.0,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.use_tiling = False
@@ -194,7 +200,9 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         resolved = {part: resolve_part(part, given, classes) for part, given in parts.items()}
         # diffusers would drop on reload what it lists as left at its default; the resolved settings are to stay.
         registered = {key: value for key, value in self._internal_dict.items() if key != "_use_default_values"}
-        self._internal_dict = FrozenDict({**registered, **resolved, **normalisation})
+        self._internal_dict = FrozenDict(
+            {**registered, **resolved, **normalisation, "provenance": check_provenance(provenance)}
+        )
 
         self.dynamics: Dynamics = build_part("dynamics", resolved["dynamics"], {}, classes)
         following = {
@@ -492,20 +500,74 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save config.json and the weights as safetensors, as diffusers does, readable for whom config.json is.
 
+        A card, README.md, tells what the model is; one that is not ours stays as it is.
+
         Args:
             save_directory: a folder, made if need be.
-            kwargs: diffusers' saving arguments, such as `variant` and `max_shard_size`.
+            kwargs: diffusers' saving arguments, such as `variant` and `max_shard_size`; with `push_to_hub`, those of
+                that method, `repo_id` being the folder's name by default.
+
+        Raises:
+            InputError: another format than safetensors is asked for; or the repository cannot be called so.
         """
         if kwargs.get("safe_serialization") is False or kwargs.get("use_flashpack"):
             raise InputError("models are saved as safetensors only: leave safe_serialization and use_flashpack out")
+        folder = Path(save_directory)
+        is_main, push = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
+        private, repo_id = kwargs.pop("private", None), kwargs.pop("repo_id", None)
+        upload = {name: kwargs.pop(name) for name in ("commit_message", "token", "create_pr") if name in kwargs}
+        if push and is_main:  # before the time that saving takes
+            repo_id = create_repository(repo_id or folder.resolve().name, private, upload.get("token"))
         variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
         # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
-        Path(save_directory, f"{WEIGHTS}.safetensors.index{variant}.json").unlink(missing_ok=True)
+        Path(folder, f"{WEIGHTS}.safetensors.index{variant}.json").unlink(missing_ok=True)
         super().save_pretrained(save_directory, **kwargs)
+        if not is_main:
+            return
         # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
-        mode = Path(save_directory, "config.json").stat().st_mode
-        for file in Path(save_directory).glob(f"{WEIGHTS}*.safetensors"):
+        mode = Path(folder, "config.json").stat().st_mode
+        for file in folder.glob(f"{WEIGHTS}*.safetensors"):
             file.chmod(mode)
+        if push:
+            upload_model(folder, repo_id, **upload)
+        else:
+            write_model_card(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> Any:
+        """Upload the model to the hub, with a card; a card there that is not ours stays.
+
+        Args:
+            repo_id: of the repository, OWNER/NAME or, under your own name, NAME; made if it is not there.
+            commit_message: of the commit.
+            private: whether a new repository is private; None is its owner's default.
+            token: of the hub; None is the one that is logged in with.
+            create_pr: propose the files, and leave the repository as it is.
+            safe_serialization: True; there is no other format.
+            variant: of the weight files, such as "fp16".
+            subfolder: where in the repository; without a card there.
+
+        Returns:
+            As `huggingface_hub.upload_folder`.
+
+        Raises:
+            InputError: the repository cannot be called so; or another format is asked for.
+        """
+        if not safe_serialization:
+            raise InputError("models are saved as safetensors only: leave safe_serialization out")
+        repo_id = create_repository(repo_id, private, token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            return upload_model(Path(folder), repo_id, commit_message, token, create_pr, subfolder)
 
     @classmethod
     def from_pretrained(

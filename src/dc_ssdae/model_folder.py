@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,47 @@ def write_latent_statistics(folder: Path, statistics: LatentStatistics | None) -
     path = folder / "config.json"
     if statistics is not None:
         check_channels(statistics, config.get("latent_channels"), str(path))
-    changed = {**config, **(NOT_MEASURED if statistics is None else statistics.settings())}
+    update_config(folder, NOT_MEASURED if statistics is None else statistics.settings())
+
+
+def update_config(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Put settings into a model folder's config.json, whole or not at all; all else in it stays.
+
+    Args:
+        folder: of a saved model.
+        settings: by name, of which each replaces the one there.
+
+    Raises:
+        InputError: there is no config.json.
+        OSError: it cannot be written; the old one stays.
+    """
+    config = read_config(folder)
+    path = folder / "config.json"
+    changed = {**config, **settings}
     if list(config) == sorted(config):  # as diffusers writes it
         changed = dict(sorted(changed.items()))
-    beside = folder / f".{uuid.uuid4().hex}.partial"
+    if changed != config:
+        replace_text(path, json.dumps(changed, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, with the permissions that it had or that new files have.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
+    beside = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with beside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(changed, indent=2) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.chmod(path.stat().st_mode)
+        if path.exists():
+            beside.chmod(path.stat().st_mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    _sync_folder(folder)
+    _sync_folder(path.parent)
 
 
 def model_folder(path: str | Path) -> Path:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from cli_samples import random_pixels
 from PIL import Image
 from tiny_models import tiny
 
+from dc_ssdae.evaluation import metric_networks
 from dc_ssdae.evaluation.estimates import METRICS
 from dc_ssdae.losses import backbones
 
@@ -186,6 +188,87 @@ class TestReport:
         assert outcome.code == 0
         assert [line["name"] for line in lines_of(tmp_path / "out")] == ["3.png", "4.png"]
         assert report_of(tmp_path / "out")["protocol"]["data"] == "data/validation"
+
+
+class TestAddToModel:
+    @pytest.fixture
+    def copied(self, model_dir: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(model_dir, tmp_path / "copied"))
+
+    def test_the_figures_get_into_the_model(self, run: Any, copied: Path, photos: Path, tmp_path: Path) -> None:
+        words = ("--model", copied, "--data", photos, *QUICK, "--add-to-model")
+        outcome = run("eval", *words, "--limit", 2, "--out", "first")
+        assert outcome.code == 0
+        assert outcome.out[-1] == f"-> {copied / 'config.json'}, {copied / 'README.md'}"
+        assert run("eval", *words, "--limit", 2, "--steps", 2, "--dtype", "bfloat16", "--out", "second").code == 0
+        assert run("eval", *words, "--out", "third").code == 0
+        config = json.loads((copied / "config.json").read_text())
+        in_steps, in_one = config["provenance"]["evaluations"]
+        assert in_steps["decoding"] == {"num_steps": 2}
+        assert in_steps["dtype"] == "bfloat16"
+        assert in_one["decoding"] == {}
+        assert in_one["images"] == COUNT, "the later figures replace those of the same kind"
+        found = report_of(tmp_path / "third")["metrics"]["psnr"]
+        assert in_one["metrics"] == {"psnr": {key: found[key] for key in ("value", "low", "high")}}
+        told = {key: in_one[key] for key in ("protocol", "data", "image_size")}
+        assert told == {"protocol": "dcae", "data": photos.name, "image_size": 32}
+        card = (copied / "README.md").read_text()
+        assert f"| PSNR, dB | {found['value']:.5g} ({found['low']:.5g} to {found['high']:.5g}) |" in card
+        text = "\n".join(run("info", copied).out)
+        assert f"PSNR, dB {found['value']:.5g} ({found['low']:.5g} to" in " ".join(text.split())
+
+    def test_what_random_networks_measure_is_marked(
+        self, run: Any, copied: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(metric_networks, "load_metrics", noted(metric_networks.load_metrics))
+        words = ("--data", photos, *QUICK[:-2], "--metrics", "psnr,ssim", "--out", "out", "--add-to-model")
+        assert run("eval", "--model", copied, *words).code == 0
+        (entry,) = json.loads((copied / "config.json").read_text())["provenance"]["evaluations"]
+        assert "note" not in entry["metrics"]["psnr"]
+        assert entry["metrics"]["ssim"]["note"] == "its network has random weights"
+        card = (copied / "README.md").read_text()
+        assert "- **SSIM †**: `its network has random weights`" in card
+        assert "SSIM (protocol" not in card, "not listed beside other models' figures"
+        assert "PSNR, dB (protocol" in card
+        assert "* ssim: its network has random weights" in " ".join(" ".join(run("info", copied).out).split())
+
+    @pytest.mark.parametrize("model", ["jpeg:75", "preset:demo", "owner/name"])
+    def test_only_a_saved_model_can_take_them(self, run: Any, photos: Path, tmp_path: Path, model: str) -> None:
+        outcome = run("eval", "--model", model, "--data", photos, *QUICK, "--out", "out", "--add-to-model")
+        assert outcome.code == 2
+        (line,) = outcome.err
+        assert "--add-to-model writes into the folder of a saved model" in line
+        assert not (tmp_path / "out").exists()
+
+    def test_weights_that_changed_meanwhile_get_no_figures(
+        self, run: Any, copied: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from dc_ssdae.evaluation import evaluate as module
+
+        weights, measure = copied / "diffusion_pytorch_model.safetensors", module.evaluate
+
+        def measured(*given: Any) -> Any:
+            shutil.copy(weights, copied / "new")
+            os.replace(copied / "new", weights)
+            return measure(*given)
+
+        monkeypatch.setattr(module, "evaluate", measured)
+        before = (copied / "config.json").read_bytes()
+        outcome = run("eval", "--model", copied, "--data", photos, *QUICK, "--out", "out", "--add-to-model")
+        assert outcome.code == 2
+        assert "have changed while they were measured: nothing is added to them" in outcome.err[-1]
+        assert (copied / "config.json").read_bytes() == before
+
+
+def noted(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Load metrics, and mark SSIM as those are marked whose networks have random weights."""
+
+    def load_noted(*given: Any, **settings: Any) -> Any:
+        suite = load(*given, **settings)
+        suite.notes["ssim"] = "its network has random weights"
+        return suite
+
+    return load_noted
 
 
 class TestOptions:

@@ -127,6 +127,29 @@ def test_saved_model_is_described_as_its_preset(run: Callable, model_dir: Path) 
     assert run("info", model_dir).out[-1] == "weights   diffusion_pytorch_model.safetensors: fit the config"
 
 
+def test_where_a_model_comes_from_is_told(run: Callable, model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    metrics = {"psnr": {"value": 25.125, "low": 25.0, "high": 25.25}, "lpips": {"value": 0.5, "note": "random"}}
+    evaluation = {"protocol": "dcae", "data": "photos", "images": 9, "metrics": metrics}
+    provenance = {"preset": "demo", "changes": ["training.lr"], "steps": 30, "evaluations": [evaluation]}
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "provenance": provenance}))
+    outcome = run("info", copy)
+    assert outcome.code == 0
+    assert max(map(len, outcome.out)) <= 80
+    assert "origin    preset demo, with training.lr changed; training 30 steps" in outcome.out
+    text = " ".join(" ".join(outcome.out).split())
+    assert "measured protocol dcae, 9 images of photos, decoded in one step; PSNR, dB 25.125 (25 to 25.25); " in text
+    assert "LPIPS 0.5 *; * lpips: random" in text
+    assert json.loads("\n".join(run("info", copy, "--json").out))["provenance"] == provenance
+    assert not any(line.startswith(("origin", "measured")) for line in run("info", model_dir).out)
+    (copy / "config.json").write_text(json.dumps({**config, "provenance": {"data": "\x1b[31m"}}))
+    outcome = run("info", copy)
+    assert outcome.code == 2
+    (line,) = outcome.err
+    assert "provenance.data is '\\x1b[31m'; it must be a line" in line
+
+
 def test_size_that_is_no_multiple_of_f_is_told(run: Callable, tmp_path: Path) -> None:
     outcome = run("info", save_model(tmp_path / "model", downsample_factor=512))
     assert outcome.code == 0

@@ -63,7 +63,7 @@ def test_normalised_latents_have_mean_0_and_deviation_1(run: Callable, model: Pa
     assert {name for name in after if after[name] != before.get(name)} == set(SETTINGS)
     assert {name: before[name] for name in before if name not in SETTINGS}.items() <= after.items()
     assert (model / WEIGHTS).read_bytes() == weights
-    assert {file.name for file in model.iterdir()} == {"config.json", WEIGHTS}
+    assert {file.name for file in model.iterdir()} == {"README.md", "config.json", WEIGHTS}
 
     loaded = DCSSDAE.from_pretrained(model)
     config = loaded.config
@@ -81,8 +81,11 @@ def test_normalised_latents_have_mean_0_and_deviation_1(run: Callable, model: Pa
 
 
 def test_table_and_json_say_what_is_written(run: Callable, model: Path, photos: Path) -> None:
+    assert "of the latent are not known" in (model / "README.md").read_text()
     table = run(*words(model, photos))
     config = json.loads((model / "config.json").read_text())
+    card = (model / "README.md").read_text()
+    assert f"`scaling_factor` {config['scaling_factor']:.6g}, or channel by channel" in card
     rows = [line.split() for line in table.out]
     assert rows[0] == ["channel", "mean", "std"]
     for channel in range(4):
@@ -160,4 +163,4 @@ def test_a_disk_that_fails_leaves_the_old_file(
     assert outcome.code == 2
     assert outcome.err[-1].endswith("config.json: No space left on device")
     assert (model / "config.json").read_bytes() == before
-    assert {file.name for file in model.iterdir()} == {"config.json", WEIGHTS}
+    assert {file.name for file in model.iterdir()} == {"README.md", "config.json", WEIGHTS}

@@ -138,4 +138,6 @@ def assert_same_runs(run: Path, other: Path) -> None:
         state.pop("seconds")
     assert states[0] == states[1]
     assert metrics(run) == metrics(other)
+    for name in ("config.json", "README.md"):
+        assert (run / "model" / name).read_text() == (other / "model" / name).read_text()
     assert (run / "evaluations.jsonl").read_text() == (other / "evaluations.jsonl").read_text()

@@ -14,6 +14,7 @@ from killed import CRASHED, FAILED, KILLED, run_in_child
 from tiny import run_config
 
 from dc_ssdae.errors import InputError
+from dc_ssdae.model_card import note_evaluation
 from dc_ssdae.training.checkpoint import Checkpoint
 from dc_ssdae.training.run import (
     WEIGHTS_FILE,
@@ -253,6 +254,45 @@ def test_killed_anywhere_between_checkpoint_and_model_the_next_start_makes_up_fo
         (20.0, 10.0, "step-00000020"),
         (20.0, 20.0, "step-00000020"),
     } <= found
+
+
+def test_killed_anywhere_config_and_card_say_what_the_weights_are(tmp_path: Path) -> None:
+    base = RunFolder(tmp_path / "run")
+    parts = {part: {"class_path": "Some"} for part in ("encoder", "decoder", "dynamics")}
+    create_run(base.path, "", json.dumps({"latent_channels": 4, "downsample_factor": 8, **parts}))
+
+    def train_to(run: RunFolder, step: int) -> None:
+        saved = checkpoint(step)
+        provenance = {"steps": step, "data": "photos"}
+        saved.state["provenance"] = provenance  # type: ignore[index]
+        folder = run.checkpoints.save(saved)
+        publish_model(run, folder / "ema.safetensors", provenance=provenance)
+
+    def told(run: RunFolder) -> tuple[float | None, int, bool, bool]:
+        steps = json.loads((run.model / "config.json").read_text())["provenance"]["steps"]
+        card = (run.model / "README.md").read_text()
+        return published(run), steps, f"{steps} steps" in card, "25.125" in card
+
+    train_to(base, 10)
+    note_evaluation(base.model, {"protocol": "dcae", "data": "x", "images": 9, "metrics": {"psnr": {"value": 25.125}}})
+    recover_run(base)
+    assert told(base) == (10.0, 10, True, True), "figures of these weights stay"
+    found = set()
+    for point in range(200):
+        copy = RunFolder(tmp_path / f"copy{point}")
+        shutil.copytree(base.path, copy.path, symlinks=True)
+        code = run_in_child(lambda copy=copy: train_to(copy, 20), point)
+        assert code != CRASHED
+        found.add(told(copy))
+        recover_run(copy)
+        last = copy.checkpoints.last()
+        assert last is not None
+        expected = (10.0, 10, True, True) if last.name == "step-00000010" else (20.0, 20, True, False)
+        assert told(copy) == expected
+        assert sorted(entry.name for entry in copy.model.iterdir()) == ["README.md", "config.json", WEIGHTS_FILE]
+        if code == 0:
+            break
+    assert {(10.0, 10, True, True), (20.0, 10, True, True), (20.0, 20, False, True), (20.0, 20, True, False)} == found
 
 
 def test_failing_anywhere_the_model_stays_whole(run: RunFolder) -> None:

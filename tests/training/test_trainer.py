@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,16 @@ def test_what_a_run_leaves_behind(whole_run: Path, images: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, checkpoint.tensors["ema"][name]), name
     assert list((whole_run / "tensorboard").iterdir())
+    provenance = model.config.provenance
+    assert provenance == state["provenance"]
+    (evaluation,) = provenance.pop("evaluations")
+    line = read_lines(whole_run / "evaluations.jsonl")[-1]
+    assert evaluation["metrics"] == {name: {"value": line[name]} for name in ("psnr", "ssim", "mse")}
+    assert (evaluation["step"], evaluation["images"]) == (8, line["images"])
+    assert evaluation["data"] == f"{images.name}/validation"
+    told = {"data": images.name, "images": 9, "image_size": 32, "steps": 8, "batch_size": 4}
+    assert provenance == told | {"version": version("dc-ssdae")}
+    assert "- **Training**: 8 steps of 4 images\n" in (whole_run / "model" / "README.md").read_text()
 
 
 def test_a_users_term_trains_and_is_saved(whole_run: Path) -> None:

@@ -93,7 +93,7 @@ def _configuration(args: argparse.Namespace) -> "RunConfig":
 
     preset = load_preset(PRESET)
     budget = {"minutes": None, "steps": args.steps} if args.steps else {"minutes": args.minutes, "steps": None}
-    given = {**budget, "seed": args.seed, "precision": args.dtype, "output": str(args.out)}
+    given = {**budget, "preset": PRESET, "seed": args.seed, "precision": args.dtype, "output": str(args.out)}
     # Nothing to save on the way of a few minutes; the end is always saved.
     training = {**preset.get("training", {}), **given, "checkpoint_every": 10**9, "evaluate_every": 10**9}
     photos = {"class_path": SAMPLE_PHOTOS, "init_args": {"split": "train"}}

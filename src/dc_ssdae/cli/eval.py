@@ -20,6 +20,7 @@ from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
 from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
 
 if TYPE_CHECKING:
+    from dc_ssdae.evaluation.candidate_names import CandidateSpec
     from dc_ssdae.evaluation.candidates import Candidate
     from dc_ssdae.evaluation.evaluate import Evaluation
     from dc_ssdae.evaluation.metric_networks import MetricSuite
@@ -49,6 +50,12 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--show", type=whole_number(1), default=6, metavar="N", help="worst and best images on the page (default 6)"
     )
+    parser.add_argument(
+        "--add-to-model",
+        action="store_true",
+        help="also write the figures into config.json and README.md of the model's folder, in place of earlier ones of "
+        "the same protocol, data, size and decoding",
+    )
     return parser
 
 
@@ -65,6 +72,8 @@ def run(args: Namespace) -> int:
 def _run(args: Namespace) -> int:
     (spec,) = parse_models([args.model])
     refuse_existing(args.out, FILES)
+    folder = _folder_to_add_to(spec) if args.add_to_model else None
+    before = None if folder is None else _weight_files(folder)
     opened = open_evaluation(args)
     classes = import_classes(args.modules)
     import torch
@@ -82,8 +91,46 @@ def _run(args: Namespace) -> int:
     candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
     evaluation = _evaluate(args, opened, candidate, suite, processes)
     if processes.is_main:
-        _write(args, spec.label, opened, candidate, suite, evaluation)
+        figures = _write(args, spec.label, opened, candidate, suite, evaluation)
+        if folder is not None:
+            _add_to_model(folder, figures, before == _weight_files(folder))
     return 0
+
+
+def _folder_to_add_to(spec: "CandidateSpec") -> Path:
+    """Find the folder of the model that --add-to-model means, before the time that measuring takes.
+
+    Raises:
+        InputError: it is no saved model of this package, or nothing can be written there.
+    """
+    from dc_ssdae.model_folder import model_folder, read_config
+
+    if spec.kind != "ours" or not os.path.isdir(spec.value):
+        raise InputError(
+            f"--add-to-model writes into the folder of a saved model or a run of this package; {spec.value} is none"
+        )
+    folder = model_folder(spec.value)
+    read_config(folder)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} cannot be written to: leave --add-to-model out")
+    return folder
+
+
+def _weight_files(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells whether a model's weights are still those that were measured: a run replaces them as it goes on."""
+    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    return [(name, status.st_ino, status.st_mtime_ns) for name, status in files]
+
+
+def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
+    from dc_ssdae.model_card import CARD_FILE, note_evaluation
+
+    if not is_same:
+        raise InputError(f"the weights in {folder} have changed while they were measured: nothing is added to them")
+    if not figures["metrics"]:
+        raise InputError(f"no metric has a value: nothing is added to {folder}")
+    note_evaluation(folder, figures)
+    say(f"-> {folder / 'config.json'}, {folder / CARD_FILE}")
 
 
 def _evaluate(
@@ -111,8 +158,8 @@ def _write(
     candidate: "Candidate",
     suite: "MetricSuite",
     evaluation: "Evaluation",
-) -> None:
-    """Look at the worst and best images again, and write everything."""
+) -> dict[str, Any]:
+    """Look at the worst and best images again, and write everything; gives the figures for the model's config."""
     from dc_ssdae.evaluation.candidates import OurCandidate
     from dc_ssdae.evaluation.evaluate import reconstruct_places
     from dc_ssdae.evaluation.evaluation_report import EvaluationReport
@@ -149,3 +196,4 @@ def _write(
     for name, content in zip(FILES, contents, strict=True):
         write_whole(args.out / name, content)
     say(f"{text}\n-> {', '.join(str(args.out / name) for name in FILES)}")
+    return report.as_provenance()

@@ -100,6 +100,7 @@ def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type])
         "seconds": None if device is None else _seconds(folder or name, dtype, device, classes),
         **{part: _settings(model.config[part]) for part in ("encoder", "decoder", "dynamics")},
         **{name: model.config[name] for name in ("shift_factor", "scaling_factor", "latents_mean", "latents_std")},
+        "provenance": model.config.provenance,
         "weights": weights,
     }
 
@@ -245,9 +246,26 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
         shift, scale = profile["shift_factor"], profile["scaling_factor"]
         channels = "; channel by channel: latents_mean and latents_std in config.json"
         lines.append(_wrap(f"{'latent':10}", f"shift_factor {shift:.6g}, scaling_factor {scale:.6g}{channels}"))
+    lines += _provenance_as_text(profile["provenance"] or {})
     if profile["weights"]:
         lines.append(_wrap(f"{'weights':10}", f"{', '.join(profile['weights'])}: fit the config"))
     return "\n".join(lines)
+
+
+def _provenance_as_text(provenance: Mapping[str, Any]) -> list[str]:
+    """Where the model comes from and what it measures, where that is known."""
+    from dc_ssdae.provenance import TITLES, evaluation_title, metric_text, training_lines
+
+    origin = "; ".join(f"{what} {how}" for what, how in training_lines(provenance))
+    lines = [_wrap(f"{'origin':10}", origin)] if origin else []
+    for evaluation in provenance.get("evaluations", ()):
+        figures = [
+            f"{TITLES.get(name, name)} {metric_text(metric)}{' *' if 'note' in metric else ''}"
+            for name, metric in evaluation["metrics"].items()
+        ]
+        notes = [f"* {name}: {metric['note']}" for name, metric in evaluation["metrics"].items() if "note" in metric]
+        lines.append(_wrap(f"{'measured':10}", "; ".join([evaluation_title(evaluation), *figures, *notes])))
+    return lines
 
 
 def _wrap(label: str, text: str) -> str:

@@ -305,7 +305,8 @@ def read_layer(word: str) -> tuple[str, dict[str, Any]]:
     """Read a preset or a file: its name, and its sections."""
     presets = list_presets()
     if word in presets:
-        return word, weights_as_mappings(load_preset(word))
+        layer = load_preset(word)
+        return word, weights_as_mappings({**layer, "training": {**layer.get("training", {}), "preset": word}})
     path = Path(os.path.expanduser(word))  # Path.expanduser raises where there is no such user
     if not os.path.lexists(path):
         if os.sep not in word and path.suffix not in (".yaml", ".yml"):

@@ -75,6 +75,7 @@ def run(args: Namespace) -> int:
     model = load_model(args)
     from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.model_card import write_model_card
     from dc_ssdae.model_folder import model_folder, write_latent_statistics
 
     folder = None if args.no_write else model_folder(args.model)
@@ -88,6 +89,7 @@ def run(args: Namespace) -> int:
     statistics, broken = _measure(args, model, images)
     if folder is not None:
         write_latent_statistics(folder, statistics)
+        write_model_card(folder)
     written = None if folder is None else str(folder / "config.json")
     if args.json:
         measured: dict[str, Any] = {"images": statistics.count, "broken": broken, "size": args.size}

@@ -19,6 +19,7 @@ from dc_ssdae.evaluation.latent_statistics import ACTIVE_VARIANCE, LatentProfile
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
 from dc_ssdae.evaluation.report import DIFFERENCE_GAIN, difference
 from dc_ssdae.evaluation.viewer import Group, Panel, Photo, Table, bullets, paragraph, render_page, section, warning
+from dc_ssdae.provenance import name_of_path, short_name
 from dc_ssdae.timing import machine_line
 
 OTHERS: Mapping[str, MetricInfo] = {
@@ -119,6 +120,26 @@ class EvaluationReport:
             "command": self.command,
         }
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+    def as_provenance(self) -> dict[str, Any]:
+        """The figures, their intervals and notes, as a model's `provenance` has them."""
+        metrics = {
+            name: {
+                **{key: value for key in ("value", "low", "high") if (value := getattr(found, key)) is not None},
+                **({} if found.note is None else {"note": short_name(found.note)}),
+            }
+            for name, found in self.evaluation.metrics.items()
+            if found.as_json()["value"] is not None
+        }
+        entry = {
+            "protocol": self.settings.protocol.name,
+            "data": name_of_path(self.data) or "images",
+            "images": self.evaluation.images,
+            "image_size": self.settings.size,
+            "decoding": dict(self.decoding),
+            "metrics": metrics,
+        }
+        return entry if self.dtype == "float32" else {**entry, "dtype": self.dtype}
 
     def as_markdown(self) -> str:
         """The figures, and what a reader must know."""

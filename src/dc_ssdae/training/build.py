@@ -120,8 +120,9 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
             training.precision,
             training.channels_last,
         )
-    if training.train is not None:
-        step.freeze_all_but(trained_tensors(step, training.train))
+    chosen = config.trained_groups()
+    if chosen is not None:
+        step.freeze_all_but(trained_tensors(step, chosen))
     return step
 
 

@@ -1,7 +1,7 @@
 """Settings of a run: sections model, data, training, losses, distillation. Reading and checking them needs no torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -49,12 +49,18 @@ MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
         "latent_statistics",
         "max_skipped_steps",
         "processes",
+        "preset",
         "wandb",
         "wandb_project",
     ),
     "data": ("root", "cache", "workers", "max_broken_share", "validation_images"),
 }
 """What a run may be told anew when it goes on. The rest would make it another run."""
+
+
+def keeps_latent(train: Sequence[str] | None) -> bool:
+    """Whether groups that train, as `TrainingConfig.train` names them, leave the encoder out."""
+    return train is not None and all(name.partition(".")[0] != "encoder" for name in train)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,8 @@ class TrainingConfig:
         init_from: a model or run whose weights to start from; of a run, also what its loss terms have learnt.
         train: names of the parameter groups that train, such as [encoder.latent_head, decoder]; encoder.stages.-1 is
             the last stage, losses.NAME what a loss term has learnt. The others keep every bit, batch statistics
-            included. null trains everything; dc-ssdae info PRESET --groups lists the names.
+            included. null trains everything; dc-ssdae info PRESET --groups lists the names. losses.NAME of a term
+            that is left out by its weight 0 is passed over.
         checkpoint_every: steps between checkpoints.
         keep_every: steps between checkpoints that are kept for good, a multiple of checkpoint_every; null keeps
             only the last and the best.
@@ -168,9 +175,11 @@ class TrainingConfig:
         best_metric: what makes a checkpoint the best, psnr, ssim or mse; NAME:max or NAME:min gives the direction.
         sample_images: validation images whose reconstructions are logged at an evaluation.
         latent_statistics: training images, at most, over which the latent's mean and standard deviation are measured
-            at the end, for the model's config; 0 measures nothing.
+            at the end, for the model's config; 0 measures nothing. Those of an encoder that does not train stay
+            as they are known.
         max_skipped_steps: the run stops after this many non-finite steps in a row.
         processes: how many processes the run must have; null takes what the launcher started.
+        preset: which preset this configuration began as, for the model's card; --config PRESET fills it in.
         wandb: also log to Weights & Biases, which must be installed.
         wandb_project: the project there.
     """
@@ -203,6 +212,7 @@ class TrainingConfig:
     latent_statistics: int = 10_000
     max_skipped_steps: int = 10
     processes: int | None = None
+    preset: str | None = None
     wandb: bool = False
     wandb_project: str = "dc-ssdae"
 
@@ -238,7 +248,7 @@ class TrainingConfig:
                 f"training.keep_every is {self.keep_every}; it must be a multiple of "
                 f"training.checkpoint_every, {self.checkpoint_every}"
             )
-        _check_filled("training", self, "output", "init_from", "wandb_project")
+        _check_filled("training", self, "output", "init_from", "preset", "wandb_project")
         if self.train is not None and not self.train:
             raise InputError("training.train is []; name the groups that train, or null for all of them")
         _ = self.best
@@ -252,6 +262,11 @@ class TrainingConfig:
         if colon and direction not in ("max", "min"):
             raise unknown(f"direction of training.best_metric {name}", direction, ("max", "min"))
         return name, direction if colon else METRICS[name]  # type: ignore[return-value]
+
+    @property
+    def keeps_latent(self) -> bool:
+        """Whether no group of the encoder trains, so that the latent and its statistics stay as they are."""
+        return keeps_latent(self.train)
 
     def progress(self, steps: float, seconds: float) -> float:
         """The share of the budget that is spent: of the steps or of the time, whichever is nearer its end."""
@@ -384,6 +399,12 @@ class RunConfig:
             for name, value in settings.items()
             if name not in MAY_CHANGE.get(section, ()) and name not in ("output", "init_from", "teacher")
         }
+
+    def trained_groups(self) -> list[str] | None:
+        """What training.train names, without the losses.NAME of terms that are left out by their weight 0."""
+        left_out = [f"losses.{name}" for name, loss in self.losses.items() if not loss.weight]
+        chosen = self.training.train
+        return None if chosen is None else [name for name in chosen if name not in left_out]
 
     def with_training(self, **settings: Any) -> "RunConfig":
         """The same with some settings of section training changed."""

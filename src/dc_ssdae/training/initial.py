@@ -5,8 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dc_ssdae.components import COMPONENTS, DEFAULT_CLASSES
 from dc_ssdae.errors import InputError
 from dc_ssdae.model_folder import model_folder
+from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import check_same_tensors
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
@@ -56,6 +58,24 @@ def load_initial_weights(step: TrainingStep, source: str) -> set[str]:
         term.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in given.items()})
         loaded |= expected.keys()
     return loaded
+
+
+def check_encoder_is_trained(config: RunConfig) -> None:
+    """Refuse an encoder whose weights are random and stay so; a class of the user's may bring its own.
+
+    Args:
+        config: of a run that begins.
+
+    Raises:
+        InputError: the run has nothing to start from and trains no group of the encoder.
+    """
+    class_path = (config.model.encoder or {}).get("class_path", DEFAULT_CLASSES["encoder"])
+    has_source = config.training.init_from is not None or config.distillation is not None
+    if config.training.keeps_latent and class_path in COMPONENTS["encoder"] and not has_source:
+        raise InputError(
+            "training.train leaves the encoder out, whose weights would be random and stay so: start from a model by "
+            "--training.init_from DIR (dc-ssdae convert diffusers makes one of a published encoder), or train it too"
+        )
 
 
 def check_terms_are_trained(step: TrainingStep, loaded: set[str]) -> None:

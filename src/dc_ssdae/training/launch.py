@@ -19,7 +19,9 @@ from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import build_model, check_components, fetch_backbones
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
+from dc_ssdae.training.initial import check_encoder_is_trained
 from dc_ssdae.training.logging import read_lines
+from dc_ssdae.training.origin import inherited
 from dc_ssdae.training.run import (
     RunFolder,
     RunLock,
@@ -110,6 +112,8 @@ def _check(config: RunConfig, accelerator: Accelerator, starts: bool, teacher: P
     def check() -> ImageSources:
         check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
         check_components(config, starts, teacher, accelerator.distributed_type == DistributedType.FSDP)
+        if starts:
+            check_encoder_is_trained(config)
         if data.root is None and data.dataset is None:
             raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
         return open_sources(data.root, data.dataset, data.validation, data.cache)
@@ -163,10 +167,14 @@ def _train(
 
 
 def _model_config(config: RunConfig, teacher: Path | None) -> str:
-    """The model's config.json; a student's latent is normalised as its teacher's, whose encoder it keeps."""
+    """The model's config.json; a latent is normalised as that of the model whose encoder the run keeps."""
     model = json.loads(build_model(config.model).to_json_string())
-    given = {} if teacher is None else read_config(teacher)
+    source = teacher
+    if teacher is None and config.training.init_from is not None and config.training.keeps_latent:
+        source = model_folder(config.training.init_from)
+    given = {} if source is None else read_config(source)
     model |= {name: given[name] for name in NOT_MEASURED if name in given}
+    model["provenance"] = inherited(config, teacher)
     return json.dumps(model, indent=2, sort_keys=True) + "\n"
 
 

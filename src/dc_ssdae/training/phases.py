@@ -21,6 +21,7 @@ from dc_ssdae.training.build import check_components, fetch_backbones, resolved
 from dc_ssdae.training.checkpoint import sync
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
+from dc_ssdae.training.initial import check_encoder_is_trained
 from dc_ssdae.training.launch import check_nothing, resume_run, start_run
 from dc_ssdae.training.recipe import RECIPE_FILE, Phase, Recipe
 from dc_ssdae.training.run import CONFIG_FILE, RunFolder, RunLock, check_new, is_finished
@@ -146,6 +147,8 @@ def _check(recipe: Recipe, accelerator: Accelerator, cpu: bool, path: Path | Non
                 check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
                 check_components(config, starts=phase.starts_from is None and not begun)
                 _check_trained_terms(recipe, phase)
+                if phase.starts_from is None and not begun:
+                    check_encoder_is_trained(config)
                 if data.root is None and data.dataset is None:
                     raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern")
                 if images not in opened:
@@ -171,7 +174,7 @@ def _check_trained_terms(recipe: Recipe, phase: Phase) -> None:
 
     Whether a user's term learns is known when it is built.
     """
-    config, chosen = phase.config, phase.config.training.train
+    config, chosen = phase.config, phase.config.trained_groups()
     if chosen is None:
         return
     active = [name for name, loss in config.losses.items() if loss.weight]

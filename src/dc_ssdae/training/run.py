@@ -28,9 +28,10 @@ from typing import Any
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
-from dc_ssdae.model_folder import read_config, write_latent_statistics
+from dc_ssdae.model_card import note_provenance
+from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
 from dc_ssdae.training.checkpoint import CheckpointFolder, read_state, sync
-from dc_ssdae.training.config import TrainingConfig
+from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -96,9 +97,10 @@ class RunFolder:
         """The model that a distillation learns from."""
         return self.path / "teacher"
 
-    def inherits_latent(self) -> bool:
-        """Whether the latent is that of a teacher whose mean and standard deviation are known, and stay."""
-        return self.teacher.is_dir() and read_config(self.teacher).get("latents_mean") is not None
+    def latent_is_known(self) -> bool:
+        """Whether the model's config has statistics of the latent, its own or those of what the run started from."""
+        config = read_config(self.model)
+        return any(config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
 
     @property
     def teacher_cache(self) -> Path:
@@ -232,13 +234,21 @@ class RunLock:
             self._handle = None
 
 
-def publish_model(run: RunFolder, ema_file: Path, statistics: LatentStatistics | None = None) -> None:
+def publish_model(
+    run: RunFolder,
+    ema_file: Path,
+    statistics: LatentStatistics | None = None,
+    latent_stays: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
     """Make a checkpoint's averaged weights those of RUN/model, by one rename; without a second copy where it can.
 
     Args:
         run: the folder.
         ema_file: the weights.
         statistics: of their latent, for config.json; None where they are not measured.
+        latent_stays: whether the encoder does not train, and what config.json says of its latent stays true.
+        provenance: of the model, for config.json and the card; None leaves what is there.
 
     Raises:
         OSError: it cannot be written.
@@ -252,9 +262,11 @@ def publish_model(run: RunFolder, ema_file: Path, statistics: LatentStatistics |
         os.replace(beside, run.model / WEIGHTS_FILE)
     finally:
         beside.unlink(missing_ok=True)
-    stale = read_config(run.model).get("latents_mean") is not None and not run.inherits_latent()
+    stale = read_config(run.model).get("latents_mean") is not None and not latent_stays
     if statistics is not None or stale:
         write_latent_statistics(run.model, statistics)
+    if provenance is not None:
+        note_provenance(run.model, provenance)
     sync(run.model)
 
 
@@ -271,12 +283,20 @@ def recover_run(run: RunFolder) -> None:
     last, published = run.checkpoints.last(), run.model / WEIGHTS_FILE
     if last is None:
         return
-    measured = read_state(last).get("latent_statistics")
+    state = read_state(last)
+    measured = state.get("latent_statistics")
     statistics = None if measured is None else LatentStatistics(**measured)
+    provenance = state.get("provenance")
     if not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
-        publish_model(run, last / "ema.safetensors", statistics)
-    elif statistics is not None and read_config(run.model).get("latents_mean") is None:
+        latent_stays = keeps_latent(state.get("settings", {}).get("training.train"))
+        publish_model(run, last / "ema.safetensors", statistics, latent_stays, provenance)
+        return
+    if statistics is not None and read_config(run.model).get("latents_mean") is None:
         write_latent_statistics(run.model, statistics)
+    if provenance is not None:
+        there = read_config(run.model).get("provenance") or {}
+        # What belongs to these weights stays: figures may have been added to it since.
+        note_provenance(run.model, there if there.get("steps") == provenance["steps"] else provenance)
 
 
 def describe_environment(command: list[str], hardware: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from dc_ssdae.data.loader import (
 from dc_ssdae.data.sources import ImageSources
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
+from dc_ssdae.model_folder import read_config
 from dc_ssdae.processes import sum_over_processes
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
@@ -49,6 +50,7 @@ from dc_ssdae.training.optimizer import (
     optimizer_state,
     set_learning_rate,
 )
+from dc_ssdae.training.origin import evaluation_entry, origin
 from dc_ssdae.training.run import RunFolder, publish_model
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import StopRequest
@@ -117,6 +119,7 @@ class Trainer:
         self._saved_at: int | None = None
         self._evaluated_at: int | None = None
         self._latent_statistics: LatentStatistics | None = None
+        self._latent_is_known = config.training.keeps_latent and run.latent_is_known()
         self._broken = {str(line.get("name")) for line in read_lines(run.broken_images) if line.get("split") == "train"}
 
         training = config.training
@@ -159,6 +162,9 @@ class Trainer:
         self._workers = default_workers(_processes_here(accelerator)) if workers is None else workers
         self._mark = time.monotonic()
         self._first = True
+        before = read_config(run.model).get("provenance") if (run.model / "config.json").is_file() else None
+        self._origin = origin(config, before, len(sources.train), self._random_backbones)
+        self._evaluations: list[dict[str, Any]] = []
         if checkpoint is not None:
             self.load_state_dict(checkpoint)
 
@@ -184,6 +190,7 @@ class Trainer:
             "evaluated_at": self._evaluated_at,
             "best": self.best,
             "latent_statistics": None if self._latent_statistics is None else asdict(self._latent_statistics),
+            "provenance": self._provenance(),
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "processes": self.accelerator.num_processes,
@@ -230,9 +237,16 @@ class Trainer:
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.best = state["best"]
         self._evaluated_at = state["evaluated_at"]
-        # A longer budget changes the weights again.
-        measured = state.get("latent_statistics") if self.is_finished() else None
+        self._evaluations = (state.get("provenance") or {}).get("evaluations", [])
+        # A longer budget changes the weights again, if not the encoder's.
+        still_true = self.is_finished() or self.config.training.keeps_latent
+        measured = state.get("latent_statistics") if still_true else None
         self._latent_statistics = None if measured is None else LatentStatistics(**measured)
+
+    def _provenance(self) -> dict[str, Any]:
+        """What the model that is saved now says of its origin."""
+        evaluations = {"evaluations": self._evaluations} if self._evaluations else {}
+        return {**self._origin, "steps": self.step, **evaluations}
 
     def is_finished(self) -> bool:
         """Whether the budget is spent."""
@@ -275,7 +289,7 @@ class Trainer:
     def _after_step(self, loggers: Loggers) -> None:
         """Measure the latent, evaluate and save where that is due."""
         training = self.config.training
-        measured = self.is_finished() and training.latent_statistics > 0 and not self.run_folder.inherits_latent()
+        measured = self.is_finished() and training.latent_statistics > 0 and not self._latent_is_known
         if measured:
             self._latent_statistics = self._measure_latent(loggers)
         if self._evaluation_due():
@@ -430,6 +444,8 @@ class Trainer:
             self.module.train()
         loggers.broken(result.broken, self.step, "validation")
         self._evaluated_at = self.step
+        entry = evaluation_entry(result, data, self.step)
+        self._evaluations = [] if entry is None else [entry]
         loggers.evaluation({"step": self.step, **result.values, "images": result.images, **self._remark})
         if not result.images:
             loggers.say(f"step {self.step}: no validation image can be read; nothing is the best")
@@ -494,7 +510,13 @@ class Trainer:
                     raise TrainingFailed(f"step {self.step}: {name} is not finite; {self._last_good()}")
             try:
                 folder = self.run_folder.checkpoints.save(checkpoint, is_best)
-                publish_model(self.run_folder, folder / "ema.safetensors", self._latent_statistics)
+                publish_model(
+                    self.run_folder,
+                    folder / "ema.safetensors",
+                    self._latent_statistics,
+                    self.config.training.keeps_latent,
+                    self._provenance(),
+                )
             except OSError as error:
                 return " ".join(str(error).split())
             return None

@@ -1,0 +1,437 @@
+"""The README.md of a saved model: what it is, how it was trained, what it measures, how to load it; and its upload.
+
+All that it says is read from the folder. What may be a stranger's text stands in code spans, where Markdown and HTML
+mean nothing, and in YAML that a library writes.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.model_folder import NOT_MEASURED, WEIGHTS, read_config, replace_text, update_config
+from dc_ssdae.provenance import (
+    IN_TRAINING,
+    PARTS,
+    SPLITS,
+    TITLES,
+    check_evaluation,
+    check_provenance,
+    evaluation_title,
+    is_untrained,
+    metric_text,
+    short_name,
+    training_lines,
+    with_evaluation,
+)
+from dc_ssdae.weights import tensor_shapes
+
+CARD_FILE = "README.md"
+
+MARKER = (
+    "<!-- dc-ssdae writes this file, and writes it anew with the model. Delete this line to keep your own edits. -->"
+)
+"""The line by which a card of ours is told from a user's own file."""
+
+PLACEHOLDER = "PATH/TO/THIS/FOLDER"
+"""What is loaded, where the model is in no repository: a path of this machine would be of no use to others."""
+
+BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Last parts of the names of tensors that are no parameters."""
+
+WORKS: Mapping[str, tuple[str, str]] = {
+    "DCEncoder": ("Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models", "2410.10733"),
+    "KLEncoder": ("High-Resolution Image Synthesis with Latent Diffusion Models", "2112.10752"),
+    "UViTDecoder": ("SSDD: Single-Step Diffusion Decoder for Efficient Image Tokenization", "2510.04961"),
+    "EquilibriumMatching": (
+        "Equilibrium Matching: Generative Modeling with Implicit Energy-Based Models",
+        "2510.02300",
+    ),
+    "FlowMatching": ("Flow Matching for Generative Modeling", "2210.02747"),
+}
+"""Where a part comes from: title, and number on arXiv."""
+
+CITATION = """@misc{dc_ssdae,
+  title  = {DC-SSDAE: Deep-Compression Single-Step Diffusion Autoencoder},
+  author = {{The DC-SSDAE authors}}
+}"""
+
+
+def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
+    """Write a model folder's README.md, whole or not at all, unless one that is not ours is there.
+
+    Args:
+        folder: of a saved model.
+        repo_id: of the repository to load it from, on the hub.
+
+    Returns:
+        Whether the card there is ours.
+
+    Raises:
+        InputError: config.json or the weights are damaged.
+        OSError: it cannot be written; the old one stays.
+    """
+    path = folder / CARD_FILE
+    before = _text_of(path)
+    if before is not None and not is_ours(before):
+        return False
+    card = render_model_card(read_config(folder), *_weights_in(folder), repo_id)
+    if card != before:
+        replace_text(path, card)
+    return True
+
+
+def is_ours(card: str) -> bool:
+    """Whether this package wrote a card, and nobody has claimed it since."""
+    return MARKER in card.splitlines()
+
+
+def note_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Put what is known of a model's origin into its config.json, and write its card anew.
+
+    Args:
+        folder: of a saved model.
+        provenance: as the constructor of `DCSSDAE` takes it.
+
+    Raises:
+        InputError: it does not fit; or the folder holds no model.
+        OSError: a file cannot be written; the old one stays.
+    """
+    update_config(folder, {"provenance": check_provenance(provenance)})
+    write_model_card(folder)
+
+
+def note_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Add measured figures to a saved model's config.json and card, in place of earlier ones of the same kind.
+
+    Args:
+        folder: of a saved model.
+        evaluation: as `check_evaluation` takes it.
+
+    Raises:
+        InputError: as `note_provenance`.
+        OSError: as `note_provenance`.
+    """
+    before = check_provenance(read_config(folder).get("provenance"))
+    note_provenance(folder, with_evaluation(before, check_evaluation("the evaluation", evaluation)))
+
+
+def upload_model(
+    folder: Path,
+    repo_id: str,
+    commit_message: str | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> Any:
+    """Upload a saved model's folder to the hub, with a card that tells how to load it from there.
+
+    A card in the repository that is not ours stays. A model in a subfolder is part of something, and gets no card.
+
+    Args:
+        folder: of the model; its card, if it is ours, is written anew.
+        repo_id: of a repository that is there.
+        commit_message: of the commit.
+        token: of the hub; None is the one that is logged in with.
+        create_pr: propose the files, and leave the repository as it is.
+        subfolder: where in the repository.
+
+    Returns:
+        As `huggingface_hub.upload_folder`.
+    """
+    if subfolder is None:
+        write_model_card(folder, repo_id)
+    without_card = subfolder is not None or _has_card_of_its_own(repo_id, token)
+    return huggingface_hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=subfolder,
+        commit_message=commit_message or "Upload DCSSDAE",
+        token=token,
+        create_pr=create_pr,
+        ignore_patterns=[CARD_FILE] if without_card else None,
+    )
+
+
+def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Make a repository on the hub, if it is not there; gives its whole id.
+
+    Raises:
+        InputError: it cannot be called so.
+    """
+    try:
+        return huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    except HFValidationError as error:
+        raise InputError(f"no repository can be called {repo_id!r}: {' '.join(str(error).split())}") from None
+
+
+def render_model_card(
+    config: Mapping[str, Any], parameters: Mapping[str, int], variant: str | None, repo_id: str | None = None
+) -> str:
+    """Write a model's card.
+
+    Args:
+        config: as config.json has it.
+        parameters: how many each part has; empty where there are no weights yet.
+        variant: of the weight files, where there are none without one.
+        repo_id: as `write_model_card`'s.
+
+    Raises:
+        InputError: the config is not a model's.
+    """
+    _check(config)
+    provenance = check_provenance(config.get("provenance")) or {}
+    parts = [
+        f"---\n{_metadata(config, provenance)}\n---",
+        MARKER,
+        f"# DC-SSDAE f{config['downsample_factor']}c{config['latent_channels']}",
+        _warning(provenance),
+        _summary(config),
+        _bullets(_architecture(config, parameters)),
+        "## Training",
+        _bullets(training_lines(provenance, as_code)) or "How it was trained is not recorded.",
+        *_figures(provenance),
+        "## How to load",
+        *_loading(config, variant, repo_id),
+        "## The latent",
+        _normalisation(config),
+        "## Licence and citation",
+        *_citation(config, provenance),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def as_code(text: str) -> str:
+    """Put one line of text into a code span, where nothing in it means anything."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuse a config of which not all can be said that a card says."""
+    for name in ("latent_channels", "downsample_factor"):
+        value = config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31:
+            raise InputError(f"config.json is not of a model of this package: {name} is no whole number from 1 on")
+    for name in ("scaling_factor", "shift_factor"):
+        value = config.get(name, NOT_MEASURED[name])
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"config.json is not of a model of this package: {name} is no finite number")
+
+
+def _class_of(config: Mapping[str, Any], part: str) -> str | None:
+    """The class of a part, in one short line."""
+    given = config.get(part)
+    path = given.get("class_path") if isinstance(given, Mapping) else None
+    return short_name(path) if isinstance(path, str) else None
+
+
+def _metadata(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    data = provenance.get("data", "")
+    is_on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", data, re.ASCII) and data.rpartition("/")[2] not in SPLITS
+    results = _results(provenance)
+    kind = f"f{config['downsample_factor']}c{config['latent_channels']}"
+    metadata = ModelCardData(
+        library_name="diffusers",
+        tags=["dc-ssdae", "autoencoder", "image-tokenizer", kind],
+        license=provenance.get("license"),
+        datasets=[data] if is_on_the_hub else None,
+        model_name=f"DC-SSDAE {kind}" if results else None,
+        eval_results=results or None,
+    )
+    return metadata.to_yaml()
+
+
+def _results(provenance: Mapping[str, Any]) -> list[EvalResult]:
+    """What the hub lists beside other models' figures: nothing that may not be compared."""
+    if provenance.get("untrained"):
+        return []
+    return [
+        EvalResult(
+            task_type="image-reconstruction",
+            dataset_type=re.sub(r"[^\w.-]+", "-", evaluation["data"], flags=re.ASCII).strip("-") or "images",
+            dataset_name=evaluation["data"],
+            metric_type=name,
+            metric_name=f"{TITLES.get(name, name)} ({evaluation_title(evaluation)})",
+            metric_value=metric["value"],
+        )
+        for evaluation in provenance.get("evaluations", ())
+        for name, metric in evaluation["metrics"].items()
+        if evaluation["protocol"] != IN_TRAINING and "note" not in metric
+    ]
+
+
+def _warning(provenance: Mapping[str, Any]) -> str:
+    if is_untrained(provenance):
+        return "> **Random weights: not trained.** What it makes of an image means nothing yet."
+    return "".join(f"> **The {part} has random weights: not trained.**" for part in provenance.get("untrained", ()))
+
+
+def _summary(config: Mapping[str, Any]) -> str:
+    factor, channels = config["downsample_factor"], config["latent_channels"]
+    size = _example_size(factor)
+    return (
+        f"An image autoencoder for latent generative models, whose decoder is a one-step diffusion model. The encoder "
+        f"makes each side of an image {factor} times smaller, with {channels} channels: {size}×{size} pixels become a "
+        f"latent of {channels}×{size // factor}×{size // factor}, {3 * factor**2 / channels:g} image values for each "
+        "latent value."
+    )
+
+
+def _example_size(factor: int) -> int:
+    return 256 if factor <= 256 else factor
+
+
+def _architecture(config: Mapping[str, Any], parameters: Mapping[str, int]) -> list[tuple[str, str]]:
+    lines = []
+    for part in (*PARTS, "dynamics"):
+        name = _class_of(config, part)
+        count = f"{parameters[part]:,} parameters" if part in parameters else ""
+        told = ", ".join(filter(None, [name and as_code(name), count]))
+        if told:
+            lines.append((part, told))
+    return lines
+
+
+def _bullets(lines: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"- **{label[0].upper()}{label[1:]}**: {text}" for label, text in lines)
+
+
+def _figures(provenance: Mapping[str, Any]) -> list[str]:
+    evaluations = sorted(provenance.get("evaluations", ()), key=lambda entry: entry["protocol"] == IN_TRAINING)
+    if not evaluations:
+        return []
+    parts = ["## Figures"]
+    for evaluation in evaluations:
+        title = evaluation_title(evaluation, as_code)
+        parts.append(f"{title[0].upper()}{title[1:]}:")
+        metrics = evaluation["metrics"]
+        has_intervals = any("low" in metric for metric in metrics.values())
+        rows = [f"| metric | value{' (95 % interval)' if has_intervals else ''} |", "|---|---|"]
+        titles = {name: _title(name) + (" †" if "note" in metric else "") for name, metric in metrics.items()}
+        rows += [f"| {titles[name]} | {metric_text(metric)} |" for name, metric in metrics.items()]
+        parts.append("\n".join(rows) if metrics else "No figures.")
+        noted = [(titles[name], as_code(metric["note"])) for name, metric in metrics.items() if "note" in metric]
+        parts.append(_bullets(noted))
+        if evaluation["protocol"] == IN_TRAINING:
+            parts.append("These are for watching the training, and follow no published protocol.")
+    if any("low" in metric for evaluation in evaluations for metric in evaluation["metrics"].values()):
+        parts.append("An interval tells how much another draw of images would change a figure, not another training.")
+    parts.append("Figures of another protocol, size or data set may not be compared with these.")
+    return parts
+
+
+def _title(metric: str) -> str:
+    return TITLES.get(metric) or as_code(metric)
+
+
+def _loading(config: Mapping[str, Any], variant: str | None, repo_id: str | None) -> list[str]:
+    factor, channels = config["downsample_factor"], config["latent_channels"]
+    size = _example_size(factor)
+    own = [name for part in (*PARTS, "dynamics") if "." in (name := _class_of(config, part) or "")]
+    classes = ", ".join(map(as_code, own))
+    given = f", variant={json.dumps(variant)}" if variant else ""
+    return [
+        "It needs the Python package `dc-ssdae`: in a checkout of its repository, `pip install .`",
+        f"It has classes of its authors' own, {classes}: import them before, or name them by "
+        "`from_pretrained(…, classes=[…])`. Nothing in this folder imports code."
+        if own
+        else "",
+        f"""```python
+import torch
+from dc_ssdae import DCSSDAE
+
+ae = DCSSDAE.from_pretrained({json.dumps(repo_id or PLACEHOLDER)}{given})
+x = torch.rand(1, 3, {size}, {size}) * 2 - 1  # images in [-1, 1], sides multiples of {factor}
+with torch.no_grad():
+    z = ae.encode(x).latent_dist.mode()  # (1, {channels}, {size // factor}, {size // factor})
+    y = ae.decode(z).sample  # the images again, in one step
+```""",
+        "It is a diffusers model. A pipeline whose diffusion model was trained on this latent takes it as its `vae`:",
+        """```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PIPELINE", vae=ae)
+```""",
+    ]
+
+
+def _normalisation(config: Mapping[str, Any]) -> str:
+    known = {name: config.get(name, unknown) for name, unknown in NOT_MEASURED.items()}
+    if known == NOT_MEASURED:
+        return (
+            "Mean and standard deviation of the latent are not known: `scaling_factor` is 1. "
+            "`dc-ssdae stats --model FOLDER --data PHOTOS` measures them."
+        )
+    shift, scale = (f"{known[name]:.6g}" for name in ("shift_factor", "scaling_factor"))
+    each = known["latents_mean"] is not None and known["latents_std"] is not None
+    channels = (
+        ", or channel by channel `(z - latents_mean) / latents_std`, with the numbers in `config.json`" if each else ""
+    )
+    return (
+        f"`encode` and `decode` do not normalise. A diffusion model is trained on `(z - shift_factor) * "
+        f"scaling_factor`, with `shift_factor` {shift} and `scaling_factor` {scale}{channels}."
+    )
+
+
+def _citation(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+    weights = (
+        "" if "license" in provenance else " A licence for these weights is not stated: ask whoever published them."
+    )
+    names = [_class_of(config, part) or "" for part in (*PARTS, "dynamics")]
+    works = [f"- [{WORKS[name][0]}](https://arxiv.org/abs/{WORKS[name][1]})" for name in names if name in WORKS]
+    return [
+        f"The code of `dc-ssdae` is under Apache-2.0.{weights}",
+        f"```bibtex\n{CITATION}\n```",
+        "It builds on:" if works else "",
+        "\n".join(works),
+    ]
+
+
+def _weights_in(folder: Path) -> tuple[dict[str, int], str | None]:
+    """Numbers of the parts' parameters, and the variant of the weight files where there are none without one."""
+    files = sorted(folder.glob(f"{WEIGHTS}*.safetensors"))
+    if not files:
+        return {}, None
+    shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+    counts = {
+        part: sum(
+            math.prod(shape)
+            for name, shape in shapes.items()
+            if name.partition(".")[0] == part and name.rpartition(".")[2] not in BATCH_STATISTICS
+        )
+        for part in PARTS
+    }
+    # As diffusers names them: STEM.VARIANT.safetensors, or in shards STEM.VARIANT-00001-of-00002.safetensors.
+    pattern = re.escape(WEIGHTS) + r"(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
+    matches = [re.fullmatch(pattern, file.name, re.ASCII) for file in files]
+    variants = [match["variant"] for match in matches if match is not None]
+    return counts, None if None in variants or not variants else variants[0]
+
+
+def _text_of(path: Path) -> str | None:
+    """What a file holds; None where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError:
+        return ""
+
+
+def _has_card_of_its_own(repo_id: str, token: str | None) -> bool:
+    """Whether a repository's card is somebody's own."""
+    # Asked first, because a download without a network looks like one without a card.
+    if not huggingface_hub.file_exists(repo_id, CARD_FILE, token=token):
+        return False
+    card = _text_of(Path(huggingface_hub.hf_hub_download(repo_id, CARD_FILE, token=token)))
+    return card is not None and not is_ours(card)

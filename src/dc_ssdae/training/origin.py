@@ -1,0 +1,143 @@
+"""What a run's model says of its own origin, in config.json and in its card: preset, data, steps, evaluations."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config
+from dc_ssdae.presets import list_presets, load_preset
+from dc_ssdae.provenance import IN_TRAINING, LONGEST_LIST, PARTS, check_provenance, name_of_path, short_name
+from dc_ssdae.training.build import resolved
+from dc_ssdae.training.config import DataConfig, RunConfig
+from dc_ssdae.training.evaluation import Evaluation
+
+INHERITED = ("source", "license", "untrained")
+"""What stays true of a model that starts from another one's weights."""
+
+NO_CHANGES = ("data.dataset", "data.validation", "training.seed")
+"""Settings that every run has its own of."""
+
+
+def inherited(config: RunConfig, teacher: Path | None) -> dict[str, Any]:
+    """What a new run's model knows of its origin before the first step.
+
+    Args:
+        config: of the run.
+        teacher: folder of a distillation's teacher.
+
+    Raises:
+        InputError: the model that it starts from has a provenance that cannot be used.
+    """
+    source = teacher
+    if teacher is None and config.training.init_from is not None:
+        source = model_folder(config.training.init_from)
+    if source is None:
+        # A class of the user's may bring its own weights.
+        own = [part for part in PARTS if "." in ((getattr(config.model, part) or {}).get("class_path") or "")]
+        return {"untrained": [part for part in PARTS if part not in own]}
+    try:
+        theirs = read_config(source).get("provenance")
+    except InputError:  # weights are enough to start from
+        return {}
+    known = check_provenance(theirs) or {}
+    return {name: known[name] for name in INHERITED if name in known}
+
+
+def origin(
+    config: RunConfig, before: Mapping[str, Any] | None, images: int, random_backbones: Sequence[str]
+) -> dict[str, Any]:
+    """What a run's model says of its training, but for steps and evaluations.
+
+    Args:
+        config: of the run.
+        before: the provenance in RUN/model: as `inherited` or this function gave it.
+        images: of the training data.
+        random_backbones: names of loss terms.
+
+    Raises:
+        InputError: `before` cannot be used.
+    """
+    known = check_provenance(before) or {}
+    chosen = config.training.train
+    trained = PARTS if chosen is None else [name.partition(".")[0] for name in chosen]
+    preset = None if config.training.preset is None else short_name(config.training.preset)
+    source = config.training.init_from
+    teacher = None if config.distillation is None else config.distillation.teacher
+    found = {
+        "preset": preset,
+        "changes": changed_settings(config),
+        "data": data_name(config.data),
+        "images": images,
+        "image_size": config.data.image_size,
+        "batch_size": config.training.batch_size,
+        "initialised_from": None if source is None else name_of_path(source),
+        "teacher": None if teacher is None else name_of_path(teacher),
+        "random_backbones": list(random_backbones),
+        "version": version("dc-ssdae"),
+        **{name: known[name] for name in INHERITED if name in known},
+        "untrained": [part for part in known.get("untrained", ()) if part not in trained],
+    }
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
+def changed_settings(config: RunConfig) -> list[str]:
+    """Names of the settings in which a run differs from its preset, as section.name; none where there is no preset."""
+    preset = config.training.preset
+    if preset not in list_presets():
+        return []
+    ours, theirs = (
+        _plain(resolved(one).fixed_settings()) for one in (config, RunConfig.from_mapping(load_preset(preset)))
+    )
+    names = [name for name in {**theirs, **ours} if name not in NO_CHANGES and ours.get(name) != theirs.get(name)]
+    return [name for name in map(short_name, names) if name is not None][:LONGEST_LIST]
+
+
+def data_name(data: DataConfig, validation: bool = False) -> str | None:
+    """Name the training images, or the validation images, without telling where they lie."""
+    if validation and data.validation is not None:
+        return _source_name(data.validation)
+    whole = data.root if data.dataset is None else data.dataset
+    name = None if whole is None else _source_name(whole)
+    return f"{name}/validation" if validation and name is not None else name
+
+
+def evaluation_entry(evaluation: Evaluation, data: DataConfig, step: int) -> dict[str, Any] | None:
+    """An evaluation as the provenance has it; None where nothing was measured.
+
+    Args:
+        evaluation: what `training.evaluation.evaluate` found.
+        data: whose validation images were measured.
+        step: number of steps done.
+    """
+    metrics = {name: {"value": value} for name, value in evaluation.values.items() if math.isfinite(value)}
+    if not metrics:
+        return None
+    return {
+        "protocol": IN_TRAINING,
+        "data": data_name(data, validation=True) or "validation images",
+        "images": evaluation.images,
+        "image_size": data.image_size,
+        "step": step,
+        "metrics": metrics,
+    }
+
+
+def _source_name(source: str | Mapping[str, Any]) -> str | None:
+    if isinstance(source, str):
+        return name_of_path(source)
+    settings = source.get("init_args") or {}
+    path = next((settings[name] for name in ("path", "root", "urls") if settings.get(name)), None)
+    first = path[0] if isinstance(path, list) else path
+    if "." in source["class_path"] or not isinstance(first, str):
+        return short_name(source["class_path"].rpartition(".")[2])
+    is_hub_id = source["class_path"] == "HubDataset" and may_be_on_the_hub(first)
+    return short_name(first) if is_hub_id else name_of_path(first)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists for tuples, so that settings from YAML compare equal with defaults."""
+    return dict(json.loads(json.dumps(settings)))

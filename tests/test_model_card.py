@@ -1,0 +1,404 @@
+"""The card of a saved model: what it says, that nothing in it can be injected, whose README stays, and its upload."""
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import markdown_it
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import TINY_DECODER, image, tiny, tiny_encoder
+
+from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae.model_card import (
+    CITATION,
+    MARKER,
+    WORKS,
+    as_code,
+    is_ours,
+    note_evaluation,
+    render_model_card,
+    upload_model,
+    write_model_card,
+)
+from dc_ssdae.provenance import LONGEST_TEXT, check_provenance
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PARAMETERS = {"encoder": 1234567, "decoder": 89}
+CONFIG: dict[str, Any] = {
+    "latent_channels": 4,
+    "downsample_factor": 8,
+    "encoder": {"class_path": "DCEncoder"},
+    "decoder": {"class_path": "UViTDecoder"},
+    "dynamics": {"class_path": "FlowMatching"},
+}
+EVALUATION: dict[str, Any] = {
+    "protocol": "dcae",
+    "data": "photos/validation",
+    "images": 5000,
+    "image_size": 256,
+    "metrics": {"psnr": {"value": 25.125, "low": 25.0, "high": 25.25}, "lpips": {"value": 0.5, "note": "random"}},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> DCSSDAE:
+    torch.manual_seed(0)
+    return tiny(provenance={"preset": "demo", "steps": 30})
+
+
+def render(provenance: dict[str, Any] | None = None, repo_id: str | None = None, **config: Any) -> str:
+    return render_model_card({**CONFIG, **config, "provenance": provenance}, PARAMETERS, None, repo_id)
+
+
+def front_matter(card: str) -> Any:
+    _, matter, _ = re.split(r"^---$", card, maxsplit=2, flags=re.MULTILINE)
+    return yaml.safe_load(matter)
+
+
+class TestContent:
+    def test_a_model_of_which_all_is_known(self) -> None:
+        provenance = {
+            "preset": "demo",
+            "data": "owner/photos",
+            "steps": 30,
+            "license": "mit",
+            "evaluations": [EVALUATION],
+        }
+        card = render(provenance, "owner/name", scaling_factor=0.5, shift_factor=0.25)
+        for line in (
+            MARKER,
+            "# DC-SSDAE f8c4",
+            "- **Encoder**: `DCEncoder`, 1,234,567 parameters",
+            "- **Decoder**: `UViTDecoder`, 89 parameters",
+            "- **Dynamics**: `FlowMatching`",
+            "- **Preset**: `demo`",
+            "- **Training data**: `owner/photos`",
+            "- **Training**: 30 steps",
+            "Protocol `dcae`, 5,000 images of `photos/validation`, 256×256 px, decoded in one step:",
+            "| metric | value (95 % interval) |",
+            "| PSNR, dB | 25.125 (25 to 25.25) |",
+            "| LPIPS † | 0.5 |",
+            "- **LPIPS †**: `random`",
+            'ae = DCSSDAE.from_pretrained("owner/name")',
+        ):
+            assert line in card.splitlines(), line
+        assert "4×32×32, 48 image values for each latent value" in card
+        assert "`shift_factor` 0.25 and `scaling_factor` 0.5." in card
+        assert "is not stated" not in card
+        data = ModelCard(card).data
+        assert (data.library_name, data.license, data.datasets) == ("diffusers", "mit", ["owner/photos"])
+        # What has a note may not be compared, and is not listed beside other models' figures.
+        (result,) = data.eval_results
+        assert (result.metric_type, result.metric_value, result.dataset_name) == ("psnr", 25.125, "photos/validation")
+        assert "protocol dcae" in result.metric_name
+
+    def test_a_model_of_which_nothing_is_known(self) -> None:
+        card = render()
+        assert "How it was trained is not recorded." in card
+        assert "## Figures" not in card
+        assert "random weights" not in card
+        assert "of the latent are not known" in card
+        assert "A licence for these weights is not stated" in card
+        assert 'from_pretrained("PATH/TO/THIS/FOLDER")' in card
+        assert front_matter(card).keys() == {"library_name", "tags"}
+
+    def test_random_weights_say_so(self) -> None:
+        card = render({"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]})
+        assert "> **Random weights: not trained.**" in card
+        assert "model-index" not in front_matter(card)
+        card = render({"untrained": ["decoder"], "source": "AutoencoderKL owner/name"})
+        assert "> **The decoder has random weights: not trained.**" in card
+        assert "- **Converted from**: `AutoencoderKL owner/name`" in card
+
+    def test_figures_of_the_training_are_told_apart(self) -> None:
+        watching = {"protocol": "training", "data": "x", "images": 9, "step": 20, "metrics": {"mse": {"value": 0.125}}}
+        card = render({"evaluations": [watching]})
+        assert "During training, after 20 steps, 9 images of `x`" in card
+        assert "| metric | value |\n|---|---|\n| MSE | 0.125 |" in card
+        assert "follow no published protocol" in card
+        assert "interval" not in card
+        assert "model-index" not in front_matter(card)
+
+    def test_the_loading_lines_work(self, model: DCSSDAE, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path, variant="ema", max_shard_size="50KB")
+        card = (tmp_path / "README.md").read_text()
+        assert 'from_pretrained("PATH/TO/THIS/FOLDER", variant="ema")' in card
+        (code,) = re.findall(r"```python\n(import torch.*?)```", card, re.DOTALL)
+        found: dict[str, Any] = {}
+        code = code.replace("PATH/TO/THIS/FOLDER", str(tmp_path)).replace("256", "32")
+        exec(code, found)
+        assert found["y"].shape == (1, 3, 32, 32)
+
+    def test_parameters_are_those_of_the_model(self, model: DCSSDAE, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path, max_shard_size="50KB")
+        card = (tmp_path / "README.md").read_text()
+        for part in (model.encoder, model.decoder):
+            assert f", {sum(parameter.numel() for parameter in part.parameters()):,} parameters\n" in card
+
+    def test_what_it_cites_is_in_the_citation_file(self) -> None:
+        cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+        report = cited["preferred-citation"]
+        assert f"{{{report['title']}}}" in CITATION
+        assert f"{{{{{report['authors'][0]['name']}}}}}" in CITATION
+        works = {entry["title"]: entry["doi"] for entry in cited["references"]}
+        assert {title: f"10.48550/arXiv.{number}" for title, number in WORKS.values()}.items() <= works.items()
+        assert f"under {cited['license']}." in render()
+
+    @pytest.mark.parametrize(
+        "config", [{"latent_channels": "4"}, {"downsample_factor": None}, {"scaling_factor": float("nan")}]
+    )
+    def test_what_is_no_model_is_refused(self, config: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match=r"config\.json is not of a model of this package"):
+            render(**config)
+
+
+HOSTILE = st.text(
+    alphabet=st.sampled_from("`|\\<>[](){}!#*_-:&'\"~$ @/.%?+=ab1é漢"), min_size=1, max_size=40
+) | st.sampled_from(
+    [
+        "---",
+        "--- x: !!python/object/apply:os.system ['id']",
+        "<script>alert(1)</script>",
+        "[x](javascript:alert(1))",
+        "![x](https://host/pixel.png)",
+        "`` ` `` </code> | a",
+        "https://host/ <b>",
+        "null",
+        "- a: b",
+        MARKER[:LONGEST_TEXT],
+    ]
+)
+
+
+class TestInjection:
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(HOSTILE, HOSTILE, HOSTILE)
+    def test_hostile_texts_stay_texts(self, first: str, second: str, third: str) -> None:
+        provenance = {
+            "preset": first,
+            "changes": [second, third],
+            "data": second,
+            "evaluations": [
+                {
+                    "protocol": third,
+                    "data": first,
+                    "images": 3,
+                    "metrics": {"psnr": {"value": 1.5}, "mine": {"value": 2.0, "note": second}},
+                }
+            ],
+        }
+        with suppress(InputError):
+            provenance = check_provenance(provenance)
+            assert provenance is not None
+            self.check(provenance, first, second, third)
+
+    def check(self, provenance: dict[str, Any], first: str, second: str, third: str) -> None:
+        encoder = {"class_path": f"mine.{third}"}
+        card = render(provenance, encoder=encoder)
+        assert is_ours(card)
+        assert card.splitlines().count(MARKER) == 1
+        matter = front_matter(card)
+        assert matter["library_name"] == "diffusers"
+        if third != "training":
+            assert matter["model-index"][0]["results"][0]["dataset"]["name"] == first
+        tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
+        inline = [child for token in tokens for child in token.children or []]
+        spans = [child.content for child in inline if child.type == "code_inline"]
+        for text in (first, second, third):
+            assert any(" ".join(text.split()) == " ".join(span.split()) for span in spans), text
+        # No HTML but our marker, no picture, no link but those to the works, and the structure of any card.
+        assert [token.content for token in tokens if token.type == "html_block"] == [f"{MARKER}\n"]
+        assert not [child for child in inline if child.type in ("html_inline", "image")]
+        links = [child.attrs["href"] for child in inline if child.type == "link_open"]
+        assert all(str(link).startswith("https://arxiv.org/abs/") for link in links)
+        assert sum(token.type == "heading_open" for token in tokens) == 6
+        assert sum(token.type == "tr_open" for token in tokens) == 3
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=30))
+    def test_a_code_span_is_its_text(self, text: str) -> None:
+        text = " ".join(text.split()) or "x"
+        (paragraph,) = (t for t in markdown_it.MarkdownIt().parse(f"a {as_code(text)} b") if t.type == "inline")
+        assert [child.type for child in paragraph.children or []] == ["text", "code_inline", "text"]
+        assert paragraph.children is not None
+        assert paragraph.children[1].content == text
+
+
+class TestSaving:
+    def test_provenance_survives(self, model: DCSSDAE, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["provenance"] == {"preset": "demo", "steps": 30}
+        loaded = DCSSDAE.from_pretrained(tmp_path)
+        assert loaded.config.provenance == {"preset": "demo", "steps": 30}
+        assert torch.equal(loaded(image()).sample.isfinite(), torch.ones(1, 3, 32, 48, dtype=torch.bool))
+        assert "- **Preset**: `demo`" in (tmp_path / "README.md").read_text()
+
+    def test_a_model_of_before_loads(self, model: DCSSDAE, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["provenance"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert DCSSDAE.from_pretrained(tmp_path).config.provenance is None
+
+    def test_a_wrong_provenance_is_refused_wherever_it_comes_from(self, model: DCSSDAE, tmp_path: Path) -> None:
+        parts = {"encoder": tiny_encoder("KLEncoder", 8), "decoder": TINY_DECODER}
+        with pytest.raises(InputError, match="unknown key of provenance 'x'"):
+            DCSSDAE(4, 8, **parts, provenance={"x": 1})
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "provenance": {"data": "a\nb"}}))
+        for work in (DCSSDAE.from_pretrained, write_model_card):
+            with pytest.raises(InputError, match=r"provenance\.data is .*must be a line"):
+                work(tmp_path)
+
+    @pytest.mark.parametrize("readme", ["mine\n", "---\nlicense: mit\n---\n", "", "\xff"])
+    def test_a_users_own_readme_stays(self, model: DCSSDAE, tmp_path: Path, readme: str) -> None:
+        (tmp_path / "README.md").write_bytes(readme.encode("latin-1"))
+        model.save_pretrained(tmp_path)
+        assert not write_model_card(tmp_path)
+        assert (tmp_path / "README.md").read_bytes() == readme.encode("latin-1")
+
+    def test_ours_is_written_anew_until_the_marker_is_gone(self, model: DCSSDAE, tmp_path: Path) -> None:
+        path = tmp_path / "README.md"
+        model.save_pretrained(tmp_path)
+        first = path.read_text()
+        path.write_text(f"{first}more\n")
+        model.save_pretrained(tmp_path)
+        assert path.read_text() == first
+        before = path.stat()
+        assert write_model_card(tmp_path)
+        assert path.stat().st_ino == before.st_ino, "what does not change is not written"
+        path.write_text(first.replace(f"{MARKER}\n", "") + "more\n")
+        model.save_pretrained(tmp_path)
+        assert path.read_text().endswith("more\n")
+
+    def test_other_processes_write_no_card(self, model: DCSSDAE, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path, is_main_process=False)
+        assert "README.md" not in os.listdir(tmp_path)
+
+    def test_a_disk_that_fails_leaves_the_old_card(
+        self, model: DCSSDAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model.save_pretrained(tmp_path)
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            note_evaluation(tmp_path, EVALUATION)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    def test_figures_are_added(self, model: DCSSDAE, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path)
+        note_evaluation(tmp_path, EVALUATION)
+        note_evaluation(tmp_path, {**EVALUATION, "metrics": {"psnr": {"value": 30.0}}})
+        assert len(DCSSDAE.from_pretrained(tmp_path).config.provenance["evaluations"]) == 1
+        assert "| PSNR, dB | 30 |" in (tmp_path / "README.md").read_text()
+        with pytest.raises(InputError, match="the evaluation lacks images"):
+            note_evaluation(tmp_path, {"protocol": "dcae", "data": "x"})
+
+
+class Hub:
+    """A hub with one repository; what is asked of it is noted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.created: list[dict[str, Any]] = []
+        self.uploads: list[dict[str, Any]] = []
+        self.files: dict[str, str] = {}
+
+    def create_repo(self, repo_id: str, **given: Any) -> Any:
+        huggingface_hub.utils.validate_repo_id(repo_id)
+        self.created.append(given)
+        name = repo_id if "/" in repo_id else f"owner/{repo_id}"
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+    def file_exists(self, repo_id: str, name: str, token: str | None = None) -> bool:
+        return (self.folder / name).exists()
+
+    def hf_hub_download(self, repo_id: str, name: str, token: str | None = None) -> str:
+        return str(self.folder / name)
+
+    def upload_folder(self, **given: Any) -> str:
+        ignored = given["ignore_patterns"] or []
+        self.uploads.append(given)
+        folder = Path(given["folder_path"])
+        self.files = {file.name: file.read_text("latin-1") for file in folder.iterdir() if file.name not in ignored}
+        return "the commit"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    (tmp_path / "hub").mkdir()
+    hub = Hub(tmp_path / "hub")
+    for name in ("create_repo", "file_exists", "hf_hub_download", "upload_folder"):
+        monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
+    return hub
+
+
+class TestUpload:
+    def test_it_tells_how_to_load_it_from_there(self, model: DCSSDAE, hub: Hub) -> None:
+        given = {"private": True, "token": "t", "create_pr": True, "commit_message": "first"}
+        assert model.push_to_hub("name", **given, variant="fp16") == "the commit"
+        assert hub.created == [{"private": True, "token": "t", "exist_ok": True}]
+        (upload,) = hub.uploads
+        expected = {"repo_id": "owner/name", "path_in_repo": None, "token": "t", "create_pr": True}
+        assert upload | expected == upload
+        assert upload["commit_message"] == "first"
+        assert hub.files.keys() == {"README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors"}
+        assert 'from_pretrained("owner/name", variant="fp16")' in hub.files["README.md"]
+
+    @pytest.mark.parametrize(("card", "stays"), [("mine", True), (f"old\n{MARKER}\n", False)])
+    def test_a_card_there_that_is_not_ours_stays(self, model: DCSSDAE, hub: Hub, card: str, stays: bool) -> None:
+        (hub.folder / "README.md").write_text(card)
+        model.push_to_hub("owner/name")
+        assert ("README.md" not in hub.files) == stays
+        assert hub.uploads[0]["commit_message"] == "Upload DCSSDAE"
+
+    def test_a_part_of_something_gets_no_card(self, model: DCSSDAE, hub: Hub) -> None:
+        model.push_to_hub("owner/name", subfolder="vae")
+        assert hub.uploads[0]["path_in_repo"] == "vae"
+        assert "README.md" not in hub.files
+
+    def test_saving_can_upload(self, model: DCSSDAE, hub: Hub, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, private=False)
+        assert hub.created[0]["private"] is False
+        assert 'from_pretrained("owner/mine")' in (tmp_path / "mine" / "README.md").read_text()
+        (tmp_path / "mine" / "README.md").write_text("my own")
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="other/name", commit_message="again")
+        assert hub.uploads[1]["repo_id"] == "other/name"
+        assert hub.uploads[1]["commit_message"] == "again"
+        assert hub.files["README.md"] == "my own"
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, is_main_process=False)
+        assert len(hub.uploads) == 2
+
+    def test_what_cannot_be_uploaded(self, model: DCSSDAE, hub: Hub, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="safetensors only"):
+            model.push_to_hub("owner/name", safe_serialization=False)
+        with pytest.raises(InputError, match="no repository can be called 'a/b/c'") as caught:
+            model.push_to_hub("a/b/c")
+        assert "\n" not in str(caught.value)
+        assert not hub.uploads
+
+    def test_a_hub_that_cannot_be_asked_for_its_card_gets_nothing(
+        self, model: DCSSDAE, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object, **__: object) -> bool:
+            raise ConnectionError("no network")
+
+        model.save_pretrained(tmp_path / "mine")
+        monkeypatch.setattr(huggingface_hub, "file_exists", fail)
+        with pytest.raises(ConnectionError):
+            upload_model(tmp_path / "mine", "owner/name")
+        assert not hub.uploads

@@ -1,0 +1,97 @@
+"""What a run's model says of its origin: names without paths, what differs from the preset, what is inherited."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import MODEL, run_config
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.presets import load_preset
+from dc_ssdae.training.config import DataConfig, RunConfig
+from dc_ssdae.training.evaluation import Evaluation
+from dc_ssdae.training.origin import changed_settings, data_name, evaluation_entry, inherited, origin
+
+
+def demo(training: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+    """The preset demo, as --config demo gives it, and some changes."""
+    layer = load_preset("demo")
+    layer["training"] = {**layer["training"], "preset": "demo", **(training or {})}
+    return RunConfig.from_mapping({**layer, **sections})
+
+
+def test_only_what_makes_it_another_training_is_a_change() -> None:
+    same = {"steps": 7, "output": "x", "seed": 3, "wandb_project": "mine", "processes": 1}
+    assert changed_settings(demo(same, data={**load_preset("demo")["data"], "root": "photos"})) == []
+    changed = demo({"lr": 1.0}, losses={"lpips": 0.0, "repa": 0.0, "kl": 0.0}, model=MODEL)
+    assert changed_settings(changed) == ["model.encoder", "model.decoder", "training.lr", "losses.kl"]
+    assert changed_settings(run_config()) == []
+    assert changed_settings(demo({"preset": "of another version"})) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "validation"),
+    [
+        ({"root": "/data/photos"}, "photos", "photos/validation"),
+        ({"root": "/data/photos", "validation": "/data/others"}, "photos", "others"),
+        ({"dataset": {"class_path": "ImageFolder", "init_args": {"root": "/data/a"}}}, "a", "a/validation"),
+        ({"dataset": {"class_path": "Shards", "init_args": {"urls": ["https://h/b-0.tar?key"]}}}, "b-0.tar", None),
+        ({"dataset": {"class_path": "HubDataset", "init_args": {"path": "owner/set"}}}, "owner/set", None),
+        ({"dataset": {"class_path": "HubDataset", "init_args": {"path": "/data/set"}}}, "set", None),
+        ({"dataset": {"class_path": "my.own.Photos", "init_args": {"root": "/data/secret"}}}, "Photos", None),
+        ({}, None, None),
+    ],
+)
+def test_data_are_named_without_their_place(data: dict[str, Any], train: str | None, validation: str | None) -> None:
+    config = DataConfig(**data)
+    assert data_name(config) == train
+    if validation is not None:
+        assert data_name(config, validation=True) == validation
+
+
+def test_a_new_model_has_random_weights_until_they_train() -> None:
+    fresh = inherited(run_config(), None)
+    assert fresh == {"untrained": ["encoder", "decoder"]}
+    assert "untrained" not in origin(run_config(), fresh, 9, [])
+    decoder_alone = run_config(train=["decoder", "losses.repa"])
+    assert origin(decoder_alone, fresh, 9, [])["untrained"] == ["encoder"]
+    own = run_config(model={"encoder": {"class_path": "mine.Encoder"}})
+    assert inherited(own, None) == {"untrained": ["decoder"]}, "a user's class may bring its weights"
+
+
+def test_what_stays_true_is_inherited(tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    known = {"source": "AutoencoderKL owner/name", "untrained": ["decoder"], "license": "mit", "steps": 3, "data": "x"}
+    (folder / "config.json").write_text(json.dumps({"provenance": known}))
+    config = run_config(init_from=str(folder), train=["decoder"])
+    before = inherited(config, None)
+    assert before == {"source": "AutoencoderKL owner/name", "untrained": ["decoder"], "license": "mit"}
+    found = origin(config, before, 9, ["lpips"])
+    assert found.items() >= {"source": "AutoencoderKL owner/name", "license": "mit", "images": 9}.items()
+    assert found["initialised_from"] == "converted"
+    assert found["random_backbones"] == ["lpips"]
+    assert not found.keys() & {"untrained", "data", "steps"}
+    assert origin(config, found, 9, ["lpips"]) == found, "as a run that goes on finds it"
+    assert inherited(config, folder) == before, "of a distillation's teacher"
+    (folder / "config.json").unlink()
+    assert inherited(config, None) == {}
+    (folder / "config.json").write_text(json.dumps({"provenance": {"x": 1}}))
+    with pytest.raises(InputError, match="unknown key of provenance 'x'"):
+        inherited(config, None)
+
+
+def test_a_distillation_names_its_teacher() -> None:
+    config = RunConfig.from_mapping({**run_config().to_mapping(), "distillation": {"teacher": "/runs/first/model"}})
+    assert origin(config, None, 9, [])["teacher"] == "first"
+
+
+def test_an_evaluation_that_measured_nothing_is_none() -> None:
+    nan = float("nan")
+    data = DataConfig(root="/data/photos", image_size=32)
+    assert evaluation_entry(Evaluation({"psnr": nan, "ssim": nan, "mse": nan}, 0, []), data, 3) is None
+    entry = evaluation_entry(Evaluation({"psnr": float("inf"), "ssim": 1.0, "mse": 0.0}, 4, []), data, 3)
+    assert entry is not None
+    assert entry["metrics"] == {"ssim": {"value": 1.0}, "mse": {"value": 0.0}}
+    assert (entry["protocol"], entry["step"], entry["data"]) == ("training", 3, "photos/validation")
