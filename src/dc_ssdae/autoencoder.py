@@ -372,7 +372,7 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         z = z.to(self.dtype)
         check_latent(z, self.config.latent_channels)
         factor = self.config.downsample_factor
-        x = start_noise(z, (len(z), 3, z.shape[2] * factor, z.shape[3] * factor), generator, noise)
+        x = start_noise(z, (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor), generator, noise)
         if draft is not None:
             x = noised_draft(self.dynamics, draft, x, begin)
         bucket = plan.tolerance is not None and any(map(_is_compiled, self.decoder.modules()))

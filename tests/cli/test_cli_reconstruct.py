@@ -348,9 +348,9 @@ def test_tiles_are_those_of_the_model_in_python(
         expected = to_uint8(model.decode(latent).sample[0])
     assert reconstruct(photo).code == 0
     assert not torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, expected)
-    assert reconstruct(photo, "--tile-size", 32).code == 0
+    assert reconstruct(photo, "--tile_size", 32).code == 0
     assert torch.equal(read_image(tmp_path / "out" / "photo.png").pixels, expected)
-    shared = ("--model", model_dir, "--out", tmp_path / "apart", "--device", "cpu", "--tile-size", 32)
+    shared = ("--model", model_dir, "--out", tmp_path / "apart", "--device", "cpu", "--tile_size", 32)
     assert run("encode", photo, *shared).code == 0
     assert run("decode", tmp_path / "apart" / "photo.safetensors", *shared).code == 0
     assert torch.equal(read_image(tmp_path / "apart" / "photo.png").pixels, expected)
@@ -358,4 +358,4 @@ def test_tiles_are_those_of_the_model_in_python(
 
 def test_a_tile_size_that_does_not_fit_the_model(reconstruct: Callable, photo: Path) -> None:
     line = "dc-ssdae reconstruct: tile_size is 36; it must be a multiple of f = 8, at least 16"
-    assert reconstruct(photo, "--tile-size", 36) == (2, [], [line])
+    assert reconstruct(photo, "--tile_size", 36) == (2, [], [line])

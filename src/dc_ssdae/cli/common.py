@@ -81,9 +81,9 @@ def add_model_options(parser: CommandParser) -> None:
 
 
 def add_tile_size_option(parser: CommandParser) -> None:
-    """Add `--tile-size`, which `load_model` reads, for commands that take images of any size."""
+    """Add `--tile_size`, which `load_model` reads, for commands that take images of any size."""
     parser.add_argument(
-        "--tile-size",
+        "--tile_size",
         type=whole_number(1),
         metavar="S",
         help="go through images with a side above S pixels in overlapping tiles of S by S, a multiple of the model's f "
@@ -186,7 +186,7 @@ def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job
             done = process(job)
         except Exception as error:
             if is_out_of_memory(error):
-                message = "out of memory; try a smaller image, --tile-size 512, --dtype bfloat16 or another --device"
+                message = "out of memory; try a smaller image, --tile_size 512, --dtype bfloat16 or another --device"
             elif isinstance(error, (InputError, OSError)):
                 message = describe(error)
             else:
@@ -274,7 +274,7 @@ def load_model(args: "Namespace") -> "DCSSDAE":
 
     Raises:
         InputError: there is no such device, no such module to import, or no such model, or its files are damaged or
-            do not fit together, or `--tile-size` does not fit it.
+            do not fit together, or `--tile_size` does not fit it.
     """
     device = select_device(args.device)  # before the seconds that loading takes
     classes = import_classes(args.modules)

@@ -36,7 +36,9 @@ COMMANDS: Mapping[str, Command] = {
     "study": Command("dc_ssdae.cli.study", "sweep samplers, steps and tolerances of a model, or of two"),
     "info": Command("dc_ssdae.cli.info", "list the presets, or describe a preset or a saved model"),
     "convert": Command("dc_ssdae.cli.convert", "turn other people's checkpoints into models of this package"),
+    "export": Command("dc_ssdae.cli.export", "write a model as programs for torch.export, C++ and ONNX"),
     "pack": Command("dc_ssdae.cli.pack", "turn a folder of images into tar shards"),
+    "latents": Command("dc_ssdae.cli.latents", "encode a data set once, to shards of latents"),
     "bench": Command("dc_ssdae.cli.bench", "measure how fast images are read, or training steps are done"),
     "demo": Command("dc_ssdae.cli.demo", "train a small model on real photos and write a report"),
 }

@@ -75,8 +75,8 @@ class WindowedSelfAttention(nn.Module):
     def _attend_in_tiles(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, height, width, heads, dim = query.shape
         radius, reach = self.radius, TILE + 2 * self.radius
-        down, right = -height % TILE, -width % TILE
-        rows, columns = (height + down) // TILE, (width + right) // TILE
+        rows, columns = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+        down, right = rows * TILE - height, columns * TILE - width
         # A tile's surroundings reach past the border, to keys that do not exist. One more channel, 1 in every query
         # and very negative in those keys, masks them, so that one bias without a border serves all tiles. The
         # channels are filled up to a multiple of 8, which fused kernels ask for.
@@ -101,7 +101,7 @@ class WindowedSelfAttention(nn.Module):
         )
         attended = attended[..., :dim].reshape(batch, rows, columns, heads, TILE, TILE, dim)
         attended = attended.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * TILE, columns * TILE, heads, dim)
-        return attended[:, :height, :width]
+        return attended.narrow(1, 0, height).narrow(2, 0, width)
 
 
 class LinearAttention(nn.Module):
