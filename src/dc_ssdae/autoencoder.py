@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import OffloadedWeightsLoader
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -497,20 +498,32 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         default = partial(checkpoint, use_reentrant=False)
         super().enable_gradient_checkpointing(gradient_checkpointing_func or default)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """Save config.json and the weights as safetensors, as diffusers does, readable for whom config.json is.
 
         A card, README.md, tells what the model is; one that is not ours stays as it is.
 
         Args:
             save_directory: a folder, made if need be.
-            kwargs: diffusers' saving arguments, such as `variant` and `max_shard_size`; with `push_to_hub`, those of
-                that method, `repo_id` being the folder's name by default.
+            variant: of the weight files, such as "fp16".
+            max_shard_size: of a weight file, in bytes or such as "5GB".
+            safe_serialization: True; there is no other format.
+            kwargs: diffusers' other saving arguments; with `push_to_hub`, those of that method, `repo_id` being the
+                folder's name by default.
 
         Raises:
             InputError: another format than safetensors is asked for; or the repository cannot be called so.
         """
-        if kwargs.get("safe_serialization") is False or kwargs.get("use_flashpack"):
+        # Named parameters, because a pipeline that is saved hands on only what it finds in the signature.
+        if not safe_serialization or kwargs.get("use_flashpack"):
             raise InputError("models are saved as safetensors only: leave safe_serialization and use_flashpack out")
         folder = Path(save_directory)
         is_main, push = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
@@ -518,10 +531,10 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         upload = {name: kwargs.pop(name) for name in ("commit_message", "token", "create_pr") if name in kwargs}
         if push and is_main:  # before the time that saving takes
             repo_id = create_repository(repo_id or folder.resolve().name, private, upload.get("token"))
-        variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+        suffix = f".{variant}" if variant else ""
         # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
-        Path(folder, f"{WEIGHTS}.safetensors.index{variant}.json").unlink(missing_ok=True)
-        super().save_pretrained(save_directory, **kwargs)
+        Path(folder, f"{WEIGHTS}.safetensors.index{suffix}.json").unlink(missing_ok=True)
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
         if not is_main:
             return
         # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
@@ -600,6 +613,8 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         problems = [f"{kind.replace('_', ' ')}: {items}" for kind, items in info.items() if items]
         if problems:
             raise InputError(f"{name} does not fit its config.json; {'; '.join(problems)}")
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            _restore_buffers(model, kwargs["offload_folder"])
         return model
 
     @classmethod
@@ -616,7 +631,8 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         single = folder / f"{WEIGHTS}{suffix}.safetensors"
         pickles = [file for file in sorted(folder.glob("*")) if file.suffix in PICKLE_SUFFIXES]
         if pickles and not single.is_file():
-            raise pickle_refused(pickles[0])
+            weights = [file for file in pickles if file.stem == single.stem] or pickles
+            raise pickle_refused(weights[0], single)
         check_tensors([single], expected)
 
     @classmethod
@@ -684,6 +700,14 @@ def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = (
         model = DCSSDAE.from_config(dict(config), classes=classes)
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
     return nn.Module.to(model, "meta")
+
+
+def _restore_buffers(model: nn.Module, folder: str | Path) -> None:
+    """Read what diffusers puts on the disk with the weights and never reads back: the statistics of batch norm."""
+    stored = OffloadedWeightsLoader(save_folder=str(folder))
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(stored[name])
 
 
 def _check_normalisation(

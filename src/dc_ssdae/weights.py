@@ -1,6 +1,7 @@
 """Reading safetensors files with errors that name the tensor; nothing here ever unpickles."""
 
 import json
+import shlex
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -62,11 +63,20 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise _unreadable(path, error) from None
 
 
-def pickle_refused(path: Path) -> InputError:
-    """What to say of a pickle file in place of loading it, which could run code."""
+def pickle_refused(path: Path, converted: Path | None = None) -> InputError:
+    """What to say of a pickle file in place of loading it, which could run code.
+
+    Args:
+        path: of the pickle.
+        converted: what its tensors are to be saved as; by default beside it, as safetensors.
+    """
+    source, target = (json.dumps(str(file)) for file in (path, converted or path.with_suffix(".safetensors")))
+    code = (
+        "import torch, safetensors.torch as st; "
+        f'st.save_file(torch.load({source}, map_location="cpu", weights_only=True), {target})'
+    )
     return InputError(
-        f"{path} is a pickle file, which could run code when loaded; convert it: "
-        f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), {path.stem + '.safetensors'!r})"
+        f"{path} is a pickle file, which could run code when loaded; convert it: python -c {shlex.quote(code)}"
     )
 
 

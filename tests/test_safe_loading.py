@@ -1,0 +1,336 @@
+"""A folder from a stranger cannot run code: pickles under every name, and configs that name any."""
+
+import contextlib
+import json
+import os
+import pickle
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny
+
+from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae.weights import PICKLE_SUFFIXES, read_safetensors
+
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+
+
+class Canary:
+    """What, unpickled, makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, int]]:
+        return os.mkdir, (str(self.path), 0o700)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model, which tests read and never change."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("original")
+    tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / "copied")
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """The folder that a payload would make; whatever a test does, it must not be there at its end."""
+    path = tmp_path / "code-ran"
+    yield path
+    assert not path.exists(), "a stranger's code ran"
+
+
+def payloads(canary: Path) -> dict[str, bytes]:
+    """Pickles that run code when loaded: plain, of the oldest protocol, and in the zip file that torch.save writes."""
+    path = canary.parent / "payload.bin"
+    torch.save({"weight": Canary(canary)}, path)
+    zipped = path.read_bytes()
+    path.unlink()
+    return {"plain": pickle.dumps(Canary(canary)), "old": pickle.dumps(Canary(canary), protocol=0), "zip": zipped}
+
+
+KINDS = ["plain", "old", "zip"]
+
+
+def refusal(folder: Path, **arguments: Any) -> str:
+    """The one line with which loading is refused."""
+    with pytest.raises(InputError) as error:
+        DCSSDAE.from_pretrained(folder, **arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def loads_or_refuses(folder: Path) -> None:
+    """Loading gives a model or one line; any other exception fails the test."""
+    try:
+        DCSSDAE.from_pretrained(folder)
+        message = ""
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_payloads_work(kind: str, tmp_path: Path) -> None:
+    """Else the tests below would show nothing."""
+    canary = tmp_path / "code-ran"
+    body = payloads(canary)[kind]
+    path = tmp_path / "payload.bin"
+    path.write_bytes(body)
+    with contextlib.suppress(Exception):
+        pickle.loads(body)
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert canary.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)
+def test_a_pickle_in_place_of_the_weights(suffix: str, kind: str, copied: Path, canary: Path) -> None:
+    (copied / WEIGHTS).unlink()
+    (copied / f"{STEM}{suffix}").write_bytes(payloads(canary)[kind])
+    message = refusal(copied)
+    assert f"{STEM}{suffix} is a pickle file, which could run code" in message
+    assert "weights_only=True" in message
+    with pytest.raises(InputError, match="is a pickle file"):
+        read_safetensors(copied / f"{STEM}{suffix}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "names",
+    [
+        [WEIGHTS],
+        [f"{STEM}.fp16.safetensors"],
+        [WEIGHTS, f"{STEM}.bin", "pytorch_model.bin", "model.ckpt"],
+        [f"{STEM}.pickle", f"{STEM}.safetensors.bin", "model.safetensors"],
+    ],
+    ids=["weights", "variant", "several", "other names"],
+)
+def test_a_pickle_under_the_name_of_safetensors(names: list[str], kind: str, copied: Path, canary: Path) -> None:
+    (copied / WEIGHTS).unlink()
+    for name in names:
+        (copied / name).write_bytes(payloads(canary)[kind])
+    for arguments in ({}, {"variant": "fp16"}, {"low_cpu_mem_usage": False}):
+        assert "safetensors" in refusal(copied, **arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickles_beside_good_weights_are_not_read(kind: str, copied: Path, canary: Path) -> None:
+    for name in (f"{STEM}.bin", "pytorch_model.bin", "optimizer.pt", "data.pkl"):
+        (copied / name).write_bytes(payloads(canary)[kind])
+    DCSSDAE.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "inside", [f"{STEM}.bin", "shard.safetensors", "../payload.bin", "ABSOLUTE", ".", "", "x/../p"]
+)
+def test_an_index_that_names_a_pickle_or_a_path_elsewhere(inside: str, kind: str, copied: Path, canary: Path) -> None:
+    names = load_file(copied / WEIGHTS)
+    (copied / WEIGHTS).unlink()
+    target = str(copied.parent / "payload.bin") if inside == "ABSOLUTE" else inside
+    for path in (copied.parent / "payload.bin", copied / "shard.safetensors", copied / f"{STEM}.bin"):
+        path.write_bytes(payloads(canary)[kind])
+    for index in (f"{WEIGHTS}.index.json", f"{STEM}.bin.index.json"):
+        (copied / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, target)}))
+    refusal(copied)
+
+
+def test_a_tensor_of_a_safetensors_file_cannot_be_an_object(copied: Path, canary: Path) -> None:
+    """A header with another type than numbers, whose bytes are a pickle."""
+    body = payloads(canary)["plain"]
+    header = {"weight": {"dtype": "PICKLE", "shape": [len(body)], "data_offsets": [0, len(body)]}}
+    text = json.dumps(header).encode()
+    (copied / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + body)
+    assert WEIGHTS in refusal(copied)
+
+
+DANGEROUS = [
+    "os.system",
+    "os.mkdir",
+    "builtins.exec",
+    "subprocess.Popen",
+    "pickle.loads",
+    "torch.load",
+    "torch.hub.load",
+]
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "dynamics"])
+@pytest.mark.parametrize("name", DANGEROUS)
+def test_a_class_that_is_a_function_of_an_imported_module(name: str, part: str, copied: Path, canary: Path) -> None:
+    """Modules that are imported already, so that finding the name takes no import."""
+    config = json.loads((copied / "config.json").read_text())
+    for arguments in ({}, {"name": str(canary)}, {"path": str(canary)}, {"command": f"mkdir {canary}"}):
+        config[part] = {"class_path": name, "init_args": arguments}
+        (copied / "config.json").write_text(json.dumps(config))
+        assert repr(name) in refusal(copied)
+        with pytest.raises(InputError):
+            DCSSDAE.from_config(config)
+
+
+@pytest.fixture
+def stranger(copied: Path, canary: Path) -> Path:
+    """A model's folder with a module in it that makes the canary's folder when it is imported."""
+    (copied / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Evil: pass\n")
+    return copied
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"auto_map": {"AutoModel": "modeling_evil.Evil"}},
+        {"auto_map": {"AutoModel": "modeling_evil.Evil"}, "trust_remote_code": True},
+        {"trust_remote_code": True},
+        {"custom_pipeline": "modeling_evil"},
+        {"_class_name": ["modeling_evil", "Evil"]},
+        {"_class_name": "modeling_evil.Evil"},
+        {"_module": "modeling_evil"},
+        {"quantization_config": {"quant_method": "modeling_evil"}},
+        {"_target_": "os.system"},
+        {"classes": ["modeling_evil.Evil"]},
+        {"encoder": {"class_path": "modeling_evil.Evil"}},
+    ],
+    ids=lambda extra: " ".join(extra),
+)
+def test_a_module_in_the_folder_is_not_imported(extra: dict[str, Any], stranger: Path, canary: Path) -> None:
+    config = json.loads((stranger / "config.json").read_text())
+    (stranger / "config.json").write_text(json.dumps({**config, **extra}))
+    with contextlib.suppress(InputError):
+        DCSSDAE.from_pretrained(stranger)
+    assert "modeling_evil" not in sys.modules
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "custom_pipeline", "pickle_module", "quantization_config"])
+def test_arguments_that_would_open_a_door_are_refused(name: str, stranger: Path, canary: Path) -> None:
+    assert repr(name) in refusal(stranger, **{name: True})
+
+
+@pytest.mark.parametrize("name", [f"{STEM}.bin", "pytorch_model.bin", "checkpoint.pt", 'it\'s a "model".pth'])
+def test_a_pickle_is_converted_as_the_refusal_says(name: str, copied: Path) -> None:
+    """The command in the message, run as it stands; then the folder loads."""
+    tensors = load_file(copied / WEIGHTS)
+    (copied / WEIGHTS).unlink()
+    torch.save(tensors, copied / name)
+    if name.startswith(STEM):
+        (copied / "a.pkl").write_bytes(b"")  # of two, the one that is called as weights are
+    program, option, code = shlex.split(refusal(copied).split("convert it: ")[1])
+    assert (program, option) == ("python", "-c")
+    exec(code, {})
+    loaded = DCSSDAE.from_pretrained(copied)
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, tensors[key]), key
+
+
+def test_the_conversion_of_a_malicious_pickle_runs_nothing(copied: Path, canary: Path) -> None:
+    (copied / WEIGHTS).unlink()
+    (copied / f"{STEM}.bin").write_bytes(payloads(canary)["zip"])
+    with pytest.raises(pickle.UnpicklingError):
+        exec(shlex.split(refusal(copied).split("convert it: ")[1])[2], {})
+    assert not (copied / WEIGHTS).exists()
+
+
+SPLICES = st.lists(
+    st.tuples(st.floats(0.0, 1.0), st.sampled_from([*KINDS, "zeros", "noise"]), st.booleans()), min_size=1, max_size=3
+)
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(splices=SPLICES, keep_length=st.booleans())
+def test_payloads_anywhere_in_the_weights(
+    splices: list[tuple[float, str, bool]], keep_length: bool, original: Path, tmp_path: Path
+) -> None:
+    """Written over the file's bytes or between them: it loads or is refused in one line, and nothing runs."""
+    canary = tmp_path / "code-ran"
+    parts = {**payloads(canary), "zeros": bytes(64), "noise": bytes(range(256))}
+    body = (original / WEIGHTS).read_bytes()
+    for place, kind, insert in splices:
+        start = int(place * len(body))
+        body = body[:start] + parts[kind] + body[start if insert else start + len(parts[kind]) :]
+    folder = tmp_path / "mutated"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes((original / "config.json").read_bytes())
+    (folder / WEIGHTS).write_bytes(body[: (original / WEIGHTS).stat().st_size] if keep_length else body)
+    loads_or_refuses(folder)
+    assert not canary.exists()
+
+
+NAMES = st.sampled_from([*DANGEROUS, "modeling_evil.Evil", "modeling_evil", "__import__", "eval", "DCEncoder", ""])
+KEYS = st.sampled_from(
+    [
+        "class_path",
+        "init_args",
+        "_class_name",
+        "auto_map",
+        "_target_",
+        "trust_remote_code",
+        "classes",
+        "module",
+        "encoder",
+    ]
+)
+TREES = st.recursive(
+    NAMES | st.booleans() | st.none() | st.integers(-1, 9),
+    lambda inner: st.dictionaries(KEYS, inner, max_size=3) | st.lists(inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(extra=st.dictionaries(KEYS | st.sampled_from(["decoder", "dynamics", "provenance"]), TREES, max_size=3))
+def test_configs_full_of_names_of_code(extra: dict[str, Any], original: Path, tmp_path: Path) -> None:
+    folder, canary = tmp_path / "mutated", tmp_path / "code-ran"
+    folder.mkdir(exist_ok=True)
+    (folder / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Evil: pass\n")
+    if not (folder / WEIGHTS).exists():
+        (folder / WEIGHTS).symlink_to(original / WEIGHTS)
+    config = json.loads((original / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **extra}))
+    before = set(sys.modules)
+    loads_or_refuses(folder)
+    assert not canary.exists()
+    assert not {name for name in set(sys.modules) - before if "evil" in name}
+
+
+def test_a_link_to_a_pickle(copied: Path, canary: Path) -> None:
+    payload = copied.parent / "payload.bin"
+    payload.write_bytes(payloads(canary)["zip"])
+    (copied / WEIGHTS).unlink()
+    (copied / WEIGHTS).symlink_to(payload)
+    assert "safetensors" in refusal(copied)
+
+
+def test_metadata_is_only_text(copied: Path) -> None:
+    """What a safetensors file says of itself is never evaluated; other tensors' formats load alike."""
+    tensors = load_file(copied / WEIGHTS)
+    save_file(tensors, copied / WEIGHTS, metadata={"format": "pt", "__reduce__": "os.system", "code": "import os"})
+    DCSSDAE.from_pretrained(copied)
