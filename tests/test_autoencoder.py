@@ -913,3 +913,84 @@ def test_a_true_field_is_decoded_exactly_in_any_number_of_steps(
     model.decoder = TrueField()
     y = model.decode(torch.zeros(1, model.config.latent_channels, 2, 3), noise=noise, num_steps=num_steps).sample
     torch.testing.assert_close(y, image, atol=1e-4, rtol=0)
+
+
+class Derived(DCSSDAE):
+    """A user's own, with nothing changed."""
+
+
+class TestDerived:
+    def test_a_subclass_saves_and_loads(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        config = tiny().config
+        Derived.from_config({**config, "_class_name": "Derived"}).save_pretrained(tmp_path)
+        loaded = Derived.from_pretrained(tmp_path)
+        assert type(loaded) is Derived
+        with pytest.raises(InputError, match="is of a 'Derived', not of a 'DCSSDAE'"):
+            DCSSDAE.from_pretrained(tmp_path)
+
+    def test_a_subclass_loads_what_the_class_has_saved(self, saved: tuple[DCSSDAE, Path]) -> None:
+        assert type(Derived.from_pretrained(saved[1])) is Derived
+
+
+class TestCompiled:
+    def test_a_part_that_torch_compile_has_wrapped_is_saved_under_its_own_names(self, tmp_path: Path) -> None:
+        model = tiny()
+        model.decoder = torch.compile(model.decoder)
+        wrapped = model.decoder
+        model.save_pretrained(tmp_path)
+        assert model.decoder is wrapped
+        loaded = DCSSDAE.from_pretrained(tmp_path)
+        assert loaded.decoder.conv_out.weight.equal(wrapped._orig_mod.conv_out.weight)
+
+    def test_what_is_wrapped_deeper_is_told_in_one_line(self, tmp_path: Path) -> None:
+        model = tiny()
+        model.decoder.middle = torch.compile(model.decoder.middle)
+        with pytest.raises(InputError, match=r"^decoder\.middle is wrapped by torch\.compile.*compile\(\)$"):
+            model.save_pretrained(tmp_path)
+
+
+class TestFollowingSettings:
+    def test_they_come_back_through_from_config(self) -> None:
+        model = tiny()
+        assert DCSSDAE.from_config(model.config).config == model.config
+
+    @pytest.mark.parametrize(("name", "value"), [("block_out_channels", [1, 2, 3]), ("spatial_compression_ratio", 16)])
+    def test_a_wrong_one_in_a_file_is_refused(self, copied: Path, name: str, value: Any) -> None:
+        config = json.loads((copied / "config.json").read_text())
+        (copied / "config.json").write_text(json.dumps({**config, name: value}))
+        assert f"{name} is {value!r}; it follows from the other settings as" in refusal(copied)
+
+    def test_they_cannot_be_set(self) -> None:
+        model = tiny()
+        with pytest.raises(InputError, match="force_upcast cannot be set: it follows"):
+            model.register_to_config(force_upcast=True)
+        model.register_to_config(scaling_factor=0.5)
+        assert model.config.scaling_factor == 0.5
+
+
+class TestVariants:
+    def test_a_model_of_one_variant_alone_names_it(self, tmp_path: Path) -> None:
+        tiny().save_pretrained(tmp_path, variant="fp16")
+        assert refusal(tmp_path).endswith("no such file; there is the variant 'fp16'")
+        DCSSDAE.from_pretrained(tmp_path, variant="fp16")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([1.0], "not list"),
+        (torch.zeros(3, 8), "an image batch has shape (B, 3, H, W)"),
+        (torch.zeros(1, 3, 12, 8), "multiples of f = 8"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "not torch.uint8"),
+    ],
+)
+@pytest.mark.parametrize("tiling", [False, True])
+def test_what_is_no_image_batch_is_told_in_one_line(given: Any, words: str, tiling: bool) -> None:
+    model = tiny()
+    if tiling:
+        model.enable_tiling(16)
+    with pytest.raises(InputError) as error:
+        model.encode(given)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,9 +1,10 @@
 """DCSSDAE: joins an encoder, a decoder and a dynamics; encode, decode, save, load."""
 
+import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,9 +46,10 @@ from dc_ssdae.decoding import (
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.energy import apply_network, as_normal
 from dc_ssdae.errors import InputError, check_at_least, check_type
+from dc_ssdae.hub import fetch_model
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
 from dc_ssdae.model_card import create_repository, upload_model, write_model_card
-from dc_ssdae.model_folder import WEIGHTS, check_channels, may_be_on_the_hub, read_config
+from dc_ssdae.model_folder import WEIGHTS, check_channels, may_be_on_the_hub, read_config, weight_variants
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import check_image
 from dc_ssdae.presets import load_preset
@@ -56,7 +58,7 @@ from dc_ssdae.samplers import Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_share
 from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
-from dc_ssdae.weights import PICKLE_SUFFIXES, check_tensors, pickle_refused, shard_files
+from dc_ssdae.weights import PICKLE_SUFFIXES, check_tensors, converting_command, pickle_refused, shard_files
 
 __all__ = [
     "COMPONENTS",
@@ -76,21 +78,19 @@ FOLLOWING_SETTINGS = (
 )
 """What `DCSSDAE.config` tells besides the model's own settings, because pipelines and training scripts ask for it."""
 
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+"""What `from_pretrained` takes for a model on the hub."""
+
 LOADING_ARGUMENTS = (
-    "cache_dir",
+    *HUB_ARGUMENTS,
     "device_map",
     "disable_mmap",
     "dtype",
-    "force_download",
-    "local_files_only",
     "low_cpu_mem_usage",
     "max_memory",
     "offload_folder",
     "offload_state_dict",
-    "proxies",
-    "revision",
     "subfolder",
-    "token",
     "torch_dtype",
     "use_flashpack",
     "use_safetensors",
@@ -261,7 +261,7 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 config[key] = value if "class_path" in value else merged
             else:
                 config[key] = value
-        check_names("setting of DCSSDAE", config, _config_names())
+        check_names(f"setting of {cls.__name__}", config, cls._config_names())
         return cls(**config, classes=classes).eval()
 
     def posterior(self, x: Tensor) -> DiagonalGaussian:
@@ -287,8 +287,10 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             InputError: the shape does not fit, or the images are no floating-point numbers; or an encoder of your
                 own gives something else.
         """
-        if not x.is_floating_point():
-            raise InputError(f"images are floating-point numbers in [-1, 1], not {x.dtype}; scale them first")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"images are a tensor of floating-point numbers in [-1, 1], not {given}; scale them first")
+        check_image(x, self.config.downsample_factor)
         x = x.to(self.dtype)
         if self.use_slicing and len(x) > 1:
             posterior = DiagonalGaussian.join([self._posterior_in_tiles(image) for image in x.split(1)])
@@ -301,7 +303,6 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         factor = self.config.downsample_factor
         if not self.use_tiling or max(x.shape[2:]) <= self._tile[0] * factor:
             return self.posterior(x)
-        check_image(x, factor)
         height, width = (side // factor for side in x.shape[2:])
         has_variance = False
 
@@ -534,7 +535,8 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         suffix = f".{variant}" if variant else ""
         # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
         Path(folder, f"{WEIGHTS}.safetensors.index{suffix}.json").unlink(missing_ok=True)
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
+        with self._not_wrapped():
+            super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
         if not is_main:
             return
         # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
@@ -545,6 +547,27 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             upload_model(folder, repo_id, **upload)
         else:
             write_model_card(folder)
+
+    @contextlib.contextmanager
+    def _not_wrapped(self) -> Iterator[None]:
+        """Take parts out of what torch.compile has put around them, whose tensors have other names.
+
+        Raises:
+            InputError: something inside of a part is wrapped.
+        """
+        wrapped = {name: part for name, part in self.named_children() if hasattr(part, "_orig_mod")}
+        try:
+            for name, part in wrapped.items():
+                setattr(self, name, part._orig_mod)
+            for name, module in self.named_modules():
+                if hasattr(module, "_orig_mod"):
+                    raise InputError(
+                        f"{name} is wrapped by torch.compile, and cannot be saved: use its method compile()"
+                    )
+            yield
+        finally:
+            for name, part in wrapped.items():
+                setattr(self, name, part)
 
     def push_to_hub(
         self,
@@ -602,17 +625,35 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if kwargs.get("use_safetensors") is False or kwargs.get("use_flashpack"):
             raise InputError("only safetensors are loaded: leave use_safetensors and use_flashpack out")
         name = str(pretrained_model_name_or_path)
+        subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
+        hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
         if name and Path(name).is_dir():
-            cls._check_folder(Path(name, kwargs.get("subfolder") or ""), kwargs.get("variant"), classes)
-        elif not may_be_on_the_hub(name):
+            folder = Path(name, subfolder or "")
+            cls._check_folder(folder, variant, classes)
+        elif may_be_on_the_hub(name):
+            folder = fetch_model(name, subfolder, variant, **hub)
+            if not weight_variants(folder):
+                pickled, converted = Path(f"{WEIGHTS}.bin"), Path(f"{WEIGHTS}.safetensors")
+                raise InputError(
+                    f"{name} has no safetensors of this variant on the hub; a pickle, which could run code, is never "
+                    f"loaded: convert one that you have downloaded: {converting_command(pickled, converted)}"
+                )
+            try:
+                cls._check_folder(folder, variant, classes)
+            except InputError as error:
+                # A path in the cache says little; the repository's name does.
+                raise InputError(str(error).replace(str(folder), name)) from None
+        else:
             raise InputError(f"{name!r}: no such folder, nor the id of a model on the hub")
         model, info = super().from_pretrained(
-            str(pretrained_model_name_or_path),
-            **{**kwargs, "classes": classes, "use_safetensors": True, "output_loading_info": True},
+            str(folder), **{**kwargs, "classes": classes, "use_safetensors": True, "output_loading_info": True}
         )
         problems = [f"{kind.replace('_', ' ')}: {items}" for kind, items in info.items() if items]
         if problems:
             raise InputError(f"{name} does not fit its config.json; {'; '.join(problems)}")
+        # diffusers would save and upload the path of a folder on this machine.
+        known = {key: value for key, value in model._internal_dict.items() if key != "_name_or_path"}
+        model._internal_dict = FrozenDict(known if Path(name).is_dir() else {**known, "_name_or_path": name})
         if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
             _restore_buffers(model, kwargs["offload_folder"])
         return model
@@ -621,7 +662,9 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _check_folder(cls, folder: Path, variant: str | None, classes: Iterable[type]) -> None:
         """Check config and weights by their headers, before diffusers loads what it can and warns of the rest."""
         config = read_config(folder)
-        model = build_without_weights(config, classes)
+        if "quantization_config" in config:
+            raise InputError(f"{folder}: its weights are quantised; take those in float32, float16 or bfloat16")
+        model = build_without_weights(config, classes, cls)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         suffix = f".{variant}" if variant else ""
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
@@ -633,7 +676,27 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if pickles and not single.is_file():
             weights = [file for file in pickles if file.stem == single.stem] or pickles
             raise pickle_refused(weights[0], single)
+        if not single.is_file():
+            others = [repr(other) for other in weight_variants(folder) if other != variant]
+            there = f"there is the variant {' and '.join(others)}" if others else "there are no safetensors"
+            raise InputError(f"{single}: no such file; {there}")
         check_tensors([single], expected)
+
+    @classmethod
+    def _config_names(cls) -> list[str]:
+        names = [name for kind in (cls, DCSSDAE) for name in inspect.signature(kind.__init__).parameters]
+        return [name for name in dict.fromkeys(names) if name not in ("self", *cls.ignore_for_config)]
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Change settings in the config, to be saved with it, as diffusers does.
+
+        Raises:
+            InputError: one of them follows from others.
+        """
+        for name in kwargs:
+            if name in FOLLOWING_SETTINGS:
+                raise InputError(f"{name} cannot be set: it follows from the other settings as {self.config[name]!r}")
+        super().register_to_config(**kwargs)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -651,7 +714,7 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         built = super().from_config({name: config[name] for name in config if name not in given}, **kwargs)
         model = built[0] if isinstance(built, tuple) else built
         for name, value in given.items():
-            if not kwargs and value != model.config[name]:
+            if not (kwargs.keys() & set(cls._config_names())) and value != model.config[name]:
                 raise InputError(f"{name} is {value!r}; it follows from the other settings as {model.config[name]!r}")
         return built
 
@@ -665,11 +728,11 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         classes = check_classes(kwargs.pop("classes", ()))
         class_name = config_dict.get("_class_name", "DCSSDAE")
-        if class_name != "DCSSDAE":
-            raise InputError(f"config.json is of a {class_name!r}, not of a 'DCSSDAE'")
+        if class_name not in [kind.__name__ for kind in cls.__mro__ if issubclass(kind, DCSSDAE)]:
+            raise InputError(f"config.json is of a {class_name!r}, not of a {cls.__name__!r}")
         settings = [name for name in config_dict if not name.startswith("_")]
-        check_names("setting in config.json", settings, _config_names())
-        check_names("setting of DCSSDAE", kwargs, _config_names())
+        check_names("setting in config.json", settings, cls._config_names())
+        check_names(f"setting of {cls.__name__}", kwargs, cls._config_names())
         for name in ("latent_channels", "downsample_factor"):
             if name not in config_dict and name not in kwargs:
                 raise InputError(f"config.json lacks {name}")
@@ -685,19 +748,28 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 DCSSDAE.__module__ = "dc_ssdae"
 
 
-def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = ()) -> DCSSDAE:
+def build_without_weights(
+    config: Mapping[str, Any], classes: Iterable[type] = (), kind: type[DCSSDAE] = DCSSDAE
+) -> DCSSDAE:
     """Build a model on the meta device, for its shapes and costs.
 
     Args:
         config: as `read_config` gives it.
         classes: as the constructor's.
+        kind: the class to build.
 
     Raises:
         InputError: the config does not fit.
     """
-    # Not under torch.device("meta"), where a user's constructor could read no number off a tensor.
-    with init_empty_weights():
-        model = DCSSDAE.from_config(dict(config), classes=classes)
+    named = [given.get("class_path") for part in COMPONENTS if isinstance(given := config.get(part), Mapping)]
+    # A user's constructor could read no number off a meta tensor; without it, each tensor is made and dropped at once.
+    # A stranger's file that asks for terabytes names no class of the user's.
+    has_own = any(isinstance(path, str) and "." in path for path in named)
+    try:
+        with init_empty_weights() if has_own else torch.device("meta"):
+            model = kind.from_config(dict(config), classes=classes)
+    except RuntimeError as error:  # more numbers than PyTorch can count
+        raise InputError(f"a model of these settings cannot be built: {str(error).splitlines()[0]}") from error
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
     return nn.Module.to(model, "meta")
 
@@ -750,8 +822,3 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _times(span: slice, factor: int) -> slice:
     return slice(span.start * factor, span.stop * factor)
-
-
-def _config_names() -> list[str]:
-    names = inspect.signature(DCSSDAE.__init__).parameters
-    return [name for name in names if name not in ("self", *DCSSDAE.ignore_for_config)]

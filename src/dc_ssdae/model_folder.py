@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,6 +115,19 @@ def model_folder(path: str | Path) -> Path:
     if (path / "config.yaml").exists() and not any(model.glob(f"{WEIGHTS}*.safetensors")):
         raise InputError(f"{path} has no model yet: the first checkpoint writes it")
     return model if (model / "config.json").exists() else path
+
+
+def weight_variants(folder: Path) -> list[str | None]:
+    """The variants of the weights in a model's folder; None stands for those without one.
+
+    Args:
+        folder: of a saved model.
+    """
+    found: set[str | None] = set()
+    for file in folder.glob(f"{WEIGHTS}*.safetensors"):
+        middle = file.name.removeprefix(WEIGHTS).removesuffix(".safetensors")
+        found.add(re.sub(r"-\d+-of-\d+", "", middle).removeprefix(".") or None)
+    return sorted(found, key=lambda variant: variant or "")
 
 
 def may_be_on_the_hub(name: str) -> bool:

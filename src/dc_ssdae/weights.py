@@ -70,14 +70,18 @@ def pickle_refused(path: Path, converted: Path | None = None) -> InputError:
         path: of the pickle.
         converted: what its tensors are to be saved as; by default beside it, as safetensors.
     """
-    source, target = (json.dumps(str(file)) for file in (path, converted or path.with_suffix(".safetensors")))
+    command = converting_command(path, converted or path.with_suffix(".safetensors"))
+    return InputError(f"{path} is a pickle file, which could run code when loaded; convert it: {command}")
+
+
+def converting_command(pickle: Path, converted: Path) -> str:
+    """The shell command that turns a pickled state dict into safetensors."""
+    source, target = (json.dumps(str(file)) for file in (pickle, converted))
     code = (
         "import torch, safetensors.torch as st; "
         f'st.save_file(torch.load({source}, map_location="cpu", weights_only=True), {target})'
     )
-    return InputError(
-        f"{path} is a pickle file, which could run code when loaded; convert it: python -c {shlex.quote(code)}"
-    )
+    return f"python -c {shlex.quote(code)}"
 
 
 def check_tensors(files: Iterable[Path], expected: Mapping[str, torch.Size]) -> None:
@@ -121,6 +125,11 @@ def shard_files(index: Path) -> list[Path]:
             raise InputError(f"{index} names {str(file)!r}; shards lie beside their index")
     if not files:
         raise InputError(f"{index} names no shards")
+    for file in files:
+        if file.suffix in PICKLE_SUFFIXES:
+            raise pickle_refused(file)
+        if file.suffix != ".safetensors":
+            raise InputError(f"{index} names {file.name!r}; shards are safetensors files")
     return files
 
 

@@ -182,3 +182,10 @@ class TestImport:
             assert line.startswith(f"dc-ssdae {words[0]}: {message}")
         if name == "broken":
             assert line.endswith(f"{Path('broken.py').resolve()}, line 2)")
+
+
+def test_a_model_saved_as_one_variant_alone_needs_no_word_more(run: Callable, tmp_path: Path, photo: Path) -> None:
+    model = DCSSDAE.from_preset("demo")
+    model.save_pretrained(tmp_path / "half", variant="fp16")
+    words = ("reconstruct", photo, "--out", tmp_path / "out", "--device", "cpu", "--model")
+    assert run(*words, tmp_path / "half").code == 0

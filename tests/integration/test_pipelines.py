@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import MadeOnce
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -436,7 +435,7 @@ def save_and_load(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(made_once: MadeOnce) -> Path:
+def saved(made_once: Any) -> Path:
     return made_once("pipelines", save_and_load)
 
 

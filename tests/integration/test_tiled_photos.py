@@ -24,11 +24,11 @@ SIDE, TILE = 2048, 512
 PHOTOS = {photo.name: photo.pixels for photo in sample_photos("held_out")}
 
 
-def enlarged(name: str) -> Tensor:
-    """The photo's central square as (1, 3, 2048, 2048) in [-1, 1]."""
+def enlarged(name: str, side: int = SIDE) -> Tensor:
+    """The photo's central square as (1, 3, side, side) in [-1, 1]."""
     pixels = PHOTOS[name]
     square = center_crop(pixels, min(pixels.shape[1:]))
-    return to_model_range(tvf.resize(square, [SIDE, SIDE], InterpolationMode.BICUBIC, antialias=True))[None]
+    return to_model_range(tvf.resize(square, [side, side], InterpolationMode.BICUBIC, antialias=True))[None]
 
 
 @torch.inference_mode()
@@ -38,9 +38,9 @@ def tiled_reconstruction(x: Tensor, overlap: float) -> Tensor:
     return model(x).sample[0].clamp(-1, 1)
 
 
-def seams(overlap: float) -> list[int]:
+def seams(side: int, overlap: float) -> list[int]:
     """The pixels before which a tile begins or ends, but for the image's border."""
-    starts = [8 * start for start in tile_starts(SIDE // 8, TILE // 8, round(overlap * TILE / 8))]
+    starts = [8 * start for start in tile_starts(side // 8, TILE // 8, round(overlap * TILE / 8))]
     return sorted({*starts[1:], *(start + TILE for start in starts[:-1])})
 
 
@@ -50,7 +50,7 @@ def differences(image: Tensor, overlap: float) -> list[tuple[Tensor, Tensor]]:
     for axis in (2, 1):
         lines = image.diff(dim=axis).abs().mean(dim=(0, 3 - axis))
         at_seam = torch.zeros(len(lines), dtype=torch.bool)
-        at_seam[torch.tensor(seams(overlap)) - 1] = True
+        at_seam[torch.tensor(seams(image.shape[-1], overlap)) - 1] = True
         found.append((lines[at_seam], lines[~at_seam]))
     return found
 
@@ -61,7 +61,7 @@ def share_above(image: Tensor, overlap: float) -> float:
     for axis in (2, 1):
         pairs = image.diff(dim=axis).abs().mean(dim=0).movedim(axis - 1, 0)
         at_seam = torch.zeros(len(pairs), dtype=torch.bool)
-        at_seam[torch.tensor(seams(overlap)) - 1] = True
+        at_seam[torch.tensor(seams(image.shape[-1], overlap)) - 1] = True
         # Every hundredth pair: quantile takes no more than 16 million.
         limit = pairs[~at_seam].flatten()[::100].quantile(0.99)
         above.append((pairs[at_seam] > limit).float().mean())
@@ -80,7 +80,7 @@ def test_no_seam_is_to_be_seen(name: str) -> None:
 
 def test_tiles_without_overlap_have_seams() -> None:
     """What the test above measures is there to be measured."""
-    image = tiled_reconstruction(enlarged("coffee"), 0.0)
+    image = tiled_reconstruction(enlarged("coffee", 1024), 0.0)
     for at_seam, elsewhere in differences(image, 0.0):
         assert at_seam.min() > 1.5 * elsewhere.quantile(0.99)
     assert share_above(image, 0.0) > 0.1

@@ -75,7 +75,7 @@ def finished(tmp_path_factory, data) -> Path:
     """A run of 6 steps, evaluated at 4 and 6."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder / "mine.yaml", data, steps=6, checkpoint_every=3, evaluate_every=4, keep_every=3)
-    assert train(["--config", str(config)], folder / "log", cwd=folder) == 0, (folder / "log").read_text()
+    assert train(["--config", str(config)], folder / "log", cwd=folder, apart=True) == 0, (folder / "log").read_text()
     return folder / "runs" / "mine"
 
 
@@ -208,11 +208,12 @@ def test_an_own_encoder_loss_and_data_set_train_from_a_yaml(tmp_path):
     config["data"] = {"dataset": stripes, "validation": stripes, "image_size": 32, "workers": 0}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     run, log = tmp_path / "run", tmp_path / "log"
-    assert train(["--config", "c.yaml", "--training.output", "run"], log, cwd=tmp_path) == 0, log.read_text()
+    words = ["--config", "c.yaml", "--training.output", "run"]
+    assert train(words, log, cwd=tmp_path, apart=True) == 0, log.read_text()
     assert all(line["loss/edges"] > 0 for line in metrics(run))
     trained = load_file(run / "checkpoints/last/model.safetensors")
     assert trained["objective.terms.edges.scale"] != 1.0
-    assert train(["--resume", "run", "--training.steps", "5"], log, cwd=tmp_path) == 0, log.read_text()
+    assert train(["--resume", "run", "--training.steps", "5"], log, cwd=tmp_path, apart=True) == 0, log.read_text()
     assert len(metrics(run)) == 5
 
     with pytest.raises(InputError, match=r"mine\.Patches.*not imported"):

@@ -1,10 +1,12 @@
 """What the tests of whole runs share: data and configuration, starting runs as a user does, comparing them."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -12,6 +14,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+
+from dc_ssdae.cli.main import main
 
 VARIABLE = {"images_per_second", "seconds", "memory_gib"}
 """The only keys of metrics.jsonl that may differ between equal runs."""
@@ -94,13 +98,36 @@ def start(words: list[str], log: Path, processes: int = 1, cwd: Path | None = No
         )
 
 
-def train(words: list[str], log: Path, processes: int = 1, cwd: Path | None = None) -> int:
-    """Run to the end; gives the exit code."""
+def train(words: list[str], log: Path, processes: int = 1, cwd: Path | None = None, apart: bool = False) -> int:
+    """Run to the end; gives the exit code.
+
+    One process is this one, which has imported everything already, unless it is to run apart from it.
+    """
+    if processes == 1 and not apart:
+        return train_here(words, log, cwd or Path.cwd())
     process = start(words, log, processes, cwd)
     try:
         return process.wait(timeout=300)
     finally:
         kill(process)
+
+
+def train_here(words: list[str], log: Path, cwd: Path) -> int:
+    """As `train`, in this process, with what `environment` sets there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with (
+            log.open("a") as output,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+            contextlib.chdir(cwd),
+            mock.patch.dict(os.environ, environment()),
+            mock.patch.object(sys, "path", [*sys.path, str(Path(__file__).parent)]),
+        ):
+            return main(["train", *words])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -281,11 +281,15 @@ def load_model(args: "Namespace") -> "DCSSDAE":
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.model_folder import model_folder
+    from dc_ssdae.model_folder import model_folder, weight_variants
 
-    name = model_folder(args.model) if Path(args.model).is_dir() else args.model
+    is_folder = Path(args.model).is_dir()
+    name = model_folder(args.model) if is_folder else args.model
+    variants = weight_variants(Path(name)) if is_folder else []
+    # A model that was saved as a variant alone leaves no choice.
+    variant = variants[0] if len(variants) == 1 else None
     try:
-        model = DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=getattr(torch, args.dtype))
+        model = DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=getattr(torch, args.dtype), variant=variant)
     except OSError as error:
         if Path(args.model).is_dir():
             raise

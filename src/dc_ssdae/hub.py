@@ -1,0 +1,45 @@
+"""Models on the Hugging Face hub: fetched as files first, so that they are checked like any folder before they load."""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dc_ssdae.errors import InputError
+
+WEIGHTS_ON_THE_HUB = "diffusion_pytorch_model"
+"""Stem of the names that diffusers gives weight files."""
+
+
+def fetch_model(name: str, subfolder: str | None = None, variant: str | None = None, **settings: Any) -> Path:
+    """Download a model's config.json and safetensors, and nothing else; what is in the cache already is not fetched.
+
+    Args:
+        name: the model's id, OWNER/MODEL.
+        subfolder: where in the repository it lies.
+        variant: of the weight files, such as "fp16"; None takes those without.
+        settings: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only` of
+            `huggingface_hub.snapshot_download`; None leaves its default.
+
+    Returns:
+        The folder in the cache that holds config.json.
+
+    Raises:
+        InputError: there is no config.json.
+        OSError: the hub, or the model there, is not to be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    stem = WEIGHTS_ON_THE_HUB
+    weights = (
+        [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", f"{stem}.safetensors.index.json"]
+        if variant is None
+        else [f"{stem}.{variant}*.safetensors", f"{stem}*.{variant}.safetensors", f"{stem}*.index*{variant}*.json"]
+    )
+    prefix = PurePosixPath(subfolder or "")
+    given = {key: value for key, value in settings.items() if value is not None}
+    snapshot = snapshot_download(
+        name, allow_patterns=[str(prefix / file) for file in ("config.json", *weights)], **given
+    )
+    folder = Path(snapshot, prefix)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} holds no model{f' in {subfolder}' if subfolder else ''}: config.json is missing")
+    return folder

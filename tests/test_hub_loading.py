@@ -1,0 +1,170 @@
+"""Models from the hub, out of a cache that is made by hand: as strict as from a folder, and nothing is fetched."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import image, tiny
+
+from dc_ssdae import DCSSDAE, InputError
+
+COMMIT = "a" * 40
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.fixture(scope="module")
+def model() -> DCSSDAE:
+    torch.manual_seed(0)
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def saved(model: DCSSDAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was unpickled")
+
+    monkeypatch.setattr(torch, "load", refuse)
+
+
+@pytest.fixture
+def snapshot(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of me/model in a cache, with the saved model in it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "cache" / "models--me--model"
+    folder = repository / "snapshots" / COMMIT
+    shutil.copytree(saved, folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return folder
+
+
+def load(snapshot: Path, **given: Any) -> DCSSDAE:
+    return DCSSDAE.from_pretrained("me/model", cache_dir=snapshot.parents[2], **given)
+
+
+def refusal(snapshot: Path, **given: Any) -> str:
+    with pytest.raises(InputError) as error:
+        load(snapshot, **given)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(snapshot) not in message  # a path in the cache says little
+    return message
+
+
+def test_it_is_the_model_that_was_saved(snapshot: Path, model: DCSSDAE) -> None:
+    loaded = load(snapshot)
+    assert not loaded.training
+    x = image()
+    with torch.no_grad():
+        assert torch.equal(loaded(x).sample, model(x).sample)
+    assert loaded.config["_name_or_path"] == "me/model"
+
+
+def test_a_subfolder_a_variant_and_a_dtype(snapshot: Path, model: DCSSDAE) -> None:
+    shutil.rmtree(snapshot)
+    model.save_pretrained(snapshot / "vae", variant="fp16", max_shard_size="20KB")
+    loaded = load(snapshot, subfolder="vae", variant="fp16", torch_dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.encoder.conv_in.weight.equal(model.encoder.conv_in.weight.bfloat16())
+
+
+def cut(folder: Path) -> None:
+    content = (folder / f"{STEM}.safetensors").read_bytes()
+    (folder / f"{STEM}.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def change(**tensors: torch.Tensor | None) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        state = {**load_file(folder / f"{STEM}.safetensors"), **tensors}
+        save_file({name: value for name, value in state.items() if value is not None}, folder / f"{STEM}.safetensors")
+
+    return spoil
+
+
+def write_config(text: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "config.json").write_text(text)
+
+    return spoil
+
+
+def add_to_config(**settings: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+
+    return spoil
+
+
+NAME = "encoder.conv_in.bias"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (cut, "is truncated: tensor"),
+        (change(**{NAME: None}), f"missing: {NAME}"),
+        (change(**{NAME: torch.zeros(3)}), f"{NAME} has shape (3,)"),
+        (change(more=torch.zeros(3)), "left over: more"),
+        (write_config("{"), "me/model/config.json is not JSON"),
+        (write_config("[1]"), "me/model/config.json holds no JSON object"),
+        (add_to_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quantised"),
+        (add_to_config(latent_channels=10**12), "a model of these settings cannot be built: Storage size"),
+        (add_to_config(latent_channels=10**6), "does not fit its config.json"),
+        (add_to_config(_class_name="AutoencoderKL"), "is of a 'AutoencoderKL'"),
+        (lambda folder: (folder / "config.json").unlink(), "me/model holds no model: config.json is missing"),
+    ],
+)
+def test_what_is_damaged_is_named_in_one_line(snapshot: Path, spoil: Callable[[Path], None], words: str) -> None:
+    spoil(snapshot)
+    assert words in refusal(snapshot)
+
+
+@pytest.mark.parametrize("suffix", ["", ".fp16"])
+def test_an_index_that_names_a_pickle_is_refused(snapshot: Path, suffix: str) -> None:
+    state = load_file(snapshot / f"{STEM}.safetensors")
+    (snapshot / "w.bin").write_bytes(b"no matter")
+    (snapshot / f"{STEM}{suffix}.safetensors").write_bytes((snapshot / f"{STEM}.safetensors").read_bytes())
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(state, "w.bin")}
+    (snapshot / f"{STEM}.safetensors.index{suffix}.json").write_text(json.dumps(index))
+    message = refusal(snapshot, variant=suffix[1:] or None)
+    assert "w.bin is a pickle file" in message
+    assert "python -c" in message
+
+
+def test_a_repository_of_pickles_is_refused_with_the_way_out(snapshot: Path) -> None:
+    (snapshot / f"{STEM}.safetensors").unlink()
+    message = refusal(snapshot)
+    assert message.startswith("me/model has no safetensors of this variant on the hub")
+    assert "safetensors.torch" in message
+
+
+def test_what_is_not_there_is_an_error_of_the_system(snapshot: Path) -> None:
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
+        DCSSDAE.from_pretrained("me/other", cache_dir=snapshot.parents[2])
+
+
+def test_only_a_models_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **given: Any) -> str:
+        asked.update(given, name=name)
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    DCSSDAE.from_pretrained("me/model", revision="v1", token="secret", local_files_only=True)
+    patterns = asked.pop("allow_patterns")
+    assert all(pattern.endswith((".json", ".safetensors")) for pattern in patterns)
+    assert asked == {"name": "me/model", "revision": "v1", "token": "secret", "local_files_only": True}
