@@ -1,22 +1,14 @@
 """DCSSDAE: joins an encoder, a decoder and a dynamics; encode, decode, save, load."""
 
-import contextlib
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from accelerate import init_empty_weights
-from accelerate.utils import OffloadedWeightsLoader
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
@@ -30,7 +22,6 @@ from dc_ssdae.components import (
     check_classes,
     check_names,
     check_posterior,
-    find_class,
     resolve_part,
 )
 from dc_ssdae.decoding import (
@@ -46,19 +37,17 @@ from dc_ssdae.decoding import (
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.energy import apply_network, as_normal
 from dc_ssdae.errors import InputError, check_at_least, check_type
-from dc_ssdae.hub import fetch_model
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
-from dc_ssdae.model_card import create_repository, upload_model, write_model_card
-from dc_ssdae.model_folder import WEIGHTS, check_channels, may_be_on_the_hub, read_config, weight_variants
+from dc_ssdae.model_folder import check_channels
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import check_image
 from dc_ssdae.presets import load_preset
+from dc_ssdae.pretrained import PretrainedModel, build_on_meta
 from dc_ssdae.provenance import check_provenance
 from dc_ssdae.samplers import Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_share
 from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
-from dc_ssdae.weights import PICKLE_SUFFIXES, check_tensors, converting_command, pickle_refused, shard_files
 
 __all__ = [
     "COMPONENTS",
@@ -67,36 +56,6 @@ __all__ = [
     "EncoderOutput",
     "build_without_weights",
 ]
-
-FOLLOWING_SETTINGS = (
-    "block_out_channels",
-    "encoder_block_out_channels",
-    "spatial_compression_ratio",
-    "in_channels",
-    "out_channels",
-    "force_upcast",
-)
-"""What `DCSSDAE.config` tells besides the model's own settings, because pipelines and training scripts ask for it."""
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-"""What `from_pretrained` takes for a model on the hub."""
-
-LOADING_ARGUMENTS = (
-    *HUB_ARGUMENTS,
-    "device_map",
-    "disable_mmap",
-    "dtype",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "offload_folder",
-    "offload_state_dict",
-    "subfolder",
-    "torch_dtype",
-    "use_flashpack",
-    "use_safetensors",
-    "variant",
-)
-"""What `from_pretrained` passes on to diffusers, which would drop an unknown argument without a word."""
 
 
 @dataclass
@@ -119,7 +78,7 @@ class EncoderOutput(BaseOutput):
         return self.latent_dist.mode()
 
 
-class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class DCSSDAE(PretrainedModel):
     """An autoencoder whose decoder is a one-step diffusion model (SPEC section 1).
 
     Each of `encoder`, `decoder` and `dynamics` is a mapping with `class_path`, one of the names in `COMPONENTS` or
@@ -215,28 +174,6 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             handed_over = {name: following[name] for name in HANDED_OVER[part]}
             setattr(self, part, build_part(part, resolved[part], handed_over, classes))
         self._tile = check_tiling(None, DEFAULT_OVERLAP, downsample_factor)
-
-    @property
-    def config(self) -> FrozenDict:
-        """The settings, and what diffusers' pipelines look for besides, which follows from them and is not saved."""
-        return FrozenDict({**self._internal_dict, **self._following_settings()})
-
-    def _following_settings(self) -> dict[str, Any]:
-        channels, factor = self._internal_dict["latent_channels"], self._internal_dict["downsample_factor"]
-        stages = factor.bit_length()  # pipelines take 2^(stages - 1) for f
-        widths = getattr(self.encoder, "widths", None)
-        if not (isinstance(widths, list | tuple) and len(widths) == stages):
-            widths = [channels] * stages
-        return dict(zip(FOLLOWING_SETTINGS, (list(widths), list(widths), factor, 3, 3, False), strict=True))
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """The factor f, under the name that some pipelines look for."""
-        return self._internal_dict["downsample_factor"]
-
-    def __getattr__(self, name: str) -> Any:
-        # diffusers' own version answers with the config's entry of that name, which would hide encoder and decoder.
-        return nn.Module.__getattr__(self, name)
 
     @classmethod
     def from_preset(cls, name: str, classes: Iterable[type] = (), **settings: Any) -> "DCSSDAE":
@@ -499,287 +436,22 @@ class DCSSDAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         default = partial(checkpoint, use_reentrant=False)
         super().enable_gradient_checkpointing(gradient_checkpointing_func or default)
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        safe_serialization: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """Save config.json and the weights as safetensors, as diffusers does, readable for whom config.json is.
-
-        A card, README.md, tells what the model is; one that is not ours stays as it is.
-
-        Args:
-            save_directory: a folder, made if need be.
-            variant: of the weight files, such as "fp16".
-            max_shard_size: of a weight file, in bytes or such as "5GB".
-            safe_serialization: True; there is no other format.
-            kwargs: diffusers' other saving arguments; with `push_to_hub`, those of that method, `repo_id` being the
-                folder's name by default.
-
-        Raises:
-            InputError: another format than safetensors is asked for; or the repository cannot be called so.
-        """
-        # Named parameters, because a pipeline that is saved hands on only what it finds in the signature.
-        if not safe_serialization or kwargs.get("use_flashpack"):
-            raise InputError("models are saved as safetensors only: leave safe_serialization and use_flashpack out")
-        folder = Path(save_directory)
-        is_main, push = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
-        private, repo_id = kwargs.pop("private", None), kwargs.pop("repo_id", None)
-        upload = {name: kwargs.pop(name) for name in ("commit_message", "token", "create_pr") if name in kwargs}
-        if push and is_main:  # before the time that saving takes
-            repo_id = create_repository(repo_id or folder.resolve().name, private, upload.get("token"))
-        suffix = f".{variant}" if variant else ""
-        # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
-        Path(folder, f"{WEIGHTS}.safetensors.index{suffix}.json").unlink(missing_ok=True)
-        with self._not_wrapped():
-            super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
-        if not is_main:
-            return
-        # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
-        mode = Path(folder, "config.json").stat().st_mode
-        for file in folder.glob(f"{WEIGHTS}*.safetensors"):
-            file.chmod(mode)
-        if push:
-            upload_model(folder, repo_id, **upload)
-        else:
-            write_model_card(folder)
-
-    @contextlib.contextmanager
-    def _not_wrapped(self) -> Iterator[None]:
-        """Take parts out of what torch.compile has put around them, whose tensors have other names.
-
-        Raises:
-            InputError: something inside of a part is wrapped.
-        """
-        wrapped = {name: part for name, part in self.named_children() if hasattr(part, "_orig_mod")}
-        try:
-            for name, part in wrapped.items():
-                setattr(self, name, part._orig_mod)
-            for name, module in self.named_modules():
-                if hasattr(module, "_orig_mod"):
-                    raise InputError(
-                        f"{name} is wrapped by torch.compile, and cannot be saved: use its method compile()"
-                    )
-            yield
-        finally:
-            for name, part in wrapped.items():
-                setattr(self, name, part)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> Any:
-        """Upload the model to the hub, with a card; a card there that is not ours stays.
-
-        Args:
-            repo_id: of the repository, OWNER/NAME or, under your own name, NAME; made if it is not there.
-            commit_message: of the commit.
-            private: whether a new repository is private; None is its owner's default.
-            token: of the hub; None is the one that is logged in with.
-            create_pr: propose the files, and leave the repository as it is.
-            safe_serialization: True; there is no other format.
-            variant: of the weight files, such as "fp16".
-            subfolder: where in the repository; without a card there.
-
-        Returns:
-            As `huggingface_hub.upload_folder`.
-
-        Raises:
-            InputError: the repository cannot be called so; or another format is asked for.
-        """
-        if not safe_serialization:
-            raise InputError("models are saved as safetensors only: leave safe_serialization out")
-        repo_id = create_repository(repo_id, private, token)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant)
-            return upload_model(Path(folder), repo_id, commit_message, token, create_pr, subfolder)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, classes: Iterable[type] = (), **kwargs: Any
-    ) -> "DCSSDAE":
-        """Load a saved model, in eval mode; strict where diffusers is lenient.
-
-        Args:
-            pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id.
-            classes: as the constructor's; for classes of your own that are not imported, or have moved.
-            kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`.
-
-        Raises:
-            InputError: an unknown argument; a config that is not this class's or has an unknown setting; a tensor
-                that is missing, left over, truncated, or of another shape. The message names it.
-        """
-        check_names("argument of from_pretrained", kwargs, ("classes", *LOADING_ARGUMENTS))
-        classes = check_classes(classes)
-        if kwargs.get("use_safetensors") is False or kwargs.get("use_flashpack"):
-            raise InputError("only safetensors are loaded: leave use_safetensors and use_flashpack out")
-        name = str(pretrained_model_name_or_path)
-        subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
-        hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
-        if name and Path(name).is_dir():
-            folder = Path(name, subfolder or "")
-            cls._check_folder(folder, variant, classes)
-        elif may_be_on_the_hub(name):
-            folder = fetch_model(name, subfolder, variant, **hub)
-            if not weight_variants(folder):
-                pickled, converted = Path(f"{WEIGHTS}.bin"), Path(f"{WEIGHTS}.safetensors")
-                raise InputError(
-                    f"{name} has no safetensors of this variant on the hub; a pickle, which could run code, is never "
-                    f"loaded: convert one that you have downloaded: {converting_command(pickled, converted)}"
-                )
-            try:
-                cls._check_folder(folder, variant, classes)
-            except InputError as error:
-                # A path in the cache says little; the repository's name does.
-                raise InputError(str(error).replace(str(folder), name)) from None
-        else:
-            raise InputError(f"{name!r}: no such folder, nor the id of a model on the hub")
-        model, info = super().from_pretrained(
-            str(folder), **{**kwargs, "classes": classes, "use_safetensors": True, "output_loading_info": True}
-        )
-        problems = [f"{kind.replace('_', ' ')}: {items}" for kind, items in info.items() if items]
-        if problems:
-            raise InputError(f"{name} does not fit its config.json; {'; '.join(problems)}")
-        # diffusers would save and upload the path of a folder on this machine.
-        known = {key: value for key, value in model._internal_dict.items() if key != "_name_or_path"}
-        model._internal_dict = FrozenDict(known if Path(name).is_dir() else {**known, "_name_or_path": name})
-        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-            _restore_buffers(model, kwargs["offload_folder"])
-        return model
-
-    @classmethod
-    def _check_folder(cls, folder: Path, variant: str | None, classes: Iterable[type]) -> None:
-        """Check config and weights by their headers, before diffusers loads what it can and warns of the rest."""
-        config = read_config(folder)
-        if "quantization_config" in config:
-            raise InputError(f"{folder}: its weights are quantised; take those in float32, float16 or bfloat16")
-        model = build_without_weights(config, classes, cls)
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        suffix = f".{variant}" if variant else ""
-        index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
-        if index.is_file():
-            check_tensors(shard_files(index), expected)
-            return
-        single = folder / f"{WEIGHTS}{suffix}.safetensors"
-        pickles = [file for file in sorted(folder.glob("*")) if file.suffix in PICKLE_SUFFIXES]
-        if pickles and not single.is_file():
-            weights = [file for file in pickles if file.stem == single.stem] or pickles
-            raise pickle_refused(weights[0], single)
-        if not single.is_file():
-            others = [repr(other) for other in weight_variants(folder) if other != variant]
-            there = f"there is the variant {' and '.join(others)}" if others else "there are no safetensors"
-            raise InputError(f"{single}: no such file; {there}")
-        check_tensors([single], expected)
-
-    @classmethod
-    def _config_names(cls) -> list[str]:
-        names = [name for kind in (cls, DCSSDAE) for name in inspect.signature(kind.__init__).parameters]
-        return [name for name in dict.fromkeys(names) if name not in ("self", *cls.ignore_for_config)]
-
-    def register_to_config(self, **kwargs: Any) -> None:
-        """Change settings in the config, to be saved with it, as diffusers does.
-
-        Raises:
-            InputError: one of them follows from others.
-        """
-        for name in kwargs:
-            if name in FOLLOWING_SETTINGS:
-                raise InputError(f"{name} cannot be set: it follows from the other settings as {self.config[name]!r}")
-        super().register_to_config(**kwargs)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Build a model with fresh random weights from what `config` gives, or `load_config`.
-
-        Args:
-            config: the settings. What follows from others may be among them.
-            kwargs: settings that go before those in `config`, `classes` as the constructor's, and diffusers' own
-                arguments.
-
-        Raises:
-            InputError: a setting is unknown, missing or does not fit.
-        """
-        given = {name: config[name] for name in FOLLOWING_SETTINGS if name in config}
-        built = super().from_config({name: config[name] for name in config if name not in given}, **kwargs)
-        model = built[0] if isinstance(built, tuple) else built
-        for name, value in given.items():
-            if not (kwargs.keys() & set(cls._config_names())) and value != model.config[name]:
-                raise InputError(f"{name} is {value!r}; it follows from the other settings as {model.config[name]!r}")
-        return built
-
-    @classmethod
-    def extract_init_dict(
-        cls, config_dict: Mapping[str, Any], **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Refuse what diffusers would drop with a warning: another class's config, or an unknown setting.
-
-        `from_config` calls it with its arguments; among them `classes`, as the constructor's.
-        """
-        classes = check_classes(kwargs.pop("classes", ()))
-        class_name = config_dict.get("_class_name", "DCSSDAE")
-        if class_name not in [kind.__name__ for kind in cls.__mro__ if issubclass(kind, DCSSDAE)]:
-            raise InputError(f"config.json is of a {class_name!r}, not of a {cls.__name__!r}")
-        settings = [name for name in config_dict if not name.startswith("_")]
-        check_names("setting in config.json", settings, cls._config_names())
-        check_names(f"setting of {cls.__name__}", kwargs, cls._config_names())
-        for name in ("latent_channels", "downsample_factor"):
-            if name not in config_dict and name not in kwargs:
-                raise InputError(f"config.json lacks {name}")
-        for part in COMPONENTS:
-            given = config_dict.get(part)
-            if isinstance(given, Mapping) and part not in kwargs and "class_path" in given:
-                find_class(part, given["class_path"], classes, source="config.json")
-        init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
-        return {**init, "classes": classes}, unused, hidden
-
 
 # diffusers writes a class's module into a pipeline's model_index.json and imports nothing more to find it there.
 DCSSDAE.__module__ = "dc_ssdae"
 
 
-def build_without_weights(
-    config: Mapping[str, Any], classes: Iterable[type] = (), kind: type[DCSSDAE] = DCSSDAE
-) -> DCSSDAE:
+def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = ()) -> DCSSDAE:
     """Build a model on the meta device, for its shapes and costs.
 
     Args:
         config: as `read_config` gives it.
         classes: as the constructor's.
-        kind: the class to build.
 
     Raises:
         InputError: the config does not fit.
     """
-    named = [given.get("class_path") for part in COMPONENTS if isinstance(given := config.get(part), Mapping)]
-    # A user's constructor could read no number off a meta tensor; without it, each tensor is made and dropped at once.
-    # A stranger's file that asks for terabytes names no class of the user's.
-    has_own = any(isinstance(path, str) and "." in path for path in named)
-    try:
-        with init_empty_weights() if has_own else torch.device("meta"):
-            model = kind.from_config(dict(config), classes=classes)
-    except RuntimeError as error:  # more numbers than PyTorch can count
-        raise InputError(f"a model of these settings cannot be built: {str(error).splitlines()[0]}") from error
-    # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
-    return nn.Module.to(model, "meta")
-
-
-def _restore_buffers(model: nn.Module, folder: str | Path) -> None:
-    """Read what diffusers puts on the disk with the weights and never reads back: the statistics of batch norm."""
-    stored = OffloadedWeightsLoader(save_folder=str(folder))
-    for name, buffer in model.named_buffers():
-        if name in stored:
-            buffer.copy_(stored[name])
+    return build_on_meta(DCSSDAE, config, classes)
 
 
 def _check_normalisation(
