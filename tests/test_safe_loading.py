@@ -334,3 +334,24 @@ def test_metadata_is_only_text(copied: Path) -> None:
     tensors = load_file(copied / WEIGHTS)
     save_file(tensors, copied / WEIGHTS, metadata={"format": "pt", "__reduce__": "os.system", "code": "import os"})
     DCSSDAE.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("beside", ["", "a.b"])
+def test_an_index_of_an_old_name_never_leads_to_a_pickle(
+    beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers prefers it to the weights where a variant is asked for."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
+    model = tiny()
+    folder = tmp_path / beside / "model"
+    model.save_pretrained(folder, variant="fp16")
+    pieces = (folder / "diffusion_pytorch_model.safetensors.index.json").as_posix().split(".")
+    index = Path(".".join([*pieces[:2], "fp16", *pieces[2:]]))
+    index.parent.mkdir(parents=True, exist_ok=True)
+    weight_map = dict.fromkeys(model.state_dict(), "w.bin")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (folder / "w.bin").write_bytes(b"no matter")
+    with pytest.raises(InputError, match="only older versions wrote"):
+        DCSSDAE.from_pretrained(folder, variant="fp16")
+    index.unlink()
+    assert not DCSSDAE.from_pretrained(folder, variant="fp16").training

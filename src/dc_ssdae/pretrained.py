@@ -323,6 +323,8 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if index.is_file():
             check_tensors(shard_files(index), expected)
             return
+        if variant is not None:
+            _refuse_old_index(folder, variant)
         single = folder / f"{WEIGHTS}{suffix}.safetensors"
         pickles = [file for file in sorted(folder.glob("*")) if file.suffix in PICKLE_SUFFIXES]
         if pickles and not single.is_file():
@@ -360,6 +362,18 @@ def build_on_meta(kind: type[T], config: Mapping[str, Any], classes: Iterable[ty
         raise InputError(f"a model of these settings cannot be built: {str(error).splitlines()[0]}") from error
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
     return nn.Module.to(model, "meta")
+
+
+def _refuse_old_index(folder: Path, variant: str) -> None:
+    """Refuse an index of shards where diffusers looks for one before it looks for the weights.
+
+    It puts the variant behind the second dot of the whole path, or the third, wherever those are.
+    """
+    pieces = (folder / f"{WEIGHTS}.safetensors.index.json").as_posix().split(".")
+    for place in (2, 3):
+        index = Path(".".join([*pieces[:place], variant, *pieces[place:]]))
+        if index.is_file():
+            raise InputError(f"{index} is an index under a name that only older versions wrote; move it away")
 
 
 def _restore_buffers(model: nn.Module, folder: str | Path) -> None:

@@ -1,13 +1,20 @@
 """A share of the work for each of several processes, and putting together what they found."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dc_ssdae.errors import InputError, ToldElsewhere
+
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: they may have hours more to do, where PyTorch gives up after 10 minutes."""
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -42,7 +49,7 @@ class Processes:
             return cls(device=device)
         from accelerate import PartialState
 
-        state = PartialState(cpu=device.type != "cuda")
+        state = PartialState(cpu=device.type != "cuda", timeout=PATIENCE)
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
@@ -66,3 +73,22 @@ class Processes:
         values: list[T | None] = [None] * self.count
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something in every process; what fails in one of them ends it in all, and the main one tells it.
+
+        Raises:
+            InputError: what was the matter, in the first process that failed.
+            OSError: the same, where there is one process alone.
+        """
+        if self.count == 1:
+            return work()
+        result, failure = None, None
+        try:
+            result = work()
+        except (InputError, OSError) as error:
+            failure = " ".join(str(error).split()) or type(error).__name__
+        failures = [text for text in self.gather(failure) if text is not None]
+        if failures:
+            raise InputError(failures[0]) if self.is_main else ToldElsewhere(failures[0])
+        return result  # type: ignore[return-value]  # it is there, or there was a failure

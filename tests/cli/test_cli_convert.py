@@ -1,5 +1,6 @@
 """`dc-ssdae convert`: other people's checkpoints become models of this package."""
 
+import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -108,6 +109,7 @@ def published(tmp_path: Path) -> Path:
         up_block_types=4 * ("UpDecoderBlock2D",),
         norm_num_groups=4,
         scaling_factor=0.5,
+        force_upcast=False,
         shift_factor=0.25,
         latents_mean=(0.1, 0.2, 0.3, 0.4),
         latents_std=(1.0, 2.0, 3.0, 4.0),
@@ -184,4 +186,16 @@ def test_what_is_no_published_encoder_is_one_line_and_writes_nothing(
     assert "unknown class of dynamics 'Flow'" in message(published, "--dynamics", "Flow")
     assert "'-1' is not a whole number" in message(published, "--seed", "-1")
     (published / WEIGHTS).rename(published / "diffusion_pytorch_model.bin")
-    assert "a pickle can run code" in message(published)
+    assert "diffusion_pytorch_model.bin is a pickle file, which could run code" in message(published)
+
+
+def test_a_published_encoder_that_is_unsafe_in_float16_is_said_to_be(
+    run: Callable, published: Path, tmp_path: Path
+) -> None:
+    path = published / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "force_upcast": True}))
+    outcome = run("convert", "diffusers", published, "--out", tmp_path / "out", "--decoder-size", "XS")
+    assert outcome.code == 0
+    assert outcome.out[2].startswith("its authors mark it as unsafe in float16 ")
+    assert outcome.out[2].endswith(": encode in bfloat16 or float32")
+    assert outcome.out[3].startswith("the decoder is untrained")

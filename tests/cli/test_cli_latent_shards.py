@@ -15,6 +15,7 @@ from dc_ssdae import DCSSDAE
 from dc_ssdae.data.images import read_image, to_model_range
 from dc_ssdae.data.latents import LatentDataset
 from dc_ssdae.data.transforms import center_crop, resize_shorter_side
+from dc_ssdae.provenance import name_of_path
 
 
 @pytest.fixture
@@ -97,6 +98,12 @@ def test_images_that_a_yaml_names(run: Callable, words: list, photos: Path, tmp_
         ("data: {}", "either data.root or data.dataset must name"),
         ("data: [", "config.yaml"),
         (f"data: {{root: '{tmp_path}'}}", "lies in the source"),
+        ("data: {root: 5}", f"data.root in {path} is 5; it must be of type str | None"),
+        ("data: {root: [1]}", "data.root in"),
+        (f"data: {{root: '{photos}', cache: 3}}", "data.cache in"),
+        ("data: {dataset: 7}", "data.dataset in"),
+        ("data: {dataset: {1: 2}}", "data.dataset in"),
+        (f"data: {{root: '{photos}', validation: true}}", "data.validation in"),
     ):
         path.write_text(text)
         outcome = run("latents", path, tmp_path / "new", *words[3:])
@@ -125,6 +132,9 @@ def test_another_model_is_refused(run: Callable, words: list, model_dir: Path, t
     assert run(*words).code == 0
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
+    manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_bytes())
+    assert manifest["model"]["name"] == name_of_path(model_dir)
+    assert str(tmp_path) not in json.dumps(manifest)
     again = run(*words, "--model", other)  # the same by another name
     assert again.code == 0
     model = DCSSDAE.from_pretrained(other)
@@ -134,7 +144,7 @@ def test_another_model_is_refused(run: Callable, words: list, model_dir: Path, t
     refused = run(*words, "--model", other)
     assert refused.code == 2
     assert refused.err == [
-        f"dc-ssdae latents: '{tmp_path / 'out' / 'train'}' was encoded with another model than {other}; "
+        f"dc-ssdae latents: '{tmp_path / 'out' / 'train'}' was encoded with another model than other; "
         "choose another destination"
     ]
 

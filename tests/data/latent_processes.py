@@ -11,7 +11,6 @@ import torch.multiprocessing as mp
 from latent_samples import SETTINGS, encoded_photos, pooled, pooling, write_photos
 from torch import Tensor
 
-from dc_ssdae.data.encode_latents import together
 from dc_ssdae.data.latent_shard import LatentSettings
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.processes import Processes
@@ -43,7 +42,7 @@ def scenario(folder: Path, processes: Processes) -> dict[str, Any]:
     )
     attempt("all fail", lambda: encoded_photos(folder / "photos", folder / "odd", LatentSettings(12), **options))
     attempt("main fails", lambda: encoded_photos(folder / "photos", folder / "photos", **options))
-    together(processes, lambda: lines.clear())
+    processes.together(lambda: lines.clear())
     encoded_photos(folder / "photos", folder / "few", replace(SETTINGS, shard_size=8), **options)
     found["few"] = [line for line in lines if "busy" in line]
     return found

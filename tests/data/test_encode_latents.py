@@ -22,18 +22,16 @@ from safetensors.torch import load_file
 from tiny_models import tiny
 from torch import Tensor
 
-from dc_ssdae.data.encode_latents import together
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import read_image, to_model_range
-from dc_ssdae.data.latent_manifest import Store, tensor_names
+from dc_ssdae.data.latent_manifest import ModelScaling, Store, tensor_names
 from dc_ssdae.data.latent_shard import LatentEncoder, LatentSettings, encoder_sha256, noise_generator
 from dc_ssdae.data.latents import LatentDataset
 from dc_ssdae.data.loader import ReadingFailed
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.transforms import center_crop, resize_shorter_side
-from dc_ssdae.errors import InputError, ToldElsewhere
+from dc_ssdae.errors import InputError
 from dc_ssdae.latent import DiagonalGaussian
-from dc_ssdae.processes import Processes
 
 
 @pytest.fixture
@@ -162,7 +160,16 @@ def test_the_manifest_says_what_is_there(photos: Path, tmp_path: Path) -> None:
     assert {shard["name"]: shard["sha256"] for shard in manifest["shards"]}.items() <= found.items()
     assert [shard["images"] for shard in manifest["shards"]] == [3, 2, 2]
     assert (manifest["images"], manifest["classes"], manifest["unlabelled"]) == (7, ["bird", "cat"], 0)
-    assert manifest["model"] == {"name": "pooling", "sha256": "00", "downsample_factor": 8, "latent_channels": 3}
+    assert manifest["model"] == {
+        "name": "pooling",
+        "sha256": "00",
+        "downsample_factor": 8,
+        "latent_channels": 3,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+        "latents_mean": None,
+        "latents_std": None,
+    }
     assert manifest["latent_shape"] == [3, 2, 2]
     [entry] = manifest["broken"]
     assert entry["name"] == str(photos / "bird" / "image_1.png")
@@ -326,6 +333,52 @@ def test_killed_it_goes_on_with_the_shards_that_are_missing(
     assert [line.partition(" is ")[2] for line in lines] == ["finished already; nothing to do"]
 
 
+def test_other_numbers_of_the_model_refuse_nothing_and_those_at_the_end_are_kept(photos: Path, tmp_path: Path) -> None:
+    """`dc-ssdae stats` may write the model's config.json between an interruption and going on, or later."""
+
+    def failing(pixels: Tensor) -> DiagonalGaussian:
+        if done:
+            raise InputError("enough")
+        done.extend(tmp_path.glob("out/000000.safetensors"))
+        return pooled(pixels)
+
+    done: list[Path] = []
+    with pytest.raises(InputError, match="enough"):
+        encoded_photos(photos, tmp_path / "out", encoder=pooling(encode=failing))
+    assert len(done) == 1
+    scaling = ModelScaling(0.5, 0.25, [0.0, 0.1, 0.2], [1.0, 2.0, 0.0])
+    encoded_photos(photos, tmp_path / "out", encoder=pooling(scaling=scaling))
+    assert asdict(scaling).items() <= manifest_of(tmp_path / "out")["model"].items()
+    assert LatentDataset(tmp_path / "out").manifest.scaling == scaling
+    before = digests(tmp_path / "out")
+    assert asdict(scaling).keys().isdisjoint(manifest_of(tmp_path / "out")["settings"])
+    finished = "is finished already; nothing to do"
+    for now, told in ((scaling, finished), (replace(scaling, shift_factor=0.0), "which is another now")):
+        _, [line] = encoded_photos(photos, tmp_path / "out", encoder=pooling(scaling=now))
+        assert finished in line
+        assert line.endswith(told)
+        assert digests(tmp_path / "out") == before
+
+
+def test_a_failure_leaves_no_lock_behind_and_two_do_not_both_enter(photos: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "out", []
+
+    def failing(pixels: Tensor) -> DiagonalGaussian:
+        if (out / ".latents.lock").exists():
+            refused.append(refusal(photos, out))
+            assert (out / ".latents.lock").exists()  # of the one that is at work
+            raise InputError("enough")
+        return pooled(pixels)
+
+    assert refusal(photos, out, encoder=pooling(encode=failing)) == "enough"
+    assert refused == [f"another dc-ssdae latents is writing to {str(out)!r}"]
+    assert sorted(path.name for path in out.iterdir()) == [".latents"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    assert "choose an empty folder" in refusal(photos, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
 def test_several_processes_write_the_same_bytes_and_fail_together(made_once: Any, tmp_path: Path) -> None:
     folder = made_once("latents-processes", fill)
     [part], [line] = encoded_photos(folder / "photos", tmp_path / "out", replace(SETTINGS, store="sample"))
@@ -343,13 +396,6 @@ def test_several_processes_write_the_same_bytes_and_fail_together(made_once: Any
         assert [record[name] for record in records] == [f"InputError: {told}", f"ToldElsewhere: {told}"], name
     assert not (folder / "nan" / "manifest.json").exists()
     assert records[0]["few"] == ["1 shards keep no more than as many processes busy; smaller shards would keep more"]
-
-
-def test_alone_an_error_stays_what_it_is() -> None:
-    with pytest.raises(ZeroDivisionError):
-        together(Processes(), lambda: 1 / 0)
-    assert issubclass(ToldElsewhere, InputError)
-    assert together(Processes(), lambda: 3) == 3
 
 
 # --- what is refused ---

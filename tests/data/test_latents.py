@@ -15,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latent_samples import SETTINGS, constant, encoded_photos, pooling, write_photos
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dc_ssdae import DCSSDAE
 from dc_ssdae.data import latents as latents_module
 from dc_ssdae.data.latent_manifest import LatentManifest
+from dc_ssdae.data.latent_shard import LatentEncoder
 from dc_ssdae.data.latents import Latent, LatentDataset
 from dc_ssdae.errors import InputError
 
@@ -105,6 +108,35 @@ def test_writing_into_a_latent_changes_nothing(folder: Path) -> None:
     dataset[0].latent.zero_()
     dataset.stored(0).latent.zero_()
     assert torch.equal(dataset[0].latent, before)
+
+
+def pipeline_decode(vae: DCSSDAE, z: torch.Tensor, shifts: bool) -> torch.Tensor:
+    """As pipelines end: diffusers' DiT, Sana and Stable Diffusion do not shift, Stable Diffusion 3 and Flux do."""
+    z = z / vae.config.scaling_factor
+    return vae.decode(z + vae.config.shift_factor if shifts else z, num_steps=1).sample
+
+
+@pytest.mark.parametrize("normalise", ["scaling", "shift_and_scaling", "global"])
+def test_what_a_network_learns_is_what_the_pipeline_decodes(tmp_path: Path, normalise: Any) -> None:
+    vae = tiny(scaling_factor=0.13025, shift_factor=-0.6)
+    encoder = LatentEncoder.of(vae, "tiny")
+    encoded_photos(write_photos(tmp_path / "photos"), tmp_path / "out", replace(SETTINGS, flip=False), encoder)
+    dataset = LatentDataset(tmp_path / "out", normalise=normalise)
+    if normalise == "global":
+        vae.register_to_config(**dataset.statistics.settings())
+    shifts = normalise != "scaling"
+    shift, scale = vae.config.shift_factor if shifts else 0.0, vae.config.scaling_factor
+    for index in range(7):
+        stored, z = dataset.stored(index).latent, dataset[index].latent
+        torch.testing.assert_close(z, (stored - shift) * scale, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(dataset.denormalise(z), stored, atol=1e-6, rtol=1e-5)
+    expected = vae.decode(stored[None], num_steps=1).sample
+    for image in (
+        vae.decode(dataset.denormalise(z)[None], num_steps=1).sample,
+        pipeline_decode(vae, z[None], shifts),
+    ):
+        torch.testing.assert_close(image, expected, atol=1e-4, rtol=1e-4)
+    assert (pipeline_decode(vae, z[None], not shifts) - expected).abs().max() > 1e-3  # of the other kind
 
 
 @pytest.mark.parametrize("normalise", ["channels", "global"])
@@ -240,6 +272,28 @@ def test_folders_without_latents(folder: Path, tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "dc-ssdae latents", "version": 2}')
     assert "is of version 2; this dc-ssdae reads 1" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"scaling_factor": 0.0}, "cannot be scaled"),
+        ({"scaling_factor": None}, "scaling_factor is None; it must be of type float"),
+        ({"shift_factor": float("inf")}, "cannot be scaled"),
+        ({"latents_std": [1.0, 1.0, -1.0]}, "cannot be scaled"),
+        ({"latents_mean": [1.0]}, "latents_mean has 1 numbers, not 3"),
+        ({"latents_mean": "abc"}, "latents_mean is 'abc'"),
+    ],
+)
+def test_numbers_of_the_model_that_cannot_be(copied: Path, changed: dict[str, Any], told: str) -> None:
+    manifest = json.loads((copied / "manifest.json").read_bytes())
+    manifest["model"] |= changed
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    assert told in refusal(copied)
+    assert "is damaged: " in refusal(copied)
+    del manifest["model"][next(iter(changed))]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    assert f"is damaged: '{next(iter(changed))}'" in refusal(copied)
 
 
 def test_shards_that_are_missing_or_damaged(copied: Path) -> None:

@@ -594,8 +594,26 @@ class TestDiffusers:
         assert opened(text).remarks == []
         (tmp_path / WEIGHTS).unlink()
         told = refusal(lambda: opened(text))
-        assert told.startswith(f"diffusers:{tmp_path}: its weights are in diffusion_pytorch_model.bin; a pickle")
-        assert "torch.load(FILE, weights_only=True)" in told
+        assert told.startswith(f"{tmp_path / 'diffusion_pytorch_model.bin'} is a pickle file, which could run code")
+        assert str(tmp_path / WEIGHTS) in told
+
+    def test_an_index_that_names_a_pickle_is_refused(
+        self, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = rewrite(saved, tmp_path)
+        state = load_file(tmp_path / WEIGHTS)
+        torch.save(state, tmp_path / "w.bin")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(state, "w.bin")}
+        (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+        monkeypatch.setattr(torch, "load", lambda *given, **more: pytest.fail("unpickled"))
+        assert "w.bin is a pickle file" in refusal(lambda: opened(text))
+        (tmp_path / "w.bin").unlink()
+        (tmp_path / WEIGHTS).unlink()
+        assert "w.bin" in refusal(lambda: opened(text))
+
+    def test_what_is_loaded_is_called_by_its_folder(self, saved: Path) -> None:
+        folder = str(saved / "AutoencoderKL")
+        assert opened(f"diffusers:{folder}").module().config["_name_or_path"] == folder
 
     def test_missing_tensors_are_refused(self, saved: Path, tmp_path: Path) -> None:
         state = load_file(saved / "AutoencoderKL" / WEIGHTS)

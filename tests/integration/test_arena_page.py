@@ -46,7 +46,7 @@ def arena(photos: Path, made_once: Any) -> Path:
 
     def compare(out: Path) -> None:
         binaries = Path(sys.executable).parent
-        environment = {**os.environ, "STEPS": "5", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+        environment = {**os.environ, "STEPS": "5", "LIMIT": "12", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
         environment.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # workers share the machine
         environment.pop("DC_SSDAE_WEIGHTS", None)
         command = ["bash", str(REPOSITORY / "examples/arena.sh"), str(photos), str(out)]
@@ -98,7 +98,7 @@ def test_every_model_has_its_row(arena: Path) -> None:
         assert ("random weights" in row["remarks"]) == label.startswith("Autoencoder")
         for name in table["columns"]:
             assert name == "model" or row[name]["value"] is not None or row[name]["reason"]
-    assert table["protocol"]["images"] == 30
+    assert table["protocol"]["images"] == 12
     assert rows["AutoencoderDC"]["latent_shape"]["value"] == [32, 4, 4]
     assert rows["AutoencoderDC"]["tokens"]["value"] == 16
     assert rows["AutoencoderKL"]["compression"]["value"] == 48

@@ -1,7 +1,10 @@
 """Published encoders of diffusers: settings from configs, tensors from weights, parity, and what is refused."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +23,7 @@ from dc_ssdae.cli.main import main
 from dc_ssdae.components import COMPONENTS
 from dc_ssdae.interop.diffusers_encoders import (
     CLASSES,
+    UNSAFE_IN_FLOAT16,
     convert_diffusers,
     convert_tensors,
     diffusers_names,
@@ -446,14 +450,103 @@ class Bomb:
         return Path.touch, (self.target,)
 
 
+@pytest.fixture
+def no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever unpickles is told on, whether or not the pickle would do any harm."""
+
+    def unpickle(*given: object, **more: object) -> None:
+        pytest.fail(f"torch.load{given}")
+
+    monkeypatch.setattr(torch, "load", unpickle)
+
+
+@pytest.mark.usefixtures("no_pickles")
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "model.ckpt"])
 def test_a_pickle_is_never_loaded(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / WEIGHTS).unlink()
     torch.save(Bomb(tmp_path / "exploded"), folder / name)
     told = refusal(lambda: convert(folder))
-    assert told.startswith(f"{folder}: its weights are in {name}; a pickle can run code")
-    assert "safetensors.torch.save_file(torch.load(FILE, weights_only=True)" in told
+    assert told.startswith(f"{folder / name} is a pickle file, which could run code when loaded; convert it: python -c")
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "model.ckpt"])
+def test_the_command_that_is_told_converts_a_pickle(folder: Path, name: str) -> None:
+    expected = convert(folder).encoder.state_dict()
+    torch.save(load_file(folder / WEIGHTS), folder / name)
+    (folder / WEIGHTS).unlink()
+    words = shlex.split(refusal(lambda: convert(folder)).partition("convert it: ")[2])
+    subprocess.run([sys.executable, *words[1:]], check=True)
+    found = convert(folder).encoder.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+VARIANTS: list[tuple[str | None, str]] = [
+    (None, f"{WEIGHTS}.index.json"),
+    ("fp16", f"{WEIGHTS}.index.fp16.json"),
+    ("fp16", f"{WEIGHTS}.fp16.index.json"),
+]
+"""Each with the name of its index; diffusers once wrote the last."""
+
+
+def with_pickled_shards(folder: Path, index: str, shard: str) -> None:
+    """An index of safetensors, in name, whose tensors are in a pickle that diffusers would load; and safetensors."""
+    state = load_file(folder / WEIGHTS)
+    torch.save(state, folder / shard)
+    save_file({"x": torch.zeros(1)}, folder / "a.safetensors")
+    (folder / WEIGHTS).unlink()
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, shard)}))
+
+
+@pytest.mark.usefixtures("no_pickles")
+@pytest.mark.parametrize(("variant", "index"), VARIANTS)
+@pytest.mark.parametrize("shard", ["w.bin", "w", "w.safetensors.pt", "w.SAFETENSORS", "w.gguf"])
+def test_an_index_that_names_a_pickle_is_refused(folder: Path, variant: str | None, index: str, shard: str) -> None:
+    with_pickled_shards(folder, index, shard)
+    told = refusal(lambda: convert(folder, variant=variant))
+    assert str(folder) in told
+    assert shard in told
+
+
+@pytest.mark.usefixtures("no_pickles")
+def test_an_index_in_a_folder_beside_is_not_looked_at(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers would look for it with the variant behind the second dot of the whole path, wherever that is."""
+    monkeypatch.chdir(tmp_path)
+    meant, beside = Path("a.b.c"), Path("a.b.fp16.c")
+    for copy in (meant, beside):
+        shutil.copytree(saved, copy)
+    with_pickled_shards(beside, f"{WEIGHTS}.index.json", "w.bin")
+    shutil.copy(beside / "w.bin", meant)
+    (meant / WEIGHTS).rename(meant / "diffusion_pytorch_model.fp16.safetensors")
+    convert(meant, variant="fp16")
+
+
+@pytest.mark.usefixtures("no_pickles")
+@pytest.mark.parametrize(("variant", "index"), VARIANTS)
+def test_shards_are_loaded_by_their_index(folder: Path, variant: str | None, index: str) -> None:
+    expected = convert(folder).encoder.state_dict()
+    state = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    shards = {name: f"some-{number % 2}.safetensors" for number, name in enumerate(state)}
+    for shard in set(shards.values()):
+        save_file({name: state[name] for name in state if shards[name] == shard}, folder / shard, {"format": "pt"})
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    found = convert(folder, variant=variant).encoder.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    (folder / "some-1.safetensors").unlink()
+    told = refusal(lambda: convert(folder, variant=variant))
+    assert told == f"{folder}: {index} names 'some-1.safetensors', which is missing"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"x": "../w.safetensors"}}', '{"weight_map": {"x": 3}}'],
+)
+def test_a_damaged_index_is_one_line(folder: Path, text: str) -> None:
+    (folder / f"{WEIGHTS}.index.json").write_text(text)
+    assert refusal(lambda: convert(folder)).startswith(str(folder / f"{WEIGHTS}.index.json"))
 
 
 def test_a_pickle_beside_safetensors_is_passed_over(folder: Path, tmp_path: Path) -> None:
@@ -479,7 +572,10 @@ def test_a_pipeline_a_subfolder_and_a_variant(saved: Path, tmp_path: Path) -> No
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=1e-3)
     assert "there is no config.json, in nowhere/" in refusal(lambda: convert(pipeline, subfolder="nowhere"))
-    assert "fp16" in refusal(lambda: convert(saved, variant="fp16"))
+    name = "diffusion_pytorch_model.fp16.safetensors"
+    assert refusal(lambda: convert(saved, variant="fp16")) == f"{saved}: there is no {name}"
+    half = pipeline / "half"
+    assert refusal(lambda: convert(half)) == f"{half}: there is no {WEIGHTS}; there is the variant 'fp16'"
 
 
 def test_names_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,27 +589,97 @@ def test_names_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "there is no config.json" in refusal(lambda: convert(tmp_path))
 
 
-@pytest.mark.parametrize(("where", "weights"), [("", WEIGHTS), ("vae", WEIGHTS), ("", "diffusion_pytorch_model.bin")])
-def test_a_model_of_the_hub(
-    saved: Path, tmp_path: Path, where: str, weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From the folder in which huggingface_hub keeps what it has downloaded."""
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which huggingface_hub keeps what it has downloaded of owner/name; the hub is out of reach."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     commit = 40 * "a"
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / commit / where
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (tmp_path / "models--owner--name" / "refs").mkdir()
     (tmp_path / "models--owner--name" / "refs" / "main").write_text(commit)
-    shutil.copy(saved / "config.json", snapshot)
-    shutil.copy(saved / WEIGHTS, snapshot / weights)
-    if weights == WEIGHTS:
-        expected = convert(saved).state_dict()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in convert("owner/name").state_dict().items())
+    return snapshot
+
+
+@pytest.mark.usefixtures("no_pickles")
+@pytest.mark.parametrize("where", ["", "vae"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_model_of_the_hub(saved: Path, snapshot: Path, where: str, variant: str | None) -> None:
+    shutil.copytree(saved, snapshot / where, dirs_exist_ok=True)
+    if variant:
+        (snapshot / where / WEIGHTS).rename(snapshot / where / f"diffusion_pytorch_model.{variant}.safetensors")
+    expected = convert(saved).state_dict()
+    found = convert("owner/name", variant=variant).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.usefixtures("no_pickles")
+@pytest.mark.parametrize("where", ["", "vae"])
+@pytest.mark.parametrize(("variant", "index"), VARIANTS)
+def test_an_index_on_the_hub_that_names_a_pickle_is_refused(
+    saved: Path, snapshot: Path, where: str, variant: str | None, index: str
+) -> None:
+    shutil.copytree(saved, snapshot / where, dirs_exist_ok=True)
+    with_pickled_shards(snapshot / where, index, "w.bin")
+    told = refusal(lambda: convert("owner/name", variant=variant))
+    assert told == f"owner/name: {index} is no index of safetensors that lie beside it"
+
+
+@pytest.mark.usefixtures("no_pickles")
+@pytest.mark.parametrize("where", ["", "vae"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_model_of_the_hub_that_is_a_pickle_alone(
+    saved: Path, snapshot: Path, where: str, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which no pickle is fetched: the hub's list of files tells, or what diffusers has kept."""
+    (snapshot / where).mkdir(exist_ok=True)
+    shutil.copy(saved / "config.json", snapshot / where)
+    name = "diffusion_pytorch_model.bin"
+    if listed:
+        files = ["README.md", "unet/a.safetensors", str(Path(where, name)), str(Path(where, "config.json"))]
+        monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository: files)
     else:
-        told = refusal(lambda: convert("owner/name"))
-        assert told.startswith("owner/name cannot be loaded as AutoencoderKL: ")
-        assert "turn it into safetensors" in told
+        torch.save(load_file(saved / WEIGHTS), snapshot / where / name)
+    told = refusal(lambda: convert("owner/name"))
+    assert told.startswith(f"owner/name: its weights are a pickle alone, {name}, which could run code when loaded;")
+    assert "hf download owner/name --local-dir name, and name that folder" in told
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_model_of_the_hub_without_weights(
+    saved: Path, snapshot: Path, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(saved / "config.json", snapshot)
+    if listed:
+        files = ["config.json", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16.bin"]
+        monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository: files)
+        (snapshot / "diffusion_pytorch_model.fp16.bin").touch()  # which something else has fetched
+    told = refusal(lambda: convert("owner/name"))
+    where = "on the hub" if listed else "in what was kept from the hub, which is out of reach"
+    assert told == f"owner/name: there is no {WEIGHTS} {where}"
+
+
+def test_what_the_hub_refuses_is_one_line(saved: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(saved / "config.json", snapshot)
+
+    def refuse(*given: object, **more: object) -> None:
+        raise OSError("403\nforbidden.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert refusal(lambda: convert("owner/name")) == "owner/name: its weights are not to be had: 403 forbidden"
+
+
+@pytest.mark.parametrize(("stated", "remarked"), [(True, True), (False, False), (None, False)])
+def test_what_is_unsafe_in_float16_is_remarked_where_it_is_stated(
+    folder: Path, stated: bool | None, remarked: bool
+) -> None:
+    path = folder / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != "force_upcast"}
+    path.write_text(json.dumps(config if stated is None else {**config, "force_upcast": stated}))
+    remarks: list[str] = []
+    convert(folder, remark=remarks.append)
+    assert remarks == ([UNSAFE_IN_FLOAT16] if remarked else [])
 
 
 def test_the_decoder_follows_from_the_seed(saved: Path) -> None:

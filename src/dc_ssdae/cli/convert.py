@@ -103,7 +103,10 @@ def _convert_diffusers(args: Namespace) -> None:
     from dc_ssdae.interop.diffusers_encoders import convert_diffusers
     from dc_ssdae.presets import dump_yaml
 
-    model = convert_diffusers(args.source, args.decoder_size, args.dynamics, args.seed, args.subfolder, args.variant)
+    remarks: list[str] = []
+    model = convert_diffusers(
+        args.source, args.decoder_size, args.dynamics, args.seed, args.subfolder, args.variant, remarks.append
+    )
     torch.nn.Module.to(model, getattr(torch, args.dtype)).save_pretrained(args.out)
     config = model.config
     parts = {part: config[part] for part in COMPONENTS}
@@ -119,5 +122,7 @@ def _convert_diffusers(args: Namespace) -> None:
     kind = f"f{config.downsample_factor}c{config.latent_channels} {config.encoder['class_path']}"
     say(f"{args.source}: {kind}, {parameters:,} parameters -> {args.out}")
     say(f"as published: scaling_factor {config.scaling_factor:g}, shift_factor {config.shift_factor:g}")
+    for remark in remarks:
+        say(remark)
     command = shlex.join(["--config", str(args.out / TRAINING_FILE), "--training.init_from", str(args.out)])
     say(f"the decoder is untrained: train it with dc-ssdae train {command} --data.root PHOTOS")

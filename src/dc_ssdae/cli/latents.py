@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dc_ssdae.cli.common import DTYPES, add_model_options, complain, describe, load_model, say, select_device
 from dc_ssdae.cli.pack import share
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
-from dc_ssdae.errors import InputError, ToldElsewhere
+from dc_ssdae.errors import InputError, ToldElsewhere, check_type
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from dc_ssdae.processes import Processes
 
 _YAML_SUFFIXES = (".yaml", ".yml")
+
+_DATA_TYPES = {
+    "root": str | None,
+    "dataset": dict[str, Any] | None,
+    "validation": str | dict[str, Any] | None,
+    "cache": str | None,
+}
 
 
 def build_parser() -> CommandParser:
@@ -111,7 +118,7 @@ def _run(args: Namespace) -> int:
     if args.seed is not None and args.store != "sample":
         raise InputError(f"--seed is for --store sample; {args.store} is not random")
     device = select_device(args.device)
-    from dc_ssdae.data.encode_latents import encode_latents, together
+    from dc_ssdae.data.encode_latents import encode_latents
     from dc_ssdae.data.latent_shard import LatentEncoder, LatentSettings
     from dc_ssdae.data.loader import default_workers
     from dc_ssdae.processes import Processes
@@ -122,12 +129,12 @@ def _run(args: Namespace) -> int:
     settings = LatentSettings(
         args.size, args.store, args.flip, args.seed or 0, args.store_dtype or args.dtype, args.shard_size
     )
-    parts = together(processes, lambda: _open_parts(args.data, args.out, args.cache))
+    parts = processes.together(lambda: _open_parts(args.data, args.out, args.cache))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     done = encode_latents(
         parts,
         args.out,
-        LatentEncoder.of(_load(args, processes), args.model),
+        LatentEncoder.of(_load(args, processes), _model_name(args.model)),
         settings,
         only=args.split,
         limit=args.images,
@@ -147,10 +154,15 @@ def _run(args: Namespace) -> int:
 
 def _load(args: Namespace, processes: "Processes") -> "DCSSDAE":
     """The model; what is to be downloaded, the main process downloads, and the others find."""
-    from dc_ssdae.data.encode_latents import together
+    first = processes.together(lambda: load_model(args) if processes.is_main else None)
+    return processes.together(lambda: first or load_model(args))
 
-    first = together(processes, lambda: load_model(args) if processes.is_main else None)
-    return together(processes, lambda: first or load_model(args))
+
+def _model_name(model: str) -> str:
+    """What to call the model where others read it: no local path."""
+    from dc_ssdae.provenance import name_of_path
+
+    return (name_of_path(model) or "model") if Path(model).is_dir() else model
 
 
 def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSource]":
@@ -168,11 +180,13 @@ def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSour
     section: Any = read_yaml(Path(data)).get("data")
     if not isinstance(section, dict):
         raise InputError(f"{data} has no section data; it names images by root or dataset, as a run's config.yaml does")
-    named = {name: section.get(name) for name in ("root", "dataset", "validation")}
-    if isinstance(named["root"], str):
+    named = {name: section.get(name) for name in _DATA_TYPES}
+    for name, hint in _DATA_TYPES.items():
+        check_type(f"data.{name} in {data}", named[name], hint)
+    if named["root"] is not None:
         check_places(named["root"], out)
     with importing_from(Path.cwd()):
-        sources = open_sources(named["root"], named["dataset"], named["validation"], cache or section.get("cache"))
+        sources = open_sources(named["root"], named["dataset"], named["validation"], cache or named["cache"])
     if sources.validation is None:
         return {"": sources.train}
     return {"train": sources.train, "validation": sources.validation}

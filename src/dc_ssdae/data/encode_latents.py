@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +27,9 @@ from dc_ssdae.data.latent_shard import (
 from dc_ssdae.data.loader import ValidationImages, in_one_line, leave_signals_to_the_parent
 from dc_ssdae.data.resumable import check_broken
 from dc_ssdae.data.sources import ImageSource, read_labelled
-from dc_ssdae.errors import InputError, ToldElsewhere
+from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentMoments
 from dc_ssdae.processes import Processes
-
-T = TypeVar("T")
 
 _STOP_FILE = "stop"
 _OTHER_IMAGES = "was encoded from other images than are in the source now"
@@ -151,7 +149,7 @@ def encode_latents(
     """
     processes = processes or Processes()
     target = Path(destination)
-    jobs = together(processes, lambda: _plan(parts, only, target, encoder, settings, limit))
+    jobs = processes.together(lambda: _plan(parts, only, target, encoder, settings, limit))
 
     def begin() -> dict[str, dict[str, Any] | None]:
         if not processes.is_main:
@@ -168,37 +166,24 @@ def encode_latents(
         return manifests
 
     with contextlib.ExitStack() as locked:
-        finished = processes.gather(together(processes, begin))[0]
+        finished = processes.gather(processes.together(begin))[0]
         done = []
         for name, job in jobs.items():
             manifest = finished[name]
             if manifest is None:
                 manifest = _encode_part(name, job, batch_size, workers, processes, max_broken_share, report)
             elif processes.is_main:
-                report(f"{str(job.folder)!r} is finished already; nothing to do")
+                report(f"{str(job.folder)!r} is finished already; nothing to do{_other_numbers(manifest, encoder)}")
             counts = (manifest["images"], len(manifest["shards"]), manifest["unlabelled"], len(manifest["broken"]))
             done.append(EncodedPart(name, job.folder, *counts))
         return done
 
 
-def together(processes: Processes, work: Callable[[], T]) -> T:
-    """Do something in every process; what fails in one of them ends it in all, and the main one tells it.
-
-    Raises:
-        InputError: what was the matter, in the first process that failed.
-        OSError: the same, where there is one process alone.
-    """
-    if processes.count == 1:
-        return work()
-    result, failure = None, None
-    try:
-        result = work()
-    except (InputError, OSError) as error:
-        failure = " ".join(str(error).split()) or type(error).__name__
-    failures = [text for text in processes.gather(failure) if text is not None]
-    if failures:
-        raise InputError(failures[0]) if processes.is_main else ToldElsewhere(failures[0])
-    return result  # type: ignore[return-value]  # it is there, or there was a failure
+def _other_numbers(manifest: Mapping[str, Any], encoder: LatentEncoder) -> str:
+    """Say it where a manifest holds other numbers than the model has now."""
+    found, numbers = manifest.get("model"), asdict(encoder.scaling)
+    same = isinstance(found, dict) and all(found.get(name) == value for name, value in numbers.items())
+    return "" if same else "; its manifest.json keeps the scaling that the model had then, which is another now"
 
 
 def _plan(
@@ -236,19 +221,19 @@ def _encode_part(
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the shards that are still missing, share by share; gives the manifest."""
-    found = together(
-        processes, lambda: [number for number in range(job.shards) if read_latent_report(job.folder, number)]
+    found = processes.together(
+        lambda: [number for number in range(job.shards) if read_latent_report(job.folder, number)]
     )
     missing = sorted(set(range(job.shards)) - set(processes.gather(found)[0]))
     if processes.is_main and 0 < len(missing) < processes.count:
         report(f"{len(missing)} shards keep no more than as many processes busy; smaller shards would keep more")
     own = missing[processes.index :: processes.count]
-    together(processes, lambda: _encode_share(name, job, own, batch_size, workers, processes, max_broken_share, report))
+    processes.together(lambda: _encode_share(name, job, own, batch_size, workers, processes, max_broken_share, report))
 
     def finish() -> dict[str, Any]:
         return _finish(job, max_broken_share) if processes.is_main else {}
 
-    return processes.gather(together(processes, finish))[0]
+    return processes.gather(processes.together(finish))[0]
 
 
 def _encode_share(
@@ -366,6 +351,7 @@ def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:
             "sha256": encoder.sha256,
             "downsample_factor": encoder.downsample_factor,
             "latent_channels": encoder.latent_channels,
+            **asdict(encoder.scaling),
         },
         "written_with": {name: importlib.metadata.version(name) for name in ("dc-ssdae", "torch", "torchvision")},
         "latent_shape": list(job.shape),

@@ -1,8 +1,9 @@
 """What is in a folder of latents: the names of its tensors, and the manifest that `dc-ssdae latents` writes last."""
 
 import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +37,35 @@ class LatentShardRecord(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ModelScaling:
+    """What the config of a model says of its latents' scaling, which a pipeline around the model undoes.
+
+    Args:
+        scaling_factor: what pipelines divide by; 1 where it was not measured.
+        shift_factor: what some pipelines add after that.
+        latents_mean: of each channel, if known; used by few pipelines.
+        latents_std: of each channel, if known.
+
+    Raises:
+        InputError: a number is not finite, or a scaling factor or a standard deviation is of the wrong sign.
+    """
+
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("scaling_factor", "shift_factor"):
+            check_type(name, getattr(self, name), float)
+        for name in ("latents_mean", "latents_std"):
+            check_type(name, getattr(self, name), list[float] | None)
+        numbers = (self.scaling_factor, self.shift_factor, *(self.latents_mean or ()), *(self.latents_std or ()))
+        if not all(map(math.isfinite, numbers)) or self.scaling_factor <= 0 or min(self.latents_std or [0.0]) < 0:
+            raise InputError(f"the model's latents cannot be scaled by {self}")
+
+
+@dataclass(frozen=True)
 class LatentManifest:
     """What is in a folder of latents.
 
@@ -47,7 +77,8 @@ class LatentManifest:
         shape: (c, h, w) of one latent.
         classes: names of the classes that the labels number; none where they are not known.
         statistics: of all that a reader yields.
-        model: of the encoder: name, sha256, downsample_factor, latent_channels.
+        scaling: what the model's config said of its latents when the folder was finished.
+        model: of the encoder: name, sha256, downsample_factor, latent_channels, and the numbers of `scaling`.
         settings: all of those that the latents were encoded with.
     """
 
@@ -58,6 +89,7 @@ class LatentManifest:
     shape: tuple[int, int, int]
     classes: list[str]
     statistics: LatentStatistics
+    scaling: ModelScaling
     model: dict[str, Any]
     settings: dict[str, Any]
 
@@ -114,10 +146,12 @@ class LatentManifest:
             raise InputError(f"latent_shape is {shape}")
         check_type("statistics", statistics, dict[str, Any])
         mean, std = statistics["latents_mean"], statistics["latents_std"]
+        scaling = ModelScaling(**{field.name: model[field.name] for field in fields(ModelScaling)})
         for name, values in (("latents_mean", mean), ("latents_std", std)):
             check_type(name, values, list[float])
-            if len(values) != shape[0]:
-                raise InputError(f"{name} has {len(values)} numbers, not {shape[0]}")
+            for numbers in (values, getattr(scaling, name)):
+                if numbers is not None and len(numbers) != shape[0]:
+                    raise InputError(f"{name} has {len(numbers)} numbers, not {shape[0]}")
         return cls(
             shards,
             settings["store"],
@@ -126,6 +160,7 @@ class LatentManifest:
             (shape[0], shape[1], shape[2]),
             content["classes"],
             LatentStatistics(mean, std, count),
+            scaling,
             model,
             settings,
         )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -13,7 +13,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dc_ssdae.data.images import to_model_range
-from dc_ssdae.data.latent_manifest import LATENTS_FORMAT, SHARD_SUFFIX, STORED_DTYPES, STORES, Store, tensor_names
+from dc_ssdae.data.latent_manifest import (
+    LATENTS_FORMAT,
+    SHARD_SUFFIX,
+    STORED_DTYPES,
+    STORES,
+    ModelScaling,
+    Store,
+    tensor_names,
+)
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.resumable import ShardCommand, to_json
 from dc_ssdae.data.shard_index import partial_file, write_whole
@@ -72,6 +80,7 @@ class LatentEncoder:
         downsample_factor: f.
         latent_channels: c.
         compute_dtype: what it computes in, "float32" for example.
+        scaling: what its config says of the latents' scaling; nothing stored depends on it.
     """
 
     encode: Callable[[Tensor], DiagonalGaussian]
@@ -80,6 +89,7 @@ class LatentEncoder:
     downsample_factor: int
     latent_channels: int
     compute_dtype: str
+    scaling: ModelScaling = field(default_factory=ModelScaling)
 
     @classmethod
     def of(cls, model: "DCSSDAE", name: str) -> "LatentEncoder":
@@ -95,9 +105,9 @@ class LatentEncoder:
                 return model.encode(to_model_range(pixels.to(model.device))).latent_dist
 
         config, dtype = model.config, str(model.dtype).removeprefix("torch.")
-        return cls(
-            encode, name, encoder_sha256(model), int(config.downsample_factor), int(config.latent_channels), dtype
-        )
+        scaling = ModelScaling(config.scaling_factor, config.shift_factor, config.latents_mean, config.latents_std)
+        factor, channels = int(config.downsample_factor), int(config.latent_channels)
+        return cls(encode, name, encoder_sha256(model), factor, channels, dtype, scaling)
 
     def latent_shape(self, settings: LatentSettings) -> tuple[int, int, int]:
         """The shape (c, h, w) of the latents that it will give, found by encoding a black image.

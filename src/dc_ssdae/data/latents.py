@@ -19,8 +19,8 @@ from dc_ssdae.errors import InputError, check_at_least, check_type, unknown_name
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.randomness import image_generator
 
-Normalisation = Literal["channels", "global"]
-NORMALISATIONS = ("channels", "global")
+Normalisation = Literal["channels", "global", "scaling", "shift_and_scaling"]
+NORMALISATIONS = ("channels", "global", "scaling", "shift_and_scaling")
 
 OPEN_SHARDS = 64
 """Shards that a thread keeps open; each is a mapping of its file into memory, which the system fills and empties."""
@@ -78,8 +78,10 @@ class LatentDataset(Dataset[Latent]):
         folder: that `dc-ssdae latents` wrote, of one part.
         flip: take the mirrored image's latent half of the time; None does so where it is stored.
         sample: sample from the encoder's Gaussian; None does so where mean and standard deviation are stored.
-        normalise: with the statistics in the manifest: "channels" is (z - latents_mean) / latents_std channel by
-            channel, "global" is (z - shift_factor) · scaling_factor; None leaves latents as the encoder gives them.
+        normalise: with the statistics of these latents, "channels" is (z - latents_mean) / latents_std channel by
+            channel, "global" is (z - shift_factor) · scaling_factor; with the numbers of the model's config, which a
+            pipeline undoes, "scaling" is z · scaling_factor, "shift_and_scaling" is (z - shift_factor) ·
+            scaling_factor; None leaves latents as the encoder gives them.
         seed: of mirroring and sampling.
 
     Raises:
@@ -116,7 +118,7 @@ class LatentDataset(Dataset[Latent]):
         self.sample = manifest.store == "mean_std" if sample is None else sample
         self.seed = seed
         self._ends = np.cumsum([shard.images for shard in manifest.shards])
-        self._normalisation = None if normalise is None else _shift_and_scale(manifest.statistics, normalise)
+        self._normalisation = None if normalise is None else _shift_and_scale(manifest, normalise)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._opened = threading.local()
 
@@ -263,8 +265,12 @@ class LatentDataset(Dataset[Latent]):
         self._opened = threading.local()
 
 
-def _shift_and_scale(statistics: LatentStatistics, normalise: Normalisation) -> tuple[Tensor, Tensor]:
+def _shift_and_scale(manifest: LatentManifest, normalise: Normalisation) -> tuple[Tensor, Tensor]:
     """What is subtracted from latents, and what they are then multiplied by, to be normalised: (c, 1, 1) or ()."""
+    statistics, model = manifest.statistics, manifest.scaling
+    if normalise in ("scaling", "shift_and_scaling"):
+        shift = model.shift_factor if normalise == "shift_and_scaling" else 0.0
+        return torch.tensor(float(shift)), torch.tensor(float(model.scaling_factor))
     if normalise == "global":
         return torch.tensor(statistics.shift_factor), torch.tensor(statistics.scaling_factor)
     std = torch.tensor(statistics.std, dtype=torch.float64)

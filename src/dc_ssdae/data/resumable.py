@@ -54,12 +54,19 @@ class ShardCommand:
 
         target.mkdir(parents=True, exist_ok=True)
         path = target / self._lock_file
+        lock = FileLock(path, timeout=0)
         try:
-            with FileLock(path, timeout=0):
-                yield
-                path.unlink(missing_ok=True)
+            lock.acquire()
         except Timeout as error:
             raise InputError(f"another dc-ssdae {self.name} is writing to {str(target)!r}") from error
+        try:
+            yield
+        finally:
+            # While it is held; who has opened the file already gets no lock on what is no longer in the folder.
+            try:
+                path.unlink(missing_ok=True)
+            finally:
+                lock.release()
 
     def begin(
         self, folder: Path, identity: Mapping[str, Any], parts: set[str], differs: Mapping[str, str]

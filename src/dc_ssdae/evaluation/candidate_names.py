@@ -26,8 +26,8 @@ from dc_ssdae.interop.diffusers_models import (
     autoencoder_class,
     find_diffusers_model,
     has_weights,
-    in_one_line,
     load_diffusers_model,
+    message_of,
 )
 from dc_ssdae.model_folder import may_be_on_the_hub, model_folder
 from dc_ssdae.presets import list_presets
@@ -178,7 +178,7 @@ def _load_ours(value: str, dtype: torch.dtype, classes: Sequence[type]) -> DCSSD
     except OSError as error:
         if os.path.isdir(value):
             raise
-        raise InputError(f"{value}: no such folder, and not to be had from the hub: {in_one_line(error)}") from error
+        raise InputError(f"{value}: no such folder, and not to be had from the hub: {message_of(error)}") from error
 
 
 def _load_diffusers(
@@ -197,7 +197,7 @@ def _load_diffusers(
             model = kind.from_config(source.config).eval()
         except Exception as error:  # settings that fit no model
             raise InputError(
-                f"{source.label}: its config.json makes no {kind.__name__}: {in_one_line(error)}"
+                f"{source.label}: its config.json makes no {kind.__name__}: {message_of(error)}"
             ) from error
     candidate = DiffusersCandidate(model if dtype == torch.float32 else model.to(dtype))
     candidate.remarks.append(RANDOM_WEIGHTS)
@@ -226,5 +226,5 @@ def _find_python(path: str) -> Any:
         except Exception as error:  # a user's code may raise anything
             raise InputError(
                 f"python:{path}: making the class without arguments failed with {type(error).__name__}: "
-                f"{in_one_line(error)}; name an object or a function instead"
+                f"{message_of(error)}; name an object or a function instead"
             ) from error

@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,11 @@ from dc_ssdae.provenance import name_of_path, short_name
 
 CLASSES: Mapping[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 """The classes of diffusers whose encoders are known."""
+
+UNSAFE_IN_FLOAT16 = (
+    "its authors mark it as unsafe in float16 (force_upcast in its config.json): encode in bfloat16 or float32"
+)
+"""Of a published encoder whose activations may overflow."""
 
 LARGEST_WIDTH = 2**16
 LARGEST_DEPTH = 100
@@ -171,6 +176,7 @@ def convert_diffusers(
     seed: int = 0,
     subfolder: str | None = None,
     variant: str | None = None,
+    remark: Callable[[str], object] | None = None,
 ) -> DCSSDAE:
     """Build one of our models from a published encoder, with a new decoder.
 
@@ -181,6 +187,7 @@ def convert_diffusers(
         seed: of the decoder's random weights.
         subfolder: where in it the autoencoder lies; None looks at the top, then in `vae/`.
         variant: which of several weight files, such as "fp16".
+        remark: is called with a line for each thing that a user of this encoder should know.
 
     Returns:
         The model in eval mode, float32. The latent's statistics are the published ones.
@@ -203,6 +210,9 @@ def convert_diffusers(
         torch.default_generator.manual_seed(seed)
         model = DCSSDAE(**settings)
     model.encoder.load_state_dict(state)
+    # Stated, and not the class's default, which is true: of most models nobody has asked the question.
+    if remark is not None and source.config.get("force_upcast") is True:
+        remark(UNSAFE_IN_FLOAT16)
     return model.eval()
 
 

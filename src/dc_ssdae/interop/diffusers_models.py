@@ -1,24 +1,26 @@
 """Autoencoders that diffusers has saved: finding them, reading their config.json, loading them safely and strictly."""
 
 import inspect
+import json
 import os
+import shlex
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from dc_ssdae.errors import InputError, shown
-from dc_ssdae.model_folder import WEIGHTS
-from dc_ssdae.weights import PICKLE_SUFFIXES
+from dc_ssdae.hub import fetch_model
+from dc_ssdae.model_folder import WEIGHTS, weight_variants
+from dc_ssdae.weights import PICKLE_SUFFIXES, pickle_refused, shard_files
 
-FROM_PICKLE = (
-    "a pickle can run code when it is loaded, and never is; turn it into safetensors: safetensors.torch.save_file("
-    f"torch.load(FILE, weights_only=True), '{WEIGHTS}.safetensors')"
-)
-"""What to do with weights that are not in the safetensors format."""
+SINGLE = f"{WEIGHTS}.safetensors"
+INDEX = f"{WEIGHTS}.safetensors.index.json"
+"""What diffusers calls weights without a variant, in one file and in several."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class DiffusersSource:
         return Path(self.name, self.subfolder or "")
 
     @property
-    def place(self) -> dict[str, str]:
-        """The sub-folder, as an argument of diffusers' functions."""
-        return {} if self.subfolder is None else {"subfolder": self.subfolder}
+    def is_on_the_hub(self) -> bool:
+        """Whether the name is a hub id."""
+        return not os.path.isdir(self.name)
 
 
 def find_diffusers_model(name: str, label: str, subfolder: str | None = None) -> DiffusersSource:
@@ -80,7 +82,7 @@ def find_diffusers_model(name: str, label: str, subfolder: str | None = None) ->
         raise InputError(f"{label}: there is no config.json, {where}")
     if isinstance(problem.__context__, LocalEntryNotFoundError):  # of which diffusers says that there is no such file
         raise InputError(f"{label}: the hub is out of reach, and nothing of this name was kept from it") from problem
-    raise InputError(f"{label}: {in_one_line(problem)}") from problem
+    raise InputError(f"{label}: {message_of(problem)}") from problem
 
 
 def autoencoder_class(source: DiffusersSource) -> Any:
@@ -101,8 +103,8 @@ def autoencoder_class(source: DiffusersSource) -> Any:
 
 def has_weights(source: DiffusersSource) -> bool:
     """Whether there are weights beside the config, of whatever format; a model on the hub is taken to have some."""
-    return not source.folder.is_dir() or any(
-        any(source.folder.glob(f"*{suffix}")) for suffix in (".safetensors", *PICKLE_SUFFIXES)
+    return source.is_on_the_hub or any(
+        any(source.folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".index.json", *PICKLE_SUFFIXES)
     )
 
 
@@ -111,7 +113,8 @@ def load_diffusers_model(
 ) -> Any:
     """Load a model onto the CPU, in eval mode; strict where diffusers is lenient, and never from a pickle.
 
-    diffusers' own loading knows about shards, variants, the hub, and the names that old files have for attention.
+    diffusers' own loading knows about the names that old files have for attention. It picks the reader of a file by the
+    file's name, and would unpickle what an index of safetensors calls otherwise; so it is shown safetensors alone.
 
     Args:
         source: as `find_diffusers_model` gives it.
@@ -122,22 +125,22 @@ def load_diffusers_model(
     Raises:
         InputError: there are no safetensors, or they are damaged or do not fit the config; names the tensor.
     """
-    _refuse_pickles(source)
     name = kind.__name__
-    try:
-        with _silent_diffusers():
-            model, told = kind.from_pretrained(
-                source.name,
-                torch_dtype=dtype,
-                variant=variant,
-                use_safetensors=True,
-                output_loading_info=True,
-                **source.place,
-            )
-    except Exception as error:  # what diffusers raises for files that do not fit has no common base
-        line = in_one_line(error)
-        hint = f"; {FROM_PICKLE}" if "safetensors" in line and not source.folder.is_dir() else ""
-        raise InputError(f"{source.label} cannot be loaded as {name}: {line.rstrip('.')}{hint}") from error
+    folder = _fetch(source, variant) if source.is_on_the_hub else source.folder
+    files = _weight_files(source, folder, variant)
+    with tempfile.TemporaryDirectory() as vetted:
+        Path(vetted, "config.json").write_text(json.dumps(source.config), encoding="utf-8")
+        for called, file in files.items():
+            Path(vetted, called).symlink_to(file.absolute())
+        try:
+            with _silent_diffusers():
+                model, told = kind.from_pretrained(
+                    vetted, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+                )
+        except Exception as error:  # what diffusers raises for files that do not fit has no common base
+            line = message_of(error).replace(vetted, str(folder)).rstrip(".")
+            raise InputError(f"{source.label} cannot be loaded as {name}: {line}") from error
+    model.register_to_config(_name_or_path=source.name)
     for key, word in (
         ("missing_keys", "lacks"),
         ("unexpected_keys", "has left over"),
@@ -150,17 +153,77 @@ def load_diffusers_model(
     return model.eval()
 
 
-def in_one_line(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """An exception's message without line breaks; its class where there is none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _refuse_pickles(source: DiffusersSource) -> None:
-    if not source.folder.is_dir() or any(source.folder.glob("*.safetensors")):
-        return
-    for suffix in PICKLE_SUFFIXES:
-        for file in sorted(source.folder.glob(f"*{suffix}")):
-            raise InputError(f"{source.label}: its weights are in {file.name}; {FROM_PICKLE}")
+def _fetch(source: DiffusersSource, variant: str | None) -> Path:
+    """Get config.json and the safetensors of a model on the hub, and nothing else; gives the folder."""
+    try:
+        return fetch_model(source.name, source.subfolder, variant)
+    except InputError as error:
+        raise InputError(f"{source.label}: {error}") from None
+    except Exception as error:  # the hub's and the network's errors have no common base
+        raise InputError(f"{source.label}: its weights are not to be had: {message_of(error).rstrip('.')}") from error
+
+
+def _weight_files(source: DiffusersSource, folder: Path, variant: str | None) -> dict[str, Path]:
+    """Find a variant's safetensors, and their index if there is one, by the names that they have without a variant."""
+    end = f".{variant}" if variant else ""
+    # The second is how diffusers once called it.
+    for index in (folder / f"{SINGLE}.index{end}.json", folder / f"{SINGLE}{end}.index.json"):
+        if index.is_file():
+            return {INDEX: index, **{file.name: file for file in _shards(source, index)}}
+    single = folder / f"{WEIGHTS}{end}.safetensors"
+    if single.is_file():
+        return {SINGLE: single}
+    has_safetensors = any(folder.glob("*.safetensors"))
+    pickles = [file for suffix in PICKLE_SUFFIXES for file in sorted(folder.glob(f"*{suffix}"))]
+    meant = [file for file in pickles if file.stem == single.stem or not has_safetensors]
+    if source.is_on_the_hub:
+        raise _not_on_the_hub(source, single.name, [file.name for file in meant])
+    if meant:
+        raise pickle_refused(min(meant, key=lambda file: file.stem != single.stem), single)
+    others = [repr(other) for other in weight_variants(folder) if other and other != variant]
+    there = f"; there is the variant {' and '.join(others)}" if others else ""
+    raise InputError(f"{source.label}: there is no {single.name}{there}")
+
+
+def _shards(source: DiffusersSource, index: Path) -> list[Path]:
+    try:
+        files = shard_files(index)
+    except InputError as error:
+        if not source.is_on_the_hub:
+            raise
+        # A command with paths in the cache, where no pickle ever arrives, would not help.
+        raise InputError(f"{source.label}: {index.name} is no index of safetensors that lie beside it") from error
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{source.label}: {index.name} names {shown(file.name)}, which is missing")
+    return files
+
+
+def _not_on_the_hub(source: DiffusersSource, wanted: str, pickles: list[str]) -> InputError:
+    """What to say of a model on the hub without the wanted safetensors."""
+    from huggingface_hub import list_repo_files
+
+    reached = True
+    try:
+        place = PurePosixPath(source.subfolder or "")
+        files = [file for file in map(PurePosixPath, list_repo_files(source.name)) if file.parent == place]
+        has_safetensors = any(file.suffix == ".safetensors" for file in files)
+        pickles = [file.name for file in files if file.suffix in PICKLE_SUFFIXES and not has_safetensors]
+    except Exception:  # out of reach: what was kept from it is all that is known
+        reached = False
+    if pickles:
+        command = shlex.join(["hf", "download", source.name, "--local-dir", source.name.rpartition("/")[2]])
+        return InputError(
+            f"{source.label}: its weights are a pickle alone, {pickles[0]}, which could run code when loaded; download "
+            f"it, {command}, and name that folder instead: what to convert it with is said there"
+        )
+    where = "on the hub" if reached else "in what was kept from the hub, which is out of reach"
+    return InputError(f"{source.label}: there is no {wanted} {where}")
 
 
 @contextmanager
