@@ -10,10 +10,11 @@ from dc_ssdae.cli.main import main
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "demo"
-    assert main(["demo", "--steps", "3", "--out", str(out), "--device", "cpu"]) == 0
-    return out
+def demo(made_once):
+    def run(folder):
+        assert main(["demo", "--steps", "3", "--out", str(folder / "demo"), "--device", "cpu"]) == 0
+
+    return made_once("demo", run) / "demo"
 
 
 def test_it_prints_where_things_are(tmp_path, capsys):

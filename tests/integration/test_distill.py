@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,9 +49,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(data: Path, made_once: Any) -> Path:
     """A run of a small model, trained until one step and several clearly differ."""
-    folder = tmp_path_factory.mktemp("teacher")
+    return made_once("teacher", partial(train_teacher, data)) / "run"
+
+
+def train_teacher(data: Path, folder: Path) -> None:
     settings = {
         "steps": TEACHER_STEPS,
         "optimizer": "adamw",
@@ -63,7 +68,6 @@ def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     config = write_config(folder / "config.yaml", data, **settings)
     assert train(["--config", str(config), "--training.output", str(folder / "run")], folder / "log") == 0
-    return folder / "run"
 
 
 def distil(words: list[str]) -> int:

@@ -81,10 +81,6 @@ def test_a_run_killed_three_times_ends_bit_identical(tmp_path, data):
     check(tmp_path, data, kills=3, processes=1, seed=0)
 
 
-def test_two_processes_killed_once_end_bit_identical(tmp_path, data):
-    check(tmp_path, data, kills=1, processes=2, seed=1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_killed_twenty_times_ends_bit_identical(tmp_path, data, processes):

@@ -68,16 +68,13 @@ def check(model: DCSSDAE, folder: Path, sizes: list[tuple[int, int, int]]) -> No
 @pytest.mark.parametrize(
     ("encoder", "given", "format"),
     [
-        ("KLEncoder", FLOW, "pt2"),
-        *(
-            pytest.param(encoder, given, format, marks=pytest.mark.slow)
-            for encoder in ("DCEncoder", "KLEncoder")
-            for given in ({}, FLOW)
-            for format in ("pt2", "onnx")
-            if (encoder, given, format) != ("KLEncoder", FLOW, "pt2")
-        ),
+        (encoder, given, format)
+        for encoder in ("DCEncoder", "KLEncoder")
+        for given in ({}, FLOW)
+        for format in ("pt2", "onnx")
     ],
 )
+@pytest.mark.slow
 def test_one_program_holds_for_all_sizes(encoder: str, given: dict[str, Any], format: Format, tmp_path: Path) -> None:
     model = tiny(8, encoder, **given)
     written = export_model(model, tmp_path / "out", format)
