@@ -17,13 +17,6 @@ def demo(made_once):
     return made_once("demo", run) / "demo"
 
 
-def test_it_prints_where_things_are(tmp_path, capsys):
-    assert main(["demo", "--minutes", "0.001", "--out", str(tmp_path / "d")]) == 0
-    printed = capsys.readouterr().out
-    assert str(tmp_path / "d" / "model") in printed
-    assert str(tmp_path / "d" / "report.html") in printed
-
-
 def test_the_model_loads(demo):
     assert DCSSDAE.from_pretrained(demo / "model").config.downsample_factor == 8
 
@@ -45,8 +38,11 @@ def test_the_report_is_self_contained_and_says_what_it_measured(demo):
     assert "3 steps" in page
 
 
-def test_a_run_of_steps_is_reproducible(demo, tmp_path):
+def test_a_run_of_steps_is_reproducible_and_prints_where_things_are(demo, tmp_path, capsys):
     assert main(["demo", "--steps", "3", "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "again" / "model") in printed
+    assert str(tmp_path / "again" / "report.html") in printed
     losses = [
         [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (demo, tmp_path / "again")
