@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## train a small model on real photos (MINUTES=3) and write runs/demo/report.html
-	$(BIN)/dc-ssdae demo --minutes $(MINUTES) --out runs/demo
+	$(BIN)/dc-ssdae demo --minutes $(MINUTES) --out runs/demo --overwrite
 
 test: $(STAMP)  ## run the test suite (WORKERS=auto processes)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)

@@ -18,4 +18,4 @@ fi
 python "$(dirname "$0")/peers.py" "$out/peers"
 dc-ssdae compare ours="$out/model" diffusers:"$out"/peers/AutoencoderKL diffusers:"$out"/peers/AutoencoderDC \
   diffusers:"$out"/peers/AutoencoderTiny jpeg:75 jpeg:20 bicubic:8 \
-  --data "$photos" --size 128 --limit "${LIMIT:-30}" --out "$out/arena"
+  --data "$photos" --size 128 --limit "${LIMIT:-30}" --out "$out/arena" --overwrite

@@ -23,4 +23,4 @@ else
   dc-ssdae distill --teacher "$out/phases" --steps 2 --training.steps 200 --training.lr 1e-3 \
     --training.output "$out/distilled"
 fi
-dc-ssdae curves "$out/phases" "$out/distilled" --out "$out/curves.png"
+dc-ssdae curves "$out/phases" "$out/distilled" --out "$out/curves.png" --overwrite

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import check_file
 from dc_ssdae.latent import LatentStatistics
 
 NOT_MEASURED = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
@@ -26,9 +27,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: it is missing or no JSON object.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         hint = f"; the run's model is {folder / 'model'}" if (folder / "config.yaml").is_file() else ""
         raise InputError(f"{folder} holds no model: config.json is missing{hint}")
+    check_file(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:

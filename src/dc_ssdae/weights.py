@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import check_file
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -37,8 +38,9 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_refused(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such file")
+    check_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)

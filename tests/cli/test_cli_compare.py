@@ -401,14 +401,6 @@ class TestRefusals:
         assert named in one_line(run("compare", *models, "--data", photos, *QUICK, "--out", "out"))
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("name", FILES)
-    def test_a_comparison_that_is_there_is_kept(self, run: Any, photos: Path, tmp_path: Path, name: str) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / name).write_text("kept")
-        outcome = run("compare", "bicubic:4", "--data", photos, *QUICK, "--out", "out")
-        assert one_line(outcome) == f"out/{name} is there already; choose another --out"
-        assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["kept"]
-
     def test_a_folder_without_images(self, run: Any, tmp_path: Path) -> None:
         (tmp_path / "nothing").mkdir()
         line = one_line(run("compare", "bicubic:4", "--data", "nothing", *QUICK, "--out", "out"))

@@ -74,7 +74,7 @@ def test_what_cannot_be_drawn(run: Callable, tmp_path: Path, monkeypatch: pytest
 
     out.write_bytes(b"old")
     monkeypatch.setattr(os, "replace", fail)
-    assert one_line(run, folder, "--out", out) == f"dc-ssdae curves: {out}: No space left on device"
+    assert one_line(run, folder, "--out", out, "--overwrite") == f"dc-ssdae curves: {out}: No space left on device"
     assert out.read_bytes() == b"old"
     assert not list(tmp_path.glob("*.partial"))
     assert not list(tmp_path.glob(".*.partial"))

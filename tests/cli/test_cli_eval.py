@@ -470,14 +470,6 @@ class TestRefusals:
         assert self.one_line(outcome).startswith(named)
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("name", FILES)
-    def test_a_report_that_is_there_is_kept(self, run: Any, photos: Path, tmp_path: Path, name: str) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / name).write_text("kept")
-        outcome = run("eval", "--model", "bicubic:4", "--data", photos, *QUICK, "--out", "out")
-        assert self.one_line(outcome) == f"out/{name} is there already; choose another --out"
-        assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["kept"]
-
     def test_other_files_in_the_folder_are_left_alone(self, run: Any, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out/notes.txt").write_text("kept")

@@ -44,7 +44,7 @@ def encoded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def decode(run: Callable, model_dir: Path, tmp_path: Path) -> Callable:
     def call(*words: object) -> object:
-        return run("decode", *words, "--model", model_dir, "--out", tmp_path / "out", "--device", "cpu")
+        return run("decode", *words, "--model", model_dir, "--out", tmp_path / "out", "--overwrite", "--device", "cpu")
 
     return call
 
@@ -102,7 +102,7 @@ def test_latent_keeps_the_dtype(run: Callable, photo: Path, model_dir: Path, tmp
 
 def test_sampling(run: Callable, photo: Path, model_dir: Path, tmp_path: Path) -> None:
     def latent(*words: object) -> torch.Tensor:
-        assert run("encode", photo, "--model", model_dir, "--out", tmp_path / "out", *words).code == 0
+        assert run("encode", photo, "--model", model_dir, "--out", tmp_path / "out", "--overwrite", *words).code == 0
         return load_file(tmp_path / "out" / "photo.safetensors")["latent"]
 
     mode, sample, again = latent(), latent("--sample"), latent("--sample", "--seed", 0)
@@ -123,7 +123,7 @@ def test_sampling_without_a_variance_is_refused(run: Callable, photo: Path, tmp_
     model.save_pretrained(tmp_path / "model")
     words = ("encode", photo, "--model", tmp_path / "model", "--out", tmp_path / "out")
     assert run(*words).code == 0
-    outcome = run(*words, "--sample")
+    outcome = run(*words, "--sample", "--overwrite")
     assert outcome.code == 2
     assert outcome.err == [
         f"dc-ssdae encode: {photo}: this model's encoder gives no variance to sample with; leave --sample out"
@@ -237,8 +237,6 @@ def test_latent_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     latent[1, 1, 1] = float("inf")
     with pytest.raises(InputError, match="1 of 24 values of the latent are infinite or NaN"):
         write_latent(tmp_path / "x.safetensors", LatentFile(latent, (13, 22), 8))
-    with pytest.raises(InputError, match="cannot write latent"):
-        write_latent(tmp_path / "absent" / "x.safetensors", LatentFile(LATENT, (13, 22), 8))
     assert not list(tmp_path.iterdir())
 
 

@@ -21,7 +21,9 @@ def reconstruct(run: Callable, model_dir: Path, tmp_path: Path) -> Callable:
     """Reconstruct files with the small model into `tmp_path / "out"`."""
 
     def call(*words: object) -> object:
-        return run("reconstruct", *words, "--model", model_dir, "--out", tmp_path / "out", "--device", "cpu")
+        return run(
+            "reconstruct", *words, "--model", model_dir, "--out", tmp_path / "out", "--overwrite", "--device", "cpu"
+        )
 
     return call
 
@@ -194,7 +196,7 @@ def test_an_input_is_never_overwritten(run: Callable, model_dir: Path, photo: Pa
         ([photo], tmp_path / "folder"),
         ([tmp_path / "alias.jpg", namesake], tmp_path),
     ):
-        outcome = run("reconstruct", *inputs, "--model", model_dir, "--out", out)
+        outcome = run("reconstruct", *inputs, "--model", model_dir, "--out", out, "--overwrite")
         message = f"{out / 'photo.png'} is one of the inputs and would be overwritten; choose another --out"
         assert outcome == (2, [], [f"dc-ssdae reconstruct: {message}"])
     assert photo.read_bytes() == before

@@ -46,10 +46,6 @@ def test_two_models(run: Any, model_dir: Path, flow_dir: Path, photos: Path, tmp
     with Image.open(out / "study.png") as picture:
         assert picture.width > 1000
 
-    again = run(*words, "--out", out, *GRID)
-    assert again.code == 2
-    assert again.err == [f"dc-ssdae study: {out}/study.json is there already; choose another --out"]
-
 
 def test_one_model_of_chosen_samplers(run: Any, model_dir: Path, photos: Path, tmp_path: Path) -> None:
     words = ("study", "sampling", "--model", model_dir, "--data", photos, "--size", 16, "--lpips", "none")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -319,13 +320,21 @@ def test_shards_that_are_missing_or_damaged(copied: Path) -> None:
     assert refusal(copied).endswith("encode the images again")
 
 
+def test_a_shard_cut_short_after_it_was_opened(copied: Path) -> None:
+    dataset = LatentDataset(copied)
+    dataset[0]
+    os.truncate(copied / FILES[0], 0)  # whoever reads it through mapped memory is killed by the system
+    with pytest.raises(InputError, match=f"{FILES[0]}' has been cut short"):
+        dataset[0]
+
+
 @pytest.mark.parametrize("key", ["latents", "latents_flip_std", "labels", "name_ends"])
 def test_shards_with_other_tensors(copied: Path, key: str) -> None:
     path = copied / FILES[0]
     tensors = load_file(path)
     for changed, told in (
         ({**tensors, key: tensors[key][:1].clone()}, f"does not fit its manifest.json: {key} is"),
-        ({**tensors, key: tensors[key].double()}, f"{key} is torch.float64 of shape"),
+        ({**tensors, key: tensors[key].double()}, f"{key} is F64 of shape"),
         ({name: tensor for name, tensor in tensors.items() if name != key}, f"cannot be read: .*{key}"),
     ):
         save_file(changed, path)

@@ -20,6 +20,7 @@ import pytest
 from broken_samples import broken_contents, encoded, image_array, write_images, write_tar
 from webdataset.writer import TarWriter
 
+from dc_ssdae.data import shard_cache
 from dc_ssdae.data import shards as shards_module
 from dc_ssdae.data.pack import pack
 from dc_ssdae.data.pack_shard import PackSettings
@@ -442,6 +443,34 @@ def test_what_cannot_be_fetched_is_no_broken_image(packed: Path, server: Server,
     assert not list(Path(cache).rglob("*.partial"))
 
 
+class StallingHandler(http.server.BaseHTTPRequestHandler):
+    """Answers, and then sends nothing until its server is asked to end."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        self.server.ended.wait()  # type: ignore[attr-defined]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_host_that_stops_sending_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_cache, "STALL_SECONDS", 1)
+    monkeypatch.setattr(shard_cache, "RETRIES", 0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), StallingHandler) as server:
+        server.ended = threading.Event()  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        url = f"http://127.0.0.1:{server.server_port}/000000.tar"
+        try:
+            with pytest.raises(OSError, match=f"cannot fetch {url} to .*(timed out|timeout|too slow)"):
+                shard_cache.fetch(url, str(tmp_path))
+        finally:
+            server.ended.set()  # type: ignore[attr-defined]
+            server.shutdown()
+
+
 def test_pipes_and_unknown_schemes(folder: Path, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     check(Shards(f"pipe:cat {folder}/{{000000..000001}}.tar", cache=cache), [0, 1, 2, 3])
@@ -470,7 +499,7 @@ def test_left_overs_of_a_killed_fetch_are_removed(folder: Path, tmp_path: Path) 
     url = f"pipe:cat {folder}/000001.tar"
     check(Shards(url, cache=str(cache)), [3])
     [cached] = cache.rglob("shard.tar")
-    cached.rename(cached.with_name(".shard.tar.1.partial"))
+    cached.rename(cached.with_name(".shard.tar.partial"))
     check(Shards(url, cache=str(cache)), [3])
     assert not list(cache.rglob("*.partial"))
 

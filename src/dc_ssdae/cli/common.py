@@ -6,7 +6,6 @@ Nothing heavy is imported until a function needs it, so that help is quick.
 import os
 import sys
 import traceback
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -106,10 +105,16 @@ def add_import_option(parser: CommandParser) -> None:
 
 
 def add_output_option(parser: CommandParser) -> None:
-    """Add `--out`."""
+    """Add `--out` and `--overwrite`."""
     parser.add_argument(
         "--out", required=True, type=file_path, metavar="DIR", help="folder to write to; made if need be"
     )
+    add_overwrite_option(parser)
+
+
+def add_overwrite_option(parser: CommandParser) -> None:
+    """Add `--overwrite`, which `check_outputs` reads."""
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
 
 
 def say(line: str) -> None:
@@ -134,34 +139,62 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def plan_outputs(sources: Sequence[Path], out: Path, suffix: str, *others: str) -> list[Job]:
-    """Decide which file is written from which, `out/STEM.suffix`, and make the folder.
+def check_outputs(args: "Namespace", files: Sequence[Path]) -> None:
+    """Refuse to replace files, before the work that makes them, unless `--overwrite` is given.
 
     Args:
+        args: with `overwrite`.
+        files: to be written.
+
+    Raises:
+        InputError: names the first file that is there already, or a folder that is a file.
+    """
+    for file in files:
+        if file.parent.exists() and not file.parent.is_dir():
+            raise InputError(f"--out {file.parent} is a file, not a folder")
+        if os.path.lexists(file) and (not args.overwrite or file.is_dir()):
+            raise InputError(f"{file} exists already; choose another --out, or replace files with --overwrite")
+
+
+def check_output_folder(args: "Namespace") -> None:
+    """Refuse an `--out` that holds something, before the work that fills it, unless `--overwrite` is given.
+
+    Raises:
+        InputError: names it.
+    """
+    out: Path = args.out
+    if out.exists() and not (out.is_dir() and (args.overwrite or not any(out.iterdir()))):
+        raise InputError(f"--out {out} is not an empty folder; name a new one, or replace its files with --overwrite")
+
+
+def plan_outputs(args: "Namespace", sources: Sequence[Path], suffix: str, *others: str) -> list[Job]:
+    """Decide which file is written from which, `--out`/STEM.suffix, and make the folder.
+
+    Args:
+        args: with `out` and `overwrite`.
         sources: the inputs.
-        out: the folder.
         suffix: of the files that are written.
         others: of further files that are written beside them.
 
     Raises:
-        InputError: two files would be written to the same place, or one over an input; `out` is no folder.
+        InputError: two files would be written to the same place, or one over an input or another file; `--out` is no
+            folder.
     """
-    inputs = {file for source in sources if (file := _identity(source))}
+    inputs = {os.path.realpath(source) for source in sources}
     writers: dict[str, Path] = {}
     jobs = []
     for source in sources:
-        targets = [out / f"{source.stem}{ending}" for ending in (suffix, *others)]
+        targets = [args.out / f"{source.stem}{ending}" for ending in (suffix, *others)]
         for target in targets:
             key = target.name.casefold()  # not every file system tells A from a
             if key in writers:
                 raise InputError(f"{writers[key]} and {source} would both be written to {target}; rename one of them")
-            if _identity(target) in inputs:
+            if os.path.realpath(target) in inputs:
                 raise InputError(f"{target} is one of the inputs and would be overwritten; choose another --out")
             writers[key] = source
+        check_outputs(args, targets)
         jobs.append(Job(source, targets[0]))
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file, not a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     return jobs
 
 
@@ -203,34 +236,10 @@ def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job
     return 2 if failed else 0
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed; its folder is made if need be.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{uuid.uuid4().hex}.partial"
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def shape_line(job: Job, size: tuple[int, int], latent: "Tensor") -> str:
     """Tell an image's size, its latent's shape (1, c, h, w) and where the outcome went."""
     shape = "x".join(map(str, latent.shape[1:]))
     return f"{job.source.name}: height {size[0]}, width {size[1]}, latent {shape} -> {job.target}"
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from all others, whatever name it goes by; None where there is none."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
 
 
 def select_device(name: str) -> "torch.device":

@@ -4,7 +4,7 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import complain, describe, import_classes, say, write_whole
+from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, say
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     add_evaluation_options,
@@ -12,10 +12,10 @@ from dc_ssdae.cli.evaluation_options import (
     load_suite,
     open_evaluation,
     parse_models,
-    refuse_existing,
 )
 from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import write_whole
 
 if TYPE_CHECKING:
     from dc_ssdae.evaluation.candidates import Candidate
@@ -34,9 +34,7 @@ def build_parser() -> CommandParser:
         "is 2. Needs the extra eval: pip install 'dc-ssdae[eval]'.",
     )
     parser.add_argument("models", nargs="+", type=filled, metavar="MODEL", help=MODELS)
-    parser.add_argument(
-        "--out", required=True, type=file_path, metavar="DIR", help="folder to write to, without a comparison in it"
-    )
+    parser.add_argument("--out", required=True, type=file_path, metavar="DIR", help="folder to write to")
     add_evaluation_options(parser)
     parser.add_argument(
         "--rounds", type=whole_number(1), default=3, metavar="R", help="in which speed is measured (default 3)"
@@ -50,7 +48,7 @@ def run(args: Namespace) -> int:
     import os
 
     specs = parse_models(args.models)
-    refuse_existing(args.out, FILES)
+    check_outputs(args, [args.out / name for name in FILES])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process, so that speeds can be compared; eval takes several")
     opened = open_evaluation(args)

@@ -4,9 +4,9 @@ import json
 import shlex
 from argparse import Namespace
 
-from dc_ssdae.cli.common import add_dtype_option, say
+from dc_ssdae.cli.common import add_dtype_option, add_overwrite_option, check_output_folder, say
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
-from dc_ssdae.errors import InputError
+from dc_ssdae.files import write_whole
 
 TRAINING_FILE = "frozen_encoder.yaml"
 """Beside a model with a published encoder: the configuration of a run that trains its decoder."""
@@ -27,6 +27,7 @@ def build_parser() -> CommandParser:
     original.add_argument("checkpoint", type=file_path, metavar="CHECKPOINT", help="safetensors file")
     original.add_argument("--preset", required=True, metavar="NAME", help="its architecture; dc-ssdae info lists them")
     original.add_argument("--out", required=True, type=file_path, metavar="DIR", help="folder to make, absent or empty")
+    add_overwrite_option(original)
     add_dtype_option(original, "what to store the weights in")
     original.set_defaults(convert=_convert_original)
     published = sources.add_parser(
@@ -63,6 +64,7 @@ def build_parser() -> CommandParser:
         metavar="S",
         help="of the decoder's random weights (default 0)",
     )
+    add_overwrite_option(published)
     add_dtype_option(published, "what to store the weights in")
     published.set_defaults(convert=_convert_diffusers)
     return parser
@@ -70,8 +72,7 @@ def build_parser() -> CommandParser:
 
 def run(args: Namespace) -> int:
     """Convert a checkpoint; gives the exit code."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise InputError(f"--out {args.out} exists and is not an empty folder; name a new one")
+    check_output_folder(args)
     args.convert(args)
     return 0
 
@@ -117,7 +118,7 @@ def _convert_diffusers(args: Namespace) -> None:
         "training": {"train": ["decoder", "losses.repa"]},
         "losses": {"kl": 0.0},
     }
-    (args.out / TRAINING_FILE).write_text(dump_yaml(run), encoding="utf-8")
+    write_whole(args.out / TRAINING_FILE, dump_yaml(run).encode("utf-8"))
     parameters = sum(parameter.numel() for parameter in model.encoder.parameters())
     kind = f"f{config.downsample_factor}c{config.latent_channels} {config.encoder['class_path']}"
     say(f"{args.source}: {kind}, {parameters:,} parameters -> {args.out}")

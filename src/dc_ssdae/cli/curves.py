@@ -3,8 +3,9 @@
 from argparse import Namespace
 from pathlib import Path
 
-from dc_ssdae.cli.common import complain, say, write_whole
+from dc_ssdae.cli.common import add_overwrite_option, check_outputs, complain, say
 from dc_ssdae.cli.parser import CommandParser, file_path
+from dc_ssdae.files import write_whole
 
 
 def build_parser() -> CommandParser:
@@ -22,6 +23,7 @@ def build_parser() -> CommandParser:
         metavar="FILE",
         help="picture to write: .png, .svg or .pdf (default curves.png)",
     )
+    add_overwrite_option(parser)
     return parser
 
 
@@ -30,6 +32,7 @@ def run(args: Namespace) -> int:
     from dc_ssdae.evaluation.curves import draw_curves, picture_format, read_runs
 
     kind = picture_format(args.out)
+    check_outputs(args, [args.out])
     runs = read_runs(args.runs)
     for note in (note for run in runs for note in run.notes):
         complain(args.program, note)

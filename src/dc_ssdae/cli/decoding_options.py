@@ -155,7 +155,7 @@ TRAJECTORY = "-trajectory.png"
 
 def plan_decoded(args: "Namespace", sources: Sequence[Path]) -> list[Job]:
     """As `plan_outputs`, for what `write_decoded` writes."""
-    return plan_outputs(sources, args.out, ".png", *([TRAJECTORY] if args.return_trajectory else []))
+    return plan_outputs(args, sources, ".png", *([TRAJECTORY] if args.return_trajectory else []))
 
 
 def write_decoded(decoded: Decoded, job: Job) -> None:

@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_device_option, add_dtype_option, say, select_device
+from dc_ssdae.cli.common import (
+    add_device_option,
+    add_dtype_option,
+    add_overwrite_option,
+    check_outputs,
+    say,
+    select_device,
+)
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, whole_number
 
 if TYPE_CHECKING:
@@ -37,6 +44,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write to (default runs/demo)"
     )
+    add_overwrite_option(parser)
     parser.add_argument(
         "--seed", type=whole_number(0, LARGEST_SEED), default=0, metavar="S", help="of all that is random (default 0)"
     )
@@ -48,6 +56,8 @@ def build_parser() -> CommandParser:
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate, save and report; gives the exit code."""
     device = select_device(args.device)
+    if _is_demo(args.out):
+        check_outputs(args, [args.out / "config.yaml"])
     import torch
 
     threads = torch.get_num_threads()
@@ -102,7 +112,7 @@ def _configuration(args: argparse.Namespace) -> "RunConfig":
 
 
 def _is_demo(path: Path) -> bool:
-    """Tell an earlier demo, which is replaced, from a run that somebody needs."""
+    """Tell an earlier demo, which --overwrite replaces, from a run that somebody needs."""
     config = path / "config.yaml"
     return config.is_file() and SAMPLE_PHOTOS in config.read_text(encoding="utf-8", errors="replace")
 

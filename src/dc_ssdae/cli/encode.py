@@ -42,7 +42,7 @@ def run(args: Namespace) -> int:
     """Encode every image; gives the exit code."""
     if args.seed is not None and not args.sample:
         raise InputError("--seed is for --sample; the mode is not random")
-    jobs = plan_outputs(args.images, args.out, ".safetensors")
+    jobs = plan_outputs(args, args.images, ".safetensors")
     model = load_model(args)
     import torch
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain, describe, import_classes, say, write_whole
+from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, say
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     OpenEvaluation,
@@ -14,10 +14,10 @@ from dc_ssdae.cli.evaluation_options import (
     load_suite,
     open_evaluation,
     parse_models,
-    refuse_existing,
 )
 from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
 from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
+from dc_ssdae.files import write_whole
 
 if TYPE_CHECKING:
     from dc_ssdae.evaluation.candidate_names import CandidateSpec
@@ -44,7 +44,7 @@ def build_parser() -> CommandParser:
         type=file_path,
         default=Path("evaluation"),
         metavar="DIR",
-        help="folder to write to, without an evaluation in it (default evaluation)",
+        help="folder to write to (default evaluation)",
     )
     add_evaluation_options(parser)
     parser.add_argument(
@@ -71,7 +71,7 @@ def run(args: Namespace) -> int:
 
 def _run(args: Namespace) -> int:
     (spec,) = parse_models([args.model])
-    refuse_existing(args.out, FILES)
+    check_outputs(args, [args.out / name for name in FILES])
     folder = _folder_to_add_to(spec) if args.add_to_model else None
     before = None if folder is None else _weight_files(folder)
     opened = open_evaluation(args)

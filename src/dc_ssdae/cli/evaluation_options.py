@@ -9,9 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dc_ssdae.cli.common import add_data_option, add_device_option, add_dtype_option, add_import_option
+from dc_ssdae.cli.common import (
+    add_data_option,
+    add_device_option,
+    add_dtype_option,
+    add_import_option,
+    add_overwrite_option,
+)
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, number, numbers, whole_number
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import unknown_name
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -32,6 +38,7 @@ MODELS = (
 
 def add_evaluation_options(parser: CommandParser) -> None:
     """Add what `open_evaluation` reads, but for the models."""
+    add_overwrite_option(parser)
     add_data_option(parser)
     parser.add_argument(
         "--protocol",
@@ -157,19 +164,6 @@ def load_suite(args: "Namespace", opened: OpenEvaluation, device: "torch.device"
         args.seed,
         size=opened.settings.size,
     )
-
-
-def refuse_existing(out: Path, files: Sequence[str]) -> None:
-    """Refuse a folder that has results already.
-
-    Raises:
-        InputError: names the first.
-    """
-    existing = [out / name for name in files if (out / name).exists()]
-    if existing:
-        raise InputError(f"{existing[0]} is there already; choose another --out")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file, not a folder")
 
 
 def data_name(root: str) -> str:

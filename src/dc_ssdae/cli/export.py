@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from dc_ssdae.cli.common import add_model_options, load_model, say
+from dc_ssdae.cli.common import add_model_options, add_overwrite_option, check_output_folder, load_model, say
 from dc_ssdae.cli.parser import CommandParser, file_path, whole_number
 from dc_ssdae.errors import InputError
 
@@ -21,6 +21,7 @@ def build_parser() -> CommandParser:
     )
     add_model_options(parser)
     parser.add_argument("--out", required=True, type=file_path, metavar="DIR", help="folder to make, absent or empty")
+    add_overwrite_option(parser)
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -59,12 +60,13 @@ def run(args: Namespace) -> int:
         if args.device not in ("auto", "cpu") or args.dtype != "float32":
             raise InputError("--device and --dtype are for --format pt2; ONNX is written from float32 on the CPU")
         args.device = "cpu"
-    from dc_ssdae.interop.export import check_export_folder, export_model
-
-    check_export_folder(args.out)  # before the seconds that loading takes
+    check_output_folder(args)  # before the seconds that loading takes
     model = load_model(args)
+    from dc_ssdae.interop.export import export_model
+
     size = None if args.size is None else (args.size[0], args.size[-1])
-    export = export_model(model, args.out, args.format, size, args.bake_noise, args.noise_size or DEFAULT_NOISE_SIZE)
+    noise_size = args.noise_size or DEFAULT_NOISE_SIZE
+    export = export_model(model, args.out, args.format, size, args.bake_noise, noise_size, args.overwrite)
     for part in (export.encoder, export.decoder):
         shapes = [
             ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in tensors.items())

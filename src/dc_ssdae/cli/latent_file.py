@@ -1,7 +1,5 @@
 """The file of one latent: what `dc-ssdae encode` writes and `dc-ssdae decode` reads."""
 
-import os
-import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from dc_ssdae import __version__
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import write_whole
 from dc_ssdae.weights import read_safetensors
 
 FORMAT = "dc-ssdae latent"
@@ -32,7 +31,8 @@ def write_latent(path: Path, content: LatentFile) -> None:
     Tensors `latent` (c, h, w) in its own dtype and `original_size` int64 (2,); what they mean is in the metadata.
 
     Raises:
-        InputError: the latent holds infinities or NaN, or the file cannot be written.
+        InputError: the latent holds infinities or NaN.
+        OSError: the file cannot be written.
     """
     _check_finite(content.latent)
     tensors = {
@@ -46,15 +46,7 @@ def write_latent(path: Path, content: LatentFile) -> None:
         "downsample_factor": str(content.downsample_factor),
         "dc_ssdae_version": __version__,
     }
-    beside = path.parent / f".{uuid.uuid4().hex}.partial"
-    try:
-        # Not save_file, whose files only their owner can read.
-        beside.write_bytes(save(tensors, metadata))
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"cannot write latent {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, save(tensors, metadata))  # not save_file, whose files only their owner can read
 
 
 def read_latent(path: Path) -> LatentFile:

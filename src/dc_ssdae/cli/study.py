@@ -10,13 +10,15 @@ from dc_ssdae.cli.common import (
     add_device_option,
     add_dtype_option,
     add_import_option,
+    add_overwrite_option,
+    check_outputs,
     complain,
     load_model,
     say,
-    write_whole,
 )
 from dc_ssdae.cli.parser import CommandParser, file_path, filled, number, whole_number
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,8 +66,9 @@ def _add_sampling(studies: Any) -> None:
         type=file_path,
         default=Path("sampling-study"),
         metavar="DIR",
-        help="folder to write to, without a study in it (default sampling-study)",
+        help="folder to write to (default sampling-study)",
     )
+    add_overwrite_option(parser)
     parser.add_argument("--images", type=whole_number(1), default=256, metavar="N", help="at most (default 256)")
     parser.add_argument(
         "--size",
@@ -123,9 +126,7 @@ def _study_sampling(args: Namespace) -> int:
     for name in args.samplers or ():
         if name not in SAMPLERS:
             raise unknown_name("sampler", name, SAMPLERS)
-    existing = [args.out / name for name in FILES if (args.out / name).exists()]
-    if existing:
-        raise InputError(f"{existing[0]} is there already; choose another --out")
+    check_outputs(args, [args.out / name for name in FILES])
     names = ("steps", "samplers", "step_sizes", "momenta", "tolerances", "descents")
     grid = Grid(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
     models = _load_models(args)

@@ -4,12 +4,11 @@ import contextlib
 import io
 import os
 import stat
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import GIT_LFS, GIT_LFS_ADVICE, written_beside
 
 # A closed list: among Pillow's other readers are one that runs an external program (EPS) and some that take
 # almost any bytes for an image (TGA), so that a text file would come out as noise instead of an error.
@@ -76,7 +76,9 @@ def read_image(path: str | Path) -> ImageFile:
         raise InputError(f"{subject}: it is {'a directory' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}")
     if status.st_size == 0:
         raise InputError(f"{subject}: the file is empty")
-    return _read(subject, lambda: _open_file(path))
+    # Not opened by its path: Pillow then maps uncompressed TIFFs into memory, and those that their
+    # orientation turns by 90 degrees come out scrambled.
+    return _read(subject, lambda: _opened(open(path, "rb")))
 
 
 def read_image_bytes(data: bytes, name: str) -> ImageFile:
@@ -95,7 +97,7 @@ def read_image_bytes(data: bytes, name: str) -> ImageFile:
     subject = f"cannot read image {name!r}"
     if not data:
         raise InputError(f"{subject}: the file is empty")
-    return _read(subject, lambda: Image.open(io.BytesIO(data), formats=_readable_formats()))
+    return _read(subject, lambda: _opened(io.BytesIO(data)))
 
 
 def read_pillow_image(image: Image.Image, name: str) -> ImageFile:
@@ -145,11 +147,13 @@ def _readable_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def _open_file(path: str | Path) -> Iterator[Image.Image]:
-    # Not opened by its path: Pillow then maps uncompressed TIFFs into memory, and those that their
-    # orientation turns by 90 degrees come out scrambled.
-    with open(path, "rb") as file, Image.open(file, formats=_readable_formats()) as image:
-        yield image
+def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+    with file:
+        if file.read(len(GIT_LFS)) == GIT_LFS:
+            raise InputError(GIT_LFS_ADVICE)
+        file.seek(0)
+        with Image.open(file, formats=_readable_formats()) as image:
+            yield image
 
 
 def _own_copy(image: Image.Image) -> Image.Image:
@@ -240,17 +244,11 @@ def write_png(pixels: Tensor, path: str | Path) -> None:
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.numel() == 0:
         raise InputError(f"PNG is written from uint8 pixels of shape (3, H, W), not from {_describe(pixels)}")
-    target = Path(path)
-    beside = target.parent / f".{uuid.uuid4().hex}.partial"
-    image = to_pillow(pixels)
     try:
-        image.save(beside, format="PNG")
-        os.replace(beside, target)
+        with written_beside(Path(path)) as beside:
+            to_pillow(pixels).save(beside, format="PNG")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write image {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):  # after the renaming there is nothing left to remove
-            beside.unlink()
 
 
 def to_pillow(pixels: Tensor) -> Image.Image:

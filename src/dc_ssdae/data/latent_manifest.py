@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from dc_ssdae.data.shard_index import MANIFEST_FILE
 from dc_ssdae.errors import InputError, check_type
+from dc_ssdae.files import check_file
 from dc_ssdae.latent import LatentStatistics
 
 Store = Literal["mean", "sample", "mean_std"]
@@ -103,6 +104,7 @@ class LatentManifest:
         """
         path = folder / MANIFEST_FILE
         try:
+            check_file(path)
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise InputError(_without_manifest(folder)) from None

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,8 @@ from dc_ssdae.data.latent_manifest import (
 )
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.resumable import ShardCommand, to_json
-from dc_ssdae.data.shard_index import partial_file, write_whole
 from dc_ssdae.errors import InputError, check_at_least, is_out_of_memory, unknown_name
+from dc_ssdae.files import write_whole
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 from dc_ssdae.randomness import named_generator
 
@@ -234,17 +233,9 @@ class LatentShard:
             self._broken,
             self._moments.state()[0].tolist(),
         )
-        path = LATENTS.shard_path(self._folder, self._number)
-        beside = partial_file(path)
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            write_whole(LATENTS.report_path(self._folder, self._number), to_json(shard._asdict()))
-            os.replace(beside, path)  # last: a shard is finished when both are there
-        finally:
-            beside.unlink(missing_ok=True)
+        # A shard is finished when both are there and the report states its size.
+        write_whole(LATENTS.report_path(self._folder, self._number), to_json(shard._asdict()))
+        write_whole(LATENTS.shard_path(self._folder, self._number), content)
         return shard
 
     def _encode(self, pixels: Tensor, names: Sequence[str], flipped: bool) -> list[Tensor]:

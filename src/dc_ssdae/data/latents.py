@@ -1,8 +1,12 @@
 """Latents that `dc-ssdae latents` wrote, as a data set for training loops."""
 
 import hashlib
+import json
+import math
+import os
 import threading
 from collections import OrderedDict
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +20,7 @@ from dc_ssdae.data.latent_manifest import LatentManifest, LatentShardRecord, ten
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.shard_index import MANIFEST_FILE
 from dc_ssdae.errors import InputError, check_at_least, check_type, unknown_name
+from dc_ssdae.files import check_file
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.randomness import image_generator
 
@@ -23,7 +28,10 @@ Normalisation = Literal["channels", "global", "scaling", "shift_and_scaling"]
 NORMALISATIONS = ("channels", "global", "scaling", "shift_and_scaling")
 
 OPEN_SHARDS = 64
-"""Shards that a thread keeps open; each is a mapping of its file into memory, which the system fills and empties."""
+"""Shards that a thread keeps open."""
+
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {**{name: getattr(torch, dtype) for dtype, name in _STORED.items()}, "I64": torch.int64, "U8": torch.uint8}
 
 
 class Latent(NamedTuple):
@@ -60,10 +68,19 @@ class StoredLatent(NamedTuple):
     std_flip: Tensor | None
 
 
-class _Shard(NamedTuple):
-    """A shard that is open: its latents, which are its file mapped into memory, its labels and its images' names."""
+class _Place(NamedTuple):
+    """Where a tensor lies in a shard: its type, as the file names it, its shape, and its first byte."""
 
-    latents: dict[str, Tensor]
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class _Shard(NamedTuple):
+    """A shard that is open: where its tensors lie in its file, its labels and its images' names."""
+
+    file: FileIO
+    places: dict[str, _Place]
     labels: Tensor
     names: NameTable
 
@@ -208,9 +225,8 @@ class LatentDataset(Dataset[Latent]):
         return int(self._open(shard).labels[row])
 
     def _tensor(self, shard: int, name: str, row: int) -> Tensor:
-        # A copy: writing into the mapped file would change what is read next. Indexed by PyTorch, for safetensors'
-        # get_slice keeps some bytes at each call (0.8), which in a long training are gigabytes.
-        return self._open(shard).latents[name][row].clone()
+        opened = self._open(shard)
+        return _read(opened.file, opened.places[name], row)
 
     def _open(self, number: int) -> _Shard:
         # Of each thread its own, so that none closes what another reads.
@@ -222,7 +238,7 @@ class LatentDataset(Dataset[Latent]):
             return shards[number]
         shard = shards[number] = self._read_shard(self.manifest.shards[number])
         if len(shards) > OPEN_SHARDS:
-            shards.popitem(last=False)
+            shards.popitem(last=False)[1].file.close()
         return shard
 
     def _read_shard(self, record: LatentShardRecord) -> _Shard:
@@ -230,28 +246,37 @@ class LatentDataset(Dataset[Latent]):
         self._check_size(record)
         variants = (False, True) if manifest.flip else (False,)
         latents = [name for flipped in variants for name in tensor_names(manifest.store, flipped)]
-        stored = getattr(torch, manifest.store_dtype)
-        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            **dict.fromkeys(latents, ((record.images, *manifest.shape), stored)),
-            **dict.fromkeys(("labels", "name_ends"), ((record.images,), torch.int64)),
+        expected: dict[str, tuple[tuple[int, ...], str]] = {
+            **dict.fromkeys(latents, ((record.images, *manifest.shape), _STORED[manifest.store_dtype])),
+            **dict.fromkeys(("labels", "name_ends"), ((record.images,), "I64")),
         }
+        # Read, not mapped into memory: a file that another program cuts short would kill the process that maps it.
+        file = FileIO(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in (*expected, "name_characters")}
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, framework="pt"):  # checks the header and its offsets, reads no tensor
+                pass
+            length = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+            header = json.loads(os.pread(file.fileno(), length, 8))
+            places = {
+                name: _Place(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+                for name, entry in ((name, header[name]) for name in (*expected, "name_characters"))
+            }
+        except (SafetensorError, OSError, ValueError, LookupError) as error:
             raise InputError(f"shard {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
         for name, (shape, dtype) in expected.items():
-            found = tensors[name]
-            if (tuple(found.shape), found.dtype) != (shape, dtype):
+            found = places[name]
+            if (found.shape, found.dtype) != (shape, dtype):
                 raise InputError(
                     f"shard {str(path)!r} does not fit its {MANIFEST_FILE}: {name} is {found.dtype} of shape "
-                    f"{tuple(found.shape)}, not {dtype} of {shape}"
+                    f"{found.shape}, not {dtype} of {shape}"
                 )
-        labels, ends, characters = (tensors.pop(name).clone() for name in ("labels", "name_ends", "name_characters"))
-        return _Shard(tensors, labels, NameTable(characters.numpy(), ends.numpy()))
+        labels, ends, characters = (_read(file, places[name]) for name in ("labels", "name_ends", "name_characters"))
+        return _Shard(file, places, labels, NameTable(characters.numpy(), ends.numpy()))
 
     def _check_size(self, shard: LatentShardRecord) -> None:
         path = self.folder / shard.name
+        if path.exists():
+            check_file(path)
         found = path.stat().st_size if path.is_file() else None
         if found != shard.bytes:
             what = "is missing" if found is None else f"has {found} bytes where {MANIFEST_FILE} says {shard.bytes}"
@@ -263,6 +288,17 @@ class LatentDataset(Dataset[Latent]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._opened = threading.local()
+
+
+def _read(file: FileIO, place: _Place, row: int | None = None) -> Tensor:
+    """Read a tensor, or one row of it, into memory of its own."""
+    shape = place.shape if row is None else place.shape[1:]
+    dtype = _DTYPES[place.dtype]
+    size = math.prod(shape) * dtype.itemsize
+    data = bytearray(os.pread(file.fileno(), size, place.start + (row or 0) * size))
+    if len(data) < size:
+        raise InputError(f"shard {str(file.name)!r} has been cut short since it was opened; encode the images again")
+    return torch.frombuffer(data, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
 
 
 def _shift_and_scale(manifest: LatentManifest, normalise: Normalisation) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,11 @@ from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import read_image_bytes, to_pillow
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.resumable import ShardCommand, to_json
-from dc_ssdae.data.shard_index import MANIFEST_FORMAT, partial_file, scan_tar, write_whole
+from dc_ssdae.data.shard_index import MANIFEST_FORMAT, scan_tar
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.transforms import resize_shorter_side
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
+from dc_ssdae.files import write_whole, written_beside
 
 ImageFormat = Literal["jpg", "png", "webp"]
 FORMATS = ("jpg", "png", "webp")
@@ -92,10 +93,8 @@ class PackJob:
 def write_shard(job: PackJob, number: int, advance: Callable[[int], Any]) -> ShardReport:
     tar_writer = import_optional("webdataset.writer").TarWriter
     first = number * job.settings.shard_size
-    path = PACK.shard_path(job.folder, number)
-    beside = partial_file(path)
     kept, broken = 0, []
-    try:
+    with written_beside(PACK.shard_path(job.folder, number)) as beside:
         with open(beside, "wb") as file:
             hashing = _Hashing(file)
             with tar_writer(hashing, user="", group="", mtime=0, encoder=False) as writer:
@@ -123,10 +122,8 @@ def write_shard(job: PackJob, number: int, advance: Callable[[int], Any]) -> Sha
             found.offsets.tolist(),
             found.sizes.tolist(),
         )
+        # Before the shard's own renaming: a shard is finished when both are there.
         write_whole(PACK.report_path(job.folder, number), to_json(shard._asdict()))
-        os.replace(beside, path)  # last: a shard is finished when both are there
-    finally:
-        beside.unlink(missing_ok=True)
     return shard
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dc_ssdae.data.shard_cache import is_url
-from dc_ssdae.data.shard_index import MANIFEST_FILE, remove_partial_files, write_whole
+from dc_ssdae.data.shard_index import MANIFEST_FILE, remove_partial_files
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import check_file, write_whole
 
 _SETTINGS_FILE = "settings.json"
 
@@ -141,6 +142,7 @@ class ShardCommand:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
+            check_file(path)
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{str(path)!r} cannot be read: {error}") from error

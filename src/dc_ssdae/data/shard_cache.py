@@ -9,10 +9,14 @@ import urllib.parse
 from pathlib import Path
 
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.shard_index import partial_file
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import written_beside
 
 DEFAULT_CACHE = "~/.cache/dc_ssdae/shards"
+
+WEB = ("http://", "https://")
+STALL_SECONDS, RETRIES = 60, 4
+"""A download is begun again, at most so often, when nothing has come for so long."""
 
 
 def is_url(text: str) -> bool:
@@ -59,7 +63,7 @@ def cached_file(url: str, cache: str | None, sha256: str | None = None) -> Path:
 
 
 def fetch(url: str, cache: str | None, sha256: str | None = None, again: bool = False) -> Path:
-    """Fetch a whole file into the cache with WebDataset's `gopen`, unless it is there.
+    """Fetch a whole file into the cache, from the web with curl, else with WebDataset's `gopen`, unless it is there.
 
     It is written beside its place and renamed; of several processes one fetches, and the others wait for it.
 
@@ -77,7 +81,6 @@ def fetch(url: str, cache: str | None, sha256: str | None = None, again: bool = 
     """
     from filelock import FileLock
 
-    gopen = import_optional("webdataset.gopen").gopen
     path = cached_file(url, cache, sha256)
     if not again and path.is_file():
         return path
@@ -85,20 +88,28 @@ def fetch(url: str, cache: str | None, sha256: str | None = None, again: bool = 
     with FileLock(f"{path}.lock"):
         if not again and path.is_file():
             return path
-        for left_over in path.parent.glob(f".{path.name}.*.partial"):
-            left_over.unlink(missing_ok=True)
-        beside = partial_file(path)
         try:
-            with gopen(url) as stream, open(beside, "wb") as file:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            if sha256 is not None and _sha256(beside) != sha256:
-                raise OSError("its content is not what the manifest beside it says")
-            os.replace(beside, path)
+            # One name for all, of which the lock's holder is the only one, so that a killed one leaves no second.
+            with written_beside(path, path.with_name(f".{path.name}.partial")) as beside:
+                _download(url, beside)
+                if sha256 is not None and _sha256(beside) != sha256:
+                    raise OSError("its content is not what the manifest beside it says")
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            raise OSError(f"cannot fetch {url}: {' '.join(str(error).split())}") from error
-        finally:
-            beside.unlink(missing_ok=True)
+            raise OSError(f"cannot fetch {url} to {path}: {' '.join(str(error).split())}") from error
     return path
+
+
+def _download(url: str, path: Path) -> None:
+    if not url.lower().startswith(WEB):
+        with import_optional("webdataset.gopen").gopen(url) as stream, open(path, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        return
+    # Not by gopen, which waits for ever for a host that has stopped sending, and puts the URL into a shell's line.
+    options = ["--fail", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", "30"]
+    options += ["--retry", str(RETRIES), "--speed-limit", "1", "--speed-time", str(STALL_SECONDS)]
+    done = subprocess.run(["curl", *options, "--output", path, "--", url], capture_output=True, check=False)
+    if done.returncode:
+        raise OSError(done.stderr.decode(errors="replace") or f"curl ended with {done.returncode}")
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ from dc_ssdae.data.labels import as_label
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import check_file, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +137,9 @@ def scan_labels(path: str) -> dict[str, int]:
         InputError: the file is no tar, or damaged. One line that names it.
     """
     found = {}
+    members = _members(path)
     with open(path, "rb") as file:
-        for member in _members(path):
+        for member in members:
             key, extension = sample_key(member.name)
             if extension == "cls" and key is not None and member.isreg() and member.size <= _LONGEST_LABEL:
                 file.seek(member.offset_data)
@@ -156,6 +158,7 @@ def _members(path: str) -> list[tarfile.TarInfo]:
     subject = f"cannot read shard {path!r}"
     members: list[tarfile.TarInfo] = []
     try:
+        check_file(path)
         length = os.path.getsize(path)
         with open(path, "rb") as file:
             try:
@@ -201,6 +204,7 @@ def read_manifest(path: str) -> Manifest | None:
         InputError: it is damaged, or of a later version.
     """
     try:
+        check_file(path)
         content = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         return None
@@ -276,6 +280,7 @@ def read_index(path: str, manifest: Manifest) -> dict[str, ShardIndex]:
 
     subject = f"the index {path!r}"
     try:
+        check_file(path)
         content = Path(path).read_bytes()
         if hashlib.sha256(content).hexdigest() != manifest.index_sha256:
             raise InputError(f"{subject} does not belong to the {MANIFEST_FILE} beside it; pack the images again")
@@ -291,24 +296,6 @@ def read_index(path: str, manifest: Manifest) -> dict[str, ShardIndex]:
         shard.name: whole.part(int(end) - shard.images, int(end))
         for shard, end in zip(manifest.shards, ends, strict=True)
     }
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its place, then renamed."""
-    beside = partial_file(path)
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def partial_file(path: Path) -> Path:
-    """A name beside `path` for writing it under, by this process alone."""
-    return path.parent / f".{path.name}.{os.getpid()}.partial"
 
 
 def remove_partial_files(folder: Path) -> None:

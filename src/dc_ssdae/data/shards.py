@@ -32,6 +32,7 @@ from dc_ssdae.data.shard_index import (
     scan_tar,
 )
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import check_file
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,9 @@ class Shards:
         if number in files:
             files.move_to_end(number)
             return files[number]
-        file = files[number] = FileIO(self._path(number))
+        path = self._path(number)
+        check_file(path)
+        file = files[number] = FileIO(path)
         if len(files) > OPEN_FILES:
             files.popitem(last=False)[1].close()
         return file
@@ -302,6 +305,7 @@ def _file_name(url: str) -> str:
 
 
 def _check_size(path: str, record: ShardRecord) -> None:
+    check_file(path)
     found = os.stat(path).st_size
     if found != record.bytes:
         raise InputError(

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dc_ssdae.evaluation.html import data_uri, escape, fill_template, png
+from dc_ssdae.files import write_whole
 
 DIFFERENCE_GAIN = 2
 """How much the pictures of differences are amplified around mid-grey."""
@@ -72,9 +73,7 @@ def write_demo_report(
         facts="\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()),
         gain=str(DIFFERENCE_GAIN),
     )
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, page.encode("utf-8"))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -78,6 +79,7 @@ def export_model(
     size: tuple[int, int] | None = None,
     bake_noise: bool = False,
     noise_size: int = DEFAULT_NOISE_SIZE,
+    overwrite: bool = False,
 ) -> Export:
     """Write a model's encoder and one-step decoder as programs, and compare what was written with the model.
 
@@ -92,6 +94,7 @@ def export_model(
         bake_noise: put the default noise of `decode` into the decoder, which then takes z alone.
         noise_size: side in pixels of the largest square image that the default noise is kept for, where no size is
             fixed; other images may have as many pixels.
+        overwrite: write into a folder that is there, and replace its files of the same names one by one.
 
     Raises:
         InputError: the model, or a setting, cannot be exported, or a package is missing; or a program differs from the
@@ -99,7 +102,7 @@ def export_model(
         OSError: the folder cannot be written.
     """
     _check_settings(model, format, size, noise_size, bake_noise)
-    check_export_folder(out)
+    _check_folder(out, overwrite)
     packages = _import_onnx_packages() if format == "onnx" else {}
     height, width = size or (noise_size, noise_size)
     noise = default_noise(height, width)
@@ -114,9 +117,13 @@ def export_model(
         manifest = {**_describe_model(model), **exporter.describe(), **{name: asdict(p) for name, p in parts.items()}}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         files = sorted(path.name for path in beside.iterdir())
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
+        if overwrite and out.is_dir():
+            for name in files:
+                os.replace(beside / name, out / name)
+        else:
+            if out.exists():
+                out.rmdir()
+            beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return Export(**parts, files=files)
@@ -134,12 +141,10 @@ def default_noise(height: int, width: int) -> Tensor:
     return start_noise(torch.empty(1), (1, 3, height, width), None, None).flatten()
 
 
-def check_export_folder(out: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        InputError: names it.
-    """
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something."""
+    if overwrite and out.is_dir():
+        return
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise InputError(f"{out} exists and is not an empty folder; name a new one")
 

@@ -1,0 +1,68 @@
+"""Files that are written whole or not at all, and what must not be opened as a file of ours."""
+
+import contextlib
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from dc_ssdae.errors import InputError
+
+GIT_LFS = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for one in Git's large file storage."""
+
+GIT_LFS_ADVICE = "it is a Git LFS pointer, not the file itself; run git lfs pull in the repository that it comes from"
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse what can be opened but not read as a file.
+
+    Raises:
+        InputError: it is a folder, a pipe or a device, whose reading may never end, or a Git LFS pointer.
+        OSError: it is not there, or cannot be read.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: it is {'a directory' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}")
+    if status.st_size < 1024:
+        with open(path, "rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                raise InputError(f"{path}: {GIT_LFS_ADVICE}")
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, beside: Path | None = None) -> Iterator[Path]:
+    """Give the name to write a file under; at the end of the block it takes the file's place, unless something failed.
+
+    Args:
+        path: of the file; its folder exists.
+        beside: a name in the same folder, for who cleans up after killed processes; by default one of its own.
+
+    Raises:
+        OSError: it cannot be written; names the file, also where the system does not, as on a full disk.
+    """
+    beside = beside or path.parent / f".{uuid.uuid4().hex}.partial"
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(beside)):
+            error.filename = str(path)
+        raise
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # after the renaming there is nothing left to remove
+            beside.unlink()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; its folder is made if need be.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as beside, open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
