@@ -60,7 +60,8 @@ def train(module: Layers, optimizer: torch.optim.Optimizer, steps: range) -> Non
 def written_and_read(state: OptimizerState) -> OptimizerState:
     """Through the formats of a checkpoint."""
     tensors = load(save({name: whole(tensor) for name, tensor in state.tensors.items()}))
-    return OptimizerState(tensors, json.loads(json.dumps(state.groups, allow_nan=False)))
+    groups, names = json.loads(json.dumps([state.groups, state.names], allow_nan=False))
+    return OptimizerState(tensors, groups, names)
 
 
 def fresh(weights: dict[str, Tensor]) -> Layers:
@@ -190,6 +191,10 @@ def trained_state(name: OptimizerName = "adamw") -> OptimizerState:
     return written_and_read(optimizer_state(optimizer, module))
 
 
+def without(state: OptimizerState, beginning: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.tensors.items() if not name.startswith(beginning)}
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -200,6 +205,10 @@ def trained_state(name: OptimizerName = "adamw") -> OptimizerState:
             lambda s: OptimizerState({**s.tensors, "vector/exp_avg": torch.zeros(3)}, s.groups),
             r"vector/exp_avg of shape \(3,\); the parameter has \(1037,\)",
         ),
+        (lambda s: s._replace(tensors={}), "lacks 15 tensors"),
+        (lambda s: s._replace(tensors=without(s, "vector/")), "lacks 3 tensors, vector/exp_avg among"),
+        (lambda s: s._replace(tensors=without(s, "vector/exp_avg_sq")), "vector/exp_avg_sq"),
+        (lambda s: s._replace(tensors=without(s, "vector/exp_avg_sq"), names=None), "vector/exp_avg_sq"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(state, message) -> None:

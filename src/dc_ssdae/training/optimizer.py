@@ -13,10 +13,14 @@ from dc_ssdae.training.tensors import like, local_part
 
 
 class OptimizerState(NamedTuple):
-    """What an optimiser holds: `tensors` named PARAMETER/KEY, and `groups`, JSON's numbers and words by group."""
+    """What an optimiser holds: `tensors` named PARAMETER/KEY, and `groups`, JSON's numbers and words by group.
+
+    `names` are the tensors that there were when the state was saved; None where that was not written down.
+    """
 
     tensors: dict[str, Tensor]
     groups: list[dict[str, Any]]
+    names: list[str] | None = None
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -73,7 +77,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> Opti
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return OptimizerState(tensors, groups)
+    return OptimizerState(tensors, groups, sorted(tensors))
 
 
 @torch.no_grad()
@@ -81,7 +85,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, st
     """Put a state of whole tensors into a fresh optimiser of the same kind.
 
     Raises:
-        InputError: it has a parameter that the module lacks, another shape, or other groups.
+        InputError: a tensor is missing, belongs to no parameter or has another shape; or the groups are others.
     """
     parameters = dict(module.named_parameters())
     if len(state.groups) != len(optimizer.param_groups):
@@ -102,6 +106,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, st
             )
         # A count of steps stays on the CPU, where PyTorch's optimisers keep it.
         optimizer.state[parameter][key] = tensor.clone() if key == "step" else like(tensor, parameter)
+    names = state.names
+    if names is None:  # no parameter has less than the others; one without a gradient has nothing
+        owners, keys = ({name.rpartition("/")[part] for name in state.tensors} for part in (0, 2))
+        names = [f"{owner}/{key}" for owner in owners for key in keys]
+    if missing := sorted(set(names) - set(state.tensors)):
+        raise InputError(f"the optimiser's state lacks {len(missing)} tensors, {missing[0]} among them; it is damaged")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

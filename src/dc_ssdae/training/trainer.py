@@ -194,7 +194,11 @@ class Trainer:
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "processes": self.accelerator.num_processes,
-            "optimizer": {"class": type(self.optimizer).__name__, "groups": optimizer.groups},
+            "optimizer": {
+                "class": type(self.optimizer).__name__,
+                "groups": optimizer.groups,
+                "tensors": optimizer.names,
+            },
             "gradient_scaler": self.scaler.state_dict(),
         }
         # Every process gathers what is sharded; eight whole copies would be too much for many a node.
@@ -227,8 +231,9 @@ class Trainer:
                 "its order would be another"
             )
         self.ema.load_state_dict(checkpoint.tensors["ema"])
-        saved = OptimizerState(dict(checkpoint.tensors["optimizer"]), state["optimizer"]["groups"])
-        load_optimizer_state(self.optimizer, self.module, saved)
+        tensors, saved = dict(checkpoint.tensors["optimizer"]), state["optimizer"]
+        optimizer = OptimizerState(tensors, saved["groups"], saved.get("tensors"))
+        load_optimizer_state(self.optimizer, self.module, optimizer)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["gradient_scaler"])
         self.step = self._saved_at = state["step"]
