@@ -55,7 +55,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: 
     assert os.listdir(path.parent) == ["file"]
     with pytest.raises(OSError, match="another") as caught, written_beside(path) as beside:
         (beside.write_bytes(b"half"), os.stat(tmp_path / "another"))
-    assert caught.value.filename == tmp_path / "another"
+    assert caught.value.filename == str(tmp_path / "another")
     assert os.listdir(path.parent) == ["file"]
 
 

@@ -57,6 +57,32 @@ def test_every_extension_counts_in_whatever_case(tmp_path: Path) -> None:
     assert len(ImageFolder(str(tmp_path))) == len(IMAGE_EXTENSIONS)
 
 
+def test_files_that_are_passed_over_are_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    others = ("a.heic", "b.HEIC", "c.nef", "photos.tar.gz", "no_suffix", "d/e.mov", "f.jpg.part", "g.jpg~")
+    for name in (*others, "quiet.txt", "quiet.json", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"2 \.heic"):
+        ImageFolder(str(tmp_path))
+    write_images(tmp_path, 1)
+    ImageFolder(str(tmp_path))
+    (message,) = caplog.messages
+    for told in ("2 .heic", "1 .nef", "1 .tar.gz", "1 .mov", "2 (no suffix)", "1 .part"):
+        assert told in message
+    assert "quiet" not in message
+    assert ".txt" not in message
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    write_images(tmp_path, 1)
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, 30 * 2**30)
+    folder = ImageFolder(str(tmp_path))
+    for read in (folder.read, folder.read_bytes):
+        with pytest.raises(InputError, match="32212254720 bytes"):
+            read(0)
+
+
 def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
     write_images(tmp_path, 1)
     write_images(tmp_path / ".thumbnails", 2)

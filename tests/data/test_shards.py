@@ -112,12 +112,16 @@ def test_what_is_no_image_member(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         "dir/._0.png": b"left by another system",
         "0.PNG": image,
         "1.txt": b"alone",
+        "2.heic": b"not read here",
+        "2.json": b"{}",
         "readme": b"",
         ".x.png": b"",
     }
     write_tar(tmp_path / "x.tar", content)
     check(Shards(str(tmp_path)), [1])
-    assert "1 of 2 samples have no image" in caplog.text
+    assert "3 of 4 samples have no image: " in caplog.text
+    for told in ("1 .heic", "1 .txt", "1 (no suffix)"):
+        assert told in caplog.text
 
 
 def test_two_images_in_a_sample_are_told_apart_by_extensions(tmp_path: Path) -> None:
@@ -125,6 +129,9 @@ def test_two_images_in_a_sample_are_told_apart_by_extensions(tmp_path: Path) -> 
     write_tar(tmp_path / "x.tar", content)
     assert "'0.left.png' and '0.right.png'" in refusal(tmp_path)
     check(Shards(str(tmp_path), extensions=["right.png"]), [1])
+    write_tar(tmp_path / "x.tar", {f"IMG 2023.01.0{day}.png": encoded(image_array(day)) for day in (5, 6)})
+    assert "first dot" in refusal(tmp_path)
+    write_tar(tmp_path / "x.tar", content)
     check(Shards(str(tmp_path), extensions="left.png"), [0])
 
 
@@ -238,6 +245,9 @@ def test_what_is_no_tar(tmp_path: Path, content: bytes) -> None:
 def test_missing_shards_and_empty_ones(folder: Path, tmp_path: Path) -> None:
     assert "000003.tar" in refusal(f"{folder}/{{000000..000003}}.tar")
     assert "write {000..127}" in refusal(f"{folder}/*.tar")
+    for pattern in ("{0..99999999999}.tar", "{0..9999}/{0..9999}.tar", "0.tar::{-99999999999..0}.tar"):
+        assert "names more than" in refusal(f"{folder}/{pattern}")
+    assert "000.tar" in refusal(f"{folder}/{{000..999}}.tar::{folder}/{{0000..9999}}.tar")
     assert "2 times" in refusal(f"{folder}/000000.tar::{folder}/00000{{0,1}}.tar")
     (tmp_path / "none").mkdir()
     assert "looked for *.tar" in refusal(tmp_path / "none")

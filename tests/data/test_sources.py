@@ -41,12 +41,39 @@ def opened(root: Any = None, dataset: Any = None, validation: Any = None) -> tup
 # --- root ---
 
 
-@pytest.mark.parametrize("name", ["validation", "val"])
-def test_a_divided_root(tmp_path: Path, name: str) -> None:
-    write_images(tmp_path / "train" / "class_a", 2)
-    write_images(tmp_path / "train" / "class_b", 1, first=2)
+@pytest.mark.parametrize(
+    ("train", "name"), [("train", "validation"), ("train", "Val"), ("Train", "VALIDATION"), ("TRAINING", "valid")]
+)
+def test_a_divided_root(tmp_path: Path, train: str, name: str) -> None:
+    write_images(tmp_path / train / "class_a", 2)
+    write_images(tmp_path / train / "class_b", 1, first=2)
     write_images(tmp_path / name, 2, first=3)
     assert opened(tmp_path) == ([0, 1, 2], [3, 4])
+
+
+@pytest.mark.parametrize("name", ["val2017", "DIV2K_valid_HR", "Test", "data/val"])
+def test_folders_that_may_be_held_out_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    for other in ("train2017", "valley", "contests"):
+        write_images(tmp_path / other, 1)
+    write_images(tmp_path / name, 1, first=1)
+    write_images(tmp_path / "train2017" / ".val", 1)
+    with caplog.at_level(logging.WARNING):
+        open_path(str(tmp_path), None)
+    assert [repr(name) in record.getMessage() for record in caplog.records] == [True]
+    assert "valley" not in caplog.text
+    caplog.clear()
+    open_path(str(tmp_path / name), None)
+    assert not caplog.records
+
+
+def test_shards_that_may_be_held_out_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, name in enumerate(("imagenet-train-000", "imagenet-validation-000")):
+        write_tar(tmp_path / f"{name}.tar", {f"{number}.png": encoded(image_array(number))})
+    (tmp_path / "more.tar.gz").write_bytes(b"")
+    open_path(str(tmp_path), None)
+    assert ["1 .tar.gz" in caplog.messages[0], "'imagenet-validation-000.tar'" in caplog.messages[1]] == [True, True]
 
 
 def test_without_train_all_of_it_is_training_data(tmp_path: Path) -> None:
@@ -69,13 +96,16 @@ def test_train_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_what_a_divided_root_must_not_be(tmp_path: Path) -> None:
     write_images(tmp_path / "val", 1)
     assert "val/ but no train/" in refusal(root=str(tmp_path))
+    (tmp_path / "val").rename(tmp_path / "Val")
+    assert "Val/ but no train/" in refusal(root=str(tmp_path))
+    (tmp_path / "Val").rename(tmp_path / "val")
     (tmp_path / "train").mkdir()
     message = refusal(root=str(tmp_path))
     assert repr(str(tmp_path / "train")) in message
     assert ".jpg" in message
     write_images(tmp_path / "train", 1)
     (tmp_path / "validation").mkdir()
-    assert "both validation/ and val/" in refusal(root=str(tmp_path))
+    assert "both val/ and validation/" in refusal(root=str(tmp_path))
 
 
 def test_validation_of_its_own_goes_first(tmp_path: Path) -> None:

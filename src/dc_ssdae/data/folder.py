@@ -1,14 +1,27 @@
 """A folder of image files, at any depth, as a data set."""
 
+import logging
 import os
-import stat
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from dc_ssdae.data.images import IMAGE_EXTENSIONS, read_image
+from dc_ssdae.data.images import IMAGE_EXTENSIONS, check_image_file, read_image
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+COMPANIONS = frozenset(
+    f".{kind}"
+    for kind in ("cls", "csv", "db", "htm", "html", "ini", "json", "jsonl", "log", "md", "py", "safetensors", "sh")
+) | {".tsv", ".txt", ".xml", ".yaml", ".yml"}
+"""Suffixes of what usually lies beside images; such files are passed over without a word."""
+
+_HELD_OUT = frozenset({"val", "valid", "validation", "test", "testing", "dev", "eval", "holdout"})
 
 
 class ImageFolder:
@@ -29,9 +42,12 @@ class ImageFolder:
         if not os.path.isdir(self.root):
             what = "is not a folder" if os.path.exists(self.root) else "does not exist"
             raise InputError(f"the image folder {self.root!r} {what}")
-        self._names = NameTable.of(sorted(image_files(self.root)))
-        if not len(self._names):
-            raise InputError(no_images(self.root))
+        listing = list_folder(self.root)
+        if not listing.images:
+            raise InputError(no_images(self.root, listing.others))
+        inside = sum(listing.held_out.values())
+        warn_of(self.root, listing.others, [*listing.held_out] if inside < len(listing.images) else [])
+        self._names = NameTable.of(sorted(listing.images))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -67,32 +83,40 @@ class ImageFolder:
             InputError: it cannot be read.
         """
         path = self.name(index)
+        check_image_file(path)
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-                raise InputError(f"cannot read image {path!r}: it is not a regular file")
             with open(path, "rb") as file:
                 return file.read()
         except OSError as error:
             raise InputError(f"cannot read image {path!r}: {error.strerror or error}") from error
 
 
-def image_files(root: str) -> Iterator[str]:
-    """List the image files under a folder in no certain order, as relative paths with forward slashes.
+class Listing(NamedTuple):
+    """What lies under a folder.
 
-    Args:
-        root: the folder.
+    images: paths with one of `IMAGE_EXTENSIONS`, in whatever case, relative, with forward slashes, in no certain order;
+        among them folders named like images that hold none, and links to nothing.
+    others: how many other files there are, by suffix.
+    held_out: folders with images whose names are those of validation or test images, and how many they hold.
+    """
 
-    Yields:
-        Paths with one of `IMAGE_EXTENSIONS`, in whatever case; among them folders named like images that hold none,
-        and links to nothing.
+    images: list[str]
+    others: Counter[str]
+    held_out: dict[str, int]
+
+
+def list_folder(root: str) -> Listing:
+    """List the files under a folder, at any depth.
 
     Raises:
         InputError: a folder cannot be listed.
     """
-    return _image_files(root, "", (_identity(os.stat(root)),))
+    listing = Listing([], Counter(), {})
+    _list(root, "", (_identity(os.stat(root)),), listing)
+    return listing
 
 
-def _image_files(folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _list(folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...], listing: Listing) -> None:
     try:
         with os.scandir(folder) as found:
             entries = list(found)
@@ -104,24 +128,58 @@ def _image_files(folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...
         name = prefix + entry.name
         if not _is_folder(entry):
             if _named_as_image(entry.name):
-                yield name
+                listing.images.append(name)
+            else:
+                listing.others[suffix(entry.name)] += 1
             continue
         identity = _identity(entry.stat())
         if identity in ancestors:  # a link back to a folder that this one lies in
             continue
-        empty = True
-        for file in _image_files(entry.path, f"{name}/", (*ancestors, identity)):
-            empty = False
-            yield file
-        if empty and _named_as_image(entry.name):
-            yield name
+        before = len(listing.images)
+        _list(entry.path, f"{name}/", (*ancestors, identity), listing)
+        count = len(listing.images) - before
+        if is_held_out(entry.name) and count:
+            listing.held_out[name] = count
+        if not count and _named_as_image(entry.name):
+            listing.images.append(name)
 
 
-def no_images(root: str) -> str:
-    """Say that a folder holds no images, and what was looked for."""
-    return (
-        f"there are no images in {root!r}; looked for files that end in .{', .'.join(IMAGE_EXTENSIONS)}, at any depth"
-    )
+def suffix(name: str) -> str:
+    """A file's suffix in lower case, with its dot; that of .tar.gz is the whole of it."""
+    found = re.search(r"(\.tar)?\.\w{1,12}$", name.lower())
+    return found[0] if found else "(no suffix)"
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a folder's or a shard's name is one of validation or test images: "Val", "val2017", "DIV2K_valid_HR"."""
+    return not _HELD_OUT.isdisjoint(word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name))
+
+
+def name_counts(others: Counter[str]) -> str:
+    """Name the suffixes of files that are passed over, with their numbers; nothing where all are known companions."""
+    missed = [(kind, count) for kind, count in others.most_common() if kind not in COMPANIONS and count > 0]
+    more = f" and {len(missed) - 8} other kinds" if len(missed) > 8 else ""
+    return ", ".join(f"{count} {kind}" for kind, count in missed[:8]) + more
+
+
+def warn_of(root: str, others: Counter[str], held_out: Sequence[str]) -> None:
+    """Say which files a data set passes over, and which of its images were perhaps meant to be kept out of it."""
+    if missed := name_counts(others):
+        logger.warning("%r: files passed over: %s; images end in .%s", root, missed, ", .".join(IMAGE_EXTENSIONS))
+    if held_out:
+        logger.warning(
+            "%r is read as one data set, with %s, named like validation or test images; if they are, keep them apart: "
+            "in train/ and validation/, or by data.root and data.validation",
+            root,
+            ", ".join(map(repr, sorted(held_out)[:8])),
+        )
+
+
+def no_images(root: str, others: Counter[str]) -> str:
+    """Say that a folder holds no images, what was looked for, and what is there."""
+    looked = f"looked for files that end in .{', .'.join(IMAGE_EXTENSIONS)}, at any depth"
+    missed = name_counts(others)
+    return f"there are no images in {root!r}; {looked}" + (f"; found {missed}" if missed else "")
 
 
 def _named_as_image(name: str) -> bool:

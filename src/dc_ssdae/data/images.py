@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from dc_ssdae.errors import InputError
@@ -22,11 +22,15 @@ from dc_ssdae.files import GIT_LFS, GIT_LFS_ADVICE, written_beside
 # almost any bytes for an image (TGA), so that a text file would come out as noise instead of an error.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
+_OPTIONAL_EXTENSIONS = {"avif": ("avif",), "jpg_2000": ("j2k", "jp2"), "webp": ("webp",)}  # by Pillow's features
 IMAGE_EXTENSIONS = (
-    *("avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg"),
-    *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
+    *("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff"),
+    *(name for kind, names in _OPTIONAL_EXTENSIONS.items() if kind in features.get_supported() for name in names),
 )
-"""Extensions of image files in lower case and without the dot, by which data sets tell them from other files."""
+"""Extensions of the image files that this Pillow reads, in lower case and without the dot; data sets have no others."""
+
+LARGEST_FILE = 2**31
+"""Bytes; more than the largest image that is read has without compression."""
 
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa")
@@ -67,6 +71,18 @@ def read_image(path: str | Path) -> ImageFile:
         InputError: there is no such file, or it is not an image, damaged, cut short, too large, or of a pixel
             type that has no one meaning in 8 bits (32-bit integer or floating point).
     """
+    check_image_file(path)
+    # Not opened by its path: Pillow then maps uncompressed TIFFs into memory, and those that their
+    # orientation turns by 90 degrees come out scrambled.
+    return _read(f"cannot read image {str(path)!r}", lambda: _opened(open(path, "rb")))
+
+
+def check_image_file(path: str | Path) -> None:
+    """Refuse what no image can be read from, before it is opened.
+
+    Raises:
+        InputError: there is no such file, or it is not a regular one, empty, or larger than `LARGEST_FILE`.
+    """
     subject = f"cannot read image {str(path)!r}"
     try:
         status = os.stat(path)
@@ -76,9 +92,8 @@ def read_image(path: str | Path) -> ImageFile:
         raise InputError(f"{subject}: it is {'a directory' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}")
     if status.st_size == 0:
         raise InputError(f"{subject}: the file is empty")
-    # Not opened by its path: Pillow then maps uncompressed TIFFs into memory, and those that their
-    # orientation turns by 90 degrees come out scrambled.
-    return _read(subject, lambda: _opened(open(path, "rb")))
+    if status.st_size > LARGEST_FILE:
+        raise InputError(f"{subject}: it has {status.st_size} bytes, more than any image that can be read")
 
 
 def read_image_bytes(data: bytes, name: str) -> ImageFile:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from dc_ssdae.data.folder import ImageFolder
-from dc_ssdae.data.images import read_image_bytes, to_pillow
+from dc_ssdae.data.images import to_pillow
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.resumable import ShardCommand, to_json
 from dc_ssdae.data.shard_index import MANIFEST_FORMAT, scan_tar
@@ -144,9 +144,9 @@ class _Hashing:
 def _packed_image(job: PackJob, index: int) -> tuple[str, bytes, bool]:
     """The extension and bytes of an image in the shard, and whether they are the source's own."""
     settings = job.settings
-    data = job.source.read_bytes(index)
-    pixels = read_image_bytes(data, job.source.name(index)).pixels
+    pixels = job.source.read(index)  # before its bytes, which of a file that is no image may be very many
     if settings.size is None or min(pixels.shape[1:]) <= settings.size:
+        data = job.source.read_bytes(index)
         extension = _plain_format(data)
         if extension is not None:
             return extension, data, True

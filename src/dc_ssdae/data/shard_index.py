@@ -5,12 +5,14 @@ import json
 import logging
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dc_ssdae.data.folder import COMPANIONS, suffix
 from dc_ssdae.data.images import IMAGE_EXTENSIONS
 from dc_ssdae.data.labels import as_label
 from dc_ssdae.data.name_table import NameTable
@@ -98,28 +100,35 @@ def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
     wanted = None if extensions is None else {extension.lower().lstrip(".") for extension in extensions}
     names: list[str] = []
     places: list[tuple[int, int]] = []
+    with_image: set[str] = set()
     key_of_last_image = None
-    keys: dict[str, None] = {}
+    keys: dict[str, str] = {}  # with the suffix of what each has beside the companions of images
     for member in _members(path):
         if member.name.rpartition("/")[2].startswith("."):
             continue
         key, extension = sample_key(member.name)
-        if key is None or member.isdir():
+        if member.isdir():
             continue
-        keys[key] = None
+        kind = suffix(member.name)
+        if keys.setdefault(key or member.name, kind) in COMPANIONS:
+            keys[key or member.name] = kind
         if (extension.rpartition(".")[2] not in IMAGE_EXTENSIONS) if wanted is None else (extension not in wanted):
             continue
         if key == key_of_last_image:
             raise InputError(
-                f"shard {path!r}: sample {key!r} has two images, {names[-1]!r} and {member.name!r}; "
-                "name the one to take in Shards' extensions"
+                f"shard {path!r}: sample {key!r} has two images, {names[-1]!r} and {member.name!r}; name the one to "
+                "take in Shards' extensions. If they are two samples: WebDataset takes a name up to its first dot for the "
+                "sample's, so rename the files without other dots, or unpack them and use dc-ssdae pack, which does"
             )
         key_of_last_image = key
+        with_image.add(key or member.name)
         names.append(member.name)
         plain = member.isreg() and not member.issparse()
         places.append((member.offset_data, member.size if plain else NOT_PLAIN))
     if len(names) < len(keys):
-        logger.warning("shard %r: %d of %d samples have no image", path, len(keys) - len(names), len(keys))
+        kinds = Counter(kind for key, kind in keys.items() if key not in with_image)
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+        logger.warning("shard %r: %d of %d samples have no image: %s", path, kinds.total(), len(keys), told)
     offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
     return ShardIndex(NameTable.of(names), offsets.copy(), sizes.copy())
 

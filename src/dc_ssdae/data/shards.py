@@ -1,7 +1,9 @@
 """WebDataset tar shards as a data set with random access."""
 
 import logging
+import math
 import os
+import re
 import threading
 import urllib.parse
 import urllib.request
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from dc_ssdae.data.images import read_image_bytes
+from dc_ssdae.data.images import LARGEST_FILE, read_image_bytes
 from dc_ssdae.data.labels import UNKNOWN_LABEL
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.shard_cache import cached_file, check_scheme, fetch, is_url, sibling
@@ -35,6 +37,9 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.files import check_file
 
 logger = logging.getLogger(__name__)
+
+MOST_SHARDS = 10**6
+"""A pattern that names more is a slip of the keyboard."""
 
 OPEN_FILES = 96
 """Shards that a thread keeps open: more than the loader mixes, fewer than systems allow."""
@@ -174,6 +179,8 @@ class Shards:
         size = int(self._index.sizes[index])
         if size == NOT_PLAIN:
             raise InputError(f"cannot read image {self.name(index)!r}: it is a link or sparse, not plain bytes")
+        if size > LARGEST_FILE:
+            raise InputError(f"cannot read image {self.name(index)!r}: {size} bytes are more than an image has")
         file = self._open(self._shard_of(index))
         try:
             data = os.pread(file.fileno(), size, int(self._index.offsets[index]))
@@ -279,6 +286,10 @@ def _expand(pattern: str) -> list[str]:
     if not any(mark in pattern for mark in ("{", "::", "$")):
         return [pattern]
     expand_urls = import_optional("webdataset.shardlists").expand_urls
+    for part in pattern.split("::"):
+        ranges = re.findall(r"{(-?\d+)\.\.(-?\d+)", part)
+        if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MOST_SHARDS:
+            raise InputError(f"the pattern of shards {pattern!r} names more than {MOST_SHARDS} shards")
     try:
         urls = list(expand_urls(pattern))
     except (ValueError, AssertionError) as error:

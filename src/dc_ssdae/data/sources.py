@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dc_ssdae.classes import import_class
-from dc_ssdae.data.folder import ImageFolder, image_files, no_images
+from dc_ssdae.data.folder import ImageFolder, is_held_out, list_folder, suffix, warn_of
 from dc_ssdae.data.hub import HubDataset
 from dc_ssdae.data.images import read_image_bytes, read_pillow_image
 from dc_ssdae.data.labels import UNKNOWN_LABEL, as_label
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 BUILT_IN_SOURCES: Mapping[str, type] = {"ImageFolder": ImageFolder, "Shards": Shards, "HubDataset": HubDataset}
 
-_TRAIN, _VALIDATION = "train", ("validation", "val")
+_PARTS = {"train": ("train", "training"), "validation": ("validation", "val", "valid")}
+"""Names of a data set's parts and, in lower case, of their folders."""
 
 
 class ImageSource(Protocol):
@@ -83,8 +85,8 @@ def open_sources(
     """Open the data sets that a configuration names.
 
     Args:
-        root: a folder, a shard, or a pattern or URL of shards. A folder may hold train/ and validation/ (or val/);
-            without train/ all of it is training data.
+        root: a folder, a shard, or a pattern or URL of shards. A folder may hold train/ (or training/) and validation/
+            (or val/, valid/), in whatever case; without train/ all of it is training data.
         dataset: in place of root, {class_path, init_args}: ImageFolder, Shards, HubDataset, or a class of the user's
             own as module.Class, whose objects have `__len__` and `__getitem__`, or `__len__`, `read` and `name`.
         validation: as root or as dataset; goes before what root holds.
@@ -101,8 +103,9 @@ def open_sources(
         train = _build(dataset, cache)
     else:
         assert root is not None
-        train_path, in_root = _split_root(os.path.expanduser(root))
-        train = open_path(train_path, cache)
+        root = os.path.expanduser(root)
+        parts = split_folders(root)
+        train, in_root = open_path(parts.get("train", root), cache), parts.get("validation")
     if validation is None:
         return ImageSources(train, open_path(in_root, cache) if in_root else None)
     if isinstance(validation, str):
@@ -126,24 +129,28 @@ def open_path(path: str, cache: str | None) -> ImageSource:
         shards = tar_files(path)
         if not shards:
             return ImageFolder(path)
-        image = next(image_files(path), None)
-        if image is not None:
+        listing = list_folder(path)
+        if listing.images:
             raise InputError(
-                f"{path!r} holds shards ({os.path.basename(shards[0])!r}) and images ({image!r}); "
+                f"{path!r} holds shards ({os.path.basename(shards[0])!r}) and images ({listing.images[0]!r}); "
                 "which of them are meant? Move the others elsewhere"
             )
+        held_out = [name for name in map(os.path.basename, shards) if is_held_out(name)]
+        others = listing.others - Counter({".tar": len(shards)})
+        warn_of(path, others, held_out if len(held_out) < len(shards) else [])
         return Shards(path, cache=cache)
     if is_url(path) or path.endswith(".tar") or "{" in path or path.startswith("file:"):
         return Shards(path, cache=cache)
     if os.path.exists(path):
-        raise InputError(f"{path!r} is neither a folder nor a shard that ends in .tar")
+        packed = "; unpack it, or decompress it to a .tar" if suffix(path).startswith(".tar") else ""
+        raise InputError(f"{path!r} is neither a folder nor a shard that ends in .tar{packed}")
     raise InputError(
         f"there is no folder {path!r}; shards are named by a folder, a .tar, or a pattern with {{000..127}}"
     )
 
 
 def split_folders(root: str) -> dict[str, str]:
-    """Find the parts of a data set's folder.
+    """Find the parts of a data set's folder, and say which of its folders are in neither.
 
     Args:
         root: a path or pattern.
@@ -152,39 +159,26 @@ def split_folders(root: str) -> dict[str, str]:
         "train" and "validation" with their folders, as far as they are there; nothing where root is not divided.
 
     Raises:
-        InputError: two folders could be the validation images, or there are validation images but no train/, or
-            train/ is empty.
+        InputError: two folders could be the same part, or there are validation images but no train/.
     """
     if not os.path.isdir(root):
         return {}
-    names = [name for name in _VALIDATION if os.path.isdir(os.path.join(root, name))]
-    if len(names) > 1:
-        both = " and ".join(f"{name}/" for name in names)
-        raise InputError(f"{root!r} holds both {both}; keep one of them, or name it in data.validation")
-    train = os.path.join(root, _TRAIN)
-    if not os.path.isdir(train):
-        if names:
-            raise InputError(f"{root!r} holds {names[0]}/ but no {_TRAIN}/; which images are to be trained on?")
-        return {}
-    check_finished(train)
-    if not tar_files(train) and next(image_files(train), None) is None:
-        raise InputError(no_images(train))
-    return {"train": train, **({"validation": os.path.join(root, names[0])} if names else {})}
-
-
-def _split_root(root: str) -> tuple[str, str | None]:
-    parts = split_folders(root)
-    if not parts:
-        return root, None
-    read = {os.path.basename(part) for part in parts.values()}
-    others = sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if not entry.name.startswith(".") and entry.name not in read and entry.is_dir()
-    )
-    if others:
-        logger.warning("%r: only %s read; left out: %s", root, " and ".join(sorted(read)), ", ".join(others[:10]))
-    return parts["train"], parts.get("validation")
+    folders = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
+    parts: dict[str, str] = {}
+    for part, names in _PARTS.items():
+        found = [name for name in folders if name.lower() in names]
+        if len(found) > 1:
+            both = " and ".join(f"{name}/" for name in found)
+            raise InputError(f"{root!r} holds both {both}; keep one of them, or name it in data.{part}")
+        if found:
+            parts[part] = os.path.join(root, found[0])
+    read = [os.path.basename(path) for path in parts.values()]
+    if read and "train" not in parts:
+        raise InputError(f"{root!r} holds {read[0]}/ but no train/; which images are to be trained on?")
+    others = [name for name in folders if not name.startswith(".") and name not in read]
+    if read and others:
+        logger.warning("%r: only %s read; left out: %s", root, " and ".join(read), ", ".join(others[:10]))
+    return parts
 
 
 def _build(component: Mapping[str, Any], cache: str | None) -> ImageSource:
