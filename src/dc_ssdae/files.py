@@ -56,7 +56,11 @@ def written_beside(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; its folder is made if need be.
+    """Write a file whole or not at all, with the permissions that it had or new files have, to outlast a power cut.
+
+    Args:
+        path: of the file; its folder is made if need be.
+        content: of the file.
 
     Raises:
         OSError: it cannot be written; names the file.
@@ -66,3 +70,11 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+        if path.exists():
+            beside.chmod(path.stat().st_mode)
+    with contextlib.suppress(OSError):  # not all systems can
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -16,7 +16,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 
 from dc_ssdae.errors import InputError
-from dc_ssdae.model_folder import NOT_MEASURED, WEIGHTS, read_config, replace_text, update_config
+from dc_ssdae.files import write_whole
+from dc_ssdae.model_folder import NOT_MEASURED, WEIGHTS, read_config, update_config
 from dc_ssdae.provenance import (
     IN_TRAINING,
     PARTS,
@@ -84,7 +85,7 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
         return False
     card = render_model_card(read_config(folder), *_weights_in(folder), repo_id)
     if card != before:
-        replace_text(path, card)
+        write_whole(path, card.encode("utf-8"))
     return True
 
 

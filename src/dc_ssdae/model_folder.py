@@ -1,16 +1,14 @@
 """A saved model's folder on the disk: finding it, reading its config.json and writing statistics into it."""
 
-import contextlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dc_ssdae.errors import InputError
-from dc_ssdae.files import check_file
+from dc_ssdae.files import check_file, write_whole
 from dc_ssdae.latent import LatentStatistics
 
 NOT_MEASURED = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
@@ -75,27 +73,7 @@ def update_config(folder: Path, settings: Mapping[str, Any]) -> None:
     if list(config) == sorted(config):  # as diffusers writes it
         changed = dict(sorted(changed.items()))
     if changed != config:
-        replace_text(path, json.dumps(changed, indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, with the permissions that it had or that new files have.
-
-    Raises:
-        OSError: it cannot be written; the old one stays.
-    """
-    beside = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            beside.chmod(path.stat().st_mode)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        write_whole(path, (json.dumps(changed, indent=2) + "\n").encode())
 
 
 def model_folder(path: str | Path) -> Path:
@@ -147,13 +125,3 @@ def check_channels(statistics: LatentStatistics, channels: Any, owner: str) -> N
     """
     if len(statistics.mean) != channels:
         raise InputError(f"the latents' statistics are of {len(statistics.mean)} channels; {owner} has {channels}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming in the folder outlast a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -432,6 +432,10 @@ def test_other_settings_images_or_models_in_one_destination(photos: Path, tmp_pa
     (photos / "cat" / "image_006.png").rename(photos / "bird" / "image_006.png")
     assert "from other images than are in the source now" in refusal(photos, out)
     (photos / "bird" / "image_006.png").rename(photos / "cat" / "image_006.png")
+    status = (photos / "cat" / "image_006.png").stat()
+    os.utime(photos / "cat" / "image_006.png", ns=(0, 0))
+    assert "from files that have changed since" in refusal(photos, out)
+    os.utime(photos / "cat" / "image_006.png", ns=(status.st_atime_ns, status.st_mtime_ns))
     encoded_photos(photos, out, replace(SETTINGS, seed=4), batch_size=3)  # a mean has no noise
     assert len(LatentDataset(out)) == 7
 

@@ -433,6 +433,15 @@ def test_other_settings_or_images_in_one_destination(
     assert "begun with size 256, not 128" in refusal(divided, out, PackSettings(size=128))
     assert "begun with shuffle True, not False" in refusal(divided, out, PackSettings(shuffle=False))
     assert "begun with format jpg, not webp" in refusal(divided, out, PackSettings(format="webp"))
+    image = next((divided / "train" / "bird").iterdir())
+    content, status = image.read_bytes(), image.stat()
+    image.write_bytes(content + b"\0")
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "have changed since" in refusal(divided, out), "its size"
+    image.write_bytes(content)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert "have changed since" in refusal(divided, out), "its time"
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     write_images(divided / "train" / "bird", 1, first=9)
     assert "from other images" in refusal(divided, out)
 

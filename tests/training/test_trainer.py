@@ -692,11 +692,15 @@ def test_when_nothing_can_be_read_one_line_says_so(images: Path, tmp_path: Path)
     assert str(caught.value).startswith("100 images")
 
 
-def test_a_data_set_of_another_length_is_refused(images: Path, tmp_path: Path) -> None:
+def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     shutil.copytree(images, root)
     start(run_config(root, steps=2), tmp_path / "run")
-    (root / "train" / "image0000.png").unlink()
+    image = root / "train" / "image0000.png"
+    image.rename(renamed := image.with_name("renamed.png"))
+    with pytest.raises(InputError, match="9 training images have other names"):
+        resume(run_config(root, steps=4), tmp_path / "run")
+    renamed.unlink()
     with pytest.raises(InputError, match="began with 9 training images and the data set now has 8"):
         resume(run_config(root, steps=4), tmp_path / "run")
 

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from dc_ssdae.data.latent_shard import (
     read_latent_report,
 )
 from dc_ssdae.data.loader import ValidationImages, in_one_line, leave_signals_to_the_parent
-from dc_ssdae.data.resumable import check_broken
+from dc_ssdae.data.resumable import check_broken, files_sha256
 from dc_ssdae.data.sources import ImageSource, read_labelled
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentMoments
@@ -86,6 +87,7 @@ class LatentJob:
         first = number * self.settings.shard_size
         return range(first, min(first + self.settings.shard_size, len(self.images)))
 
+    @cached_property  # what is found before the images are read holds for all of them
     def identity(self) -> dict[str, Any]:
         """By what to know the same job again."""
         digest = hashlib.sha256()
@@ -101,6 +103,7 @@ class LatentJob:
             "model_sha256": self.encoder.sha256,
             "images": len(self.images),
             "names_sha256": digest.hexdigest(),
+            "files_sha256": files_sha256(self.images.source),
             "classes_sha256": hashlib.sha256(classes).hexdigest(),
         }
 
@@ -156,12 +159,13 @@ def encode_latents(
             return {}
         differs = {
             **dict.fromkeys(("images", "names_sha256", "classes_sha256"), _OTHER_IMAGES),
+            "files_sha256": "was encoded from files that have changed since, in size or time",
             "model_sha256": f"was encoded with another model than {encoder.name}",
         }
         locked.enter_context(LATENTS.lock(target))
         manifests = {}
         for name, job in jobs.items():
-            manifests[name] = LATENTS.begin(job.folder, job.identity(), set(parts), differs)
+            manifests[name] = LATENTS.begin(job.folder, job.identity, set(parts), differs)
             _stop_file(job).unlink(missing_ok=True)
         return manifests
 
@@ -345,7 +349,7 @@ def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:
     manifest = {
         "format": LATENTS_FORMAT,
         "version": LATENTS_VERSION,
-        "settings": job.identity(),
+        "settings": job.identity,
         "model": {
             "name": encoder.name,
             "sha256": encoder.sha256,

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -64,6 +64,19 @@ class ImageFolder:
     def relative_name(self, index: int) -> str:
         """The file's path in the folder, with forward slashes."""
         return self._names[index]
+
+    def names_sha256(self) -> str:
+        """The SHA-256 of all relative names."""
+        return self._names.sha256()
+
+    def file_states(self) -> Iterator[tuple[int, int] | None]:
+        """Size and time of change of each file, None where it has gone: what tells a file that was replaced."""
+        for index in range(len(self)):
+            try:
+                status = os.stat(self.name(index))
+                yield status.st_size, status.st_mtime_ns
+            except OSError:
+                yield None
 
     def read(self, index: int) -> Tensor:
         """Read an image.

@@ -1,7 +1,7 @@
 """A data set of Hugging Face's `datasets` library, from its hub or from a local folder."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -95,6 +95,10 @@ class HubDataset:
     def name(self, index: int) -> str:
         """The data set's path, and the row."""
         return f"{self._path}[{index}]"
+
+    def file_states(self) -> Iterator[str | None]:
+        """The library's fingerprint of the rows."""
+        yield getattr(self._rows, "_fingerprint", None)
 
     def label(self, index: int) -> int:
         """The row's label, -1 where it has none."""

@@ -1,5 +1,6 @@
 """Many strings in two arrays, which worker processes share instead of copying."""
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -25,6 +26,10 @@ class NameTable:
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), lengths.cumsum())
+
+    def sha256(self) -> str:
+        """The SHA-256 of the names in their order, as hexadecimal digits."""
+        return hashlib.sha256(self.characters.tobytes() + self.ends.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.ends)

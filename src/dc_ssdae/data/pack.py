@@ -20,16 +20,19 @@ from dc_ssdae.data.labels import folder_classes, folder_labels
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.pack_shard import PACK, PackJob, PackSettings, ShardReport, read_report, write_shard
-from dc_ssdae.data.resumable import check_broken, check_places
+from dc_ssdae.data.resumable import check_broken, check_places, files_sha256
 from dc_ssdae.data.shard_index import INDEX_FILE, MANIFEST_FORMAT, MANIFEST_VERSION, ShardIndex, write_index
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.sources import open_path, split_folders
 from dc_ssdae.errors import InputError
 
 _POLL_SECONDS = 0.5
-_OTHER_IMAGES = dict.fromkeys(
-    ("images", "names_sha256", "classes_sha256"), "was packed from other images than are in the source now"
-)
+_OTHER_IMAGES = {
+    **dict.fromkeys(
+        ("images", "names_sha256", "classes_sha256"), "was packed from other images than are in the source now"
+    ),
+    "files_sha256": "was packed from files that have changed since, in size or time",
+}
 
 
 class PackedPart(NamedTuple):
@@ -125,6 +128,7 @@ def _plan(source: Any, classes: Sequence[str], folder: Path, settings: PackSetti
         **asdict(settings),
         "images": len(names),
         "names_sha256": hashlib.sha256(b"\0".join(encoded)).hexdigest(),
+        "files_sha256": files_sha256(source),
         "classes_sha256": hashlib.sha256("\0".join(classes).encode("utf-8", "surrogateescape")).hexdigest(),
     }
     return PackJob(source, order, labels, folder, settings), identity

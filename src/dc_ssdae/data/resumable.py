@@ -1,5 +1,6 @@
 """A folder that a command fills shard by shard: begun with certain settings, gone on with, and finished."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -152,15 +153,25 @@ class ShardCommand:
 
 
 def _compare(begun: Any, identity: Mapping[str, Any], folder: Path, differs: Mapping[str, str]) -> None:
-    begun = begun if isinstance(begun, dict) else {}
+    begun = begun if isinstance(begun, dict) else dict.fromkeys(identity)
     for name, value in identity.items():
-        if begun.get(name) == value:
+        if begun.get(name, value if name == "files_sha256" else None) == value:  # older versions did not look at files
             continue
         if name in differs:
             raise InputError(f"{str(folder)!r} {differs[name]}; choose another destination")
         raise InputError(
             f"{str(folder)!r} was begun with {name} {begun.get(name)}, not {value}; choose another destination"
         )
+
+
+def files_sha256(source: Any) -> str | None:
+    """The SHA-256 of what is known of a source's files, by which changed ones are told; None of a user's own source."""
+    if not callable(states := getattr(source, "file_states", None)):
+        return None
+    digest = hashlib.sha256()
+    for state in states():
+        digest.update(f"{state}\n".encode())
+    return digest.hexdigest()
 
 
 def to_json(content: Any) -> bytes:

@@ -117,8 +117,8 @@ def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
         if key == key_of_last_image:
             raise InputError(
                 f"shard {path!r}: sample {key!r} has two images, {names[-1]!r} and {member.name!r}; name the one to "
-                "take in Shards' extensions. If they are two samples: WebDataset takes a name up to its first dot for the "
-                "sample's, so rename the files without other dots, or unpack them and use dc-ssdae pack, which does"
+                "take in Shards' extensions. If they are two samples: WebDataset ends a sample's name at the first "
+                "dot; rename the files without other dots, or unpack them and use dc-ssdae pack, which does"
             )
         key_of_last_image = key
         with_image.add(key or member.name)

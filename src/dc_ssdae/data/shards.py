@@ -1,5 +1,6 @@
 """WebDataset tar shards as a data set with random access."""
 
+import hashlib
 import logging
 import math
 import os
@@ -8,7 +9,7 @@ import threading
 import urllib.parse
 import urllib.request
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from typing import Any, NamedTuple
 
@@ -155,6 +156,20 @@ class Shards:
     def relative_name(self, index: int) -> str:
         """The shard's file name and the image's name in it, with a slash between them."""
         return f"{_file_name(self._shards[self._shard_of(index)].url)}/{self._index.names[index]}"
+
+    def names_sha256(self) -> str:
+        """The SHA-256 of the names of all shards and images."""
+        shards = [(_file_name(shard.url), count) for shard, count in zip(self._shards, self._blocks, strict=True)]
+        return hashlib.sha256(f"{shards!a} {self._index.names.sha256()}".encode()).hexdigest()
+
+    def file_states(self) -> Iterator[object]:
+        """What is known of each shard's content: its SHA-256, or size and time; of one from a URL the size alone."""
+        for number, shard in enumerate(self._shards):
+            if shard.sha256 is not None:
+                yield shard.sha256
+            else:
+                status = os.stat(self._path(number))
+                yield status.st_size, 0 if is_url(shard.url) else status.st_mtime_ns
 
     def read(self, index: int) -> Tensor:
         """Read an image.

@@ -193,6 +193,7 @@ class Trainer:
             "provenance": self._provenance(),
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
+            "names_sha256": self._names_sha256(),
             "processes": self.accelerator.num_processes,
             "optimizer": {
                 "class": type(self.optimizer).__name__,
@@ -230,6 +231,9 @@ class Trainer:
                 f"the run began with {state['images_in_data_set']} training images and the data set now has {length}; "
                 "its order would be another"
             )
+        names = self._names_sha256()
+        if None not in (names, state.get("names_sha256")) and names != state["names_sha256"]:
+            raise InputError(f"the {length} training images have other names than when the run began; put those back")
         self.ema.load_state_dict(checkpoint.tensors["ema"])
         tensors, saved = dict(checkpoint.tensors["optimizer"]), state["optimizer"]
         optimizer = OptimizerState(tensors, saved["groups"], saved.get("tensors"))
@@ -247,6 +251,11 @@ class Trainer:
         still_true = self.is_finished() or self.config.training.keeps_latent
         measured = state.get("latent_statistics") if still_true else None
         self._latent_statistics = None if measured is None else LatentStatistics(**measured)
+
+    def _names_sha256(self) -> str | None:
+        """What tells the images' names; of a data set that has none of its own, nothing."""
+        names_sha256 = getattr(self.sources.train, "names_sha256", None)
+        return names_sha256() if callable(names_sha256) else None
 
     def _provenance(self) -> dict[str, Any]:
         """What the model that is saved now says of its origin."""
