@@ -102,11 +102,15 @@ def test_images_that_a_yaml_names(run: Callable, words: list, photos: Path, tmp_
         ("data: {root: [1]}", "data.root in"),
         (f"data: {{root: '{photos}', cache: 3}}", "data.cache in"),
         ("data: {dataset: 7}", "data.dataset in"),
+        (f"data: {{root: 'pipe:touch {tmp_path}/ran'}}", "'pipe:touch"),
+        (f"data: {{root: 'http://127.0.0.1:9/0.tar::pipe:touch {tmp_path}/ran'}}", "'pipe:touch"),
+        (f"data: {{dataset: {{class_path: Shards, init_args: {{urls: ['gs://x/$(touch {tmp_path}/ran)']}}}}}}", "'gs:"),
         ("data: {dataset: {1: 2}}", "data.dataset in"),
         (f"data: {{root: '{photos}', validation: true}}", "data.validation in"),
     ):
         path.write_text(text)
         outcome = run("latents", path, tmp_path / "new", *words[3:])
+        assert not (tmp_path / "ran").exists()
         assert (outcome.code, outcome.out, len(outcome.err)) == (2, [], 1)
         assert told in outcome.err[0]
 

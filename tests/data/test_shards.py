@@ -135,6 +135,19 @@ def test_two_images_in_a_sample_are_told_apart_by_extensions(tmp_path: Path) -> 
     check(Shards(str(tmp_path), extensions="left.png"), [0])
 
 
+def test_what_tells_changed_shards(folder: Path, packed: Path) -> None:
+    shards, with_manifest = Shards(str(folder)), Shards(str(packed))
+    states, known, names = list(shards.file_states()), list(with_manifest.file_states()), shards.names_sha256()
+    assert len(states) == len(known) == 3
+    os.utime(folder / "000001.tar", ns=(0, 0))
+    os.utime(packed / "000001.tar", ns=(0, 0))
+    assert [before == now for before, now in zip(states, shards.file_states(), strict=True)] == [True, False, True]
+    assert list(with_manifest.file_states()) == known, "the manifest knows the content"
+    assert Shards(str(folder)).names_sha256() == names
+    (folder / "000002.tar").rename(folder / "000003.tar")
+    assert Shards(str(folder)).names_sha256() != names
+
+
 def test_more_shards_than_may_be_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "OPEN_FILES", 1)
     shards = Shards(str(folder))

@@ -95,6 +95,7 @@ def _own_parser() -> CommandParser:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     from dc_ssdae.cli.run_config import build_run_parser, parse_run_config
+    from dc_ssdae.data.sources import check_runs_nothing
 
     parser, rest, own = _own_parser(), list(words), []
     if "--help" in words or "-h" in words:
@@ -112,7 +113,17 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         # Also as flags, which go over what a file says, such as the config.yaml of an earlier distillation.
         rest.append(f"--distillation.teacher={args.teacher}")
         rest += [] if args.steps is None else [f"--distillation.steps={args.steps}"]
-        config = parse_run_config(rest, base=_base(args.teacher, args.steps or DEFAULT_STEPS), parser=run_parser).config
+        base = _base(args.teacher, args.steps or DEFAULT_STEPS)
+        for name, value in base.get("data", {}).items():
+            if any(word.startswith(f"--data.{name}") for word in rest):
+                continue
+            check_runs_nothing(value, Path(args.teacher))
+            class_path = str(value.get("class_path")) if isinstance(value, Mapping) else ""
+            if "." in class_path and not class_path.startswith("dc_ssdae."):
+                raise InputError(
+                    f"--teacher {args.teacher} reads images by {class_path}; if you trust it, give --data.{name}"
+                )
+        config = parse_run_config(rest, base=base, parser=run_parser).config
         return argparse.Namespace(program=PROGRAM, resume=None, config=config)
     if args.teacher is not None or args.steps is not None:
         raise InputError("--resume goes on with the run's own teacher; leave --teacher and --steps out")

@@ -168,7 +168,7 @@ def _model_name(model: str) -> str:
 def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSource]":
     """The images of each part, by its name; "" where the data is not divided."""
     from dc_ssdae.data.resumable import check_places
-    from dc_ssdae.data.sources import open_path, open_sources, split_folders
+    from dc_ssdae.data.sources import check_runs_nothing, open_path, open_sources, split_folders
 
     if not data.endswith(_YAML_SUFFIXES):
         root = os.path.expanduser(data)
@@ -183,6 +183,7 @@ def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSour
     named = {name: section.get(name) for name in _DATA_TYPES}
     for name, hint in _DATA_TYPES.items():
         check_type(f"data.{name} in {data}", named[name], hint)
+        check_runs_nothing(named[name], Path(data))
     if named["root"] is not None:
         check_places(named["root"], out)
     with importing_from(Path.cwd()):

@@ -214,10 +214,6 @@ class _Beginning:
     def __len__(self) -> int:
         return self._length
 
-    @property
-    def blocks(self) -> Sequence[int]:
-        return [self._length]
-
     def name(self, index: int) -> str:
         return self._source.name(index)
 

@@ -52,11 +52,6 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._names)
 
-    @property
-    def blocks(self) -> Sequence[int]:
-        """One block: in whatever order files are read, it costs the same."""
-        return [len(self)]
-
     def name(self, index: int) -> str:
         """The file's path."""
         return os.path.join(self.root, self._names[index])

@@ -1,7 +1,7 @@
 """A data set of Hugging Face's `datasets` library, from its hub or from a local folder."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -86,11 +86,6 @@ class HubDataset:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        """One block: rows are mapped into memory and read in any order."""
-        return [len(self)]
 
     def name(self, index: int) -> str:
         """The data set's path, and the row."""

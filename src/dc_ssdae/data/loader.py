@@ -127,7 +127,7 @@ class TrainingSamples(Dataset[Sample]):
     def __init__(self, source: ImageSource, drawing: Drawing) -> None:
         self.source = source
         self.drawing = drawing
-        self.order = EpochOrder(source.blocks, drawing.seed)
+        self.order = EpochOrder(getattr(source, "blocks", [len(source)]), drawing.seed)
 
     def __getitem__(self, place: Place) -> Sample:
         drawing = self.drawing

@@ -4,7 +4,8 @@ import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
@@ -17,7 +18,7 @@ from dc_ssdae.data.folder import ImageFolder, is_held_out, list_folder, suffix, 
 from dc_ssdae.data.hub import HubDataset
 from dc_ssdae.data.images import read_image_bytes, read_pillow_image
 from dc_ssdae.data.labels import UNKNOWN_LABEL, as_label
-from dc_ssdae.data.shard_cache import is_url
+from dc_ssdae.data.shard_cache import WEB, is_url
 from dc_ssdae.data.shard_index import check_finished
 from dc_ssdae.data.shards import Shards, tar_files
 from dc_ssdae.errors import InputError, check_type, unknown_name
@@ -31,7 +32,11 @@ _PARTS = {"train": ("train", "training"), "validation": ("validation", "val", "v
 
 
 class ImageSource(Protocol):
-    """Random access to images by index; can be pickled for worker processes."""
+    """Random access to images by index; can be pickled for worker processes.
+
+    One in which some orders of reading cost less than others may also have `blocks`: lengths of consecutive runs of
+    images that are cheap to read together.
+    """
 
     def __len__(self) -> int: ...
 
@@ -41,11 +46,6 @@ class ImageSource(Protocol):
 
     def read(self, index: int) -> Tensor:
         """Read an image, uint8 (3, H, W), upright RGB; InputError with one line that names it if it is broken."""
-        ...
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        """Lengths of consecutive runs of images that are cheap to read together; one run where order costs nothing."""
         ...
 
 
@@ -149,6 +149,27 @@ def open_path(path: str, cache: str | None) -> ImageSource:
     )
 
 
+def check_runs_nothing(data: object, file: Path) -> None:
+    """Refuse shards that a command writes, in a file that somebody else may have written.
+
+    Args:
+        data: a value of a configuration's section data.
+        file: where it stands.
+
+    Raises:
+        InputError: names the command.
+    """
+    if isinstance(data, Mapping) and data.get("class_path") != "HubDataset":  # its hf:// is no command
+        data = list(data.values())
+    for value in data if isinstance(data, list) else ():
+        check_runs_nothing(value, file)
+    for part in data.split("::") if isinstance(data, str) else ():
+        if is_url(part) and not part.lower().startswith(WEB):
+            raise InputError(
+                f"{file} reads images by the command {part!r}; if you trust it, give it on the command line"
+            )
+
+
 def split_folders(root: str) -> dict[str, str]:
     """Find the parts of a data set's folder, and say which of its folders are in neither.
 
@@ -236,39 +257,11 @@ def _adapt(dataset: Any, class_path: str) -> ImageSource:
     if length < 1:
         raise InputError(f"{class_path} has no images: its length is {length}")
     if callable(getattr(dataset, "read", None)) and callable(getattr(dataset, "name", None)):
-        return dataset if hasattr(dataset, "blocks") else _WithBlocks(dataset)
+        source: ImageSource = dataset
+        return source
     if not hasattr(dataset, "__getitem__"):
         raise InputError(f"{class_path} has neither __getitem__ nor read and name; one of them gives the images")
     return _Items(dataset, class_path.rpartition(".")[2])
-
-
-class _WithBlocks:
-    """A user's source without `blocks`: the order in which it is read does not matter."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        return [len(self)]
-
-    @property
-    def classes(self) -> Any:
-        return getattr(self._source, "classes", None)
-
-    def label(self, index: int) -> int:
-        label = getattr(self._source, "label", None)
-        return as_label(label(index)) if callable(label) else UNKNOWN_LABEL
-
-    def name(self, index: int) -> str:
-        return str(self._source.name(index))
-
-    def read(self, index: int) -> Tensor:
-        pixels: Tensor = self._source.read(index)
-        return pixels
 
 
 class _Items:
@@ -280,10 +273,6 @@ class _Items:
 
     def __len__(self) -> int:
         return len(self._dataset)
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        return [len(self)]
 
     def name(self, index: int) -> str:
         return f"{self._label}[{index}]"
