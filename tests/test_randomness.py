@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dc_ssdae.randomness import epoch_generator, image_generator, replacement_index, seed_ambient
+from dc_ssdae.randomness import epoch_generator, image_generator, noise_generator, replacement_index, seed_ambient
 
 
 def test_an_images_stream_depends_on_seed_step_and_place_alone() -> None:
@@ -42,10 +42,11 @@ def test_purposes_do_not_share_a_stream() -> None:
     numbers = set()
     for a, b in itertools.product(range(20), range(20)):
         numbers.add(image_generator(0, a, b).initial_seed())
+        numbers.add(noise_generator(0, a, b).initial_seed())
         seed_ambient(0, a, b)
         numbers.add(torch.initial_seed())
         numbers.add(replacement_index(0, a, b, 2**63))
-    assert len(numbers) == 3 * 400
+    assert len(numbers) == 4 * 400
 
 
 def test_epochs_differ_and_come_back() -> None:

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 # The first word of each seed sequence, so that no two purposes share a stream.
-_IMAGE, _ORDER, _REPLACEMENT, _AMBIENT, _NAMED, _RESAMPLING = range(6)
+_IMAGE, _ORDER, _REPLACEMENT, _AMBIENT, _NAMED, _RESAMPLING, _NOISE = range(7)
 
 
 def image_generator(seed: int, step: int, place: int) -> torch.Generator:
-    """Make the CPU generator of one image in one step: its crop, level, noise and latent's noise, in that order.
+    """Make the CPU generator of one image's crop in one step.
 
     Args:
         seed: of the run, 0 or more.
@@ -19,6 +19,11 @@ def image_generator(seed: int, step: int, place: int) -> torch.Generator:
         place: of the image in the global batch, from 0.
     """
     return torch.Generator().manual_seed(_word(_IMAGE, seed, step, place))
+
+
+def noise_generator(seed: int, step: int, place: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Make the generator, on a device, of one image's level and noise in one step; arguments as `image_generator`'s."""
+    return torch.Generator(device).manual_seed(_word(_NOISE, seed, step, place))
 
 
 def epoch_generator(seed: int, epoch: int) -> np.random.Generator:

@@ -60,17 +60,17 @@ def test_data_table(run: Callable, photos: Path, tmp_path: Path) -> None:
     assert max(map(len, outcome.out)) <= 100
     rows = [re.split(r" {2,}", line) for line in outcome.out[: outcome.out.index("")]]
     assert rows[0] == ["source", "stage", "images/s", "quartiles", "ratio", "quartiles"]
-    assert [row[1] for row in rows[1:]] == ["read+decode", "crop+flip", "noise+level", "whole sample"] * 3
+    assert [row[1] for row in rows[1:]] == ["read+decode", "crop+flip", "whole sample"] * 3
     assert len({row[0] for row in rows[1:]}) == 3
     for row in rows[1:]:
         low, high = map(number, row[3].split(".."))
         assert 0.0 < low <= number(row[2]) <= high
         assert number(row[4]) > 0.0
         assert QUARTILES.fullmatch(row[5])
-    assert {row[4] for row in rows[1:5]} == {"1.000"}
+    assert {row[4] for row in rows[1:4]} == {"1.000"}
     text = " ".join(outcome.out[len(rows) :])
     assert "Images a second of one process with one thread: medians of 7 rounds of " in text
-    assert "noise of shapes 3x32x32 and 32x1x1." in text
+    assert "Crops of 32 px" in text
     assert re.search(r"Measured on .*, \d+ cores?, 1 thread, PyTorch \S+, Python \S+\.", text)
     assert "1 broken among the images measured, replaced by others as in training" in text
     assert "the first 4 of each were used" in text
@@ -89,7 +89,7 @@ def test_data_as_json(run: Callable, photos: Path) -> None:
     for source in figures["sources"]:
         assert source["images"] == 4
         assert source["broken"] == []
-        assert list(source["stages"]) == ["read", "crop", "noise", "sample"]
+        assert list(source["stages"]) == ["read", "crop", "sample"]
         assert list(source["loader"]) == ["1"]
         assert source["loader"]["1"]["images_per_second"]["median"] > 0.0
 

@@ -26,7 +26,6 @@ from dc_ssdae.data.loader import (
     training_loader,
 )
 from dc_ssdae.data.order import EpochOrder
-from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError
 from dc_ssdae.randomness import replacement_index
 
@@ -65,7 +64,7 @@ class Textured(Numbered):
 
 
 def drawing(batch_size: int = 6, seed: int = 3, flip: bool = True, aug_scale: float = 2.0) -> Drawing:
-    return Drawing(seed, batch_size, SIZE, aug_scale, flip, (4, 2, 2), EquilibriumMatching())
+    return Drawing(seed, batch_size, SIZE, aug_scale, flip)
 
 
 def loaded(
@@ -84,8 +83,7 @@ def loaded(
         for where, batch in zip(places, batches, strict=True):
             for index, place in enumerate(where):
                 assert (place.step, place.place) not in found
-                tensors = (batch.pixels, batch.level, batch.noise, batch.latent_noise, batch.draw)
-                found[place.step, place.place] = Sample(*(tensor[index] for tensor in tensors), [])
+                found[place.step, place.place] = Sample(batch.pixels[index], batch.draw[index], [])
     return found
 
 
@@ -144,37 +142,17 @@ def test_the_default_generator_neither_matters_nor_moves() -> None:
 
 
 def test_no_two_samples_are_alike() -> None:
-    samples = loaded(Textured(2), drawing(), range(5)).values()
-    for name in ("pixels", "noise", "level", "latent_noise"):
-        assert len({getattr(sample, name).numpy().tobytes() for sample in samples}) == 30, name
-    other = loaded(Textured(2), drawing(seed=4), range(5)).values()
-    levels = {float(sample.level) for sample in samples}
-    assert not levels & {float(sample.level) for sample in other}
+    samples = [*loaded(Textured(2), drawing(), range(5)).values()]
+    samples += loaded(Textured(2), drawing(seed=4), range(5)).values()
+    assert len({sample.pixels.numpy().tobytes() for sample in samples}) == 60
 
 
-def test_shapes_and_distributions() -> None:
+def test_a_batch_moves_its_pixels_and_little_else() -> None:
     (batch,) = training_loader(TrainingSamples(Textured(10), drawing(200)), Places(0, 1, 200, 0, 1, 1), 0, False)
     assert isinstance(batch, Batch)
     assert (batch.pixels.shape, batch.pixels.dtype) == ((200, 3, SIZE, SIZE), torch.uint8)
-    assert (batch.level.shape, batch.noise.shape, batch.latent_noise.shape) == (
-        (200,),
-        (200, 3, SIZE, SIZE),
-        (200, 4, 2, 2),
-    )
-    for noise in (batch.noise, batch.latent_noise):
-        assert noise.dtype == torch.float32
-        bound = 4 / noise.numel() ** 0.5
-        assert abs(float(noise.mean())) < bound
-        assert abs(float(noise.var()) - 1) < 2 * bound
-    assert 0.4 < float(batch.level.mean()) < 0.6
-
-
-def test_levels_are_the_dynamics_own() -> None:
-    settings = Drawing(0, 400, SIZE, 1.0, True, (4, 2, 2), FlowMatching())
-    (batch,) = training_loader(TrainingSamples(Numbered(10), settings), Places(0, 1, 400, 0, 1, 1), 0, False)
-    logits = batch.level.logit()
-    assert abs(float(logits.mean())) < 0.2
-    assert abs(float(logits.std()) - 1) < 0.15
+    assert batch.draw.tolist() == list(range(200))
+    assert sum(part.nbytes for part in batch if isinstance(part, Tensor)) == 200 * (3 * SIZE * SIZE + 8)
 
 
 def test_every_epoch_goes_through_every_image_once() -> None:
@@ -226,9 +204,7 @@ def test_a_replacement_leaves_the_randomness_of_its_place(workers: int) -> None:
     broken = loaded(Textured(10, broken=[2, 5]), drawing(), range(3), workers=workers)
     different = [where for where in whole if not torch.equal(whole[where].pixels, broken[where].pixels)]
     assert 0 < len(different) < 8
-    for where, sample in whole.items():
-        for name in ("level", "noise", "latent_noise"):
-            assert torch.equal(getattr(sample, name), getattr(broken[where], name))
+    assert all(torch.equal(sample.draw, broken[where].draw) for where, sample in whole.items())
 
 
 def test_a_batch_holds_the_reports_of_its_images() -> None:

@@ -12,7 +12,7 @@ from dc_ssdae.data.images import to_model_range
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Losses
 from dc_ssdae.training.build import build_step
-from dc_ssdae.training.step import TrainingStep
+from dc_ssdae.training.step import TrainingStep, draw_noise
 
 DYNAMICS: dict[str, dict[str, Any]] = {
     "eqm": {"class_path": "EquilibriumMatching", "init_args": {"decay": "truncated", "gradient_scale": 4.0}},
@@ -161,3 +161,38 @@ def test_an_encoder_without_variance_trains_too() -> None:
     losses = step(*batch(0))
     assert float(losses.terms["kl"]) == 0.0
     losses.total.backward()
+
+
+# --- what a step draws ---
+
+
+def drawn(numbers: range, dynamics: str = "eqm", seed: int = 3, batch_size: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    return draw_noise(training_step(dynamics).model, SIZE, seed, batch_size, numbers, "cpu")
+
+
+def test_the_split_of_a_batch_and_the_default_generator_change_no_noise() -> None:
+    model = training_step().model
+    whole = draw_noise(model, SIZE, 3, 6, range(6, 12), "cpu")
+    assert [part.shape for part in whole] == [(6, 3, SIZE, SIZE), (6,), (6, 4, SIZE // 8, SIZE // 8)]
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    parts = [draw_noise(model, SIZE, 3, 6, numbers, "cpu") for numbers in ([6, 7], [8, 9, 10, 11])]
+    assert torch.equal(torch.get_rng_state(), before)
+    for expected, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(expected, torch.cat(pieces))
+
+
+def test_no_two_images_get_the_same_noise() -> None:
+    numbers = {float(value) for seed in (3, 4) for value in drawn(range(30), seed=seed)[1]}
+    numbers |= {float(noise[0, 0, 0]) for noise in drawn(range(30))[0]}
+    assert len(numbers) == 90
+
+
+def test_noise_is_normal_and_levels_are_the_dynamics_own() -> None:
+    noise, level, latent_noise = drawn(range(400), "fm")
+    for normal in (noise, latent_noise, level.logit()):
+        bound = 4 / normal.numel() ** 0.5
+        assert abs(float(normal.mean())) < bound
+        assert abs(float(normal.var()) - 1) < 2 * bound
+    assert abs(float(torch.stack([noise.flatten(1)[:, :4], latent_noise.flatten(1)[:, :4]]).prod(0).mean())) < 0.1
+    assert 0.45 < float(drawn(range(400))[1].mean()) < 0.55

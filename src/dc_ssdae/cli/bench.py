@@ -27,7 +27,7 @@ WIDTH = 100
 
 _BENCHMARKS = ("data", "train")
 _WITH_VALUE, _WITHOUT_VALUE = ("--steps", "--device", "--compare"), ("--json", "--debug", "--help", "-h")
-_STAGES = {"read": "read+decode", "crop": "crop+flip", "noise": "noise+level", "sample": "whole sample"}
+_STAGES = {"read": "read+decode", "crop": "crop+flip", "sample": "whole sample"}
 
 
 class BenchParser(CommandParser):
@@ -209,10 +209,10 @@ def _measure_data(args: argparse.Namespace) -> None:
         figures = measure_data(sources, drawing, args.seconds, args.workers)
     machine = {**describe_machine(), "threads": 1}
     if args.json:
-        settings = {"image_size": args.image_size, "aug_scale": args.aug_scale, "latent_shape": drawing.latent_shape}
+        settings = {"image_size": args.image_size, "aug_scale": args.aug_scale}
         say(json.dumps({"benchmark": "data", **settings, **_plain(figures), "machine": machine}, indent=2))
     else:
-        say(_data_as_text(figures, args, drawing.latent_shape, machine))
+        say(_data_as_text(figures, args, machine))
 
 
 def _measure_training(args: argparse.Namespace) -> None:
@@ -243,9 +243,7 @@ def _plain(figures: "DataFigures") -> dict[str, Any]:
     return plain
 
 
-def _data_as_text(
-    figures: "DataFigures", args: argparse.Namespace, latent: tuple[int, int, int], machine: dict[str, Any]
-) -> str:
+def _data_as_text(figures: "DataFigures", args: argparse.Namespace, machine: dict[str, Any]) -> str:
     from dc_ssdae.timing import machine_line
 
     rows = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
@@ -256,13 +254,11 @@ def _data_as_text(
             speed, ratio = rate.images_per_second, rate.ratio
             cells = (f"{speed.median:,.1f}", _quartiles(speed, ",.1f"), f"{ratio.median:.3f}", _quartiles(ratio, ".3f"))
             rows.append((source.name, label, *cells))
-    size = args.image_size
     notes = [
         f"Images a second of one process with one thread: medians of {figures.rounds} rounds of {figures.images} "
         "images in alternation, and their ratios to the first source's.",
         *(["Lines of workers: the loader with so many processes, which share the cores."] if args.workers else []),
-        f"Crops of {size} px, aug_scale {args.aug_scale:g}; noise of shapes 3x{size}x{size} and "
-        f"{'x'.join(map(str, latent))}.",
+        f"Crops of {args.image_size} px, aug_scale {args.aug_scale:g}.",
         machine_line(machine),
     ]
     if len({source.images for source in figures.sources}) > 1:

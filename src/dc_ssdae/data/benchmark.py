@@ -20,13 +20,12 @@ from dc_ssdae.data.pack import pack
 from dc_ssdae.data.pack_shard import PackSettings
 from dc_ssdae.data.sources import ImageSource, open_path, split_folders
 from dc_ssdae.data.transforms import random_scaled_crop
-from dc_ssdae.dynamics import EquilibriumMatching
 from dc_ssdae.errors import InputError, check_at_least
 from dc_ssdae.randomness import image_generator
 from dc_ssdae.timing import Spread, alternating, cores
 
-STAGES = ("read", "crop", "noise", "sample")
-"""What of the input pipeline is timed: reading and decoding; crop, resize and flip; level and noise; all together."""
+STAGES = ("read", "crop", "sample")
+"""What of the input pipeline is timed: reading and decoding; crop, resize and flip; all together."""
 
 
 DATA_ROUNDS, LOADER_ROUNDS = 7, 3
@@ -35,10 +34,6 @@ DATA_ROUNDS, LOADER_ROUNDS = 7, 3
 
 LOADER_BATCH = 16
 """Small, so that a batch more or less in the measured time changes little."""
-
-
-LATENT_CHANNELS, FACTOR = 32, 32
-"""Of the latent whose noise is drawn where only the input pipeline is measured."""
 
 
 _FEWEST_IMAGES = 8
@@ -124,16 +119,14 @@ def packed(folder: str, report: Callable[[str], None]) -> Iterator[ImageSource]:
 
 
 def data_drawing(image_size: int, aug_scale: float) -> Drawing:
-    """How samples are drawn where only the input pipeline is measured: seed 0, flips, f32c32, equilibrium matching.
+    """How samples are drawn where only the input pipeline is measured: seed 0, flips.
 
     Args:
         image_size: side of the crops in pixels, at least 1.
         aug_scale: largest enlargement, at least 1.
     """
     check_at_least(1, image_size=image_size)
-    side = max(1, image_size // FACTOR)
-    latent_shape = LATENT_CHANNELS, side, side
-    return Drawing(0, LOADER_BATCH, image_size, aug_scale, True, latent_shape, EquilibriumMatching())
+    return Drawing(0, LOADER_BATCH, image_size, aug_scale, True)
 
 
 def measure_data(
@@ -190,18 +183,10 @@ def measure_data(
     return DataFigures(len(places), DATA_ROUNDS, figures)
 
 
-def draw_crop(drawing: Drawing, place: Place, pixels: Tensor) -> tuple[Tensor, torch.Generator]:
-    """The crop stage of a training sample, and its generator for `draw_noise`."""
+def draw_crop(drawing: Drawing, place: Place, pixels: Tensor) -> Tensor:
+    """The crop stage of a training sample."""
     generator = image_generator(drawing.seed, place.step, place.place)
-    crop = random_scaled_crop(pixels, drawing.image_size, drawing.aug_scale, generator, drawing.flip)
-    return crop, generator
-
-
-def draw_noise(drawing: Drawing, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The noise stage of a training sample: level, noise, and noise of the latent."""
-    level = drawing.dynamics.sample_level(1, generator=generator)[0]
-    noise = torch.randn(3, drawing.image_size, drawing.image_size, generator=generator)
-    return level, noise, torch.randn(drawing.latent_shape, generator=generator)
+    return random_scaled_crop(pixels, drawing.image_size, drawing.aug_scale, generator, drawing.flip)
 
 
 class _Beginning:
@@ -264,20 +249,17 @@ def _read_samples(reader: TrainingSamples, places: Sequence[Place]) -> list[Brok
 
 def _time_stages(reader: TrainingSamples, places: Sequence[Place]) -> dict[str, float]:
     """Seconds of each stage on readable images, one after the other as in training."""
-    read = crop = noise = 0.0
+    read = crop = 0.0
     for place in places:
         index = _index_at(reader, place)
         start = time.perf_counter()
         pixels = reader.source.read(index)
         has_read = time.perf_counter()
-        _, generator = draw_crop(reader.drawing, place, pixels)
-        has_cropped = time.perf_counter()
-        draw_noise(reader.drawing, generator)
+        draw_crop(reader.drawing, place, pixels)
         end = time.perf_counter()
         read += has_read - start
-        crop += has_cropped - has_read
-        noise += end - has_cropped
-    return {"read": read, "crop": crop, "noise": noise}
+        crop += end - has_read
+    return {"read": read, "crop": crop}
 
 
 def _loader_rate(reader: TrainingSamples, workers: int, seconds: float) -> float:

@@ -1,4 +1,4 @@
-"""From a data set to training batches: order, crops, levels and noise, all from (seed, step, place in the batch)."""
+"""From a data set to training batches: order and crops, all from (seed, step, place in the batch)."""
 
 import atexit
 import multiprocessing
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from dc_ssdae.data.order import EpochOrder
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.data.transforms import center_crop, random_scaled_crop, resize_shorter_side
-from dc_ssdae.dynamics import Dynamics
 from dc_ssdae.errors import InputError
 from dc_ssdae.randomness import image_generator, replacement_index
 from dc_ssdae.timing import cores
@@ -46,9 +45,6 @@ class Sample(NamedTuple):
     """One image of a step; the same fields as `Batch`, without the batch dimension."""
 
     pixels: Tensor
-    level: Tensor
-    noise: Tensor
-    latent_noise: Tensor
     draw: Tensor
     broken: list[BrokenImage]
 
@@ -57,31 +53,19 @@ class Batch(NamedTuple):
     """Some images of a step.
 
     pixels: uint8 (B, 3, S, S).
-    level: (B,), drawn by the dynamics.
-    noise: (B, 3, S, S), standard normal.
-    latent_noise: (B, c, S/f, S/f), standard normal: makes a sample of the posterior.
-    draw: int64 (B,), numbers the run's images; one number is one crop with one noise.
+    draw: int64 (B,), numbers the run's images, step · batch size + place; one number is one crop with one noise.
     broken: what could not be read while the batch was drawn.
     """
 
     pixels: Tensor
-    level: Tensor
-    noise: Tensor
-    latent_noise: Tensor
     draw: Tensor
     broken: list[BrokenImage]
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Batch":
         """Stack samples."""
-        pixels, level, noise, latent_noise, draw, broken = zip(*samples, strict=True)
-        stacked = [torch.stack(parts) for parts in (pixels, level, noise, latent_noise, draw)]
-        everything_broken = [image for images in broken for image in images]
-        return cls(stacked[0], stacked[1], stacked[2], stacked[3], stacked[4], everything_broken)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What a training step takes, in its order."""
-        return self.pixels, self.noise, self.level, self.latent_noise, self.draw
+        pixels, draw, broken = zip(*samples, strict=True)
+        return cls(torch.stack(pixels), torch.stack(draw), [image for images in broken for image in images])
 
 
 @dataclass(frozen=True)
@@ -94,8 +78,6 @@ class Drawing:
         image_size: side S of the crops in pixels.
         aug_scale: largest enlargement before the crop, at least 1.
         flip: mirror half of the crops.
-        latent_shape: (c, S/f, S/f).
-        dynamics: draws the levels.
         repeat_after: steps after which the first step's crops and noise come again; None draws anew for ever.
     """
 
@@ -104,8 +86,6 @@ class Drawing:
     image_size: int
     aug_scale: float
     flip: bool
-    latent_shape: tuple[int, int, int]
-    dynamics: Dynamics
     repeat_after: int | None = None
 
 
@@ -136,10 +116,7 @@ class TrainingSamples(Dataset[Sample]):
         pixels, broken = self._read(draw)
         generator = image_generator(drawing.seed, step, place.place)
         crop = random_scaled_crop(pixels, drawing.image_size, drawing.aug_scale, generator, drawing.flip)
-        level = drawing.dynamics.sample_level(1, generator=generator)[0]
-        noise = torch.randn(3, drawing.image_size, drawing.image_size, generator=generator)
-        latent_noise = torch.randn(drawing.latent_shape, generator=generator)
-        return Sample(crop, level, noise, latent_noise, torch.tensor(draw), broken)
+        return Sample(crop, torch.tensor(draw), broken)
 
     def _read(self, position: int) -> tuple[Tensor, list[BrokenImage]]:
         broken: list[BrokenImage] = []

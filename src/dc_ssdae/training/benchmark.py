@@ -20,6 +20,7 @@ from dc_ssdae.training.build import build_model, build_step, has_backbone, own_c
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.optimizer import build_optimizer, evaluated_weights
+from dc_ssdae.training.step import draw_noise
 
 STEP_ROUNDS = 5
 """Measurements of each of the things that alternate."""
@@ -145,7 +146,7 @@ class _Stepper:
         self._ema = ExponentialMovingAverage(self._module.model, training.ema_decay, training.ema_start)
         self._evaluated = evaluated_weights(self._optimizer, self._module.model)
         self._step = training.ema_start  # from where on there is something to average
-        self._parts = [self._random_inputs(config) for _ in range(training.accumulation_steps)]
+        self._parts = [self._random_pixels(config) for _ in range(training.accumulation_steps)]
 
     def run(self, steps: int) -> list[_StepTime]:
         """Do one step untimed and then `steps` timed ones, each from the wait for the device to the next such wait."""
@@ -161,23 +162,18 @@ class _Stepper:
         """Bytes allocated on the CUDA device at most since this was built, less what was there before."""
         return torch.cuda.max_memory_allocated(self._device) - self._allocated
 
-    def _random_inputs(self, config: RunConfig) -> tuple[Tensor, ...]:
+    def _random_pixels(self, config: RunConfig) -> Tensor:
         count = config.training.batch_size // config.training.accumulation_steps
-        size = config.data.image_size
-        side = size // config.model.downsample_factor
-        inputs = (
-            torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),
-            torch.randn(count, 3, size, size),
-            self._module.model.dynamics.sample_level(count, generator=torch.Generator().manual_seed(0)),
-            torch.randn(count, config.model.latent_channels, side, side),
-        )
-        return tuple(tensor.to(self._device) for tensor in inputs)
+        shape = (count, 3, config.data.image_size, config.data.image_size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8).to(self._device)
 
     def _do_step(self) -> "_Done":
         marks = [("start", self._mark())]
         total = torch.zeros((), device=self._device)
-        for inputs in self._parts:
-            losses = self._module(*inputs)
+        for pixels in self._parts:
+            draw = range(len(pixels))
+            noise = draw_noise(self._module.model, pixels.shape[-1], 0, self.batch_size, draw, self._device)
+            losses = self._module(pixels, *noise)
             marks.append(("forward", self._mark()))
             loss = losses.total / len(self._parts)
             self._scaler.scale(loss).backward()

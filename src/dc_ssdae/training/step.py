@@ -1,6 +1,6 @@
 """One step's computation as a module, which is what a process group wraps."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from dc_ssdae.dynamics.energy import apply_network
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Losses, Objective, StepOutputs
+from dc_ssdae.randomness import noise_generator
 from dc_ssdae.samplers.result import is_finite
 
 
@@ -144,6 +145,35 @@ class TrainingStep(nn.Module):
         if not torch.amp.is_autocast_available(x.device.type):
             raise InputError(f"training.precision: {x.device.type} has no autocast; use float32")
         return torch.autocast(x.device.type, self._dtype)
+
+
+def draw_noise(
+    model: DCSSDAE, image_size: int, seed: int, batch_size: int, draw: Sequence[int], device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw what a training step adds to its images, on its device.
+
+    All of it depends on the seed, the step and the image's place in the global batch alone: not on how the batch is
+    split, nor on what was drawn before. Other kinds of device draw other numbers.
+
+    Args:
+        model: its dynamics draws the levels.
+        image_size: side S of the images in pixels.
+        seed: of the run.
+        batch_size: of the global batch.
+        draw: numbers of the B images, step · batch_size + place.
+        device: to draw on.
+
+    Returns:
+        Noise (B, 3, S, S), levels (B,), and the latent's noise (B, c, S/f, S/f); all but the levels standard normal.
+    """
+    side = image_size // model.config.downsample_factor
+    noise, level, latent_noise = [], [], []
+    for number in draw:
+        generator = noise_generator(seed, *divmod(number, batch_size), device)
+        level.append(model.dynamics.sample_level(1, generator=generator, device=device))
+        noise.append(torch.randn(3, image_size, image_size, generator=generator, device=device))
+        latent_noise.append(torch.randn(model.config.latent_channels, side, side, generator=generator, device=device))
+    return torch.stack(noise), torch.cat(level), torch.stack(latent_noise)
 
 
 def decode_or_nan(model: DCSSDAE, z: Tensor, **settings: Any) -> Tensor:

@@ -52,11 +52,14 @@ from dc_ssdae.training.optimizer import (
 )
 from dc_ssdae.training.origin import evaluation_entry, origin
 from dc_ssdae.training.run import RunFolder, publish_model
-from dc_ssdae.training.step import TrainingStep
+from dc_ssdae.training.step import TrainingStep, draw_noise
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.tensors import gathered, whole
 
 EVALUATION_BATCH = 16
+
+NOISE_FROM = "the step's device"
+"""Where levels and noise are drawn; before this was written into checkpoints, they came with the images."""
 
 STATE = (
     "step",
@@ -163,6 +166,7 @@ class Trainer:
         self._mark = time.monotonic()
         self._first = True
         before = read_config(run.model).get("provenance") if (run.model / "config.json").is_file() else None
+        self._draws_other_noise = False
         self._origin = origin(config, before, len(sources.train), self._random_backbones)
         self._evaluations: list[dict[str, Any]] = []
         if checkpoint is not None:
@@ -194,6 +198,7 @@ class Trainer:
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "names_sha256": self._names_sha256(),
+            "noise_from": NOISE_FROM,
             "processes": self.accelerator.num_processes,
             "optimizer": {
                 "class": type(self.optimizer).__name__,
@@ -234,6 +239,7 @@ class Trainer:
         names = self._names_sha256()
         if None not in (names, state.get("names_sha256")) and names != state["names_sha256"]:
             raise InputError(f"the {length} training images have other names than when the run began; put those back")
+        self._draws_other_noise = state.get("noise_from") != NOISE_FROM
         self.ema.load_state_dict(checkpoint.tensors["ema"])
         tensors, saved = dict(checkpoint.tensors["optimizer"]), state["optimizer"]
         optimizer = OptimizerState(tensors, saved["groups"], saved.get("tensors"))
@@ -281,6 +287,11 @@ class Trainer:
             if self._random_backbones:
                 names = ", ".join(f"losses.{name}" for name in self._random_backbones)
                 loggers.say(f"{names}: random weights in the backbone, whose values and whose training mean nothing")
+            if self._draws_other_noise and not self.is_finished():
+                loggers.say(
+                    f"step {self.step}: this run was begun by an earlier version, which drew levels and noise with the "
+                    "images; from here on they are drawn in the training step, and are others"
+                )
             if self._evaluation_due() and self.step and self._evaluated_at != self.step:
                 # A signal came in the very step that was to be evaluated. The weights are saved, the score is not.
                 is_best = self._evaluate(loggers)
@@ -371,13 +382,15 @@ class Trainer:
 
     def _gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Add up the gradient of this step; gives this process's losses (total, then terms), and the whole norm."""
-        device = self.accelerator.device
+        device, model, training = self.accelerator.device, self.module.model, self.config.training
+        settings = self.config.data.image_size, training.seed, training.batch_size
         sums = torch.zeros(len(self._loss_names), device=device)
         for place, batch in enumerate(batches):
-            inputs = [part.to(device, non_blocking=True) for part in batch.tensors()]
+            pixels = batch.pixels.to(device, non_blocking=True)
+            noise = draw_noise(model, *settings, batch.draw.tolist(), device)
             is_last = place == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                losses = self.wrapped(*inputs)
+                losses = self.wrapped(pixels, *noise, batch.draw)
                 if not losses.total.requires_grad:
                     raise TrainingFailed("no loss term depends on anything that trains; see training.train and losses")
                 self.accelerator.backward(self.scaler.scale(losses.total / len(batches)))
@@ -386,7 +399,7 @@ class Trainer:
             sums += torch.stack([losses.total, *losses.terms.values()]).detach() / len(batches)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        clip = self.config.training.gradient_clip
+        clip = training.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), math.inf if clip is None else clip)
         return sums, gathered(norm)
 
@@ -547,15 +560,12 @@ class Trainer:
 
     def _loader(self) -> Iterable[Batch]:
         config, accelerator = self.config, self.accelerator
-        side = config.data.image_size // config.model.downsample_factor
         drawing = Drawing(
             seed=config.training.seed,
             batch_size=config.training.batch_size,
             image_size=config.data.image_size,
             aug_scale=config.data.aug_scale,
             flip=config.data.flip,
-            latent_shape=(config.model.latent_channels, side, side),
-            dynamics=self.module.model.dynamics,
             repeat_after=None if config.distillation is None else config.distillation.cache_steps,
         )
         places = Places(
