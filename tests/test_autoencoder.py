@@ -5,12 +5,14 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -97,15 +99,38 @@ class TestShapes:
         assert f"f = {factor}" in message
         assert f"{fitting[0] * factor}×{fitting[1] * factor}" in message
 
-    @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 4, 16, 16), (1, 3, 0, 16)])
+    @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 4, 16, 16), (1, 3, 0, 16), (0, 3, 16, 16)])
     def test_what_is_no_image_batch(self, shape: tuple[int, ...], saved: tuple[DCSSDAE, Path]) -> None:
-        with pytest.raises(InputError):
-            saved[0].encode(torch.zeros(shape))
+        for function in (saved[0].encode, saved[0]):
+            with pytest.raises(InputError):
+                function(torch.zeros(shape))
 
     @pytest.mark.parametrize("shape", [(4, 2, 2), (1, 3, 2, 2), (1, 8, 2, 2), (1, 4, 0, 2)])
     def test_what_is_no_latent_batch(self, shape: tuple[int, ...], saved: tuple[DCSSDAE, Path]) -> None:
         with pytest.raises(InputError, match=r"\(B, 4, h, w\)"):
             saved[0].decode(torch.zeros(shape))
+
+    def test_an_empty_batch_is_called_so(self, saved: tuple[DCSSDAE, Path]) -> None:
+        for function, shape in ((saved[0].encode, (0, 3, 16, 16)), (saved[0].decode, (0, 4, 2, 2))):
+            with pytest.raises(InputError, match=r"^the batch is empty") as error:
+                function(torch.zeros(shape))
+            assert "\n" not in str(error.value)
+
+    def test_images_far_outside_their_range_are_warned_of_once(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model, x = copy.deepcopy(saved[0]), image()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.encode(1.3 * x)  # resampling overshoots
+            for _ in range(2):
+                model.encode(127.5 * (x + 1.0))
+                model.encode(3.0 * x)
+        assert [warning.filename for warning in caught] == [__file__]
+        assert "[-1, 1]" in str(caught[0].message)
+
+    def test_whole_numbers_are_no_images(self, saved: tuple[DCSSDAE, Path]) -> None:
+        for dtype in (torch.uint8, torch.int64, torch.bool):
+            with pytest.raises(InputError, match="floating-point numbers in"):
+                saved[0].encode(torch.zeros(1, 3, 16, 16, dtype=dtype))
 
     @torch.no_grad()
     def test_tuples_in_place_of_outputs(self, saved: tuple[DCSSDAE, Path]) -> None:
@@ -116,6 +141,18 @@ class TestShapes:
         assert torch.equal(y, model.decode(posterior.mode()).sample)
         assert torch.equal(model(x).sample, y)
         assert torch.equal(model(x, return_dict=False)[0], y)
+
+    @torch.no_grad()
+    def test_a_reconstruction_as_diffusers_call_it(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model, x = saved[0], image(2)
+        z = model.encode(x).latent_dist.sample(torch.Generator().manual_seed(3))
+        expected = model.decode(z).sample
+        drawn = model(sample=x, sample_posterior=True, return_dict=False, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(drawn[0], expected)
+        assert torch.equal(model(x, True, True, torch.Generator().manual_seed(3)).sample, expected)
+        theirs = inspect.signature(AutoencoderKL.forward).parameters
+        ours = inspect.signature(DCSSDAE.forward).parameters
+        assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
 class TestNoise:

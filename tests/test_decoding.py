@@ -18,18 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TINY_DECODER, image, tiny
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
 from dc_ssdae.decoding import (
     DEFAULT_MOMENTUM,
     DEFAULT_MOST_STEPS,
     DEFAULT_NUM_STEPS,
     DESCENTS,
+    INTEGRATORS,
     SAMPLERS,
     STOPPING_STEP,
     DecodingPlan,
     Divergence,
+    default_noise,
     plan_decoding,
     run_plan,
 )
@@ -45,7 +47,37 @@ DYNAMICS: dict[str, dict[str, Any]] = {
 KINDS = ("dot", "l2")
 
 
-class Settling(UViTDecoder):
+class Plain(torch.nn.Module):
+    """A decoder of two convolutions, which is quick to compile."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int, time_conditioning: bool) -> None:
+        super().__init__()
+        self.of_image = torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.of_latent = torch.nn.ConvTranspose2d(latent_channels, 3, downsample_factor, stride=downsample_factor)
+
+    def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+        y = self.of_image(x) + self.of_latent(z)
+        return y if time is None else y * (0.5 + time[:, None, None, None])
+
+
+class PlainEncoder(torch.nn.Module):
+    """An encoder of one convolution."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 2 * latent_channels, downsample_factor, stride=downsample_factor)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian.from_moments(self.conv(x))
+
+
+def plain(dynamics: dict[str, Any]) -> DCSSDAE:
+    parts = {"encoder": PlainEncoder, "decoder": Plain}
+    named = {part: {"class_path": f"{__name__}.{kind.__name__}"} for part, kind in parts.items()}
+    return DCSSDAE(4, 8, dynamics=dynamics, **named).eval()
+
+
+class Pull:
     """Pulls an image to a goal, at a rate that is the mean size of its latent's values."""
 
     gain = 1.0
@@ -53,6 +85,12 @@ class Settling(UViTDecoder):
     def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
         rate = z.abs().mean(dim=(1, 2, 3), keepdim=True)
         return self.gain * (rate * x + 0.2 * super().forward(x, z, time))
+
+
+class Settling(Pull, UViTDecoder): ...
+
+
+class PlainSettling(Pull, Plain): ...
 
 
 class Spherical:
@@ -72,9 +110,10 @@ class Spherical:
     def loss(self) -> None: ...
 
 
-def settling(**dynamics: Any) -> DCSSDAE:
-    """A model of equilibrium matching with a `Settling` decoder."""
-    decoder = {"class_path": f"{__name__}.Settling", "init_args": TINY_DECODER["init_args"]}
+def settling(kind: type = Settling, **dynamics: Any) -> DCSSDAE:
+    """A model of equilibrium matching with a decoder that pulls."""
+    settings = TINY_DECODER["init_args"] if kind is Settling else {}
+    decoder = {"class_path": f"{__name__}.{kind.__name__}", "init_args": settings}
     return tiny(decoder=decoder, dynamics={"init_args": dynamics})
 
 
@@ -217,7 +256,11 @@ class TestSamplersAgainstLoops:
     @torch.no_grad()
     @pytest.mark.parametrize(
         ("kind", "sampler"),
-        [*[("truncated", name) for name in ("one_step", *DESCENTS)], ("flow", "one_step"), ("flow", "euler")],
+        [
+            ("truncated", "one_step"),
+            *[("truncated", name) for name in DESCENTS],
+            *[("flow", name) for name in INTEGRATORS],
+        ],
     )
     def test_a_start_of_0_is_no_draft(self, kind: str, sampler: str, models: dict[str, DCSSDAE]) -> None:
         z = torch.randn(2, 4, 2, 3)
@@ -253,6 +296,7 @@ class TestSamplersAgainstLoops:
             ("flow", {}, {"sampler": "one_step"}),
             ("flow", {"num_steps": 3}, {"sampler": "euler", "num_steps": 3}),
             ("flow", {"sampler": "euler"}, {"sampler": "euler", "num_steps": DEFAULT_NUM_STEPS}),
+            ("flow", {"sampler": "midpoint"}, {"sampler": "midpoint", "num_steps": DEFAULT_NUM_STEPS}),
         ],
     )
     def test_what_is_left_open(
@@ -269,8 +313,9 @@ class TestSamplersAgainstLoops:
         model = models[kind] if kind in models else tiny(dynamics={"init_args": {"explicit_energy": kind}})
         z, x = torch.randn(3, 4, 2, 3), torch.randn(3, 3, 16, 24)
         if kind == "flow":
-            velocity = model.field(x, z, torch.ones(3))
-            torch.testing.assert_close(x + velocity, model.decode(z, noise=x).sample, atol=1e-6, rtol=0.0)
+            for time in (torch.ones(3), 1.0, 1, torch.tensor(1.0, dtype=torch.float64)):
+                velocity = model.field(x, z, time)
+                torch.testing.assert_close(x + velocity, model.decode(z, noise=x).sample, atol=1e-6, rtol=0.0)
             return
         for sampler, chosen in ((gradient_descent, {}), (nesterov, {"momentum": 0.4})):
             own = sampler(model.field, x, 4, 0.1, condition=z, **chosen)
@@ -278,12 +323,55 @@ class TestSamplersAgainstLoops:
             torch.testing.assert_close(own.sample, output.sample, atol=1e-6, rtol=0.0)
             torch.testing.assert_close(own.residual_rms, output.residual_rms, atol=1e-6, rtol=0.0)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind", ["linear", "flow"])
+    def test_the_field_casts_as_decode_does(self, kind: str) -> None:
+        """Latents to the model's dtype; images in half precision count as they are, and float64 stays."""
+        model = tiny(dynamics=DYNAMICS[kind]).to(torch.bfloat16)
+        z, x, time = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24), 0.5 if kind == "flow" else None
+        expected = model.field(x, z.bfloat16(), time)
+        assert expected.dtype == torch.float32
+        assert torch.equal(model.field(x, z, time), expected)
+        assert torch.equal(model.field(x.bfloat16(), z, time), expected)
+        wide = model.double().field(x.double(), z, time)
+        assert wide.dtype == torch.float64
+        assert not torch.equal(wide, wide.float().double())
+
+    @pytest.mark.parametrize("kind", ["linear", "flow"])
+    def test_the_field_refuses_what_does_not_fit(self, kind: str, models: dict[str, DCSSDAE]) -> None:
+        field, time = models[kind].field, {"flow": (1.0,)}.get(kind, ())
+        for x, z in ((DRAFT[:0], NOTHING[:0]), (DRAFT[:1], NOTHING), (DRAFT, NOTHING[:, :3])):
+            refusal(field, x, z, *time)
+        times = {"linear": (0.5,), "flow": (None, torch.ones(3), torch.ones(2, 1))}[kind]
+        for other in times:
+            assert "time" in refusal(field, DRAFT, NOTHING, other)
+
+
+class TestDefaultNoise:
+    @torch.no_grad()
+    def test_it_is_what_a_decode_starts_from(self, models: dict[str, DCSSDAE]) -> None:
+        z = torch.randn(2, 4, 2, 3)
+        noise = default_noise(16, 24)
+        assert noise.shape == (3, 16, 24)
+        given = models["linear"].decode(z, noise=noise.expand(2, -1, -1, -1))
+        assert torch.equal(given.sample, models["linear"].decode(z).sample)
+
+    def test_it_never_changes(self) -> None:
+        """Reports and exported programs were made with these numbers."""
+        values = default_noise(64, 64).flatten()[[0, 1, 2, 12287]].tolist()
+        assert values == pytest.approx([-1.1258398, -1.1523602, -0.2505786, -0.6734276], abs=1e-6)
+
+    def test_a_caller_may_write_into_it(self) -> None:
+        expected = default_noise(8, 16).clone()
+        default_noise(8, 16).zero_()
+        assert torch.equal(default_noise(8, 16), expected)
+
 
 class TestOutputs:
     @torch.no_grad()
     @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_a_trajectory_only_where_it_is_asked_for(self, sampler: str, models: dict[str, DCSSDAE]) -> None:
-        model = models["flow" if sampler == "euler" else "linear"]
+        model = models["flow" if sampler in INTEGRATORS else "linear"]
         z = torch.randn(2, 4, 1, 2)
         output = model.decode(z, sampler=sampler, return_trajectory=True)
         steps = 1 if sampler == "one_step" else DEFAULT_NUM_STEPS
@@ -294,7 +382,7 @@ class TestOutputs:
     @torch.no_grad()
     @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_a_tuple_has_the_sample_alone(self, sampler: str, models: dict[str, DCSSDAE]) -> None:
-        model = models["flow" if sampler == "euler" else "linear"]
+        model = models["flow" if sampler in INTEGRATORS else "linear"]
         z = torch.randn(2, 4, 1, 2)
         given = model.decode(z, return_dict=False, sampler=sampler, return_trajectory=True)
         assert isinstance(given, tuple)
@@ -508,7 +596,7 @@ class TestMistakes:
             ("flow", {"sampler": "eular"}, "unknown sampler 'eular' (did you mean 'euler'?)"),
             ("linear", {"sampler": "euler"}, "EquilibriumMatching, has no sampler 'euler'; it has one_step, gradient_"),
             *[
-                ("flow", {"sampler": name}, f"FlowMatching, has no sampler '{name}'; it has one_step, euler")
+                ("flow", {"sampler": name}, f"has no sampler '{name}'; it has one_step, euler, midpoint")
                 for name in DESCENTS
             ],
             ("linear", {"sampler": "gradient_descent", "momentum": 0.3}, "momentum is for sampler 'nesterov' or"),
@@ -584,7 +672,8 @@ class TestMistakes:
             return
         self.check(plan, dynamics, sampler, num_steps, momentum, tolerance)
         assert result.sample.isfinite().all()
-        assert 1 <= result.num_evaluations.min() <= result.num_evaluations.max() <= plan.num_steps
+        spent = result.num_evaluations
+        assert 1 <= spent.min() <= spent.max() <= plan.num_steps * (2 if plan.sampler == "midpoint" else 1)
 
     def check(
         self, plan: DecodingPlan, dynamics: Dynamics, sampler: Any, num_steps: Any, momentum: Any, tolerance: Any
@@ -784,6 +873,18 @@ class TestExplicitEnergies:
         assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in gradients)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_energy_of_float64_is_computed_in_float64(kind: str) -> None:
+    """Of a linear network A: ∇⟨x, A x⟩ = (A + Aᵀ) x and ∇½‖A x‖² = Aᵀ A x."""
+    matrix, x = torch.randn(6, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    dynamics = EquilibriumMatching(explicit_energy=kind)
+    gradient = matrix + matrix.T if kind == "dot" else matrix.T @ matrix
+    value = x * (x @ matrix.T) if kind == "dot" else 0.5 * (x @ matrix.T).square()
+    torch.testing.assert_close(dynamics.field(lambda y: y @ matrix.T, x), x @ gradient.T, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(dynamics.energy(x, x @ matrix.T), value.sum(dim=1), atol=1e-13, rtol=1e-13)
+    assert dynamics.energy(x.half(), x.half()).dtype == torch.float32
+
+
 class TestNoExplicitEnergy:
     @pytest.mark.parametrize("kind", DYNAMICS)
     def test_is_refused(self, kind: str, models: dict[str, DCSSDAE]) -> None:
@@ -848,7 +949,7 @@ class TestCompiled:
         ("explicit_energy", "dtype"), [(None, torch.float32), (None, torch.bfloat16), ("dot", torch.float32)]
     )
     def test_a_batch_that_shrinks_compiles_once(self, explicit_energy: str | None, dtype: torch.dtype) -> None:
-        model = settling(explicit_energy=explicit_energy).to(dtype)
+        model = settling(Settling if explicit_energy else PlainSettling, explicit_energy=explicit_energy).to(dtype)
         z = latents(0.8, 0.3, 2.0, 0.6, 1.0, 1.5, 0.4)
         given = {"sampler": "gradient_descent", "step_size": 0.3, "tolerance": 0.35}
         expected = model.decode(z, num_steps=8, **given)
@@ -867,7 +968,7 @@ class TestCompiled:
 
     @torch.no_grad()
     def test_latents_and_noise_in_another_order_in_memory(self) -> None:
-        model = settling()
+        model = settling(PlainSettling)
         z = latents(1.0).expand(5, -1, -1, -1)
         noise = torch.randn(5, 3, 24, 16).transpose(2, 3) * torch.tensor([0.2, 0.5, 1.0, 2.0, 4.0])[:, None, None, None]
         given = {"sampler": "nesterov", "step_size": 0.3, "tolerance": 0.35, "noise": noise, "num_steps": 8}
@@ -882,10 +983,100 @@ class TestCompiled:
 
     @torch.no_grad()
     def test_steps_of_a_whole_batch_compile_once(self) -> None:
-        model, z = tiny(dynamics=DYNAMICS["flow"]), torch.randn(3, 4, 2, 3)
+        model, z = plain(DYNAMICS["flow"]), torch.randn(3, 4, 2, 3)
         expected = model.decode(z, num_steps=3).sample
         counter = CompileCounter()
         model.decoder.compile(backend=counter)
         y = model.decode(z, num_steps=3).sample
         assert counter.frame_count == 1
         torch.testing.assert_close(y, expected, atol=1e-5, rtol=0.0)
+
+
+def check_one_graph(function: Callable[..., Tensor], batches: Sequence[tuple[Tensor, ...]], backend: str) -> None:
+    """Batches of all shapes are computed by one graph, within 1e-5 of what the function gives without compiling."""
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for batch in batches:
+        for tensor in batch:
+            for axis in (0, 2, 3):
+                torch._dynamo.mark_dynamic(tensor, axis)
+        torch.testing.assert_close(compiled(*batch), function(*batch), atol=1e-5, rtol=0.0)
+    assert counter.frame_count == 1
+
+
+class Decode(torch.nn.Module):
+    """From the latent alone."""
+
+    def __init__(self, model: DCSSDAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.model.decode(z).sample
+
+
+SHAPES = ((2, 2, 3), (3, 5, 4))
+"""Batches, and sides in latents."""
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+class TestOneGraph:
+    """What torch.compile(…, fullgraph=True) takes, and torch.export."""
+
+    @pytest.fixture(autouse=True)
+    def without_gradients(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+    @pytest.mark.parametrize("sampler", ["one_step", "gradient_descent", "nesterov", *INTEGRATORS])
+    def test_decode(self, sampler: str) -> None:
+        model = plain(DYNAMICS["flow" if sampler in INTEGRATORS else "truncated"])
+        batches = [(torch.randn(batch, 4, *sides),) for batch, *sides in SHAPES]
+        steps = {"sampler": sampler, "num_steps": 1 if sampler == "one_step" else 2}
+        check_one_graph(
+            lambda z: model.decode(z, **steps).sample, batches, "aot_eager" if sampler == "one_step" else "eager"
+        )
+
+    def test_noise_and_draft(self) -> None:
+        model = plain({})
+        batches = [
+            (torch.randn(b, 4, h, w), torch.randn(b, 3, 8 * h, 8 * w), image(b, 8 * h, 8 * w)) for b, h, w in SHAPES
+        ]
+        check_one_graph(lambda z, e, d: model.decode(z, noise=e, draft=d, start=0.4).sample, batches, "eager")
+
+    def test_posteriors_samples(self) -> None:
+        """The random numbers are others, but the shapes and the scale are right."""
+        model = plain({})
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for batch, height, width in SHAPES:
+            x = image(batch, 8 * height, 8 * width)
+            for axis in (0, 2, 3):
+                torch._dynamo.mark_dynamic(x, axis)
+            sample = compiled(x, sample_posterior=True).sample
+            assert sample.shape == x.shape
+            assert not torch.equal(sample, model(x).sample)
+
+    def test_the_whole_model(self) -> None:
+        model, x = tiny(), image(2, 16, 24)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x).sample, model(x).sample, atol=1e-5, rtol=0.0)
+
+    @pytest.mark.slow
+    def test_the_whole_model_by_inductor_at_all_sizes(self) -> None:
+        model = tiny()
+        check_one_graph(lambda x: model(x).sample, [(image(b, 8 * h, 8 * w),) for b, h, w in SHAPES], "inductor")
+
+    @pytest.mark.parametrize("packaged", [False, pytest.param(True, marks=pytest.mark.slow)])
+    def test_an_exported_decode_draws_the_noise_of_any_size(self, packaged: bool, tmp_path: Path) -> None:
+        """Packaged: by AOTInductor, of the U-ViT."""
+        module = Decode(tiny() if packaged else plain({}))
+        dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+        program = torch.export.export(module, (torch.randn(2, 4, 6, 7),), dynamic_shapes=(dims,))
+        if packaged:
+            path = torch._inductor.aoti_compile_and_package(program, package_path=tmp_path / "decode.pt2")
+            run = torch._inductor.aoti_load_package(path)
+        else:
+            run = program.module()
+        for batch, height, width in SHAPES:
+            z = torch.randn(batch, 4, height, width)
+            torch.testing.assert_close(run(z), module(z), atol=1e-5, rtol=0.0)

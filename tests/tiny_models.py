@@ -39,8 +39,9 @@ def tiny(factor: int = 8, encoder: str = "KLEncoder", **given: Any) -> DCSSDAE:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-        model.decoder.latent_norm.running_mean.normal_()
-        model.decoder.latent_norm.running_var.uniform_(0.5, 2.0)
+        if hasattr(model.decoder, "latent_norm"):
+            model.decoder.latent_norm.running_mean.normal_()
+            model.decoder.latent_norm.running_var.uniform_(0.5, 2.0)
     return model.eval()
 
 

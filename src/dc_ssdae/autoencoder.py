@@ -35,7 +35,7 @@ from dc_ssdae.decoding import (
     start_noise,
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
-from dc_ssdae.dynamics.energy import apply_network, as_normal
+from dc_ssdae.dynamics.energy import apply_network, as_normal, at_least_float32
 from dc_ssdae.errors import InputError, check_at_least, check_type
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
 from dc_ssdae.model_folder import check_channels
@@ -56,6 +56,10 @@ __all__ = [
     "EncoderOutput",
     "build_without_weights",
 ]
+
+
+FAR_OUTSIDE = 2.0
+"""What `encode` warns of larger values than; resampling and noise leave [-1, 1] by less."""
 
 
 @dataclass
@@ -151,6 +155,7 @@ class DCSSDAE(PretrainedModel):
         super().__init__()
         self.use_tiling = False
         self.use_slicing = False
+        self._range_checked = False
         check_type("latent_channels", latent_channels, int)
         check_type("downsample_factor", downsample_factor, int)
         check_at_least(1, latent_channels=latent_channels)
@@ -223,17 +228,35 @@ class DCSSDAE(PretrainedModel):
         Raises:
             InputError: the shape does not fit, or the images are no floating-point numbers; or an encoder of your
                 own gives something else.
+
+        Warns:
+            UserWarning: images have values far outside [-1, 1]. Once per model; on a GPU only the first batch is
+                looked at, and a compiled call looks at none.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             given = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"images are a tensor of floating-point numbers in [-1, 1], not {given}; scale them first")
         check_image(x, self.config.downsample_factor)
+        self._check_range(x)
         x = x.to(self.dtype)
         if self.use_slicing and len(x) > 1:
             posterior = DiagonalGaussian.join([self._posterior_in_tiles(image) for image in x.split(1)])
         else:
             posterior = self._posterior_in_tiles(x)
         return EncoderOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def _check_range(self, x: Tensor) -> None:
+        """Warn once of images far outside [-1, 1]; on other devices than the CPU, which must wait, look once."""
+        if self._range_checked or torch.compiler.is_compiling():
+            return
+        low, high = map(float, x.detach().aminmax())
+        is_far = max(-low, high) > FAR_OUTSIDE
+        self._range_checked = is_far or x.device.type != "cpu"
+        if is_far:
+            warnings.warn(
+                f"these images have values from {low:.4g} to {high:.4g}; encode takes images in [-1, 1]: scale them",
+                stacklevel=4,  # past encode and diffusers' hook
+            )
 
     def _posterior_in_tiles(self, x: Tensor) -> DiagonalGaussian:
         """As `posterior`, but tile by tile where tiling is on and the images are larger than a tile."""
@@ -272,7 +295,8 @@ class DCSSDAE(PretrainedModel):
         """Decode latents to images, in one step or several.
 
         One step is the dynamics' clean estimate from pure noise. Several steps of equilibrium matching descend its
-        field; flow matching integrates its velocity by Euler's method.
+        field; flow matching integrates its velocity. torch.compile takes it as one graph for all sizes, unless there is
+        a `tolerance`; a compiled decode does not look for NaN, nor warn of a divergence.
 
         Args:
             z: (B, c, h, w), cast to the model's dtype.
@@ -280,13 +304,15 @@ class DCSSDAE(PretrainedModel):
             generator: where the noise comes from: one generator, from which the images draw in order, or one per
                 image. By default every image draws the same noise, of one fixed seed, so that a decode is
                 reproducible and does not depend on the batch (but for float rounding).
-            num_steps: evaluations of the decoder, at least 1; with `tolerance`, the most that an image gets. 1 by
-                default, 4 where a sampler of several steps is chosen, and 16 with `tolerance`.
+            num_steps: steps, each an evaluation of the decoder (two with midpoint), at least 1; with `tolerance`, the
+                most that an image gets. 1 by default, 4 where a sampler of several steps is chosen, and 16 with
+                `tolerance`.
             step_size: η of a descent: one for all steps, a sequence with one for each, or a function of the step's
                 index. By default they follow from the decay (`EquilibriumMatching.step_sizes`).
             noise: (B, 3, h·f, w·f) to start from, in place of `generator`.
             sampler: "one_step"; for equilibrium matching "gradient_descent", "nesterov", or "nesterov_eqm", the
-                variant of its authors' code; for flow matching "euler". By default one_step where num_steps is 1.
+                variant of its authors' code; for flow matching "euler" or "midpoint". By default one_step where
+                num_steps is 1.
             momentum: μ in [0, 1) of nesterov, as step_size one or several; 0.3 by default, from the first step on that
                 does not come from pure noise.
             tolerance: of a descent: an image is done when the root mean square of its field falls below tolerance · λ,
@@ -328,19 +354,25 @@ class DCSSDAE(PretrainedModel):
         sample = result.sample.to(self.dtype)
         return DecoderOutput(sample, *result[1:]) if return_dict else (sample,)
 
-    def field(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
+    def field(self, x: Tensor, z: Tensor, time: Tensor | float | None = None) -> Tensor:
         """What samplers descend, or integrate: the decoder's answer, or the gradient of its explicit energy.
 
         Args:
-            x: (B, 3, H, W). Cast to z's dtype for the decoder alone: in half precision the noise to be cancelled would
-                lose the image's low bits.
-            z: (B, c, h, w) of the model's dtype.
-            time: (B,) in [0, 1] for dynamics that condition on it.
+            x: (B, 3, H, W). Cast to the model's dtype for the decoder alone: in half precision the noise to be
+                cancelled would lose the image's low bits.
+            z: (B, c, h, w), cast to the model's dtype.
+            time: in [0, 1], for dynamics that condition on it: (B,), or one for all images.
 
         Returns:
-            (B, 3, H, W) float32.
+            (B, 3, H, W) in x's dtype, or float32 where that is half precision.
+
+        Raises:
+            InputError: a shape does not fit, or the dynamics wants a time, or none.
         """
-        return self._field(x, z, time)
+        if time is not None:
+            time = torch.as_tensor(time, dtype=torch.float32, device=x.device)
+            time = time.expand(len(x)) if time.ndim == 0 else time
+        return self._field(x, z.to(self.dtype), time)
 
     def _field(self, x: Tensor, z: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
         """As `field`, image by image and tile by tile where slicing and tiling are on."""
@@ -364,9 +396,9 @@ class DCSSDAE(PretrainedModel):
             if varying_batch:
                 mark_varying_batch(y)
             at = None if time is None else as_normal(time)
-            return self.decoder(y, as_normal(z), at).float()
+            return at_least_float32(self.decoder(y, as_normal(z), at))
 
-        return apply_network(self.dynamics, network, x).float()
+        return apply_network(self.dynamics, network, x).to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
         """The explicit energy of images given latents (SPEC section 2, "Explicit energy"), which a decode lowers.
@@ -376,7 +408,7 @@ class DCSSDAE(PretrainedModel):
             z: (B, c, h, w), cast to the model's dtype.
 
         Returns:
-            (B,) float32.
+            (B,), of at least float32.
 
         Raises:
             InputError: the model has no explicit energy, or a shape does not fit.
@@ -388,10 +420,27 @@ class DCSSDAE(PretrainedModel):
         x = as_normal(x)
         return self.dynamics.energy(x, self.decoder(x.to(self.dtype), as_normal(z)))
 
-    def forward(self, x: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Reconstruct images: decode, in one step, the mode of their encoding."""
-        (posterior,) = self.encode(x, return_dict=False)
-        return self.decode(posterior.mode(), return_dict=return_dict)
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Reconstruct images: decode, in one step from the default noise, their encoding.
+
+        Args:
+            sample: (B, 3, H, W) images in [-1, 1], as `encode` takes them.
+            sample_posterior: draw the latents from the encoder's Gaussian; else they are its mode.
+            return_dict: as `decode`'s.
+            generator: of the latents' noise, as `DiagonalGaussian.sample` takes it.
+
+        Raises:
+            InputError: as `encode` does.
+        """
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
 
     def set_latent_statistics(self, statistics: LatentStatistics) -> None:
         """Put the latents' statistics into the config, to be saved with it.
@@ -402,7 +451,7 @@ class DCSSDAE(PretrainedModel):
         check_channels(statistics, self.config.latent_channels, "this model")
         self._internal_dict = FrozenDict({**self._internal_dict, **statistics.settings()})
 
-    def enable_tiling(self, tile_size: int | None = None, overlap: float = DEFAULT_OVERLAP) -> None:
+    def enable_tiling(self, tile_size: int | None = None, overlap: float = DEFAULT_OVERLAP, **others: Any) -> None:
         """Encode and decode images that are larger than a tile in overlapping tiles, blended; memory follows the tile.
 
         The noise of a decode is drawn once, for the whole image; each step of a sampler blends the field, so that all
@@ -412,10 +461,16 @@ class DCSSDAE(PretrainedModel):
         Args:
             tile_size: side in pixels, a multiple of f and at least 2 f; None is 512, or 4 f where that is more.
             overlap: share of a tile's side that neighbours have in common, from 0 to 0.75; at least one latent.
+            others: none; the names that diffusers' autoencoders have here are refused.
 
         Raises:
-            InputError: one of them is out of range.
+            InputError: one of them is out of range, or has another name.
         """
+        if others:
+            raise InputError(
+                f"enable_tiling has no {' and no '.join(others)}: give tile_size, the side of a square tile in pixels, "
+                f"and overlap, the share of it that neighbours have in common ({DEFAULT_OVERLAP} by default)"
+            )
         self._tile = check_tiling(tile_size, overlap, self.config.downsample_factor)
         self.use_tiling = True
 

@@ -11,13 +11,17 @@ from torch import Tensor
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.latent import draw_noise
-from dc_ssdae.samplers import SamplerResult, Schedule, euler, gradient_descent, nesterov
+from dc_ssdae.networks.blocks import check_latent_shape
+from dc_ssdae.samplers import SamplerResult, Schedule, euler, gradient_descent, midpoint, nesterov
 from dc_ssdae.samplers.descent import resolve_momenta, resolve_step_sizes
 from dc_ssdae.samplers.result import check_num_steps, check_tolerance, is_finite, root_mean_square
 
-ONE_STEP, EULER = "one_step", "euler"
+ONE_STEP = "one_step"
 DESCENTS = ("gradient_descent", "nesterov", "nesterov_eqm")
-SAMPLERS = (ONE_STEP, *DESCENTS, EULER)
+INTEGRATORS = {"euler": euler, "midpoint": midpoint}
+"""Of flow matching, by name."""
+
+SAMPLERS = (ONE_STEP, *DESCENTS, *INTEGRATORS)
 """What `DCSSDAE.decode` takes as `sampler`."""
 
 DEFAULT_NOISE_SEED = 0
@@ -79,7 +83,7 @@ def plan_decoding(
     Args:
         dynamics: of the model.
         sampler: one of `SAMPLERS`. None is one_step, unless the other settings speak of several steps.
-        num_steps: the most evaluations.
+        num_steps: at least 1; with a tolerance, the most that an image gets.
         step_size: η of a descent. None follows from the decay, by `EquilibriumMatching.step_sizes`; with a tolerance
             the first is of these, and the others are `STOPPING_STEP`/L.
         momentum: μ of nesterov.
@@ -134,13 +138,13 @@ def _default_sampler(dynamics: Dynamics, num_steps: int | None, named: Sequence[
             f"num_steps is {num_steps}; several steps are for EquilibriumMatching, FlowMatching and classes "
             f"derived from them, which {type(dynamics).__name__} is not"
         )
-    return EULER if several else ONE_STEP
+    return "euler" if several else ONE_STEP
 
 
 def _check_fits(sampler: str, dynamics: Dynamics, num_steps: int | None) -> None:
     descends, integrates = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
-    if (sampler in DESCENTS and not descends) or (sampler == EULER and not integrates):
-        fitting = (ONE_STEP, *DESCENTS) if descends else (ONE_STEP, EULER) if integrates else (ONE_STEP,)
+    if (sampler in DESCENTS and not descends) or (sampler in INTEGRATORS and not integrates):
+        fitting = (ONE_STEP, *DESCENTS) if descends else (ONE_STEP, *INTEGRATORS) if integrates else (ONE_STEP,)
         kind = type(dynamics).__name__
         raise InputError(f"this model's dynamics, {kind}, has no sampler {sampler!r}; it has {', '.join(fitting)}")
     if sampler == ONE_STEP and num_steps is not None and num_steps > 1:
@@ -176,8 +180,8 @@ def run_plan(
         count = torch.ones(x.shape[0], dtype=torch.int64, device=x.device)
         trajectory = torch.stack([x, sample]) if return_trajectory else None
         return SamplerResult(sample, count, root_mean_square(prediction), ~is_finite(sample), trajectory)
-    if plan.sampler == EULER:
-        return euler(
+    if integrate := INTEGRATORS.get(plan.sampler):
+        return integrate(
             lambda state, time: field(state, z, time),
             x,
             plan.num_steps,
@@ -201,6 +205,34 @@ def run_plan(
 def level_of(dynamics: Dynamics, start: float) -> float:
     """The dynamics' level of a state with share γ of the image: `noise_level` for 0, the data's for 1."""
     return dynamics.noise_level + start * (1.0 - 2.0 * dynamics.noise_level)
+
+
+def default_noise(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """The noise that `DCSSDAE.decode` starts every image from by default, the same on every device.
+
+    Row by row, the noise of an image with fewer pixels is the beginning of that of a larger one.
+
+    Args:
+        height: H in pixels, a multiple of f.
+        width: W in pixels, a multiple of f.
+        device: where it is wanted.
+
+    Returns:
+        (3, H, W) float32, standard normal; `expand(B, -1, -1, -1)` makes it the `noise` of a batch.
+    """
+    return _draw_default_noise(height, width, torch.device(device))
+
+
+# An operator, because no graph of torch.compile or AOTInductor can hold a generator; with it one holds for all sizes.
+@torch.library.custom_op("dc_ssdae::default_noise", mutates_args=())
+def _draw_default_noise(height: int, width: int, device: torch.device) -> Tensor:
+    fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
+    return torch.randn(3, height, width, generator=fixed, dtype=torch.float32).to(device)
+
+
+@_draw_default_noise.register_fake
+def _(height: int, width: int, device: torch.device) -> Tensor:
+    return torch.empty(3, height, width, device=device, dtype=torch.float32)
 
 
 def start_noise(
@@ -231,8 +263,7 @@ def start_noise(
         _check_finite("noise", noise)
         return noise.to(device=z.device, dtype=torch.float32).contiguous()
     if generator is None:
-        fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
-        return draw_noise((1, *shape[1:]), fixed, z.device).expand(shape).contiguous()
+        return default_noise(*shape[2:], z.device).expand(shape).contiguous()
     return draw_noise(shape, generator, z.device)
 
 
@@ -265,8 +296,7 @@ def check_latent(z: Tensor, channels: int) -> None:
     Raises:
         InputError: the shape is not (B, channels, h, w), or values are not finite; names the images.
     """
-    if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape:
-        raise InputError(f"a latent batch has shape (B, {channels}, h, w), not {tuple(z.shape)}")
+    check_latent_shape(z, channels)
     if torch.compiler.is_compiling():
         return
     finite = is_finite(z)

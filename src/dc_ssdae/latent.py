@@ -116,6 +116,9 @@ def draw_noise(
     Raises:
         InputError: the list of generators is not as long as the batch.
     """
+    if generator is None and torch.compiler.is_compiling():
+        # At once: a graph for batches of any size cannot go through the images.
+        return torch.randn(tuple(shape), device=device, dtype=torch.float32)
     batch, *rest = shape
     generators: Sequence[torch.Generator | None]
     if generator is None or isinstance(generator, torch.Generator):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.data.images import to_model_range, to_uint8
-from dc_ssdae.decoding import SAMPLERS
+from dc_ssdae.decoding import INTEGRATORS, SAMPLERS
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.evaluation.metrics import psnr, ssim
 from dc_ssdae.evaluation.sampling_report import SamplingStudy, in_words, needed_table, sampling_figure, sampling_table
@@ -56,11 +56,9 @@ def measured(model: str, evaluations: float, quality: float, sampler: str = "eul
 class TestGrid:
     def test_each_dynamics_has_its_samplers(self) -> None:
         descents = {setting.sampler for setting in SMALL.settings(EquilibriumMatching())}
-        assert descents == {name for name in SAMPLERS if name != "euler"}
-        assert [s for s in SMALL.settings(FlowMatching()) if s.sampler == "euler"] == [
-            Setting("euler", 1),
-            Setting("euler", 3),
-        ]
+        assert descents == {name for name in SAMPLERS if name not in INTEGRATORS}
+        integrations = [setting for setting in SMALL.settings(FlowMatching()) if setting.sampler != "one_step"]
+        assert integrations == [Setting(name, steps) for name in INTEGRATORS for steps in (1, 3)]
         assert Grid(samplers=["one_step"]).settings(EquilibriumMatching()) == [Setting("one_step", 1)]
 
     def test_it_is_the_product_and_nothing_twice(self) -> None:

@@ -25,8 +25,8 @@ def add_decoding_options(parser: CommandParser) -> None:
         "--sampler",
         metavar="NAME",
         help="one_step; for equilibrium matching gradient_descent, nesterov or nesterov_eqm (the variant of its "
-        "authors' code); for flow matching euler. Default: one_step, and where other options ask for several steps "
-        "gradient_descent or euler",
+        "authors' code); for flow matching euler or midpoint. Default: one_step, and where other options ask for "
+        "several steps gradient_descent or euler",
     )
     parser.add_argument(
         "--steps",
@@ -34,8 +34,8 @@ def add_decoding_options(parser: CommandParser) -> None:
         dest="num_steps",
         type=whole_number(1),
         metavar="N",
-        help="evaluations of the decoder, with --tolerance at most (default 1; 4 for a sampler of several "
-        "steps; 16 with --tolerance)",
+        help="steps, each an evaluation of the decoder (two with midpoint), with --tolerance at most (default 1; 4 for "
+        "a sampler of several steps; 16 with --tolerance)",
     )
     parser.add_argument(
         "--step_size",

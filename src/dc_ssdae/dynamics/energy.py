@@ -9,13 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def dot_energy(x: Tensor, answer: Tensor) -> Tensor:
-    """E(x) = ⟨x, f(x)⟩ of a network's answer f: (B, …) and (B, …) -> (B,) float32."""
-    return (x.float() * answer.float()).flatten(1).sum(dim=1)
+    """E(x) = ⟨x, f(x)⟩ of a network's answer f: (B, …) and (B, …) -> (B,), of at least float32."""
+    return (at_least_float32(x) * at_least_float32(answer)).flatten(1).sum(dim=1)
 
 
 def l2_energy(x: Tensor, answer: Tensor) -> Tensor:
-    """E(x) = ½‖f(x)‖² of a network's answer f: (B, …) and (B, …) -> (B,) float32."""
-    return 0.5 * answer.float().square().flatten(1).sum(dim=1)
+    """E(x) = ½‖f(x)‖² of a network's answer f: (B, …) and (B, …) -> (B,), of at least float32."""
+    return 0.5 * at_least_float32(answer).square().flatten(1).sum(dim=1)
 
 
 ENERGIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"dot": dot_energy, "l2": l2_energy}
@@ -50,6 +50,16 @@ def apply_network(dynamics: object, network: Callable[[Tensor], Tensor], x: Tens
     return network(x) if field is None else field(network, x)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen half precision; float32 and float64 stay."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def as_normal(tensor: Tensor) -> Tensor:
-    """A tensor that autograd can work with, where it is to: the same one, or a copy of one made in inference mode."""
+    """A tensor that autograd can work with, where it is to: the same one, or a copy of one made in inference mode.
+
+    torch.compile cannot ask whether a tensor is such a one, and need not: within a graph none is.
+    """
+    if torch.compiler.is_compiling():
+        return tensor
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor

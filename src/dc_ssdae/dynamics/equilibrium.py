@@ -147,7 +147,7 @@ class EquilibriumMatching:
         return energy_gradient(network, x, ENERGIES[self.explicit_energy])
 
     def energy(self, x: Tensor, answer: Tensor) -> Tensor:
-        """The explicit energy of x (B, …) and the network's answer there: (B,) float32.
+        """The explicit energy of x (B, …) and the network's answer there: (B,), of at least float32.
 
         Raises:
             InputError: there is none.

@@ -72,7 +72,7 @@ def count_flops(model: DCSSDAE, size: int) -> Flops:
         twin = DCSSDAE.from_config(model.config).eval()
         image = torch.empty(1, 3, size, size)
         with FlopCounterMode(display=False) as encoding:
-            latent = twin.encode(image).latent_dist.mode()
+            latent = twin.posterior(image).mode()
         with FlopCounterMode(display=False) as decoding:
             twin.field(image, latent, torch.zeros(1) if twin.dynamics.conditions_on_time else None)
     return Flops(encoding.get_total_flops(), decoding.get_total_flops())

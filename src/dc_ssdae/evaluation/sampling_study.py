@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range, to_uint8
-from dc_ssdae.decoding import DESCENTS, EULER, ONE_STEP, Divergence, plan_decoding
+from dc_ssdae.decoding import DESCENTS, INTEGRATORS, ONE_STEP, Divergence, plan_decoding
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.metrics import psnr, ssim
@@ -104,7 +104,7 @@ class Grid:
             InputError: no sampler fits, or a value is out of range.
         """
         descends = isinstance(dynamics, EquilibriumMatching)
-        fitting = [ONE_STEP, *(DESCENTS if descends else [EULER] if isinstance(dynamics, FlowMatching) else [])]
+        fitting = [ONE_STEP, *(DESCENTS if descends else INTEGRATORS if isinstance(dynamics, FlowMatching) else [])]
         wanted = fitting if self.samplers is None else [name for name in fitting if name in self.samplers]
         if not wanted:
             raise InputError(f"{type(dynamics).__name__} has none of these samplers; it has {', '.join(fitting)}")
@@ -112,8 +112,8 @@ class Grid:
         for sampler in wanted:
             if sampler == ONE_STEP:
                 settings.append(Setting(ONE_STEP, 1))
-            elif sampler == EULER:
-                settings += [Setting(EULER, steps) for steps in self.steps]
+            elif sampler in INTEGRATORS:
+                settings += [Setting(sampler, steps) for steps in self.steps]
             else:
                 for momentum in self.momenta if sampler != "gradient_descent" else (None,):
                     for size in self.step_sizes:

@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from dc_ssdae import __version__
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.components import COMPONENTS
-from dc_ssdae.decoding import start_noise
+from dc_ssdae.decoding import default_noise
 from dc_ssdae.dynamics import Dynamics
 from dc_ssdae.dynamics.energy import apply_network
 from dc_ssdae.errors import InputError, unknown_name
@@ -105,7 +105,7 @@ def export_model(
     _check_folder(out, overwrite)
     packages = _import_onnx_packages() if format == "onnx" else {}
     height, width = size or (noise_size, noise_size)
-    noise = default_noise(height, width)
+    noise = default_noise(height, width).flatten()
     beside = out.parent / f".{uuid.uuid4().hex}.partial"
     beside.mkdir(parents=True)
     try:
@@ -127,18 +127,6 @@ def export_model(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return Export(**parts, files=files)
-
-
-def default_noise(height: int, width: int) -> Tensor:
-    """The noise that `DCSSDAE.decode` starts every image from by default, row by row: (3 · height · width,) float32.
-
-    That of an image with fewer pixels is the beginning of it: `noise[:3 * H * W].view(3, H, W)`.
-
-    Args:
-        height: H in pixels.
-        width: W in pixels.
-    """
-    return start_noise(torch.empty(1), (1, 3, height, width), None, None).flatten()
 
 
 def _check_folder(out: Path, overwrite: bool) -> None:

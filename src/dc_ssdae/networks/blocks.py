@@ -182,6 +182,7 @@ def check_image(x: Tensor, factor: int) -> None:
     """
     if x.ndim != 4 or x.shape[1] != 3:
         raise InputError(f"an image batch has shape (B, 3, H, W), not {tuple(x.shape)}")
+    check_not_empty(x)
     height, width = x.shape[-2:]
     if height % factor or width % factor or not height or not width:
         fit = tuple(max(side + -side % factor, factor) for side in (height, width))
@@ -189,3 +190,24 @@ def check_image(x: Tensor, factor: int) -> None:
             f"image of {height}×{width} pixels: both sides must be multiples of f = {factor}; "
             f"pad it to {fit[0]}×{fit[1]}"
         )
+
+
+def check_latent_shape(z: Tensor, channels: int) -> None:
+    """Refuse what is not (B, channels, h, w).
+
+    Raises:
+        InputError: names the shape.
+    """
+    if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape[2:]:
+        raise InputError(f"a latent batch has shape (B, {channels}, h, w), not {tuple(z.shape)}")
+    check_not_empty(z)
+
+
+def check_not_empty(batch: Tensor) -> None:
+    """Refuse a batch of no images.
+
+    Raises:
+        InputError: names the shape.
+    """
+    if batch.shape[0] == 0:
+        raise InputError(f"the batch is empty: its shape is {tuple(batch.shape)}; give at least one image")

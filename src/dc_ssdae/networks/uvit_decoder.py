@@ -15,6 +15,7 @@ from dc_ssdae.networks.blocks import (
     CheckpointedModule,
     ConditionedResidualBlock,
     check_downsample_factor,
+    check_latent_shape,
     conv3_of_upsampled,
 )
 from dc_ssdae.networks.norms import GlobalBatchNorm2d
@@ -214,8 +215,7 @@ class UViTDecoder(CheckpointedModule):
 
     def _check(self, x: Tensor, z: Tensor, time: Tensor | None) -> None:
         factor = self.downsample_factor
-        if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise InputError(f"a latent batch has shape (B, {self.latent_channels}, h, w), not {tuple(z.shape)}")
+        check_latent_shape(z, self.latent_channels)
         expected = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
         if tuple(x.shape) != expected:
             raise InputError(f"x has shape {tuple(x.shape)}; a latent of {tuple(z.shape)} needs {expected}")

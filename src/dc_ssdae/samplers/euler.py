@@ -1,4 +1,4 @@
-"""Euler's method along a velocity, from noise at t = 1 to data at t = 0."""
+"""Euler's and the midpoint method along a velocity, from noise at t = 1 to data at t = 0."""
 
 import itertools
 from collections.abc import Callable
@@ -40,6 +40,46 @@ def euler(
     Raises:
         InputError: a setting is out of range, or the velocity returns another shape.
     """
+    return _integrate(velocity, x_init, num_steps, power, start_time, return_trajectory, midpoint=False)
+
+
+def midpoint(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_init: Tensor,
+    num_steps: int = 8,
+    power: float = 4.0,
+    *,
+    start_time: float = 1.0,
+    return_trajectory: bool = False,
+) -> SamplerResult:
+    """Integrate over the same times as `euler`, each step with the velocity in its middle, where half a step leads.
+
+    x ← x + (t_i − t_{i+1}) v(y, s), s = (t_i + t_{i+1})/2, y = x + (t_i − s) v(x, t_i): of second order, by two
+    evaluations per step, and never one at t = 0.
+
+    Args:
+        velocity: as `euler`'s.
+        x_init: as `euler`'s.
+        num_steps: n, at least 1; twice as many evaluations.
+        power: as `euler`'s.
+        start_time: as `euler`'s.
+        return_trajectory: keep every state.
+
+    Raises:
+        InputError: a setting is out of range, or the velocity returns another shape.
+    """
+    return _integrate(velocity, x_init, num_steps, power, start_time, return_trajectory, midpoint=True)
+
+
+def _integrate(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_init: Tensor,
+    num_steps: int,
+    power: float,
+    start_time: float,
+    return_trajectory: bool,
+    midpoint: bool,
+) -> SamplerResult:
     check_num_steps(num_steps)
     check_start(x_init)
     power = check_number("power", power, lambda value: value > 0.0, "positive and finite")
@@ -48,10 +88,19 @@ def euler(
     x = x_init
     speed = x
     states = [x]
+
+    def evaluate(state: Tensor, time: float) -> Tensor:
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        times = torch.full((state.shape[0],), time, dtype=dtype, device=state.device)
+        return check_field(velocity(state, times), state)
+
     for now, after in itertools.pairwise(times):
-        speed = check_field(velocity(x, torch.full((x.shape[0],), now, device=x.device)), x)
+        speed = evaluate(x, now)
+        if midpoint:
+            middle = 0.5 * (now + after)
+            speed = evaluate(x + (now - middle) * speed, middle)
         x = x + (now - after) * speed
         states.append(x)
-    evaluations = torch.full((x.shape[0],), num_steps, dtype=torch.int64, device=x.device)
+    evaluations = torch.full((x.shape[0],), num_steps * (1 + midpoint), dtype=torch.int64, device=x.device)
     trajectory = torch.stack(states) if return_trajectory else None
     return SamplerResult(x, evaluations, root_mean_square(speed), ~is_finite(x), trajectory)
