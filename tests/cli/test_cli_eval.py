@@ -137,6 +137,23 @@ class TestReport:
         shown = re.findall(r"<h3>(.*?)</h3>", page)
         assert shown == [line["name"] for line in (*worst[:2], *worst[::-1][:2])]
 
+    def test_figures_are_printed_though_they_cannot_be_written(
+        self, run: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(source: object, target: object) -> None:
+            raise OSError(28, "No space left on device", str(target))
+
+        monkeypatch.setattr(os, "replace", fail)
+        outcome = run("eval", "--model", "bicubic:4", "--data", photos, *QUICK)
+        assert outcome.code == 2
+        assert any(line.startswith("| PSNR (more is better) | ") for line in outcome.out)
+        assert "report.html" in outcome.err[-1]
+
+    def test_images_that_were_enlarged_are_told(self, run: Any, photos: Path, tmp_path: Path) -> None:
+        outcome = run("eval", "--model", "bicubic:4", "--data", photos, *QUICK, "--size", 48)
+        assert any(line.startswith(f"- {COUNT} of {COUNT} images were smaller than 48 px") for line in outcome.out)
+        assert any("smaller than 48 px" in line for line in report_of(tmp_path / "evaluation")["caveats"])
+
     def test_it_is_written_to_the_folder_evaluation_by_default(self, run: Any, photos: Path, tmp_path: Path) -> None:
         outcome = run("eval", "--model", "mine=bicubic:4", "--data", photos, *QUICK)
         assert outcome.code == 0
@@ -148,7 +165,7 @@ class TestReport:
         assert run("eval", "--model", "bicubic:4", "--data", photos, *words, "--out", "out").code == 0
         reason = report_of(tmp_path / "out")["metrics"]["lpips"]["reason"]
         assert reason.startswith("weights alexnet-owt-7be5be79.pth are not on this machine")
-        assert f"- No LPIPS: {reason}." in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+        assert f"| LPIPS (less is better) | – ({reason}) |" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("model", ["jpeg:40", "python:eval_peers.blurred", "preset:demo"])
     def test_any_autoencoder_can_be_measured(self, run: Any, photos: Path, tmp_path: Path, model: str) -> None:

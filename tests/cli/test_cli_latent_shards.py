@@ -194,3 +194,12 @@ def test_wrong_folders(run: Callable, words: list, photos: Path, tmp_path: Path)
 def test_other_processes_are_silent(run: Callable, words: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run(*words, "--seed", 1) == (2, [], [])
+
+
+def test_images_that_were_enlarged_are_told(run: Callable, words: list) -> None:
+    words[words.index(32)] = 48
+    outcome = run(*words)
+    assert [line.partition(" image")[0] for line in outcome.err if "smaller than 48 px" in line] == [
+        "dc-ssdae latents: train: 3 of 3",
+        "dc-ssdae latents: validation: 1 of 1",
+    ]

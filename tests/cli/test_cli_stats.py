@@ -164,3 +164,11 @@ def test_a_disk_that_fails_leaves_the_old_file(
     assert outcome.err[-1].endswith("config.json: No space left on device")
     assert (model / "config.json").read_bytes() == before
     assert {file.name for file in model.iterdir()} == {"README.md", "config.json", WEIGHTS}
+    assert any(line.startswith("scaling_factor") for line in outcome.out), "the figures are lost"
+    assert outcome.out[-1].endswith("not written")
+
+
+def test_images_that_were_enlarged_are_told(run: Callable, model: Path, photos: Path) -> None:
+    outcome = run(*words(model, photos, "--size", 48, "--no-write"))
+    assert outcome.code == 0
+    assert outcome.err[-1].startswith("dc-ssdae stats: 6 of 6 images were smaller than 48 px")

@@ -521,6 +521,23 @@ class TestSpeed:
         assert (entry.encode.low, entry.encode.median, entry.encode.high) == (1.25, 1.5, 1.75)
         assert (entry.decode.low, entry.decode.median, entry.decode.high) == (8.0, 8.0, 8.0)
 
+    def test_what_happens_once_on_a_gpu_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A clock that the candidate moves: the first batch takes a minute, the next 2 s and half a second."""
+        now, once = [100.0], [60.0]
+
+        class Slow(Pooling):
+            def encode(self, x: Tensor) -> Tensor:
+                now[0] += once.pop() if once else 2.0
+                return super().encode(x)
+
+            def decode(self, z: Tensor) -> Tensor:
+                now[0] += 0.5
+                return super().decode(z)
+
+        monkeypatch.setattr(arena, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+        x = torch.zeros(BATCH, 3, SIDE, SIDE)
+        assert arena._time(PythonCandidate(Slow(), "slow"), x, torch.device("xpu")) == (2.0, 0.5)
+
     def test_rounds_go_forwards_and_backwards_in_turn(self) -> None:
         calls: list[str] = []
 

@@ -19,6 +19,7 @@ from scipy.linalg import sqrtm
 from tiny_models import tiny
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from dc_ssdae import DiagonalGaussian, InputError
 from dc_ssdae.evaluation import metrics
@@ -278,8 +279,14 @@ class TestMetrics:
             "psnr": np.array([metrics.psnr(*pair) for pair in pairs]),
             "ssim": np.array([ssim(*pair) for pair in pairs]),
         }
+        if name == "lightningdit":  # its definition of SSIM: unrounded, and clamped where it is measured
+            x = [protocol.model_input(protocol.prepare(Source().read(place), SIDE))[None] for place in range(COUNT)]
+            theirs = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
+            expected["ssim"] = np.array([float(theirs(rippled(image), image)) for image in x])
+            np.testing.assert_allclose(found.values["ssim"], expected["ssim"], atol=1e-6)
+            expected["ssim"] = found.values["ssim"]
         for metric, values in expected.items():
-            np.testing.assert_allclose(found.values[metric], values, rtol=1e-9, err_msg=metric)
+            np.testing.assert_allclose(found.values[metric], values, rtol=1e-6, err_msg=metric)
         assert len(set(mse)) == COUNT
         psnr = -10 * math.log10(mse.mean()) if protocol.psnr == "pooled" else expected["psnr"].mean()
         assert found.metrics["psnr"].value == pytest.approx(psnr, rel=1e-9)
@@ -339,6 +346,43 @@ class TestMetrics:
         assert found.metrics["rfid"].value == pytest.approx(0.0, abs=1e-6)
         assert (found.values["psnr"] == math.inf).all()
         assert (found.values[MSE] == 0).all()
+
+    def test_no_image_of_raes_makes_the_mean_infinite(self) -> None:
+        found = measure(PythonCandidate(torch.zeros_like, "middle"), Grey([127, 0]), "rae")
+        assert found.metrics["psnr"].value == pytest.approx((100.0 - 20 * math.log10(127 / 255)) / 2)
+
+    def test_metrics_see_unrounded_images_where_the_protocol_says_so(self) -> None:
+        seen: dict[str, list[Tensor]] = {}
+
+        def metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+            return lambda *sides: (seen.__setitem__(name, list(sides)), torch.zeros(len(sides[0])))[1]
+
+        suite = MetricSuite(images={name: metric(name) for name in (MSE, "psnr", "ssim", "lpips")})
+        suite.missing = dict.fromkeys(METRICS.keys() - suite.images.keys(), "not asked for")
+        measure(PythonCandidate(lambda x: 3.0 * x, "3"), Source([3]), "lightningdit", suite)
+        protocol = PROTOCOLS["lightningdit"]
+        x = protocol.model_input(protocol.prepare(Source().read(3), SIDE))[None]
+        for name in ("ssim", "lpips"):
+            assert torch.equal(seen[name][0], x)
+            assert torch.equal(seen[name][1], 3.0 * x)
+        assert [side.dtype for side in seen["psnr"] + seen[MSE]] == [torch.uint8] * 4
+
+    def test_a_metric_that_is_nan_for_an_image_has_a_reason_and_no_value(self) -> None:
+        values = torch.tensor([0.1, torch.nan, 0.3])
+        suite = MetricSuite(images={MSE: metrics.mse_each, "lpips": lambda reference, output: values})
+        suite.missing = dict.fromkeys(METRICS.keys() - suite.images.keys(), "not asked for")
+        found = measure(pooling(), Source([0, 1, 2]), suite=suite)
+        assert found.metrics["lpips"].value is None
+        assert "NaN for 1 of 3" in (found.metrics["lpips"].reason or "")
+
+    def test_images_smaller_than_the_evaluation_are_counted(self) -> None:
+        """Of photos of 37×43 pixels."""
+        settings = {size: EvaluationSettings(PROTOCOLS["dcae"], size) for size in (37, 38)}
+        counts = {}
+        for size, given in settings.items():
+            images = given.images(Source(range(5), broken=[1]))
+            counts[size] = evaluate(BicubicCandidate(2), images, suite_of(given.protocol), given, CPU).enlarged
+        assert counts == {37: 0, 38: 4}
 
     def test_one_lossless_image_among_others(self) -> None:
         greys = [128] + 11 * [0]

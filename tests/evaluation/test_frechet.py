@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scipy.linalg import sqrtm
 from scipy.stats import t
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dc_ssdae.evaluation.estimates import Estimate
-from dc_ssdae.evaluation.frechet import REPLICATES, FrechetDistance
+from dc_ssdae.evaluation.frechet import BUFFERED_ROWS, REPLICATES, FrechetDistance
 from dc_ssdae.processes import Processes
 
 CHANNELS = 6
@@ -168,13 +169,10 @@ def test_gaussians_of_diagonal_covariance_have_the_closed_form(shift: float, sca
     deviations = np.array([0.3, 1.0, 2.0, 5.0])
     other_deviations = scale * deviations[::-1] if scale != 1.0 else deviations
     means = shift * np.array([1.0, -1.0, 0.5, 0.0])
-    real, fake = whitened(60, 4, 1) * deviations, whitened(50, 4, 2) * other_deviations + means
+    real, fake = whitened(60, 4, 1) * deviations, whitened(60, 4, 2) * other_deviations + means
     distance = FrechetDistance(Table(real, fake), 4, replicates=0)
-    # The two sets differ in number here: each side may come on its own.
-    distance.add(numbered(0, 50), numbered(60, 50), image_names(50))
-    distance.add(numbered(50, 10), numbered(60, 0), image_names(10)[:0])
     expected = (means**2).sum() + ((deviations - other_deviations) ** 2).sum()
-    assert distance.finish(Processes()).value == pytest.approx(expected, rel=1e-9, abs=1e-6)
+    assert measured(distance, numbered(0, 60), numbered(60, 60)).value == pytest.approx(expected, rel=1e-9, abs=1e-6)
 
 
 def test_fewer_images_than_features_have_a_distance() -> None:
@@ -183,6 +181,25 @@ def test_fewer_images_than_features_have_a_distance() -> None:
     found = measured(FrechetDistance(Table(real, 2.0 * real), 16), numbered(0, 5), numbered(5, 5))
     centred = real - real.mean(axis=0)
     assert found.value == pytest.approx((real.mean(axis=0) ** 2).sum() + (centred**2).sum() / 4, rel=1e-5)
+
+
+def test_features_that_never_change_are_no_obstacle() -> None:
+    """The covariance is singular however many images there are."""
+    real = np.random.default_rng(0).normal(size=(60, 4)) * [1.0, 1.0, 0.0, 0.0]
+    real[:, 1] = 2.0 * real[:, 0]
+    found = measured(FrechetDistance(Table(real, 3.0 * real), 4), numbered(0, 60), numbered(60, 60))
+    assert found.value == pytest.approx(4.0 * (real.mean(axis=0) ** 2).sum() + 4.0 * np.cov(real.T).trace(), rel=1e-9)
+
+
+def test_more_images_than_are_buffered_count_once() -> None:
+    count = 2 * BUFFERED_ROWS + 3
+    rows = np.random.default_rng(0).normal(size=(count, 3))
+    distance = FrechetDistance(Table(rows, rows @ np.diag([1.0, 2.0, 3.0]) + 1.0), 3, replicates=0)
+    found = measured(distance, numbered(0, count), numbered(count, count), 100)
+    other = rows @ np.diag([1.0, 2.0, 3.0]) + 1.0
+    root = sqrtm(np.cov(rows.T) @ np.cov(other.T)).real
+    means = ((rows.mean(axis=0) - other.mean(axis=0)) ** 2).sum()
+    assert found.value == pytest.approx(means + (np.cov(rows.T) + np.cov(other.T) - 2 * root).trace(), rel=1e-8)
 
 
 # --- batches, order and devices ---

@@ -235,6 +235,9 @@ def test_lpips_is_the_packages(
     torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(one_by_one, found, rtol=1e-5, atol=1e-7)
     assert unchanged.abs().max() < 1e-7
+    beyond = [1.3 * (side / 127.5 - 1.0) for side in (reference, images)]  # unrounded, and nobody clamps them
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*beyond), theirs(*beyond[::-1]).flatten().double(), rtol=1e-5, atol=1e-7)
 
 
 def test_lpips_of_images_that_are_too_small_is_refused(full: MetricSuite) -> None:
@@ -255,40 +258,52 @@ def inception(folder: Path) -> FeatureExtractorInceptionV3:
     return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
 
 
+def first_input(network: nn.Module, layer: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the first layer sees, and the features."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    found = network(pixels)
+    handle.remove()
+    return seen[0], found if isinstance(found, Tensor) else found[0]
+
+
 @pytest.mark.parametrize(("height", "width"), [(40, 56), (320, 310)])
 def test_inceptions_features_are_torch_fidelitys(
-    height: int, width: int, full: MetricSuite, inception: FeatureExtractorInceptionV3
+    height: int, width: int, folder: Path, inception: FeatureExtractorInceptionV3
 ) -> None:
-    reference, images = pair(1, height, width)
-    pixels = torch.cat([reference, images])
-    (expected,) = inception(pixels)
-    found = full.distances["rfid"].features(pixels)
+    pixels = torch.cat(pair(1, height, width))
+    network = Inception(folder / INCEPTION_FILE).eval()
+    with torch.no_grad():
+        seen, found = first_input(network, network.layers[0], pixels)
+        expected_input, expected = first_input(inception, inception.Conv2d_1a_3x3, pixels)
     assert (found.dtype, found.shape) == (torch.float32, (2, 2048))
     assert (expected[0] - expected[1]).abs().mean() > 0.01 * expected.std()
+    assert torch.equal(seen, expected_input)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_rfid_is_torchmetrics_of_the_same_file(
-    full: MetricSuite, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("protocol", ["dcae", "lightningdit"])
+def test_inception_of_dcae_and_lightningdit_sees_what_pytorch_fid_gives_it(
+    protocol: str, weights: Path, inception: FeatureExtractorInceptionV3
 ) -> None:
-    """Both hand the same means and covariances to torchmetrics' formula, which takes seconds of 2048 features."""
-    handed: list[tuple[Tensor, ...]] = []
-
-    def formula(*moments: Tensor) -> Tensor:
-        handed.append(moments)
-        return torch.tensor(7.5, dtype=torch.float64)
-
-    monkeypatch.setattr("torchmetrics.image.fid._compute_fid", formula)
-    ours, theirs = rfid_by_both(full, folder)
-    assert ours == theirs == 7.5
-    for found, expected in zip(*handed, strict=True):
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    """pytorch-fid's definition: images in [0, 1], PyTorch's bilinear interpolation, then to [-1, 1]."""
+    pixels = torch.cat(pair(1, 40, 56))
+    network = load("rfid", protocol=protocol).distances["rfid"].features
+    definition = 2.0 * nn.functional.interpolate(pixels / 255.0, (299, 299), mode="bilinear", align_corners=False) - 1.0
+    with torch.no_grad():
+        seen, found = first_input(network, network.layers[0], pixels)  # type: ignore[arg-type, attr-defined]
+        handle = inception.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, given: (definition,))
+        (expected,) = inception(pixels)
+        handle.remove()
+        (by_tensorflow,) = inception(pixels)
+    torch.testing.assert_close(seen, definition, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+    assert (found - by_tensorflow).abs().mean() > 1e-3 * expected.std(), "the two inputs make no difference here"
 
 
 @pytest.mark.slow
-def test_rfid_is_torchmetrics_of_the_same_file_to_the_end(full: MetricSuite, folder: Path) -> None:
-    ours, theirs = rfid_by_both(full, folder)
+def test_rfid_is_torchmetrics_of_the_same_file_to_the_end(weights: Path) -> None:
+    ours, theirs = rfid_by_both(load("rfid", protocol="rae"), weights)
     assert theirs > 0.1
     assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -325,7 +340,7 @@ def test_inceptions_file_may_count_batches(tmp_path: Path) -> None:
     assert len(state) == 566
     torch.save(state, tmp_path / INCEPTION_FILE)
     network = Inception(tmp_path / INCEPTION_FILE)
-    assert torch.equal(network.extractor.fc.weight, state["fc.weight"])
+    assert torch.equal(network.layers[0].conv.weight, state["Conv2d_1a_3x3.conv.weight"])
 
 
 def test_inceptions_file_is_where_torch_fidelity_keeps_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,11 +212,12 @@ def evaluation_of(
     protocol: str = "dcae",
     suite: MetricSuite | None = None,
     broken: bool = True,
+    limit: int | None = None,
     **given: Any,
 ) -> EvaluationReport:
     suite = suite or suite_of(protocol)
     settings = EvaluationSettings(PROTOCOLS[protocol], SIDE, 4)
-    images = settings.images(Source(broken))
+    images = settings.images(Source(broken), limit)
     found = evaluate(candidate, images, suite, settings, CPU)
     report = EvaluationReport(
         label,
@@ -642,6 +643,24 @@ class TestEvaluationJson:
         assert not re.search(r"\binf\b", page.text)
 
 
+def test_a_metric_without_a_value_keeps_its_cell_everywhere() -> None:
+    """Of one image there is no distance; and two lossless models have an infinite PSNR alone."""
+    reason = "a distance between sets needs at least two images"
+    report = evaluation_of(pooling(), limit=1, broken=False)
+    assert strict(report.as_json())["metrics"]["rfid"]["reason"] == reason
+    (rows,) = tables(report.as_markdown())
+    assert ["rFID (less is better)", f"– ({reason})", ""] in rows
+    page = page_of(report, pooling())
+    assert {"rFID", reason} <= set(page.texts)
+
+    both = arena_of({"one": lossless, "two": lossless}, limit=1, broken=False)
+    (rows,) = tables(both.as_markdown())
+    found = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert [row["rFID"] for row in found] == 2 * [f"– ({reason})"]
+    assert [row["PSNR (dB)"] for row in found] == 2 * ["∞"]
+    assert reason in Page(both.as_page(both.as_picture())).texts
+
+
 class TestEvaluationMarkdown:
     def test_the_table_has_a_row_for_each_value(self, evaluation: EvaluationReport) -> None:
         (rows,) = tables(evaluation.as_markdown())
@@ -651,17 +670,19 @@ class TestEvaluationMarkdown:
             "PSNR (more is better)",
             "SSIM (more is better)",
             "LPIPS (less is better)",
+            "DreamSim (less is better)",
             "rFID (less is better)",
             "KL",
         ]
+        assert rest[3][1:] == [f"– (there is no {FAR})".replace("|", "\\|"), ""]
         found = evaluation.evaluation.metrics["ssim"]
         assert rest[1][1:] == [f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}"]
-        assert rest[4][1].endswith(" nats per image")
+        assert rest[5][1].endswith(" nats per image")
 
     def test_it_says_what_a_reader_must_know(self, evaluation: EvaluationReport) -> None:
         lines = evaluation.as_markdown().splitlines()
         assert lines[0] == f"# {STRANGE}"
-        expected = [*evaluation.caveats(), f"No DreamSim: there is no {FAR}.", *PROTOCOLS["dcae"].sentences(SIDE)]
+        expected = [*evaluation.caveats(), *PROTOCOLS["dcae"].sentences(SIDE)]
         assert {f"- {line}" for line in expected} <= set(lines)
         assert "- Model computed in float32." in lines
         assert "- Measured on a processor, 2 cores, 1 thread, PyTorch 2, Python 3." in lines
@@ -787,7 +808,7 @@ class TestEvaluationPage:
             assert evaluation_page.heads.count(as_seen(name)) == (0 if place == BROKEN else 2), name
 
     def test_it_says_what_a_reader_must_know(self, evaluation: EvaluationReport, evaluation_page: Page) -> None:
-        for line in (*evaluation.caveats(), *missing_lines(evaluation.suite), *PROTOCOLS["dcae"].sentences(SIDE)):
+        for line in (*evaluation.caveats(), f"there is no {FAR}", *PROTOCOLS["dcae"].sentences(SIDE)):
             assert line in evaluation_page.texts
         assert as_seen(REASON) in evaluation_page.texts
         assert "dc-ssdae eval <x>" in evaluation_page.texts
@@ -855,6 +876,14 @@ class TestCaveats:
     def test_size_and_protocol_are_always_said(self) -> None:
         assert said() == [always()]
         assert said(protocol="rae", size=256) == [always(256, "rae")]
+
+    @pytest.mark.parametrize(("enlarged", "start"), [(3, "3 of 20,000 images"), (20_000, "20,000 of 20,000 images")])
+    def test_images_that_were_enlarged_are_said(self, enlarged: int, start: str) -> None:
+        settings = EvaluationSettings(PROTOCOLS["dcae"], 64)
+        first, last = caveats(settings, MetricSuite(), [], 20_000, enlarged=enlarged)
+        assert first.startswith(start)
+        assert "64 px" in first
+        assert last == always()
 
     def test_random_weights_are_said_of_those_that_have_them(self) -> None:
         one, both = said(random_models=["a"]), said(random_models=["a", "b"])

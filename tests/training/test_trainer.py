@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from terms import Hooked
 from tiny import fill, make_images, run_config, yaml_of
 from torch import Tensor, nn
@@ -714,6 +715,19 @@ def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tm
     renamed.unlink()
     with pytest.raises(InputError, match="began with 9 training images and the data set now has 8"):
         resume(run_config(root, steps=4), tmp_path / "run")
+
+
+def test_a_runs_first_evaluation_tells_which_images_were_enlarged(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two validation images, of which one is smaller than the run's images, evaluated twice."""
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    for number in (0, 1):
+        Image.new("RGB", (20, 50) if number else (50, 50)).save(root / f"validation/image000{number}.png")
+    (root / "validation/image0002.png").unlink()
+    start(run_config(root, steps=2, evaluate_every=1), tmp_path / "run")
+    assert capsys.readouterr().err.count("1 of 2 images were smaller than 32 px") == 1
 
 
 def test_without_validation_images_it_says_so(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

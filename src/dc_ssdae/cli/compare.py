@@ -100,11 +100,13 @@ def run(args: Namespace) -> int:
     )
     for image in report.broken:
         complain(args.program, f"left out: {image.reason}")
-    pareto, text = report.as_picture(), report.as_markdown()
+    text = report.as_markdown()
+    say(text)  # before anything that can fail: hours may have gone into the figures
+    pareto = report.as_picture()
     contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
     for name, content in zip(FILES, contents, strict=True):
         write_whole(args.out / name, content)
-    say(f"{text}\n-> {', '.join(str(args.out / name) for name in FILES)}")
+    say(f"-> {', '.join(str(args.out / name) for name in FILES)}")
     return 2 if any(entry.failed is not None for entry in entries) else 0
 
 

@@ -178,15 +178,16 @@ def _write(
         args.dtype,
         opened.decoding if isinstance(candidate, OurCandidate) else {},
     )
+    for image in evaluation.broken:
+        complain(args.program, f"left out: {image.reason}")
+    text = report.as_markdown()
+    say(text)  # before anything that can fail: hours may have gone into the figures
     ranked = report.ranked()
 
     def shown(places: list[int]) -> list[Any]:
         return reconstruct_places(candidate, opened.images, places, opened.settings, opened.device)
 
     worst, best = shown(ranked[: args.show]), shown(ranked[::-1][: args.show])
-    for image in evaluation.broken:
-        complain(args.program, f"left out: {image.reason}")
-    text = report.as_markdown()
     contents = (
         report.as_page(worst, best),
         text.encode("utf-8", "backslashreplace"),
@@ -195,5 +196,5 @@ def _write(
     )
     for name, content in zip(FILES, contents, strict=True):
         write_whole(args.out / name, content)
-    say(f"{text}\n-> {', '.join(str(args.out / name) for name in FILES)}")
+    say(f"-> {', '.join(str(args.out / name) for name in FILES)}")
     return report.as_provenance()

@@ -87,15 +87,18 @@ def run(args: Namespace) -> int:
         raise InputError(f"--size {args.size} is no multiple of this model's f = {factor}; {larger} is")
     images = ValidationImages(open_sources(args.data, None, None, None).train, args.size, args.images)
     statistics, broken = _measure(args, model, images)
-    if folder is not None:
-        write_latent_statistics(folder, statistics)
-        write_model_card(folder)
-    written = None if folder is None else str(folder / "config.json")
-    if args.json:
-        measured: dict[str, Any] = {"images": statistics.count, "broken": broken, "size": args.size}
-        say(json.dumps({**measured, **statistics.settings(), "written": written}, indent=2))
-    else:
-        say(_as_text(statistics, args.size, written))
+    written = None
+    try:
+        if folder is not None:
+            write_latent_statistics(folder, statistics)
+            written = str(folder / "config.json")
+            write_model_card(folder)
+    finally:  # also where they cannot be written: long work may have gone into them
+        if args.json:
+            measured: dict[str, Any] = {"images": statistics.count, "broken": broken, "size": args.size}
+            say(json.dumps({**measured, **statistics.settings(), "written": written}, indent=2))
+        else:
+            say(_as_text(statistics, args.size, written))
     return 0
 
 
@@ -105,7 +108,7 @@ def _measure(args: Namespace, model: "DCSSDAE", images: "ValidationImages") -> "
     from tqdm import tqdm
 
     from dc_ssdae.data.images import to_model_range
-    from dc_ssdae.data.loader import default_workers
+    from dc_ssdae.data.loader import default_workers, enlarged_caveat
     from dc_ssdae.evaluation.latent_statistics import latent_statistics
 
     def encode(pixels: "Tensor") -> "DiagonalGaussian":
@@ -115,7 +118,7 @@ def _measure(args: Namespace, model: "DCSSDAE", images: "ValidationImages") -> "
     workers = default_workers(1) if args.workers is None else args.workers
     try:
         with tqdm(total=len(images), unit="image", leave=False, disable=None) as bar:
-            moments, broken = latent_statistics(
+            moments, broken, enlarged = latent_statistics(
                 encode, images, model.config.latent_channels, args.batch, workers, advance=bar.update
             )
     except torch.OutOfMemoryError:
@@ -124,6 +127,8 @@ def _measure(args: Namespace, model: "DCSSDAE", images: "ValidationImages") -> "
         raise InputError(f"none of {len(images)} images can be read; the first: {broken[0].reason}")
     for image in broken:
         complain(args.program, f"left out: {image.reason}")
+    for line in enlarged_caveat(enlarged, len(images) - len(broken), args.size):
+        complain(args.program, line)
     return moments.statistics(), [image.name for image in broken]
 
 

@@ -140,9 +140,10 @@ def _study_sampling(args: Namespace) -> int:
     notes = [_protocol(args, len(pixels)), *([lpips_note] if lpips_note else []), *_differences(args)]
     study = SamplingStudy(measurements, list(models), notes, describe_machine(next(iter(models.values())).device))
     text = study.as_markdown()
+    say(text)
     for name, content in zip(FILES, (study.as_json().encode(), text.encode(), study.as_picture()), strict=True):
         write_whole(args.out / name, content)
-    say(f"{text}\n-> {', '.join(str(args.out / name) for name in FILES)}")
+    say(f"-> {', '.join(str(args.out / name) for name in FILES)}")
     return 0
 
 
@@ -167,7 +168,7 @@ def _model_name(path: str) -> str:
 def _read_images(args: Namespace) -> "Tensor":
     import torch
 
-    from dc_ssdae.data.loader import ValidationImages
+    from dc_ssdae.data.loader import ValidationImages, enlarged_caveat
     from dc_ssdae.data.sources import open_sources
 
     sources = open_sources(args.data, None, None, None)
@@ -179,6 +180,8 @@ def _read_images(args: Namespace) -> "Tensor":
     usable = [image.pixels for image in read if image.broken is None]
     if not usable:
         raise InputError(f"none of {len(read)} images can be read")
+    for line in enlarged_caveat(sum(image.enlarged for image in read), len(usable), args.size):
+        complain(args.program, line)
     return torch.stack(usable)
 
 

@@ -25,7 +25,13 @@ from dc_ssdae.data.latent_shard import (
     LatentShardReport,
     read_latent_report,
 )
-from dc_ssdae.data.loader import ValidationImages, in_one_line, leave_signals_to_the_parent
+from dc_ssdae.data.loader import (
+    ValidationImages,
+    enlarged_caveat,
+    in_one_line,
+    is_enlarged,
+    leave_signals_to_the_parent,
+)
 from dc_ssdae.data.resumable import check_broken, files_sha256
 from dc_ssdae.data.sources import ImageSource, read_labelled
 from dc_ssdae.errors import InputError
@@ -178,6 +184,9 @@ def encode_latents(
                 manifest = _encode_part(name, job, batch_size, workers, processes, max_broken_share, report)
             elif processes.is_main:
                 report(f"{str(job.folder)!r} is finished already; nothing to do{_other_numbers(manifest, encoder)}")
+            if processes.is_main:
+                for line in enlarged_caveat(manifest.get("enlarged", 0), manifest["images"], settings.size):
+                    report(f"{name}: {line}" if name else line)
             counts = (manifest["images"], len(manifest["shards"]), manifest["unlabelled"], len(manifest["broken"]))
             done.append(EncodedPart(name, job.folder, *counts))
         return done
@@ -302,6 +311,7 @@ class _Image(NamedTuple):
     label: int
     name: str
     broken: str | None
+    enlarged: bool = False
 
 
 class _LabelledImages(Dataset[_Image]):
@@ -318,15 +328,16 @@ class _LabelledImages(Dataset[_Image]):
                 pixels, label = read_labelled(images.source, index)
             else:
                 pixels, label = images.source.read(index), int(self.labels[index])
-            return _Image(images.prepare(pixels, images.image_size), label, images.name(place), None)
+            prepared = images.prepare(pixels, images.image_size)
+            return _Image(prepared, label, images.name(place), None, is_enlarged(pixels, images.image_size))
         except InputError as error:
             blank = torch.zeros(3, images.image_size, images.image_size, dtype=torch.uint8)
             return _Image(blank, 0, images.source.name(index), str(error))
 
 
 def _collate(images: Sequence[_Image]) -> ImageBatch:
-    pixels, labels, names, broken = zip(*images, strict=True)
-    return ImageBatch(torch.stack(pixels), list(labels), list(names), list(broken))
+    pixels, labels, names, broken, enlarged = zip(*images, strict=True)
+    return ImageBatch(torch.stack(pixels), list(labels), list(names), list(broken), sum(enlarged))
 
 
 def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:
@@ -361,6 +372,7 @@ def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:
         "latent_shape": list(job.shape),
         "images": images,
         "unlabelled": sum(shard.unlabelled for shard in shards),
+        "enlarged": sum(shard.enlarged for shard in shards),
         "classes": job.classes,
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
         "statistics": LatentMoments.from_state(moments).statistics().settings(),

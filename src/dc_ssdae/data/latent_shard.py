@@ -140,6 +140,7 @@ class LatentShardReport(NamedTuple):
 
     unlabelled: how many of its images have no label.
     moments: of its latents, as numbers, from `LatentMoments.state`.
+    enlarged: how many of its images were smaller than what is encoded.
     """
 
     bytes: int
@@ -148,15 +149,20 @@ class LatentShardReport(NamedTuple):
     unlabelled: int
     broken: list[tuple[str, str]]
     moments: list[float]
+    enlarged: int = 0
 
 
 class ImageBatch(NamedTuple):
-    """Images of one shard: `pixels` uint8 (B, 3, S, S), blank where the image is broken, else its reason is None."""
+    """Images of one shard: `pixels` uint8 (B, 3, S, S), blank where the image is broken, else its reason is None.
+
+    `enlarged`: how many were smaller than S.
+    """
 
     pixels: Tensor
     labels: list[int]
     names: list[str]
     broken: list[str | None]
+    enlarged: int = 0
 
 
 class LatentShard:
@@ -178,6 +184,7 @@ class LatentShard:
         self._names: list[str] = []
         self._labels: list[int] = []
         self._broken: list[tuple[str, str]] = []
+        self._enlarged = 0
         self._moments = LatentMoments(encoder.latent_channels)
 
     def add(self, batch: ImageBatch) -> None:
@@ -203,6 +210,7 @@ class LatentShard:
                 self._latents[name].append(tensor)
             logvar = 2.0 * stored[1].double().log() if len(stored) > 1 else None
             self._moments.add(DiagonalGaussian(stored[0], logvar))
+        self._enlarged += batch.enlarged
         self._names += names
         self._labels += [batch.labels[place] for place in kept]
         self._broken += [
@@ -232,6 +240,7 @@ class LatentShard:
             unlabelled,
             self._broken,
             self._moments.state()[0].tolist(),
+            self._enlarged,
         )
         # A shard is finished when both are there and the report states its size.
         write_whole(LATENTS.report_path(self._folder, self._number), to_json(shard._asdict()))

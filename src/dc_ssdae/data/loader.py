@@ -164,11 +164,15 @@ class Places:
 
 
 class ValidationImage(NamedTuple):
-    """A validation image (3, S, S), uint8 unless another `prepare` made it, at its place; or why it cannot be read."""
+    """A validation image (3, S, S), uint8 unless another `prepare` made it, at its place; or why it cannot be read.
+
+    `enlarged`: its shorter side was smaller than S.
+    """
 
     place: int
     pixels: Tensor
     broken: BrokenImage | None
+    enlarged: bool = False
 
 
 class ValidationImages(Dataset[ValidationImage]):
@@ -200,16 +204,33 @@ class ValidationImages(Dataset[ValidationImage]):
     def __getitem__(self, place: int) -> ValidationImage:
         index = self.indices[place]
         try:
-            pixels = self.prepare(self.source.read(index), self.image_size)
+            pixels = self.source.read(index)
+            prepared = self.prepare(pixels, self.image_size)
         except InputError as error:
             blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
             return ValidationImage(place, blank, BrokenImage(self.source.name(index), str(error)))
-        return ValidationImage(place, pixels, None)
+        return ValidationImage(place, prepared, None, is_enlarged(pixels, self.image_size))
 
     def name(self, place: int) -> str:
         """The name of an image, which says nothing about where its data set lies, where the data set allows that."""
         name: Callable[[int], str] = getattr(self.source, "relative_name", self.source.name)
         return name(self.indices[place])
+
+
+def is_enlarged(pixels: Tensor, size: int) -> bool:
+    """Whether an image (3, H, W) has a side that is shorter than the square which is made of it."""
+    return min(pixels.shape[-2:]) < size
+
+
+def enlarged_caveat(enlarged: int, images: int, size: int) -> list[str]:
+    """Say in one line, or none, how many of some images were enlarged to squares of `size` pixels."""
+    if not enlarged:
+        return []
+    were = "image was smaller" if images == 1 else "images were smaller"
+    return [
+        f"{enlarged:,} of {images:,} {were} than {size} px and enlarged: blurrier, and easier to reconstruct, than "
+        "photos of that size."
+    ]
 
 
 def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:

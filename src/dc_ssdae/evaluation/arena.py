@@ -133,8 +133,6 @@ def run_arena(
                 report(label, entries[label].failed or "")
         if entries[label].failed is not None:
             gc.collect()  # only here, where the error is gone, and with it its frames and all that they hold
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
     for label, opener in openers.items():
         entry = entries[label]
@@ -152,6 +150,8 @@ def run_arena(
             candidate.to(torch.device("cpu"))
 
         attempt(label, measure_quality)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the caching allocator has kept in this one's sizes, before the next
 
     if not candidates:
         return list(entries.values())
@@ -164,7 +164,7 @@ def run_arena(
 
             def measure_speed(label: str = label, first: bool = round_ < 0) -> None:
                 candidate = candidates[label].to(device)
-                if first:  # not timed: memory is taken, and kernels are chosen
+                if first:  # apart from timing
                     entries[label].memory = peak_memory(candidate, x, device)
                     entries[label].batch = len(x)
                 else:
@@ -241,7 +241,9 @@ def _status(key: str) -> int:
 
 @torch.inference_mode()
 def _time(candidate: Candidate, x: Tensor, device: torch.device) -> tuple[float, float]:
-    """Seconds that encoding and decoding a batch take."""
+    """Seconds that encoding and decoding a batch take; on a GPU after a run that takes memory and chooses kernels."""
+    if device.type != "cpu":
+        candidate.reconstruct(x)
     wait_for(device)
     start = time.perf_counter()
     encoded = candidate.encode(x)

@@ -189,7 +189,10 @@ class ArenaReport:
         """What may not be compared."""
         metrics = [entry.evaluation.metrics for entry in self._finished if entry.evaluation is not None]
         random = [entry.label for entry in self._finished if RANDOM_WEIGHTS in entry.remarks]
-        lines = caveats(self.settings, self.suite, metrics, self.images, random)
+        enlarged = max(
+            (entry.evaluation.enlarged for entry in self._finished if entry.evaluation is not None), default=0
+        )
+        lines = caveats(self.settings, self.suite, metrics, self.images, random, enlarged)
         lines.append("Speed and memory are of this machine, batch and precision: compare them within this table alone.")
         return lines
 
@@ -221,13 +224,14 @@ class ArenaReport:
             name: column
             for name, column in self.columns.items()
             if any(column.value(entry)["value"] is not None for entry in self._finished)
+            or (name in METRICS and name not in self.suite.missing)
         }
         heads = [("model", ""), *((column.title, column.unit) for column in used.values())]
         rows = []
         for entry in self.entries:
             values = [
-                ("", "") if entry.failed is not None else _cell(column.value(entry), column.digits)
-                for column in used.values()
+                ("", "") if entry.failed is not None else _cell(column.value(entry), column.digits, name in METRICS)
+                for name, column in used.items()
             ]
             rows.append([(entry.label, ", ".join(entry.remarks)), *values])
         return Table(heads, rows, [entry.failed for entry in self.entries])
@@ -311,11 +315,11 @@ def _empty(reason: str) -> dict[str, Any]:
     return {"value": None, "low": None, "high": None, "reason": reason}
 
 
-def _cell(cell: Mapping[str, Any], digits: int | None) -> tuple[str, str]:
-    """A value, and its interval, as texts."""
+def _cell(cell: Mapping[str, Any], digits: int | None, with_reason: bool) -> tuple[str, str]:
+    """A value, and its interval or the reason why there is none, as texts."""
     value, low, high = cell["value"], cell["low"], cell["high"]
     if value is None:
-        return ("∞", "") if cell.get("reason") == "infinite" else ("–", "")
+        return ("∞", "") if cell.get("reason") == "infinite" else ("–", cell.get("reason", "") if with_reason else "")
     if isinstance(value, list):
         return "×".join(map(str, value)), ""
     if digits is None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dc_ssdae.data.loader import enlarged_caveat
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
 from dc_ssdae.evaluation.evaluate import EvaluationSettings
@@ -71,6 +72,7 @@ def caveats(
     metrics: Sequence[Mapping[str, Estimate]],
     images: int,
     random_models: Sequence[str] = (),
+    enlarged: int = 0,
 ) -> list[str]:
     """Say what may not be compared.
 
@@ -80,6 +82,7 @@ def caveats(
         metrics: of each model that has results.
         images: how many were measured.
         random_models: labels of those with random weights.
+        enlarged: how many of the images were smaller than the evaluation's size.
     """
     lines = []
     if random_models:
@@ -93,6 +96,7 @@ def caveats(
             f"{titles} of {images:,} images: these distances fall as images are added, so compare them only with those "
             f"of the same {images:,}; published ones are of 50,000."
         )
+    lines += enlarged_caveat(enlarged, images, settings.size)
     lines.append(
         f"Figures are of {settings.size} px images under the protocol {settings.protocol.name}: not comparable with "
         "those of another size or protocol."

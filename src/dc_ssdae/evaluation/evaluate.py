@@ -64,6 +64,7 @@ class Evaluation:
         latent: None where there is no posterior over (B, c, h, w).
         latent_shape: of one image's latent; None for a codec or a function.
         others: mean KL, bits per pixel and evaluations, with their intervals.
+        enlarged: how many of the measured images were smaller than the evaluation's size.
     """
 
     metrics: dict[str, Estimate]
@@ -75,6 +76,7 @@ class Evaluation:
     latent: LatentProfile | None = None
     latent_shape: tuple[int, ...] | None = None
     others: dict[str, Estimate] = field(default_factory=dict)
+    enlarged: int = 0
 
 
 class Reconstructed(NamedTuple):
@@ -152,14 +154,17 @@ def _go_through(
     for batch in validation_loader(images, places, settings.batch_size, settings.workers):
         gathered.broken += [(image.place, image.broken) for image in batch if image.broken is not None]
         usable = [image for image in batch if image.broken is None]
+        gathered.enlarged += sum(image.enlarged for image in usable)
         if usable:
             names = [images.name(image.place) for image in usable]
             here = [image.place for image in usable]
             prepared = torch.stack([image.pixels for image in usable]).to(device)
             reference = settings.protocol.reference(prepared)
-            output = _reconstruct(candidate, prepared, names, settings, gathered, here)
+            x, unrounded = _reconstruct(candidate, prepared, names, settings, gathered, here)
+            output = settings.protocol.to_uint8(unrounded)
             for name, metric in suite.images.items():
-                gathered.note(name, here, metric(reference, output))
+                sides = (x, unrounded) if name in settings.protocol.unrounded else (reference, output)
+                gathered.note(name, here, metric(*sides))
             for distance in suite.distances.values():
                 distance.add(reference, output, names)
         if advance is not None:
@@ -182,7 +187,7 @@ def reconstruct_places(
             continue
         names = [images.name(image.place) for image in usable]
         prepared = torch.stack([image.pixels for image in usable]).to(device)
-        output = _reconstruct(candidate, prepared, names, settings)
+        output = settings.protocol.to_uint8(_reconstruct(candidate, prepared, names, settings)[1])
         sides = zip(usable, names, settings.protocol.reference(prepared).cpu(), output.cpu(), strict=True)
         shown += [Reconstructed(image.place, name, original, after) for image, name, original, after in sides]
     return shown
@@ -206,6 +211,7 @@ class _Gathered:
         self.values = {name: torch.zeros(count, dtype=torch.float64) for name in names}
         self.known = {name: torch.zeros(count, dtype=torch.float64) for name in names}
         self.broken: list[tuple[int, BrokenImage]] = []
+        self.enlarged = 0
         self.profiler: LatentProfiler | None = None
         self.has_profile = True
         self.latent_shape: tuple[int, ...] | None = None
@@ -261,6 +267,7 @@ class _Gathered:
                 for name in (KL, BITS, EVALUATIONS)
                 if len(_known(values[name]))
             },
+            enlarged=sum(processes.gather(self.enlarged)),
         )
 
     def _estimate(
@@ -278,6 +285,10 @@ class _Gathered:
             return suite.distances[name].finish(processes).noted(note)
         if name == "psnr" and settings.protocol.psnr == "pooled":
             return bootstrap(_known(values[MSE]), pooled_psnr, settings.seed)
+        readable = ~np.isnan(values[MSE])
+        lost = int(np.isnan(values[name][readable]).sum())
+        if lost:
+            return Estimate(reason=f"it is NaN for {lost:,} of {readable.sum():,} images")
         return bootstrap(_known(values[name]), seed=settings.seed).noted(note)
 
     def _profile(self, processes: Processes) -> LatentProfile | None:
@@ -301,8 +312,8 @@ def _reconstruct(
     settings: EvaluationSettings,
     gathered: _Gathered | None = None,
     places: Sequence[int] = (),
-) -> Tensor:
-    """Reconstruct prepared images, check what came out, and give it as uint8."""
+) -> tuple[Tensor, Tensor]:
+    """Reconstruct prepared images and check what came out; gives the model's input and its output in float32."""
     x = settings.protocol.model_input(prepared)
     sampled = settings.protocol.latent == "sample"
     generators = [named_generator(settings.seed, name) for name in names] if sampled else None
@@ -325,4 +336,4 @@ def _reconstruct(
         gathered.add_latent(encoded, places, x.shape[-1] * x.shape[-2])
         if decoded.num_evaluations is not None:
             gathered.note(EVALUATIONS, places, decoded.num_evaluations)
-    return settings.protocol.to_uint8(images)
+    return x, images.float()

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
-from dc_ssdae.evaluation.caveats import caveats, missing_lines, protocol_lines
+from dc_ssdae.evaluation.caveats import caveats, protocol_lines
 from dc_ssdae.evaluation.estimates import METRICS, Estimate, MetricInfo
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, KL, Evaluation, EvaluationSettings, Reconstructed
 from dc_ssdae.evaluation.latent_statistics import ACTIVE_VARIANCE, LatentProfile
-from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
+from dc_ssdae.evaluation.metric_networks import MSE, NOT_ASKED, MetricSuite
 from dc_ssdae.evaluation.report import DIFFERENCE_GAIN, difference
 from dc_ssdae.evaluation.viewer import Group, Panel, Photo, Table, bullets, paragraph, render_page, section, warning
 from dc_ssdae.provenance import name_of_path, short_name
@@ -143,7 +143,7 @@ class EvaluationReport:
 
     def as_markdown(self) -> str:
         """The figures, and what a reader must know."""
-        parts = [f"# {self.label}", self._figures().markdown(), _list(missing_lines(self.suite))]
+        parts = [f"# {self.label}", self._figures().markdown()]
         if self.evaluation.latent is not None:
             parts += ["## Latent", _list(self._latent_lines(self.evaluation.latent))]
         parts += ["## Before you compare", _list(self.caveats()), "## Protocol", _list(self._protocol())]
@@ -164,15 +164,13 @@ class EvaluationReport:
             groups.append(Group("Worst images", f"{len(worst)} of {found.images:,}, {order}.", self._photos(worst)))
             order = f"by {info.title}, {'highest' if info.more_is_better else 'lowest'} first"
             groups.append(Group("Best images", f"{len(best)} of {found.images:,}, {order}.", self._photos(best)))
-        taken = [(info, found.metrics[name]) for name, info in METRICS.items() if found.metrics[name].value is not None]
+        taken = [(info, found.metrics[name]) for name, info in METRICS.items() if name not in self.suite.missing]
         figures = ", ".join(
             f"{info.title} {value.text(info.digits)}{f' {info.unit}' if info.unit else ''}" for info, value in taken
         )
         remarks = f" ({', '.join(self.remarks)})" if self.remarks else ""
         size = self.settings.size
-        missing = missing_lines(self.suite)
-        absent = [bullets(missing)] if missing else []
-        sections = [section("Figures", warning(self.caveats()), self._figures().html(), *absent)]
+        sections = [section("Figures", warning(self.caveats()), self._figures().html())]
         if found.latent is not None:
             lines = bullets(self._latent_lines(found.latent))
             sections.append(section("Latent", lines, *self._channels(found.latent)))
@@ -193,7 +191,8 @@ class EvaluationReport:
     def caveats(self) -> list[str]:
         """What may not be compared."""
         random = [self.label] if RANDOM_WEIGHTS in self.remarks else []
-        return caveats(self.settings, self.suite, [self.evaluation.metrics], self.evaluation.images, random)
+        found = self.evaluation
+        return caveats(self.settings, self.suite, [found.metrics], found.images, random, found.enlarged)
 
     def _protocol(self) -> list[str]:
         lines = protocol_lines(
@@ -208,11 +207,11 @@ class EvaluationReport:
         rows = []
         for infos, values in ((METRICS, found.metrics), (OTHERS, found.others)):
             for name, info in infos.items():
-                if name in values and values[name].value is not None:
+                if name in values and values[name].reason != NOT_ASKED:
                     better = "" if infos is OTHERS else ("more" if info.more_is_better else "less") + " is better"
                     value, interval = values[name].text(info.digits), values[name].interval_text(info.digits)
-                    unit = f" {info.unit}" if info.unit else ""
-                    rows.append([(info.title, better), (f"{value}{unit}", ""), (interval, "")])
+                    unit = f" {info.unit}" if info.unit and values[name].value is not None else ""
+                    rows.append([(info.title, better), (f"{value}{unit}", values[name].reason or ""), (interval, "")])
         return Table([("metric", ""), ("value", ""), ("95 % interval", "")], rows, [None] * len(rows))
 
     def _latent_lines(self, latent: LatentProfile) -> list[str]:

@@ -13,10 +13,11 @@ from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 
 
 class LatentSurvey(NamedTuple):
-    """What one process has gathered of its share of the images, and which of them cannot be read."""
+    """What one process has gathered of its share of the images, which cannot be read, and how many were enlarged."""
 
     moments: LatentMoments
     broken: list[BrokenImage]
+    enlarged: int = 0
 
 
 def latent_statistics(
@@ -52,17 +53,18 @@ def latent_statistics(
     places = range(process, processes * -(-count // processes), processes)
     moments = LatentMoments(channels)
     broken: list[BrokenImage] = []
-    done = 0
+    done = enlarged = 0
     for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
         own = [place < count for place in places[done : done + len(batch)]]
         done += len(batch)
         counts = [mine and image.broken is None for mine, image in zip(own, batch, strict=True)]
         posterior = encode(torch.stack([image.pixels for image in batch]))
         moments.add(posterior, torch.tensor(counts))
+        enlarged += sum(mine and image.enlarged for mine, image in zip(own, batch, strict=True))
         broken += [image.broken for mine, image in zip(own, batch, strict=True) if mine and image.broken is not None]
         if advance is not None:
             advance(len(batch))
-    return LatentSurvey(moments, broken)
+    return LatentSurvey(moments, broken, enlarged)
 
 
 ACTIVE_VARIANCE = 0.01

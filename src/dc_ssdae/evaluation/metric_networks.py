@@ -3,12 +3,14 @@
 import contextlib
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,11 @@ from dc_ssdae.losses.perceptual import TRUNKS, build_trunk, trunk_file
 from dc_ssdae.losses.repa import build_transformer, transformer_file
 
 ImageMetric = Callable[[Tensor, Tensor], Tensor]
-"""From reference and images, uint8 (B, 3, H, W), to (B,) float64."""
+"""From reference and images, (B, 3, H, W) uint8, or float32 where the protocol has them unrounded, to (B,)."""
 
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIDE = 224
-INCEPTION_CHANNELS = 2048
+INCEPTION_CHANNELS, INCEPTION_SIDE = 2048, 299
 NOT_ASKED = "not asked for"
 MSE = "mse"
 """Measured of every image too, for PSNRs that are pooled."""
@@ -111,9 +113,9 @@ def load_metrics(
     loader = _Loader(suite, device, random_backbones, download)
     for name in names:
         if name == "psnr":
-            suite.images[name] = _in_float64(psnr_each, device)
+            suite.images[name] = _in_float64(partial(psnr_each, highest=protocol.highest_psnr or math.inf), device)
         elif name == "ssim":
-            suite.images[name] = _in_float64(ssim_each if protocol.ssim == "torchmetrics" else scikit_ssim_each, device)
+            suite.images[name] = ssim_each if protocol.ssim == "torchmetrics" else scikit_ssim_each
         elif name == "dreamsim":
             loader.dreamsim()
         elif name == "lpips" and size is not None and size < TRUNKS[protocol.lpips][1]:
@@ -123,12 +125,13 @@ def load_metrics(
         elif name == "lpips":
             loader.network(name, trunk_file(protocol.lpips), lambda path: _LPIPS(protocol.lpips, path))
         else:
-            inception = name == "rfid"
-            if inception and importlib.util.find_spec("torch_fidelity") is None:
+            if name == "rfid" and importlib.util.find_spec("torch_fidelity") is None:
                 suite.missing[name] = "the package torch-fidelity is not installed: pip install 'dc-ssdae[eval]'"
                 continue
-            file = inception_file() if inception else transformer_file(dinov2)
-            network = loader.network(name, file, Inception if inception else lambda path: DINOv2(dinov2, path))
+            if name == "rfid":
+                network = loader.network(name, inception_file(), lambda path: Inception(path, protocol.inception))
+            else:
+                network = loader.network(name, transformer_file(dinov2), lambda path: DINOv2(dinov2, path))
             if network is not None:
                 suite.distances[name] = FrechetDistance(network, network.channels, replicates, seed, device)
     return suite
@@ -222,7 +225,9 @@ class _LPIPS(nn.Module):
         smallest = TRUNKS[self.net][1]
         if min(images.shape[-2:]) < smallest:
             raise InputError(_too_small(self.net))
-        return self.metric(to_model_range(images), to_model_range(reference)).reshape(len(images))
+        if not images.is_floating_point():
+            images, reference = to_model_range(images), to_model_range(reference)
+        return self.metric(images, reference).reshape(len(images))
 
 
 class Inception(nn.Module):
@@ -230,11 +235,12 @@ class Inception(nn.Module):
 
     Args:
         path: of its weights; None draws random ones, the same at every start.
+        prepare: pixels to its input, as `Protocol.inception` says.
     """
 
     channels = INCEPTION_CHANNELS
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, prepare: str = "tensorflow") -> None:
         from torch_fidelity import feature_extractor_inceptionv3 as library
 
         super().__init__()
@@ -245,11 +251,21 @@ class Inception(nn.Module):
             # The published file comes from TensorFlow, where nobody counts batches, and nothing reads their number.
             counts = {name: n for name, n in extractor.state_dict().items() if name.endswith(".num_batches_tracked")}
             load_exactly(extractor, counts | read_weights(path), path)
-        self.extractor = extractor.eval()
+        *layers, _ = extractor.children()  # in the order of its forward; the last is the classifier
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+        self.prepare = prepare
 
     def forward(self, pixels: Tensor) -> Tensor:
-        (features,) = self.extractor(pixels)
-        return features
+        return self.layers(self.input(pixels))
+
+    def input(self, pixels: Tensor) -> Tensor:
+        """What the first layer sees of uint8 pixels (B, 3, H, W): (B, 3, 299, 299) float32."""
+        size = (INCEPTION_SIDE, INCEPTION_SIDE)
+        if self.prepare == "pytorch-fid":
+            return F.interpolate(to_model_range(pixels), size, mode="bilinear", align_corners=False)
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        return (interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size, align_corners=False) - 128) / 128
 
 
 class DINOv2(nn.Module):

@@ -1,7 +1,9 @@
-"""Image quality, from torchmetrics and scikit-image, on images rounded to uint8.
+"""Image quality, from torchmetrics and scikit-image, on images rounded to uint8 but for one kind of SSIM.
 
 The libraries are imported where they are used: they take seconds, and a run that does not evaluate needs none of them.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -12,13 +14,14 @@ def psnr(reference: Tensor, image: Tensor) -> float:
     return float(psnr_each(reference[None], image[None]))
 
 
-def psnr_each(reference: Tensor, images: Tensor) -> Tensor:
-    """As `psnr`, of each of uint8 images (B, 3, H, W): (B,) float64; infinite where they are equal."""
+def psnr_each(reference: Tensor, images: Tensor, highest: float = math.inf) -> Tensor:
+    """As `psnr`, of each of uint8 images (B, 3, H, W): (B,) float64; where they are equal, `highest` in dB."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    return peak_signal_noise_ratio(
+    values = peak_signal_noise_ratio(
         images.double(), reference.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
     )
+    return values.clamp(max=highest)
 
 
 def ssim(reference: Tensor, image: Tensor) -> float:
@@ -30,10 +33,17 @@ def ssim(reference: Tensor, image: Tensor) -> float:
 
 
 def ssim_each(reference: Tensor, images: Tensor) -> Tensor:
-    """As `ssim`, of each of uint8 images (B, 3, H, W): (B,) float64."""
+    """As `ssim`, of each of images (B, 3, H, W): (B,) float32.
+
+    Those of a floating-point dtype are clamped to [-1, 1] and measured there, around 0, as LightningDiT does it: the
+    means that SSIM compares are other ones than those of pixels from 0 to 255.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    value = structural_similarity_index_measure(images.double(), reference.double(), data_range=255.0, reduction="none")
+    data_range = (-1.0, 1.0) if images.is_floating_point() else (0.0, 255.0)
+    value = structural_similarity_index_measure(
+        images.float(), reference.float(), data_range=data_range, reduction="none"
+    )
     return value.reshape(len(images))
 
 

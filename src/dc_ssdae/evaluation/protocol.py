@@ -113,12 +113,19 @@ class Protocol:
         name: of the protocol.
         resize: one of `RESIZES`.
         size: side of the square in pixels, where the user names no other.
-        rounding: of the output to uint8, before every metric.
+        rounding: of the output to uint8, before every metric that is not in `unrounded`.
         psnr: "per_image" is the mean of the images' PSNRs; "pooled" the PSNR of the mean of their squared errors.
         ssim: "torchmetrics" (Gaussian window of 11 pixels, σ 1.5), or "scikit-image" (uniform window of 7 pixels,
             unbiased covariances); both are means over images.
         lpips: network of LPIPS v0.1, "alex" or "vgg".
         latent: that is decoded, the posterior's "mean" or a "sample" of it.
+        inception: what Inception sees: "tensorflow", pixels resized as TensorFlow 1 does it, less 128, by 128; or
+            "pytorch-fid", pixels mapped to [-1, 1] and resized by PyTorch's bilinear interpolation without
+            antialiasing.
+        unrounded: metrics, of "ssim" and "lpips", that see the model's input and output as they are, in [-1, 1], where
+            SSIM clamps and LPIPS does not.
+        highest_psnr: of an image, in dB, so that one without an error does not make the mean infinite; None is no
+            limit.
     """
 
     name: str
@@ -129,6 +136,9 @@ class Protocol:
     ssim: Literal["torchmetrics", "scikit-image"]
     lpips: Literal["alex", "vgg"]
     latent: Literal["mean", "sample"]
+    inception: Literal["tensorflow", "pytorch-fid"]
+    unrounded: tuple[str, ...] = ()
+    highest_psnr: float | None = None
 
     def prepare(self, pixels: Tensor, size: int) -> Tensor:
         """Bring an image, uint8 (3, H, W), to (3, size, size), uint8 or float32, both in [0, 255]."""
@@ -172,21 +182,37 @@ class Protocol:
         network = {"alex": "AlexNet", "vgg": "VGG-16"}[self.lpips]
         rounded = "rounded" if self.rounding == "round" else "truncated"
         latent = "the posterior's mean" if self.latent == "mean" else "a sample of the posterior"
+        titles = " and ".join(name.upper() for name in self.unrounded)
+        apart = f"every metric but {titles}, taken of unrounded images in [-1, 1]" if titles else "every metric"
+        limit = "" if self.highest_psnr is None else f", at most {self.highest_psnr:g} dB per image"
         return [
             f"Images: {size}×{size} px, {RESIZES[self.resize].words}.",
-            f"Decoded: {latent}. Output clamped to [-1, 1] and {rounded} to uint8 before every metric.",
-            f"PSNR: {psnr} (torchmetrics). SSIM: mean over images, {window} ({self.ssim}). LPIPS: {network}, v0.1 "
-            "(lpips), mean over images.",
+            f"Decoded: {latent}. Output clamped to [-1, 1] and {rounded} to uint8 before {apart}.",
+            f"PSNR: {psnr}{limit} (torchmetrics). SSIM: mean over images, {window} ({self.ssim}). LPIPS: {network}, "
+            "v0.1 (lpips), mean over images.",
         ]
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        Protocol("dcae", "adm", 256, "round", "per_image", "torchmetrics", "alex", "mean"),
-        Protocol("lightningdit", "bilinear_tensor", 256, "round", "per_image", "torchmetrics", "vgg", "sample"),
-        Protocol("rae", "adm", 256, "truncate", "per_image", "torchmetrics", "vgg", "mean"),
-        Protocol("original", "bilinear_pil", 128, "round", "pooled", "scikit-image", "alex", "mean"),
+        Protocol("dcae", "adm", 256, "round", "per_image", "torchmetrics", "alex", "mean", "pytorch-fid"),
+        Protocol(
+            "lightningdit",
+            "bilinear_tensor",
+            256,
+            "round",
+            "per_image",
+            "torchmetrics",
+            "vgg",
+            "sample",
+            "pytorch-fid",
+            unrounded=("ssim", "lpips"),
+        ),
+        Protocol(
+            "rae", "adm", 256, "truncate", "per_image", "torchmetrics", "vgg", "mean", "tensorflow", highest_psnr=100.0
+        ),
+        Protocol("original", "bilinear_pil", 128, "round", "pooled", "scikit-image", "alex", "mean", "tensorflow"),
     )
 }
 """The protocols by name; `docs/evaluation.md` says whose each of them is."""

@@ -21,11 +21,12 @@ assert MEASURES.keys() == METRICS.keys()
 
 
 class Evaluation(NamedTuple):
-    """Means over the images, how many there were, and what could not be read."""
+    """Means over the images, how many there were, what could not be read, and how many were enlarged."""
 
     values: dict[str, float]
     images: int
     broken: list[BrokenImage]
+    enlarged: int = 0
 
 
 def evaluate(
@@ -49,7 +50,7 @@ def evaluate(
     # Sharded networks need every process to call them equally often: the last image fills up, and counts once.
     mine = [min(place * processes + accelerator.process_index, count - 1) for place in range(rounds)]
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
-    results = torch.zeros(count, len(MEASURES) + 1, dtype=torch.float64)
+    results = torch.zeros(count, len(MEASURES) + 2, dtype=torch.float64)
     broken: list[BrokenImage] = []
     seen: set[int] = set()
     for batch in validation_loader(images, mine, batch_size, workers):
@@ -63,14 +64,15 @@ def evaluate(
             if image.broken is not None:
                 broken.append(image.broken)
                 continue
-            results[image.place] = torch.tensor([*_measure(image.pixels, output), 1.0], dtype=torch.float64)
+            row = [*_measure(image.pixels, output), float(image.enlarged), 1.0]
+            results[image.place] = torch.tensor(row, dtype=torch.float64)
     # Not every device has float64; the results of one image are no more exact than that.
     total = sum_over_processes(results.to(accelerator.device) if accelerator.device.type == "cuda" else results).cpu()
     if processes > 1:
         broken = gather_object(broken)
     measured = int(total[:, -1].sum())
-    means = total[:, :-1].sum(dim=0) / measured
-    return Evaluation(dict(zip(MEASURES, means.tolist(), strict=True)), measured, broken)
+    means = total[:, :-2].sum(dim=0) / measured
+    return Evaluation(dict(zip(MEASURES, means.tolist(), strict=True)), measured, broken, int(total[:, -2].sum()))
 
 
 def measure_latent(

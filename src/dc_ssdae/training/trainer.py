@@ -23,6 +23,7 @@ from dc_ssdae.data.loader import (
     TrainingSamples,
     ValidationImages,
     default_workers,
+    enlarged_caveat,
     training_loader,
 )
 from dc_ssdae.data.sources import ImageSources
@@ -470,6 +471,9 @@ class Trainer:
         finally:
             self.module.train()
         loggers.broken(result.broken, self.step, "validation")
+        if not self._evaluations:
+            for line in enlarged_caveat(result.enlarged, result.images, data.image_size):
+                loggers.say(f"step {self.step}: validation: {line}")
         self._evaluated_at = self.step
         entry = evaluation_entry(result, data, self.step)
         self._evaluations = [] if entry is None else [entry]
