@@ -216,7 +216,7 @@ class TestNoise:
         assert not torch.allclose(y[0], y[1])
         single = model.decode(z[:1], generator=torch.Generator().manual_seed(2)).sample
         torch.testing.assert_close(y[1:2], single, atol=1e-5, rtol=0.0)
-        with pytest.raises(InputError, match="2 generators for a batch of 3 images"):
+        with pytest.raises(InputError, match="2 generators for 3 images"):
             model.decode(z, generator=[torch.Generator(), torch.Generator()])
 
     @torch.no_grad()

@@ -121,7 +121,7 @@ def test_without_a_generator_the_default_one_is_used() -> None:
 
 
 def test_too_few_generators_are_refused() -> None:
-    with pytest.raises(InputError, match="1 generators for a batch of 2 images"):
+    with pytest.raises(InputError, match="1 generator for 2 images"):
         draw_noise((2, 3), [torch.Generator()])
 
 

@@ -36,7 +36,7 @@ from dc_ssdae.decoding import (
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.energy import apply_network, as_normal, at_least_float32
-from dc_ssdae.errors import InputError, check_at_least, check_type
+from dc_ssdae.errors import InputError, check_at_least, check_type, counted
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
 from dc_ssdae.model_folder import check_channels
 from dc_ssdae.networks import UViTDecoder
@@ -347,7 +347,7 @@ class DCSSDAE(PretrainedModel):
         if plan.sampler in DESCENTS and not torch.compiler.is_compiling() and bool(result.diverged.any()):
             lost = int(result.diverged.sum())
             warnings.warn(
-                f"{lost} of {len(z)} images diverged and fell back to their best state; try a smaller step_size",
+                f"{lost} of {counted(len(z), 'image')} diverged; the best state is given: try a smaller step_size",
                 Divergence,
                 stacklevel=3,  # past diffusers' hook
             )
@@ -523,7 +523,9 @@ def _check_normalisation(
             continue
         check_type(name, values, list)
         if len(values) != channels:
-            raise InputError(f"{name} has {len(values)} numbers; with latent_channels {channels} it needs {channels}")
+            raise InputError(
+                f"{name} has {counted(len(values), 'number')}; latent_channels {channels} needs {channels}"
+            )
         checked[name] = [_finite(f"{name}[{place}]", value) for place, value in enumerate(values)]
     for place, value in enumerate(checked["latents_std"] or ()):
         if value < 0:

@@ -15,6 +15,11 @@ def shown(value: object) -> str:
     return " ".join(repr(value).split())
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things in words: "1 image", "24 images"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 class ToldElsewhere(InputError):
     """An error that another process of the same run reports; this one ends without a word."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -126,7 +126,9 @@ def draw_noise(
     else:
         generators = list(generator)
         if len(generators) != batch:
-            raise InputError(f"{len(generators)} generators for a batch of {batch} images; give one, or one per image")
+            raise InputError(
+                f"{counted(len(generators), 'generator')} for {counted(batch, 'image')}; give one, or one per image"
+            )
     noise = [
         torch.randn(rest, generator=g, device=g.device if g is not None else device, dtype=torch.float32).to(device)
         for g in generators

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, counted, unknown_name
 
 PARTS = ("encoder", "decoder")
 """What may be untrained."""
@@ -140,14 +140,14 @@ def training_lines(provenance: Mapping[str, Any], quote: Quote = str) -> list[tu
     lines += [(label, quote(provenance[key])) for key, label in _SOURCES.items() if key in provenance]
     data = [quote(provenance["data"])] if "data" in provenance else []
     if "images" in provenance:
-        data.append(_counted(provenance["images"], "image"))
+        data.append(counted(provenance["images"], "image"))
     if "image_size" in provenance:
         data.append(f"crops of {provenance['image_size']}×{provenance['image_size']} px")
     if data:
         lines.append(("training data", ", ".join(data)))
-    steps = [_counted(provenance["steps"], "step")] if "steps" in provenance else []
+    steps = [counted(provenance["steps"], "step")] if "steps" in provenance else []
     if "batch_size" in provenance:
-        steps.append(f"{'of' if steps else 'batches of'} {_counted(provenance['batch_size'], 'image')}")
+        steps.append(f"{'of' if steps else 'batches of'} {counted(provenance['batch_size'], 'image')}")
     if steps:
         lines.append(("training", " ".join(steps)))
     if names := named("random_backbones"):
@@ -169,8 +169,8 @@ def evaluation_title(evaluation: Mapping[str, Any], quote: Quote = str) -> str:
     in_training = evaluation["protocol"] == IN_TRAINING
     parts = ["during training" if in_training else f"protocol {quote(evaluation['protocol'])}"]
     if "step" in evaluation:
-        parts.append(f"after {_counted(evaluation['step'], 'step')}")
-    parts.append(f"{_counted(evaluation['images'], 'image')} of {quote(evaluation['data'])}")
+        parts.append(f"after {counted(evaluation['step'], 'step')}")
+    parts.append(f"{counted(evaluation['images'], 'image')} of {quote(evaluation['data'])}")
     if "image_size" in evaluation:
         parts.append(f"{evaluation['image_size']}×{evaluation['image_size']} px")
     if "dtype" in evaluation:
@@ -183,10 +183,6 @@ def metric_text(metric: Mapping[str, Any]) -> str:
     """Spell a measured value with its interval, if it has one, to five digits."""
     interval = f" ({metric['low']:.5g} to {metric['high']:.5g})" if {"low", "high"} <= metric.keys() else ""
     return f"{metric['value']:.5g}{interval}"
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _listed(names: Sequence[str]) -> str:

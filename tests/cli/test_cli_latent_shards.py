@@ -39,7 +39,7 @@ def words(model_dir: Path, photos: Path, tmp_path: Path) -> list[Any]:
 def test_lines_shards_and_the_reader(run: Callable, words: list, model_dir: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words += ["--shard-size", 2, "--flip"]
-    lines = [f"train: 3 images in 2 shards -> {out}/train", f"validation: 1 images in 1 shards -> {out}/validation"]
+    lines = [f"train: 3 images in 2 shards -> {out}/train", f"validation: 1 image in 1 shard -> {out}/validation"]
     assert run(*words) == (0, lines, [])
     model = DCSSDAE.from_pretrained(model_dir)
     dataset = LatentDataset(out / "train", flip=False)
@@ -129,7 +129,7 @@ def test_broken_images(run: Callable, words: list, photos: Path) -> None:
 
 def test_images_without_labels_are_told(run: Callable, words: list, photos: Path, tmp_path: Path) -> None:
     outcome = run("latents", photos / "train" / "bird", *words[2:])
-    assert outcome.out == [f"2 images in 1 shards -> {tmp_path / 'out'}; 2 without a label (-1)"]
+    assert outcome.out == [f"2 images in 1 shard -> {tmp_path / 'out'}; 2 without a label (-1)"]
 
 
 def test_another_model_is_refused(run: Callable, words: list, model_dir: Path, tmp_path: Path) -> None:

@@ -395,7 +395,7 @@ def test_several_processes_write_the_same_bytes_and_fail_together(made_once: Any
     ):
         assert [record[name] for record in records] == [f"InputError: {told}", f"ToldElsewhere: {told}"], name
     assert not (folder / "nan" / "manifest.json").exists()
-    assert records[0]["few"] == ["1 shards keep no more than as many processes busy; smaller shards would keep more"]
+    assert records[0]["few"] == ["1 shard can keep at most as many processes busy; smaller shards keep more"]
 
 
 # --- what is refused ---

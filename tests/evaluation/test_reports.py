@@ -957,8 +957,8 @@ class TestProtocolLines:
     @pytest.mark.parametrize(
         ("broken", "sentence"),
         [
-            (1, "1 image of them cannot be read and is left out of everything."),
-            (1100, "1,100 images of them cannot be read and are left out of everything."),
+            (1, "1 image of them cannot be read: left out of everything."),
+            (1100, "1,100 images of them cannot be read: left out of everything."),
         ],
     )
     def test_images_that_cannot_be_read_are_no_limit(self, broken: int, sentence: str) -> None:

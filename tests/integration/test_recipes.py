@@ -139,7 +139,7 @@ def test_resuming_a_finished_recipe_says_so(whole, capsys):
     assert main(["train", "--resume", str(whole)]) == 0
     message = capsys.readouterr().err.strip()
     longer = "--phases.decoder_refinement.training.steps N goes on to N"
-    assert message == f"dc-ssdae train: {whole} is finished: its 3 phases have spent their budgets ({longer})"
+    assert message == f"dc-ssdae train: {whole} is finished: 3 phases, all budgets spent ({longer})"
 
 
 def test_mistakes_are_one_line_and_leave_nothing(config, tmp_path, capsys):

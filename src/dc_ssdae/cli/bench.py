@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import add_device_option, complain, say, select_device
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, counted, unknown_name
 
 if TYPE_CHECKING:
     from dc_ssdae.data.benchmark import DataFigures
@@ -255,8 +255,8 @@ def _data_as_text(figures: "DataFigures", args: argparse.Namespace, machine: dic
             cells = (f"{speed.median:,.1f}", _quartiles(speed, ",.1f"), f"{ratio.median:.3f}", _quartiles(ratio, ".3f"))
             rows.append((source.name, label, *cells))
     notes = [
-        f"Images a second of one process with one thread: medians of {figures.rounds} rounds of {figures.images} "
-        "images in alternation, and their ratios to the first source's.",
+        f"Images a second of one process with one thread: medians of {counted(figures.rounds, 'round')} of "
+        f"{figures.images} images in alternation, and their ratios to the first source's.",
         *(["Lines of workers: the loader with so many processes, which share the cores."] if args.workers else []),
         f"Crops of {args.image_size} px, aug_scale {args.aug_scale:g}.",
         machine_line(machine),
@@ -294,8 +294,8 @@ def _steps_as_text(figures: "Sequence[StepFigures]", args: argparse.Namespace, m
     config = args.config
     what = "allocated on the device" if machine["device_name"] else "this process's resident set"
     notes = [
-        f"{args.steps} steps of {figures[0].batch_size} random images of {config.data.image_size} px, "
-        f"{config.training.precision}, {config.training.optimizer}; medians"
+        f"{counted(args.steps, 'step')} of {counted(figures[0].batch_size, 'random image')} of "
+        f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; medians"
         + (", compared in alternation with the first; ratios are of images/s." if len(figures) > 1 else "."),
         f"Memory: {what}. "
         + ("" if figures[0].flops is None else f"{figures[0].flops / 1e12:.4g} TFLOPs a step: 3 times the forward's."),

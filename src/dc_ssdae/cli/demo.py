@@ -13,6 +13,7 @@ from dc_ssdae.cli.common import (
     select_device,
 )
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, whole_number
+from dc_ssdae.errors import counted
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +84,11 @@ def _run(args: argparse.Namespace, device: "torch.device") -> int:
         torch.cuda.set_device(device)
     if args.steps is None:  # a run of steps is reproducible, but only with the same number of threads
         _choose_threads(config, device)
-    say(f"Training preset {PRESET!r} on {_device_name(device)}, {_budget(config)}, on {len(names)} photos")
+    say(f"Training preset {PRESET!r} on {_device_name(device)}, {_budget(config)}, on {counted(len(names), 'photo')}")
     start_run(config, config_yaml(config), args.out, cpu=device.type == "cpu", replace=_is_demo(args.out))
     history = read_lines(args.out / "metrics.jsonl")
     model = DCSSDAE.from_pretrained(args.out / "model").to(device=device, memory_format=torch.channels_last)
-    say(f"Reconstructing {len(held_out)} photos that the model has not seen")
+    say(f"Reconstructing {counted(len(held_out), 'photo')} that the model has not seen")
     results = _evaluate(model, held_out)
     report = args.out / "report.html"
     _report(report, results, history, config, model, names)
@@ -190,8 +191,8 @@ def _report(
         "model": f"preset {PRESET!r}: f{latent.downsample_factor}c{latent.latent_channels}, equilibrium matching; "
         f"parameters: {sizes}",
         "trained on": f"{config.data.image_size} px random crops of {', '.join(trained_on)}",
-        "training": f"{len(history):,} steps of {training.batch_size} crops in {seconds / 60:.1f} minutes, "
-        f"{images / seconds:.1f} images/s, {training.precision}, seed {training.seed}",
+        "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} in "
+        f"{seconds / 60:.1f} minutes, {images / seconds:.1f} images/s, {training.precision}, seed {training.seed}",
         "objective": " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items()) + "; "
         "no perceptual loss, no GAN",
         "evaluated on": f"photos resized to a shorter side of {EVALUATION_SIDE} px (bicubic, antialiased), one step",
@@ -204,7 +205,7 @@ def _report(
 
 def _budget(config: "RunConfig") -> str:
     training = config.training
-    return f"{training.steps} steps" if training.steps is not None else f"{training.minutes:g} minutes"
+    return counted(training.steps, "step") if training.steps is not None else f"{training.minutes:g} minutes"
 
 
 def _device_name(device: "torch.device") -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dc_ssdae.cli.common import DTYPES, add_model_options, complain, describe, load_model, say, select_device
 from dc_ssdae.cli.pack import share
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
-from dc_ssdae.errors import InputError, ToldElsewhere, check_type
+from dc_ssdae.errors import InputError, ToldElsewhere, check_type, counted
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -148,7 +148,8 @@ def _run(args: Namespace) -> int:
         label = f"{part.name}: " if part.name else ""
         unlabelled = f"; {part.unlabelled} without a label (-1)" if part.unlabelled else ""
         broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
-        say(f"{label}{part.images} images in {part.shards} shards -> {part.folder}{unlabelled}{broken}")
+        size = f"{counted(part.images, 'image')} in {counted(part.shards, 'shard')}"
+        say(f"{label}{size} -> {part.folder}{unlabelled}{broken}")
     return 0
 
 

@@ -5,7 +5,7 @@ from argparse import ArgumentTypeError, Namespace
 
 from dc_ssdae.cli.common import complain, say
 from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 
 
 def build_parser() -> CommandParser:
@@ -84,7 +84,7 @@ def run(args: Namespace) -> int:
         kept = f"; {part.kept} kept byte by byte{small}" if part.kept else ""
         broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
         label = f"{part.name}: " if part.name else ""
-        say(f"{label}{part.images} images in {part.shards} shards -> {part.folder}{kept}{broken}")
+        say(f"{label}{counted(part.images, 'image')} in {counted(part.shards, 'shard')} -> {part.folder}{kept}{broken}")
     return 0
 
 

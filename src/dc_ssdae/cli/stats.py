@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import add_model_options, complain, load_model, say
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +124,7 @@ def _measure(args: Namespace, model: "DCSSDAE", images: "ValidationImages") -> "
     except torch.OutOfMemoryError:
         raise InputError(f"out of memory with --batch {args.batch}; try a smaller one, or --dtype bfloat16") from None
     if len(broken) == len(images):
-        raise InputError(f"none of {len(images)} images can be read; the first: {broken[0].reason}")
+        raise InputError(f"none of {counted(len(images), 'image')} can be read; the first: {broken[0].reason}")
     for image in broken:
         complain(args.program, f"left out: {image.reason}")
     for line in enlarged_caveat(enlarged, len(images) - len(broken), args.size):
@@ -143,6 +143,6 @@ def _as_text(statistics: "LatentStatistics", size: int, written: str | None) -> 
             "",
             f"shift_factor    {statistics.shift_factor:>11.5g}",
             f"scaling_factor  {statistics.scaling_factor:>11.5g}",
-            f"{statistics.count} images of {size} x {size} pixels {where}",
+            f"{counted(statistics.count, 'image')} of {size} x {size} pixels {where}",
         ]
     )

@@ -17,7 +17,7 @@ from dc_ssdae.cli.common import (
     say,
 )
 from dc_ssdae.cli.parser import CommandParser, file_path, filled, number, whole_number
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.files import write_whole
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _read_images(args: Namespace) -> "Tensor":
             complain(args.program, f"left out: {image.broken.reason}")
     usable = [image.pixels for image in read if image.broken is None]
     if not usable:
-        raise InputError(f"none of {len(read)} images can be read")
+        raise InputError(f"none of {counted(len(read), 'image')} can be read")
     for line in enlarged_caveat(sum(image.enlarged for image in read), len(usable), args.size):
         complain(args.program, line)
     return torch.stack(usable)
@@ -218,9 +218,9 @@ def _measure(
 
 def _protocol(args: Namespace, count: int) -> str:
     return (
-        f"{count} images of {args.size} px (shorter side resized, cut from the centre), modes of their latents, "
-        f"decode's default noise, {args.dtype}, batches of {args.batch}, output rounded to uint8; means over images. "
-        f"Times: medians of {args.rounds} rounds in alternating order, of decode alone."
+        f"{counted(count, 'image')} of {args.size} px (shorter side resized, cut from the centre), modes of their "
+        f"latents, decode's default noise, {args.dtype}, batches of {args.batch}, output rounded to uint8; "
+        f"means over images. Times: medians of {counted(args.rounds, 'round')} in alternating order, of decode alone."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain
-from dc_ssdae.errors import InputError, ToldElsewhere
+from dc_ssdae.errors import InputError, ToldElsewhere, counted
 
 if TYPE_CHECKING:
     from dc_ssdae.training.config import RunConfig, TrainingConfig
@@ -125,7 +125,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
         found = resume_recipe(recipe, text, path, config_yaml, _say)
         if found is None:
             _say(
-                f"{path} is finished: its {len(recipe.phases)} phases have spent their budgets "
+                f"{path} is finished: {counted(len(recipe.phases), 'phase')}, all budgets spent "
                 f"(--phases.{recipe.phases[-1].name}.training.steps N goes on to N)"
             )
             return 0
@@ -153,7 +153,7 @@ def tell_end(program: str, outcome: "Outcome", path: Path) -> None:
 def _spent(training: "TrainingConfig") -> str:
     budgets = []
     if training.steps is not None:
-        budgets.append(f"{training.steps} steps (--training.steps N goes on to N)")
+        budgets.append(f"{counted(training.steps, 'step')} (--training.steps N goes on to N)")
     if training.minutes is not None:
         budgets.append(f"{training.minutes:g} minutes (--training.minutes M goes on to M)")
     return "its budget is spent: " + " or ".join(budgets)

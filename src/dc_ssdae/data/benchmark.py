@@ -20,7 +20,7 @@ from dc_ssdae.data.pack import pack
 from dc_ssdae.data.pack_shard import PackSettings
 from dc_ssdae.data.sources import ImageSource, open_path, split_folders
 from dc_ssdae.data.transforms import random_scaled_crop
-from dc_ssdae.errors import InputError, check_at_least
+from dc_ssdae.errors import InputError, check_at_least, counted
 from dc_ssdae.randomness import image_generator
 from dc_ssdae.timing import Spread, alternating, cores
 
@@ -238,7 +238,7 @@ def _readable(reader: TrainingSamples, places: Sequence[Place]) -> list[Place]:
         else:
             found.append(place)
     if not found:
-        raise InputError(f"none of {len(places)} images can be read, the last because: {reason}")
+        raise InputError(f"none of {counted(len(places), 'image')} can be read, the last because: {reason}")
     return found
 
 

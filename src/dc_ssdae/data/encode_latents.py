@@ -34,7 +34,7 @@ from dc_ssdae.data.loader import (
 )
 from dc_ssdae.data.resumable import check_broken, files_sha256
 from dc_ssdae.data.sources import ImageSource, read_labelled
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.latent import LatentMoments
 from dc_ssdae.processes import Processes
 
@@ -239,7 +239,7 @@ def _encode_part(
     )
     missing = sorted(set(range(job.shards)) - set(processes.gather(found)[0]))
     if processes.is_main and 0 < len(missing) < processes.count:
-        report(f"{len(missing)} shards keep no more than as many processes busy; smaller shards would keep more")
+        report(f"{counted(len(missing), 'shard')} can keep at most as many processes busy; smaller shards keep more")
     own = missing[processes.index :: processes.count]
     processes.together(lambda: _encode_share(name, job, own, batch_size, workers, processes, max_broken_share, report))
 
@@ -354,7 +354,7 @@ def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:
     check_broken(broken, len(job.images), max_broken_share)
     images = sum(shard.images for shard in shards)
     if not images:
-        raise InputError(f"none of {len(job.images)} images can be read; the first: {broken[0][1]}")
+        raise InputError(f"none of {counted(len(job.images), 'image')} can be read; the first: {broken[0][1]}")
     moments = torch.tensor([shard.moments for shard in shards], dtype=torch.float64)
     encoder = job.encoder
     manifest = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dc_ssdae.data.shard_index import MANIFEST_FILE
-from dc_ssdae.errors import InputError, check_type
+from dc_ssdae.errors import InputError, check_type, counted
 from dc_ssdae.files import check_file
 from dc_ssdae.latent import LatentStatistics
 
@@ -143,7 +143,7 @@ class LatentManifest:
             raise InputError("a shard is listed twice")
         count = sum(shard.images for shard in shards)
         if not 0 < count == content["images"]:
-            raise InputError(f"its shards have {count} images, not {content['images']}")
+            raise InputError(f"its shards have {counted(count, 'image')}, not {content['images']}")
         if len(shape) != 3 or min(shape) < 1:
             raise InputError(f"latent_shape is {shape}")
         check_type("statistics", statistics, dict[str, Any])
@@ -153,7 +153,7 @@ class LatentManifest:
             check_type(name, values, list[float])
             for numbers in (values, getattr(scaling, name)):
                 if numbers is not None and len(numbers) != shape[0]:
-                    raise InputError(f"{name} has {len(numbers)} numbers, not {shape[0]}")
+                    raise InputError(f"{name} has {counted(len(numbers), 'number')}, not {shape[0]}")
         return cls(
             shards,
             settings["store"],

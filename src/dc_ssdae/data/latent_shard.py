@@ -23,7 +23,7 @@ from dc_ssdae.data.latent_manifest import (
 )
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.resumable import ShardCommand, to_json
-from dc_ssdae.errors import InputError, check_at_least, is_out_of_memory, unknown_name
+from dc_ssdae.errors import InputError, check_at_least, counted, is_out_of_memory, unknown_name
 from dc_ssdae.files import write_whole
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 from dc_ssdae.randomness import named_generator
@@ -202,7 +202,7 @@ class LatentShard:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                fewer = f"out of memory with {len(pixels)} images at a time; try fewer, or another dtype"
+                fewer = f"out of memory with {counted(len(pixels), 'image')} at a time; try fewer, or another dtype"
                 raise InputError(fewer) from error
             stored = [tensor[kept] for tensor in tensors]
             self._check_finite(stored, names)

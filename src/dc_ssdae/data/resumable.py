@@ -12,7 +12,7 @@ from typing import Any
 
 from dc_ssdae.data.shard_cache import is_url
 from dc_ssdae.data.shard_index import MANIFEST_FILE, remove_partial_files
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.files import check_file, write_whole
 
 _SETTINGS_FILE = "settings.json"
@@ -204,6 +204,6 @@ def check_broken(broken: list[tuple[str, str]], total: int, max_broken_share: fl
     """
     if len(broken) > max_broken_share * total + 1e-9:
         raise InputError(
-            f"{len(broken)} of {total} images are broken, more than the share of {max_broken_share:g} that "
+            f"{len(broken)} of {counted(total, 'image')} are broken, more than the share of {max_broken_share:g} that "
             f"--max-broken-share allows; one of them: {broken[-1][1]}"
         )

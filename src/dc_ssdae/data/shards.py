@@ -34,7 +34,7 @@ from dc_ssdae.data.shard_index import (
     scan_labels,
     scan_tar,
 )
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.files import check_file
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,9 @@ def _shard_urls(pattern: str) -> list[str]:
         present = {os.path.basename(file) for file in files}
         missing = [shard.name for shard in manifest.shards if shard.name not in present] if manifest else []
         if missing:
-            raise InputError(f"{len(missing)} shards of {MANIFEST_FILE} are missing in {pattern!r}: {missing[0]!r} …")
+            raise InputError(
+                f"{counted(len(missing), 'shard')} of {MANIFEST_FILE} not found in {pattern!r}: {missing[0]!r} …"
+            )
         if not files:
             raise InputError(f"there are no shards in {pattern!r}; looked for *.tar")
         return files

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.data.loader import BrokenImage
+from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.caveats import caveats, decoding_lines, missing_lines, protocol_lines
@@ -156,11 +157,14 @@ class ArenaReport:
         photos = self._photos()
         failed = [entry for entry in self.entries if entry.failed is not None]
         lead = (
-            f"{len(self._finished)} of {len(self.entries)} autoencoders reconstructed the same {self.images:,} images "
-            f"of {self.settings.size}×{self.settings.size} px"
+            f"{len(self._finished)} of {counted(len(self.entries), 'autoencoder')} reconstructed the same "
+            f"{counted(self.images, 'image')} of {self.settings.size}×{self.settings.size} px"
             + (f"; {', '.join(entry.label for entry in failed)} failed." if failed else ".")
         )
-        chosen = f"{len(photos)} of the {self.images:,} images, evenly spread over the data set, not chosen by result. "
+        chosen = (
+            f"{len(photos)} of the {counted(self.images, 'image')}, evenly spread over the data set, "
+            "not chosen by result. "
+        )
         return render_page(
             "Autoencoder arena",
             lead,

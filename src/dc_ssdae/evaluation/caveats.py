@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dc_ssdae.data.loader import enlarged_caveat
+from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
 from dc_ssdae.evaluation.evaluate import EvaluationSettings
@@ -27,17 +28,12 @@ def protocol_lines(
         total: of the data set.
     """
     protocol = settings.protocol
-    which = f"all {total:,} images of {data}"
+    which = f"all {counted(total, 'image')} of {data}"
     if images + broken != total:
-        which = f"{images + broken:,} of the {total:,} images of {data}, evenly spread"
+        which = f"{images + broken:,} of the {counted(total, 'image')} of {data}, evenly spread"
     lines = [f"Protocol {protocol.name}. Data: {which}."]
     if broken:
-        they = (
-            "1 image of them cannot be read and is"
-            if broken == 1
-            else f"{broken:,} images of them cannot be read and are"
-        )
-        lines.append(f"{they} left out of everything.")
+        lines.append(f"{counted(broken, 'image')} of them cannot be read: left out of everything.")
     lines += protocol.sentences(settings.size)
     for name in ("rfid", "rfdd"):
         if name in suite.distances:
@@ -93,8 +89,8 @@ def caveats(
     if taken and images < ENOUGH_IMAGES:
         titles = " and ".join(METRICS[name].title for name in taken)
         lines.append(
-            f"{titles} of {images:,} images: these distances fall as images are added, so compare them only with those "
-            f"of the same {images:,}; published ones are of 50,000."
+            f"{titles} of {counted(images, 'image')}: these distances fall as images are added, so compare them only "
+            f"with those of the same {images:,}; published ones are of 50,000."
         )
     lines += enlarged_caveat(enlarged, images, settings.size)
     lines.append(

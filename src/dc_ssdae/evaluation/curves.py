@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, counted, unknown_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -268,7 +268,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             elif line.strip():
                 damaged += 1
     if damaged:
-        notes.append(f"{path}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
+        notes.append(f"{path}: {counted(damaged, 'damaged line')} left out")
 
 
 def _number(value: Any) -> float | None:

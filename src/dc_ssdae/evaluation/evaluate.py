@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImages, validation_loader
 from dc_ssdae.data.sources import ImageSource
-from dc_ssdae.errors import InputError, is_out_of_memory
+from dc_ssdae.errors import InputError, counted, is_out_of_memory
 from dc_ssdae.evaluation.candidates import Candidate, Encoded
 from dc_ssdae.evaluation.estimates import METRICS, Estimate, bootstrap, pooled_psnr
 from dc_ssdae.evaluation.latent_statistics import LatentProfile, LatentProfiler
@@ -250,7 +250,9 @@ class _Gathered:
             values[name] = torch.where(known, total, torch.nan).numpy()
         measured = len(images) - len(broken)
         if measured == 0:
-            raise ReadingFailed(f"none of {len(images)} images can be read; the first: {broken[0][1].reason}")
+            raise ReadingFailed(
+                f"none of {counted(len(images), 'image')} can be read; the first: {broken[0][1].reason}"
+            )
         shape = next((shape for shape in processes.gather(self.latent_shape) if shape is not None), None)
         metrics = {name: self._estimate(name, values, suite, settings, processes) for name in METRICS}
         return Evaluation(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.caveats import caveats, protocol_lines
 from dc_ssdae.evaluation.estimates import METRICS, Estimate, MetricInfo
@@ -176,13 +177,12 @@ class EvaluationReport:
             sections.append(section("Latent", lines, *self._channels(found.latent)))
         if found.broken:
             lines = bullets([image.reason for image in found.broken[:20]])
-            count = len(found.broken)
-            left_out = paragraph(f"{count:,} image{'s' * (count > 1)} cannot be read.")
+            left_out = paragraph(f"{counted(len(found.broken), 'image')} cannot be read.")
             sections.append(section("Left out", left_out, lines))
         sections.append(section("Protocol", bullets(self._protocol())))
         return render_page(
             f"Evaluation of {self.label}",
-            f"{figures} on {found.images:,} images of {size}×{size} px{remarks}.",
+            f"{figures} on {counted(found.images, 'image')} of {size}×{size} px{remarks}.",
             groups,
             sections,
             self.command,
@@ -222,8 +222,8 @@ class EvaluationReport:
         lines = [
             f"{'×'.join(map(str, shape))} (c×h×w) at {size} px: {ratio:.1f} image values for each latent value, "
             f"{math.prod(shape[1:]):,} positions.",
-            f"Effective dimensions: {latent.effective_dimensions:.1f} of {channels} channels (participation ratio of "
-            "the covariance of the posterior's mean).",
+            f"Effective dimensions: {latent.effective_dimensions:.1f} of {counted(channels, 'channel')} (participation "
+            "ratio of the covariance of the posterior's mean).",
             f"Active channels: {latent.active_channels} of {channels} (variance of the mean above {ACTIVE_VARIANCE}).",
         ]
         if latent.kl is None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.samplers.result import (
     SamplerResult,
     check_field,
@@ -103,7 +103,9 @@ def _resolve(
     elif isinstance(schedule, Sequence) and not isinstance(schedule, str | bytes):
         values = list(schedule)
         if len(values) != num_steps:
-            raise InputError(f"{name} lists {len(values)} numbers for num_steps {num_steps}; give one a step")
+            raise InputError(
+                f"{name} lists {counted(len(values), 'number')} for num_steps {num_steps}; give one a step"
+            )
     else:
         values = [schedule] * num_steps
     return [check_number(name, value, accepts, f"{wanted}: a number, one a step, or a function") for value in values]
@@ -123,7 +125,7 @@ class _Images:
         for tensor in self._condition:
             if tensor.shape[:1] != x_init.shape[:1]:
                 raise InputError(
-                    f"condition has shape {tuple(tensor.shape)}; it needs a row for each of {batch} images"
+                    f"condition has shape {tuple(tensor.shape)}; it needs a row for each of {counted(batch, 'image')}"
                 )
         self._batch = batch
         self._bucket = bucket
