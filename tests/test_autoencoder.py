@@ -7,9 +7,11 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -127,10 +129,13 @@ class TestShapes:
         assert [warning.filename for warning in caught] == [__file__]
         assert "[-1, 1]" in str(caught[0].message)
 
-    def test_whole_numbers_are_no_images(self, saved: tuple[DCSSDAE, Path]) -> None:
-        for dtype in (torch.uint8, torch.int64, torch.bool):
-            with pytest.raises(InputError, match="floating-point numbers in"):
-                saved[0].encode(torch.zeros(1, 3, 16, 16, dtype=dtype))
+    def test_what_is_no_tensor_of_floats_is_told_in_one_line(self, saved: tuple[DCSSDAE, Path]) -> None:
+        model = saved[0]
+        output = model.encode(image())
+        for value in (torch.zeros(1, 3, 16, 16).byte(), torch.zeros(1, 4, 2, 2).int(), output, np.zeros((1, 4, 2, 2))):
+            for function in (model.encode, model.decode, model, partial(model.field, image())):
+                with pytest.raises(InputError, match=r"floating-point numbers, not (torch\.|EncoderOutput|ndarray)"):
+                    function(value)
 
     @torch.no_grad()
     def test_tuples_in_place_of_outputs(self, saved: tuple[DCSSDAE, Path]) -> None:

@@ -361,6 +361,10 @@ class TestDefaultNoise:
         values = default_noise(64, 64).flatten()[[0, 1, 2, 12287]].tolist()
         assert values == pytest.approx([-1.1258398, -1.1523602, -0.2505786, -0.6734276], abs=1e-6)
 
+    def test_cuda_graphs_leave_it_out(self) -> None:
+        """What is drawn on the CPU cannot be recorded, as torch.compile's mode "reduce-overhead" would."""
+        assert torch.Tag.cudagraph_unsafe in torch.ops.dc_ssdae.default_noise.default.tags
+
     def test_a_caller_may_write_into_it(self) -> None:
         expected = default_noise(8, 16).clone()
         default_noise(8, 16).zero_()

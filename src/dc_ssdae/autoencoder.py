@@ -123,6 +123,7 @@ class DCSSDAE(PretrainedModel):
     encoder: nn.Module
     decoder: UViTDecoder
     _supports_gradient_checkpointing = True
+    _range_checked = False
     # Blocks whose outputs join their inputs, which must be on one device.
     _no_split_modules = (
         "KLResidualBlock",
@@ -155,7 +156,6 @@ class DCSSDAE(PretrainedModel):
         super().__init__()
         self.use_tiling = False
         self.use_slicing = False
-        self._range_checked = False
         check_type("latent_channels", latent_channels, int)
         check_type("downsample_factor", downsample_factor, int)
         check_at_least(1, latent_channels=latent_channels)
@@ -233,10 +233,7 @@ class DCSSDAE(PretrainedModel):
             UserWarning: images have values far outside [-1, 1]. Once per model; on a GPU only the first batch is
                 looked at, and a compiled call looks at none.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"images are a tensor of floating-point numbers in [-1, 1], not {given}; scale them first")
-        check_image(x, self.config.downsample_factor)
+        check_image(_floats("images in [-1, 1]", x), self.config.downsample_factor)
         self._check_range(x)
         x = x.to(self.dtype)
         if self.use_slicing and len(x) > 1:
@@ -247,7 +244,7 @@ class DCSSDAE(PretrainedModel):
 
     def _check_range(self, x: Tensor) -> None:
         """Warn once of images far outside [-1, 1]; on other devices than the CPU, which must wait, look once."""
-        if self._range_checked or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._range_checked or x.is_meta:
             return
         low, high = map(float, x.detach().aminmax())
         is_far = max(-low, high) > FAR_OUTSIDE
@@ -334,7 +331,7 @@ class DCSSDAE(PretrainedModel):
             raise InputError("draft and start go together: start is the share of draft in what is decoded from")
         begin = 0.0 if start is None else check_share("start", start)
         plan = plan_decoding(self.dynamics, sampler, num_steps, step_size, momentum, tolerance, begin)
-        z = z.to(self.dtype)
+        z = _floats("latents", z).to(self.dtype)
         check_latent(z, self.config.latent_channels)
         factor = self.config.downsample_factor
         x = start_noise(z, (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor), generator, noise)
@@ -372,7 +369,7 @@ class DCSSDAE(PretrainedModel):
         if time is not None:
             time = torch.as_tensor(time, dtype=torch.float32, device=x.device)
             time = time.expand(len(x)) if time.ndim == 0 else time
-        return self._field(x, z.to(self.dtype), time)
+        return self._field(_floats("images", x), _floats("latents", z).to(self.dtype), time)
 
     def _field(self, x: Tensor, z: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
         """As `field`, image by image and tile by tile where slicing and tiling are on."""
@@ -415,7 +412,7 @@ class DCSSDAE(PretrainedModel):
         """
         if not isinstance(self.dynamics, EquilibriumMatching):
             raise InputError(f"{type(self.dynamics).__name__} has no energy; EquilibriumMatching may have one")
-        z = z.to(self.dtype)
+        z = _floats("latents", z).to(self.dtype)
         check_latent(z, self.config.latent_channels)
         x = as_normal(x)
         return self.dynamics.energy(x, self.decoder(x.to(self.dtype), as_normal(z)))
@@ -542,6 +539,13 @@ def _finite(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise InputError(f"{name} is {number}; it must be finite")
     return number
+
+
+def _floats(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"{name} must be a tensor of floating-point numbers, not {given}")
+    return value
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -224,7 +224,8 @@ def default_noise(height: int, width: int, device: torch.device | str = "cpu") -
 
 
 # An operator, because no graph of torch.compile or AOTInductor can hold a generator; with it one holds for all sizes.
-@torch.library.custom_op("dc_ssdae::default_noise", mutates_args=())
+# A CUDA graph (mode "reduce-overhead") must leave it out, because it draws on the CPU.
+@torch.library.custom_op("dc_ssdae::default_noise", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _draw_default_noise(height: int, width: int, device: torch.device) -> Tensor:
     fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
     return torch.randn(3, height, width, generator=fixed, dtype=torch.float32).to(device)
