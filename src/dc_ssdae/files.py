@@ -32,6 +32,17 @@ def check_file(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Let an error of the system name `path` where it names no file, as on a full disk, or what is written for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, beside and str(beside)):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def written_beside(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """Give the name to write a file under; at the end of the block it takes the file's place, unless something failed.
 
@@ -44,12 +55,9 @@ def written_beside(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """
     beside = beside or path.parent / f".{uuid.uuid4().hex}.partial"
     try:
-        yield beside
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno and error.filename in (None, str(beside)):
-            error.filename = str(path)
-        raise
+        with naming(path, beside):
+            yield beside
+            os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError, ValueError):  # after the renaming there is nothing left to remove
             beside.unlink()

@@ -135,7 +135,8 @@ def complain(program: str, message: str) -> None:
 def describe(error: BaseException) -> str:
     """Say in one line what went wrong."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        other = f" -> {error.filename2}" if error.filename2 not in (None, error.filename) else ""
+        return f"{error.filename}{other}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from dc_ssdae.cli.common import add_dtype_option, add_overwrite_option, check_output_folder, say
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
-from dc_ssdae.files import write_whole
+from dc_ssdae.files import naming, write_whole
 
 TRAINING_FILE = "frozen_encoder.yaml"
 """Beside a model with a published encoder: the configuration of a run that trains its decoder."""
@@ -73,7 +73,8 @@ def build_parser() -> CommandParser:
 def run(args: Namespace) -> int:
     """Convert a checkpoint; gives the exit code."""
     check_output_folder(args)
-    args.convert(args)
+    with naming(args.out):
+        args.convert(args)
     return 0
 
 

@@ -95,7 +95,6 @@ def _own_parser() -> CommandParser:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     from dc_ssdae.cli.run_config import build_run_parser, parse_run_config
-    from dc_ssdae.data.sources import check_runs_nothing
 
     parser, rest, own = _own_parser(), list(words), []
     if "--help" in words or "-h" in words:
@@ -113,6 +112,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         # Also as flags, which go over what a file says, such as the config.yaml of an earlier distillation.
         rest.append(f"--distillation.teacher={args.teacher}")
         rest += [] if args.steps is None else [f"--distillation.steps={args.steps}"]
+        from dc_ssdae.data.sources import check_runs_nothing
+
         base = _base(args.teacher, args.steps or DEFAULT_STEPS)
         for name, value in base.get("data", {}).items():
             if any(word.startswith(f"--data.{name}") for word in rest):

@@ -5,6 +5,7 @@ from argparse import Namespace
 from dc_ssdae.cli.common import add_model_options, add_overwrite_option, check_output_folder, load_model, say
 from dc_ssdae.cli.parser import CommandParser, file_path, whole_number
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import naming
 
 FORMATS = ("pt2", "onnx")
 DEFAULT_NOISE_SIZE = 1024
@@ -66,7 +67,8 @@ def run(args: Namespace) -> int:
 
     size = None if args.size is None else (args.size[0], args.size[-1])
     noise_size = args.noise_size or DEFAULT_NOISE_SIZE
-    export = export_model(model, args.out, args.format, size, args.bake_noise, noise_size, args.overwrite)
+    with naming(args.out):
+        export = export_model(model, args.out, args.format, size, args.bake_noise, noise_size, args.overwrite)
     for part in (export.encoder, export.decoder):
         shapes = [
             ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in tensors.items())

@@ -17,6 +17,7 @@ from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
+from dc_ssdae.files import write_whole
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.run import RunFolder
@@ -80,7 +81,7 @@ def compare_distilled(config: RunConfig, path: Path) -> str:
         "random_backbones": random,
         "decodings": [_finite(decoding._asdict()) for decoding in decodings],
     }
-    (path / REPORT_FILE).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path / REPORT_FILE, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     lines = [_table(decodings), f"Means over {count} {kind} images of {data.image_size} px, cut from the centre."]
     if random:
         names = ", ".join(f"losses.{name}" for name in random)

@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.files import written_beside
 from dc_ssdae.training.build import check_components, fetch_backbones, resolved
 from dc_ssdae.training.checkpoint import sync
 from dc_ssdae.training.config import RunConfig
@@ -286,7 +287,6 @@ def _link_model(path: Path, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
+    with written_beside(path, path.with_name(f".{path.name}.partial")) as beside:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
