@@ -1,10 +1,14 @@
 """Padding and cropping back for every small size, resizing against Pillow, the random crop's distribution."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dc_ssdae.data.loader import _resize_and_crop
 from dc_ssdae.data.transforms import (
     center_crop,
     crop_to,
@@ -13,6 +17,7 @@ from dc_ssdae.data.transforms import (
     resize_shorter_side,
 )
 from dc_ssdae.errors import InputError
+from dc_ssdae.evaluation.protocol import PROTOCOLS
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -120,6 +125,40 @@ def test_resizing_and_cropping_refuse_what_cannot_be_done() -> None:
             function(x, 0)
     with pytest.raises(InputError, match="at least one pixel"):
         resize_shorter_side(torch.zeros(3, 0, 4), 8)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most values that a tensor had."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor):
+            self.values = max(self.values, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("shape", [(1, 3000), (2000, 5)])
+@pytest.mark.parametrize("prepare", [_resize_and_crop, *(protocol.prepare for protocol in PROTOCOLS.values())])
+def test_thin_images_are_cut_before_they_are_enlarged(
+    shape: tuple[int, int], prepare: Callable[[torch.Tensor, int], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize, resized = Image.Image.resize, [0]
+
+    def resize_and_remember(self: Image.Image, size: tuple[int, int], *args: object, **kwargs: object) -> Image.Image:
+        resized.append(3 * size[0] * size[1])
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", resize_and_remember)
+    middle = (torch.arange(max(shape)) // (max(shape) // 2)).mul(200).to(torch.uint8)  # dark, then bright
+    pixels = middle.reshape(1, *(-1 if side > 5 else 1 for side in shape)).expand(3, *shape)
+    with LargestTensor() as largest:
+        square = prepare(pixels, 32)
+    assert square.shape == (3, 32, 32)
+    assert max(largest.values, *resized) <= 3 * 32 * 32 * 10
+    assert square.amin() <= 4
+    assert square.amax() >= 196
 
 
 # --- the random crop ---

@@ -3,16 +3,20 @@
 import contextlib
 import io
 import os
+import re
 import stat
+import struct
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 from torch import Tensor
 
 from dc_ssdae.errors import InputError
@@ -35,10 +39,17 @@ LARGEST_FILE = 2**31
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa")
 _OTHER_COLOUR_SPACES = ("CMYK", "YCbCr", "LAB", "HSV")
-_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 # Pillow opens every integer deeper than 16 bits as mode I, and in these formats 16-bit greyscale too; they
 # hold nothing deeper, so that there mode I does mean 16 bits.
 _SIXTEEN_BITS_AT_MOST = ("PNG", "PPM")
+
+# What pixels need, with the orientation and the colour profile: tags of TIFF, chunks of PNG.
+_TIFF_TAGS = {*range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326)}
+_TIFF_TAGS |= {332, 338, 339, 347, *range(512, 522), *range(529, 533), 34675}
+_PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL", b"fcTL", b"fdAT")
+_PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # of which Pillow reads the orientation
+_LARGEST_CHUNK = 2**25  # bytes, decompressed
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from EXIF's orientations to Image.Transpose
 
 _ALPHA_NOTE = "alpha composited over white"
 _GREY_NOTE = "greyscale repeated to three channels"
@@ -55,14 +66,14 @@ class ImageFile(NamedTuple):
 def read_image(path: str | Path) -> ImageFile:
     """Read an image file upright, as 8-bit RGB.
 
-    EXIF orientation is applied. Alpha is composited over white, greyscale repeated, 16-bit greyscale rounded
-    to 8 bits (16-bit colour is cut to its high byte, by Pillow), CMYK, YCbCr, LAB and HSV converted to RGB,
-    the first frame of several taken: each with a note. Embedded colour profiles are ignored, the values taken
-    as sRGB.
+    EXIF orientation is applied. Embedded colour profiles are converted to sRGB; without one, values are taken as
+    sRGB. Alpha is composited over white, greyscale repeated, 16-bit greyscale rounded to 8 bits (16-bit colour is cut
+    to its high byte, by Pillow), CMYK, YCbCr, LAB and HSV converted to RGB, the first frame of several taken: each
+    with a note, as is a profile that cannot be used.
 
     Args:
         path: an AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP file of at most
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+            twice `PIL.Image.MAX_IMAGE_PIXELS` pixels, where Pillow itself refuses.
 
     Returns:
         The pixels, uint8 (3, H, W) in RGB order, and the notes. What Pillow warns about becomes a note too.
@@ -72,9 +83,7 @@ def read_image(path: str | Path) -> ImageFile:
             type that has no one meaning in 8 bits (32-bit integer or floating point).
     """
     check_image_file(path)
-    # Not opened by its path: Pillow then maps uncompressed TIFFs into memory, and those that their
-    # orientation turns by 90 degrees come out scrambled.
-    return _read(f"cannot read image {str(path)!r}", lambda: _opened(open(path, "rb")))
+    return _read(f"cannot read image {str(path)!r}", lambda: _opened(Path(path).read_bytes()))
 
 
 def check_image_file(path: str | Path) -> None:
@@ -112,14 +121,14 @@ def read_image_bytes(data: bytes, name: str) -> ImageFile:
     subject = f"cannot read image {name!r}"
     if not data:
         raise InputError(f"{subject}: the file is empty")
-    return _read(subject, lambda: _opened(io.BytesIO(data)))
+    return _read(subject, lambda: _opened(data))
 
 
 def read_pillow_image(image: Image.Image, name: str) -> ImageFile:
     """Turn a Pillow image, loaded or only opened, into pixels, as `read_image` does a file.
 
     Args:
-        image: one that is opened but not yet loaded gets loaded and turned upright; a loaded one is left as it is.
+        image: one that is opened but not yet loaded gets loaded; otherwise it is left as it is.
         name: what to call the image in messages.
 
     Returns:
@@ -128,21 +137,21 @@ def read_pillow_image(image: Image.Image, name: str) -> ImageFile:
     Raises:
         InputError: for what `read_image` refuses a file.
     """
-    return _read(f"cannot read image {name!r}", lambda: contextlib.nullcontext(_own_copy(image)))
+    return _read(f"cannot read image {name!r}", lambda: contextlib.nullcontext(image))
 
 
 def _read(subject: str, opened: Callable[[], AbstractContextManager[Image.Image]]) -> ImageFile:
     """Decode what `opened` gives, with every failure an InputError that begins with `subject`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             with opened() as image:
                 pixels, notes = _decode(image)
         except InputError as error:
             raise InputError(f"{subject}: {error}") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            reason = f"it has more pixels than the limit of {Image.MAX_IMAGE_PIXELS}; make it smaller first"
+        except Image.DecompressionBombError as error:
+            reason = f"it has more pixels than the limit of {2 * (Image.MAX_IMAGE_PIXELS or 0)}; make it smaller first"
             raise InputError(f"{subject}: {reason}") from error
         except UnidentifiedImageError as error:
             reason = f"it is damaged, or not an image of these kinds: {', '.join(_FORMATS)}"
@@ -162,45 +171,82 @@ def _readable_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(file: BinaryIO) -> Iterator[Image.Image]:
-    with file:
-        if file.read(len(GIT_LFS)) == GIT_LFS:
-            raise InputError(GIT_LFS_ADVICE)
-        file.seek(0)
-        with Image.open(file, formats=_readable_formats()) as image:
-            yield image
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    if data.startswith(GIT_LFS):
+        raise InputError(GIT_LFS_ADVICE)
+    metadata: Mapping[str, Any] = {}
+    with contextlib.suppress(struct.error):  # what is damaged here is refused by Pillow
+        if data.startswith(b"\x89PNG"):
+            data, metadata = _without_png_metadata(data)
+        elif data.startswith((b"II*\0", b"MM\0*")):
+            data = _without_tiff_metadata(data)
+    with Image.open(io.BytesIO(data), formats=_readable_formats()) as image:
+        image.info.update(metadata)
+        yield image
 
 
-def _own_copy(image: Image.Image) -> Image.Image:
-    """A copy to turn upright. Of an image not yet loaded none is made: loading loses how its samples are stored."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise Image.DecompressionBombError
-    if getattr(image, "tile", None):
-        return image
-    copy = image.copy()
-    copy.format = image.format  # which Pillow's copy leaves out
-    return copy
+def _without_png_metadata(data: bytes) -> tuple[bytes, Mapping[str, Any]]:
+    """A PNG without the chunks that Pillow may refuse it for, and what is of use of them, as in Pillow's `info`."""
+    kept, place = [data[:8]], 8
+    info: dict[str, str | bytes] = {}
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        start, place = place, place + length + 12
+        if kind in _PNG_CHUNKS:
+            kept.append(data[start:place])
+            continue
+        body = data[start + 8 : place - 4]
+        key, _, text = body.partition(b"\0")
+        with contextlib.suppress(zlib.error):
+            if kind == b"iCCP" or (kind == b"zTXt" and key in _PNG_TEXTS):
+                text = zlib.decompressobj().decompress(text[1:], _LARGEST_CHUNK)
+        if kind in (b"eXIf", b"iCCP"):
+            info["exif" if kind == b"eXIf" else "icc_profile"] = body if kind == b"eXIf" else text
+        elif key in _PNG_TEXTS:
+            info[key.decode()] = text.decode("latin-1")
+    return b"".join(kept), info
+
+
+def _without_tiff_metadata(data: bytes) -> bytes:
+    """A TIFF that has of its first page's tags only those that the pixels need."""
+    order, start, tags = _tiff_tags(data)
+    kept = [entry for tag, entry in tags.items() if tag in _TIFF_TAGS]
+    end = start + 2 + 12 * len(tags)
+    page = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + data[end : end + 4]
+    return data[:start] + page + data[start + len(page) :]
+
+
+def _tiff_tags(data: bytes) -> tuple[str, int, dict[int, bytes]]:
+    """The byte order of a TIFF, or of EXIF, the place of its first directory, and that one's entries by tag."""
+    order = "<" if data.startswith(b"II") else ">"
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    places = range(start + 2, start + 2 + 12 * count, 12)
+    return order, start, {struct.unpack_from(f"{order}H10x", data, at)[0]: data[at : at + 12] for at in places}
 
 
 def _decode(image: Image.Image) -> ImageFile:
     """Turn an opened file into upright RGB pixels and notes; its InputErrors do not name the file."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > 2 * limit:  # as Pillow, of images that were made without it
+        raise Image.DecompressionBombError
     notes = []
-    raw_mode = _raw_mode(image)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        notes.append(f"first of {frames} frames used")
-    # In place, so that the format and the transparent colour stay with the image.
-    ImageOps.exif_transpose(image, in_place=True)
+    raw_mode, kind, profile = _raw_mode(image), image.format, image.info.get("icc_profile")
+    if getattr(image, "is_animated", False):  # how many there are takes reading them all, of which one may be broken
+        notes.append("first of several frames used")
+    image.load()
+    turn = None if kind == "TIFF" else _TURNS.get(_orientation(image))  # a TIFF was turned when it was loaded
+    if turn is not None:
+        image = image.transpose(Image.Transpose(turn))
 
     if "transparency" in image.info and raw_mode in ("L;2", "L;4", "RGB;16B"):
         # Pillow compares the colour, at its own depth, with pixels already brought to 8 bits.
         raise InputError(
             "a transparent colour of 2, 4 or 16 bits, which Pillow misreads; save it with an alpha channel"
         )
-    sixteen_bit = image.mode in _SIXTEEN_BIT_MODES or (image.mode == "I" and image.format in _SIXTEEN_BITS_AT_MOST)
+    sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BITS_AT_MOST)
     if sixteen_bit and raw_mode != "I;12":
-        pixels, more = _from_sixteen_bit_grey(image)
+        pixels, more = _from_sixteen_bit_grey(image, profile)
         return ImageFile(pixels, notes + more)
     if image.mode not in _GREY_MODES + _COLOUR_MODES + _OTHER_COLOUR_SPACES:
         known = {"F": "32-bit floating-point", "I": "32-bit or signed integer", "I;16": "12-bit"}
@@ -208,18 +254,70 @@ def _decode(image: Image.Image) -> ImageFile:
 
     if ";16" in raw_mode:
         notes.append(_DEPTH_NOTE)
+    if image.mode == "LAB":  # which names its colours itself
+        profile = None
     if image.mode in _OTHER_COLOUR_SPACES:
         notes.append(f"{image.mode} converted to RGB")
-    if image.mode in _GREY_MODES or raw_mode == "LA;16B":  # opened as RGBA
+    grey = image.mode in _GREY_MODES or raw_mode == "LA;16B"  # opened as RGBA
+    if grey:
         notes.append(_GREY_NOTE)
+    alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        lowest_alpha, _ = image.getchannel("A").getextrema()
-        if lowest_alpha != 255:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            notes.append(_ALPHA_NOTE)
-    array = np.array(image.convert("RGB"))
+        alpha = image.getchannel("A")
+    if image.mode != "CMYK":
+        image = image.convert("L" if grey else "RGB")
+    array, more = _as_srgb(image, image.mode, profile)
+    notes += more
+    if array is None:
+        array = np.array(image.convert("RGB"))
+    if alpha is not None and alpha.getextrema()[0] != 255:
+        image = Image.fromarray(array)
+        image.putalpha(alpha)
+        array = np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+        notes.append(_ALPHA_NOTE)
     return ImageFile(torch.from_numpy(array).permute(2, 0, 1).contiguous(), notes)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation of EXIF, whatever else is in there; where it has none, what Pillow finds in other metadata."""
+    with contextlib.suppress(KeyError, struct.error):
+        order, _, tags = _tiff_tags(re.sub(b"^(Exif\0\0){1,2}", b"", image.info["exif"]))
+        return int(struct.unpack_from(f"{order}H", tags[0x0112], 8)[0])
+    with contextlib.suppress(Exception):  # broken EXIF
+        return int(image.getexif().get(0x0112, 1))
+    return 1
+
+
+def _as_srgb(image: Image.Image, mode: str, profile: bytes | None) -> tuple[np.ndarray | None, list[str]]:
+    """The image's values (H, W, 3) in sRGB, or None if they stay as they are, and notes."""
+    try:
+        convert = None if profile is None else _profile_converter(profile, mode)
+    except Exception as error:  # broken, of another kind of pixels, or this Pillow has no colour management
+        return None, [f"colour profile ignored ({' '.join(str(error).split()) or type(error).__name__})"]
+    return (None, []) if convert is None else (convert(image), ["colour profile converted to sRGB"])
+
+
+@lru_cache(maxsize=16)
+def _profile_converter(profile: bytes, mode: str) -> Callable[[Image.Image], np.ndarray] | None:
+    """What converts images of `mode` from a profile to sRGB; None if that would change no value by more than 1."""
+    ramps: Mapping[str, np.ndarray] = {"L": np.arange(256, dtype=np.uint8), "I;16": np.arange(65536, dtype=np.uint16)}
+    grey = ramps.get(mode)
+    # Optimised, dark levels of linear greyscale would be off by up to 10 of 255.
+    flags = ImageCms.Flags.NONE if grey is None else ImageCms.Flags.NOOPTIMIZE
+    source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    transform = ImageCms.buildTransform(source, srgb, mode, "RGB", flags=flags)
+
+    def convert(image: Image.Image) -> np.ndarray:
+        return np.array(ImageCms.applyTransform(image, transform))
+
+    if grey is not None:
+        table = convert(Image.fromarray(grey[None]))[0]
+        unchanged = np.abs(table - 255 * (grey / grey[-1])[:, None]).max() <= 1
+        return None if unchanged else lambda image: table[np.array(image)]
+    samples = 15 * np.indices((18, 18, 18), dtype=np.uint8).reshape(3, 18, -1).transpose(1, 2, 0)
+    unchanged = mode == "RGB" and np.abs(convert(Image.fromarray(samples)) - samples.astype(int)).max() <= 1
+    return None if unchanged else convert
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -235,16 +333,18 @@ def _raw_mode(image: Image.Image) -> str:
     return str(arguments[0]) if arguments else image.mode
 
 
-def _from_sixteen_bit_grey(image: Image.Image) -> ImageFile:
+def _from_sixteen_bit_grey(image: Image.Image, profile: bytes | None) -> ImageFile:
     # Not by Pillow, which clips at 255. 257 is odd, so v / 257 is never half-way between two integers.
-    wide = np.array(image).astype(np.int64)
-    grey = ((wide + 128) // 257).astype(np.uint8)
-    notes = [_DEPTH_NOTE, _GREY_NOTE]
+    wide = np.array(image).astype(np.int32)
+    array, more = _as_srgb(image, "I;16", profile)
+    if array is None:
+        array = ((wide + 128) // 257).astype(np.uint8)[..., None].repeat(3, axis=2)
+    notes = [_DEPTH_NOTE, _GREY_NOTE, *more]
     transparent = wide == image.info.get("transparency", -1)
     if transparent.any():
-        grey[transparent] = 255
+        array[transparent] = 255
         notes.append(_ALPHA_NOTE)
-    return ImageFile(torch.from_numpy(grey).repeat(3, 1, 1), notes)
+    return ImageFile(torch.from_numpy(array).permute(2, 0, 1).contiguous(), notes)
 
 
 def write_png(pixels: Tensor, path: str | Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dc_ssdae.data.order import EpochOrder
 from dc_ssdae.data.sources import ImageSource
-from dc_ssdae.data.transforms import center_crop, random_scaled_crop, resize_shorter_side
+from dc_ssdae.data.transforms import center_crop, central_part, random_scaled_crop, resize_shorter_side
 from dc_ssdae.errors import InputError
 from dc_ssdae.randomness import image_generator, replacement_index
 from dc_ssdae.timing import cores
@@ -234,7 +234,7 @@ def enlarged_caveat(enlarged: int, images: int, size: int) -> list[str]:
 
 
 def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
-    return center_crop(resize_shorter_side(pixels, size), size)
+    return center_crop(resize_shorter_side(central_part(pixels), size), size)
 
 
 def validation_loader(

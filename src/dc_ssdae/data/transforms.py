@@ -76,6 +76,22 @@ def resize_shorter_side(x: Tensor, size: int) -> Tensor:
     return tvf.resize(x, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
+def central_part(x: Tensor) -> Tensor:
+    """Cut the ends off thin images, longer than 8 times their width, before the centre of them is enlarged.
+
+    The middle stays the middle, and what is left is more than a square crop of the centre and its filter can reach.
+
+    Args:
+        x: (..., C, H, W).
+
+    Returns:
+        A view; of other images, `x` itself.
+    """
+    height, width = _sides(x)
+    rows, columns = (max(0, (side - 8 * min(height, width)) // 2) for side in (height, width))
+    return x[..., rows : height - rows, columns : width - columns]
+
+
 def center_crop(x: Tensor, size: int) -> Tensor:
     """Cut the central square out of images.
 

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.data.images import to_pillow, to_uint8
-from dc_ssdae.data.transforms import center_crop
+from dc_ssdae.data.transforms import center_crop, central_part
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 
 Rounding = Literal["round", "truncate"]
@@ -142,7 +142,7 @@ class Protocol:
 
     def prepare(self, pixels: Tensor, size: int) -> Tensor:
         """Bring an image, uint8 (3, H, W), to (3, size, size), uint8 or float32, both in [0, 255]."""
-        return RESIZES[self.resize].apply(pixels, size)
+        return RESIZES[self.resize].apply(central_part(pixels), size)
 
     def model_input(self, prepared: Tensor) -> Tensor:
         """Map prepared images of any shape to the model's range: float32 in [-1, 1]."""
