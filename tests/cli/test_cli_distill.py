@@ -106,23 +106,16 @@ GROUPS = [
 
 
 class TestSettings:
-    @pytest.mark.parametrize(
-        ("data", "told"),
-        [
-            ({"root": "pipe:touch ran"}, "pipe:touch ran"),
-            ({"root": None, "dataset": {"class_path": "subprocess.Popen", "init_args": {"args": "x"}}}, "Popen"),
-        ],
-    )
-    def test_images_of_a_teacher_run_no_command(
-        self, run: Callable, teacher_run: Path, tmp_path: Path, data: dict[str, Any], told: str
-    ) -> None:
-        teacher = Path(shutil.copytree(teacher_run, tmp_path / "teacher", symlinks=True))
+    def test_images_of_a_teacher_run_no_command(self, run: Callable, teacher_run: Path, tmp_path: Path) -> None:
+        teacher, ran = Path(shutil.copytree(teacher_run, tmp_path / "teacher", symlinks=True)), tmp_path / "ran"
         config = yaml.safe_load((teacher / "config.yaml").read_text())
-        (teacher / "config.yaml").write_text(yaml.safe_dump({**config, "data": {**config["data"], **data}}))
-        assert told in one_line(run, "--teacher", teacher)
-        if "dataset" not in data:
-            given = printed(run, "--teacher", teacher, "--data.root", data["root"])
-            assert given["data"]["root"] == data["root"]
+        own = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(ran)]}}
+        for data, told in (({"root": None, "dataset": own}, "Popen"), ({"root": f"pipe:touch {ran}"}, "pipe:touch")):
+            (teacher / "config.yaml").write_text(yaml.safe_dump({**config, "data": {**config["data"], **data}}))
+            assert told in one_line(run, "--teacher", teacher, "--training.output", tmp_path / "out")
+            assert not ran.exists()
+        given = printed(run, "--teacher", teacher, "--data.root", data["root"])
+        assert given["data"]["root"] == data["root"]
 
     def test_of_a_run(self, run: Callable, teacher_run: Path, photos: Path) -> None:
         found = printed(run, "--teacher", teacher_run)
