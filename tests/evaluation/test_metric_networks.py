@@ -535,6 +535,14 @@ def test_the_protocol_says_which_formulas(weights: Path) -> None:
         assert torch.equal(found[MSE](reference, images), metrics.mse_each(reference, images))
 
 
+@pytest.mark.parametrize(("protocol", "smallest"), [("dcae", 6), ("original", 7)])
+def test_images_too_small_for_ssim_are_told_beforehand(protocol: str, smallest: int) -> None:
+    assert "ssim" in load("ssim", protocol=protocol, size=smallest).images
+    sides = [torch.zeros(1, 3, smallest, smallest, dtype=torch.uint8)] * 2
+    assert load("ssim", protocol=protocol, size=smallest).images["ssim"](*sides).item() == pytest.approx(1.0)
+    assert f"at least {smallest} pixels" in error_of(load, "ssim", protocol=protocol, size=smallest - 1)
+
+
 def test_only_what_is_asked_for_is_loaded(weights: Path) -> None:
     suite = load("lpips", "psnr")
     assert set(suite.images) == {"lpips", "psnr", MSE}

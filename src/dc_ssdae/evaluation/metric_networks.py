@@ -42,6 +42,8 @@ ImageMetric = Callable[[Tensor, Tensor], Tensor]
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIDE = 224
 INCEPTION_CHANNELS, INCEPTION_SIDE = 2048, 299
+SSIM_SMALLEST = {"torchmetrics": 6, "scikit-image": 7}
+"""Side in pixels that the windows need, by library."""
 NOT_ASKED = "not asked for"
 MSE = "mse"
 """Measured of every image too, for PSNRs that are pooled."""
@@ -114,6 +116,12 @@ def load_metrics(
     for name in names:
         if name == "psnr":
             suite.images[name] = _in_float64(partial(psnr_each, highest=protocol.highest_psnr or math.inf), device)
+        elif name == "ssim" and size is not None and size < SSIM_SMALLEST[protocol.ssim]:
+            suite.missing[name] = (
+                f"SSIM needs images of at least {SSIM_SMALLEST[protocol.ssim]} pixels; give a larger --size"
+            )
+            if wanted is not None:
+                raise InputError(suite.missing[name])
         elif name == "ssim":
             suite.images[name] = ssim_each if protocol.ssim == "torchmetrics" else scikit_ssim_each
         elif name == "dreamsim":
