@@ -10,8 +10,10 @@ import types
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from dc_ssdae.cli import main as main_module
 from dc_ssdae.cli.common import Done, Job, for_each_file
@@ -206,3 +208,16 @@ def test_a_bug_in_one_file_is_not_swallowed(tmp_path) -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         for_each_file(Namespace(program="dc-ssdae made"), [Job(tmp_path, tmp_path)], process)
+
+
+def test_a_command_that_ends_well_closes_its_process_group(run: Callable, tmp_path: Path) -> None:
+    importlib.import_module("dc_ssdae.processes")  # as a command does that joins processes
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        assert run("info", "no-preset").code == 2
+        assert dist.is_initialized()
+        assert run("info").code == 0
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The norms against float64 and against PyTorch's own, in one process and over two."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -145,13 +146,23 @@ def work(rank: int, folder: str) -> None:
     try:
         record = steps(seeded_norm(GlobalBatchNorm2d), slice(2 * rank, 2 * rank + 2))
         torch.save(record, f"{folder}/record{rank}")
+        # In one graph, without a word: a break or a warning is an error.
+        warnings.simplefilter("error")
+        whole_graph = torch.compile(seeded_norm(GlobalBatchNorm2d), backend="aot_eager", fullgraph=True)
+        torch.save(steps(whole_graph, slice(2 * rank, 2 * rank + 2)), f"{folder}/compiled{rank}")
     finally:
         dist.destroy_process_group()
 
 
 def test_over_two_processes_it_is_the_batch_norm_of_the_whole_batch(tmp_path: Path) -> None:
     mp.spawn(work, args=(str(tmp_path),), nprocs=PROCESSES)
-    halves = [torch.load(tmp_path / f"record{rank}", weights_only=True) for rank in range(PROCESSES)]
+    halves, compiled = (
+        [torch.load(tmp_path / f"{kind}{rank}", weights_only=True) for rank in range(PROCESSES)]
+        for kind in ("record", "compiled")
+    )
+    for eager, graph in zip(halves, compiled, strict=True):
+        for name, value in eager.items():
+            torch.testing.assert_close(graph[name], value, atol=1e-6, rtol=1e-6)
     expected = steps(seeded_norm(nn.BatchNorm2d).double(), slice(None), torch.float64)
     assert all(half.keys() == expected.keys() for half in halves)
     for name, value in expected.items():

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from accelerate import Accelerator
+import yaml
+from accelerate import Accelerator, init_empty_weights
+from accelerate.state import AcceleratorState
 from tiny import batch, make_images, run_config
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,10 +25,11 @@ from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.errors import InputError
-from dc_ssdae.processes import sum_over_processes
-from dc_ssdae.training.build import build_step
+from dc_ssdae.presets import list_presets, load_preset
+from dc_ssdae.processes import PATIENCE, Processes, sum_over_processes
+from dc_ssdae.training.build import build_model, build_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from dc_ssdae.training.config import OptimizerName
+from dc_ssdae.training.config import OptimizerName, RunConfig
 from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.evaluation import evaluate
@@ -39,6 +43,7 @@ from dc_ssdae.training.optimizer import (
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.tensors import assign, whole
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 BEFORE, STEPS = 8, 11
 """Steps before the checkpoint, and all; RAdam moves the weights from the sixth on."""
@@ -47,11 +52,13 @@ OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "schedule_free_radam")
 COUNTS = (1, 2, 7)
 
 
-def training_step() -> TrainingStep:
-    """The same weights in every process; a KL term strong enough that no gradient is rounding alone."""
+def training_step(sharded: bool = False) -> TrainingStep:
+    """The same weights in every process, placed as a run does; a KL term so strong that no gradient is rounding."""
     torch.manual_seed(0)
     config = run_config(losses={"kl": 0.01})
-    return build_step(config).train()
+    step = build_step(config)
+    place_step(step, config, torch.device("cpu"), sharded)
+    return step
 
 
 def share(tensors: tuple[Tensor, ...], rank: int, processes: int) -> tuple[Tensor, ...]:
@@ -190,7 +197,7 @@ def sharded_runs(folder: Path, rank: int) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name in OPTIMIZERS:
         # What fully_shard leaves unsharded after a forward pass must not be taken for the weights.
-        run = Run(name, shard(training_step(), reshard=name == "adamw"))
+        run = Run(name, shard(training_step(sharded=True), reshard=name == "adamw"))
         assert isinstance(next(run.module.model.decoder.parameters()), DTensor)
         run.train(range(BEFORE), rank, PROCESSES)
         record[f"{name} images"] = run.reconstructed()
@@ -202,7 +209,7 @@ def sharded_runs(folder: Path, rank: int) -> dict[str, Any]:
         if rank == 0:
             write_checkpoint(folder / f"sharded-{name}-end", end)
 
-        run = Run(name, shard(training_step(), reshard=True), read_checkpoint(folder / f"plain-{name}"))
+        run = Run(name, shard(training_step(sharded=True), reshard=True), read_checkpoint(folder / f"plain-{name}"))
         loaded = run.checkpoint(BEFORE)
         run.train(range(BEFORE, STEPS), rank, PROCESSES)
         end = run.checkpoint(STEPS)
@@ -347,6 +354,15 @@ def test_sharded_processes_go_on_with_a_plain_checkpoint(folder: Path, name: str
     assert ends[0].state == ends[1].state
 
 
+def test_the_example_of_sharding_wraps_classes_of_every_preset() -> None:
+    settings = yaml.safe_load((REPOSITORY / "examples" / "fsdp2.yaml").read_text())["fsdp_config"]
+    wrapped = set(settings["fsdp_transformer_layer_cls_to_wrap"].split(","))
+    for preset in list_presets():
+        with init_empty_weights():
+            model = build_model(RunConfig.from_mapping(load_preset(preset)).model)
+        assert wrapped <= {type(module).__name__ for module in model.modules()}, preset
+
+
 # --- refusals ---
 
 
@@ -388,6 +404,32 @@ def test_accelerates_own_accumulation_is_refused(launched: Callable[..., None]) 
     launched(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     with pytest.raises(InputError, match=r"over 4 steps; leave that out, and set training\.accumulation_steps"):
         start_processes(None, cpu=True)
+
+
+def test_processes_wait_for_each_other_for_days(launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def init_process_group(*_: Any, timeout: timedelta | None = None, **__: Any) -> None:
+        raise Asked(timeout)
+
+    launched(
+        ACCELERATE_USE_CPU="true",
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+    )
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    for start in (lambda: start_processes(2, cpu=True), lambda: Processes.join(torch.device("cpu"))):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            with pytest.raises(Asked) as asked:
+                start()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        assert asked.value.args == (PATIENCE,)
 
 
 def test_another_number_of_processes_is_refused() -> None:

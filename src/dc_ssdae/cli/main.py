@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             args.debug = debug
             code = int(command.run(args))
+            if "dc_ssdae.processes" in sys.modules:
+                # Here, because a recipe's phases share the group; a failure leaves it, where closing it could hang.
+                sys.modules["dc_ssdae.processes"].leave_group()
         sys.stdout.flush()
         return code
     except BrokenPipeError:

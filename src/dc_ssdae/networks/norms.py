@@ -1,11 +1,12 @@
 """Normalisations that PyTorch does not have in the form needed here."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.nn import functional as F
 
 
@@ -80,11 +81,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         channels = x.shape[1]
         # Two passes, mean first: E[x²] - E[x]² would lose the variance of latents with a large mean.
         count = x.new_full((1,), float(x.numel() // channels))
-        sums = all_reduce(torch.cat([x.sum(dim=(0, 2, 3)), count]))
+        sums = _SumOverProcesses.apply(torch.cat([x.sum(dim=(0, 2, 3)), count]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / total
+        variance = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / total
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -94,6 +95,21 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var.dtype), self.momentum)
         scale = self.weight.float() * torch.rsqrt(variance + self.eps)
         return centred * scale[:, None, None] + self.bias.float()[:, None, None]
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Adds a tensor up over all processes, and its gradient too.
+
+    The functional collectives are what torch.compile keeps in a graph; not every version gives them a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return wait_tensor(all_reduce(values.contiguous(), "sum", dist.group.WORLD))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _SumOverProcesses.apply(gradient)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:

@@ -151,10 +151,18 @@ def trained_tensors(step: TrainingStep, selectors: Sequence[str]) -> set[str]:
     return {name for group in chosen for name in groups[group]}
 
 
-def place_step(step: TrainingStep, config: RunConfig, device: torch.device) -> None:
-    """Make it ready to train: on a device, in the memory order and compiled as the configuration says."""
+def place_step(step: TrainingStep, config: RunConfig, device: torch.device, sharded: bool = False) -> None:
+    """Make it ready to train: on a device, in the memory order and compiled as the configuration says.
+
+    Args:
+        step: with the model and the objective.
+        config: of the run.
+        device: to train on.
+        sharded: whether the parameters are then sharded over processes, which takes contiguous ones alone; the images
+            are in channels-last order all the same.
+    """
     step.to(device)
-    if config.training.channels_last:
+    if config.training.channels_last and not sharded:
         step.to(memory_format=torch.channels_last)
     if config.training.compile:
         step.compile_networks()

@@ -5,9 +5,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from dc_ssdae.errors import InputError, ToldElsewhere
+from dc_ssdae.processes import PATIENCE
 
 T = TypeVar("T")
 
@@ -27,7 +34,10 @@ def start_processes(wanted: int | None, cpu: bool = False) -> Accelerator:
     Raises:
         InputError: the engine does not give what was asked for; says how to get it.
     """
-    accelerator = Accelerator(mixed_precision="no", cpu=cpu, step_scheduler_with_optimizer=False)
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(
+        mixed_precision="no", cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=[patience]
+    )
     if accelerator.gradient_accumulation_steps != 1:
         raise InputError(
             f"Accelerate was told to accumulate gradients over {accelerator.gradient_accumulation_steps} steps; "

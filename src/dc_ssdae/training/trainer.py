@@ -143,12 +143,13 @@ class Trainer:
             check_terms_are_trained(module, loaded)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)  # an earlier phase's is not this run's
-        place_step(module, config, accelerator.device)
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        place_step(module, config, accelerator.device, sharded)
         self.optimizer = build_optimizer(module, training)
         # Accelerate returns wrappers; sharding also exchanges the parameters inside module and optimiser.
         self.wrapped, _ = accelerator.prepare(module, self.optimizer)
         self.module: TrainingStep = accelerator.unwrap_model(self.wrapped)
-        if accelerator.distributed_type == DistributedType.FSDP:
+        if sharded:
             from torch.distributed.fsdp import register_fsdp_forward_method
 
             register_fsdp_forward_method(self.module, "reconstruct")
