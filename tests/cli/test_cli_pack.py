@@ -31,7 +31,8 @@ def test_lines_and_shards(run: Callable, photos: Path, tmp_path: Path) -> None:
         0,
         [
             f"train: 2 images in 2 shards -> {out}/train",
-            f"validation: 1 image in 1 shard -> {out}/validation; 1 kept byte by byte (at most 32 pixels)",
+            f"validation: 1 image in 1 shard -> {out}/validation; 1 kept byte by byte (at most 32 pixels), "
+            "colour profiles included",
         ],
         [],
     )

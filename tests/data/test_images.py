@@ -1,6 +1,7 @@
 """Reading every kind of file people have, refusing the rest in one line, writing, the two pixel ranges."""
 
 import io
+import itertools
 import os
 import struct
 import warnings
@@ -333,6 +334,79 @@ def test_twelve_bit_greyscale_is_refused_and_not_read_as_nearly_black(tmp_path: 
     with Image.open(path) as image:
         assert image.mode == "I;16"
     assert "12-bit" in refusal(path)
+
+
+# --- right, or refused ---
+
+
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+@pytest.mark.parametrize("compression", [None, "zlib", "packbits"])
+@pytest.mark.parametrize("order", "<>")
+def test_tiffs_of_every_kind_are_right_or_refused(planes: str, compression: str | None, order: str) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    kinds = [("minisblack", 1, None), ("miniswhite", 1, None), ("rgb", 3, None), ("separated", 4, None)]
+    kinds += [("rgb", 4, "unassalpha"), ("rgb", 4, "unspecified"), ("minisblack", 2, "unassalpha"), ("cielab", 3, None)]
+    read = []
+    for (photometric, samples, extra), dtype in itertools.product(
+        kinds, ["u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"]
+    ):
+        values = (np.arange(12 * 20 * samples) * 7919 % 251).reshape(12, 20, samples)
+        array = (values * (257 if dtype == "u2" else 1)).astype(dtype)
+        stored = array[..., 0] if samples == 1 else array.transpose(2, 0, 1) if planes == "separate" else array
+        file = io.BytesIO()
+        try:
+            tifffile.imwrite(
+                file,
+                stored,
+                photometric=photometric,
+                planarconfig=planes if samples > 1 else None,
+                extrasamples=extra and [extra],
+                compression=compression,
+                byteorder=order,
+                metadata=None,
+            )
+        except (ImportError, KeyError, ValueError):  # a compression that it needs another package for
+            continue
+        try:
+            pixels, _ = read_image_bytes(file.getvalue(), "x")
+        except InputError:
+            continue
+        read.append((photometric, samples, dtype))
+        expected = values[..., :3] if samples > 2 else values[..., :1].repeat(3, axis=2)
+        if photometric == "miniswhite":
+            expected = 255 - expected
+        if photometric == "separated":
+            expected = (255 - expected) * (255 - values[..., 3:]) / 255
+        if extra == "unassalpha":
+            expected = 255 + (expected - 255.0) * values[..., -1:] / 255
+        if photometric != "cielab":
+            assert np.abs(as_hwc(pixels) - expected).max() <= 2.1, read[-1]
+    assert {("minisblack", 1, "u1"), ("minisblack", 1, "u2"), ("rgb", 3, "u1"), ("rgb", 4, "u1")} <= set(read) or (
+        compression == "packbits"
+    )
+    assert {dtype for _, _, dtype in read} <= {"u1", "u2"}
+    assert planes == "contig" or ("cielab", 3, "u1") not in read
+
+
+def test_samples_that_pillow_would_misread_are_refused() -> None:
+    grey = bytes(range(240))
+    odd = {
+        "signed": tiff_bytes(8, grey, 20, 12, extra={339: 2}),
+        "0 is white": tiff_bytes(16, grey, 10, 12, extra={262: 0}),
+        "predicted": tiff_bytes(8, grey, 20, 12, extra={317: 2}),
+    }
+    inks = io.BytesIO()
+    Image.new("CMYK", (8, 8), (200, 50, 120, 30)).save(inks, "JPEG")
+    marker = inks.getvalue().index(b"\xff\xee\0\x0eAdobe")
+    odd["Adobe"] = inks.getvalue()[:marker] + inks.getvalue()[marker + 16 :]
+    grey_jp2 = encoded("JPEG2000", photo_like(channels=1)[..., 0])
+    size = grey_jp2.index(b"\xff\x4f\xff\x51") + 42
+    odd["4 bits"] = grey_jp2[:size] + b"\3" + grey_jp2[size + 1 :]
+    colour_jp2 = encoded("JPEG2000", photo_like())
+    odd["16 bits"] = colour_jp2[:size] + b"\x0f\1\1" * 3 + colour_jp2[size + 9 :]
+    for word, content in odd.items():
+        with pytest.raises(InputError, match=word):
+            read_image_bytes(content, "x")
 
 
 # --- orientation, frames, warnings ---

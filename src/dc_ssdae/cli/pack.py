@@ -81,7 +81,7 @@ def run(args: Namespace) -> int:
     )
     for part in parts:
         small = "" if args.size is None else f" (at most {args.size} pixels)"
-        kept = f"; {part.kept} kept byte by byte{small}" if part.kept else ""
+        kept = f"; {part.kept} kept byte by byte{small}, colour profiles included" if part.kept else ""
         broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
         label = f"{part.name}: " if part.name else ""
         say(f"{label}{counted(part.images, 'image')} in {counted(part.shards, 'shard')} -> {part.folder}{kept}{broken}")

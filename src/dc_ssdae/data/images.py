@@ -154,7 +154,8 @@ def _read(subject: str, opened: Callable[[], AbstractContextManager[Image.Image]
             reason = f"it has more pixels than the limit of {2 * (Image.MAX_IMAGE_PIXELS or 0)}; make it smaller first"
             raise InputError(f"{subject}: {reason}") from error
         except UnidentifiedImageError as error:
-            reason = f"it is damaged, or not an image of these kinds: {', '.join(_FORMATS)}"
+            kinds = f"{', '.join(_FORMATS)}, with 8 or 16 bits per channel"
+            reason = f"it is damaged, or not an image of these kinds: {kinds}"
             raise InputError(f"{subject}: {reason}") from error
         except Exception as error:
             # Pillow's decoders answer damaged files with whatever their parsing trips over: OSError,
@@ -180,6 +181,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             data, metadata = _without_png_metadata(data)
         elif data.startswith((b"II*\0", b"MM\0*")):
             data = _without_tiff_metadata(data)
+        elif data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
+            _check_jpeg_2000(data)
     with Image.open(io.BytesIO(data), formats=_readable_formats()) as image:
         image.info.update(metadata)
         yield image
@@ -234,22 +237,19 @@ def _decode(image: Image.Image) -> ImageFile:
     raw_mode, kind, profile = _raw_mode(image), image.format, image.info.get("icc_profile")
     if getattr(image, "is_animated", False):  # how many there are takes reading them all, of which one may be broken
         notes.append("first of several frames used")
+    _check_samples(image)
     image.load()
     turn = None if kind == "TIFF" else _TURNS.get(_orientation(image))  # a TIFF was turned when it was loaded
     if turn is not None:
         image = image.transpose(Image.Transpose(turn))
 
-    if "transparency" in image.info and raw_mode in ("L;2", "L;4", "RGB;16B"):
-        # Pillow compares the colour, at its own depth, with pixels already brought to 8 bits.
-        raise InputError(
-            "a transparent colour of 2, 4 or 16 bits, which Pillow misreads; save it with an alpha channel"
-        )
     sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BITS_AT_MOST)
     if sixteen_bit and raw_mode != "I;12":
         pixels, more = _from_sixteen_bit_grey(image, profile)
         return ImageFile(pixels, notes + more)
     if image.mode not in _GREY_MODES + _COLOUR_MODES + _OTHER_COLOUR_SPACES:
         known = {"F": "32-bit floating-point", "I": "32-bit or signed integer", "I;16": "12-bit"}
+        known["La"] = "premultiplied greyscale"
         raise InputError(f"{known.get(image.mode, image.mode)} pixels; save it with 8 or 16 bits per channel")
 
     if ";16" in raw_mode:
@@ -277,6 +277,38 @@ def _decode(image: Image.Image) -> ImageFile:
         array = np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
         notes.append(_ALPHA_NOTE)
     return ImageFile(torch.from_numpy(array).permute(2, 0, 1).contiguous(), notes)
+
+
+def _check_samples(image: Image.Image) -> None:
+    """Refuse what Pillow opens and gets wrong."""
+    tags = getattr(image, "tag_v2", {})
+    bits, photometric, compression = tags.get(258, (1,))[0], tags.get(262, 0), tags.get(259, 1)
+    separate = tags.get(284, 1) == 2 and tags.get(277, 1) > 1
+    uncompressed = compression == 1 and (bits > 8 or tags.get(266, 1) == 2)
+    grey_alpha = photometric in (0, 1, 3) and any(tags.get(338, ()))
+    unnamed_alpha = photometric == 2 and tags.get(277, 1) == 4 and 338 not in tags
+    wrong = {
+        "signed samples": bits == 8 and 2 in tags.get(339, ()),
+        "16-bit samples of which 0 is white": bool(tags) and photometric == 0 and bits == 16,
+        "samples predicted without LZW or deflate": tags.get(317, 1) != 1 and compression in (1, 32773),
+        "planes that Pillow mixes up": separate and (photometric == 8 or grey_alpha or uncompressed or unnamed_alpha),
+        "inks without Adobe's marker that tells how they are stored": (image.format, image.mode) == ("JPEG", "CMYK")
+        and "adobe" not in image.info,
+        "a transparent colour of 2, 4 or 16 bits, which Pillow misreads": "transparency" in image.info
+        and _raw_mode(image) in ("L;2", "L;4", "RGB;16B"),
+    }
+    for kind, found in wrong.items():
+        if found:
+            raise InputError(f"{kind}; save it as 8-bit RGB or greyscale, with an alpha channel if need be")
+
+
+def _check_jpeg_2000(data: bytes) -> None:
+    """Refuse depths that Pillow does not scale to 8 or 16 bits, or that make its white overflow to black."""
+    start = data.find(b"\xff\x4f\xff\x51")  # the codestream's size
+    (count,) = struct.unpack_from(">H", data, start + 40)
+    bits = {depth % 128 + 1 for depth in data[start + 42 : start + 42 + 3 * count : 3]}
+    if start >= 0 and bits != {8} and (count > 1 or min(bits) < 8):
+        raise InputError(f"JPEG 2000 of {max(bits)} bits per channel; save it with 8, or as PNG")
 
 
 def _orientation(image: Image.Image) -> int:
