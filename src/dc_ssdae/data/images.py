@@ -48,6 +48,7 @@ _TIFF_TAGS = {*range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 
 _TIFF_TAGS |= {332, 338, 339, 347, *range(512, 522), *range(529, 533), 34675}
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL", b"fcTL", b"fdAT")
 _PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # of which Pillow reads the orientation
+_JPEG_SEGMENTS = (b"JFIF", b"Adobe", b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0")
 _LARGEST_CHUNK = 2**25  # bytes, decompressed
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from EXIF's orientations to Image.Transpose
 
@@ -90,7 +91,7 @@ def check_image_file(path: str | Path) -> None:
     """Refuse what no image can be read from, before it is opened.
 
     Raises:
-        InputError: there is no such file, or it is not a regular one, empty, or larger than `LARGEST_FILE`.
+        InputError: there is no such file, or it is not a regular one, or larger than `LARGEST_FILE`.
     """
     subject = f"cannot read image {str(path)!r}"
     try:
@@ -99,8 +100,6 @@ def check_image_file(path: str | Path) -> None:
         raise InputError(f"{subject}: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{subject}: it is {'a directory' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}")
-    if status.st_size == 0:
-        raise InputError(f"{subject}: the file is empty")
     if status.st_size > LARGEST_FILE:
         raise InputError(f"{subject}: it has {status.st_size} bytes, more than any image that can be read")
 
@@ -118,10 +117,7 @@ def read_image_bytes(data: bytes, name: str) -> ImageFile:
     Raises:
         InputError: the content is empty, or for what `read_image` refuses a file.
     """
-    subject = f"cannot read image {name!r}"
-    if not data:
-        raise InputError(f"{subject}: the file is empty")
-    return _read(subject, lambda: _opened(data))
+    return _read(f"cannot read image {name!r}", lambda: _opened(data))
 
 
 def read_pillow_image(image: Image.Image, name: str) -> ImageFile:
@@ -173,12 +169,16 @@ def _readable_formats() -> list[str]:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
+    if not data:
+        raise InputError("the file is empty")
     if data.startswith(GIT_LFS):
         raise InputError(GIT_LFS_ADVICE)
     metadata: Mapping[str, Any] = {}
-    with contextlib.suppress(struct.error):  # what is damaged here is refused by Pillow
+    with contextlib.suppress(struct.error, IndexError):  # what is damaged here is refused by Pillow
         if data.startswith(b"\x89PNG"):
             data, metadata = _without_png_metadata(data)
+        elif data.startswith(b"\xff\xd8"):
+            data = _without_jpeg_metadata(data)
         elif data.startswith((b"II*\0", b"MM\0*")):
             data = _without_tiff_metadata(data)
         elif data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
@@ -210,22 +210,34 @@ def _without_png_metadata(data: bytes) -> tuple[bytes, Mapping[str, Any]]:
     return b"".join(kept), info
 
 
+def _without_jpeg_metadata(data: bytes) -> bytes:
+    """A JPEG with those of its application segments that pixels, orientation and colours need."""
+    kept, start = [data[:2]], 2
+    while data[start : start + 1] == b"\xff" and data[start + 1] not in (0xDA, 0xFF):  # the scan; padding
+        end = start + 2 + int(struct.unpack_from(">H", data, start + 2)[0])
+        empty_profile = data.startswith(b"ICC_PROFILE", start + 4) and end - start < 18
+        if data[start + 1] & 0xF0 != 0xE0 or (data.startswith(_JPEG_SEGMENTS, start + 4) and not empty_profile):
+            kept.append(data[start:end])
+        start = max(end, start + 4)
+    return b"".join(kept) + data[start:]
+
+
 def _without_tiff_metadata(data: bytes) -> bytes:
     """A TIFF that has of its first page's tags only those that the pixels need."""
     order, start, tags = _tiff_tags(data)
-    kept = [entry for tag, entry in tags.items() if tag in _TIFF_TAGS]
+    kept = [entry for tag, entry in tags if tag in _TIFF_TAGS]
     end = start + 2 + 12 * len(tags)
     page = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + data[end : end + 4]
     return data[:start] + page + data[start + len(page) :]
 
 
-def _tiff_tags(data: bytes) -> tuple[str, int, dict[int, bytes]]:
-    """The byte order of a TIFF, or of EXIF, the place of its first directory, and that one's entries by tag."""
+def _tiff_tags(data: bytes) -> tuple[str, int, list[tuple[int, bytes]]]:
+    """The byte order of a TIFF, or of EXIF, the place of its first directory, and its entries with their tags."""
     order = "<" if data.startswith(b"II") else ">"
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)
     places = range(start + 2, start + 2 + 12 * count, 12)
-    return order, start, {struct.unpack_from(f"{order}H10x", data, at)[0]: data[at : at + 12] for at in places}
+    return order, start, [(struct.unpack_from(f"{order}H10x", data, at)[0], data[at : at + 12]) for at in places]
 
 
 def _decode(image: Image.Image) -> ImageFile:
@@ -248,26 +260,23 @@ def _decode(image: Image.Image) -> ImageFile:
         pixels, more = _from_sixteen_bit_grey(image, profile)
         return ImageFile(pixels, notes + more)
     if image.mode not in _GREY_MODES + _COLOUR_MODES + _OTHER_COLOUR_SPACES:
-        known = {"F": "32-bit floating-point", "I": "32-bit or signed integer", "I;16": "12-bit"}
-        known["La"] = "premultiplied greyscale"
+        known = {"F": "32-bit float", "I": "32-bit or signed", "I;16": "12-bit", "La": "premultiplied greyscale"}
         raise InputError(f"{known.get(image.mode, image.mode)} pixels; save it with 8 or 16 bits per channel")
 
     if ";16" in raw_mode:
         notes.append(_DEPTH_NOTE)
-    if image.mode == "LAB":  # which names its colours itself
-        profile = None
     if image.mode in _OTHER_COLOUR_SPACES:
         notes.append(f"{image.mode} converted to RGB")
     grey = image.mode in _GREY_MODES or raw_mode == "LA;16B"  # opened as RGBA
     if grey:
         notes.append(_GREY_NOTE)
-    alpha = None
+    alpha, mode = None, image.mode
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    if image.mode != "CMYK":
+    if mode != "CMYK":
         image = image.convert("L" if grey else "RGB")
-    array, more = _as_srgb(image, image.mode, profile)
+    array, more = _as_srgb(image, image.mode, None if mode == "LAB" else profile)  # LAB names its colours itself
     notes += more
     if array is None:
         array = np.array(image.convert("RGB"))
@@ -315,7 +324,7 @@ def _orientation(image: Image.Image) -> int:
     """The orientation of EXIF, whatever else is in there; where it has none, what Pillow finds in other metadata."""
     with contextlib.suppress(KeyError, struct.error):
         order, _, tags = _tiff_tags(re.sub(b"^(Exif\0\0){1,2}", b"", image.info["exif"]))
-        return int(struct.unpack_from(f"{order}H", tags[0x0112], 8)[0])
+        return int(struct.unpack_from(f"{order}H", dict(tags)[0x0112], 8)[0])
     with contextlib.suppress(Exception):  # broken EXIF
         return int(image.getexif().get(0x0112, 1))
     return 1
