@@ -1,13 +1,55 @@
 """The one exception that means "what you gave is wrong", as opposed to a bug in this package."""
 
 import difflib
+import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
 class InputError(ValueError):
     """A user's value, file or setting cannot be used; the message is one line that says what would be right."""
+
+
+class _Lenient:
+    """A stream that ignores what it cannot write."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+@contextmanager
+def lenient_stderr() -> Iterator[None]:
+    """Let no log end the work: what standard error cannot take is lost.
+
+    It may be a file on a full disk, a pipe whose reader has gone, or a terminal that was closed.
+    """
+    before = sys.stderr
+    sys.stderr = _Lenient(before)
+    try:
+        yield
+    finally:
+        sys.stderr = before
+        try:
+            before.flush()
+        except (OSError, ValueError):
+            # The interpreter flushes it once more at its end, and would exit with a failure.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), before.fileno())
 
 
 def shown(value: object) -> str:

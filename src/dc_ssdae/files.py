@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and what must not be opened as a file of ours."""
 
 import contextlib
+import hashlib
 import os
 import stat
 import uuid
@@ -86,3 +87,9 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Compute a file's checksum, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

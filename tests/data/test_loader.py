@@ -1,10 +1,14 @@
 """What a step reads: every place of its batch once, each a function of (seed, step, place) alone."""
 
 import itertools
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dc_ssdae.data import loader
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.loader import (
     Batch,
@@ -19,6 +24,7 @@ from dc_ssdae.data.loader import (
     Drawing,
     Place,
     Places,
+    ReadingFailed,
     Sample,
     TrainingSamples,
     ValidationImages,
@@ -225,10 +231,23 @@ def test_when_all_are_broken_one_line_says_so(workers: int) -> None:
 
 
 def test_a_process_that_fails_does_not_wait_for_its_workers(tmp_path: Path) -> None:
-    """An exception keeps the loader alive until exit, when Python ends the workers by a signal they else ignore."""
+    """An exception keeps the loader alive until exit, when Python ends the workers by a signal they else ignore.
+
+    Before that: a batch of images takes one descriptor, not one per image, and loaders leave nothing behind.
+    """
     program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import test_loader as t\n"
+        "images, places = t.ValidationImages(t.Textured(200), t.SIZE, 200), [*range(200), *range(100)]\n"
+        "left = []\n"
+        "for round in range(6):\n"
+        "    (batch,) = t.loader.validation_loader(images, places, 300, 1)\n"
+        "    assert [image.place for image in batch] == places\n"
+        "    assert all(t.torch.equal(image.pixels, images[image.place].pixels) for image in batch[:9])\n"
+        "    del batch\n"
+        "    left.append(open('/proc/self/maps').read().count('sem') if sys.platform == 'linux' else 0)\n"
+        "assert left[0] == left[-1], left\n"
         "places = t.Places(0, None, 6, 0, 1, 1)\n"
         "batches = t.training_loader(t.TrainingSamples(t.Textured(10), t.drawing()), places, 1, False)\n"
         "for batch in batches:\n"
@@ -237,6 +256,78 @@ def test_a_process_that_fails_does_not_wait_for_its_workers(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("RuntimeError: out of memory")
+
+
+def test_a_reader_that_is_killed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "POLL_SECONDS", 1)
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = training_loader(TrainingSamples(Textured(10), drawing()), Places(0, None, 6, 0, 1, 1), 1, False)
+    next(batches)
+    (reader,) = multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGCHLD) == handler, "PyTorch's would raise in the middle of a step"
+    reader.kill()
+    with pytest.raises(ReadingFailed, match=r"ended from outside .* fewer data\.workers") as caught:
+        for _ in batches:
+            pass
+    assert "\n" not in str(caught.value)
+
+
+class Stalled(Numbered):
+    """Images that come when somebody writes into a pipe."""
+
+    def __init__(self, pipe: int) -> None:
+        super().__init__(10)
+        self.pipe = pipe
+
+    def read(self, index: int) -> Tensor:
+        os.read(self.pipe, 1)
+        return super().read(index)
+
+
+def test_a_signal_ends_a_wait_for_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "POLL_SECONDS", 1)
+    end, other_end = os.pipe()
+    asked = []
+
+    def stop() -> bool:
+        asked.append(len(asked))
+        if len(asked) == 3:
+            os.write(other_end, bytes(1000))  # that the reader can end, too
+        return len(asked) == 3
+
+    samples = TrainingSamples(Stalled(end), drawing())
+    assert list(training_loader(samples, Places(0, None, 6, 0, 1, 1), 1, False, stop)) == []
+    os.close(other_end)
+    os.close(end)
+
+
+class NeverReady:
+    """A loader from which no batch ever comes."""
+
+    def __init__(self, *_: object, timeout: float, **__: object) -> None:
+        self.timeout = timeout
+
+    def __iter__(self) -> "NeverReady":
+        return self
+
+    def __next__(self) -> Batch:
+        raise RuntimeError(f"DataLoader timed out after {self.timeout} seconds")
+
+
+def test_readers_that_stall_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "DataLoader", NeverReady)
+    with pytest.raises(ReadingFailed, match="no image was read for 30 minutes"):
+        next(training_loader(TrainingSamples(Textured(10), drawing()), Places(0, None, 6, 0, 1, 1), 1, False))
+
+
+def test_too_little_shared_memory_is_told_before_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = 6 * 3 * SIZE * SIZE
+    free = SimpleNamespace(free=7 * batch)
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: free)
+    samples, places = TrainingSamples(Textured(10), drawing()), Places(0, 1, 6, 0, 1, 1)
+    assert len(list(training_loader(samples, places, 3, False))) == 1
+    with pytest.raises(InputError, match=r"--shm-size\), or set data\.workers to 3$"):
+        next(training_loader(samples, places, 4, False))
 
 
 # --- validation ---

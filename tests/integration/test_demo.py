@@ -23,7 +23,7 @@ def test_the_model_loads(demo):
 
 def test_the_metrics_have_a_line_a_step(demo):
     lines = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["loss/total"] > 0 for line in lines)
 
 

@@ -83,7 +83,7 @@ def test_a_runs_folder_holds_what_a_lab_needs(finished, data):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     keys = ["step", "loss/total", "loss/dynamics", "loss/kl", "gradient_norm", "lr"]
     assert all(list(line) == [*keys, "images_per_second", "seconds", "memory_gib"] for line in lines)
-    assert [line["step"] for line in lines] == list(range(6))
+    assert [line["step"] for line in lines] == list(range(1, 7))
     assert all(line["images_per_second"] > 0 and line["memory_gib"] > 0.01 for line in lines)
 
     config = yaml.safe_load((finished / "config.yaml").read_text())

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -150,6 +151,42 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
         assert file.suffix in (".json", ".safetensors")
         assert not start.startswith((b"PK", b"\x80")), f"{file} is a pickle"
         assert start[:1] == b"{" if file.suffix == ".json" else start[8:9] == b"{"
+
+
+def test_another_state_takes_the_place_of_the_one_of_a_step_that_is_saved(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint(10))
+    tensors = os.stat(tmp_path / "last" / "model.safetensors")
+    folder.save(checkpoint(10, best=10)._replace(tensors={}), is_best=True)
+    assert_same(read_checkpoint(folder.last()), checkpoint(10, best=10))
+    assert steps_of(folder) == (10, 10)
+    assert os.stat(tmp_path / "last" / "model.safetensors").st_mtime_ns == tensors.st_mtime_ns
+
+
+def test_the_last_may_be_taken_away_from_a_live_run(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint(10), is_best=True)
+    shutil.rmtree(tmp_path / "step-00000010")
+    folder.save(checkpoint(20))
+    assert_same(read_checkpoint(folder.last()), checkpoint(20))
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+def test_one_flipped_bit_is_noticed_and_another_checkpoint_offered(tmp_path: Path, name: str) -> None:
+    folder = CheckpointFolder(tmp_path, keep_every=10)
+    for step in (10, 20):
+        folder.save(checkpoint(step))
+    file = tmp_path / "step-00000020" / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file} is damaged.*ln -sfn step-00000010 {tmp_path}/last") as caught:
+        read_checkpoint(folder.last())
+    assert "\n" not in str(caught.value)
+    state = json.loads((tmp_path / "last" / "state.json").read_text())
+    del state["sha256"]  # as of runs before there were checksums
+    (tmp_path / "last" / "state.json").write_text(json.dumps(state))
+    read_checkpoint(folder.last())
 
 
 # --- killed and failed ---

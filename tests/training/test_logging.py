@@ -170,18 +170,32 @@ def scalars(run: RunFolder) -> dict[str, list[int]]:
 
 def test_a_start_is_cut_back_to_its_step(run: RunFolder) -> None:
     loggers = Loggers(run, run_config(), True, 0)
-    for step in range(6):
+    for step in range(1, 7):
         loggers.step(entry(step))
-        if step % 2:
-            loggers.evaluation({"step": step + 1, "psnr": 20.0, "images": 3})
+        if step % 2 == 0:
+            loggers.evaluation({"step": step, "psnr": 20.0, "images": 3})
     loggers.broken([BrokenImage("a", "a is broken")], 5, "train")
     loggers.close()
     assert [line["step"] for line in read_lines(run.evaluations)] == [2, 4, 6]
     loggers = Loggers(run, run_config(), True, 4)
-    assert [line["step"] for line in read_lines(run.metrics)] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_lines(run.metrics)] == [1, 2, 3, 4]
     assert [line["step"] for line in read_lines(run.evaluations)] == [2, 4], "that of the checkpoint itself stays"
     assert [line["name"] for line in read_lines(run.broken_images)] == ["a"], "what is broken stays known"
     loggers.close()
+
+
+def test_steps_of_a_run_that_counted_from_0_are_raised_by_one(run: RunFolder) -> None:
+    old = JsonLines(run.metrics, warn=print)
+    for step in range(6):
+        old.write(entry(step, lr=step / 10))
+    for _ in range(2):  # once, however often it goes on
+        Loggers(run, run_config(), True, 4).close()
+        assert [(line["step"], line["lr"]) for line in read_lines(run.metrics)] == [
+            (1, 0),
+            (2, 0.1),
+            (3, 0.2),
+            (4, 0.3),
+        ]
 
 
 def test_a_broken_image_is_named_once_over_all_starts(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

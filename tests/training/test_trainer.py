@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ from dc_ssdae.training.evaluation import Evaluation
 from dc_ssdae.training.launch import resume_run, start_run
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.run import RunFolder, create_run
+from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
 
@@ -170,7 +172,7 @@ def whole_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_a_run_leaves_behind(whole_run: Path, images: Path) -> None:
-    assert [line["step"] for line in lines(whole_run)] == list(range(8))
+    assert [line["step"] for line in lines(whole_run)] == list(range(1, 9)), "steps done"
     for line in read_lines(whole_run / "metrics.jsonl"):
         expected = {"step", "loss/total", "loss/dynamics", "loss/kl", "loss/hooked", "gradient_norm", "lr", *VARIABLE}
         assert set(line) == expected
@@ -206,7 +208,11 @@ def test_a_users_term_trains_and_is_saved(whole_run: Path) -> None:
     assert not any("hooked" in name for name in tensors["ema"])
 
 
-def test_the_same_again_is_the_same(whole_run: Path, images: Path, tmp_path: Path) -> None:
+def test_the_same_again_is_the_same(
+    whole_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing can be written to standard error."""
+    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))  # noqa: SIM115
     torch.manual_seed(77)
     start(run_config(images, losses=HOOKED, evaluate_every=4), tmp_path / "run")
     assert differences(last(tmp_path / "run"), last(whole_run)) == []
@@ -300,7 +306,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
     entries = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [entry.get("skipped") for entry in entries] == [None, None, named, None]
     assert entries[2][named[-1]] is None
-    assert f"step 2 skipped: {', '.join(named)} not finite (1 in a row)" in capsys.readouterr().err
+    assert f"step 3 skipped: {', '.join(named)} not finite (1 in a row)" in capsys.readouterr().err
     assert last(tmp_path / "run").state["skipped_steps"] == 1
 
 
@@ -311,11 +317,11 @@ def test_after_too_many_in_a_row_the_run_ends(photos: Path, tmp_path: Path) -> N
         start(config, tmp_path / "run")
     message = str(caught.value)
     assert "\n" not in message
-    assert "3 steps in a row are not finite, at last loss/total, loss/hooked at step 5" in message
-    # Steps 1 and 3 to 5 are skipped: what was due after step 2 (steps 0 to 1) is not written, nor after step 4.
+    assert "3 steps in a row are not finite, at last loss/total, loss/hooked at step 6" in message
+    # Steps 2 and 4 to 6 are skipped: what was due after step 2 is not written, nor after step 4.
     assert "there is no checkpoint yet" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_last_good_checkpoint_is_named_and_gone_on_with(whole_run: Path, images: Path, tmp_path: Path) -> None:
@@ -350,7 +356,7 @@ def test_a_last_step_that_is_skipped_ends_the_run_all_the_same(images: Path, tmp
 # --- signals ---
 
 
-@pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGTERM, "schedule_free_radam"), (signal.SIGINT, "adamw")])
+@pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGHUP, "schedule_free_radam"), (signal.SIGINT, "adamw")])
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     photos: Path, tmp_path: Path, number: signal.Signals, optimizer: str
 ) -> None:
@@ -391,9 +397,36 @@ def test_an_evaluation_that_a_signal_came_before_is_done_when_the_run_goes_on(im
 def test_a_signal_in_the_last_step_leaves_a_finished_run(images: Path, tmp_path: Path) -> None:
     Hooked.hook = at({7: send(signal.SIGTERM)})
     config = run_config(images, losses=HOOKED)
-    assert start(config, tmp_path / "run") == Outcome(8, None)
+    assert start(config, tmp_path / "run") == Outcome(8, "SIGTERM"), "there may be no time to evaluate"
+    assert read_lines(tmp_path / "run" / "evaluations.jsonl") == []
+    assert resume(config, tmp_path / "run") == Outcome(8, None)
     assert [line["step"] for line in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [8]
     assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step-00000008"
+    assert resume(config, tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("measured", ["evaluation", "latent"])
+def test_a_signal_ends_an_evaluation_and_a_measurement(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: str
+) -> None:
+    """The weights are saved by then; the next start does what is left, and ends as a run that nothing disturbed."""
+    config = run_config(images, data={"validation_images": 3}, steps=2, latent_statistics=9, batch_size=1)
+    work, calls = {"evaluation": "reconstruct", "latent": "posterior"}[measured], []
+
+    def stopping(step: TrainingStep, pixels: Tensor) -> Any:
+        calls.append(len(list((tmp_path / "run" / "checkpoints").glob("step-00000002"))))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(step, pixels)
+
+    whole = getattr(TrainingStep, work)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, work, stopping)
+        assert start(config, tmp_path / "run") == Outcome(2, "SIGTERM")
+    assert calls == [1], "one batch, after the checkpoint"
+    assert DCSSDAE.from_pretrained(tmp_path / "run" / "model").config.latents_mean is None or measured == "evaluation"
+    assert resume(config, tmp_path / "run") == Outcome(2, None)
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [2]
+    assert DCSSDAE.from_pretrained(tmp_path / "run" / "model").config.latents_mean is not None
     assert resume(config, tmp_path / "run") is None
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from dc_ssdae.cli.train import (
     told_once,
 )
 from dc_ssdae.errors import InputError, ToldElsewhere
+from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
     from dc_ssdae.training.config import RunConfig
@@ -187,7 +188,8 @@ def run(args: argparse.Namespace) -> int:
 
     find_own_classes()
     try:
-        path = _train(args)
+        with StopRequest() if args.resume is not None else nullcontext():
+            path = _train(args)
     except (ReadingFailed, ToldElsewhere):
         raise
     except InputError as error:  # which all processes meet

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dc_ssdae.cli.common import complain, describe
 from dc_ssdae.cli.parser import CommandParser
-from dc_ssdae.errors import InputError, ToldElsewhere, unknown_name
+from dc_ssdae.errors import InputError, ToldElsewhere, lenient_stderr, unknown_name
 
 PROGRAM = "dc-ssdae"
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 where what the user gave cannot be used, 130 after Ctrl-C, 141 where the reader
         of the output has gone. A bug leaves its exception.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    with lenient_stderr():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(words: list[str]) -> int:
     debug = "--debug" in words
     program = PROGRAM
     try:

@@ -4,11 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain
 from dc_ssdae.errors import InputError, ToldElsewhere, counted
+from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
     from dc_ssdae.training.config import RunConfig, TrainingConfig
@@ -75,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     from dc_ssdae.data.loader import ReadingFailed
 
     try:
-        return _run(args)
+        # From here on, not only once the trainer is built: a run that is resumed ends well whenever a signal comes.
+        with StopRequest() if args.resume is not None else nullcontext():
+            return _run(args)
     except (ReadingFailed, ToldElsewhere):
         raise
     except InputError as error:  # which all processes meet

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.labels import folder_classes, folder_labels, names_of_classes
@@ -25,13 +25,7 @@ from dc_ssdae.data.latent_shard import (
     LatentShardReport,
     read_latent_report,
 )
-from dc_ssdae.data.loader import (
-    ValidationImages,
-    enlarged_caveat,
-    in_one_line,
-    is_enlarged,
-    leave_signals_to_the_parent,
-)
+from dc_ssdae.data.loader import ValidationImages, enlarged_caveat, is_enlarged, read_batches, stack
 from dc_ssdae.data.resumable import check_broken, files_sha256
 from dc_ssdae.data.sources import ImageSource, read_labelled
 from dc_ssdae.errors import InputError, counted
@@ -285,15 +279,15 @@ def _write_shards(
 ) -> Iterator[LatentShardReport]:
     """Write shards, and give each one's report; batches do not reach over a shard's end."""
     batches = {number: _batches(job.places(number), batch_size) for number in numbers}
-    loader: DataLoader[ImageBatch] = DataLoader(
-        _LabelledImages(job.images, job.labels),  # type: ignore[arg-type]  # what is read is not yet a batch
+    images = job.images
+    stream = read_batches(
+        _LabelledImages(images, job.labels),
+        _collate,
+        workers if numbers else 0,
+        images.workers_option,
+        batch_size * 3 * images.image_size**2,
         batch_sampler=[places for number in numbers for places in batches[number]],
-        collate_fn=_collate,
-        num_workers=workers if numbers else 0,
-        worker_init_fn=leave_signals_to_the_parent(),
-        generator=torch.Generator(),
     )
-    stream = in_one_line(loader)
     for number in numbers:
         shard = LatentShard(job.folder, number, job.encoder, job.settings)
         for places in batches[number]:
@@ -337,7 +331,7 @@ class _LabelledImages(Dataset[_Image]):
 
 def _collate(images: Sequence[_Image]) -> ImageBatch:
     pixels, labels, names, broken, enlarged = zip(*images, strict=True)
-    return ImageBatch(torch.stack(pixels), list(labels), list(names), list(broken), sum(enlarged))
+    return ImageBatch(stack(pixels), list(labels), list(names), list(broken), sum(enlarged))
 
 
 def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:

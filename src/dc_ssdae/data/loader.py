@@ -3,17 +3,19 @@
 import atexit
 import multiprocessing
 import os
+import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing.synchronize import Event
 from types import FrameType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dc_ssdae.data.order import EpochOrder
 from dc_ssdae.data.sources import ImageSource
@@ -28,6 +30,17 @@ MOST_REPLACEMENTS = 100
 """Broken images in a row, each drawn at random, after which the data set is given up."""
 
 MOST_WORKERS = 8
+
+AHEAD = 2
+"""Batches that each worker reads ahead."""
+
+POLL_SECONDS = 2
+"""How often a wait for a batch looks at signals and at the workers."""
+
+STALLED_SECONDS = 1800
+"""Without any batch, after which the readers have stalled."""
+
+SHARED_MEMORY = "/dev/shm"
 
 
 class ReadingFailed(InputError):
@@ -65,7 +78,7 @@ class Batch(NamedTuple):
     def of(cls, samples: Sequence[Sample]) -> "Batch":
         """Stack samples."""
         pixels, draw, broken = zip(*samples, strict=True)
-        return cls(torch.stack(pixels), torch.stack(draw), [image for images in broken for image in images])
+        return cls(stack(pixels), stack(draw), [image for images in broken for image in images])
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,7 @@ class ValidationImages(Dataset[ValidationImage]):
         image_size: side S in pixels.
         limit: how many, at most.
         prepare: resizes and cuts in another way: from uint8 (3, H, W) and S to (3, S, S); can be pickled.
+        workers_option: what a user calls the number of processes that read them.
     """
 
     def __init__(
@@ -191,10 +205,12 @@ class ValidationImages(Dataset[ValidationImage]):
         image_size: int,
         limit: int,
         prepare: Callable[[Tensor, int], Tensor] | None = None,
+        workers_option: str = "--workers",
     ) -> None:
         count = min(len(source), limit)
         self.source = source
         self.image_size = image_size
+        self.workers_option = workers_option
         self.prepare = prepare or _resize_and_crop
         self.indices = [place * len(source) // count for place in range(count)]
 
@@ -251,19 +267,26 @@ def validation_loader(
     Raises:
         ReadingFailed: the data set can no longer be read.
     """
-    loader: DataLoader[list[ValidationImage]] = DataLoader(
-        images,  # type: ignore[arg-type]
-        sampler=places,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=leave_signals_to_the_parent(),
-        generator=torch.Generator(),
+    size = min(batch_size, max(1, len(places))) * 3 * images.image_size**2
+    batches = read_batches(
+        images, _collate_validation, workers, images.workers_option, size, sampler=places, batch_size=batch_size
     )
-    return in_one_line(loader)
+    for parts in batches:
+        yield [ValidationImage(*image) for image in zip(*parts, strict=True)]
 
 
-def training_loader(samples: TrainingSamples, places: Places, workers: int, pin_memory: bool) -> Iterator[Batch]:
+def _collate_validation(images: Sequence[ValidationImage]) -> tuple[Any, ...]:
+    places, pixels, *others = zip(*images, strict=True)
+    return (places, stack(pixels), *others)  # one tensor: each takes a descriptor of its own to get to the parent
+
+
+def training_loader(
+    samples: TrainingSamples,
+    places: Places,
+    workers: int,
+    pin_memory: bool,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Batch]:
     """Read batches ahead in worker processes; with 0 workers, in this one.
 
     Args:
@@ -271,51 +294,122 @@ def training_loader(samples: TrainingSamples, places: Places, workers: int, pin_
         places: which, batch by batch.
         workers: processes.
         pin_memory: put the batches where a GPU copies from fastest.
-
-    Raises:
-        InputError: as reading a sample does.
-    """
-    loader: DataLoader[Batch] = DataLoader(
-        samples,  # type: ignore[arg-type]  # what is read is a Sample, what comes out a Batch
-        batch_sampler=places,
-        collate_fn=Batch.of,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_the_parent(),
-        generator=torch.Generator(),  # else the loader would draw its base seed from the default generator
-    )
-    return in_one_line(loader)
-
-
-def in_one_line(loader: Iterable[T]) -> Iterator[T]:
-    """Go through a loader; what a worker raises, with its traceback in the message, becomes one line.
+        stop: asked before each batch and while waiting for one; where it answers True, there are no more.
 
     Raises:
         ReadingFailed: the data set cannot be read.
     """
+    size = places.size * 3 * samples.drawing.image_size**2
+    return read_batches(
+        samples, Batch.of, workers, "data.workers", size, stop, batch_sampler=places, pin_memory=pin_memory
+    )
+
+
+def read_batches(
+    dataset: Any,
+    collate: Callable[[Any], T],
+    workers: int,
+    workers_option: str,
+    batch_bytes: int,
+    stop: Callable[[], bool] = lambda: False,
+    **settings: Any,
+) -> Iterator[T]:
+    """Read batches with PyTorch's loader; whatever goes wrong in its processes becomes one line.
+
+    Args:
+        dataset: as of `DataLoader`.
+        collate: makes a batch of what the data set gives; it puts tensors together by `stack`.
+        workers: processes that read; 0 reads in this one.
+        workers_option: what a user calls their number.
+        batch_bytes: size of a batch in bytes.
+        stop: as `training_loader`'s.
+        settings: further ones of `DataLoader`.
+
+    Raises:
+        ReadingFailed: the data set cannot be read, a process was ended, or nothing comes any more.
+        InputError: the batches that are read ahead do not fit into the shared memory.
+    """
+    if workers:
+        _check_shared_memory((workers * AHEAD + 1) * batch_bytes, batch_bytes, workers_option)
+    loader = DataLoader(
+        dataset,
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
+        timeout=POLL_SECONDS if workers else 0,
+        worker_init_fn=partial(_leave_signals, _exiting()),
+        generator=torch.Generator(),  # else the loader would draw its base seed from the default generator
+        **settings,
+    )
+    # PyTorch's handler raises anywhere, also in the middle of an optimiser's step, when a worker dies. Waiting for the
+    # next batch notices it too.
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    waited = 0
+    while not stop():
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            line = " ".join(str(error).split())
+            if line.startswith("DataLoader timed out"):
+                waited += POLL_SECONDS
+                if waited < STALLED_SECONDS:
+                    continue
+                line = f"no image was read for {waited // 60} minutes"
+            elif line.startswith("DataLoader worker") or not isinstance(error, RuntimeError):
+                line = f"a process that reads images was ended from outside ({line})"
+            elif "shared memory" in line:
+                line = f"the shared memory is full ({line[line.index('unable') :] if 'unable' in line else line})"
+            else:
+                raise
+            raise ReadingFailed(
+                f"{line}; give it more memory, or shared memory (/dev/shm; docker run --shm-size), or try fewer "
+                f"{workers_option}"
+            ) from None
+        except (InputError, OSError) as error:
+            line = str(error).strip().splitlines()[-1]
+            raise ReadingFailed(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
+        waited = 0
+        yield batch
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors; in a worker, where the parent can read them.
+
+    The queue would share them as well, in a thread whose failure on a full /dev/shm nobody hears of.
+    """
+    stacked = torch.stack(list(tensors))
+    return stacked if get_worker_info() is None else stacked.share_memory_()
+
+
+def _check_shared_memory(needed: int, batch_bytes: int, workers_option: str) -> None:
     try:
-        yield from loader
-    except (InputError, OSError) as error:
-        line = str(error).strip().splitlines()[-1]
-        raise ReadingFailed(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise ReadingFailed(
-            f"a process that reads images was ended from outside ({' '.join(str(error).split())}); it may lack memory, "
-            "or shared memory (/dev/shm): give it more, or try fewer data.workers"
-        ) from None
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # a system without
+        return
+    if needed > free:
+        fitting = max(0, (free // batch_bytes - 1) // AHEAD)
+        raise InputError(
+            f"batches that are read ahead take {needed / 2**20:,.0f} MiB of shared memory, and {SHARED_MEMORY} has "
+            f"{free / 2**20:,.0f} MiB free; give it more (docker run --shm-size), or set {workers_option} to {fitting}"
+        )
 
 
-def leave_signals_to_the_parent() -> Callable[[int], None]:
-    """Make a loader's `worker_init_fn` that ignores what a cluster or Ctrl-C sends to all processes at once.
+@cache
+def _exiting() -> Event:
+    """Set when this process exits.
 
-    The parent ends its workers after saving. When it exits with an exception that still holds a loader, Python ends
-    them by SIGTERM and waits for them: from then on they obey it.
+    Workers ignore what a cluster or Ctrl-C sends to all processes at once: the parent ends them after saving. When it
+    exits with an exception that still holds a loader, Python ends them by SIGTERM and waits for them: from then on
+    they obey it.
     """
     exiting = multiprocessing.Event()
     atexit.register(exiting.set)
-    return partial(_leave_signals, exiting)
+    return exiting
 
 
 def _leave_signals(exiting: Event, worker: int) -> None:
@@ -323,7 +417,8 @@ def _leave_signals(exiting: Event, worker: int) -> None:
         if exiting.is_set():
             os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
 
 

@@ -1,7 +1,6 @@
 """The networks that metrics look through, from weights that are on this machine; nothing is downloaded unasked."""
 
 import contextlib
-import hashlib
 import importlib.util
 import math
 import os
@@ -24,6 +23,7 @@ from dc_ssdae.evaluation.estimates import METRICS
 from dc_ssdae.evaluation.frechet import REPLICATES, FrechetDistance
 from dc_ssdae.evaluation.metrics import mse_each, psnr_each, scikit_ssim_each, ssim_each
 from dc_ssdae.evaluation.protocol import Protocol
+from dc_ssdae.files import sha256
 from dc_ssdae.losses.backbones import (
     FOLDER_VARIABLE,
     WeightsFile,
@@ -342,12 +342,6 @@ def published_prefix(file: WeightsFile) -> str | None:
     """The first eight digits of the SHA-256 that PyTorch Hub's files have in their names."""
     match = re.search(r"-([0-9a-f]{8})\.pth$", file.names[0])
     return match.group(1) if match else None
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(title: str, file: WeightsFile) -> Path:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import sha256, write_whole
 from dc_ssdae.weights import read_safetensors
 
 FORMAT = 1
@@ -61,6 +62,10 @@ class CheckpointFolder:
     def save(self, checkpoint: Checkpoint, is_best: bool = False) -> Path:
         """Write a checkpoint, make it the last and perhaps the best, and remove those that nothing keeps.
 
+        Args:
+            checkpoint: of a step that is written already, without its tensors: another state takes the place of that.
+            is_best: whether it is the best so far.
+
         Returns:
             The checkpoint's folder.
 
@@ -69,7 +74,9 @@ class CheckpointFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / f"step-{checkpoint.state['step']:08d}"
-        if self.last() != target.resolve():
+        if not checkpoint.tensors:
+            write_state(target, checkpoint.state, read_state(target).get("sha256"))
+        elif self._linked(LAST) != target.resolve():
             self._write(target, checkpoint)
             self._link(LAST, target)
         if is_best:
@@ -136,7 +143,7 @@ class CheckpointFolder:
         """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
         if not self.path.is_dir():
             return
-        last = self.last()
+        last = self._linked(LAST)
         kept = {folder.name for folder in (last, self.best()) if folder is not None}
         for step, folder in self._folders().items():
             lasting = self.keep_every is not None and step % self.keep_every == 0
@@ -176,14 +183,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         OSError: they cannot be written.
     """
     folder.mkdir()
+    checksums = {}
     for name in TENSOR_FILES:
-        write_tensors(folder / f"{name}.safetensors", checkpoint.tensors[name])
-    with (folder / "state.json").open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **checkpoint.state}, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync(folder)
+        path = folder / f"{name}.safetensors"
+        write_tensors(path, checkpoint.tensors[name])
+        checksums[name] = sha256(path)
+    write_state(folder, checkpoint.state, checksums)
+
+
+def write_state(folder: Path, state: Mapping[str, Any], checksums: Mapping[str, str] | None) -> None:
+    """Write a checkpoint's state.json, with the checksums of its files of tensors.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = json.dumps({"format": FORMAT, **state, "sha256": checksums}, indent=2, allow_nan=False)
+    write_whole(folder / "state.json", f"{content}\n".encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -212,8 +227,28 @@ def read_checkpoint(folder: Path, required: Iterable[str] = ()) -> Checkpoint:
     Raises:
         InputError: a file is missing or damaged, or of another version of the format.
     """
-    state = read_state(folder, required)
-    return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
+    try:
+        state = read_state(folder, required)
+        check_tensors(folder, TENSOR_FILES)
+        state.pop("sha256", None)  # of these files; others will have their own
+        return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
+    except InputError as error:
+        others = [entry.name for entry in folder.parent.glob("step-*") if entry.name != folder.name]
+        advice = f"; to go on from another checkpoint: ln -sfn {max(others)} {folder.parent / LAST}" if others else ""
+        raise InputError(f"{error}{advice}") from error
+
+
+def check_tensors(folder: Path, names: Iterable[str]) -> None:
+    """Refuse files of a checkpoint that are not as they were written; without checksums, as of old, all are taken.
+
+    Raises:
+        InputError: names the file.
+    """
+    checksums = read_state(folder).get("sha256") or {}
+    for name in names:
+        path = folder / f"{name}.safetensors"
+        if name in checksums and path.is_file() and sha256(path) != checksums[name]:
+            raise InputError(f"{path} is damaged: it is not what was written there")
 
 
 def read_state(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _images(config: RunConfig, limit: int) -> tuple[ValidationImages, str]:
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
     source, kind = (sources.train, "training") if sources.validation is None else (sources.validation, "validation")
-    return ValidationImages(source, data.image_size, limit), kind
+    return ValidationImages(source, data.image_size, limit, workers_option="data.workers"), kind
 
 
 @torch.inference_mode()

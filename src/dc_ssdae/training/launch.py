@@ -14,7 +14,7 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
 
 from dc_ssdae.data.sources import ImageSources, open_sources
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, lenient_stderr
 from dc_ssdae.files import naming
 from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import build_model, check_components, fetch_backbones
@@ -51,7 +51,7 @@ def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False
         InputError: the configuration, the data, the processes or the folder do not fit.
         TrainingFailed: as `Trainer.run`.
     """
-    with StopRequest() as stop, naming(path):
+    with StopRequest() as stop, lenient_stderr(), naming(path):
         accelerator = start_processes(config.training.processes, cpu)
         sources = _check(config, accelerator, starts=True)
         teacher = None if config.distillation is None else model_folder(config.distillation.teacher)
@@ -100,7 +100,7 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
             finally:
                 lock.release()
         return None
-    with StopRequest() as stop, naming(path):
+    with StopRequest() as stop, lenient_stderr(), naming(path):
         accelerator = start_processes(config.training.processes, cpu)
         teacher = run.teacher if run.teacher.is_dir() else None
         sources = _check(config, accelerator, run.checkpoints.last() is None, teacher)

@@ -62,8 +62,12 @@ class JsonLines:
                 self._warn(f"{self.path} cannot be written ({error.strerror or error}); its lines are kept in memory")
             self._failing = True
 
-    def cut(self, step: float) -> None:
+    def cut(self, step: float, first: int = 0) -> None:
         """Keep the lines of steps before `step`, and whole lines alone: what comes after is about to be done again.
+
+        Args:
+            step: the first that is not kept.
+            first: of the file's first line; where it is lower, as in files that counted from 0, all lines are raised.
 
         Raises:
             OSError: the shorter file cannot be written; the longer one stays.
@@ -71,11 +75,17 @@ class JsonLines:
         if not self.path.is_file():
             return
         content = self.path.read_bytes()
-        lines = []
+        lines: list[bytes] = []
+        raised = 0
         for line in content.splitlines(keepends=True):
             entry = _parse(line)
-            if line.endswith(b"\n") and isinstance(entry, dict) and entry.get("step", math.inf) < step:
-                lines.append(line)
+            if not line.endswith(b"\n") or not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                continue
+            if not lines:
+                raised = max(0, first - entry["step"])
+            entry["step"] += raised
+            if entry["step"] < step:
+                lines.append(json.dumps(entry).encode() + b"\n" if raised else line)
         kept = b"".join(lines)
         if kept == content:
             return
@@ -105,7 +115,7 @@ class Loggers:
         run: the folder.
         config: of the run.
         active: False for processes that stay silent.
-        first_step: that this start of the run goes on from; later lines of an earlier start are cut.
+        first_step: steps done before this start of the run; later lines of an earlier start are cut.
         seconds: of training that earlier starts took.
         evaluated_at: step of the last evaluation that counts; None is `first_step`.
 
@@ -134,7 +144,7 @@ class Loggers:
         self._named: set[str] = set()
         if not active:
             return
-        self._metrics.cut(first_step)
+        self._metrics.cut(first_step + 1, first=1)
         self._evaluations.cut((first_step if evaluated_at is None else evaluated_at) + 1)
         self._broken.cut(math.inf)
         self._named = {line["name"] for line in read_lines(run.broken_images) if "name" in line}
@@ -150,7 +160,7 @@ class Loggers:
             tqdm.write(message, file=sys.stderr)
 
     def step(self, entry: Mapping[str, Any]) -> None:
-        """Log a step: `step`, `loss/…`, `gradient_norm`, `lr`, `images_per_second`, `seconds`, `memory_gib`."""
+        """Log a step: `step` (done), `loss/…`, `gradient_norm`, `lr`, `images_per_second`, `seconds`, `memory_gib`."""
         if not self.active:
             return
         self._metrics.write(entry)
@@ -162,7 +172,7 @@ class Loggers:
         self._log_scalars({name if "/" in name else f"train/{name}": v for name, v in scalars.items()}, entry["step"])
         loss = scalars.get("loss/total")
         shown = "not finite" if loss is None else f"{loss:.4g}"
-        done = entry["step"] + 1
+        done = entry["step"]
         by_steps = self._bar.unit == "step"
         step = "" if by_steps else f"step {done}, "
         now = entry["images_per_second"]
@@ -225,7 +235,8 @@ class Loggers:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            self._tensorboard = SummaryWriter(str(self.run.tensorboard), purge_step=self._first_step or None)
+            purge_step = self._first_step + 1 if self._first_step else None
+            self._tensorboard = SummaryWriter(str(self.run.tensorboard), purge_step=purge_step)
         except OSError as error:
             self._give_up_tensorboard(error)
 

@@ -30,7 +30,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_card import note_provenance
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
-from dc_ssdae.training.checkpoint import CheckpointFolder, read_state, sync
+from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, sync
 from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
 
@@ -183,7 +183,7 @@ def create_run(
 
 
 def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
-    """Whether the last checkpoint has the whole budget behind it.
+    """Whether the last checkpoint has the whole budget behind it, and what is done at the end.
 
     Raises:
         InputError: the checkpoint is damaged.
@@ -192,7 +192,7 @@ def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
     if last is None:
         return False
     state = read_state(last)
-    return training.progress(state["step"], state["seconds"]) >= 1.0
+    return training.progress(state["step"], state["seconds"]) >= 1.0 and not state.get("incomplete")
 
 
 class RunLock:
@@ -288,6 +288,7 @@ def recover_run(run: RunFolder) -> None:
     statistics = None if measured is None else LatentStatistics(**measured)
     provenance = state.get("provenance")
     if not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
+        check_tensors(last, ["ema"])
         latent_stays = keeps_latent(state.get("settings", {}).get("training.train"))
         publish_model(run, last / "ema.safetensors", statistics, latent_stays, provenance)
         return

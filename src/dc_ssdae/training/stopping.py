@@ -1,20 +1,20 @@
-"""Being asked to stop: SIGTERM of a cluster that wants its machine back, SIGINT of Ctrl-C."""
+"""Being asked to stop: SIGTERM of a cluster, SIGINT of Ctrl-C, SIGHUP of a terminal that is closed."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 3
 """So many SIGINTs interrupt at once; two may be one wish, because launchers pass on what the terminal has sent too."""
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT only set `name`, until the third SIGINT.
+    """While entered, SIGTERM, SIGINT and SIGHUP only set `name`, until the third SIGINT.
 
-    Outside the main thread, where Python cannot handle signals, it does nothing. Of two, one within the other, the
-    outer one hears of the wish when the inner one is left.
+    A signal that is ignored, as SIGHUP under nohup, stays so. Outside the main thread, where Python cannot handle
+    signals, this does nothing. Of two, one within the other, each hears of the other's wish.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,14 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                handler = signal.getsignal(number)
+                if handler == signal.SIG_IGN:
+                    continue
+                self._previous[number] = signal.signal(number, self._note)
+                outer = getattr(handler, "__self__", None)
+                if isinstance(outer, StopRequest):
+                    self.name = outer.name
         return self
 
     def __exit__(

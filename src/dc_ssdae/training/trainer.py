@@ -3,11 +3,11 @@
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from dc_ssdae.data.loader import (
     enlarged_caveat,
     training_loader,
 )
-from dc_ssdae.data.sources import ImageSources
+from dc_ssdae.data.sources import ImageSource, ImageSources
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import read_config
@@ -38,7 +38,7 @@ from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
-from dc_ssdae.training.distributed import on_main_process
+from dc_ssdae.training.distributed import everyone, on_main_process
 from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
 from dc_ssdae.training.evaluation import evaluate, measure_latent
 from dc_ssdae.training.initial import check_terms_are_trained, load_initial_weights
@@ -56,6 +56,8 @@ from dc_ssdae.training.run import RunFolder, publish_model
 from dc_ssdae.training.step import TrainingStep, draw_noise
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.tensors import gathered, whole
+
+T = TypeVar("T")
 
 EVALUATION_BATCH = 16
 
@@ -79,6 +81,10 @@ STATE = (
 
 class TrainingFailed(InputError):
     """A run that cannot go on; the message names what is left of it."""
+
+
+class Stopped(Exception):
+    """Some process was asked to end the run."""
 
 
 class Outcome(NamedTuple):
@@ -122,6 +128,10 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._saved_at: int | None = None
         self._evaluated_at: int | None = None
+        self._measured_at: int | None = None
+        self._batches: Iterator[Batch] = iter(())
+        self._upcoming: list[Batch] = []
+        self._unreadable: InputError | None = None
         self._latent_statistics: LatentStatistics | None = None
         self._latent_is_known = config.training.keeps_latent and run.latent_is_known()
         self._broken = {str(line.get("name")) for line in read_lines(run.broken_images) if line.get("split") == "train"}
@@ -174,7 +184,7 @@ class Trainer:
         if checkpoint is not None:
             self.load_state_dict(checkpoint)
 
-    def state_dict(self) -> Checkpoint:
+    def state_dict(self, with_tensors: bool = True) -> Checkpoint:
         """The whole state; every process must take part in gathering it, and the main one alone has the tensors."""
         is_main = self.accelerator.is_main_process
         optimizer = optimizer_state(self.optimizer, self.module)
@@ -194,6 +204,8 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             "evaluated_at": self._evaluated_at,
+            "measured_at": self._measured_at,
+            "incomplete": self._is_incomplete(),
             "best": self.best,
             "latent_statistics": None if self._latent_statistics is None else asdict(self._latent_statistics),
             "provenance": self._provenance(),
@@ -213,6 +225,7 @@ class Trainer:
         tensors = {
             file: {name: full for name, tensor in group.items() if (full := whole(tensor, is_main)) is not None}
             for file, group in groups.items()
+            if with_tensors
         }
         return Checkpoint(tensors, state)
 
@@ -259,6 +272,7 @@ class Trainer:
         still_true = self.is_finished() or self.config.training.keeps_latent
         measured = state.get("latent_statistics") if still_true else None
         self._latent_statistics = None if measured is None else LatentStatistics(**measured)
+        self._measured_at = state.get("measured_at", None if measured is None else self.step)
 
     def _names_sha256(self) -> str | None:
         """What tells the images' names; of a data set that has none of its own, nothing."""
@@ -281,7 +295,6 @@ class Trainer:
             TrainingFailed: too many steps in a row are not finite, or the last checkpoint cannot be written.
             InputError: too many images cannot be read.
         """
-        training = self.config.training
         stopped = False
         is_main = self.accelerator.is_main_process
         evaluated_at = self._evaluated_at or 0
@@ -294,58 +307,125 @@ class Trainer:
                     f"step {self.step}: this run was begun by an earlier version, which drew levels and noise with the "
                     "images; from here on they are drawn in the training step, and are others"
                 )
-            if self._evaluation_due() and self.step and self._evaluated_at != self.step:
-                # A signal came in the very step that was to be evaluated. The weights are saved, the score is not.
-                is_best = self._evaluate(loggers)
-                self._save(loggers, is_best)
-            batches = iter(self._loader())
-            self._mark = time.monotonic()
-            while not stopped and not self.is_finished():
-                stopped = self._train_step(list(islice(batches, training.accumulation_steps)), loggers)
-                if stopped and self.is_finished():
-                    # It has come to its end all the same; saved first, because there may be little time.
-                    self._save(loggers)
-                    stopped = False
-                # A run of skipped steps may end in failure, which is to name what was before it; at the end it has not.
-                if not stopped and (not self._skipped_in_a_row or self.is_finished()):
-                    self._after_step(loggers)
-            if self._saved_at != self.step:
+            try:
+                self._train(loggers)
+            except Stopped:
+                stopped = True
+            if self.step and self._saved_at != self.step:
                 self._save(loggers, must=True)
-        return Outcome(self.step, (self.stop.name or "a signal to another process") if stopped else None)
+        if not stopped or (self.is_finished() and not self._is_incomplete()):
+            return Outcome(self.step, None)
+        return Outcome(self.step, self.stop.name or "a signal to another process")
+
+    def _train(self, loggers: Loggers) -> None:
+        """Do steps until the budget is spent.
+
+        Raises:
+            Stopped: a signal asked for the end; what was done is saved, or the weights are as they were.
+        """
+        if self.step and self._is_incomplete():
+            self._complete(loggers)  # a signal came before that was done
+        self._batches = self._loader()
+        self._mark = time.monotonic()
+        self._upcoming = self._fetch()
+        _, exchanged = self._exchange(torch.zeros(0, device=self.accelerator.device))
+        self._check_exchanged(exchanged, loggers)
+        while not self.is_finished():
+            exchanged = self._train_step(loggers)
+            self._check_exchanged(exchanged, loggers)
+            # A run of skipped steps may end in failure, which is to name what was before it; at the end it has not.
+            if not self._skipped_in_a_row or self.is_finished():
+                self._after_step(loggers)
+
+    def _fetch(self) -> list[Batch]:
+        """Read the batches of the next step; none where that fails, or a signal comes meanwhile: see `_exchange`."""
+        try:
+            return list(islice(self._batches, self.config.training.accumulation_steps))
+        except InputError as error:
+            self._unreadable = error
+            return []
+
+    def _check_exchanged(self, exchanged: "Exchanged", loggers: Loggers) -> None:
+        """End the run where some process cannot read its next batch, or was asked to stop.
+
+        Raises:
+            InputError: what cannot be read; the steps that are done are saved.
+            Stopped: a signal.
+        """
+        if exchanged.unreadable:
+            if self.step and self._saved_at != self.step:
+                self._save(loggers)
+            everyone(self.accelerator, self._raise_unreadable)
+        if exchanged.stop:
+            raise Stopped
+
+    def _raise_unreadable(self) -> None:
+        if self._unreadable is not None:
+            raise self._unreadable
 
     def _after_step(self, loggers: Loggers) -> None:
-        """Measure the latent, evaluate and save where that is due."""
-        training = self.config.training
-        measured = self.is_finished() and training.latent_statistics > 0 and not self._latent_is_known
-        if measured:
-            self._latent_statistics = self._measure_latent(loggers)
-        if self._evaluation_due():
-            best = self.best
-            is_best = self._evaluate(loggers)
-            if not self._save(loggers, is_best):
-                self.best = best  # there is no checkpoint of it
-        elif self.step % training.checkpoint_every == 0 or measured:
-            self._save(loggers)
-        else:
-            return
-        self._mark = time.monotonic()  # the clock is of training alone
+        """Save, measure the latent and evaluate where that is due."""
+        incomplete = self._is_incomplete()
+        if incomplete or self.step % self.config.training.checkpoint_every == 0:
+            self._save(loggers)  # first: to evaluate may take longer than a launcher waits after its signal
+            if incomplete:
+                self._complete(loggers)
+            self._mark = time.monotonic()  # the clock is of training alone
 
-    def _evaluation_due(self) -> bool:
-        if self.sources.validation is None:
+    def _complete(self, loggers: Loggers) -> None:
+        """Measure the latent and evaluate, where that is due at this step, and save what came out."""
+        best, is_best = self.best, False
+        if self._measuring_is_due():
+            self._latent_statistics = self._measure_latent(loggers)
+            self._measured_at = self.step
+        if self._evaluation_is_due():
+            is_best = self._evaluate(loggers)
+        if not self._save(loggers, is_best):
+            self.best = best  # there is no checkpoint of it
+
+    def _is_incomplete(self) -> bool:
+        """Whether something else than training is to be done before the next step."""
+        return self._measuring_is_due() or self._evaluation_is_due()
+
+    def _measuring_is_due(self) -> bool:
+        wanted = self.config.training.latent_statistics > 0 and not self._latent_is_known
+        return wanted and self.is_finished() and self._measured_at != self.step
+
+    def _evaluation_is_due(self) -> bool:
+        if self.sources.validation is None or self._evaluated_at == self.step:
             return False
         return self.step % self.config.training.evaluate_every == 0 or self.is_finished()
 
-    def _train_step(self, batches: Sequence[Batch], loggers: Loggers) -> bool:
-        """Do one step and log it; says whether some process was asked to stop."""
+    def _unless_stopped(self, work: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
+        """Make a function of a batch that raises `Stopped` where some process has been asked to stop.
+
+        All processes call it equally often.
+        """
+
+        def run(pixels: Tensor) -> T:
+            asked = torch.tensor(float(self.stop.name is not None), device=self.accelerator.device)
+            if sum_over_processes(asked).item() > 0.0:
+                raise Stopped
+            return work(pixels)
+
+        return run
+
+    def _images(self, source: ImageSource, limit: int) -> ValidationImages:
+        return ValidationImages(source, self.config.data.image_size, limit, workers_option="data.workers")
+
+    def _train_step(self, loggers: Loggers) -> "Exchanged":
+        """Do one step, of the batches that were read before, and log it."""
         step, training = self.step, self.config.training
         seed_ambient(training.seed, step, self.accelerator.process_index)
         lr = training.learning_rate(training.progress(step + 0.5, self.seconds))
         set_learning_rate(self.optimizer, lr)
         statistics = [buffer.clone() for buffer in self._buffers]
-        local_losses, norm = self._gradient(batches)
-        broken = [image for batch in batches for image in batch.broken]
-        losses, gradient_norm, exchanged = self._exchange(local_losses, norm, len(broken))
-
+        local_losses, norm = self._gradient(self._upcoming)
+        broken = [image for batch in self._upcoming for image in batch.broken]
+        # Before the processes agree, so that all know where one of them can go no further.
+        self._upcoming = self._fetch()
+        (*values, gradient_norm), exchanged = self._exchange(torch.cat([local_losses, norm.reshape(1)]), len(broken))
+        losses = dict(zip(self._loss_names, values, strict=True))
         not_finite = [f"loss/{name}" for name, value in losses.items() if not math.isfinite(value)]
         if not not_finite and not math.isfinite(gradient_norm):
             not_finite = ["gradient_norm"]
@@ -365,7 +445,7 @@ class Trainer:
         self.step += 1
         self.seconds += exchanged.lap
         entry: dict[str, Any] = {
-            "step": step,
+            "step": self.step,
             **{f"loss/{name}": value for name, value in losses.items()},
             "gradient_norm": gradient_norm,
             "lr": lr,
@@ -377,10 +457,10 @@ class Trainer:
         }
         loggers.step(entry)
         if not_finite:
-            self._report_skipped(step, not_finite, overflow, loggers)
+            self._report_skipped(not_finite, overflow, loggers)
         if exchanged.broken:
-            self._report_broken(broken, step, loggers)
-        return exchanged.stop
+            self._report_broken(broken, loggers)
+        return exchanged
 
     def _gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Add up the gradient of this step; gives this process's losses (total, then terms), and the whole norm."""
@@ -415,21 +495,20 @@ class Trainer:
                     "leave it out, or switch off its requires_grad"
                 )
 
-    def _exchange(self, losses: Tensor, norm: Tensor, broken: int) -> "tuple[dict[str, float], float, Exchanged]":
-        """Agree with the other processes: one sum, and one wait for the device, in a step."""
+    def _exchange(self, values: Tensor, broken: int = 0) -> "tuple[list[float], Exchanged]":
+        """Take the mean of values (N,) over the processes and agree: one sum, and one wait for the device, per step."""
         now = time.monotonic()
         lap, self._mark = now - self._mark, now
         main_lap = lap if self.accelerator.is_main_process else 0.0
-        flags = torch.tensor([float(self.stop.name is not None), float(broken), main_lap], device=losses.device)
-        *means, stop, broken_everywhere, lap = sum_over_processes(
-            torch.cat([losses, norm.reshape(1).float(), flags])
+        flags = [self.stop.name is not None, self._unreadable is not None, broken, main_lap]
+        *sums, stop, unreadable, broken_everywhere, lap = sum_over_processes(
+            torch.cat([values.float(), torch.tensor(flags, dtype=torch.float32, device=values.device)])
         ).tolist()
-        *values, gradient_norm = (value / self.accelerator.num_processes for value in means)
-        exchanged = Exchanged(stop > 0.0, broken_everywhere > 0.0, lap)
-        return dict(zip(self._loss_names, values, strict=True)), gradient_norm, exchanged
+        means = [value / self.accelerator.num_processes for value in sums]
+        return means, Exchanged(stop > 0.0, unreadable > 0.0, broken_everywhere > 0.0, lap)
 
-    def _report_skipped(self, step: int, not_finite: Sequence[str], overflow: bool, loggers: Loggers) -> None:
-        what = ", ".join(not_finite)
+    def _report_skipped(self, not_finite: Sequence[str], overflow: bool, loggers: Loggers) -> None:
+        what, step = ", ".join(not_finite), self.step
         if overflow:
             loggers.say(f"step {step} skipped: {what} overflows float16; the scale is now {self.scaler.get_scale():g}")
             return
@@ -440,10 +519,10 @@ class Trainer:
                 f"{self._last_good()}"
             )
 
-    def _report_broken(self, mine: list[BrokenImage], step: int, loggers: Loggers) -> None:
-        everyone = gather_object(mine) if self.accelerator.num_processes > 1 else mine
-        loggers.broken(everyone, step, "train")
-        self._broken.update(image.name for image in everyone)
+    def _report_broken(self, mine: list[BrokenImage], loggers: Loggers) -> None:
+        images = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        loggers.broken(images, self.step, "train")
+        self._broken.update(image.name for image in images)
         length, share = len(self.sources.train), self.config.data.max_broken_share
         if len(self._broken) > share * length:
             raise TrainingFailed(
@@ -452,21 +531,23 @@ class Trainer:
             )
 
     def _last_good(self) -> str:
-        last = self.run_folder.checkpoints.last()
+        try:
+            last = self.run_folder.checkpoints.last()
+        except InputError as error:  # somebody has taken it away
+            return str(error)
         return f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
 
     def _evaluate(self, loggers: Loggers) -> bool:
         """Measure the averaged model on validation images; says whether it is the best so far."""
         assert self.sources.validation is not None
         data, training = self.config.data, self.config.training
-        images = ValidationImages(self.sources.validation, data.image_size, data.validation_images)
+        images = self._images(self.sources.validation, data.validation_images)
         model = self.module.model
         self.module.eval()
         try:
             with self.ema.swapped_into(model):
-                result = evaluate(
-                    self.module.reconstruct, images, self.accelerator, self._evaluation_batch(), self._workers
-                )
+                reconstruct = self._unless_stopped(self.module.reconstruct)
+                result = evaluate(reconstruct, images, self.accelerator, self._evaluation_batch(), self._workers)
                 if training.sample_images:
                     self._log_pictures(images, loggers)
         finally:
@@ -493,13 +574,12 @@ class Trainer:
 
     def _measure_latent(self, loggers: Loggers) -> LatentStatistics | None:
         """Mean and standard deviation of the averaged model's latent over training images."""
-        data, training = self.config.data, self.config.training
-        images = ValidationImages(self.sources.train, data.image_size, training.latent_statistics)
+        images = self._images(self.sources.train, self.config.training.latent_statistics)
         self.module.eval()
         try:
             with self.ema.swapped_into(self.module.model):
                 survey = measure_latent(
-                    self.module.posterior,
+                    self._unless_stopped(self.module.posterior),
                     images,
                     self.config.model.latent_channels,
                     self.accelerator,
@@ -534,14 +614,17 @@ class Trainer:
         Raises:
             TrainingFailed: it must be written and cannot be; or the weights are not finite.
         """
-        checkpoint = self.state_dict()
+        checkpoint = self.state_dict(with_tensors=self._saved_at != self.step)
 
-        def write() -> str | None:
-            for name, tensor in checkpoint.tensors["model"].items():
+        def write() -> tuple[bool, str | None]:
+            for name, tensor in checkpoint.tensors.get("model", {}).items():
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise TrainingFailed(f"step {self.step}: {name} is not finite; {self._last_good()}")
             try:
                 folder = self.run_folder.checkpoints.save(checkpoint, is_best)
+            except (OSError, InputError) as error:
+                return False, f"the checkpoint cannot be written ({' '.join(str(error).split())})"
+            try:
                 publish_model(
                     self.run_folder,
                     folder / "ema.safetensors",
@@ -550,20 +633,20 @@ class Trainer:
                     self._provenance(),
                 )
             except OSError as error:
-                return " ".join(str(error).split())
-            return None
+                return True, f"{self.run_folder.model} cannot be written ({' '.join(str(error).split())})"
+            return True, None
 
-        problem = on_main_process(self.accelerator, write)
-        if problem is None:
+        written, problem = on_main_process(self.accelerator, write)
+        if written:
             self._saved_at = self.step
-            return True
-        message = f"step {self.step}: the checkpoint cannot be written ({problem}); {self._last_good()}"
-        if must or self.is_finished():
-            raise TrainingFailed(message)
-        loggers.say(message)
-        return False
+        if problem is not None:
+            message = f"step {self.step}: {problem}; {self._last_good()}"
+            if must or self.is_finished():
+                raise TrainingFailed(message)
+            loggers.say(message)
+        return written
 
-    def _loader(self) -> Iterable[Batch]:
+    def _loader(self) -> Iterator[Batch]:
         config, accelerator = self.config, self.accelerator
         drawing = Drawing(
             seed=config.training.seed,
@@ -582,13 +665,18 @@ class Trainer:
             config.training.accumulation_steps,
         )
         samples = TrainingSamples(self.sources.train, drawing)
-        return training_loader(samples, places, self._workers, accelerator.device.type == "cuda")
+        pin_memory = accelerator.device.type == "cuda"
+        return training_loader(samples, places, self._workers, pin_memory, lambda: self.stop.name is not None)
 
 
 class Exchanged(NamedTuple):
-    """What the processes agree on after a step: whether to stop, whether images are broken, the main one's seconds."""
+    """What the processes agree on after a step.
+
+    That is whether to stop, whether one cannot read its next batch, whether images are broken, and the main one's time.
+    """
 
     stop: bool
+    unreadable: bool
     broken: bool
     lap: float
 
