@@ -105,10 +105,10 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        return wait_tensor(all_reduce(values.contiguous(), "sum", dist.group.WORLD))
+        return wait_tensor(all_reduce(values.contiguous(), "sum", dist.group.WORLD))  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _SumOverProcesses.apply(gradient)
 
 
