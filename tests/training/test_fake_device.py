@@ -5,6 +5,7 @@ on a GPU; where the host asks for a value, a recorder notes who did, and makes o
 out: it wants the device's streams.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -150,10 +151,12 @@ def test_a_training_step_waits_once(
     loggers: Any = SimpleNamespace(step=lambda *_: None, say=lambda *_: None, broken=lambda *_: None)
     pixels = torch.empty(4, 3, SIZE, SIZE, dtype=torch.uint8)
     batch = Batch(pixels=pixels, draw=SimpleNamespace(tolist=lambda: [0, 1, 2, 3]), broken=[])
+    trainer._batches = itertools.repeat(batch)
+    trainer._upcoming = trainer._fetch()
     for finite in (True, True, False):  # the third is thrown away
         with monkeypatch.context() as patch, Waits() as waits:
             patch.setattr(trainer_module, "math", SimpleNamespace(inf=math.inf, isfinite=lambda _, it=finite: it))
-            trainer._train_step([batch], loggers)
+            trainer._train_step(loggers)
         assert waits.by == ["_exchange"]
     assert (trainer.step, trainer.skipped_steps) == (3, 1)
     trainer.module.eval()
