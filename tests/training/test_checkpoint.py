@@ -331,6 +331,14 @@ def test_a_damaged_state_is_named(folder: CheckpointFolder, text: str | None, me
         assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["seconds", "best", "provenance", "latent_statistics", "sha256"])
+def test_a_state_with_a_wrong_type_is_named(folder: CheckpointFolder, name: str) -> None:
+    path = folder.last() / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "x"}))
+    with pytest.raises(InputError, match=rf"{path}: {name} cannot be 'x'"):
+        read_state(folder.last())
+
+
 def test_a_state_that_is_no_text_is_named(folder: CheckpointFolder) -> None:
     (folder.last() / "state.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"state\.json cannot be read") as caught:

@@ -632,6 +632,17 @@ def test_draws_count_modulo(tmp_path: Path) -> None:
     assert cache.read(torch.tensor([4, 1])) is None
 
 
+def test_a_spoiled_result_is_made_again(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, 6)
+    cache.write(torch.arange(2), torch.randn(2, 3, 8, 8))
+    file = tmp_path / "00000001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert cache.read(torch.arange(2)) is None
+    assert cache.read(torch.arange(1)) is not None
+
+
 def test_images_in_channels_last_are_kept(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, 6)
     images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)

@@ -92,6 +92,8 @@ def test_replaced_at_any_operation_it_is_absent_or_complete(tmp_path: Path, fail
         code = run_in_child(lambda path=path: create_run(path, "new: 1\n", "{}", replace=True), point, fail)
         assert code != CRASHED
         found = contents(path) if path.exists() else None
+        if found is not None:
+            found.pop(".lock", None)  # taken to replace it
         assert found in ((old, NEW) if fail else (None, old, NEW)), "a failure leaves the old one there"
         seen.add(None if found is None else found["config.yaml"])
         if code == 0 and point > 5:
@@ -126,6 +128,18 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, there: str, replace: b
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
     if there == "run":
         assert (path / "config.yaml").read_text() == "old: 1\n"
+
+
+def test_a_run_that_is_being_trained_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(lock: RunLock) -> None:
+        raise InputError("another process has it")
+
+    create_run(tmp_path / "run", "old: 1\n", "[]")
+    monkeypatch.setattr(RunLock, "acquire", lose)
+    with pytest.raises(InputError, match="another process has it"):
+        create_run(tmp_path / "run", "new: 1\n", "{}", replace=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "old: 1\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:

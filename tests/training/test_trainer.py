@@ -33,7 +33,7 @@ from dc_ssdae.training.distributed import start_processes
 from dc_ssdae.training.evaluation import Evaluation
 from dc_ssdae.training.launch import resume_run, start_run
 from dc_ssdae.training.logging import Loggers, read_lines
-from dc_ssdae.training.run import RunFolder, create_run
+from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, RunLock, create_run
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
@@ -342,6 +342,26 @@ def test_good_steps_between_forgive(photos: Path, tmp_path: Path) -> None:
     outcome = start(run_config(photos, losses=HOOKED, max_skipped_steps=3), tmp_path / "run")
     assert outcome == Outcome(8, None)
     assert last(tmp_path / "run").state["skipped_steps"] == 4
+
+
+def test_a_run_that_skipped_every_step_fails_without_a_model(images: Path, tmp_path: Path) -> None:
+    Hooked.hook = lambda call, value: value * math.nan
+    with pytest.raises(TrainingFailed, match="all 2 steps were skipped"):
+        start(run_config(images, losses=HOOKED, steps=2, checkpoint_every=1, max_skipped_steps=3), tmp_path / "run")
+    assert not (tmp_path / "run" / "model" / WEIGHTS_FILE).exists()
+    assert len(lines(tmp_path / "run")) == 2
+
+
+def test_who_loses_the_race_for_the_lock_leaves_the_winners_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(lock: RunLock) -> None:
+        raise InputError("another process has it")
+
+    monkeypatch.setattr(RunLock, "acquire", lose)
+    with pytest.raises(InputError, match="another process has it"):
+        start(run_config(images), tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").is_file()
 
 
 def test_a_last_step_that_is_skipped_ends_the_run_all_the_same(images: Path, tmp_path: Path) -> None:

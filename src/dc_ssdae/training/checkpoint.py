@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,31 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, shown
 from dc_ssdae.files import sha256, write_whole
 from dc_ssdae.weights import read_safetensors
 
 FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
 LAST, BEST = "last", "best"
+
+_NUMBER, _MAPPING, _MAPPING_OR_NONE = (int, float), (dict,), (dict, type(None))
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "step": (int,),
+    "seconds": _NUMBER,
+    "skipped_steps": (int,),
+    "skipped_in_a_row": (int,),
+    "evaluated_at": (int, type(None)),
+    "measured_at": (int, type(None)),
+    "best": _MAPPING_OR_NONE,
+    "latent_statistics": _MAPPING_OR_NONE,
+    "provenance": _MAPPING_OR_NONE,
+    "settings": _MAPPING,
+    "images_in_data_set": (int,),
+    "optimizer": _MAPPING,
+    "gradient_scaler": _MAPPING,
+    "sha256": _MAPPING_OR_NONE,
+}
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
@@ -268,9 +287,28 @@ def read_state(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
         raise InputError(f"{path} is not a checkpoint's state of format {FORMAT}")
+    for name, types in _TYPES.items():
+        if name in state and not isinstance(state[name], types):
+            raise InputError(f"{path}: {name} cannot be {shown(state[name])}; the checkpoint is damaged")
     if missing := sorted(set(required) - set(state)):
         raise InputError(f"{path} lacks {missing[0]!r}; the checkpoint is damaged")
     return state
+
+
+@contextmanager
+def refused_as_damaged(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with the parts of a checkpoint's state into an error that names its file.
+
+    Raises:
+        InputError: a part is missing, or is not what it must be.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{folder / 'state.json'} is damaged ({line})") from error
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Distillation: one step learns to land where a frozen teacher lands in several (SPEC section 2, "Distillation")."""
 
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,15 @@ class TeacherCache:
         self._full = False
 
     def read(self, draw: Tensor) -> Tensor | None:
-        """Give the results (B, 3, S, S), float32, of draws (B,); None where one is not there."""
+        """Give the results (B, 3, S, S), float32, of draws (B,); None where one is missing or damaged."""
         found = []
         for number in draw.tolist():
             try:
-                found.append(load_file(self._file(number))["image"])
-            except (OSError, SafetensorError, KeyError):
+                entry = load_file(self._file(number))
+                if entry["crc32"].item() != _crc32(entry["image"]):
+                    return None
+                found.append(entry["image"])
+            except (OSError, SafetensorError, KeyError, RuntimeError):
                 return None
         return torch.stack(found)
 
@@ -132,7 +136,8 @@ class TeacherCache:
             for number, image in zip(draw.tolist(), images.cpu(), strict=True):
                 file = self._file(number)
                 beside = file.with_suffix(".partial")
-                save_file({"image": image.contiguous()}, beside)
+                image = image.contiguous()
+                save_file({"image": image, "crc32": torch.tensor(_crc32(image))}, beside)
                 beside.replace(file)
         except (OSError, SafetensorError) as error:
             self._full = True
@@ -141,3 +146,7 @@ class TeacherCache:
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number % self.count:08d}.safetensors"
+
+
+def _crc32(image: Tensor) -> int:
+    return zlib.crc32(image.numpy().tobytes())

@@ -63,13 +63,7 @@ def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False
 
         on_main_process(accelerator, create)
         run = RunFolder(path, config.training.keep_every)
-        try:
-            return _train(config, run, accelerator, sources, stop)
-        except Exception:
-            # A mistake that only the first step shows: what is mended begins anew, under the same name.
-            if accelerator.is_main_process and run.checkpoints.last() is None and not read_lines(run.metrics):
-                shutil.rmtree(path, ignore_errors=True)
-            raise
+        return _train(config, run, accelerator, sources, stop, is_new=True)
 
 
 def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool = False) -> Outcome | None:
@@ -139,6 +133,7 @@ def _train(
     sources: ImageSources,
     stop: StopRequest,
     config_text: str | None = None,
+    is_new: bool = False,
 ) -> Outcome:
     lock = RunLock(run.path)
     on_main_process(accelerator, lock.acquire)
@@ -163,6 +158,13 @@ def _train(
                 file=sys.stderr,
             )
         return trainer.run()
+    except Exception:
+        # A mistake that only the first step shows: what is mended begins anew, under the same name. Here, because
+        # whoever does not hold the lock would delete another process's run.
+        nothing_done = run.checkpoints.last() is None and not read_lines(run.metrics)
+        if is_new and accelerator.is_main_process and nothing_done:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
     finally:
         lock.release()
 

@@ -30,7 +30,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_card import note_provenance
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
-from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, sync
+from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged, sync
 from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
 
@@ -145,7 +145,7 @@ def create_run(
         teacher: the folder of a model to keep a copy of.
 
     Raises:
-        InputError: something else is there.
+        InputError: something else is there, or the earlier run is being trained.
         OSError: it cannot be written.
     """
     if not (replace and (path / CONFIG_FILE).is_file()):
@@ -158,22 +158,29 @@ def create_run(
         (partial / "model" / "config.json").write_text(model_config_text, encoding="utf-8")
         if teacher is not None:
             (partial / "teacher").mkdir()
-            shutil.copy(teacher / "config.json", partial / "teacher" / "config.json")
-            # Not linked: who writes into the file there would change this one too.
-            shutil.copy(teacher / WEIGHTS_FILE, partial / "teacher" / WEIGHTS_FILE)
+            for name in ("config.json", WEIGHTS_FILE):
+                # Not linked: who writes into the file there would change this one too. Not by shutil.copy, whose
+                # error on a full disk names the file that is read.
+                with (teacher / name).open("rb") as source, (partial / "teacher" / name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy, 2**24)
             for entry in (*(partial / "teacher").iterdir(), partial / "teacher"):
                 sync(entry)
         for entry in (partial / CONFIG_FILE, partial / "model" / "config.json", partial / "model", partial):
             sync(entry)
         if path.exists():
-            old = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-            path.rename(old)
+            lock = RunLock(path)
+            lock.acquire()
             try:
-                partial.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+                old = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+                path.rename(old)
+                try:
+                    partial.rename(path)
+                except BaseException:
+                    old.rename(path)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                lock.release()
         else:
             partial.rename(path)
         sync(path.parent)
@@ -284,8 +291,11 @@ def recover_run(run: RunFolder) -> None:
     if last is None:
         return
     state = read_state(last)
+    if 0 < state["step"] == state.get("skipped_steps"):
+        return  # nothing is trained yet
     measured = state.get("latent_statistics")
-    statistics = None if measured is None else LatentStatistics(**measured)
+    with refused_as_damaged(last):
+        statistics = None if measured is None else LatentStatistics(**measured)
     provenance = state.get("provenance")
     if not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
         check_tensors(last, ["ema"])

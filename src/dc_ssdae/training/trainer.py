@@ -34,7 +34,7 @@ from dc_ssdae.processes import sum_over_processes
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import build_step, place_step
-from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
@@ -182,7 +182,9 @@ class Trainer:
         self._origin = origin(config, before, len(sources.train), self._random_backbones)
         self._evaluations: list[dict[str, Any]] = []
         if checkpoint is not None:
-            self.load_state_dict(checkpoint)
+            assert folder is not None
+            with refused_as_damaged(folder):
+                self.load_state_dict(checkpoint)
 
     def state_dict(self, with_tensors: bool = True) -> Checkpoint:
         """The whole state; every process must take part in gathering it, and the main one alone has the tensors."""
@@ -612,8 +614,14 @@ class Trainer:
             Whether it is written.
 
         Raises:
-            TrainingFailed: it must be written and cannot be; or the weights are not finite.
+            TrainingFailed: it must be written and cannot be; the weights are not finite; or all steps were skipped.
         """
+        untrained = 0 < self.step == self.skipped_steps
+        if untrained and self.is_finished():
+            raise TrainingFailed(
+                f"all {self.step} steps were skipped, because their losses or gradients are not finite; nothing was "
+                f"trained, and no model is written: look at losses, the learning rate and the data; {self._last_good()}"
+            )
         checkpoint = self.state_dict(with_tensors=self._saved_at != self.step)
 
         def write() -> tuple[bool, str | None]:
@@ -624,6 +632,8 @@ class Trainer:
                 folder = self.run_folder.checkpoints.save(checkpoint, is_best)
             except (OSError, InputError) as error:
                 return False, f"the checkpoint cannot be written ({' '.join(str(error).split())})"
+            if untrained:
+                return True, None
             try:
                 publish_model(
                     self.run_folder,
