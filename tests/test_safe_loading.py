@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoModel
+from diffusers.training_utils import EMAModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny
+from tiny_models import TINY_DECODER, tiny, tiny_encoder
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.weights import PICKLE_SUFFIXES, read_safetensors
@@ -355,3 +357,140 @@ def test_an_index_of_an_old_name_never_leads_to_a_pickle(
         DCSSDAE.from_pretrained(folder, variant="fp16")
     index.unlink()
     assert not DCSSDAE.from_pretrained(folder, variant="fp16").training
+
+
+class TestMissing:
+    """What is not there is an OSError too, which diffusers' callers catch."""
+
+    def test_folder_config_file_and_variant(self, copied: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        cases: list[tuple[Path, dict[str, Any]]] = [
+            (tmp_path / "absent", {}),
+            (tmp_path / "empty", {}),
+            (copied, {"subfolder": "vae"}),
+            (copied, {"variant": "fp16"}),
+        ]
+        for folder, arguments in cases:
+            message = refusal(folder, **arguments)
+            with pytest.raises(OSError, match=r"."):
+                DCSSDAE.from_pretrained(folder, **arguments)
+            assert "None" not in message
+        (copied / WEIGHTS).unlink()
+        with pytest.raises(OSError, match="no such file"):
+            DCSSDAE.from_pretrained(copied)
+
+
+class TestDiffusersArguments:
+    """Arguments of diffusers' own `from_pretrained`."""
+
+    def test_what_does_nothing_is_accepted_and_config_entries_are_overridden(self, original: Path) -> None:
+        model, info = DCSSDAE.from_pretrained(
+            original,
+            proxies=None,
+            quantization_config=None,
+            ignore_mismatched_sizes=False,
+            flashpack_kwargs={},
+            parallel_config=None,
+            mirror=None,
+            output_loading_info=True,
+            scaling_factor=0.5,
+        )
+        assert model.config.scaling_factor == 0.5
+        assert not any(info.values())
+        assert DCSSDAE.from_pretrained(original, output_loading_info=False).config.scaling_factor == 1.0
+
+    def test_auto_model_loads_a_part_of_a_pipeline(self, original: Path, tmp_path: Path) -> None:
+        shutil.copytree(original, tmp_path / "vae")
+        index = {"_class_name": "DiffusionPipeline", "vae": ["dc_ssdae", "DCSSDAE"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        assert type(AutoModel.from_pretrained(str(tmp_path), subfolder="vae")) is DCSSDAE
+
+    @pytest.mark.parametrize(
+        "argument",
+        [
+            {"ignore_mismatched_sizes": True},
+            {"quantization_config": {"load_in_8bit": True}},
+            {"proxies": {"https": "proxy.example:80"}},
+            {"scaling_factor": -1.0},
+            {"latent_channels": 5},
+        ],
+        ids=lambda argument: next(iter(argument)),
+    )
+    def test_what_loosens_a_check_or_does_not_fit_is_refused(self, original: Path, argument: dict[str, Any]) -> None:
+        assert next(iter(argument)) in refusal(original, **argument) or "latent_channels" in argument
+
+
+class TestRegistered:
+    """What is put into the config of a model can be loaded."""
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"mine": 1}, {"scaling_factor": "x"}, {"latent_channels": 5}, {"decoder": {}}, {"decay": "high"}],
+        ids=str,
+    )
+    def test_what_could_not_be_loaded_is_refused(self, settings: dict[str, Any]) -> None:
+        model = tiny()
+        before = model.config
+        with pytest.raises(InputError):
+            model.register_to_config(**settings)
+        assert model.config == before
+
+    def test_fitting_settings_come_back(self, tmp_path: Path) -> None:
+        model = tiny()
+        model.register_to_config(scaling_factor=2, shift_factor=0.25)
+        model.save_pretrained(tmp_path)
+        config = DCSSDAE.from_pretrained(tmp_path).config
+        assert (config.scaling_factor, config.shift_factor) == (2.0, 0.25)
+
+    def test_averaged_weights_of_diffusers_are_saved_and_loaded(self, tmp_path: Path) -> None:
+        model = tiny()
+        average = EMAModel(model.parameters(), decay=0.75, model_cls=DCSSDAE, model_config=model.config)
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        average.step(model.parameters())
+        average.save_pretrained(tmp_path)
+        loaded = EMAModel.from_pretrained(tmp_path, DCSSDAE)
+        assert (loaded.decay, loaded.optimization_step) == (0.75, 1)
+        assert all(torch.equal(*pair) for pair in zip(loaded.shadow_params, average.shadow_params, strict=True))
+        loaded.save_pretrained(tmp_path / "again")
+        DCSSDAE.from_pretrained(tmp_path / "again")
+
+
+class TestSize:
+    """One bound on a model's size, reached before memory or time is spent."""
+
+    @pytest.mark.parametrize(
+        ("part", "settings"),
+        [
+            ("decoder", {"middle_layers": 10**9}),
+            ("decoder", {"channels": 4294967296}),
+            ("encoder", {"blocks_per_level": 10**9}),
+            ("encoder", {"channels": 4294967296}),
+            ("encoder", {"depths": [0, 1, 1, 100_000]}),
+        ],
+    )
+    def test_too_large_a_network_is_refused(self, part: str, settings: dict[str, Any]) -> None:
+        kind = "DCEncoder" if "depths" in settings else "KLEncoder"
+        given = {"encoder": tiny_encoder(kind, 8), "decoder": TINY_DECODER}
+        given[part] = {**given[part], "init_args": {**given[part]["init_args"], **settings}}
+        with pytest.raises(InputError):
+            DCSSDAE(4, 8, **given)
+
+
+def test_damaged_headers_and_configs_are_refused(copied: Path) -> None:
+    weights = load_file(copied / WEIGHTS)
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    for kind in (torch.int32, torch.float8_e4m3fn, torch.bool):
+        save_file({**weights, name: weights[name].to(kind)}, copied / WEIGHTS)
+        assert name in refusal(copied)
+    with open(copied / WEIGHTS, "wb") as file:
+        file.write((3 * 2**30).to_bytes(8, "little"))
+        file.truncate(4 * 2**30)
+    refusal(copied)
+    save_file(weights, copied / WEIGHTS)
+    index = copied / f"{STEM}.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, WEIGHTS)}), encoding="utf-8")
+    refusal(copied)
+    index.unlink()
+    (copied / "config.json").write_text("[" * 200_000, encoding="utf-8")
+    refusal(copied)

@@ -1,10 +1,16 @@
 """The parts of a model, encoder, decoder and dynamics: their classes, built-in and users', and their settings."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from dc_ssdae.classes import find_imported, full_name
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
@@ -27,6 +33,9 @@ HANDED_OVER: Mapping[str, tuple[str, ...]] = {
     "dynamics": (),
 }
 """What a part's constructor takes from the model's other settings."""
+
+LARGEST = {"parameters": 10**10, "modules": 5_000}
+"""What a part may have; a stranger's config.json could ask for any size."""
 
 DYNAMICS_METHODS = ("sample_level", "corrupt", "clean_estimate", "loss")
 DYNAMICS_ATTRIBUTES = ("conditions_on_time", "noise_level")
@@ -183,9 +192,14 @@ def build_part(
     kind = find_class(part, name, classes)
     if kind in COMPONENTS[part].values():
         try:
+            with torch.device("meta"), bounded_size(name):  # before any memory is taken
+                kind(**resolved["init_args"], **handed_over)
             return kind(**resolved["init_args"], **handed_over)
         except TypeError as error:
             raise InputError(f"{name}: a setting is of the wrong type: {error}") from error
+        except (RuntimeError, OverflowError, MemoryError) as error:  # more numbers than PyTorch can count
+            first = (str(error).splitlines() or ["out of memory"])[0]
+            raise InputError(f"{name} cannot be built with these settings: {first}") from error
     parameters, _ = _constructor(kind)
     hints = _type_hints(kind)
     settings = {}
@@ -193,7 +207,8 @@ def build_part(
         default = parameters[key].default if key in parameters else None
         settings[key] = _as_hinted(value, hints.get(key, tuple if isinstance(default, tuple) else Any))
     try:
-        built = kind(**settings, **handed_over)
+        with bounded_size(name):
+            built = kind(**settings, **handed_over)
     except InputError:
         raise
     except Exception as error:
@@ -206,6 +221,33 @@ def build_part(
             if not hasattr(built, attribute):
                 raise InputError(f"dynamics {name} has no attribute {attribute}")
     return built
+
+
+@contextmanager
+def bounded_size(name: str) -> Iterator[None]:
+    """Stop the building of a network that gets larger than any autoencoder.
+
+    Raises:
+        InputError: it has more than 10 billion parameters or 5,000 modules.
+    """
+    counts = {"parameters": 0, "modules": 0}
+
+    def count(what: str, more: int) -> None:
+        counts[what] += more
+        if counts[what] > LARGEST[what]:
+            raise InputError(f"{name} has more than {LARGEST[what]:,} {what}: its settings are too large")
+
+    hooks = (
+        register_module_module_registration_hook(lambda *_: count("modules", 1)),
+        register_module_parameter_registration_hook(
+            lambda *given: count("parameters", 0 if given[2] is None else given[2].numel())
+        ),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_posterior(

@@ -13,6 +13,10 @@ class InputError(ValueError):
     """A user's value, file or setting cannot be used; the message is one line that says what would be right."""
 
 
+class MissingInputError(InputError, FileNotFoundError):
+    """A folder or file is not there; also an OSError, which diffusers' callers catch."""
+
+
 class _Lenient:
     """A stream that ignores what it cannot write."""
 

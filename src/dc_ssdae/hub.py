@@ -3,7 +3,7 @@
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import MissingInputError
 
 WEIGHTS_ON_THE_HUB = "diffusion_pytorch_model"
 """Stem of the names that diffusers gives weight files."""
@@ -23,8 +23,7 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
         The folder in the cache that holds config.json.
 
     Raises:
-        InputError: there is no config.json.
-        OSError: the hub, or the model there, is not to be had.
+        MissingInputError: there is no config.json; or the hub, or the model there, is not to be had.
     """
     from huggingface_hub import snapshot_download
 
@@ -36,10 +35,14 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
     )
     prefix = PurePosixPath(subfolder or "")
     given = {key: value for key, value in settings.items() if value is not None}
-    snapshot = snapshot_download(
-        name, allow_patterns=[str(prefix / file) for file in ("config.json", *weights)], **given
-    )
+    patterns = [str(prefix / file) for file in ("config.json", *weights)]
+    try:
+        snapshot = snapshot_download(name, allow_patterns=patterns, **given)
+    except OSError as error:
+        raise MissingInputError(f"{name}: {' '.join(str(error).split())}") from error
     folder = Path(snapshot, prefix)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{name} holds no model{f' in {subfolder}' if subfolder else ''}: config.json is missing")
+        raise MissingInputError(
+            f"{name} holds no model{f' in {subfolder}' if subfolder else ''}: config.json is missing"
+        )
     return folder

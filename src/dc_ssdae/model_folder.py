@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, MissingInputError
 from dc_ssdae.files import check_file, write_whole
 from dc_ssdae.latent import LatentStatistics
 
@@ -27,11 +27,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         hint = f"; the run's model is {folder / 'model'}" if (folder / "config.yaml").is_file() else ""
-        raise InputError(f"{folder} holds no model: config.json is missing{hint}")
+        raise MissingInputError(f"{folder} holds no model: config.json is missing{hint}")
     check_file(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} holds no JSON object")

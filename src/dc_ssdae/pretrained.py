@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from dc_ssdae.components import COMPONENTS, check_classes, check_names, find_class
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, MissingInputError, check_type, shown
 from dc_ssdae.hub import fetch_model
 from dc_ssdae.model_card import create_repository, upload_model, write_model_card
 from dc_ssdae.model_folder import WEIGHTS, may_be_on_the_hub, read_config, weight_variants
@@ -44,13 +44,35 @@ LOADING_ARGUMENTS = (
     "max_memory",
     "offload_folder",
     "offload_state_dict",
+    "output_loading_info",
     "subfolder",
     "torch_dtype",
-    "use_flashpack",
-    "use_safetensors",
     "variant",
 )
 """What `from_pretrained` passes on to diffusers, which would drop an unknown argument without a word."""
+
+FIXED_ARGUMENTS: Mapping[str, tuple[object, str]] = {
+    "use_safetensors": (True, "only safetensors are loaded"),
+    "use_flashpack": (False, "only safetensors are loaded"),
+    "flashpack_kwargs": ({}, "only safetensors are loaded"),
+    "ignore_mismatched_sizes": (False, "all weights must fit config.json"),
+    "quantization_config": ({}, "models are loaded in floating point"),
+    "parallel_config": ({}, "models are loaded whole"),
+    "proxies": ({}, "set the environment variable HTTPS_PROXY"),
+    "mirror": ("", "set the environment variable HF_ENDPOINT"),
+}
+"""Arguments of diffusers that have one value here besides None, and why."""
+
+EMA_SETTINGS: Mapping[str, type] = {
+    "decay": float,
+    "inv_gamma": float,
+    "min_decay": float,
+    "optimization_step": int,
+    "power": float,
+    "update_after_step": int,
+    "use_ema_warmup": bool,
+}
+"""What diffusers' `EMAModel` keeps in the config of the model whose averaged weights it saves."""
 
 
 class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -89,11 +111,19 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Change settings in the config, to be saved with it, as diffusers does.
 
         Raises:
-            InputError: one of them follows from others.
+            InputError: one of them follows from others, is unknown, does not fit, or would make another model.
         """
         for name in kwargs:
             if name in FOLLOWING_SETTINGS:
                 raise InputError(f"{name} cannot be set: it follows from the other settings as {self.config[name]!r}")
+        settings = {name: value for name, value in kwargs.items() if not name.startswith("_")}
+        if settings and "decoder" in self.__dict__.get("_modules", {}):  # once it is built
+            parts = [type(getattr(self, part)) for part in COMPONENTS]
+            built = build_on_meta(type(self), {**self._internal_dict, **settings}, parts)._internal_dict
+            for name in ("latent_channels", "downsample_factor", *COMPONENTS):
+                if built[name] != self._internal_dict[name]:
+                    raise InputError(f"{name} cannot be changed once the model is built; build one with from_config")
+            kwargs.update({name: built[name] for name in settings if name in built})
         super().register_to_config(**kwargs)
 
     @classmethod
@@ -108,6 +138,8 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             InputError: a setting is unknown, missing or does not fit.
         """
+        if not isinstance(config, Mapping):  # a folder, as diffusers takes it too
+            config = read_config(Path(config))
         given = {name: config[name] for name in FOLLOWING_SETTINGS if name in config}
         built = super().from_config({name: config[name] for name in config if name not in given}, **kwargs)
         model = built[0] if isinstance(built, tuple) else built
@@ -128,6 +160,10 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         class_name = config_dict.get("_class_name", cls.__name__)
         if class_name not in [kind.__name__ for kind in cls._own_classes()]:
             raise InputError(f"config.json is of a {class_name!r}, not of a {cls.__name__!r}")
+        ema = {name: value for name, value in config_dict.items() if name in EMA_SETTINGS}
+        config_dict = {name: value for name, value in config_dict.items() if name not in ema}
+        for name, value in ema.items():
+            check_type(f"{name} in config.json", value, EMA_SETTINGS[name])
         settings = [name for name in config_dict if not name.startswith("_")]
         check_names("setting in config.json", settings, cls._config_names())
         check_names(f"setting of {cls.__name__}", kwargs, cls._config_names())
@@ -139,7 +175,7 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             if isinstance(given, Mapping) and part not in kwargs and "class_path" in given:
                 find_class(part, given["class_path"], classes, source="config.json")
         init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
-        return {**init, "classes": classes}, unused, hidden
+        return {**init, "classes": classes}, {**unused, **ema}, hidden
 
     @classmethod
     def _own_classes(cls) -> "list[type[PretrainedModel]]":
@@ -266,37 +302,46 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id.
             classes: as the constructor's; for classes of your own that are not imported, or have moved.
-            kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`.
+            kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`; and
+                settings that go before those of config.json, such as `scaling_factor`.
+
+        Returns:
+            The model; with `output_loading_info`, also diffusers' lists of what did not fit, all empty.
 
         Raises:
             InputError: an unknown argument; a config that is not this class's or has an unknown setting; a tensor
                 that is missing, left over, truncated, or of another shape. The message names it.
+            MissingInputError: a folder, a file or the variant is not there.
         """
-        check_names("argument of from_pretrained", kwargs, ("classes", *LOADING_ARGUMENTS))
+        names = cls._config_names()
+        check_names("argument of from_pretrained", kwargs, ("classes", *LOADING_ARGUMENTS, *FIXED_ARGUMENTS, *names))
+        for argument, (fixed, why) in FIXED_ARGUMENTS.items():
+            if (value := kwargs.pop(argument, None)) not in (None, fixed):
+                raise InputError(f"{argument} cannot be {shown(value)}: {why}; leave it out")
         classes = check_classes(classes)
-        if kwargs.get("use_safetensors") is False or kwargs.get("use_flashpack"):
-            raise InputError("only safetensors are loaded: leave use_safetensors and use_flashpack out")
+        changed = {setting: kwargs[setting] for setting in names if setting in kwargs}
+        with_info = kwargs.pop("output_loading_info", False)
         name = str(pretrained_model_name_or_path)
         subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
         hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
         if name and Path(name).is_dir():
             folder = Path(name, subfolder or "")
-            cls._check_folder(folder, variant, classes)
+            cls._check_folder(folder, variant, classes, changed)
         elif may_be_on_the_hub(name):
             folder = fetch_model(name, subfolder, variant, **hub)
             if not weight_variants(folder):
                 pickled, converted = Path(f"{WEIGHTS}.bin"), Path(f"{WEIGHTS}.safetensors")
-                raise InputError(
+                raise MissingInputError(
                     f"{name} has no safetensors of this variant on the hub; a pickle, which could run code, is never "
                     f"loaded: convert one that you have downloaded: {converting_command(pickled, converted)}"
                 )
             try:
-                cls._check_folder(folder, variant, classes)
+                cls._check_folder(folder, variant, classes, changed)
             except InputError as error:
                 # A path in the cache says little; the repository's name does.
-                raise InputError(str(error).replace(str(folder), name)) from None
+                raise type(error)(str(error).replace(str(folder), name)) from None
         else:
-            raise InputError(f"{name!r}: no such folder, nor the id of a model on the hub")
+            raise MissingInputError(f"{name!r}: no such folder, nor the id of a model on the hub")
         model, info = super().from_pretrained(
             str(folder), **{**kwargs, "classes": classes, "use_safetensors": True, "output_loading_info": True}
         )
@@ -308,16 +353,17 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         model._internal_dict = FrozenDict(known if Path(name).is_dir() else {**known, "_name_or_path": name})
         if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
             _restore_buffers(model, kwargs["offload_folder"])
-        return model
+        return (model, info) if with_info else model  # type: ignore[return-value]
 
     @classmethod
-    def _check_folder(cls, folder: Path, variant: str | None, classes: Iterable[type]) -> None:
+    def _check_folder(
+        cls, folder: Path, variant: str | None, classes: Iterable[type], changed: Mapping[str, Any]
+    ) -> None:
         """Check config and weights by their headers, before diffusers loads what it can and warns of the rest."""
-        config = read_config(folder)
+        config = {**read_config(folder), **changed}
         if "quantization_config" in config:
             raise InputError(f"{folder}: its weights are quantised; take those in float32, float16 or bfloat16")
-        model = build_on_meta(cls, config, classes)
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        expected = build_on_meta(cls, config, classes).state_dict()
         suffix = f".{variant}" if variant else ""
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
         if index.is_file():
@@ -331,9 +377,9 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             weights = [file for file in pickles if file.stem == single.stem] or pickles
             raise pickle_refused(weights[0], single)
         if not single.is_file():
-            others = [repr(other) for other in weight_variants(folder) if other != variant]
-            there = f"there is the variant {' and '.join(others)}" if others else "there are no safetensors"
-            raise InputError(f"{single}: no such file; {there}")
+            others = [repr(other) if other else "weights without a variant" for other in weight_variants(folder)]
+            there = f"there are {' and '.join(others)}" if others else "there are no safetensors"
+            raise MissingInputError(f"{single}: no such file; {there}")
         check_tensors([single], expected)
 
 
@@ -355,11 +401,8 @@ def build_on_meta(kind: type[T], config: Mapping[str, Any], classes: Iterable[ty
     # A user's constructor could read no number off a meta tensor; without it, each tensor is made and dropped at once.
     # A stranger's file that asks for terabytes names no class of the user's.
     has_own = any(isinstance(path, str) and "." in path for path in named)
-    try:
-        with init_empty_weights() if has_own else torch.device("meta"):
-            model = kind.from_config(dict(config), classes=classes)
-    except RuntimeError as error:  # more numbers than PyTorch can count
-        raise InputError(f"a model of these settings cannot be built: {str(error).splitlines()[0]}") from error
+    with init_empty_weights() if has_own else torch.device("meta"):
+        model = kind.from_config(dict(config), classes=classes)
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
     return nn.Module.to(model, "meta")
 

@@ -6,15 +6,20 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, MissingInputError
 from dc_ssdae.files import check_file
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+LARGEST_HEADER = 100_000_000
+"""Bytes of a header that safetensors reads."""
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""safetensors' names of the types that a floating-point tensor is loaded from."""
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -39,13 +44,13 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_refused(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file")
+        raise MissingInputError(f"{path}: no such file")
     check_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        header_bytes = file.read(length) if 0 < length <= size - 8 else b""
+        header_bytes = file.read(length) if 0 < length <= min(size - 8, LARGEST_HEADER) else b""
     try:
         header = json.loads(header_bytes)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -86,25 +91,33 @@ def converting_command(pickle: Path, converted: Path) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def check_tensors(files: Iterable[Path], expected: Mapping[str, torch.Size]) -> None:
+def check_tensors(files: Iterable[Path], expected: Mapping[str, Tensor]) -> None:
     """Check that the files together hold exactly the expected tensors.
 
     Raises:
-        InputError: lists every tensor that is missing, left over, or of another shape.
+        InputError: lists every tensor that is missing, left over, or of another shape or kind of numbers.
     """
     found: dict[str, tuple[int, ...]] = {}
+    types: dict[str, str] = {}
     files = list(files)
     for file in files:
         found.update(tensor_shapes(file))
+        with safe_open(file, framework="pt") as opened:
+            types.update({name: opened.get_slice(name).get_dtype() for name in opened.keys()})  # noqa: SIM118
     problems = []
     if missing := sorted(set(expected) - set(found)):
         problems.append(f"missing: {', '.join(missing)}")
     if left_over := sorted(set(found) - set(expected)):
         problems.append(f"left over: {', '.join(left_over)}")
     problems += [
-        f"{name} has shape {found[name]}, not {tuple(expected[name])}"
+        f"{name} has shape {found[name]}, not {tuple(expected[name].shape)}"
         for name in sorted(set(expected) & set(found))
-        if found[name] != tuple(expected[name])
+        if found[name] != tuple(expected[name].shape)
+    ]
+    problems += [
+        f"{name} is of type {types[name]}, not of {' or '.join(wanted)}"
+        for name in sorted(set(expected) & set(found))
+        if types[name] not in (wanted := FLOATS if expected[name].is_floating_point() else ("I64",))
     ]
     if problems:
         where = files[0] if len(files) == 1 else files[0].parent
@@ -118,7 +131,9 @@ def shard_files(index: Path) -> list[Path]:
         InputError: it is no such index, or names a file elsewhere.
     """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        content = json.loads(index.read_text(encoding="utf-8"))
+        dict(content["metadata"])  # which diffusers reads
+        names = set(content["weight_map"].values())
         files = [index.parent / name for name in sorted(names)]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise InputError(f"{index} is no index of sharded weights") from None

@@ -168,7 +168,7 @@ def _model_in(folder: Path, classes: Sequence[type]) -> "tuple[DCSSDAE, list[str
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} holds no weights: there is no safetensors file")
-    check_tensors(files, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    check_tensors(files, model.state_dict())
     return model, [file.name for file in files]
 
 

@@ -399,7 +399,9 @@ class _Exporter:
     ) -> None:
         metadata = {**_describe_model(self.model), **self.describe()}
         if self.format == "pt2":
-            torch.export.save(program, path, extra_files={MANIFEST: json.dumps(metadata)})
+            content = io.BytesIO()  # PyTorch's writer of files aborts the process where a disk is full
+            torch.export.save(program, content, extra_files={MANIFEST: json.dumps(metadata)})
+            path.write_bytes(content.getbuffer())
             return
         stored = sum(tensor.nbytes for tensor in program.state_dict.values())
         written = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False)

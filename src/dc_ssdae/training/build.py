@@ -231,6 +231,8 @@ def fetch_backbones(losses: Mapping[str, LossConfig]) -> None:
             try:
                 with _naming(name):
                     kind.fetch(**loss.init_args)
+            except InputError:
+                raise
             except (TypeError, ValueError, AttributeError) as error:
                 raise InputError(f"losses.{name}: {kind.__name__} cannot take its init_args: {error}") from error
 
