@@ -394,8 +394,8 @@ def _check_shared_memory(needed: int, batch_bytes: int, workers_option: str) -> 
     if needed > free:
         fitting = max(0, (free // batch_bytes - 1) // AHEAD)
         raise InputError(
-            f"batches that are read ahead take {needed / 2**20:,.0f} MiB of shared memory, and {SHARED_MEMORY} has "
-            f"{free / 2**20:,.0f} MiB free; give it more (docker run --shm-size), or set {workers_option} to {fitting}"
+            f"batches that are read ahead take {needed / 2**20:,.1f} MiB of shared memory, and {SHARED_MEMORY} has "
+            f"{free / 2**20:,.1f} MiB free; give it more (docker run --shm-size), or set {workers_option} to {fitting}"
         )
 
 

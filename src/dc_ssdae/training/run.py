@@ -61,61 +61,21 @@ class RunFolder:
     def __init__(self, path: Path, keep_every: int | None = None) -> None:
         self.path = path
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep_every)
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / CONFIG_FILE
-
-    @property
-    def environment(self) -> Path:
-        """Where, when and with what the run was started."""
-        return self.path / "environment.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        """A line a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def evaluations(self) -> Path:
-        """A line an evaluation."""
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def broken_images(self) -> Path:
-        """A line an image that cannot be read."""
-        return self.path / "broken_images.jsonl"
-
-    @property
-    def model(self) -> Path:
-        """The averaged model."""
-        return self.path / "model"
-
-    @property
-    def teacher(self) -> Path:
-        """The model that a distillation learns from."""
-        return self.path / "teacher"
+        self.config = path / CONFIG_FILE  # resolved
+        self.environment = path / "environment.jsonl"  # where, when and with what the run was started
+        self.metrics = path / "metrics.jsonl"  # a line per step
+        self.evaluations = path / "evaluations.jsonl"  # a line per evaluation
+        self.broken_images = path / "broken_images.jsonl"  # a line per image that cannot be read
+        self.model = path / "model"  # the averaged one
+        self.teacher = path / "teacher"  # that a distillation learns from
+        self.teacher_cache = path / "teacher_cache"  # what the teacher made of the images, where that is kept
+        self.samples = path / "samples"  # pictures of reconstructions
+        self.tensorboard = path / "tensorboard"
 
     def latent_is_known(self) -> bool:
         """Whether the model's config has statistics of the latent, its own or those of what the run started from."""
         config = read_config(self.model)
         return any(config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-
-    @property
-    def teacher_cache(self) -> Path:
-        """What the teacher made of the images, where that is kept."""
-        return self.path / "teacher_cache"
-
-    @property
-    def samples(self) -> Path:
-        """Pictures of reconstructions."""
-        return self.path / "samples"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's files."""
-        return self.path / "tensorboard"
 
 
 def check_new(path: Path) -> None:
