@@ -119,6 +119,10 @@ class OurCandidate(Candidate):
         return self.model
 
     def encode(self, x: Tensor) -> Encoded:
+        size, factor = x.shape[-1], self.model.config.downsample_factor
+        if size % factor:
+            fitting = -(-size // factor) * factor
+            raise InputError(f"--size is {size}; this model needs a multiple of {factor}, such as {fitting}")
         return Encoded(self.model.encode(x).latent_dist)
 
     def decode(self, latent: Tensor) -> Decoded:
