@@ -1077,7 +1077,7 @@ class TestOneGraph:
         dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
         program = torch.export.export(module, (torch.randn(2, 4, 6, 7),), dynamic_shapes=(dims,))
         if packaged:
-            path = torch._inductor.aoti_compile_and_package(program, package_path=tmp_path / "decode.pt2")
+            path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "decode.pt2"))
             run = torch._inductor.aoti_load_package(path)
         else:
             run = program.module()
