@@ -300,8 +300,9 @@ def training_loader(
         ReadingFailed: the data set cannot be read.
     """
     size = places.size * 3 * samples.drawing.image_size**2
+    held = 2 * places.parts  # of this step and the next
     return read_batches(
-        samples, Batch.of, workers, "data.workers", size, stop, batch_sampler=places, pin_memory=pin_memory
+        samples, Batch.of, workers, "data.workers", size, held, stop, batch_sampler=places, pin_memory=pin_memory
     )
 
 
@@ -311,6 +312,7 @@ def read_batches(
     workers: int,
     workers_option: str,
     batch_bytes: int,
+    held: int = 1,
     stop: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> Iterator[T]:
@@ -322,6 +324,7 @@ def read_batches(
         workers: processes that read; 0 reads in this one.
         workers_option: what a user calls their number.
         batch_bytes: size of a batch in bytes.
+        held: batches that the caller has in use at a time.
         stop: as `training_loader`'s.
         settings: further ones of `DataLoader`.
 
@@ -330,7 +333,7 @@ def read_batches(
         InputError: the batches that are read ahead do not fit into the shared memory.
     """
     if workers:
-        _check_shared_memory((workers * AHEAD + 1) * batch_bytes, batch_bytes, workers_option)
+        _check_shared_memory(workers, held, batch_bytes, workers_option)
     loader = DataLoader(
         dataset,
         collate_fn=collate,
@@ -361,7 +364,7 @@ def read_batches(
                     continue
                 line = f"no image was read for {waited // 60} minutes"
             elif line.startswith("DataLoader worker") or not isinstance(error, RuntimeError):
-                line = f"a process that reads images was ended from outside ({line})"
+                line = f"a process that reads images was ended from outside ({line or type(error).__name__})"
             elif "shared memory" in line:
                 line = f"the shared memory is full ({line[line.index('unable') :] if 'unable' in line else line})"
             else:
@@ -386,13 +389,14 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return stacked if get_worker_info() is None else stacked.share_memory_()
 
 
-def _check_shared_memory(needed: int, batch_bytes: int, workers_option: str) -> None:
+def _check_shared_memory(workers: int, held: int, batch_bytes: int, workers_option: str) -> None:
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:  # a system without
         return
+    needed = (workers * AHEAD + held) * batch_bytes
     if needed > free:
-        fitting = max(0, (free // batch_bytes - 1) // AHEAD)
+        fitting = max(0, (free // batch_bytes - held) // AHEAD)
         raise InputError(
             f"batches that are read ahead take {needed / 2**20:,.1f} MiB of shared memory, and {SHARED_MEMORY} has "
             f"{free / 2**20:,.1f} MiB free; give it more (docker run --shm-size), or set {workers_option} to {fitting}"
