@@ -2,17 +2,16 @@
 
 import argparse
 import json
-import math
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import add_device_option, complain, say, select_device
-from dc_ssdae.cli.parser import CommandParser, filled, whole_number
+from dc_ssdae.cli.parser import CommandParser, filled, number_between, whole_number
 from dc_ssdae.errors import InputError, counted, unknown_name
 
 if TYPE_CHECKING:
@@ -96,11 +95,11 @@ def _add_data(benchmarks: Any) -> None:
         "--image-size", type=whole_number(8, 2**16), default=256, metavar="N", help="of the crops (default 256)"
     )
     data.add_argument(
-        "--aug-scale", type=_number(1.0), default=2.0, metavar="X", help="largest random enlargement (default 2)"
+        "--aug-scale", type=number_between(1), default=2.0, metavar="X", help="largest random enlargement (default 2)"
     )
     data.add_argument(
         "--seconds",
-        type=_number(0.001),
+        type=number_between(0.001),
         default=10.0,
         metavar="S",
         help="time for each source, and for each number of workers (default 10)",
@@ -174,19 +173,6 @@ def _checked_setting(text: str) -> str:
     if not equals or "." not in name or name.startswith("-"):
         raise InputError(f"--compare {text!r} is no setting with a value; write it as training.compile=true")
     return text
-
-
-def _number(smallest: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not smallest <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {smallest:g} on")
-        return value
-
-    return parse
 
 
 def _worker_counts(text: str) -> tuple[int, ...]:

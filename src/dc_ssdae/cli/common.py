@@ -6,12 +6,13 @@ Nothing heavy is imported until a function needs it, so that help is quick.
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dc_ssdae.cli.parser import CommandParser, device_name, file_path, filled, whole_number
-from dc_ssdae.errors import InputError, is_out_of_memory
+from dc_ssdae.cli.parser import CommandParser, device_name, file_path, filled, number_between, whole_number
+from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -79,8 +80,9 @@ def add_model_options(parser: CommandParser) -> None:
     add_dtype_option(parser, "what to compute in")
 
 
-def add_tile_size_option(parser: CommandParser) -> None:
-    """Add `--tile_size`, which `load_model` reads, for commands that take images of any size."""
+def add_file_options(parser: CommandParser) -> None:
+    """Add the model's options, `--tile_size` and `--out`, for commands that go through files of any image size."""
+    add_model_options(parser)
     parser.add_argument(
         "--tile_size",
         type=whole_number(1),
@@ -88,6 +90,7 @@ def add_tile_size_option(parser: CommandParser) -> None:
         help="go through images with a side above S pixels in overlapping tiles of S by S, a multiple of the model's f "
         "(512 is a good one): memory follows the tile",
     )
+    add_output_option(parser)
 
 
 def add_import_option(parser: CommandParser) -> None:
@@ -104,10 +107,63 @@ def add_import_option(parser: CommandParser) -> None:
     )
 
 
-def add_output_option(parser: CommandParser) -> None:
-    """Add `--out` and `--overwrite`."""
+def add_size_option(parser: CommandParser) -> None:
+    """Add `--size`, for commands that encode squares cut from images."""
     parser.add_argument(
-        "--out", required=True, type=file_path, metavar="DIR", help="folder to write to; made if need be"
+        "--size",
+        type=whole_number(1),
+        default=256,
+        metavar="S",
+        help="side in pixels of the square that is cut from an image's centre, after resizing by the shorter side; a "
+        "multiple of the model's f (default 256)",
+    )
+
+
+def add_batch_option(parser: CommandParser) -> None:
+    """Add `--batch`."""
+    parser.add_argument("--batch", type=whole_number(1), default=16, metavar="B", help="images at a time (default 16)")
+
+
+def add_workers_option(parser: CommandParser, purpose: str = "processes that read images") -> None:
+    """Add `--workers`; `purpose` is what its help says they are."""
+    parser.add_argument(
+        "--workers",
+        type=whole_number(0),
+        metavar="N",
+        help=f"{purpose} (default: one for each core but one, at most 8)",
+    )
+
+
+def add_shard_options(parser: CommandParser) -> None:
+    """Add `--shard-size`, `--max-broken-share` and `--cache`, for commands that turn images into shards."""
+    parser.add_argument(
+        "--shard-size", type=whole_number(1), default=1000, metavar="N", help="images in a shard (default 1000)"
+    )
+    parser.add_argument(
+        "--max-broken-share",
+        type=number_between(0, 1),
+        default=0.1,
+        metavar="X",
+        help="fail if more than this share of the images cannot be read (default 0.1); up to there they are left out",
+    )
+    parser.add_argument(
+        "--cache",
+        type=filled,
+        metavar="DIR",
+        help="folder for shards that come from a URL (default ~/.cache/dc_ssdae/shards)",
+    )
+
+
+def add_output_option(parser: CommandParser, default: str | None = None) -> None:
+    """Add `--out`, required where there is no default, and `--overwrite`."""
+    made = "; made if need be" if default is None else f" (default {default})"
+    parser.add_argument(
+        "--out",
+        required=default is None,
+        type=file_path,
+        default=default,
+        metavar="DIR",
+        help=f"folder to write to{made}",
     )
     add_overwrite_option(parser)
 
@@ -197,6 +253,30 @@ def plan_outputs(args: "Namespace", sources: Sequence[Path], suffix: str, *other
         jobs.append(Job(source, targets[0]))
     args.out.mkdir(parents=True, exist_ok=True)
     return jobs
+
+
+def write_outputs(args: "Namespace", contents: Mapping[str, bytes]) -> None:
+    """Write files, by their names, into `--out`, and say where they are."""
+    from dc_ssdae.files import write_whole
+
+    for name, content in contents.items():
+        write_whole(args.out / name, content)
+    say(f"-> {', '.join(str(args.out / name) for name in contents)}")
+
+
+def told_once(run: "Callable[[Namespace], int]") -> "Callable[[Namespace], int]":
+    """Let an error that all processes of a command meet be told by one of them."""
+
+    @wraps(run)
+    def run_and_tell(args: "Namespace") -> int:
+        try:
+            return run(args)
+        except (InputError, OSError) as error:
+            if os.environ.get("RANK", "0") == "0":
+                raise
+            raise ToldElsewhere(describe(error)) from error
+
+    return run_and_tell
 
 
 def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job], Done]) -> int:

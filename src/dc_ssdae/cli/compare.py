@@ -4,7 +4,15 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, say
+from dc_ssdae.cli.common import (
+    add_output_option,
+    check_outputs,
+    complain,
+    describe,
+    import_classes,
+    say,
+    write_outputs,
+)
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     add_evaluation_options,
@@ -13,9 +21,8 @@ from dc_ssdae.cli.evaluation_options import (
     open_evaluation,
     parse_models,
 )
-from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
+from dc_ssdae.cli.parser import CommandParser, filled, whole_number
 from dc_ssdae.errors import InputError
-from dc_ssdae.files import write_whole
 
 if TYPE_CHECKING:
     from dc_ssdae.evaluation.candidates import Candidate
@@ -34,7 +41,7 @@ def build_parser() -> CommandParser:
         "is 2. Needs the extra eval: pip install 'dc-ssdae[eval]'.",
     )
     parser.add_argument("models", nargs="+", type=filled, metavar="MODEL", help=MODELS)
-    parser.add_argument("--out", required=True, type=file_path, metavar="DIR", help="folder to write to")
+    add_output_option(parser)
     add_evaluation_options(parser)
     parser.add_argument(
         "--rounds", type=whole_number(1), default=3, metavar="R", help="in which speed is measured (default 3)"
@@ -104,9 +111,7 @@ def run(args: Namespace) -> int:
     say(text)  # before anything that can fail: hours may have gone into the figures
     pareto = report.as_picture()
     contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
-    for name, content in zip(FILES, contents, strict=True):
-        write_whole(args.out / name, content)
-    say(f"-> {', '.join(str(args.out / name) for name in FILES)}")
+    write_outputs(args, dict(zip(FILES, contents, strict=True)))
     return 2 if any(entry.failed is not None for entry in entries) else 0
 
 

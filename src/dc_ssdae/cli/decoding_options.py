@@ -3,11 +3,11 @@
 Nothing heavy is imported until a function needs it, so that help is quick.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dc_ssdae.cli.common import Job, plan_outputs
+from dc_ssdae.cli.common import Done, Job, for_each_file, load_model, plan_outputs, shape_line
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, number, numbers, whole_number
 from dc_ssdae.errors import InputError
 
@@ -153,18 +153,34 @@ TRAJECTORY = "-trajectory.png"
 """Ending of the file that `--return_trajectory` writes."""
 
 
-def plan_decoded(args: "Namespace", sources: Sequence[Path]) -> list[Job]:
-    """As `plan_outputs`, for what `write_decoded` writes."""
-    return plan_outputs(args, sources, ".png", *([TRAJECTORY] if args.return_trajectory else []))
+class ToDecode(NamedTuple):
+    """What a file gives: a latent (1, c, h, w), the image's (H, W) in pixels, and notes on what was converted."""
+
+    latent: "Tensor"
+    size: tuple[int, int]
+    notes: Sequence[str] = ()
 
 
-def write_decoded(decoded: Decoded, job: Job) -> None:
-    """Write the image, and the trajectory beside it."""
+def decode_files(args: "Namespace", files: Sequence[Path], read: "Callable[[Path, DCSSDAE], ToDecode]") -> int:
+    """Decode what `read` makes of each file, write the images, and the trajectories beside them; gives the exit code.
+
+    Raises:
+        InputError: as `plan_outputs`, `load_model` and `check_decoding`; what is wrong with one file is reported.
+    """
+    jobs = plan_outputs(args, files, ".png", *([TRAJECTORY] if args.return_trajectory else []))
+    model = load_model(args)
+    check_decoding(args, model)
     from dc_ssdae.data.images import write_png
 
-    write_png(decoded.image, job.target)
-    if decoded.trajectory is not None:
-        write_png(decoded.trajectory, job.target.with_name(f"{job.target.stem}{TRAJECTORY}"))
+    def decode(job: Job) -> Done:
+        latent, size, notes = read(job.source, model)
+        decoded = decode_latent(args, model, latent, size, job.source.stem)
+        write_png(decoded.image, job.target)
+        if decoded.trajectory is not None:
+            write_png(decoded.trajectory, job.target.with_name(f"{job.target.stem}{TRAJECTORY}"))
+        return Done(shape_line(job, size, latent) + decoded.remark, [*notes, *decoded.notes])
+
+    return for_each_file(args, jobs, decode)
 
 
 def _read_draft(path: Path, stem: str, size: tuple[int, int], model: "DCSSDAE") -> "Tensor":

@@ -12,7 +12,7 @@ from dc_ssdae.cli.common import (
     say,
     select_device,
 )
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, whole_number
+from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, number_between, whole_number
 from dc_ssdae.errors import counted
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def build_parser() -> CommandParser:
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
-        "--minutes", type=_positive_number, default=3.0, metavar="M", help="training time in minutes (default 3)"
+        "--minutes", type=number_between(0.001), default=3.0, metavar="M", help="training time in minutes (default 3)"
     )
     budget.add_argument(
         "--steps", type=whole_number(1), metavar="N", help="train this many steps instead, which is reproducible"
@@ -212,13 +212,3 @@ def _device_name(device: "torch.device") -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value

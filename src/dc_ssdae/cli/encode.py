@@ -5,9 +5,7 @@ from argparse import Namespace
 from dc_ssdae.cli.common import (
     Done,
     Job,
-    add_model_options,
-    add_output_option,
-    add_tile_size_option,
+    add_file_options,
     encode_pixels,
     for_each_file,
     load_model,
@@ -26,9 +24,7 @@ def build_parser() -> CommandParser:
         "original_size (H, W). Any image size: padded by reflection to a multiple of the model's f.",
     )
     parser.add_argument("images", nargs="+", type=file_path, metavar="IMAGE", help="image file")
-    add_model_options(parser)
-    add_tile_size_option(parser)
-    add_output_option(parser)
+    add_file_options(parser)
     parser.add_argument(
         "--sample", action="store_true", help="sample from the encoder's Gaussian instead of taking its mode"
     )

@@ -5,7 +5,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, say
+from dc_ssdae.cli.common import (
+    add_output_option,
+    check_outputs,
+    complain,
+    import_classes,
+    say,
+    told_once,
+    write_outputs,
+)
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     OpenEvaluation,
@@ -15,9 +23,8 @@ from dc_ssdae.cli.evaluation_options import (
     open_evaluation,
     parse_models,
 )
-from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
-from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
-from dc_ssdae.files import write_whole
+from dc_ssdae.cli.parser import CommandParser, filled, whole_number
+from dc_ssdae.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from dc_ssdae.evaluation.candidate_names import CandidateSpec
@@ -39,13 +46,7 @@ def build_parser() -> CommandParser:
         "eval ... Needs the extra eval: pip install 'dc-ssdae[eval]'.",
     )
     parser.add_argument("--model", required=True, type=filled, metavar="MODEL", help=MODELS)
-    parser.add_argument(
-        "--out",
-        type=file_path,
-        default=Path("evaluation"),
-        metavar="DIR",
-        help="folder to write to (default evaluation)",
-    )
+    add_output_option(parser, "evaluation")
     add_evaluation_options(parser)
     parser.add_argument(
         "--show", type=whole_number(1), default=6, metavar="N", help="worst and best images on the page (default 6)"
@@ -59,17 +60,9 @@ def build_parser() -> CommandParser:
     return parser
 
 
+@told_once
 def run(args: Namespace) -> int:
     """Measure, write and print; gives the exit code."""
-    try:
-        return _run(args)
-    except (InputError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            raise
-        raise ToldElsewhere(describe(error)) from error
-
-
-def _run(args: Namespace) -> int:
     (spec,) = parse_models([args.model])
     check_outputs(args, [args.out / name for name in FILES])
     folder = _folder_to_add_to(spec) if args.add_to_model else None
@@ -194,7 +187,5 @@ def _write(
         report.as_json().encode("utf-8"),
         report.as_csv().encode("utf-8", "backslashreplace"),
     )
-    for name, content in zip(FILES, contents, strict=True):
-        write_whole(args.out / name, content)
-    say(f"-> {', '.join(str(args.out / name) for name in FILES)}")
+    write_outputs(args, dict(zip(FILES, contents, strict=True)))
     return report.as_provenance()

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.cli.common import (
+    add_batch_option,
     add_data_option,
     add_device_option,
     add_dtype_option,
     add_import_option,
-    add_overwrite_option,
+    add_workers_option,
 )
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, number, numbers, whole_number
 from dc_ssdae.errors import unknown_name
@@ -38,7 +39,6 @@ MODELS = (
 
 def add_evaluation_options(parser: CommandParser) -> None:
     """Add what `open_evaluation` reads, but for the models."""
-    add_overwrite_option(parser)
     add_data_option(parser)
     parser.add_argument(
         "--protocol",
@@ -52,13 +52,8 @@ def add_evaluation_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--limit", type=whole_number(1), metavar="N", help="images at most, evenly spread (default: all)"
     )
-    parser.add_argument("--batch", type=whole_number(1), default=16, metavar="B", help="images at a time (default 16)")
-    parser.add_argument(
-        "--workers",
-        type=whole_number(0),
-        metavar="N",
-        help="processes that read images (default: one for each core but one, at most 8)",
-    )
+    add_batch_option(parser)
+    add_workers_option(parser)
     parser.add_argument(
         "--metrics",
         type=_names,

@@ -5,10 +5,21 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import DTYPES, add_model_options, complain, describe, load_model, say, select_device
-from dc_ssdae.cli.pack import share
+from dc_ssdae.cli.common import (
+    DTYPES,
+    add_batch_option,
+    add_model_options,
+    add_shard_options,
+    add_size_option,
+    add_workers_option,
+    complain,
+    load_model,
+    say,
+    select_device,
+    told_once,
+)
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
-from dc_ssdae.errors import InputError, ToldElsewhere, check_type, counted
+from dc_ssdae.errors import InputError, check_type, counted
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -49,14 +60,7 @@ def build_parser() -> CommandParser:
         help="folder to write to; made if need be. Of data with train/ and validation/, OUT/train and OUT/validation",
     )
     add_model_options(parser)
-    parser.add_argument(
-        "--size",
-        type=whole_number(1),
-        default=256,
-        metavar="S",
-        help="side in pixels of the square that is cut from an image's centre, after resizing by the shorter side; a "
-        "multiple of the model's f (default 256)",
-    )
+    add_size_option(parser)
     parser.add_argument(
         "--store",
         choices=("mean", "sample", "mean_std"),
@@ -76,45 +80,15 @@ def build_parser() -> CommandParser:
         metavar="N",
         help="how many to encode of each part, at most, evenly spread over it (default: all)",
     )
-    parser.add_argument(
-        "--shard-size", type=whole_number(1), default=1000, metavar="N", help="images in a shard (default 1000)"
-    )
-    parser.add_argument(
-        "--batch", type=whole_number(1), default=16, metavar="B", help="images encoded at a time (default 16)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole_number(0),
-        metavar="N",
-        help="processes that read images, for each that encodes (default: one for each core but one, at most 8)",
-    )
-    parser.add_argument(
-        "--max-broken-share",
-        type=share,
-        default=0.1,
-        metavar="X",
-        help="fail if more than this share of the images cannot be read (default 0.1); up to there they are left out",
-    )
-    parser.add_argument(
-        "--cache",
-        type=filled,
-        metavar="DIR",
-        help="folder for shards that come from a URL (default ~/.cache/dc_ssdae/shards)",
-    )
+    add_batch_option(parser)
+    add_workers_option(parser, "processes that read images, for each that encodes")
+    add_shard_options(parser)
     return parser
 
 
+@told_once
 def run(args: Namespace) -> int:
     """Encode the images; gives the exit code."""
-    try:
-        return _run(args)
-    except (InputError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            raise
-        raise ToldElsewhere(describe(error)) from error
-
-
-def _run(args: Namespace) -> int:
     if args.seed is not None and args.store != "sample":
         raise InputError(f"--seed is for --store sample; {args.store} is not random")
     device = select_device(args.device)

@@ -1,9 +1,9 @@
 """`dc-ssdae pack`: a folder of images to tar shards."""
 
 import os
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 
-from dc_ssdae.cli.common import complain, say
+from dc_ssdae.cli.common import add_shard_options, complain, say
 from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
 from dc_ssdae.errors import InputError, counted
 
@@ -32,9 +32,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--quality", type=whole_number(1, 100), metavar="Q", help="of jpg and webp, 1 to 100 (default 95)"
     )
-    parser.add_argument(
-        "--shard-size", type=whole_number(1), default=1000, metavar="N", help="images in a shard (default 1000)"
-    )
+    add_shard_options(parser)
     parser.add_argument(
         "--keep-order",
         action="store_true",
@@ -43,19 +41,6 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--workers", type=whole_number(1), metavar="N", help="processes (default: one for each core, at most 16)"
-    )
-    parser.add_argument(
-        "--max-broken-share",
-        type=share,
-        default=0.1,
-        metavar="X",
-        help="fail if more than this share of the images cannot be read (default 0.1); up to there they are left out",
-    )
-    parser.add_argument(
-        "--cache",
-        type=filled,
-        metavar="DIR",
-        help="folder for shards that come from a URL (default ~/.cache/dc_ssdae/shards)",
     )
     return parser
 
@@ -90,14 +75,3 @@ def run(args: Namespace) -> int:
 
 def _size(text: str) -> int | None:
     return None if text == "none" else whole_number(1)(text)
-
-
-def share(text: str) -> float:
-    """Read a share, a number from 0 to 1, as an option's type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value

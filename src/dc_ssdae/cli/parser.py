@@ -1,16 +1,20 @@
 """The parser of every command: errors are one line that suggests what was meant. Imports nothing heavy."""
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from dc_ssdae.errors import InputError, unknown_name
 
 LARGEST_SEED = 2**32 - 1
 """PyTorch's CPU generator reads no more than 32 bits of a seed: a larger one would repeat a smaller one's noise."""
+
+T = TypeVar("T", int, float)
 
 _NUMBER = re.compile(r"-\.?\d")
 
@@ -67,16 +71,23 @@ class CommandParser(argparse.ArgumentParser):
 
 def whole_number(smallest: int, largest: int | None = None) -> Callable[[str], int]:
     """Make a type for an option whose value is a whole number from `smallest` to `largest` (None: any)."""
-    limits = f"from {smallest} on" if largest is None else f"from {smallest} to {largest}"
+    return _between(int, "a whole number", smallest, largest)
 
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = smallest - 1
-        if value < smallest or (largest is not None and value > largest):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
-        return value
+
+def number_between(smallest: float, largest: float | None = None) -> Callable[[str], float]:
+    """Make a type for an option whose value is a finite number from `smallest` to `largest` (None: any)."""
+    return _between(float, "a number", smallest, largest)
+
+
+def _between(read: Callable[[str], T], kind: str, smallest: float, largest: float | None) -> Callable[[str], T]:
+    limits = f"from {smallest:g} on" if largest is None else f"from {smallest} to {largest}"
+
+    def parse(text: str) -> T:
+        with suppress(ValueError):
+            value = read(text)
+            if smallest <= value < math.inf and (largest is None or value <= largest):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {limits}")
 
     return parse
 

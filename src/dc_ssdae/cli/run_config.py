@@ -173,11 +173,6 @@ def config_yaml(config: RunConfig, ascii_only: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_config(config: RunConfig, path: str | Path) -> None:
-    """Write `config_yaml` to a file."""
-    Path(path).write_text(config_yaml(config), encoding="utf-8")
-
-
 def sort_words(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> Words:
     configs: list[str] = []
     recipe: str | None = None

@@ -6,7 +6,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_model_options, complain, load_model, say
+from dc_ssdae.cli.common import (
+    add_batch_option,
+    add_model_options,
+    add_size_option,
+    add_workers_option,
+    complain,
+    load_model,
+    say,
+)
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
 from dc_ssdae.errors import InputError, counted
 
@@ -43,23 +51,9 @@ def build_parser() -> CommandParser:
         metavar="N",
         help="how many to measure, at most, evenly spread over the data set (default 10000)",
     )
-    parser.add_argument(
-        "--size",
-        type=whole_number(1),
-        default=256,
-        metavar="S",
-        help="side in pixels of the square that is cut from an image's centre, after resizing by the shorter side; a "
-        "multiple of the model's f (default 256)",
-    )
-    parser.add_argument(
-        "--batch", type=whole_number(1), default=16, metavar="B", help="images encoded at a time (default 16)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole_number(0),
-        metavar="N",
-        help="processes that read images (default: one for each core but one, at most 8)",
-    )
+    add_size_option(parser)
+    add_batch_option(parser)
+    add_workers_option(parser)
     parser.add_argument("--no-write", action="store_true", help="leave config.json as it is")
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser

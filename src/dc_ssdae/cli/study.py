@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import (
+    add_batch_option,
     add_data_option,
-    add_device_option,
-    add_dtype_option,
-    add_import_option,
-    add_overwrite_option,
+    add_model_options,
+    add_output_option,
+    add_size_option,
     check_outputs,
     complain,
     load_model,
     say,
+    write_outputs,
 )
-from dc_ssdae.cli.parser import CommandParser, file_path, filled, number, whole_number
+from dc_ssdae.cli.parser import CommandParser, filled, number, whole_number
 from dc_ssdae.errors import InputError, counted
-from dc_ssdae.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,30 +54,15 @@ def _add_sampling(studies: Any) -> None:
         "also the evaluations that each of the two models needs for the same quality. Every decode starts from the "
         "mode of the image's latent and from decode's default noise. Needs matplotlib: pip install 'dc-ssdae[eval]'.",
     )
-    parser.add_argument(
-        "--model", required=True, type=filled, metavar="DIR", help="the folder of a saved model or of a training run"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--baseline", type=filled, metavar="DIR", help="another one to compare with, such as a flow-matching model"
     )
     add_data_option(parser)
-    parser.add_argument(
-        "--out",
-        type=file_path,
-        default=Path("sampling-study"),
-        metavar="DIR",
-        help="folder to write to (default sampling-study)",
-    )
-    add_overwrite_option(parser)
+    add_output_option(parser, "sampling-study")
     parser.add_argument("--images", type=whole_number(1), default=256, metavar="N", help="at most (default 256)")
-    parser.add_argument(
-        "--size",
-        type=whole_number(1),
-        default=256,
-        metavar="S",
-        help="side of the square cut from an image's centre, after resizing by the shorter side (default 256)",
-    )
-    parser.add_argument("--batch", type=whole_number(1), default=16, metavar="B", help="at a time (default 16)")
+    add_size_option(parser)
+    add_batch_option(parser)
     parser.add_argument(
         "--rounds", type=whole_number(1), default=3, metavar="R", help="in which everything is timed (default 3)"
     )
@@ -110,9 +95,6 @@ def _add_sampling(studies: Any) -> None:
         default="vgg",
         help="network of LPIPS (default vgg), left out where its weights are not on this machine",
     )
-    add_import_option(parser)
-    add_device_option(parser)
-    add_dtype_option(parser, "what to compute in")
     parser.set_defaults(study=_study_sampling)
 
 
@@ -141,9 +123,7 @@ def _study_sampling(args: Namespace) -> int:
     study = SamplingStudy(measurements, list(models), notes, describe_machine(next(iter(models.values())).device))
     text = study.as_markdown()
     say(text)
-    for name, content in zip(FILES, (study.as_json().encode(), text.encode(), study.as_picture()), strict=True):
-        write_whole(args.out / name, content)
-    say(f"-> {', '.join(str(args.out / name) for name in FILES)}")
+    write_outputs(args, dict(zip(FILES, (study.as_json().encode(), text.encode(), study.as_picture()), strict=True)))
     return 0
 
 
