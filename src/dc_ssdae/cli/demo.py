@@ -175,7 +175,7 @@ def _report(
     import torch
 
     from dc_ssdae import __version__
-    from dc_ssdae.evaluation.report import LossCurve, write_demo_report
+    from dc_ssdae.evaluation.report import write_demo_report
 
     latent = model.config
     parts = {"encoder": model.encoder, "decoder": model.decoder}
@@ -183,10 +183,10 @@ def _report(
     training = config.training
     seconds = history[-1]["seconds"]
     images = len(history) * training.batch_size
-    curves = [
-        LossCurve("field error, L_dynamics", [record["loss/dynamics"] for record in history]),
-        LossCurve("KL of the latent, summed per image", [record["loss/kl"] for record in history]),
-    ]
+    curves = {
+        "field error, L_dynamics": [record["loss/dynamics"] for record in history],
+        "KL of the latent, summed per image": [record["loss/kl"] for record in history],
+    }
     facts = {
         "model": f"preset {PRESET!r}: f{latent.downsample_factor}c{latent.latent_channels}, equilibrium matching; "
         f"parameters: {sizes}",

@@ -1,6 +1,5 @@
 """What the arena found, for people and for programs: table.md, table.json, pareto.png and index.html."""
 
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.caveats import caveats, decoding_lines, missing_lines, protocol_lines
-from dc_ssdae.evaluation.curves import COLOURS, picture_style, shorten
+from dc_ssdae.evaluation.curves import COLOURS, number_logarithmic_ticks, save_picture, shorten
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, EvaluationSettings
 from dc_ssdae.evaluation.metric_networks import MetricSuite
@@ -144,13 +143,7 @@ class ArenaReport:
 
     def as_picture(self) -> bytes:
         """Quality against tokens and against decoding speed, as PNG."""
-        import matplotlib
-
-        with matplotlib.rc_context(picture_style()):
-            figure = _draw(self._finished)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
+        return save_picture(lambda: _draw(self._finished))
 
     def as_page(self, pareto: bytes) -> bytes:
         """The page, with the picture in it."""
@@ -259,51 +252,37 @@ class ArenaReport:
 
 
 def _columns(size: int) -> dict[str, Column]:
-    def metric(name: str) -> Callable[[Entry], dict[str, Any]]:
-        return lambda entry: (
-            _empty("not measured") if entry.evaluation is None else (entry.evaluation.metrics[name].as_json())
-        )
-
-    def other(name: str, reason: str) -> Callable[[Entry], dict[str, Any]]:
-        def value(entry: Entry) -> dict[str, Any]:
-            found = None if entry.evaluation is None else entry.evaluation.others.get(name)
-            return _empty(reason) if found is None else found.as_json()
-
-        return value
-
     def plain(get: Callable[[Entry], Any], reason: str) -> Callable[[Entry], dict[str, Any]]:
-        def value(entry: Entry) -> dict[str, Any]:
-            found = get(entry)
-            return _empty(reason) if found is None else {"value": found, "low": None, "high": None}
-
-        return value
-
-    def speed(get: Callable[[Entry], Spread | None], reason: str) -> Callable[[Entry], dict[str, Any]]:
         def value(entry: Entry) -> dict[str, Any]:
             found = get(entry)
             if found is None:
                 return _empty(reason)
-            note = {} if entry.splits else {"note": "encoding and decoding in one"}
-            return {"value": found.median, "low": found.low, "high": found.high, **note}
+            if isinstance(found, Estimate):
+                return found.as_json()
+            if isinstance(found, Spread):
+                note = {} if entry.splits else {"note": "encoding and decoding in one"}
+                return {"value": found.median, "low": found.low, "high": found.high, **note}
+            return {"value": found, "low": None, "high": None}
 
         return value
 
+    def metric(name: str, reason: str = "not measured") -> Callable[[Entry], dict[str, Any]]:
+        return plain(lambda e: e.evaluation and (e.evaluation.metrics | e.evaluation.others).get(name), reason)
+
     no_latent = "it has no latent"
     return {
-        **{
-            name: Column(info.title, info.unit, metric(name), info.digits) for name, info in METRICS.items()
-        },
+        **{name: Column(info.title, info.unit, metric(name), info.digits) for name, info in METRICS.items()},
         "latent_shape": Column(
             "latent", "c×h×w", plain(lambda e: None if e.latent_shape is None else list(e.latent_shape), no_latent)
         ),
         "compression": Column("ratio", "image / latent values", plain(lambda e: e.compression(size), no_latent), 1),
         "tokens": Column("tokens", "per image", plain(lambda e: e.tokens, no_latent), 0),
-        "bits_per_pixel": Column("file", "bit/px", other(BITS, "it writes no files"), 2),
+        "bits_per_pixel": Column("file", "bit/px", metric(BITS, "it writes no files"), 2),
         "parameters": Column("parameters", "M", plain(_millions, "not known"), 2),
-        "encode": Column("encode", "images/s", speed(lambda e: e.encode, "not apart from decoding"), 1),
-        "decode": Column("decode", "images/s", speed(lambda e: e.decode, "not measured"), 1),
+        "encode": Column("encode", "images/s", plain(lambda e: e.encode, "not apart from decoding"), 1),
+        "decode": Column("decode", "images/s", plain(lambda e: e.decode, "not measured"), 1),
         "memory": Column("memory", "MiB", plain(_mebibytes, "the device does not tell"), 0),
-        EVALUATIONS: Column("evaluations", "of the decoder", other(EVALUATIONS, "not counted"), 1),
+        EVALUATIONS: Column("evaluations", "of the decoder", metric(EVALUATIONS, "not counted"), 1),
     }  # fmt: skip
 
 
@@ -383,7 +362,9 @@ def _draw(entries: Sequence[Entry]) -> "Figure":
             unit = f" ({info.unit})" if info.unit else ""
             axes.set_ylabel(f"{info.title}{unit}, {'more' if info.more_is_better else 'less'} is better")
             axes.grid(alpha=0.25)
-            _plain_ticks(axes)
+            low, high = axes.get_xlim()
+            axes.set_xlim(low / 1.25, high * 1.25)
+            number_logarithmic_ticks(axes.xaxis, most=4, widest=2.5, form=",.10g")
     labels = [entry.label for entry in entries if entry.label in handles]
     if labels:
         shown = [handles[label] for label in labels]
@@ -404,18 +385,3 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or point[1] > front[-1][1]:
             front.append(point)
     return front
-
-
-def _plain_ticks(axes: Any) -> None:
-    """Whole numbers at a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    low, high = axes.get_xlim()
-    axes.set_xlim(low / 1.25, high * 1.25)
-    decades = math.log10(max(high / low, 1.0))
-    if decades > 0.7:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2.5 else (1.0, 2.0, 5.0), numticks=7))
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -4,8 +4,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,26 +140,39 @@ def draw_curves(runs: Sequence[RunCurves], kind: str = "png") -> bytes:
     Raises:
         InputError: matplotlib is not installed.
     """
+    return save_picture(partial(curves_figure, runs), kind)
+
+
+PICTURE_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+}
+"""matplotlib's settings for all pictures of figures."""
+
+
+def save_picture(draw: "Callable[[], Figure]", kind: str = "png", style: Mapping[str, Any] = PICTURE_STYLE) -> bytes:
+    """Draw a figure in a style, and give the content of its file.
+
+    Args:
+        draw: makes the figure.
+        kind: one of `FORMATS`.
+        style: matplotlib's settings.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
-        raise InputError("pictures of curves need matplotlib: pip install 'dc-ssdae[eval]'") from None
+        raise InputError("pictures need matplotlib: pip install 'dc-ssdae[eval]'") from None
     buffer = io.BytesIO()
-    with matplotlib.rc_context(picture_style()):
-        curves_figure(runs).savefig(buffer, format=kind)
+    with matplotlib.rc_context(dict(style)):
+        draw().savefig(buffer, format=kind)
     return buffer.getvalue()
-
-
-def picture_style() -> dict[str, Any]:
-    """matplotlib's settings for all pictures of figures."""
-    return {
-        "font.size": 9,
-        "axes.titlesize": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.fonttype": "none",
-        "text.parse_math": False,
-    }
 
 
 def curves_figure(runs: Sequence[RunCurves]) -> "Figure":
@@ -192,7 +206,7 @@ def curves_figure(runs: Sequence[RunCurves]) -> "Figure":
         axes.grid(alpha=0.25)
         _draw_phases(axes, runs)
         if axes.get_yscale() == "log":
-            _number_logarithmic_ticks(axes)
+            number_logarithmic_ticks(axes.yaxis)
     for axes in panels[count:]:
         axes.set_visible(False)
     figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=label_columns, frameon=False)
@@ -337,15 +351,22 @@ def _draw_crosses(axes: Any, curve: Curve, colour: str) -> None:
         axes.plot(lost, [0.0] * len(lost), "x", color=colour, markersize=5, transform=edge, clip_on=False)
 
 
-def _number_logarithmic_ticks(axes: Any) -> None:
-    """Plain numbers at a logarithmic axis, as many as there is room for."""
+def number_logarithmic_ticks(axis: Any, most: int = 6, widest: float = 3.5, form: str = "g") -> None:
+    """Plain numbers at a logarithmic axis, as many as there is room for.
+
+    Args:
+        axis: of matplotlib's.
+        most: numbers at an axis of less than a decade.
+        widest: decades up to which there are three numbers a decade.
+        form: of the numbers.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    low, high = (math.log10(edge) for edge in axes.get_ylim())
-    subs = (1.0, 2.0, 5.0) if high - low < 3.5 else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs) if high - low > 0.7 else MaxNLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = (math.log10(edge) for edge in axis.get_view_interval())
+    subs = (1.0, 2.0, 5.0) if high - low < widest else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs) if high - low > 0.7 else MaxNLocator(most))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _phase_labels(runs: Sequence[RunCurves], end: int) -> list[tuple[float, str, str]]:

@@ -52,7 +52,7 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """Value, low and high, with None for what is not finite, which JSON lacks; and what else there is to say."""
-        numbers = {key: _finite(getattr(self, key)) for key in ("value", "low", "high")}
+        numbers = {key: finite(getattr(self, key)) for key in ("value", "low", "high")}
         reason = self.reason
         if reason is None and self.value is not None and not math.isfinite(self.value):
             reason = "infinite" if self.value > 0 else str(self.value)
@@ -141,5 +141,8 @@ def pooled_psnr(squared_errors: np.ndarray, axis: int = 0) -> Any:
         return -10.0 * np.log10(squared_errors.mean(axis=axis))
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """Replace what is not finite, also in a list, by None, because JSON lacks it."""
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

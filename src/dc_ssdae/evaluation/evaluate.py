@@ -121,10 +121,10 @@ def evaluate(
     processes = processes or Processes()
     for distance in suite.distances.values():
         distance.discard()
-    gathered = _Gathered(len(images), [*suite.images, KL, BITS, EVALUATIONS])
+    gathered = _Gathered(images, suite, settings, processes)
     problem: Exception | None = None
     try:
-        _go_through(candidate, images, suite, settings, device, processes, gathered, advance)
+        gathered.go_through(candidate, device, advance)
     except Exception as error:  # a user's code may raise anything
         if processes.count == 1:
             raise
@@ -136,39 +136,7 @@ def evaluate(
         raise problem
     if failures:
         raise CandidateFailed(failures[0])
-    return gathered.result(images, suite, settings, processes)
-
-
-def _go_through(
-    candidate: Candidate,
-    images: ValidationImages,
-    suite: MetricSuite,
-    settings: EvaluationSettings,
-    device: torch.device,
-    processes: Processes,
-    gathered: "_Gathered",
-    advance: Callable[[int], object] | None,
-) -> None:
-    """Reconstruct and measure this process's share."""
-    places = processes.share(len(images))
-    for batch in validation_loader(images, places, settings.batch_size, settings.workers):
-        gathered.broken += [(image.place, image.broken) for image in batch if image.broken is not None]
-        usable = [image for image in batch if image.broken is None]
-        gathered.enlarged += sum(image.enlarged for image in usable)
-        if usable:
-            names = [images.name(image.place) for image in usable]
-            here = [image.place for image in usable]
-            prepared = torch.stack([image.pixels for image in usable]).to(device)
-            reference = settings.protocol.reference(prepared)
-            x, unrounded = _reconstruct(candidate, prepared, names, settings, gathered, here)
-            output = settings.protocol.to_uint8(unrounded)
-            for name, metric in suite.images.items():
-                sides = (x, unrounded) if name in settings.protocol.unrounded else (reference, output)
-                gathered.note(name, here, metric(*sides))
-            for distance in suite.distances.values():
-                distance.add(reference, output, names)
-        if advance is not None:
-            advance(len(batch))
+    return gathered.result()
 
 
 @torch.inference_mode()
@@ -206,7 +174,11 @@ def describe_failure(error: Exception, batch_size: int) -> str:
 class _Gathered:
     """What a process has found so far."""
 
-    def __init__(self, count: int, names: Sequence[str]) -> None:
+    def __init__(
+        self, images: ValidationImages, suite: MetricSuite, settings: EvaluationSettings, processes: Processes
+    ) -> None:
+        self.images, self.suite, self.settings, self.processes = images, suite, settings, processes
+        count, names = len(images), [*suite.images, KL, BITS, EVALUATIONS]
         # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
         self.values = {name: torch.zeros(count, dtype=torch.float64) for name in names}
         self.known = {name: torch.zeros(count, dtype=torch.float64) for name in names}
@@ -215,6 +187,29 @@ class _Gathered:
         self.profiler: LatentProfiler | None = None
         self.has_profile = True
         self.latent_shape: tuple[int, ...] | None = None
+
+    def go_through(self, candidate: Candidate, device: torch.device, advance: Callable[[int], object] | None) -> None:
+        """Reconstruct and measure this process's share."""
+        settings, protocol = self.settings, self.settings.protocol
+        places = self.processes.share(len(self.images))
+        for batch in validation_loader(self.images, places, settings.batch_size, settings.workers):
+            self.broken += [(image.place, image.broken) for image in batch if image.broken is not None]
+            usable = [image for image in batch if image.broken is None]
+            self.enlarged += sum(image.enlarged for image in usable)
+            if usable:
+                names = [self.images.name(image.place) for image in usable]
+                here = [image.place for image in usable]
+                prepared = torch.stack([image.pixels for image in usable]).to(device)
+                reference = protocol.reference(prepared)
+                x, unrounded = _reconstruct(candidate, prepared, names, settings, self, here)
+                output = protocol.to_uint8(unrounded)
+                for name, metric in self.suite.images.items():
+                    sides = (x, unrounded) if name in protocol.unrounded else (reference, output)
+                    self.note(name, here, metric(*sides))
+                for distance in self.suite.distances.values():
+                    distance.add(reference, output, names)
+            if advance is not None:
+                advance(len(batch))
 
     def note(self, name: str, places: Sequence[int], values: Tensor) -> None:
         """Keep a value of each of some images."""
@@ -238,10 +233,9 @@ class _Gathered:
         self.profiler = self.profiler or LatentProfiler(mean.shape[1])
         self.profiler.add(encoded.posterior)
 
-    def result(
-        self, images: ValidationImages, suite: MetricSuite, settings: EvaluationSettings, processes: Processes
-    ) -> Evaluation:
+    def result(self) -> Evaluation:
         """Put together what all processes have found."""
+        images, processes = self.images, self.processes
         broken = sorted(image for part in processes.gather(self.broken) for image in part)
         values: dict[str, np.ndarray] = {}
         for name, found in self.values.items():
@@ -254,37 +248,30 @@ class _Gathered:
                 f"none of {counted(len(images), 'image')} can be read; the first: {broken[0][1].reason}"
             )
         shape = next((shape for shape in processes.gather(self.latent_shape) if shape is not None), None)
-        metrics = {name: self._estimate(name, values, suite, settings, processes) for name in METRICS}
         return Evaluation(
-            metrics=metrics,
+            metrics={name: self._estimate(name, values) for name in METRICS},
             images=measured,
             names=[images.name(place) for place in range(len(images))],
             values=values,
             broken=[image for _, image in broken],
             broken_places=[place for place, _ in broken],
-            latent=self._profile(processes),
+            latent=self._profile(),
             latent_shape=shape,
             others={
-                name: bootstrap(_known(values[name]), seed=settings.seed)
+                name: bootstrap(_known(values[name]), seed=self.settings.seed)
                 for name in (KL, BITS, EVALUATIONS)
                 if len(_known(values[name]))
             },
             enlarged=sum(processes.gather(self.enlarged)),
         )
 
-    def _estimate(
-        self,
-        name: str,
-        values: dict[str, np.ndarray],
-        suite: MetricSuite,
-        settings: EvaluationSettings,
-        processes: Processes,
-    ) -> Estimate:
+    def _estimate(self, name: str, values: dict[str, np.ndarray]) -> Estimate:
+        suite, settings = self.suite, self.settings
         if name in suite.missing:
             return Estimate(reason=suite.missing[name])
         note = suite.notes.get(name)
         if name in suite.distances:
-            return suite.distances[name].finish(processes).noted(note)
+            return suite.distances[name].finish(self.processes).noted(note)
         if name == "psnr" and settings.protocol.psnr == "pooled":
             return bootstrap(_known(values[MSE]), pooled_psnr, settings.seed)
         readable = ~np.isnan(values[MSE])
@@ -293,9 +280,9 @@ class _Gathered:
             return Estimate(reason=f"it is NaN for {lost:,} of {readable.sum():,} images")
         return bootstrap(_known(values[name]), seed=settings.seed).noted(note)
 
-    def _profile(self, processes: Processes) -> LatentProfile | None:
-        parts = [part for part in processes.gather(self.profiler) if part is not None]
-        if not parts or not all(processes.gather(self.has_profile)):
+    def _profile(self) -> LatentProfile | None:
+        parts = [part for part in self.processes.gather(self.profiler) if part is not None]
+        if not parts or not all(self.processes.gather(self.has_profile)):
             return None
         first, *others = parts
         for part in others:

@@ -1,6 +1,5 @@
 """Statistics of the latents of a data set: for training a latent diffusion model, and for judging an encoder."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
+from dc_ssdae.evaluation.estimates import finite
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 
 
@@ -95,7 +95,7 @@ class LatentProfile:
 
     def as_json(self) -> dict[str, Any]:
         """All fields; what is not finite is None."""
-        return {key: _finite(value) for key, value in asdict(self).items()}
+        return {key: finite(value) for key, value in asdict(self).items()}
 
 
 class LatentProfiler:
@@ -163,9 +163,3 @@ class LatentProfiler:
         self._products = self._products + products + torch.outer(apart, apart) * (self._values * values / total)
         self._mean = self._mean + apart * (values / total)
         self._values = total
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

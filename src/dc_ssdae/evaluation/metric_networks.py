@@ -112,24 +112,22 @@ def load_metrics(
     names = [name for name in METRICS if wanted is None or name in wanted]
     suite = MetricSuite(images={MSE: _in_float64(mse_each, device)})
     suite.missing = {name: NOT_ASKED for name in METRICS if name not in names}
+    smallest = {
+        "ssim": ("SSIM", SSIM_SMALLEST[protocol.ssim]),
+        "lpips": (f"LPIPS of {protocol.lpips}", TRUNKS[protocol.lpips][1]),
+    }
     loader = _Loader(suite, device, random_backbones, download)
     for name in names:
         if name == "psnr":
             suite.images[name] = _in_float64(partial(psnr_each, highest=protocol.highest_psnr or math.inf), device)
-        elif name == "ssim" and size is not None and size < SSIM_SMALLEST[protocol.ssim]:
-            suite.missing[name] = (
-                f"SSIM needs images of at least {SSIM_SMALLEST[protocol.ssim]} pixels; give a larger --size"
-            )
+        elif name in smallest and size is not None and size < smallest[name][1]:
+            suite.missing[name] = "{} needs images of at least {} pixels; give a larger --size".format(*smallest[name])
             if wanted is not None:
                 raise InputError(suite.missing[name])
         elif name == "ssim":
             suite.images[name] = ssim_each if protocol.ssim == "torchmetrics" else scikit_ssim_each
         elif name == "dreamsim":
             loader.dreamsim()
-        elif name == "lpips" and size is not None and size < TRUNKS[protocol.lpips][1]:
-            suite.missing[name] = _too_small(protocol.lpips)
-            if wanted is not None:
-                raise InputError(suite.missing[name])
         elif name == "lpips":
             loader.network(name, trunk_file(protocol.lpips), lambda path: _LPIPS(protocol.lpips, path))
         else:

@@ -40,6 +40,6 @@ def measure_photo(model: DCSSDAE, name: str, pixels: Tensor, repeats: int = 3) -
         ssim=ssim(pixels, reconstruction),
         baseline_psnr=psnr(pixels, baseline.image),
         baseline_ssim=ssim(pixels, baseline.image),
-        encode_seconds=encode_seconds,
-        decode_seconds=decode_seconds,
+        encode_milliseconds=1000 * encode_seconds,
+        decode_milliseconds=1000 * decode_seconds,
     )

@@ -1,14 +1,12 @@
 """A sampling study for people: a table, a picture, and what two models need for the same quality, in words."""
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.decoding import DESCENTS, ONE_STEP
-from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.curves import COLOURS, picture_style
+from dc_ssdae.evaluation.curves import COLOURS, save_picture
 from dc_ssdae.evaluation.sampling_study import QUALITIES, Measurement, Needed, evaluations_needed, pareto
 from dc_ssdae.timing import machine_line
 
@@ -85,14 +83,7 @@ class SamplingStudy:
         Raises:
             InputError: matplotlib is not installed.
         """
-        try:
-            import matplotlib
-        except ImportError:
-            raise InputError("the picture of a study needs matplotlib: pip install 'dc-ssdae[eval]'") from None
-        buffer = io.BytesIO()
-        with matplotlib.rc_context(picture_style()):
-            sampling_figure(self).savefig(buffer, format=kind)
-        return buffer.getvalue()
+        return save_picture(lambda: sampling_figure(self), kind)
 
 
 def sampling_table(measurements: Sequence[Measurement]) -> str:
