@@ -202,7 +202,17 @@ def arena_of(
     settings = EvaluationSettings(PROTOCOLS["dcae"], SIDE, 4)
     source = Source(broken)
     entries = run_arena(openers, settings.images(source, limit), suite, settings, CPU, rounds=2, show=4)
-    report = ArenaReport(entries, settings, suite, "some/<data>", len(source), MACHINE, "dc-ssdae a b", "float32", 2)
+    report = ArenaReport(
+        entries=entries,
+        settings=settings,
+        suite=suite,
+        data="some/<data>",
+        total=len(source),
+        machine=MACHINE,
+        command="dc-ssdae a b",
+        dtype="float32",
+        rounds=2,
+    )
     return replace(report, **given)
 
 
@@ -220,17 +230,16 @@ def evaluation_of(
     images = settings.images(Source(broken), limit)
     found = evaluate(candidate, images, suite, settings, CPU)
     report = EvaluationReport(
-        label,
-        candidate.remarks,
-        found,
-        settings,
-        suite,
-        "some/<data>",
-        len(images),
-        MACHINE,
-        "dc-ssdae eval <x>",
-        "float32",
-        {},
+        label=label,
+        remarks=candidate.remarks,
+        evaluation=found,
+        settings=settings,
+        suite=suite,
+        data="some/<data>",
+        total=len(images),
+        machine=MACHINE,
+        command="dc-ssdae eval <x>",
+        dtype="float32",
     )
     return replace(report, **given)
 

@@ -16,10 +16,10 @@ from dc_ssdae.cli.common import (
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     add_evaluation_options,
-    command_line,
     load_suite,
     open_evaluation,
     parse_models,
+    report_settings,
 )
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
 from dc_ssdae.errors import InputError
@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
         raise InputError("compare runs in one process, so that speeds can be compared; eval takes several")
     opened = open_evaluation(args)
     classes = import_classes(args.modules)
-    suite = load_suite(args, opened, opened.device)
+    suite = load_suite(args, opened)
 
     from tqdm import tqdm
 
@@ -68,7 +68,6 @@ def run(args: Namespace) -> int:
     from dc_ssdae.evaluation.arena_report import ArenaReport
     from dc_ssdae.evaluation.candidate_names import open_candidate
     from dc_ssdae.evaluation.candidates import Candidate
-    from dc_ssdae.timing import describe_machine
 
     # All of them before the hours that measuring takes: what cannot be loaded is a mistake to mend at once.
     candidates: dict[str, Candidate] = {}
@@ -93,18 +92,7 @@ def run(args: Namespace) -> int:
         )
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
-    report = ArenaReport(
-        entries,
-        opened.settings,
-        suite,
-        opened.data,
-        opened.total,
-        describe_machine(opened.device),
-        command_line(),
-        args.dtype,
-        args.rounds,
-        opened.decoding,
-    )
+    report = ArenaReport(entries=entries, rounds=args.rounds, **report_settings(args, opened, suite))
     for image in report.broken:
         complain(args.program, f"left out: {image.reason}")
     text = report.as_markdown()

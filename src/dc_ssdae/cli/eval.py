@@ -18,10 +18,10 @@ from dc_ssdae.cli.evaluation_options import (
     MODELS,
     OpenEvaluation,
     add_evaluation_options,
-    command_line,
     load_suite,
     open_evaluation,
     parse_models,
+    report_settings,
 )
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
 from dc_ssdae.errors import InputError, is_out_of_memory
@@ -79,7 +79,7 @@ def run(args: Namespace) -> int:
         opened = opened._replace(device=torch.device(processes.device))
     for turn in (True, False):  # what is to be downloaded, the main process downloads, and the others find
         if processes.is_main is turn:
-            suite = load_suite(args, opened, opened.device)
+            suite = load_suite(args, opened)
         processes.gather(None)
     candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
     evaluation = _evaluate(args, opened, candidate, suite, processes)
@@ -156,21 +156,11 @@ def _write(
     from dc_ssdae.evaluation.candidates import OurCandidate
     from dc_ssdae.evaluation.evaluate import reconstruct_places
     from dc_ssdae.evaluation.evaluation_report import EvaluationReport
-    from dc_ssdae.timing import describe_machine
 
-    report = EvaluationReport(
-        label,
-        candidate.remarks,
-        evaluation,
-        opened.settings,
-        suite,
-        opened.data,
-        opened.total,
-        describe_machine(opened.device),
-        command_line(),
-        args.dtype,
-        opened.decoding if isinstance(candidate, OurCandidate) else {},
-    )
+    if not isinstance(candidate, OurCandidate):
+        opened = opened._replace(decoding={})
+    settings = report_settings(args, opened, suite)
+    report = EvaluationReport(label=label, remarks=candidate.remarks, evaluation=evaluation, **settings)
     for image in evaluation.broken:
         complain(args.program, f"left out: {image.reason}")
     text = report.as_markdown()

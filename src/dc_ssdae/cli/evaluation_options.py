@@ -141,7 +141,20 @@ def open_evaluation(args: "Namespace") -> OpenEvaluation:
     return OpenEvaluation(data, images, len(source), settings, device, dtype, decoding)
 
 
-def load_suite(args: "Namespace", opened: OpenEvaluation, device: "torch.device") -> "MetricSuite":
+def report_settings(args: "Namespace", opened: OpenEvaluation, suite: "MetricSuite") -> dict[str, Any]:
+    """What `dc_ssdae.evaluation.caveats.Report` takes."""
+    from dc_ssdae.timing import describe_machine
+
+    return {
+        **{name: getattr(opened, name) for name in ("settings", "data", "total", "decoding")},
+        "suite": suite,
+        "machine": describe_machine(opened.device),
+        "command": shlex.join(["dc-ssdae", *sys.argv[1:]]),
+        "dtype": args.dtype,
+    }
+
+
+def load_suite(args: "Namespace", opened: OpenEvaluation) -> "MetricSuite":
     """Load the metrics that the options ask for.
 
     Raises:
@@ -151,7 +164,7 @@ def load_suite(args: "Namespace", opened: OpenEvaluation, device: "torch.device"
 
     return load_metrics(
         opened.settings.protocol,
-        device,
+        opened.device,
         args.metrics,
         args.random_backbones,
         args.download,
@@ -167,11 +180,6 @@ def data_name(root: str) -> str:
         return root
     *above, name = Path(root).expanduser().resolve().parts
     return f"{above[-1]}/{name}" if name in ("validation", "val", "train", "test") and above else name
-
-
-def command_line() -> str:
-    """The command as it was typed."""
-    return shlex.join(["dc-ssdae", *sys.argv[1:]])
 
 
 def parse_models(texts: Sequence[str]) -> "list[CandidateSpec]":

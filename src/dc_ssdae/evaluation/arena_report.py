@@ -10,11 +10,10 @@ from dc_ssdae.data.loader import BrokenImage
 from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
-from dc_ssdae.evaluation.caveats import caveats, decoding_lines, missing_lines, protocol_lines
+from dc_ssdae.evaluation.caveats import Report, caveats, decoding_lines, missing_lines, protocol_lines
 from dc_ssdae.evaluation.curves import COLOURS, number_logarithmic_ticks, save_picture, shorten
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
-from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, EvaluationSettings
-from dc_ssdae.evaluation.metric_networks import MetricSuite
+from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS
 from dc_ssdae.evaluation.metrics import psnr
 from dc_ssdae.evaluation.viewer import (
     Group,
@@ -54,34 +53,18 @@ class Column:
     digits: int | None = None
 
 
-@dataclass(frozen=True)
-class ArenaReport:
+@dataclass(frozen=True, kw_only=True)
+class ArenaReport(Report):
     """The arena's results.
 
     Args:
         entries: as `run_arena` gives them.
-        settings: of the evaluation.
-        suite: its metrics.
-        data: name of the data set.
-        total: images of the data set.
-        machine: as `describe_machine` gives it.
-        command: that made the report.
-        dtype: of the networks.
         rounds: in which speed was measured.
-        decoding: how models of this package decode, where that is not their default.
         columns: by name; derived.
     """
 
     entries: Sequence[Entry]
-    settings: EvaluationSettings
-    suite: MetricSuite
-    data: str
-    total: int
-    machine: Mapping[str, Any]
-    command: str
-    dtype: str
     rounds: int
-    decoding: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Column] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,15 +97,7 @@ class ArenaReport:
         content = {
             "columns": {"model": "", **{name: column.unit for name, column in self.columns.items()}},
             "rows": rows,
-            "protocol": {
-                **self.settings.protocol.settings(),
-                "size": self.settings.size,
-                "images": self.images,
-                "data": self.data,
-                "seed": self.settings.seed,
-                "weights": self.suite.files,
-                "decoding": dict(self.decoding),
-            },
+            "protocol": {**self.protocol_settings(), "images": self.images},
             "caveats": self.caveats(),
             "speed": {"batch": self._batch, "rounds": self.rounds, "dtype": self.dtype, "interval": "quartiles"},
             "machine": dict(self.machine),

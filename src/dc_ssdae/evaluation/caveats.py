@@ -1,6 +1,7 @@
 """What a reader must know before comparing figures: the protocol in words, and what may not be compared."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dc_ssdae.data.loader import enlarged_caveat
@@ -12,6 +13,42 @@ from dc_ssdae.evaluation.metric_networks import NOT_ASKED, MetricSuite
 
 ENOUGH_IMAGES = 10_000
 """Below them a distance between sets says more about how many images there are than about the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How figures were measured, which every report tells.
+
+    Args:
+        settings: of the evaluation.
+        suite: its metrics.
+        data: name of the data set.
+        total: images of the data set.
+        machine: as `describe_machine` gives it.
+        command: that made the report.
+        dtype: of the networks.
+        decoding: how models of this package decode, where that is not their default.
+    """
+
+    settings: EvaluationSettings
+    suite: MetricSuite
+    data: str
+    total: int
+    machine: Mapping[str, Any]
+    command: str
+    dtype: str
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+    def protocol_settings(self) -> dict[str, Any]:
+        """The protocol, and what else figures depend on, for a file."""
+        return {
+            **self.settings.protocol.settings(),
+            "size": self.settings.size,
+            "data": self.data,
+            "seed": self.settings.seed,
+            "weights": self.suite.files,
+            "decoding": dict(self.decoding),
+        }
 
 
 def protocol_lines(

@@ -13,11 +13,11 @@ import numpy as np
 
 from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
-from dc_ssdae.evaluation.caveats import caveats, protocol_lines
+from dc_ssdae.evaluation.caveats import Report, caveats, protocol_lines
 from dc_ssdae.evaluation.estimates import METRICS, Estimate, MetricInfo
-from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, KL, Evaluation, EvaluationSettings, Reconstructed
+from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, KL, Evaluation, Reconstructed
 from dc_ssdae.evaluation.latent_statistics import ACTIVE_VARIANCE, LatentProfile
-from dc_ssdae.evaluation.metric_networks import MSE, NOT_ASKED, MetricSuite
+from dc_ssdae.evaluation.metric_networks import MSE, NOT_ASKED
 from dc_ssdae.evaluation.report import DIFFERENCE_GAIN, difference
 from dc_ssdae.evaluation.viewer import Group, Panel, Photo, Table, bullets, paragraph, render_page, section, warning
 from dc_ssdae.provenance import name_of_path, short_name
@@ -32,35 +32,19 @@ MOST_CHANNELS = 32
 """Of a latent, that a page lists one by one."""
 
 
-@dataclass(frozen=True)
-class EvaluationReport:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(Report):
     """The results of one model.
 
     Args:
         label: what the model is called.
         remarks: what to know about it.
         evaluation: as `evaluate` gives it.
-        settings: of the evaluation.
-        suite: its metrics.
-        data: name of the data set.
-        total: images of the data set.
-        machine: as `describe_machine` gives it.
-        command: that made the report.
-        dtype: of the networks.
-        decoding: how the model decodes, where that is not its default.
     """
 
     label: str
     remarks: Sequence[str]
     evaluation: Evaluation
-    settings: EvaluationSettings
-    suite: MetricSuite
-    data: str
-    total: int
-    machine: Mapping[str, Any]
-    command: str
-    dtype: str
-    decoding: Mapping[str, Any]
 
     @property
     def ranking(self) -> str | None:
@@ -107,15 +91,7 @@ class EvaluationReport:
             "broken": {image.name: image.reason for image in found.broken},
             "latent_shape": None if found.latent_shape is None else list(found.latent_shape),
             "latent": None if found.latent is None else found.latent.as_json(),
-            "protocol": {
-                **self.settings.protocol.settings(),
-                "size": self.settings.size,
-                "data": self.data,
-                "seed": self.settings.seed,
-                "weights": self.suite.files,
-                "decoding": dict(self.decoding),
-                "dtype": self.dtype,
-            },
+            "protocol": {**self.protocol_settings(), "dtype": self.dtype},
             "caveats": self.caveats(),
             "machine": dict(self.machine),
             "command": self.command,

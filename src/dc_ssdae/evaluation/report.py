@@ -87,7 +87,8 @@ def _verdict(results: Sequence[PhotoResult]) -> str:
         )
     return (
         f"The model reaches {psnr:.1f} dB on photos it has not seen, {psnr - baseline:.1f} dB above bicubic "
-        "resizing with the same number of values. It trained on a handful of photos: this says nothing yet about others."
+        "resizing with the same number of values. It trained on a handful of photos: this says nothing yet about "
+        "others."
     )
 
 
@@ -112,14 +113,13 @@ def _photo(result: PhotoResult) -> str:
 def _rows(results: Sequence[PhotoResult]) -> list[str]:
     """A row for each photo, and their mean."""
     figures = [[getattr(result, name) for name in _FIGURES] for result in results]
+    figures.append([fmean(column) for column in zip(*figures, strict=True)])
     heads = [
         (result.name, "×".join(map(str, result.latent_shape)), f"{result.latent_values:,} / {values:,}")
         for result, values in zip(results, (3 * math.prod(r.baseline_size) for r in results), strict=True)
     ]
     rows = []
-    for head, row in zip(
-        [*heads, ("mean", "", "")], [*figures, list(map(fmean, zip(*figures, strict=True)))], strict=True
-    ):
+    for head, row in zip([*heads, ("mean", "", "")], figures, strict=True):
         cells = [*map(escape, head), *(form.format(value) for form, value in zip(_FIGURES.values(), row, strict=True))]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return rows
