@@ -11,7 +11,15 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dc_ssdae.cli.parser import CommandParser, device_name, file_path, filled, number_between, whole_number
+from dc_ssdae.cli.parser import (
+    LARGEST_SEED,
+    CommandParser,
+    device_name,
+    file_path,
+    filled,
+    number_between,
+    whole_number,
+)
 from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -116,6 +124,13 @@ def add_size_option(parser: CommandParser) -> None:
         metavar="S",
         help="side in pixels of the square that is cut from an image's centre, after resizing by the shorter side; a "
         "multiple of the model's f (default 256)",
+    )
+
+
+def add_seed_option(parser: CommandParser, purpose: str, default: str = "default 0") -> None:
+    """Add `--seed`; `purpose` is what its help says it is for."""
+    parser.add_argument(
+        "--seed", type=whole_number(0, LARGEST_SEED), default=0, metavar="S", help=f"{purpose} ({default})"
     )
 
 
@@ -264,7 +279,7 @@ def write_outputs(args: "Namespace", contents: Mapping[str, bytes]) -> None:
     say(f"-> {', '.join(str(args.out / name) for name in contents)}")
 
 
-def told_once(run: "Callable[[Namespace], int]") -> "Callable[[Namespace], int]":
+def told_by_one_process(run: "Callable[[Namespace], int]") -> "Callable[[Namespace], int]":
     """Let an error that all processes of a command meet be told by one of them."""
 
     @wraps(run)
@@ -370,20 +385,9 @@ def load_model(args: "Namespace") -> "DCSSDAE":
     classes = import_classes(args.modules)
     import torch
 
-    from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.model_folder import model_folder, weight_variants
+    from dc_ssdae.evaluation.candidate_names import load_saved_model
 
-    is_folder = Path(args.model).is_dir()
-    name = model_folder(args.model) if is_folder else args.model
-    variants = weight_variants(Path(name)) if is_folder else []
-    # A model that was saved as a variant alone leaves no choice.
-    variant = variants[0] if len(variants) == 1 else None
-    try:
-        model = DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=getattr(torch, args.dtype), variant=variant)
-    except OSError as error:
-        if Path(args.model).is_dir():
-            raise
-        raise InputError(f"{args.model}: no such folder, and not to be had from the hub: {describe(error)}") from error
+    model = load_saved_model(args.model, getattr(torch, args.dtype), classes)
     tile_size = getattr(args, "tile_size", None)
     if tile_size is not None:
         model.enable_tiling(tile_size)

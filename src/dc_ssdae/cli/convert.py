@@ -4,8 +4,8 @@ import json
 import shlex
 from argparse import Namespace
 
-from dc_ssdae.cli.common import add_dtype_option, add_overwrite_option, check_output_folder, say
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
+from dc_ssdae.cli.common import add_dtype_option, add_overwrite_option, add_seed_option, check_output_folder, say
+from dc_ssdae.cli.parser import CommandParser, file_path, filled
 from dc_ssdae.files import naming, write_whole
 
 TRAINING_FILE = "frozen_encoder.yaml"
@@ -57,13 +57,7 @@ def build_parser() -> CommandParser:
         metavar="NAME",
         help="EquilibriumMatching (the default) or FlowMatching",
     )
-    published.add_argument(
-        "--seed",
-        type=whole_number(0, LARGEST_SEED),
-        default=0,
-        metavar="S",
-        help="of the decoder's random weights (default 0)",
-    )
+    add_seed_option(published, "of the decoder's random weights")
     add_overwrite_option(published)
     add_dtype_option(published, "what to store the weights in")
     published.set_defaults(convert=_convert_diffusers)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dc_ssdae.cli.common import Done, Job, for_each_file, load_model, plan_outputs, shape_line
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, number, numbers, whole_number
+from dc_ssdae.cli.common import Done, Job, add_seed_option, for_each_file, load_model, plan_outputs, shape_line
+from dc_ssdae.cli.parser import CommandParser, file_path, number, numbers, whole_number
 from dc_ssdae.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,13 +65,8 @@ def add_decoding_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--return_trajectory", action="store_true", help="also write DIR/STEM-trajectory.png, all states side by side"
     )
-    parser.add_argument(
-        "--seed",
-        type=whole_number(0, LARGEST_SEED),
-        default=0,
-        metavar="S",
-        help="of the noise each image starts from (default 0, which is also what DCSSDAE.decode takes by default)",
-    )
+    default = "default 0, which is also what DCSSDAE.decode takes by default"
+    add_seed_option(parser, "of the noise each image starts from", default)
 
 
 class Decoded(NamedTuple):

@@ -8,11 +8,12 @@ from dc_ssdae.cli.common import (
     add_device_option,
     add_dtype_option,
     add_overwrite_option,
+    add_seed_option,
     check_outputs,
     say,
     select_device,
 )
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, number_between, whole_number
+from dc_ssdae.cli.parser import CommandParser, number_between, whole_number
 from dc_ssdae.errors import counted
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ def build_parser() -> CommandParser:
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write to (default runs/demo)"
     )
     add_overwrite_option(parser)
-    parser.add_argument(
-        "--seed", type=whole_number(0, LARGEST_SEED), default=0, metavar="S", help="of all that is random (default 0)"
-    )
+    add_seed_option(parser, "of all that is random")
     add_device_option(parser)
     add_dtype_option(parser, "what the networks compute in while they train", ("float32", "bfloat16"))
     return parser

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,9 @@ from dc_ssdae.cli.train import (
     take_option,
     tell_end,
     told_once,
+    watching_training,
 )
-from dc_ssdae.errors import InputError, ToldElsewhere
-from dc_ssdae.training.stopping import StopRequest
+from dc_ssdae.errors import InputError
 
 if TYPE_CHECKING:
     from dc_ssdae.training.config import RunConfig
@@ -184,16 +184,8 @@ def _run_of(folder: Path) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Train the student, then compare; gives the exit code, 0 also where a signal asked for the end."""
-    from dc_ssdae.data.loader import ReadingFailed
-
-    find_own_classes()
-    try:
-        with StopRequest() if args.resume is not None else nullcontext():
-            path = _train(args)
-    except (ReadingFailed, ToldElsewhere):
-        raise
-    except InputError as error:  # which all processes meet
-        raise told_once(error) from error
+    with watching_training(args):
+        path = _train(args)
     if path is not None and is_main_process():
         _compare(path, args.config)
     return 0

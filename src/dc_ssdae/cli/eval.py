@@ -11,7 +11,7 @@ from dc_ssdae.cli.common import (
     complain,
     import_classes,
     say,
-    told_once,
+    told_by_one_process,
     write_outputs,
 )
 from dc_ssdae.cli.evaluation_options import (
@@ -60,7 +60,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
-@told_once
+@told_by_one_process
 def run(args: Namespace) -> int:
     """Measure, write and print; gives the exit code."""
     (spec,) = parse_models([args.model])

@@ -15,9 +15,10 @@ from dc_ssdae.cli.common import (
     add_device_option,
     add_dtype_option,
     add_import_option,
+    add_seed_option,
     add_workers_option,
 )
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, number, numbers, whole_number
+from dc_ssdae.cli.parser import CommandParser, number, numbers, whole_number
 from dc_ssdae.errors import unknown_name
 
 if TYPE_CHECKING:
@@ -75,13 +76,7 @@ def add_evaluation_options(parser: CommandParser) -> None:
         metavar="R",
         help="of the bootstrap of rFID and rFDD; 0 gives no intervals (default 20)",
     )
-    parser.add_argument(
-        "--seed",
-        type=whole_number(0, LARGEST_SEED),
-        default=0,
-        metavar="S",
-        help="of sampled latents and of the bootstrap (default 0)",
-    )
+    add_seed_option(parser, "of sampled latents and of the bootstrap")
     decoding = parser.add_argument_group("how models of this package decode (default: in one step)")
     decoding.add_argument("--sampler", metavar="NAME", help="as dc-ssdae decode takes it, like the others")
     decoding.add_argument("--steps", "--num_steps", dest="num_steps", type=whole_number(1), metavar="N")
@@ -125,6 +120,7 @@ def open_evaluation(args: "Namespace") -> OpenEvaluation:
     from dc_ssdae.data.loader import default_workers
     from dc_ssdae.data.sources import open_sources
     from dc_ssdae.decoding import SAMPLERS
+    from dc_ssdae.evaluation.candidates import DECODING
     from dc_ssdae.evaluation.evaluate import EvaluationSettings
 
     if args.sampler is not None and args.sampler not in SAMPLERS:
@@ -133,8 +129,7 @@ def open_evaluation(args: "Namespace") -> OpenEvaluation:
     settings = EvaluationSettings(protocol, args.size or protocol.size, args.batch, workers, args.seed)
     sources = open_sources(args.data, None, None, None)
     source = sources.validation or sources.train
-    names = ("sampler", "num_steps", "step_size", "momentum", "tolerance")
-    decoding = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    decoding = {name: getattr(args, name) for name in DECODING if getattr(args, name) is not None}
     dtype = getattr(torch, args.dtype)
     data = data_name(args.data) + ("/validation" if sources.validation else "")
     images = settings.images(source, args.limit)

@@ -16,7 +16,7 @@ from dc_ssdae.cli.common import (
     load_model,
     say,
     select_device,
-    told_once,
+    told_by_one_process,
 )
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
 from dc_ssdae.errors import InputError, check_type, counted
@@ -86,7 +86,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
-@told_once
+@told_by_one_process
 def run(args: Namespace) -> int:
     """Encode the images; gives the exit code."""
     if args.seed is not None and args.store != "sample":

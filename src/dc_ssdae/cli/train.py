@@ -3,8 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,17 +73,8 @@ def build_parser() -> TrainParser:
 
 def run(args: argparse.Namespace) -> int:
     """Train; gives the exit code, 0 also where a signal asked for the end."""
-    find_own_classes()
-    from dc_ssdae.data.loader import ReadingFailed
-
-    try:
-        # From here on, not only once the trainer is built: a run that is resumed ends well whenever a signal comes.
-        with StopRequest() if args.resume is not None else nullcontext():
-            return _run(args)
-    except (ReadingFailed, ToldElsewhere):
-        raise
-    except InputError as error:  # which all processes meet
-        raise told_once(error) from error
+    with watching_training(args):
+        return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -136,6 +127,22 @@ def _run_recipe(args: argparse.Namespace) -> int:
         outcome = found
     tell_end(PROGRAM, outcome, path)
     return 0
+
+
+@contextmanager
+def watching_training(args: argparse.Namespace) -> Iterator[None]:
+    """Let a run that is resumed heed signals, and one process tell what all meet."""
+    find_own_classes()
+    from dc_ssdae.data.loader import ReadingFailed
+
+    try:
+        # From here on, not only once the trainer is built: a run that is resumed ends well whenever a signal comes.
+        with StopRequest() if args.resume is not None else nullcontext():
+            yield
+    except (ReadingFailed, ToldElsewhere):
+        raise
+    except InputError as error:  # which all processes meet
+        raise told_once(error) from error
 
 
 def find_own_classes() -> None:

@@ -29,7 +29,7 @@ from dc_ssdae.interop.diffusers_models import (
     load_diffusers_model,
     message_of,
 )
-from dc_ssdae.model_folder import may_be_on_the_hub, model_folder
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, weight_variants
 from dc_ssdae.presets import list_presets
 
 
@@ -137,7 +137,7 @@ def open_candidate(
         ours.remarks.append(RANDOM_WEIGHTS)
         return ours
     if spec.kind == "ours":
-        return OurCandidate(_load_ours(spec.value, dtype, classes), decoding)
+        return OurCandidate(load_saved_model(spec.value, dtype, classes), decoding)
     return _load_diffusers(spec.value, dtype, classes, decoding)
 
 
@@ -171,12 +171,26 @@ def _default_label(kind: str, value: str) -> str:
     return value.rpartition(".")[2] if kind == "python" else f"{kind}:{value}"
 
 
-def _load_ours(value: str, dtype: torch.dtype, classes: Sequence[type]) -> DCSSDAE:
-    name = model_folder(value) if os.path.isdir(value) else value
+def load_saved_model(value: str, dtype: torch.dtype, classes: Sequence[type]) -> DCSSDAE:
+    """Load a model of this package, from the folder of a saved model or of a run, or from the hub, onto the CPU.
+
+    Args:
+        value: the folder, or the id on the hub.
+        dtype: of the networks.
+        classes: of the user's own that the model names.
+
+    Raises:
+        InputError: there is no such model, or its files are damaged or do not fit together.
+    """
+    is_folder = os.path.isdir(value)
+    name = model_folder(value) if is_folder else value
+    variants = weight_variants(Path(name)) if is_folder else []
+    # A model that was saved as a variant alone leaves no choice.
+    variant = variants[0] if len(variants) == 1 else None
     try:
-        return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype)
+        return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype, variant=variant)
     except OSError as error:
-        if os.path.isdir(value):
+        if is_folder:
             raise
         raise InputError(f"{value}: no such folder, and not to be had from the hub: {message_of(error)}") from error
 
@@ -187,7 +201,7 @@ def _load_diffusers(
     """A saved model, or the `vae` of a saved pipeline; with random weights where a folder has a config alone."""
     source = find_diffusers_model(value, f"diffusers:{value}")
     if source.config.get("_class_name") == DCSSDAE.__name__:
-        return OurCandidate(_load_ours(str(source.folder), dtype, classes), decoding)
+        return OurCandidate(load_saved_model(str(source.folder), dtype, classes), decoding)
     kind = autoencoder_class(source)
     if has_weights(source):
         return DiffusersCandidate(load_diffusers_model(source, kind, dtype))

@@ -20,6 +20,9 @@ from dc_ssdae.latent import DiagonalGaussian
 RANDOM_WEIGHTS = "random weights"
 """Remark on a candidate that was never trained."""
 
+DECODING = ("sampler", "num_steps", "step_size", "momentum", "tolerance")
+"""Settings of `DCSSDAE.decode` with which a model can be measured."""
+
 ZERO_TO_ONE = ("AutoencoderRAE",)
 """Classes of diffusers that take and give images in [0, 1] instead of [-1, 1]."""
 
@@ -111,8 +114,7 @@ class OurCandidate(Candidate):
         super().__init__()
         self.model = model
         self.decoding = dict(decoding or {})
-        names = ("sampler", "num_steps", "step_size", "momentum", "tolerance")
-        settings: dict[str, Any] = {name: self.decoding.get(name) for name in names}
+        settings: dict[str, Any] = {name: self.decoding.get(name) for name in DECODING}
         plan_decoding(model.dynamics, **settings)
 
     def module(self) -> nn.Module:
