@@ -141,7 +141,7 @@ def test_steps_table(run: Callable) -> None:
     assert number(costs[1][4]) > 0.0
     assert costs[2][4] == "-"  # a process has but one largest resident set
     text = " ".join(outcome.out[second:])
-    assert "2 steps of 1 random images of 16 px, float32, adamw; medians, compared in alternation" in text
+    assert "2 steps of 1 random image of 16 px, float32, adamw; medians, compared in alternation" in text
     assert "Memory: this process's resident set." in text
 
 

@@ -312,7 +312,7 @@ class TestDistilling:
         out = tmp_path / "out"
         outcome = run("distill", *short, "--training.output", out)
         assert outcome.code == 0, outcome.err
-        assert steps_done(out) == [0, 1, 2, 3]
+        assert steps_done(out) == [1, 2, 3, 4]
         assert f"done after step 4: the model is {out / 'model'}" in "\n".join(outcome.err)
         names = ["teacher, 1 step", "teacher, 2 steps", "student, 1 step"]
         for line, name in zip(outcome.out[1:4], names, strict=True):
@@ -336,11 +336,11 @@ class TestDistilling:
         assert again.code == 0
         assert again.out == outcome.out
         assert json.loads((out / "distillation.json").read_text()) == report
-        assert steps_done(out) == [0, 1, 2, 3]
+        assert steps_done(out) == [1, 2, 3, 4]
 
         # More steps.
         assert run("distill", "--resume", out, "--training.steps", 5).code == 0
-        assert steps_done(out) == [0, 1, 2, 3, 4]
+        assert steps_done(out) == [1, 2, 3, 4, 5]
         line = one_line(run, "--resume", out, "--training.lr", 1e-3)
         assert "training.lr is 0.0001" in line
         assert "distillation.steps is 2" in one_line(run, "--resume", out, "--distillation.steps", 4)
@@ -349,7 +349,7 @@ class TestDistilling:
         # The other command goes on with it too.
         outcome = run("train", "--resume", out, "--training.steps", 6)
         assert outcome.code == 0, outcome.err
-        assert steps_done(out) == [0, 1, 2, 3, 4, 5]
+        assert steps_done(out) == [1, 2, 3, 4, 5, 6]
         assert load_file(out / "checkpoints/last/model.safetensors").keys() == {f"model.{name}" for name in student}
 
     def test_of_flow_matching(self, run: Callable, photos: Path, tmp_path: Path) -> None:

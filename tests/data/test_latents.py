@@ -282,7 +282,7 @@ def test_folders_without_latents(folder: Path, tmp_path: Path) -> None:
         ({"scaling_factor": None}, "scaling_factor is None; it must be of type float"),
         ({"shift_factor": float("inf")}, "cannot be scaled"),
         ({"latents_std": [1.0, 1.0, -1.0]}, "cannot be scaled"),
-        ({"latents_mean": [1.0]}, "latents_mean has 1 numbers, not 3"),
+        ({"latents_mean": [1.0]}, "latents_mean has 1 number, not 3"),
         ({"latents_mean": "abc"}, "latents_mean is 'abc'"),
     ],
 )
