@@ -377,8 +377,9 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             weights = [file for file in pickles if file.stem == single.stem] or pickles
             raise pickle_refused(weights[0], single)
         if not single.is_file():
-            others = [repr(other) if other else "weights without a variant" for other in weight_variants(folder)]
-            there = f"there are {' and '.join(others)}" if others else "there are no safetensors"
+            found = weight_variants(folder)
+            others = [f"the variant {other!r}" if other else "that without a variant" for other in found]
+            there = f"there is {' and '.join(others)}" if others else "there are no safetensors"
             raise MissingInputError(f"{single}: no such file; {there}")
         check_tensors([single], expected)
 

@@ -27,6 +27,7 @@ from dc_ssdae.decoding import default_noise
 from dc_ssdae.dynamics import Dynamics
 from dc_ssdae.dynamics.energy import apply_network
 from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.files import naming
 from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.networks.attention import DENSE_TOKENS
 
@@ -401,7 +402,8 @@ class _Exporter:
         if self.format == "pt2":
             content = io.BytesIO()  # PyTorch's writer of files aborts the process where a disk is full
             torch.export.save(program, content, extra_files={MANIFEST: json.dumps(metadata)})
-            path.write_bytes(content.getbuffer())
+            with naming(path):
+                path.write_bytes(content.getbuffer())
             return
         stored = sum(tensor.nbytes for tensor in program.state_dict.values())
         written = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False)
