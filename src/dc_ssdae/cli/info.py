@@ -233,9 +233,11 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
         if at is None
     ]
     if seconds := profile["seconds"]:
+        encode, step = (1000 * seconds[name] for name in ("encode", "decode_step"))
+        digits = 1 if max(encode, step) < 1000 else 0  # the line fits a terminal on slow machines, too
         lines.append(
             f"One {seconds['size']} px image on {seconds['device']}, median of 3: encode "
-            f"{1000 * seconds['encode']:,.1f} ms, decode step {1000 * seconds['decode_step']:,.1f} ms."
+            f"{encode:,.{digits}f} ms, decode step {step:,.{digits}f} ms."
         )
     lines.append("")
     for part in ("encoder", "decoder", "dynamics"):
