@@ -299,7 +299,7 @@ def _draw(entries: Sequence[Entry]) -> "Figure":
     longest = max((min(len(entry.label), _LONGEST_LABEL) for entry in entries), default=1)
     rows = -(-len(entries) // max(1, min(4, _LEGEND // (4 + longest))))
     height = 3.3 * len(names) + 0.28 * rows + 0.4
-    figure = Figure(figsize=(10.5, height), layout="constrained")
+    figure = Figure(figsize=(10.5, height), dpi=110, layout="constrained")
     grid = figure.subplots(len(names), 2, squeeze=False)
     handles: dict[str, Any] = {}
     for name, row in zip(names, grid, strict=True):
