@@ -149,7 +149,7 @@ def test_one_bad_file_among_three(reconstruct: Callable, photo: Path, tmp_path: 
         (lambda path: None, "No such file or directory"),
         (lambda path: path.mkdir(), "it is a directory"),
         (lambda path: path.write_bytes(b""), "the file is empty"),
-        (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), "32-bit floating-point pixels"),
+        (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), "32-bit float pixels"),
     ],
 )
 def test_what_is_no_image_is_one_line(
