@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and what must not be opened as a file of ours."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -12,6 +13,8 @@ from dc_ssdae.errors import InputError
 
 GIT_LFS = b"version https://git-lfs.github.com/spec/"
 """How a file begins that stands for one in Git's large file storage."""
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EBADF)
 
 GIT_LFS_ADVICE = "it is a Git LFS pointer, not the file itself; run git lfs pull in the repository that it comes from"
 
@@ -81,12 +84,23 @@ def write_whole(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
         if path.exists():
             beside.chmod(path.stat().st_mode)
-    with contextlib.suppress(OSError):  # not all systems can
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk, where the file system can.
+
+    Raises:
+        OSError: what was written cannot be kept; some file systems say only now that they are full.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
 
 
 def sha256(path: Path) -> str:

@@ -7,13 +7,14 @@ mean nothing, and in YAML that a library writes.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
+from jinja2 import Environment
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import write_whole
@@ -35,6 +36,7 @@ from dc_ssdae.provenance import (
 from dc_ssdae.weights import tensor_shapes
 
 CARD_FILE = "README.md"
+TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 
 MARKER = (
     "<!-- dc-ssdae writes this file, and writes it anew with the model. Delete this line to keep your own edits. -->"
@@ -189,24 +191,35 @@ def render_model_card(
     """
     _check(config)
     provenance = check_provenance(config.get("provenance")) or {}
-    parts = [
-        f"---\n{_metadata(config, provenance)}\n---",
-        MARKER,
-        f"# DC-SSDAE f{config['downsample_factor']}c{config['latent_channels']}",
-        _warning(provenance),
-        _summary(config),
-        _bullets(_architecture(config, parameters)),
-        "## Training",
-        _bullets(training_lines(provenance, as_code)) or "How it was trained is not recorded.",
-        *_figures(provenance),
-        "## How to load",
-        *_loading(config, variant, repo_id),
-        "## The latent",
-        _normalisation(config),
-        "## Licence and citation",
-        *_citation(config, provenance),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    factor, channels = config["downsample_factor"], config["latent_channels"]
+    classes = {part: _class_of(config, part) or "" for part in (*PARTS, "dynamics")}
+    counts = {part: f"{parameters[part]:,} parameters" if part in parameters else "" for part in classes}
+    told = {part: ", ".join(filter(None, [name and as_code(name), counts[part]])) for part, name in classes.items()}
+    latent = {name: config.get(name, unknown) for name, unknown in NOT_MEASURED.items()}
+    evaluations = sorted(provenance.get("evaluations", ()), key=lambda entry: entry["protocol"] == IN_TRAINING)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)  # Markdown, with code spans
+    environment.filters |= {"code": as_code, "json": json.dumps, "capital": lambda text: text[0].upper() + text[1:]}
+    card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        metadata=_metadata(config, provenance),
+        marker=MARKER,
+        kind=f"f{factor}c{channels}",
+        provenance=provenance,
+        untrained_all=is_untrained(provenance),
+        factor=factor,
+        channels=channels,
+        size=256 if factor <= 256 else factor,
+        architecture=[(part, text) for part, text in told.items() if text],
+        training=training_lines(provenance, as_code),
+        evaluations=[_figures(evaluation) for evaluation in evaluations],
+        own_classes=[name for name in classes.values() if "." in name],
+        source=repo_id or PLACEHOLDER,
+        variant=variant,
+        latent=latent,
+        is_measured=latent != NOT_MEASURED,
+        citation=CITATION,
+        works=[WORKS[name] for name in classes.values() if name in WORKS],
+    )
+    return re.sub(r"\n{3,}", "\n\n", card).strip() + "\n"
 
 
 def as_code(text: str) -> str:
@@ -271,131 +284,20 @@ def _results(provenance: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
-def _warning(provenance: Mapping[str, Any]) -> str:
-    if is_untrained(provenance):
-        return "> **Random weights: not trained.** What it makes of an image means nothing yet."
-    return "".join(f"> **The {part} has random weights: not trained.**" for part in provenance.get("untrained", ()))
-
-
-def _summary(config: Mapping[str, Any]) -> str:
-    factor, channels = config["downsample_factor"], config["latent_channels"]
-    size = _example_size(factor)
-    return (
-        f"An image autoencoder for latent generative models, whose decoder is a one-step diffusion model. The encoder "
-        f"makes each side of an image {factor} times smaller, with {channels} channels: {size}×{size} pixels become a "
-        f"latent of {channels}×{size // factor}×{size // factor}, {3 * factor**2 / channels:g} image values for each "
-        "latent value."
-    )
-
-
-def _example_size(factor: int) -> int:
-    return 256 if factor <= 256 else factor
-
-
-def _architecture(config: Mapping[str, Any], parameters: Mapping[str, int]) -> list[tuple[str, str]]:
-    lines = []
-    for part in (*PARTS, "dynamics"):
-        name = _class_of(config, part)
-        count = f"{parameters[part]:,} parameters" if part in parameters else ""
-        told = ", ".join(filter(None, [name and as_code(name), count]))
-        if told:
-            lines.append((part, told))
-    return lines
-
-
-def _bullets(lines: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"- **{label[0].upper()}{label[1:]}**: {text}" for label, text in lines)
-
-
-def _figures(provenance: Mapping[str, Any]) -> list[str]:
-    evaluations = sorted(provenance.get("evaluations", ()), key=lambda entry: entry["protocol"] == IN_TRAINING)
-    if not evaluations:
-        return []
-    parts = ["## Figures"]
-    for evaluation in evaluations:
-        title = evaluation_title(evaluation, as_code)
-        parts.append(f"{title[0].upper()}{title[1:]}:")
-        metrics = evaluation["metrics"]
-        has_intervals = any("low" in metric for metric in metrics.values())
-        rows = [f"| metric | value{' (95 % interval)' if has_intervals else ''} |", "|---|---|"]
-        titles = {name: _title(name) + (" †" if "note" in metric else "") for name, metric in metrics.items()}
-        rows += [f"| {titles[name]} | {metric_text(metric)} |" for name, metric in metrics.items()]
-        parts.append("\n".join(rows) if metrics else "No figures.")
-        noted = [(titles[name], as_code(metric["note"])) for name, metric in metrics.items() if "note" in metric]
-        parts.append(_bullets(noted))
-        if evaluation["protocol"] == IN_TRAINING:
-            parts.append("These are for watching the training, and follow no published protocol.")
-    if any("low" in metric for evaluation in evaluations for metric in evaluation["metrics"].values()):
-        parts.append("An interval tells how much another draw of images would change a figure, not another training.")
-    parts.append("Figures of another protocol, size or data set may not be compared with these.")
-    return parts
-
-
-def _title(metric: str) -> str:
-    return TITLES.get(metric) or as_code(metric)
-
-
-def _loading(config: Mapping[str, Any], variant: str | None, repo_id: str | None) -> list[str]:
-    factor, channels = config["downsample_factor"], config["latent_channels"]
-    size = _example_size(factor)
-    own = [name for part in (*PARTS, "dynamics") if "." in (name := _class_of(config, part) or "")]
-    classes = ", ".join(map(as_code, own))
-    given = f", variant={json.dumps(variant)}" if variant else ""
-    return [
-        "It needs the Python package `dc-ssdae`: in a checkout of its repository, `pip install .`",
-        f"It has classes of its authors' own, {classes}: import them before, or name them by "
-        "`from_pretrained(…, classes=[…])`. Nothing in this folder imports code."
-        if own
-        else "",
-        f"""```python
-import torch
-from dc_ssdae import DCSSDAE
-
-ae = DCSSDAE.from_pretrained({json.dumps(repo_id or PLACEHOLDER)}{given})
-x = torch.rand(1, 3, {size}, {size}) * 2 - 1  # images in [-1, 1], sides multiples of {factor}
-with torch.no_grad():
-    z = ae.encode(x).latent_dist.mode()  # (1, {channels}, {size // factor}, {size // factor})
-    y = ae.decode(z).sample  # the images again, in one step
-```""",
-        "It is a diffusers model. A pipeline whose diffusion model was trained on this latent takes it as its `vae`:",
-        """```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("PIPELINE", vae=ae)
-```""",
-    ]
-
-
-def _normalisation(config: Mapping[str, Any]) -> str:
-    known = {name: config.get(name, unknown) for name, unknown in NOT_MEASURED.items()}
-    if known == NOT_MEASURED:
-        return (
-            "Mean and standard deviation of the latent are not known: `scaling_factor` is 1. "
-            "`dc-ssdae stats --model FOLDER --data PHOTOS` measures them."
-        )
-    shift, scale = (f"{known[name]:.6g}" for name in ("shift_factor", "scaling_factor"))
-    each = known["latents_mean"] is not None and known["latents_std"] is not None
-    channels = (
-        ", or channel by channel `(z - latents_mean) / latents_std`, with the numbers in `config.json`" if each else ""
-    )
-    return (
-        f"`encode` and `decode` do not normalise. A diffusion model is trained on `(z - shift_factor) * "
-        f"scaling_factor`, with `shift_factor` {shift} and `scaling_factor` {scale}{channels}."
-    )
-
-
-def _citation(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
-    weights = (
-        "" if "license" in provenance else " A licence for these weights is not stated: ask whoever published them."
-    )
-    names = [_class_of(config, part) or "" for part in (*PARTS, "dynamics")]
-    works = [f"- [{WORKS[name][0]}](https://arxiv.org/abs/{WORKS[name][1]})" for name in names if name in WORKS]
-    return [
-        f"The code of `dc-ssdae` is under Apache-2.0.{weights}",
-        f"```bibtex\n{CITATION}\n```",
-        "It builds on:" if works else "",
-        "\n".join(works),
-    ]
+def _figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says of an evaluation."""
+    metrics = evaluation["metrics"]
+    titles = {
+        name: (TITLES.get(name) or as_code(name)) + (" †" if "note" in metric else "")
+        for name, metric in metrics.items()
+    }
+    return {
+        "title": evaluation_title(evaluation, as_code),
+        "has_intervals": any("low" in metric for metric in metrics.values()),
+        "rows": [(titles[name], metric_text(metric)) for name, metric in metrics.items()],
+        "notes": [(titles[name], as_code(metric["note"])) for name, metric in metrics.items() if "note" in metric],
+        "in_training": evaluation["protocol"] == IN_TRAINING,
+    }
 
 
 def _weights_in(folder: Path) -> tuple[dict[str, int], str | None]:

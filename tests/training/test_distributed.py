@@ -30,7 +30,7 @@ from dc_ssdae.processes import PATIENCE, Processes, sum_over_processes
 from dc_ssdae.training.build import build_model, build_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import OptimizerName, RunConfig
-from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
+from dc_ssdae.training.distributed import check_batch, on_main_process, start_processes, together
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.evaluation import evaluate
 from dc_ssdae.training.optimizer import (
@@ -184,10 +184,10 @@ def failures(accelerator: Accelerator, rank: int) -> dict[str, Any]:
         "result": on_main_process(accelerator, lambda: f"from {rank}"),
         "input error": raised(lambda: on_main_process(accelerator, lambda: fail(InputError("a mistake")))),
         "full disk": raised(lambda: on_main_process(accelerator, lambda: fail(OSError(28, "No space\nleft")))),
-        "mine": everyone(accelerator, lambda: rank),
-        "other fails": raised(lambda: everyone(accelerator, lambda: fail(InputError("of 1")) if other else "fine")),
-        "both fail": raised(lambda: everyone(accelerator, lambda: fail(OSError(2, f"of {rank}")))),
-        "main fails": raised(lambda: everyone(accelerator, lambda: fail(InputError("of 0")) if main else "fine")),
+        "mine": together(accelerator, lambda: rank),
+        "other fails": raised(lambda: together(accelerator, lambda: fail(InputError("of 1")) if other else "fine")),
+        "both fail": raised(lambda: together(accelerator, lambda: fail(OSError(2, f"of {rank}")))),
+        "main fails": raised(lambda: together(accelerator, lambda: fail(InputError("of 0")) if main else "fine")),
         "and it still works": sum_over_processes(torch.tensor([1.0 + rank])).tolist(),
         "too many wanted": raised(lambda: start_processes(3, cpu=True)),
     }
@@ -445,7 +445,7 @@ def test_in_one_process_errors_stay_what_they_are() -> None:
     def fail() -> None:
         raise FileNotFoundError(2, "No such file", "x")
 
-    for function in (on_main_process, everyone):
+    for function in (on_main_process, together):
         assert function(accelerator, lambda: 7) == 7
         with pytest.raises(FileNotFoundError):
             function(accelerator, fail)

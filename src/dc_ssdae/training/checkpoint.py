@@ -8,7 +8,6 @@ A folder is written under another name, flushed to the disk and renamed; then th
 at any instant, `last` is a whole checkpoint, the old one or the new one.
 """
 
-import errno
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dc_ssdae.errors import InputError, shown
-from dc_ssdae.files import sha256, write_whole
+from dc_ssdae.files import sha256, sync, write_whole
 from dc_ssdae.weights import read_safetensors
 
 FORMAT = 1
@@ -51,7 +50,6 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EBADF)
 
 
 class Checkpoint(NamedTuple):
@@ -309,19 +307,3 @@ def refused_as_damaged(folder: Path) -> Iterator[None]:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder / 'state.json'} is damaged ({line})") from error
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk, where the file system can.
-
-    Raises:
-        OSError: what was written cannot be kept; some file systems say only now that they are full.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(handle)

@@ -2,19 +2,13 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    DynamoBackend,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
-from dc_ssdae.errors import InputError, ToldElsewhere
-from dc_ssdae.processes import PATIENCE
+from dc_ssdae.errors import InputError
+from dc_ssdae.processes import PATIENCE, Processes
 
 T = TypeVar("T")
 
@@ -94,42 +88,24 @@ def check_batch(batch_size: int, accumulation_steps: int, processes: int) -> Non
         )
 
 
-def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Let the main process do something and give everyone its result, or its failure.
-
-    Raises:
-        InputError: the work raised one, or an OSError; in every process, so that none waits for the others.
-    """
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [work(), None]
-        except (InputError, OSError) as error:
-            if accelerator.num_processes == 1:
-                raise
-            outcome = [None, " ".join(str(error).split())]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise (InputError if accelerator.is_main_process else ToldElsewhere)(outcome[1])
-    return outcome[0]
-
-
-def everyone(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Let every process do something; where one fails, all fail with the first one's message.
 
     Raises:
         InputError: the work raised one, or an OSError, in some process.
     """
-    result, message = None, None
-    try:
-        result = work()
-    except (InputError, OSError) as error:
-        if accelerator.num_processes == 1:
-            raise
-        message = " ".join(str(error).split())
-    if accelerator.num_processes > 1:
-        messages = [text for text in gather_object([message]) if text is not None]
-        if messages:
-            raise (InputError if accelerator.is_main_process else ToldElsewhere)(messages[0])
-    return result  # type: ignore[return-value]
+    return _processes(accelerator).together(work)
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Let the main process do something and give everyone its result, or its failure.
+
+    Raises:
+        InputError: as `together`, so that none waits for the others.
+    """
+    processes = _processes(accelerator)
+    return processes.gather(processes.together(work if processes.is_main else lambda: None))[0]  # type: ignore[return-value]
+
+
+def _processes(accelerator: Accelerator) -> Processes:
+    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)

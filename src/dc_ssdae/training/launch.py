@@ -15,11 +15,11 @@ from accelerate.utils import DistributedType
 
 from dc_ssdae.data.sources import ImageSources, open_sources
 from dc_ssdae.errors import InputError, lenient_stderr
-from dc_ssdae.files import naming
+from dc_ssdae.files import naming, write_whole
 from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import build_model, check_components, fetch_backbones
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
+from dc_ssdae.training.distributed import check_batch, on_main_process, start_processes, together
 from dc_ssdae.training.initial import check_encoder_is_trained
 from dc_ssdae.training.logging import read_lines
 from dc_ssdae.training.origin import inherited
@@ -86,13 +86,8 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
     if is_finished(run, config.training):
         if os.environ.get("RANK", "0") != "0":
             return None
-        with suppress(InputError, OSError):  # another process is at it, or nothing can be written there any more
-            lock = RunLock(path)
-            lock.acquire()
-            try:
-                recover_run(run)
-            finally:
-                lock.release()
+        with suppress(InputError, OSError), RunLock(path):  # else another process is at it, or nothing can be written
+            recover_run(run)
         return None
     with StopRequest() as stop, lenient_stderr(), naming(path):
         accelerator = start_processes(config.training.processes, cpu)
@@ -105,21 +100,36 @@ def _check(config: RunConfig, accelerator: Accelerator, starts: bool, teacher: P
     data = config.data
 
     def check() -> ImageSources:
-        check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
-        check_components(config, starts, teacher, accelerator.distributed_type == DistributedType.FSDP)
-        if starts:
-            check_encoder_is_trained(config)
-        if data.root is None and data.dataset is None:
-            raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
+        check_config(config, accelerator, starts, teacher)
         return open_sources(data.root, data.dataset, data.validation, data.cache)
 
-    sources = everyone(accelerator, check)
+    sources = together(accelerator, check)
     # A download is for one process of each machine; the others find it then.
     fetch = partial(fetch_backbones, config.losses)
     first = accelerator.is_local_main_process
-    everyone(accelerator, fetch if first else check_nothing)
-    everyone(accelerator, check_nothing if first else fetch)
+    together(accelerator, fetch if first else check_nothing)
+    together(accelerator, check_nothing if first else fetch)
     return sources
+
+
+def check_config(config: RunConfig, accelerator: Accelerator, starts: bool, teacher: Path | None = None) -> None:
+    """Find what does not fit in a run's configuration, before anything is read or downloaded.
+
+    Args:
+        config: of the run.
+        accelerator: of its processes.
+        starts: whether it begins with random weights, those of `training.init_from` or its teacher's.
+        teacher: the run's copy of it, where there is one.
+
+    Raises:
+        InputError: says what does not fit.
+    """
+    check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
+    check_components(config, starts, teacher, accelerator.distributed_type == DistributedType.FSDP)
+    if starts:
+        check_encoder_is_trained(config)
+    if config.data.root is None and config.data.dataset is None:
+        raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
 
 
 def check_nothing() -> None:
@@ -147,7 +157,7 @@ def _train(
                     (run.model / "config.json").write_text(_model_config(config, teacher), encoding="utf-8")
             recover_run(run)
             if config_text is not None:
-                _replace_text(run.config, config_text)
+                write_whole(run.config, config_text.encode())
             append_line(run.environment, describe_environment(command_line(), _hardware(accelerator)))
 
         on_main_process(accelerator, prepare)
@@ -179,12 +189,6 @@ def _model_config(config: RunConfig, teacher: Path | None) -> str:
     model |= {name: given[name] for name in NOT_MEASURED if name in given}
     model["provenance"] = inherited(config, teacher)
     return json.dumps(model, indent=2, sort_keys=True) + "\n"
-
-
-def _replace_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _hardware(accelerator: Accelerator) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from dc_ssdae.data.images import write_png
 from dc_ssdae.data.loader import BrokenImage
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import write_whole
 from dc_ssdae.training.config import RunConfig, TrainingConfig
 from dc_ssdae.training.run import RunFolder
 
@@ -87,14 +87,8 @@ class JsonLines:
             if entry["step"] < step:
                 lines.append(json.dumps(entry).encode() + b"\n" if raised else line)
         kept = b"".join(lines)
-        if kept == content:
-            return
-        beside = self.path.with_name(f".{uuid.uuid4().hex}.partial")
-        try:
-            beside.write_bytes(kept)
-            os.replace(beside, self.path)
-        finally:
-            beside.unlink(missing_ok=True)
+        if kept != content:
+            write_whole(self.path, kept)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -17,15 +17,13 @@ from accelerate.utils.memory import clear_device_cache
 
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError, unknown_name
-from dc_ssdae.files import written_beside
-from dc_ssdae.training.build import check_components, fetch_backbones, resolved
-from dc_ssdae.training.checkpoint import sync
+from dc_ssdae.files import write_whole
+from dc_ssdae.training.build import fetch_backbones, resolved
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.distributed import check_batch, everyone, on_main_process, start_processes
-from dc_ssdae.training.initial import check_encoder_is_trained
-from dc_ssdae.training.launch import check_nothing, resume_run, start_run
+from dc_ssdae.training.distributed import on_main_process, start_processes, together
+from dc_ssdae.training.launch import check_config, check_nothing, resume_run, start_run
 from dc_ssdae.training.recipe import RECIPE_FILE, Phase, Recipe
-from dc_ssdae.training.run import CONFIG_FILE, RunFolder, RunLock, check_new, is_finished
+from dc_ssdae.training.run import CONFIG_FILE, RunFolder, RunLock, check_new, is_finished, new_folder
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome
 
@@ -142,16 +140,12 @@ def _check(recipe: Recipe, accelerator: Accelerator, cpu: bool, path: Path | Non
             config = phase.config
             data = config.data
             begun = path is not None and (recipe.folder(path, phase.name) / CONFIG_FILE).is_file()
+            starts = phase.starts_from is None and not begun
             images = (data.root, data.dataset, data.validation, data.cache)
             try:
                 start_processes(config.training.processes, cpu)
-                check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
-                check_components(config, starts=phase.starts_from is None and not begun)
+                check_config(config, accelerator, starts)
                 _check_trained_terms(recipe, phase)
-                if phase.starts_from is None and not begun:
-                    check_encoder_is_trained(config)
-                if data.root is None and data.dataset is None:
-                    raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern")
                 if images not in opened:
                     open_sources(*images)
                     opened.append(images)
@@ -165,9 +159,9 @@ def _check(recipe: Recipe, accelerator: Accelerator, cpu: bool, path: Path | Non
             except InputError as error:
                 raise InputError(f"phase {phase.name}: {error}") from None
 
-    everyone(accelerator, check)
+    together(accelerator, check)
     if fresh:  # after everything that can be found out without a download
-        everyone(accelerator, fetch if accelerator.is_local_main_process else check_nothing)
+        together(accelerator, fetch if accelerator.is_local_main_process else check_nothing)
 
 
 def _check_trained_terms(recipe: Recipe, phase: Phase) -> None:
@@ -198,18 +192,9 @@ def _check_trained_terms(recipe: Recipe, phase: Phase) -> None:
 def _create(path: Path, text: str, first: Path) -> None:
     """Make the folder, with the recipe and the link to the first phase's model inside, by one rename."""
     check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    try:
-        partial.mkdir()
-        _write(partial / RECIPE_FILE, text)
+    with new_folder(path) as partial:
+        (partial / RECIPE_FILE).write_text(text, encoding="utf-8")
         _link_model(partial, first)
-        sync(partial)
-        partial.rename(path)
-        sync(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _train(
@@ -226,7 +211,7 @@ def _train(
     outcome = None
     try:
         if text is not None:
-            on_main_process(accelerator, partial(_write, path / RECIPE_FILE, text))
+            on_main_process(accelerator, partial(write_whole, path / RECIPE_FILE, text.encode()))
         # Each phase listens for signals itself; this is for one that comes between two phases.
         with StopRequest() as stop:
             for place, phase in enumerate(recipe.phases):
@@ -284,9 +269,3 @@ def _link_model(path: Path, folder: Path) -> None:
     beside = path / f".{uuid.uuid4().hex}.partial"
     beside.symlink_to(target, target_is_directory=True)
     os.replace(beside, link)
-
-
-def _write(path: Path, text: str) -> None:
-    with written_beside(path, path.with_name(f".{path.name}.partial")) as beside:
-        beside.write_text(text, encoding="utf-8")
-        sync(beside)

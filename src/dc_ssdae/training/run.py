@@ -12,6 +12,7 @@ RUN/teacher/           of a distillation: a copy of the model to learn from;  te
 
 import fcntl
 import filecmp
+import glob
 import json
 import os
 import platform
@@ -21,16 +22,18 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from dc_ssdae.errors import InputError
+from dc_ssdae.files import sync, written_beside
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_card import note_provenance
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
-from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged, sync
+from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged
 from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
 
@@ -110,10 +113,8 @@ def create_run(
     """
     if not (replace and (path / CONFIG_FILE).is_file()):
         check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    try:
-        (partial / "model").mkdir(parents=True)
+    with new_folder(path) as partial:
+        (partial / "model").mkdir()
         (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         (partial / "model" / "config.json").write_text(model_config_text, encoding="utf-8")
         if teacher is not None:
@@ -123,26 +124,42 @@ def create_run(
                 # error on a full disk names the file that is read.
                 with (teacher / name).open("rb") as source, (partial / "teacher" / name).open("wb") as copy:
                     shutil.copyfileobj(source, copy, 2**24)
-            for entry in (*(partial / "teacher").iterdir(), partial / "teacher"):
-                sync(entry)
-        for entry in (partial / CONFIG_FILE, partial / "model" / "config.json", partial / "model", partial):
-            sync(entry)
-        if path.exists():
-            lock = RunLock(path)
-            lock.acquire()
-            try:
-                old = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-                path.rename(old)
-                try:
-                    partial.rename(path)
-                except BaseException:
-                    old.rename(path)
-                    raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes its place at the end of the block by one rename, unless something failed.
+
+    Args:
+        path: of the folder; an earlier run there is replaced. What killed processes left beside it is removed.
+
+    Raises:
+        InputError: the earlier run is being trained.
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(InputError, OSError), RunLock(left):  # else another process is filling it
+            shutil.rmtree(left)
+    partial, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.partial" for _ in range(2))
+    partial.mkdir()
+    try:
+        with RunLock(partial):
+            yield partial
+            for entry in (*partial.rglob("*"), partial):
+                if not entry.is_symlink():
+                    sync(entry)
+            if path.exists():
+                with RunLock(path):
+                    path.rename(old)
+                    try:
+                        partial.rename(path)
+                    except BaseException:
+                        old.rename(path)
+                        raise
                 shutil.rmtree(old, ignore_errors=True)
-            finally:
-                lock.release()
-        else:
-            partial.rename(path)
+            else:
+                partial.rename(path)
         sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -200,6 +217,12 @@ class RunLock:
             os.close(self._handle)
             self._handle = None
 
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
 
 def publish_model(
     run: RunFolder,
@@ -220,15 +243,11 @@ def publish_model(
     Raises:
         OSError: it cannot be written.
     """
-    beside = run.model / f".{uuid.uuid4().hex}.partial"
-    try:
+    with written_beside(run.model / WEIGHTS_FILE) as beside:
         try:
             os.link(ema_file, beside)
         except OSError:
             shutil.copy(ema_file, beside)
-        os.replace(beside, run.model / WEIGHTS_FILE)
-    finally:
-        beside.unlink(missing_ok=True)
     stale = read_config(run.model).get("latents_mean") is not None and not latent_stays
     if statistics is not None or stale:
         write_latent_statistics(run.model, statistics)

@@ -38,7 +38,7 @@ from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
-from dc_ssdae.training.distributed import everyone, on_main_process
+from dc_ssdae.training.distributed import on_main_process, together
 from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
 from dc_ssdae.training.evaluation import evaluate, measure_latent
 from dc_ssdae.training.initial import check_terms_are_trained, load_initial_weights
@@ -357,7 +357,7 @@ class Trainer:
         if exchanged.unreadable:
             if self.step and self._saved_at != self.step:
                 self._save(loggers)
-            everyone(self.accelerator, self._raise_unreadable)
+            together(self.accelerator, self._raise_unreadable)
         if exchanged.stop:
             raise Stopped
 
