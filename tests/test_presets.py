@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dc_ssdae import DCSSDAE, InputError
-from dc_ssdae.autoencoder import COMPONENTS, DEFAULT_CLASSES
+from dc_ssdae.autoencoder import COMPONENTS
 from dc_ssdae.losses import StepOutputs
 from dc_ssdae.networks import DCEncoder
-from dc_ssdae.presets import list_presets, load_preset
+from dc_ssdae.presets import DEFAULT_CLASSES, list_presets, load_preset
 from dc_ssdae.training.build import build_objective
 from dc_ssdae.training.config import BUILT_IN_LOSSES, DataConfig, RunConfig, TrainingConfig
 

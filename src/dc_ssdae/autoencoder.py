@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dc_ssdae.components import (
     COMPONENTS,
-    DEFAULT_CLASSES,
     HANDED_OVER,
     build_part,
     check_classes,
@@ -52,7 +51,6 @@ from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
 __all__ = [
     "COMPONENTS",
     "DCSSDAE",
-    "DEFAULT_CLASSES",
     "EncoderOutput",
     "build_without_weights",
 ]

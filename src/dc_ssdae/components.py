@@ -17,6 +17,7 @@ from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, check_type, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
+from dc_ssdae.presets import DEFAULT_CLASSES
 
 COMPONENTS: Mapping[str, Mapping[str, type]] = {
     "encoder": {"DCEncoder": DCEncoder, "KLEncoder": KLEncoder},
@@ -24,8 +25,6 @@ COMPONENTS: Mapping[str, Mapping[str, type]] = {
     "dynamics": {"EquilibriumMatching": EquilibriumMatching, "FlowMatching": FlowMatching},
 }
 """The classes of this package that a config may name, by part."""
-
-DEFAULT_CLASSES = {"encoder": "DCEncoder", "decoder": "UViTDecoder", "dynamics": "EquilibriumMatching"}
 
 HANDED_OVER: Mapping[str, tuple[str, ...]] = {
     "encoder": ("latent_channels", "downsample_factor"),

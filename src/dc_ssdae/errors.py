@@ -75,7 +75,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     # On the CPU and on Apple's GPUs it is a plain RuntimeError.
-    words = ("out of memory", "can't allocate memory")
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
@@ -93,9 +93,14 @@ def unknown_name(kind: str, name: object, accepted: Iterable[str]) -> InputError
         The error, to be raised by the caller.
     """
     names = sorted(accepted)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(str(name), names)
     return InputError(f"unknown {kind} {shown(name)}{hint}; accepted: {', '.join(names) or 'none'}")
+
+
+def did_you_mean(name: str, accepted: Iterable[str]) -> str:
+    """Give " (did you mean 'NAME'?)", or nothing where nothing is close."""
+    close = difflib.get_close_matches(name, sorted(accepted), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check_at_least(smallest: int, **values: int) -> None:

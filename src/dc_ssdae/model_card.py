@@ -18,7 +18,7 @@ from jinja2 import Environment
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import write_whole
-from dc_ssdae.model_folder import NOT_MEASURED, WEIGHTS, read_config, update_config
+from dc_ssdae.model_folder import NOT_MEASURED, WEIGHTS, read_config, update_config, weight_variants
 from dc_ssdae.provenance import (
     IN_TRAINING,
     PARTS,
@@ -314,11 +314,7 @@ def _weights_in(folder: Path) -> tuple[dict[str, int], str | None]:
         )
         for part in PARTS
     }
-    # As diffusers names them: STEM.VARIANT.safetensors, or in shards STEM.VARIANT-00001-of-00002.safetensors.
-    pattern = re.escape(WEIGHTS) + r"(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
-    matches = [re.fullmatch(pattern, file.name, re.ASCII) for file in files]
-    variants = [match["variant"] for match in matches if match is not None]
-    return counts, None if None in variants or not variants else variants[0]
+    return counts, weight_variants(folder)[0]
 
 
 def _text_of(path: Path) -> str | None:

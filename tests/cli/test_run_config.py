@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dc_ssdae.autoencoder import DEFAULT_CLASSES
 from dc_ssdae.cli import run_config
 from dc_ssdae.cli.run_config import build_run_parser, config_yaml, parse_run_config
 from dc_ssdae.errors import InputError
@@ -95,10 +94,6 @@ def test_another_class_drops_the_settings_of_the_first(write: Write) -> None:
     assert parse(*DEMO, "--config", own, "--config", other).losses["edges"].init_args == {"count": 3}
     null = write("null.yaml", "model: {encoder: null}")
     assert parse(*DEMO, "--config", null).model.encoder is None
-
-
-def test_the_default_classes_are_the_models() -> None:
-    assert {f"model.{part}": name for part, name in DEFAULT_CLASSES.items()} == run_config.DEFAULT_CLASSES
 
 
 def test_flags_go_over_configurations_wherever_they_stand(write: Write) -> None:

@@ -13,6 +13,7 @@ from dc_ssdae.cli.common import (
     say,
     write_outputs,
 )
+from dc_ssdae.cli.decoding_options import naming_options
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     add_evaluation_options,
@@ -25,7 +26,7 @@ from dc_ssdae.cli.parser import CommandParser, filled, whole_number
 from dc_ssdae.errors import InputError
 
 if TYPE_CHECKING:
-    from dc_ssdae.evaluation.candidates import Candidate
+    pass
 
 PROGRAM = "dc-ssdae compare"
 FILES = ("index.html", "table.md", "table.json", "pareto.png")
@@ -73,10 +74,11 @@ def run(args: Namespace) -> int:
     candidates: dict[str, Candidate] = {}
     for spec in specs:
         try:
-            candidates[spec.label] = open_candidate(spec, opened.dtype, classes, opened.decoding)
+            with naming_options():
+                candidates[spec.label] = open_candidate(spec, opened.dtype, classes, opened.decoding)
         except (InputError, OSError) as error:
             raise InputError(f"{spec.label}: {describe(error)}") from error
-    openers = {label: partial(_given, candidate) for label, candidate in candidates.items()}
+    openers = {label: partial(candidates.__getitem__, label) for label in candidates}
     with tqdm(total=len(specs) * len(opened.images), unit="image", leave=False, disable=None) as bar:
         entries = run_arena(
             openers,
@@ -101,7 +103,3 @@ def run(args: Namespace) -> int:
     contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
     write_outputs(args, dict(zip(FILES, contents, strict=True)))
     return 2 if any(entry.failed is not None for entry in entries) else 0
-
-
-def _given(candidate: "Candidate") -> "Candidate":
-    return candidate

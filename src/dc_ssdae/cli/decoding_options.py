@@ -3,7 +3,9 @@
 Nothing heavy is imported until a function needs it, so that help is quick.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,7 +92,19 @@ def check_decoding(args: "Namespace", model: "DCSSDAE") -> None:
     if (args.draft is None) != (args.start is None):
         raise InputError("--draft and --start go together: start is the share of the draft in what is decoded from")
     start = 0.0 if args.start is None else check_share("--start", args.start)
-    plan_decoding(model.dynamics, args.sampler, args.num_steps, args.step_size, args.momentum, args.tolerance, start)
+    settings = args.sampler, args.num_steps, args.step_size, args.momentum, args.tolerance, start
+    with naming_options():
+        plan_decoding(model.dynamics, *settings)
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Let an error about a setting of `DCSSDAE.decode` name the option instead."""
+    try:
+        yield
+    except InputError as error:
+        setting = r"(^|(?<= for ))num_(?=steps )|^(?=(step_size|momentum|tolerance) )"
+        raise InputError(re.sub(setting, "--", str(error))) from error
 
 
 def decode_latent(

@@ -125,25 +125,21 @@ def _choose_threads(config: "RunConfig", device: "torch.device") -> None:
     import torch
 
     from dc_ssdae.training.build import build_step
+    from dc_ssdae.training.step import draw_noise
 
     every = torch.get_num_threads()
     if device.type != "cpu" or every == 1:
         return
     step = build_step(config).train()
     batch, size = config.training.batch_size, config.data.image_size
-    latent = size // config.model.downsample_factor
-    inputs = (
-        torch.zeros(batch, 3, size, size, dtype=torch.uint8),
-        torch.randn(batch, 3, size, size),
-        torch.rand(batch),
-        torch.randn(batch, config.model.latent_channels, latent, latent),
-    )
+    pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
+    noise = draw_noise(step.model, size, 0, batch, range(batch), device)
     seconds: dict[int, list[float]] = {every: [], 1: []}
     for _ in range(4):
         for threads, times in seconds.items():
             torch.set_num_threads(threads)
             start = time.perf_counter()
-            step(*inputs).total.backward()
+            step(pixels, *noise).total.backward()
             times.append(time.perf_counter() - start)
     # The first round warms up.
     torch.set_num_threads(min(seconds, key=lambda threads: statistics.median(seconds[threads][1:])))

@@ -14,6 +14,7 @@ from dc_ssdae.cli.common import (
     told_by_one_process,
     write_outputs,
 )
+from dc_ssdae.cli.decoding_options import naming_options
 from dc_ssdae.cli.evaluation_options import (
     MODELS,
     OpenEvaluation,
@@ -81,7 +82,8 @@ def run(args: Namespace) -> int:
         if processes.is_main is turn:
             suite = load_suite(args, opened)
         processes.gather(None)
-    candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
+    with naming_options():
+        candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
     evaluation = _evaluate(args, opened, candidate, suite, processes)
     if processes.is_main:
         figures = _write(args, spec.label, opened, candidate, suite, evaluation)

@@ -6,7 +6,6 @@ Nothing heavy is imported until a function needs it, so that help is quick.
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.cli.common import (
@@ -171,10 +170,9 @@ def load_suite(args: "Namespace", opened: OpenEvaluation) -> "MetricSuite":
 
 def data_name(root: str) -> str:
     """What reports call a data set: its last folder, not where it lies; of a folder like any other's, two."""
-    if "://" in root or "{" in root:
-        return root
-    *above, name = Path(root).expanduser().resolve().parts
-    return f"{above[-1]}/{name}" if name in ("validation", "val", "train", "test") and above else name
+    from dc_ssdae.provenance import name_of_path
+
+    return root if "://" in root or "{" in root else name_of_path(root) or root
 
 
 def parse_models(texts: Sequence[str]) -> "list[CandidateSpec]":

@@ -18,21 +18,22 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import docstring_parser
 import jsonargparse
 
-from dc_ssdae.errors import InputError
-from dc_ssdae.presets import dump_yaml, list_presets, list_recipes, load_preset, parse_yaml, read_yaml
+from dc_ssdae.errors import InputError, did_you_mean
+from dc_ssdae.presets import (
+    DEFAULT_CLASSES,
+    dump_yaml,
+    list_presets,
+    list_recipes,
+    load_preset,
+    parse_yaml,
+    read_yaml,
+)
 from dc_ssdae.training.config import BUILT_IN_LOSSES, RunConfig
 from dc_ssdae.training.config import SECTIONS as SECTION_CLASSES
-from dc_ssdae.training.config_checks import did_you_mean, mistake, shown, unknown
+from dc_ssdae.training.config_checks import mistake, shown, unknown
 from dc_ssdae.training.recipe import check_phase_name
 
 SECTIONS = (*SECTION_CLASSES, "losses")
-
-DEFAULT_CLASSES = {
-    "model.encoder": "DCEncoder",
-    "model.decoder": "UViTDecoder",
-    "model.dynamics": "EquilibriumMatching",
-}
-"""What a part without class_path is: naming this class changes nothing. As in `dc_ssdae.autoencoder`."""
 
 _INSIDE = {
     "model": "One setting of a part: --model.encoder.init_args.norm none.",
@@ -352,7 +353,7 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = T
     """Merge two mappings, the one above winning; where `drops`, another class_path drops the init_args below it."""
     merged = dict(below)
     if drops and "class_path" in above:
-        default = DEFAULT_CLASSES.get(path)
+        default = DEFAULT_CLASSES.get(path.removeprefix("model."))
         if (above["class_path"] or default) != (below.get("class_path") or default):
             merged.pop("init_args", None)
     for key, value in above.items():

@@ -1,6 +1,5 @@
 """Latents that `dc-ssdae latents` wrote, as a data set for training loops."""
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from dc_ssdae.data.latent_manifest import LatentManifest, LatentShardRecord, ten
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.shard_index import MANIFEST_FILE
 from dc_ssdae.errors import InputError, check_at_least, check_type, unknown_name
-from dc_ssdae.files import check_file
+from dc_ssdae.files import check_file, sha256
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.randomness import image_generator
 
@@ -210,9 +209,8 @@ class LatentDataset(Dataset[Latent]):
         for shard in self.manifest.shards:
             self._check_size(shard)
             path = self.folder / shard.name
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                    raise InputError(f"shard {str(path)!r} is damaged: its SHA-256 is not that of {MANIFEST_FILE}")
+            if sha256(path) != shard.sha256:
+                raise InputError(f"shard {str(path)!r} is damaged: its SHA-256 is not that of {MANIFEST_FILE}")
 
     def _find(self, index: int) -> tuple[int, int]:
         """The shard of an image, and its row there."""

@@ -391,15 +391,17 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def _check_shared_memory(workers: int, held: int, batch_bytes: int, workers_option: str) -> None:
     try:
-        free = shutil.disk_usage(SHARED_MEMORY).free
+        total, _, free = shutil.disk_usage(SHARED_MEMORY)
     except OSError:  # a system without
         return
+    # The other training processes of this machine need as much; when each looks, some of them may have taken theirs.
+    free = min(free, total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     needed = (workers * AHEAD + held) * batch_bytes
     if needed > free:
         fitting = max(0, (free // batch_bytes - held) // AHEAD)
         raise InputError(
-            f"batches that are read ahead take {needed / 2**20:,.1f} MiB of shared memory, and {SHARED_MEMORY} has "
-            f"{free / 2**20:,.1f} MiB free; give it more (docker run --shm-size), or set {workers_option} to {fitting}"
+            f"batches that are read ahead take {needed / 2**20:,.1f} MiB of shared memory; {SHARED_MEMORY} has "
+            f"{free / 2**20:,.1f} MiB free: give it more (docker run --shm-size), or set {workers_option} to {fitting}"
         )
 
 

@@ -8,9 +8,9 @@ import subprocess
 import urllib.parse
 from pathlib import Path
 
+from dc_ssdae import files
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.errors import InputError
-from dc_ssdae.files import written_beside
 
 DEFAULT_CACHE = "~/.cache/dc_ssdae/shards"
 
@@ -90,9 +90,9 @@ def fetch(url: str, cache: str | None, sha256: str | None = None, again: bool = 
             return path
         try:
             # One name for all, of which the lock's holder is the only one, so that a killed one leaves no second.
-            with written_beside(path, path.with_name(f".{path.name}.partial")) as beside:
+            with files.written_beside(path, path.with_name(f".{path.name}.partial")) as beside:
                 _download(url, beside)
-                if sha256 is not None and _sha256(beside) != sha256:
+                if sha256 is not None and files.sha256(beside) != sha256:
                     raise OSError("its content is not what the manifest beside it says")
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise OSError(f"cannot fetch {url} to {path}: {' '.join(str(error).split())}") from error
@@ -110,8 +110,3 @@ def _download(url: str, path: Path) -> None:
     done = subprocess.run(["curl", *options, "--output", path, "--", url], capture_output=True, check=False)
     if done.returncode:
         raise OSError(done.stderr.decode(errors="replace") or f"curl ended with {done.returncode}")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

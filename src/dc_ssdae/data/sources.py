@@ -317,22 +317,12 @@ def _pixels(item: Any, name: str) -> Tensor:
 def _one_image(image: Any, name: str) -> Tensor:
     if isinstance(image, Image.Image):
         return read_pillow_image(image, name).pixels
-    if (
-        isinstance(image, Tensor)
-        and image.dtype == torch.uint8
-        and image.ndim == 3
-        and image.shape[0] == 3
-        and image.numel()
-    ):
-        return image.as_subclass(Tensor).detach().cpu()
-    if (
-        isinstance(image, np.ndarray)
-        and image.dtype == np.uint8
-        and image.ndim == 3
-        and image.shape[2] == 3
-        and image.size
-    ):
-        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+    pixels = image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+    is_tensor = isinstance(pixels, Tensor) and pixels.dtype == torch.uint8 and pixels.ndim == 3
+    if is_tensor and pixels.shape[0] == 3 and pixels.numel():
+        return pixels.as_subclass(Tensor).detach().cpu()
     found = type(image).__name__
     if isinstance(image, Tensor | np.ndarray):
         found = f"{str(image.dtype).removeprefix('torch.')} of shape {tuple(image.shape)}"

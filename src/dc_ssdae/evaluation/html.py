@@ -1,11 +1,13 @@
-"""What pages are made of: pictures as data URIs, escaped text, the template files beside this one."""
+"""What pages are made of: pictures as data URIs, escaped text, the jinja2 templates beside this file."""
 
 import base64
 import html
 import io
-from importlib import resources
-from string import Template
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from dc_ssdae.data.images import to_pillow
@@ -28,6 +30,16 @@ def escape(text: object) -> str:
     return html.escape(str(text))
 
 
-def fill_template(name: str, **parts: str) -> str:
-    """Fill a template file of this room; every `$part` of it must be given."""
-    return Template((resources.files(__package__) / name).read_text(encoding="utf-8")).substitute(parts)
+def fill_template(name: str, **parts: Any) -> str:
+    """Fill a template of this room, with text escaped; `picture | uri` makes uint8 (3, H, W) a data URI."""
+    return _environment().get_template(name).render(parts)
+
+
+@lru_cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["uri"] = lambda pixels: data_uri(png(pixels))
+    return environment

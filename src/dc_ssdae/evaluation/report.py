@@ -10,19 +10,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dc_ssdae.evaluation.curves import running_mean, save_picture
-from dc_ssdae.evaluation.html import data_uri, escape, fill_template, png
+from dc_ssdae.evaluation.html import data_uri, fill_template
 from dc_ssdae.files import write_whole
 
 DIFFERENCE_GAIN = 2
 """How much the pictures of differences are amplified around mid-grey."""
 
 _FIGURES = {
-    "psnr": "{:.2f}",
-    "baseline_psnr": "{:.2f}",
-    "ssim": "{:.3f}",
-    "baseline_ssim": "{:.3f}",
-    "encode_milliseconds": "{:.0f}",
-    "decode_milliseconds": "{:.0f}",
+    "psnr": "%.2f",
+    "baseline_psnr": "%.2f",
+    "ssim": "%.3f",
+    "baseline_ssim": "%.3f",
+    "encode_milliseconds": "%.0f",
+    "decode_milliseconds": "%.0f",
 }
 _STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -64,65 +64,30 @@ def write_demo_report(
         curves: the losses by title, one value a step.
         facts: label and text of what else a reader should know about the run.
     """
+    means = [fmean(getattr(result, name) for result in results) for name in _FIGURES]
     page = fill_template(
         "demo_report.html",
-        verdict=escape(_verdict(results)),
-        photos="\n".join(_photo(result) for result in results),
-        rows="\n".join(_rows(results)),
+        results=results,
+        panels=_panels,
+        figures=_FIGURES,
+        means=dict(zip(_FIGURES, means, strict=True)),
         curves=data_uri(save_picture(lambda: _plot(curves), style=_STYLE)),
-        facts="\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()),
-        gain=str(DIFFERENCE_GAIN),
+        facts=facts,
     )
     write_whole(path, page.encode("utf-8"))
 
 
-def _verdict(results: Sequence[PhotoResult]) -> str:
-    psnr, baseline = (fmean(getattr(result, name) for result in results) for name in ("psnr", "baseline_psnr"))
-    if psnr < baseline:
-        return (
-            f"The model reaches {psnr:.1f} dB on photos it has not seen; bicubic resizing with the same number "
-            f"of values reaches {baseline:.1f} dB. That is what to expect: the model started from random "
-            "weights and trained for minutes on a handful of photos. The demo shows that everything runs, not how "
-            "good the architecture is."
-        )
-    return (
-        f"The model reaches {psnr:.1f} dB on photos it has not seen, {psnr - baseline:.1f} dB above bicubic "
-        "resizing with the same number of values. It trained on a handful of photos: this says nothing yet about "
-        "others."
-    )
-
-
-def _photo(result: PhotoResult) -> str:
+def _panels(result: PhotoResult) -> list[tuple[Tensor, str, str]]:
+    """Pictures of a photo, with title and caption."""
     height, width = result.baseline_size
-    panels = (
+    quality = f"{result.psnr:.2f} dB, SSIM {result.ssim:.3f}"
+    baseline = f"{result.baseline_psnr:.2f} dB, SSIM {result.baseline_ssim:.3f}"
+    return [
         (result.original, "original", f"{result.original.shape[2]}×{result.original.shape[1]} px"),
-        (result.reconstruction, "reconstruction", f"{result.psnr:.2f} dB, SSIM {result.ssim:.3f}"),
+        (result.reconstruction, "reconstruction", quality),
         (difference(result.original, result.reconstruction), "difference", f"×{DIFFERENCE_GAIN}, grey is none"),
-        (result.baseline, f"bicubic, {width}×{height} and back", f"{result.baseline_psnr:.2f} dB, "
-         f"SSIM {result.baseline_ssim:.3f}"),
-    )  # fmt: skip
-    figures = "".join(
-        f'<figure><img src="{data_uri(png(pixels))}" alt="{escape(result.name)}: {escape(title)}" '
-        f'width="{pixels.shape[2]}" height="{pixels.shape[1]}">'
-        f"<figcaption><b>{escape(title)}</b><br>{escape(caption)}</figcaption></figure>"
-        for pixels, title, caption in panels
-    )
-    return f'<section class="photo"><h3>{escape(result.name)}</h3><div class="panels">{figures}</div></section>'
-
-
-def _rows(results: Sequence[PhotoResult]) -> list[str]:
-    """A row for each photo, and their mean."""
-    figures = [[getattr(result, name) for name in _FIGURES] for result in results]
-    figures.append([fmean(column) for column in zip(*figures, strict=True)])
-    heads = [
-        (result.name, "×".join(map(str, result.latent_shape)), f"{result.latent_values:,} / {values:,}")
-        for result, values in zip(results, (3 * math.prod(r.baseline_size) for r in results), strict=True)
+        (result.baseline, f"bicubic, {width}×{height} and back", baseline),
     ]
-    rows = []
-    for head, row in zip([*heads, ("mean", "", "")], figures, strict=True):
-        cells = [*map(escape, head), *(form.format(value) for form, value in zip(_FIGURES.values(), row, strict=True))]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return rows
 
 
 def difference(original: Tensor, reconstruction: Tensor) -> Tensor:

@@ -165,6 +165,7 @@ def _as_row(measurement: Measurement) -> dict[str, Any]:
 def sampling_figure(study: SamplingStudy) -> "Figure":
     """The figure that `SamplingStudy.as_picture` saves."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     measurements, is_pair = study.measurements, len(study.models) == 2
     qualities = [name for name in ("psnr", "lpips") if any(name in m.qualities for m in measurements)]
@@ -189,7 +190,7 @@ def sampling_figure(study: SamplingStudy) -> "Figure":
                 axes.invert_yaxis()
         if is_pair:
             _draw_needed(row[2], study, quality)
-    handles = [_handle(style) for style in styles.values()]
+    handles = [Line2D([], [], **style) for style in styles.values()]
     figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize=8)
     return figure
 
@@ -216,12 +217,6 @@ def _styles(measurements: Sequence[Measurement]) -> dict[tuple[str, str], dict[s
             "markerfacecolor": "white" if "stopping" in family else None,
         }
     return styles
-
-
-def _handle(style: dict[str, Any]) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], **style)
 
 
 def _draw_families(

@@ -68,13 +68,8 @@ class Setting:
                 step_size = self.step_size / dynamics.stiffness
             elif self.descent is not None:
                 step_size = dynamics.step_sizes(self.num_steps, descent=self.descent)
-        return {
-            "sampler": self.sampler,
-            "num_steps": self.num_steps,
-            "step_size": step_size,
-            "momentum": self.momentum,
-            "tolerance": self.tolerance,
-        }
+        settings = {name: getattr(self, name) for name in ("sampler", "num_steps", "momentum", "tolerance")}
+        return {**settings, "step_size": step_size}
 
 
 @dataclass(frozen=True)
@@ -299,7 +294,7 @@ def _fill_in(
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> None:
     originals = pixels.split(batch)
-    images = [to_uint8_or_grey(output.sample) for output in outputs]
+    images = [to_uint8(output.sample.nan_to_num(0.0, 0.0, 0.0)).cpu() for output in outputs]  # mid-grey if not finite
     pairs = [pair for part in zip(originals, images, strict=True) for pair in zip(*part, strict=True)]
     means = {
         "psnr": sum(psnr(original, image) for original, image in pairs) / len(pairs),
@@ -317,8 +312,3 @@ def _fill_in(
     measurement.fewest, measurement.most = int(counts.min()), int(counts.max())
     measurement.residual_rms = float(torch.cat([output.residual_rms for output in outputs]).median())
     measurement.diverged = int(sum(int(output.diverged.sum()) for output in outputs))
-
-
-def to_uint8_or_grey(images: Tensor) -> Tensor:
-    """Round images (B, 3, H, W) in [-1, 1] to uint8 on the CPU; what is not finite becomes mid-grey."""
-    return torch.stack([to_uint8(image.nan_to_num(0.0, 0.0, 0.0)) for image in images.float().cpu()])

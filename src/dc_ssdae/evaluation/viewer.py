@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dc_ssdae.evaluation.html import data_uri, escape, fill_template, png
+from dc_ssdae.evaluation.html import data_uri, escape, fill_template
 
 _PAGE_WIDTH, _GAP = 87.5, 0.75  # rem; of a window of 1440 pixels
 _FEW, _MOST_IN_A_ROW = 4, 10  # pictures of a photo
@@ -58,18 +58,7 @@ class Table:
 
     def html(self) -> str:
         """As HTML, in a box that scrolls sideways."""
-        heads = "".join(f"<th>{_two(head)}</th>" for head in self.heads)
-        rows = []
-        for cells, reason in zip(self.rows, self.reasons, strict=True):
-            if reason is None:
-                rows.append("<tr>" + "".join(f"<td>{_two(cell)}</td>" for cell in cells) + "</tr>")
-            else:
-                rows.append(
-                    f'<tr><td>{_two(cells[0])}</td><td class="reason" colspan="{len(self.heads) - 1}">'
-                    f"failed: {escape(reason)}</td></tr>"
-                )
-        body = "\n".join(rows)
-        return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        return fill_template("table.html", table=self, rows=zip(self.rows, self.reasons, strict=True))
 
     def markdown(self) -> str:
         """As Markdown, with the smaller texts in brackets."""
@@ -124,23 +113,16 @@ def render_page(
         sections: HTML, as `section` gives it.
         footer: how it was made.
     """
-    numbers = iter(range(10**6))
     most = max((1 + len(photo.panels) for group in groups for photo in group.photos), default=1)
-    originals: list[str] = []
-    parts: list[str] = []
-    for group in groups:
-        photos = "\n".join(_photo(photo, next(numbers), originals) for photo in group.photos)
-        parts.append(section(group.heading, paragraph(group.text), f'<div class="photos">{photos}</div>'))
     page = fill_template(
         "viewer.html",
-        title=escape(title),
-        lead=escape(lead),
-        originals="\n".join(originals),
-        photos="\n".join(parts),
+        title=title,
+        lead=lead,
+        groups=groups,
         sections="\n".join(sections),
-        footer=escape(footer),
+        footer=footer,
         cell=_cell_width(most),
-        photo="100%" if most > _FEW else "42rem",
+        photo_width="100%" if most > _FEW else "42rem",
     )
     return page.encode("utf-8", "backslashreplace")
 
@@ -151,34 +133,6 @@ def _cell_width(count: int) -> str:
     columns = -(-count // rows)
     page = _PAGE_WIDTH if count > _FEW else 42.0  # two photos beside each other
     return f"{(page - (columns - 1) * _GAP) / columns - 0.15:.2f}rem"
-
-
-def _photo(photo: Photo, number: int, originals: list[str]) -> str:
-    """A photo's row. The original, which lies beneath many pictures, is in the page once, as a style."""
-    originals.append(f'  .p{number} {{ background-image: url("{data_uri(png(photo.original))}"); }}')
-    cells = [
-        f'<figure><div class="view" tabindex="0" role="button" aria-label="{escape(photo.name)}, original">'
-        f'<div class="layer p{number}"></div></div><figcaption><b>original</b></figcaption></figure>'
-    ]
-    cells += [_panel(panel, photo.name, number) for panel in photo.panels]
-    return f'<div class="photo"><h3>{escape(photo.name)}</h3>\n<div class="cells">{"".join(cells)}</div></div>'
-
-
-def _panel(panel: Panel, name: str, number: int) -> str:
-    caption = f"<figcaption><b>{escape(panel.title)}</b><br>{escape(panel.caption)}</figcaption>"
-    if panel.pixels is None:
-        return f'<figure><div class="view failed">{escape(panel.reason)}</div>{caption}</figure>'
-    label = escape(f"{name}, {panel.title}")
-    before = f'<div class="before"><div class="layer p{number}"></div></div><span class="state" hidden></span>'
-    return (
-        f'<figure><div class="view" tabindex="0" role="button" aria-label="{label}">'
-        f'<img class="layer" src="{data_uri(png(panel.pixels))}" alt="{label}" draggable="false">'
-        f"{before if panel.flips else ''}</div>{caption}</figure>"
-    )
-
-
-def _two(texts: tuple[str, str]) -> str:
-    return escape(texts[0]) + (f"<small>{escape(texts[1])}</small>" if texts[1] else "")
 
 
 def _bracketed(texts: tuple[str, str]) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dc_ssdae.autoencoder import DCSSDAE, DEFAULT_CLASSES
+from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.errors import InputError
 from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.networks.dc_encoder import EfficientViTBlock
-from dc_ssdae.presets import load_preset
+from dc_ssdae.presets import DEFAULT_CLASSES, load_preset
 from dc_ssdae.provenance import short_name
 from dc_ssdae.weights import read_safetensors
 

@@ -8,6 +8,7 @@ from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.presets.plain_yaml import dump_yaml, parse_yaml, read_yaml
 
 __all__ = [
+    "DEFAULT_CLASSES",
     "SECTIONS",
     "dump_yaml",
     "list_presets",
@@ -17,6 +18,9 @@ __all__ = [
     "parse_yaml",
     "read_yaml",
 ]
+
+DEFAULT_CLASSES = {"encoder": "DCEncoder", "decoder": "UViTDecoder", "dynamics": "EquilibriumMatching"}
+"""What a part of a model without class_path is: naming this class changes nothing."""
 
 SECTIONS = ("description", "model", "data", "training", "losses")
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ def euler(
     *,
     start_time: float = 1.0,
     return_trajectory: bool = False,
+    in_the_middle: bool = False,
 ) -> SamplerResult:
     """Integrate x ← x + (t_i − t_{i+1}) v(x, t_i) over t_i = (1 − i/n)^power (SPEC section 2, "Flow matching").
 
@@ -36,50 +38,11 @@ def euler(
         power: bends the steps towards the data; 1 is uniform.
         start_time: in [0, 1]; all t_i are multiplied with it.
         return_trajectory: keep every state.
+        in_the_middle: as `midpoint` does it.
 
     Raises:
         InputError: a setting is out of range, or the velocity returns another shape.
     """
-    return _integrate(velocity, x_init, num_steps, power, start_time, return_trajectory, midpoint=False)
-
-
-def midpoint(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    x_init: Tensor,
-    num_steps: int = 8,
-    power: float = 4.0,
-    *,
-    start_time: float = 1.0,
-    return_trajectory: bool = False,
-) -> SamplerResult:
-    """Integrate over the same times as `euler`, each step with the velocity in its middle, where half a step leads.
-
-    x ← x + (t_i − t_{i+1}) v(y, s), s = (t_i + t_{i+1})/2, y = x + (t_i − s) v(x, t_i): of second order, by two
-    evaluations per step, and never one at t = 0.
-
-    Args:
-        velocity: as `euler`'s.
-        x_init: as `euler`'s.
-        num_steps: n, at least 1; twice as many evaluations.
-        power: as `euler`'s.
-        start_time: as `euler`'s.
-        return_trajectory: keep every state.
-
-    Raises:
-        InputError: a setting is out of range, or the velocity returns another shape.
-    """
-    return _integrate(velocity, x_init, num_steps, power, start_time, return_trajectory, midpoint=True)
-
-
-def _integrate(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    x_init: Tensor,
-    num_steps: int,
-    power: float,
-    start_time: float,
-    return_trajectory: bool,
-    midpoint: bool,
-) -> SamplerResult:
     check_num_steps(num_steps)
     check_start(x_init)
     power = check_number("power", power, lambda value: value > 0.0, "positive and finite")
@@ -96,11 +59,36 @@ def _integrate(
 
     for now, after in itertools.pairwise(times):
         speed = evaluate(x, now)
-        if midpoint:
+        if in_the_middle:
             middle = 0.5 * (now + after)
             speed = evaluate(x + (now - middle) * speed, middle)
         x = x + (now - after) * speed
         states.append(x)
-    evaluations = torch.full((x.shape[0],), num_steps * (1 + midpoint), dtype=torch.int64, device=x.device)
+    evaluations = torch.full((x.shape[0],), num_steps * (1 + in_the_middle), dtype=torch.int64, device=x.device)
     trajectory = torch.stack(states) if return_trajectory else None
     return SamplerResult(x, evaluations, root_mean_square(speed), ~is_finite(x), trajectory)
+
+
+def midpoint(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_init: Tensor,
+    num_steps: int = 8,
+    power: float = 4.0,
+    **settings: Any,
+) -> SamplerResult:
+    """Integrate over the same times as `euler`, each step with the velocity in its middle, where half a step leads.
+
+    x ← x + (t_i − t_{i+1}) v(y, s), s = (t_i + t_{i+1})/2, y = x + (t_i − s) v(x, t_i): of second order, by two
+    evaluations per step, and never one at t = 0.
+
+    Args:
+        velocity: as `euler`'s.
+        x_init: as `euler`'s.
+        num_steps: n, at least 1; twice as many evaluations.
+        power: as `euler`'s.
+        settings: start_time and return_trajectory, as `euler`'s.
+
+    Raises:
+        InputError: a setting is out of range, or the velocity returns another shape.
+    """
+    return euler(velocity, x_init, num_steps, power, in_the_middle=True, **settings)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, is_out_of_memory
 from dc_ssdae.evaluation.profile import count_flops, wait_for
 from dc_ssdae.timing import Spread, alternating, resident_set
 from dc_ssdae.training.build import build_model, build_step, has_backbone, own_classes, place_step
@@ -276,9 +276,8 @@ def _with_random_backbones(config: RunConfig) -> RunConfig:
 def _naming_out_of_memory(name: str, config: RunConfig, device: torch.device) -> Iterator[None]:
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise InputError(
             f"out of memory on {device}: {name} with training.batch_size {config.training.batch_size}; make it "

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, shown
+from dc_ssdae.errors import InputError, check_type
 from dc_ssdae.files import sha256, sync, write_whole
 from dc_ssdae.weights import read_safetensors
 
@@ -30,23 +30,15 @@ FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
 LAST, BEST = "last", "best"
 
-_NUMBER, _MAPPING, _MAPPING_OR_NONE = (int, float), (dict,), (dict, type(None))
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "step": (int,),
-    "seconds": _NUMBER,
-    "skipped_steps": (int,),
-    "skipped_in_a_row": (int,),
-    "evaluated_at": (int, type(None)),
-    "measured_at": (int, type(None)),
-    "best": _MAPPING_OR_NONE,
-    "latent_statistics": _MAPPING_OR_NONE,
-    "provenance": _MAPPING_OR_NONE,
-    "settings": _MAPPING,
-    "images_in_data_set": (int,),
-    "optimizer": _MAPPING,
-    "gradient_scaler": _MAPPING,
-    "sha256": _MAPPING_OR_NONE,
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("step", "skipped_steps", "skipped_in_a_row", "images_in_data_set"), int),
+    **dict.fromkeys(("evaluated_at", "measured_at"), int | None),
+    **dict.fromkeys(("best", "latent_statistics", "provenance", "sha256"), dict[str, Any] | None),
+    **dict.fromkeys(("settings", "optimizer", "gradient_scaler"), dict[str, Any]),
+    "seconds": float,
 }
+STATE = tuple(_TYPES.keys() - {"measured_at", "latent_statistics", "provenance", "sha256"})
+"""What a state must hold to go on from it; the others came later."""
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
@@ -280,17 +272,23 @@ def read_state(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
     """
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads(path.read_text(encoding="utf-8"), parse_int=_within_64_bits)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
         raise InputError(f"{path} is not a checkpoint's state of format {FORMAT}")
-    for name, types in _TYPES.items():
-        if name in state and not isinstance(state[name], types):
-            raise InputError(f"{path}: {name} cannot be {shown(state[name])}; the checkpoint is damaged")
+    for name, hint in _TYPES.items():
+        if name in state:
+            check_type(f"the checkpoint is damaged: {name} in {path}", state[name], hint)
     if missing := sorted(set(required) - set(state)):
         raise InputError(f"{path} lacks {missing[0]!r}; the checkpoint is damaged")
     return state
+
+
+def _within_64_bits(digits: str) -> int:
+    if len(digits) > 18:
+        raise ValueError(f"{digits[:18]}… is too large")
+    return int(digits)
 
 
 @contextmanager
@@ -304,6 +302,6 @@ def refused_as_damaged(folder: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder / 'state.json'} is damaged ({line})") from error

@@ -1,10 +1,9 @@
 """What a distillation has come to: teacher and student side by side on the same images, latents and noise."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.files import write_whole
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.logging import finite_or_none
 from dc_ssdae.training.run import RunFolder
 
 BATCH = 8
@@ -79,7 +79,7 @@ def compare_distilled(config: RunConfig, path: Path) -> str:
         "teacher_steps": steps,
         "step_size": step_size,
         "random_backbones": random,
-        "decodings": [_finite(decoding._asdict()) for decoding in decodings],
+        "decodings": [{key: finite_or_none(v) for key, v in entry._asdict().items()} for entry in decodings],
     }
     write_whole(path / REPORT_FILE, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     lines = [_table(decodings), f"Means over {count} {kind} images of {data.image_size} px, cut from the centre."]
@@ -191,13 +191,6 @@ def _labelled(columns: Sequence[Sequence[Tensor]], names: Sequence[str]) -> Tens
     for place, name in enumerate(names):
         draw.text((LABEL_SIZE, int((place + 0.5) * tile)), name, fill="black", font=font, anchor="lm")
     return torch.from_numpy(np.array(page)).permute(2, 0, 1)
-
-
-def _finite(entry: dict[str, Any]) -> dict[str, Any]:
-    """Put null for numbers that are not finite, which JSON does not have."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()
-    }
 
 
 def _table(decodings: list[Decoding]) -> str:

@@ -1,6 +1,5 @@
 """What the value of a setting must be, and the one line that says so. Needs no torch."""
 
-import difflib
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -183,12 +182,6 @@ def checked_component(path: str, given: Mapping[str, Any] | None, *, needs_class
     if not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
         raise mistake(f"{path}.init_args is {shown(settings)}; it must be a mapping from the settings' names")
     return component or None
-
-
-def did_you_mean(name: str, accepted: Iterable[str]) -> str:
-    """Give " (did you mean 'NAME'?)", or nothing where nothing is close."""
-    close = difflib.get_close_matches(name, sorted(accepted), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _within_64_bits(path: str, value: int) -> int:

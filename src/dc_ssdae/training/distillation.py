@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.files import written_beside
 from dc_ssdae.losses import Losses, Objective
 from dc_ssdae.training.step import TrainingStep, decode_or_nan
 
@@ -120,7 +121,7 @@ class TeacherCache:
         for number in draw.tolist():
             try:
                 entry = load_file(self._file(number))
-                if entry["crc32"].item() != _crc32(entry["image"]):
+                if entry["crc32"].item() != _crc32(entry["image"], number % self.count):
                     return None
                 found.append(entry["image"])
             except (OSError, SafetensorError, KeyError, RuntimeError):
@@ -134,11 +135,9 @@ class TeacherCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for number, image in zip(draw.tolist(), images.cpu(), strict=True):
-                file = self._file(number)
-                beside = file.with_suffix(".partial")
                 image = image.contiguous()
-                save_file({"image": image, "crc32": torch.tensor(_crc32(image))}, beside)
-                beside.replace(file)
+                with written_beside(file := self._file(number), file.with_suffix(".partial")) as beside:
+                    save_file({"image": image, "crc32": torch.tensor(_crc32(image, number % self.count))}, beside)
         except (OSError, SafetensorError) as error:
             self._full = True
             line = " ".join(str(error).split())
@@ -148,5 +147,7 @@ class TeacherCache:
         return self.folder / f"{number % self.count:08d}.safetensors"
 
 
-def _crc32(image: Tensor) -> int:
-    return zlib.crc32(image.numpy().tobytes())
+def _crc32(image: Tensor, number: int) -> int:
+    """A checksum that also tells another draw's image, and one of another shape or dtype."""
+    kind = f"{number} {image.dtype} {tuple(image.shape)}"
+    return zlib.crc32(image.view(torch.uint8).numpy().tobytes(), zlib.crc32(kind.encode()))

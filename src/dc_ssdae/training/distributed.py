@@ -94,7 +94,7 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     Raises:
         InputError: the work raised one, or an OSError, in some process.
     """
-    return _processes(accelerator).together(work)
+    return processes_of(accelerator).together(work)
 
 
 def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -103,9 +103,10 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
     Raises:
         InputError: as `together`, so that none waits for the others.
     """
-    processes = _processes(accelerator)
+    processes = processes_of(accelerator)
     return processes.gather(processes.together(work if processes.is_main else lambda: None))[0]  # type: ignore[return-value]
 
 
-def _processes(accelerator: Accelerator) -> Processes:
+def processes_of(accelerator: Accelerator) -> Processes:
+    """The processes of a run."""
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from dc_ssdae.data.images import to_uint8
@@ -13,8 +12,8 @@ from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loade
 from dc_ssdae.evaluation.latent_statistics import LatentSurvey, latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
-from dc_ssdae.processes import sum_over_processes
 from dc_ssdae.training.config import METRICS
+from dc_ssdae.training.distributed import processes_of
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
 assert MEASURES.keys() == METRICS.keys()
@@ -45,10 +44,10 @@ def evaluate(
         batch_size: images at a time in each process.
         workers: that read images.
     """
-    count, processes = len(images), accelerator.num_processes
-    rounds = -(-count // processes)
+    count, processes = len(images), processes_of(accelerator)
+    rounds = -(-count // processes.count)
     # Sharded networks need every process to call them equally often: the last image fills up, and counts once.
-    mine = [min(place * processes + accelerator.process_index, count - 1) for place in range(rounds)]
+    mine = [min(place * processes.count + processes.index, count - 1) for place in range(rounds)]
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
     results = torch.zeros(count, len(MEASURES) + 2, dtype=torch.float64)
     broken: list[BrokenImage] = []
@@ -57,7 +56,7 @@ def evaluate(
         pixels = torch.stack([image.pixels for image in batch])
         reconstructed = reconstruct(pixels.to(accelerator.device)).cpu()
         for image, output in zip(batch, reconstructed, strict=True):
-            filled_up = image.place % processes != accelerator.process_index or image.place in seen
+            filled_up = image.place % processes.count != processes.index or image.place in seen
             seen.add(image.place)
             if filled_up:
                 continue
@@ -66,10 +65,8 @@ def evaluate(
                 continue
             row = [*_measure(image.pixels, output), float(image.enlarged), 1.0]
             results[image.place] = torch.tensor(row, dtype=torch.float64)
-    # Not every device has float64; the results of one image are no more exact than that.
-    total = sum_over_processes(results.to(accelerator.device) if accelerator.device.type == "cuda" else results).cpu()
-    if processes > 1:
-        broken = gather_object(broken)
+    total = processes.sum(results)
+    broken = [image for part in processes.gather(broken) for image in part]
     measured = int(total[:, -1].sum())
     means = total[:, :-2].sum(dim=0) / measured
     return Evaluation(dict(zip(MEASURES, means.tolist(), strict=True)), measured, broken, int(total[:, -2].sum()))
@@ -93,22 +90,13 @@ def measure_latent(
         batch_size: images at a time in each process.
         workers: that read images.
     """
-    device, processes = accelerator.device, accelerator.num_processes
+    processes = processes_of(accelerator)
+    share = processes.index, processes.count
     survey = latent_statistics(
-        lambda pixels: encode(pixels.to(device)),
-        images,
-        channels,
-        batch_size,
-        workers,
-        accelerator.process_index,
-        processes,
+        lambda pixels: encode(pixels.to(accelerator.device)), images, channels, batch_size, workers, *share
     )
-    state = survey.moments.state(accelerator.process_index, processes)
-    # Not every device has float64: it is added up where the processes' back end wants it.
-    total = sum_over_processes(state.to(device) if device.type == "cuda" else state)
-    return LatentSurvey(
-        LatentMoments.from_state(total), gather_object(survey.broken) if processes > 1 else survey.broken
-    )
+    moments = LatentMoments.from_state(processes.sum(survey.moments.state(*share)))
+    return LatentSurvey(moments, [image for part in processes.gather(survey.broken) for image in part])
 
 
 def _measure(pixels: Tensor, output: Tensor) -> list[float]:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dc_ssdae.components import COMPONENTS, DEFAULT_CLASSES
+from dc_ssdae.components import COMPONENTS
 from dc_ssdae.errors import InputError
 from dc_ssdae.model_folder import model_folder
+from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import check_same_tensors
 from dc_ssdae.training.recipe import RECIPE_FILE

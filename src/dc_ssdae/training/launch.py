@@ -57,11 +57,7 @@ def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False
         teacher = None if config.distillation is None else model_folder(config.distillation.teacher)
         with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
             model_config = _model_config(config, teacher)
-
-        def create() -> None:
-            create_run(path, config_text, model_config, replace, teacher)
-
-        on_main_process(accelerator, create)
+        on_main_process(accelerator, partial(create_run, path, config_text, model_config, replace, teacher))
         run = RunFolder(path, config.training.keep_every)
         return _train(config, run, accelerator, sources, stop, is_new=True)
 
@@ -104,11 +100,9 @@ def _check(config: RunConfig, accelerator: Accelerator, starts: bool, teacher: P
         return open_sources(data.root, data.dataset, data.validation, data.cache)
 
     sources = together(accelerator, check)
-    # A download is for one process of each machine; the others find it then.
-    fetch = partial(fetch_backbones, config.losses)
-    first = accelerator.is_local_main_process
-    together(accelerator, fetch if first else check_nothing)
-    together(accelerator, check_nothing if first else fetch)
+    for first in (True, False):  # a download is for one process of each machine; the others find it then
+        mine = config.losses if accelerator.is_local_main_process is first else {}
+        together(accelerator, partial(fetch_backbones, mine))
     return sources
 
 
@@ -130,10 +124,6 @@ def check_config(config: RunConfig, accelerator: Accelerator, starts: bool, teac
         check_encoder_is_trained(config)
     if config.data.root is None and config.data.dataset is None:
         raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
-
-
-def check_nothing() -> None:
-    """What a process does while another one checks or fetches something for it."""
 
 
 def _train(

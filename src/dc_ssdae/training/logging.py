@@ -41,7 +41,7 @@ class JsonLines:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append an object; numbers that are not finite become null."""
-        finite = {key: _finite(value) for key, value in entry.items()}
+        finite = {key: finite_or_none(value) for key, value in entry.items()}
         self._pending += json.dumps(finite, allow_nan=False).encode() + b"\n"
         self.flush()
 
@@ -301,7 +301,8 @@ def _wandb_id(run: RunFolder) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """Put None for numbers that are not finite, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

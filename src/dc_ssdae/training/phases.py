@@ -21,7 +21,7 @@ from dc_ssdae.files import write_whole
 from dc_ssdae.training.build import fetch_backbones, resolved
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import on_main_process, start_processes, together
-from dc_ssdae.training.launch import check_config, check_nothing, resume_run, start_run
+from dc_ssdae.training.launch import check_config, resume_run, start_run
 from dc_ssdae.training.recipe import RECIPE_FILE, Phase, Recipe
 from dc_ssdae.training.run import CONFIG_FILE, RunFolder, RunLock, check_new, is_finished, new_folder
 from dc_ssdae.training.stopping import StopRequest
@@ -153,7 +153,7 @@ def _check(recipe: Recipe, accelerator: Accelerator, cpu: bool, path: Path | Non
                 raise InputError(f"phase {phase.name}: {error}") from None
 
     def fetch() -> None:
-        for phase in recipe.phases:
+        for phase in recipe.phases if accelerator.is_local_main_process else ():
             try:
                 fetch_backbones(phase.config.losses)
             except InputError as error:
@@ -161,7 +161,7 @@ def _check(recipe: Recipe, accelerator: Accelerator, cpu: bool, path: Path | Non
 
     together(accelerator, check)
     if fresh:  # after everything that can be found out without a download
-        together(accelerator, fetch if accelerator.is_local_main_process else check_nothing)
+        together(accelerator, fetch)
 
 
 def _check_trained_terms(recipe: Recipe, phase: Phase) -> None:

@@ -275,10 +275,10 @@ def recover_run(run: RunFolder) -> None:
     measured = state.get("latent_statistics")
     with refused_as_damaged(last):
         statistics = None if measured is None else LatentStatistics(**measured)
+        latent_stays = keeps_latent(state.get("settings", {}).get("training.train"))
     provenance = state.get("provenance")
     if not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
         check_tensors(last, ["ema"])
-        latent_stays = keeps_latent(state.get("settings", {}).get("training.train"))
         publish_model(run, last / "ema.safetensors", statistics, latent_stays, provenance)
         return
     if statistics is not None and read_config(run.model).get("latents_mean") is None:

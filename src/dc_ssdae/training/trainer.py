@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from dc_ssdae.data.images import to_uint8
@@ -34,11 +34,11 @@ from dc_ssdae.processes import sum_over_processes
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import build_step, place_step
-from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
+from dc_ssdae.training.checkpoint import STATE, Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
-from dc_ssdae.training.distributed import on_main_process, together
+from dc_ssdae.training.distributed import on_main_process, processes_of, together
 from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
 from dc_ssdae.training.evaluation import evaluate, measure_latent
 from dc_ssdae.training.initial import check_terms_are_trained, load_initial_weights
@@ -63,20 +63,6 @@ EVALUATION_BATCH = 16
 
 NOISE_FROM = "the step's device"
 """Where levels and noise are drawn; before this was written into checkpoints, they came with the images."""
-
-STATE = (
-    "step",
-    "seconds",
-    "skipped_steps",
-    "skipped_in_a_row",
-    "evaluated_at",
-    "best",
-    "settings",
-    "images_in_data_set",
-    "optimizer",
-    "gradient_scaler",
-)
-"""What a checkpoint's state must hold to go on from it."""
 
 
 class TrainingFailed(InputError):
@@ -244,7 +230,6 @@ class Trainer:
                     f"{name} was {shown(state['settings'][name])} when the run was saved and is {shown(value)} in its "
                     "configuration now; put it back, or start a new run with --training.init_from"
                 )
-        for name, value in self.config.fixed_settings().items():
             if name.startswith("losses.") and name not in state["settings"] and value["weight"]:
                 raise InputError(f"{name} was no term when the run was saved; set it to 0, or start a new run")
         length = len(self.sources.train)
@@ -522,7 +507,7 @@ class Trainer:
             )
 
     def _report_broken(self, mine: list[BrokenImage], loggers: Loggers) -> None:
-        images = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        images = [image for part in processes_of(self.accelerator).gather(mine) for image in part]
         loggers.broken(images, self.step, "train")
         self._broken.update(image.name for image in images)
         length, share = len(self.sources.train), self.config.data.max_broken_share
