@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +195,12 @@ class TestInjection:
                 }
             ],
         }
-        with suppress(InputError):
-            provenance = check_provenance(provenance)
-            assert provenance is not None
-            self.check(provenance, first, second, third)
+        try:
+            checked = check_provenance(provenance)
+        except InputError:
+            return
+        assert checked is not None
+        self.check(checked, first, second, third)
 
     def check(self, provenance: dict[str, Any], first: str, second: str, third: str) -> None:
         encoder = {"class_path": f"mine.{third}"}

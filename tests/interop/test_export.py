@@ -12,9 +12,13 @@ from tiny_models import image, tiny
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError, __version__
+from dc_ssdae.cli.common import describe
 from dc_ssdae.decoding import default_noise
 from dc_ssdae.interop import export
 from dc_ssdae.interop.export import Format, export_model
+
+DISK_KIB = 64
+"""Of the file system that `small_disk` gives."""
 
 FLOW = {"dynamics": {"class_path": "FlowMatching"}}
 SIZES = [(1, 2, 2), (3, 2, 5), (1, 8, 16), (1, 16, 9), (2, 33, 16)]
@@ -200,6 +204,17 @@ class Patches(nn.Module):
 def with_patches(encoder: dict[str, Any], **settings: Any) -> DCSSDAE:
     parts = {"class_path": f"{Patches.__module__}.Patches", "init_args": encoder}
     return DCSSDAE(4, 8, encoder=parts, decoder=tiny(8).config.decoder, classes=[Patches], **settings).eval()
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(small_disk: Path, format: Format) -> None:
+    with pytest.raises((OSError, InputError)) as caught:
+        export_model(tiny(), small_disk / "out", format)
+    message = describe(caught.value)
+    assert "No space left" in message
+    assert f"encoder.{format}" in message
+    assert "\n" not in message
+    assert not list(small_disk.iterdir())
 
 
 def test_users_own_encoder_and_baked_noise_and_what_the_files_tell(tmp_path: Path) -> None:

@@ -317,6 +317,8 @@ def test_a_full_disk(small_disk: Path) -> None:
         ('{"step": 20}', "format 1"),
         ('{"format": 99, "step": 20}', "format 1"),
         ('{"format": 1, "step": "20"}', "format 1"),
+        (f'{{"format": 1, "step": 1{"0" * 400}}}', "is too large"),
+        (f'{{"format": 1, "step": 20, "settings": {"[" * 10**5}{"]" * 10**5}}}', "state.json cannot be read"),
     ],
 )
 def test_a_damaged_state_is_named(folder: CheckpointFolder, text: str | None, message: str) -> None:
@@ -335,7 +337,7 @@ def test_a_damaged_state_is_named(folder: CheckpointFolder, text: str | None, me
 def test_a_state_with_a_wrong_type_is_named(folder: CheckpointFolder, name: str) -> None:
     path = folder.last() / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: "x"}))
-    with pytest.raises(InputError, match=rf"{path}: {name} cannot be 'x'"):
+    with pytest.raises(InputError, match=rf"damaged: {name} in {path} is 'x'"):
         read_state(folder.last())
 
 

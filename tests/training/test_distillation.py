@@ -643,6 +643,27 @@ def test_a_spoiled_result_is_made_again(tmp_path: Path) -> None:
     assert cache.read(torch.arange(1)) is not None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image.half(),
+        lambda image: image.bfloat16(),
+        lambda image: image.view(torch.int32),
+        lambda image: image.flatten(),
+        lambda image: image.fill_(torch.nan),
+    ],
+)
+def test_a_result_that_was_exchanged_is_made_again(tmp_path: Path, change: Any) -> None:
+    cache = TeacherCache(tmp_path, 6)
+    cache.write(torch.arange(2), torch.randn(2, 3, 8, 8))
+    first, second = (tmp_path / f"0000000{number}.safetensors" for number in range(2))
+    entry = load_file(first)
+    save_file({**entry, "image": change(entry["image"])}, first)
+    assert cache.read(torch.arange(1)) is None
+    shutil.copy(second, first)
+    assert cache.read(torch.arange(1)) is None, "the result of another draw"
+
+
 def test_images_in_channels_last_are_kept(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, 6)
     images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)

@@ -765,6 +765,10 @@ def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tm
     image.rename(renamed := image.with_name("renamed.png"))
     with pytest.raises(InputError, match="9 training images have other names"):
         resume(run_config(root, steps=4), tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "last" / "state.json"
+    old = {name: value for name, value in json.loads(state.read_text()).items() if name != "names_sha256"}
+    state.write_text(json.dumps(old))
+    assert resume(run_config(root, steps=3), tmp_path / "run") == Outcome(3, None), "names were not kept before"
     renamed.unlink()
     with pytest.raises(InputError, match="began with 9 training images and the data set now has 8"):
         resume(run_config(root, steps=4), tmp_path / "run")
