@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,12 +321,14 @@ def test_readers_that_stall_are_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_too_little_shared_memory_is_told_before_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 6 * 3 * SIZE * SIZE
-    free = SimpleNamespace(free=8 * batch)
-    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: (16 * batch, 8 * batch, 8 * batch))
     samples, places = TrainingSamples(Textured(10), drawing()), Places(0, 1, 6, 0, 1, 1)
     assert len(list(training_loader(samples, places, 3, False))) == 1
     with pytest.raises(InputError, match=r"--shm-size\), or set data\.workers to 3$"):
         next(training_loader(samples, places, 4, False))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(InputError, match=r"has 0\.\d MiB free.* data\.workers to 1$"):
+        next(training_loader(samples, places, 3, False))
 
 
 # --- validation ---
