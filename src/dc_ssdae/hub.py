@@ -39,7 +39,8 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
     try:
         snapshot = snapshot_download(name, allow_patterns=patterns, **given)
     except OSError as error:
-        raise MissingInputError(f"{name}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise MissingInputError(f"{name}: no such folder, and not to be had from the hub: {reason}") from error
     folder = Path(snapshot, prefix)
     if not (folder / "config.json").is_file():
         raise MissingInputError(

@@ -329,7 +329,8 @@ def test_step_sizes_that_do_not_descend_are_refused(name: str, bad: Any, form: s
 def test_schedules_that_are_not_one_a_step_are_refused(setting: str, count: int) -> None:
     with pytest.raises(InputError) as error:
         nesterov(lambda x: x, torch.zeros(1, 1), 3, **{setting: [0.5] * count})
-    assert str(error.value) == f"{setting} lists {count} numbers for num_steps 3; give one a step"
+    numbers = "1 number" if count == 1 else f"{count} numbers"
+    assert str(error.value) == f"{setting} lists {numbers} for num_steps 3; give one a step"
 
 
 @each_variant

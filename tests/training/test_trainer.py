@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: what is skipped, saved, stopped, resumed and refused."""
 
+import copy
 import errno
 import json
 import math
@@ -9,12 +10,15 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from terms import Hooked
 from tiny import fill, make_images, run_config, yaml_of
@@ -27,13 +31,13 @@ from dc_ssdae.training import build as build_module
 from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import trainer as trainer_module
 from dc_ssdae.training.build import build_model
-from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
+from dc_ssdae.training.checkpoint import STATE, Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import start_processes
 from dc_ssdae.training.evaluation import Evaluation
 from dc_ssdae.training.launch import resume_run, start_run
 from dc_ssdae.training.logging import Loggers, read_lines
-from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, RunLock, create_run
+from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, RunLock, create_run, recover_run
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
@@ -603,8 +607,8 @@ def test_accumulated_parts_make_the_mean_gradient(photos: Path, tmp_path: Path) 
     hook.remove()
     assert [given[0].shape[0] for given in inputs] == [2, 2]
     totals = []
-    for given in inputs:
-        losses = reference(*given)
+    for arguments in inputs:
+        losses = reference(*arguments)
         (losses.total / 2).backward()
         totals.append(float(losses.total))
     for name, parameter in reference.named_parameters():
@@ -755,6 +759,51 @@ def test_when_nothing_can_be_read_one_line_says_so(images: Path, tmp_path: Path)
         start(run_config(root), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("100 images")
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths to every value of plain data."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, item in items for found in places(item, (*path, key)))]
+
+
+@pytest.fixture(scope="module")
+def half_way(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, dict[str, Any]]:
+    """A trainer of a run that has done two of its steps, and the state of its checkpoint."""
+    path = tmp_path_factory.mktemp("half way") / "run"
+    config = run_config(photos, steps=2, precision="float16", latent_statistics=4)
+    start(config, path)
+    data = config.data
+    sources = open_sources(data.root, data.dataset, data.validation, data.cache)
+    trainer = Trainer(config, RunFolder(path), start_processes(None, cpu=True), sources, StopRequest())
+    return trainer, json.loads((path / "checkpoints" / "last" / "state.json").read_text())
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    data=st.data(),
+    value=st.sampled_from([None, True, -1, 3, 2**40, 10**400, 0.5, math.nan, math.inf, "", "x", [], [1], {}, {"a": 1}]),
+)
+def test_a_changed_state_is_refused_in_one_line_or_gone_on_with(
+    half_way: tuple[Trainer, dict[str, Any]], data: st.DataObject, value: Any
+) -> None:
+    trainer, state = half_way[0], copy.deepcopy(half_way[1])
+    name = data.draw(st.sampled_from(sorted(state)))
+    *above, key = data.draw(st.sampled_from([path for path in places(state) if path[:1] == (name,)]))
+    reduce(lambda found, name: found[name], above, state)[key] = value
+    folder = trainer.run_folder.checkpoints.last()
+    assert folder is not None
+    (folder / "state.json").write_text(json.dumps(state))
+    problem = ""
+    try:
+        checkpoint = read_checkpoint(folder, STATE)
+        with refused_as_damaged(folder):
+            trainer.load_state_dict(checkpoint)
+        trainer.is_finished()
+        recover_run(trainer.run_folder)
+    except InputError as error:
+        problem = str(error)
+    assert "\n" not in problem
 
 
 def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tmp_path: Path) -> None:

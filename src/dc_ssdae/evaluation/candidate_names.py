@@ -187,12 +187,7 @@ def load_saved_model(value: str, dtype: torch.dtype, classes: Sequence[type]) ->
     variants = weight_variants(Path(name)) if is_folder else []
     # A model that was saved as a variant alone leaves no choice.
     variant = variants[0] if len(variants) == 1 else None
-    try:
-        return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype, variant=variant)
-    except OSError as error:
-        if is_folder:
-            raise
-        raise InputError(f"{value}: no such folder, and not to be had from the hub: {message_of(error)}") from error
+    return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype, variant=variant)
 
 
 def _load_diffusers(

@@ -275,7 +275,8 @@ def read_state(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
         state = json.loads(path.read_text(encoding="utf-8"), parse_int=_within_64_bits)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
+    step = state.get("step") if isinstance(state, dict) and state.get("format") == FORMAT else None
+    if not isinstance(step, int) or step < 0:
         raise InputError(f"{path} is not a checkpoint's state of format {FORMAT}")
     for name, hint in _TYPES.items():
         if name in state:

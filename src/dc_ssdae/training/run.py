@@ -286,7 +286,7 @@ def recover_run(run: RunFolder) -> None:
     if provenance is not None:
         there = read_config(run.model).get("provenance") or {}
         # What belongs to these weights stays: figures may have been added to it since.
-        note_provenance(run.model, there if there.get("steps") == provenance["steps"] else provenance)
+        note_provenance(run.model, there if there.get("steps") == provenance.get("steps") else provenance)
 
 
 def describe_environment(command: list[str], hardware: Mapping[str, Any]) -> dict[str, Any]:

@@ -247,7 +247,8 @@ class Trainer:
         optimizer = OptimizerState(tensors, saved["groups"], saved.get("tensors"))
         load_optimizer_state(self.optimizer, self.module, optimizer)
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["gradient_scaler"])
+            scale = float(state["gradient_scaler"]["scale"])
+            self.scaler.load_state_dict({**state["gradient_scaler"], "scale": scale})
         self.step = self._saved_at = state["step"]
         self.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
