@@ -1,19 +1,19 @@
-"""Convolutions in half precision for CPUs without kernels for them, which take 70 times as long as in float32."""
+"""Convolutions in half precision for CPUs without kernels for them, where PyTorch's own are 70 times slower."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-class Bfloat16Convolutions(TorchFunctionMode):
-    """Within autocast, does convolutions as PyTorch does: operands and result rounded to bfloat16, sums in float32."""
+class ConvolutionsOfAGPU(TorchFunctionMode):
+    """Convolutions of float16 and bfloat16, also by autocast, with sums in float32, as a GPU has them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.conv2d or not torch.is_autocast_enabled("cpu"):
+        if func is not torch.conv2d:
             return func(*args, **(kwargs or {}))
-        rounded = [value.bfloat16().float() if isinstance(value, Tensor) else value for value in args]
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else args[0].dtype
+        rounded = [value.to(dtype).float() if isinstance(value, Tensor) else value for value in args]
         with torch.autocast("cpu", enabled=False):
-            return func(*rounded, **(kwargs or {})).bfloat16()
+            return func(*rounded, **(kwargs or {})).to(dtype)

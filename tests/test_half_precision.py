@@ -3,28 +3,18 @@
 import copy
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from half_convolutions import ConvolutionsOfAGPU
 from tiny_models import TINY_DECODER, tiny
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.data.sample_photos import sample_photos
 from dc_ssdae.presets import list_presets
 
 HALVES = [torch.float16, torch.bfloat16]
-
-
-class ConvolutionsOfAGPU(TorchFunctionMode):
-    """Convolutions of float16 with sums in float32, as a GPU has them; on a CPU PyTorch's own are 30 times slower."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.conv2d and args[0].dtype == torch.float16:
-            return func(*(value.float() if isinstance(value, Tensor) else value for value in args)).half()
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -306,7 +307,7 @@ class TestUsersClasses:
         encoder = KLEncoder(4, 2**10, channels=4, norm_groups=4, multipliers=[1] * 11, blocks_per_level=1)
         model = build()
         model.encoder = encoder
-        model.register_to_config(encoder={"class_path": "KLEncoder"})
+        model._internal_dict = FrozenDict({**model._internal_dict, "encoder": {"class_path": "KLEncoder"}})
         groups = parameter_groups(model)
         assert all(tensor.startswith("encoder.down.1.") for tensor in groups["encoder.stages.1"])
         assert select_groups(groups, ["encoder.stages.1"]) == ["encoder.stages.1"]

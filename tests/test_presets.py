@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from half_convolutions import Bfloat16Convolutions
+from half_convolutions import ConvolutionsOfAGPU
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,7 +61,7 @@ def test_every_loss_is_finite_at_initialisation(name: str) -> None:
     side = 256 if model.config.downsample_factor == 128 else 128
     for autocast, x in ((False, photo(side)), (True, 2.0 * torch.rand(1, 3, side, side) - 1.0)):
         level = torch.tensor([0.4])
-        with Bfloat16Convolutions(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with ConvolutionsOfAGPU(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             posterior = model.encoder(x)
             record = model.dynamics.corrupt(x, torch.randn_like(x), level)
             time = level if model.dynamics.conditions_on_time else None

@@ -667,7 +667,8 @@ def test_what_the_hub_refuses_is_one_line(saved: Path, snapshot: Path, monkeypat
         raise OSError("403\nforbidden.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    assert refusal(lambda: convert("owner/name")) == "owner/name: its weights are not to be had: 403 forbidden"
+    told = "owner/name: no such folder, and not to be had from the hub: 403 forbidden."
+    assert refusal(lambda: convert("owner/name")) == told
 
 
 @pytest.mark.parametrize(("stated", "remarked"), [(True, True), (False, False), (None, False)])

@@ -163,7 +163,7 @@ def _fetch(source: DiffusersSource, variant: str | None) -> Path:
     try:
         return fetch_model(source.name, source.subfolder, variant)
     except InputError as error:
-        raise InputError(f"{source.label}: {error}") from None
+        raise InputError(str(error).replace(source.name, source.label, 1)) from None
     except Exception as error:  # the hub's and the network's errors have no common base
         raise InputError(f"{source.label}: its weights are not to be had: {message_of(error).rstrip('.')}") from error
 

@@ -410,7 +410,8 @@ class _Exporter:
         assert written is not None
         _name_tensors(written.model, inputs, outputs)
         written.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
-        written.save(path, external_data=stored > LARGEST_ONNX_BYTES)
+        with naming(path):
+            written.save(path, external_data=stored > LARGEST_ONNX_BYTES)
 
     def _load(self, path: Path) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """A function of a written file's inputs, run by what will run it elsewhere."""
