@@ -559,7 +559,7 @@ def test_a_file_holds_the_result_of_its_draw(cached_run: Path, teacher: Path, im
             z = posterior.sample(noise=latent_noise)
             expected = model.decode(z, num_steps=3, noise=noise).sample[0]
         found = load_file(cached_run / "teacher_cache" / f"{4 * step + place:08d}.safetensors")
-        assert found.keys() == {"image"}
+        assert found.keys() == {"image", "crc32"}
         assert found["image"].dtype == torch.float32
         torch.testing.assert_close(found["image"], expected, atol=1e-5, rtol=1e-5)
 

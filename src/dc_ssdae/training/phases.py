@@ -144,8 +144,8 @@ def _check(recipe: Recipe, accelerator: Accelerator, cpu: bool, path: Path | Non
             images = (data.root, data.dataset, data.validation, data.cache)
             try:
                 start_processes(config.training.processes, cpu)
-                check_config(config, accelerator, starts)
                 _check_trained_terms(recipe, phase)
+                check_config(config, accelerator, starts)
                 if images not in opened:
                     open_sources(*images)
                     opened.append(images)
