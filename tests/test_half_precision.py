@@ -37,7 +37,7 @@ def psnr(a: Tensor, b: Tensor) -> list[float]:
 @pytest.mark.parametrize("num_steps", [1, 4])
 @torch.no_grad()
 def test_photos_are_decoded_alike_in_every_type(num_steps: int, photos: Tensor, trained_model_folder: Path) -> None:
-    """Within 0.1 dB of each other, photo by photo: from one latent, and each through its own encoder."""
+    """Within 0.15 dB of each other, photo by photo: from one latent, and each through its own encoder."""
     quality: dict[str, list[float]] = {}
     same = torch.empty(0)
     for dtype in (torch.float32, *HALVES):
@@ -52,7 +52,7 @@ def test_photos_are_decoded_alike_in_every_type(num_steps: int, photos: Tensor, 
             quality[f"{dtype}, {name}"] = psnr(y.float().clamp(-1.0, 1.0), photos)
     assert min(quality["torch.float32, own latents"]) > 18.0, "a model that has not learned shows nothing"
     for values in zip(*quality.values(), strict=True):
-        assert max(values) - min(values) < 0.1, quality
+        assert max(values) - min(values) < 0.15, quality
 
 
 @pytest.mark.parametrize("name", list_presets())
