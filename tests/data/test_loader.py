@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data._utils import signal_handling
 
 from dc_ssdae.data import loader
 from dc_ssdae.data.folder import ImageFolder
@@ -257,13 +258,20 @@ def test_a_process_that_fails_does_not_wait_for_its_workers(tmp_path: Path) -> N
     assert done.stderr.rstrip().endswith("RuntimeError: out of memory")
 
 
-def test_a_reader_that_is_killed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_pytorch", [False, True])
+def test_a_reader_that_is_killed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, of_pytorch: bool) -> None:
+    """Whatever waits for signals already: nothing, or the handler of another loader of PyTorch's."""
     monkeypatch.setattr(loader, "POLL_SECONDS", 1)
-    handler, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if of_pytorch:
+        signal_handling._set_SIGCHLD_handler()
+        assert callable(signal.getsignal(signal.SIGCHLD))
+    others = set(multiprocessing.active_children())
     batches = training_loader(TrainingSamples(Textured(10), drawing()), Places(0, None, 6, 0, 1, 1), 1, False)
     next(batches)
     (reader,) = set(multiprocessing.active_children()) - others
-    assert signal.getsignal(signal.SIGCHLD) == handler, "PyTorch's would raise in the middle of a step"
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "PyTorch's would raise in the middle of a step"
     reader.kill()
     with pytest.raises(ReadingFailed, match=r"ended from outside .* fewer data\.workers") as caught:
         for _ in batches:

@@ -344,12 +344,13 @@ def read_batches(
         generator=torch.Generator(),  # else the loader would draw its base seed from the default generator
         **settings,
     )
-    # PyTorch's handler raises anywhere, also in the middle of an optimiser's step, when a worker dies. Waiting for the
-    # next batch notices it too.
+    # PyTorch's handler, of this loader or an earlier one, raises anywhere, also in the middle of an optimiser's step,
+    # when a worker dies. Waiting for the next batch notices it too.
     handler = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
+        is_pytorchs = str(getattr(handler, "__module__", "")).startswith("torch.")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_pytorchs else handler)
     waited = 0
     while not stop():
         try:
