@@ -192,8 +192,9 @@ def build_part(
     if kind in COMPONENTS[part].values():
         try:
             with torch.device("meta"), bounded_size(name):  # before any memory is taken
-                kind(**resolved["init_args"], **handed_over)
-            return kind(**resolved["init_args"], **handed_over)
+                built = kind(**resolved["init_args"], **handed_over)
+            is_wanted = torch.get_default_device().type == "meta"
+            return built if is_wanted else kind(**resolved["init_args"], **handed_over)
         except TypeError as error:
             raise InputError(f"{name}: a setting is of the wrong type: {error}") from error
         except (RuntimeError, OverflowError, MemoryError) as error:  # more numbers than PyTorch can count
