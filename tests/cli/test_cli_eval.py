@@ -573,6 +573,7 @@ def assert_close(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(
     run: Any, launch: Launch, model_dir: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -928,6 +928,7 @@ def memory_work(folder: str) -> None:
     torch.save(growth, f"{folder}/growth")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the kernel does not tell a process's peak memory")
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     """The peak of a process that has measured 4,000 images hardly rises when it measures 12,000.

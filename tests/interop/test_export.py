@@ -206,7 +206,7 @@ def with_patches(encoder: dict[str, Any], **settings: Any) -> DCSSDAE:
     return DCSSDAE(4, 8, encoder=parts, decoder=tiny(8).config.decoder, classes=[Patches], **settings).eval()
 
 
-@pytest.mark.parametrize("format", ["pt2", "onnx"])
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(small_disk: Path, format: Format) -> None:
     with pytest.raises((OSError, InputError)) as caught:
         export_model(tiny(), small_disk / "out", format)
