@@ -341,6 +341,13 @@ def test_a_state_with_a_wrong_type_is_named(folder: CheckpointFolder, name: str)
         read_state(folder.last())
 
 
+def test_settings_of_64_bits_are_read(folder: CheckpointFolder) -> None:
+    path = folder.last() / "state.json"
+    settings = {"model.encoder": {"init_args": {"seed": 2**63 - 1, "offset": -(10**18)}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
+    assert read_state(folder.last())["settings"] == settings
+
+
 def test_a_state_that_is_no_text_is_named(folder: CheckpointFolder) -> None:
     (folder.last() / "state.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"state\.json cannot be read") as caught:

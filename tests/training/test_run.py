@@ -15,6 +15,7 @@ from tiny import run_config
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.model_card import note_evaluation
+from dc_ssdae.training import run as run_module
 from dc_ssdae.training.checkpoint import Checkpoint
 from dc_ssdae.training.run import (
     WEIGHTS_FILE,
@@ -140,6 +141,31 @@ def test_a_run_that_is_being_trained_is_not_replaced(tmp_path: Path, monkeypatch
         create_run(tmp_path / "run", "new: 1\n", "{}", replace=True)
     assert (tmp_path / "run" / "config.yaml").read_text() == "old: 1\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_another_process_began_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(path: Path) -> None:
+        path.mkdir()
+        (path / "config.yaml").write_text("theirs: 1\n")
+
+    monkeypatch.setattr(run_module, "check_new", lose)
+    with pytest.raises(OSError, match="not empty"):
+        create_run(tmp_path / "run", "new: 1\n", "{}")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "theirs: 1\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_is_another_runs_or_may_be_alive_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = (tmp_path / f".{name}.{'0' * 32}.partial" for name in ("run", "run.old"))
+    mine.mkdir()
+    other.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLock, "acquire", lambda lock: None)  # as on a file system without locks
+        create_run(tmp_path / "run", "new: 1\n", "{}")
+    assert mine.is_dir()
+    create_run(tmp_path / "run", "new: 1\n", "{}", replace=True)
+    assert not mine.exists()
+    assert other.is_dir()
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:

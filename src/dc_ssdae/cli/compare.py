@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from dc_ssdae.cli.common import (
     add_output_option,
@@ -24,9 +23,6 @@ from dc_ssdae.cli.evaluation_options import (
 )
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
 from dc_ssdae.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 PROGRAM = "dc-ssdae compare"
 FILES = ("index.html", "table.md", "table.json", "pareto.png")

@@ -6,6 +6,7 @@ Nothing heavy is imported until a function needs it, so that help is quick.
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.cli.common import (
@@ -172,7 +173,7 @@ def data_name(root: str) -> str:
     """What reports call a data set: its last folder, not where it lies; of a folder like any other's, two."""
     from dc_ssdae.provenance import name_of_path
 
-    return root if "://" in root or "{" in root else name_of_path(root) or root
+    return root if "://" in root or "{" in root else name_of_path(Path(root).expanduser().resolve()) or root
 
 
 def parse_models(texts: Sequence[str]) -> "list[CandidateSpec]":

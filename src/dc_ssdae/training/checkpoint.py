@@ -287,8 +287,8 @@ def read_state(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _within_64_bits(digits: str) -> int:
-    if len(digits) > 18:
-        raise ValueError(f"{digits[:18]}… is too large")
+    if len(digits) > 20 or abs(int(digits)) >= 2**63:
+        raise ValueError(f"{digits[:20]} is too large")
     return int(digits)
 
 

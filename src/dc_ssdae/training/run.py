@@ -113,7 +113,7 @@ def create_run(
     """
     if not (replace and (path / CONFIG_FILE).is_file()):
         check_new(path)
-    with new_folder(path) as partial:
+    with new_folder(path, replace) as partial:
         (partial / "model").mkdir()
         (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         (partial / "model" / "config.json").write_text(model_config_text, encoding="utf-8")
@@ -127,20 +127,22 @@ def create_run(
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Give a folder to fill, which takes its place at the end of the block by one rename, unless something failed.
 
     Args:
-        path: of the folder; an earlier run there is replaced. What killed processes left beside it is removed.
+        path: of the folder. What killed processes left beside it is removed, where the file system has locks.
+        replace: an earlier run there.
 
     Raises:
         InputError: the earlier run is being trained.
-        OSError: it cannot be written.
+        OSError: it cannot be written, or there is something that is not to be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with suppress(InputError, OSError), RunLock(left):  # else another process is filling it
-            shutil.rmtree(left)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial"):
+        with suppress(InputError, OSError), RunLock(left) as is_locked:  # else another process is filling it
+            if is_locked:
+                shutil.rmtree(left)
     partial, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.partial" for _ in range(2))
     partial.mkdir()
     try:
@@ -149,7 +151,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for entry in (*partial.rglob("*"), partial):
                 if not entry.is_symlink():
                     sync(entry)
-            if path.exists():
+            if replace and path.exists():
                 with RunLock(path):
                     path.rename(old)
                     try:
@@ -217,8 +219,9 @@ class RunLock:
             os.close(self._handle)
             self._handle = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> bool:
         self.acquire()
+        return self._handle is not None
 
     def __exit__(self, *_: object) -> None:
         self.release()
