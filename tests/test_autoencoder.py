@@ -160,6 +160,27 @@ class TestShapes:
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
+def test_a_model_saved_before_there_were_predictions_and_patches_means_field_and_one(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dynamics"]["init_args"].pop("prediction") == "field"
+    assert config["decoder"]["init_args"].pop("patch") is None
+    config["decoder"]["init_args"] |= {"norm_groups": 8, "blocks_per_level": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    z = torch.randn(1, 4, 2, 3)
+    assert torch.equal(DCSSDAE.from_pretrained(tmp_path).decode(z).sample, model.decode(z).sample)
+
+
+def test_a_field_in_patches_is_warned_of() -> None:
+    decoder = {"init_args": {**TINY_DECODER["init_args"], "patch": 4, "multipliers": [1, 2]}}
+    with pytest.warns(UserWarning, match="patch 4, which wants prediction 'image'"):
+        tiny(decoder=decoder)
+    with warnings.catch_warnings(action="error"):
+        tiny(decoder=decoder, dynamics={"init_args": {"prediction": "image"}})
+        tiny()
+
+
 class TestNoise:
     @torch.no_grad()
     def test_a_decode_is_reproducible(self, saved: tuple[DCSSDAE, Path]) -> None:

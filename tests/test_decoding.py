@@ -31,6 +31,7 @@ from dc_ssdae.decoding import (
     STOPPING_STEP,
     DecodingPlan,
     Divergence,
+    _kept_noise,
     default_noise,
     plan_decoding,
     run_plan,
@@ -43,6 +44,8 @@ DYNAMICS: dict[str, dict[str, Any]] = {
     "linear": {},
     "truncated": {"init_args": {"decay": "truncated", "gradient_scale": 4.0}},
     "flow": {"class_path": "FlowMatching"},
+    "image": {"init_args": {"prediction": "image"}},
+    "flow image": {"class_path": "FlowMatching", "init_args": {"prediction": "image"}},
 }
 KINDS = ("dot", "l2")
 
@@ -365,6 +368,15 @@ class TestDefaultNoise:
         """What is drawn on the CPU cannot be recorded, as torch.compile's mode "reduce-overhead" would."""
         assert torch.Tag.cudagraph_unsafe in torch.ops.dc_ssdae.default_noise.default.tags
 
+    def test_it_is_drawn_once(self) -> None:
+        _kept_noise.cache_clear()
+        for _ in range(3):
+            default_noise(8, 24)
+        assert _kept_noise.cache_info().misses == 1
+        with torch.inference_mode():
+            assert default_noise(16, 24).shape == (3, 16, 24)
+        (default_noise(16, 24) * torch.ones(1, requires_grad=True)).sum().backward()  # drawn in inference mode
+
     def test_a_caller_may_write_into_it(self) -> None:
         expected = default_noise(8, 16).clone()
         default_noise(8, 16).zero_()
@@ -372,6 +384,18 @@ class TestDefaultNoise:
 
 
 class TestOutputs:
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind", DYNAMICS)
+    def test_the_sample_alone_is_the_same_and_nothing_else_is_computed(
+        self, kind: str, models: dict[str, DCSSDAE], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        z = torch.randn(2, 4, 2, 3)
+        expected = models[kind].decode(z)
+        assert expected.residual_rms.shape == (2,)
+        monkeypatch.setattr("dc_ssdae.decoding.root_mean_square", None)
+        (sample,) = models[kind].decode(z, return_dict=False)
+        assert torch.equal(sample, expected.sample)
+
     @torch.no_grad()
     @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_a_trajectory_only_where_it_is_asked_for(self, sampler: str, models: dict[str, DCSSDAE]) -> None:
@@ -893,7 +917,7 @@ class TestNoExplicitEnergy:
     @pytest.mark.parametrize("kind", DYNAMICS)
     def test_is_refused(self, kind: str, models: dict[str, DCSSDAE]) -> None:
         message = refusal(models[kind].energy, DRAFT, NOTHING)
-        assert ("FlowMatching has no energy" if kind == "flow" else "explicit_energy 'dot' or 'l2'") in message
+        assert ("FlowMatching has no energy" if "flow" in kind else "explicit_energy 'dot' or 'l2'") in message
 
     def test_shapes_and_values_that_do_not_fit(self) -> None:
         model = energetic("dot")

@@ -30,7 +30,11 @@ REQUIRED = {
     "demo",
 }
 
+FAST = ("fast_f8c4", "fast_f8c16", "fast_f16c64", "fast_f32c32", "fast_f32c64")
+
 each_preset = pytest.mark.parametrize("name", list_presets())
+each_network = pytest.mark.parametrize("name", [name for name in list_presets() if not name.endswith("_eqm_image")])
+"""The large models whose networks are another preset's are left out."""
 
 
 def photo(side: int) -> Tensor:
@@ -52,7 +56,7 @@ WHOLE = {
 """The whole objective, with small networks in the places of VGG-16 and DINOv2."""
 
 
-@each_preset
+@each_network
 @torch.no_grad()
 def test_every_loss_is_finite_at_initialisation(name: str) -> None:
     """And KL is at most 10 per latent dimension, on a photo in float32 and on uniform noise under autocast."""
@@ -87,7 +91,7 @@ def test_kl_of_flat_images_is_small_at_initialisation(name: str, seed: int) -> N
 
 
 def test_the_required_presets_are_there() -> None:
-    assert set(list_presets()) >= REQUIRED
+    assert set(list_presets()) >= REQUIRED.union(FAST)
     assert list_presets() == sorted(list_presets())
 
 
@@ -98,8 +102,22 @@ def test_name_says_what_the_model_is(name: str) -> None:
     assert preset["description"]
     with torch.device("meta"):
         config = DCSSDAE.from_preset(name).config
-    assert f"_f{config['downsample_factor']}c{config['latent_channels']}_" in name
-    assert name.endswith({"EquilibriumMatching": "_eqm", "FlowMatching": "_fm"}[config["dynamics"]["class_path"]])
+    assert f"_f{config['downsample_factor']}c{config['latent_channels']}_" in f"{name}_"
+    dynamics = config["dynamics"]
+    ending = {"EquilibriumMatching": "_eqm", "FlowMatching": "_fm"}[dynamics["class_path"]]
+    ending += "_image" if dynamics["init_args"]["prediction"] == "image" else ""
+    # Where it is a family of its own, all of it is alike.
+    assert (name.partition("_")[0], ending) == ("fast", "_eqm_image") or name.endswith(ending)
+
+
+def test_the_fast_presets_share_one_decoder_and_the_one_to_ship_is_small() -> None:
+    """So that the model whose speed is reported is the one whose quality is reported."""
+    with torch.device("meta"):
+        models = {name: DCSSDAE.from_preset(name) for name in FAST}
+    settings = [model.config.decoder for model in models.values()]
+    assert settings == [{"class_path": "UViTDecoder", "init_args": settings[0]["init_args"]}] * len(FAST)
+    assert all(model.dynamics.prediction == "image" for model in models.values())
+    assert sum(parameter.numel() for parameter in models["fast_f8c16"].parameters()) <= 5_000_000
 
 
 def stated_defaults(model: dict[str, Any]) -> list[str]:

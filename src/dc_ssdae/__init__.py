@@ -9,13 +9,15 @@ if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.errors import InputError
     from dc_ssdae.latent import DiagonalGaussian
+    from dc_ssdae.machine import keep_freed_memory
 
-__all__ = ["DCSSDAE", "DiagonalGaussian", "InputError", "__version__"]
+__all__ = ["DCSSDAE", "DiagonalGaussian", "InputError", "__version__", "keep_freed_memory"]
 
 _HOMES = {
     "DCSSDAE": "dc_ssdae.autoencoder",
     "DiagonalGaussian": "dc_ssdae.latent",
     "InputError": "dc_ssdae.errors",
+    "keep_freed_memory": "dc_ssdae.machine",
     # Not ours to offer, but diffusers looks for it in the module of a pipeline's part, to know how to load that.
     "ModelMixin": "diffusers.models.modeling_utils",
 }

@@ -34,7 +34,8 @@ from dc_ssdae.decoding import (
     start_noise,
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
-from dc_ssdae.dynamics.energy import apply_network, as_normal, at_least_float32
+from dc_ssdae.dynamics.corruption import field_of, predict
+from dc_ssdae.dynamics.energy import as_normal, at_least_float32
 from dc_ssdae.errors import InputError, check_at_least, check_type, counted
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
 from dc_ssdae.model_folder import check_channels
@@ -176,6 +177,13 @@ class DCSSDAE(PretrainedModel):
         for part in ("encoder", "decoder"):
             handed_over = {name: following[name] for name in HANDED_OVER[part]}
             setattr(self, part, build_part(part, resolved[part], handed_over, classes))
+        is_patched = isinstance(self.decoder, UViTDecoder) and self.decoder.patch > 1
+        if is_patched and getattr(self.dynamics, "prediction", "image") == "field":
+            warnings.warn(
+                f"the decoder has patch {self.decoder.patch}, which wants prediction 'image' of the dynamics: a field "
+                "carries the noise of all pixels, too much for narrow layers",
+                stacklevel=1,  # always this line, so that Python shows it once
+            )
         self._tile = check_tiling(None, DEFAULT_OVERLAP, downsample_factor)
 
     @classmethod
@@ -295,7 +303,8 @@ class DCSSDAE(PretrainedModel):
 
         Args:
             z: (B, c, h, w), cast to the model's dtype.
-            return_dict: give an output with `sample` and what the sampler tells; False gives a tuple of the sample.
+            return_dict: give an output with `sample` and what the sampler tells; False gives a tuple of the sample,
+                and computes nothing else.
             generator: where the noise comes from: one generator, from which the images draw in order, or one per
                 image. By default every image draws the same noise, of one fixed seed, so that a decode is
                 reproducible and does not depend on the batch (but for float rounding).
@@ -320,16 +329,18 @@ class DCSSDAE(PretrainedModel):
             Images (B, 3, h·f, w·f) in the model's dtype, about [-1, 1], not clamped; see `DecoderOutput`.
 
         Raises:
-            InputError: a shape or a setting does not fit, or z holds NaN.
+            InputError: a shape or a setting does not fit, or z, on the CPU, holds NaN.
 
         Warns:
-            Divergence: a descent gave up images; `sample` has the best state of each, `diverged` tells which.
+            Divergence: a descent gave up images; `sample` has the best state of each, `diverged` tells which. On a GPU
+                only with a `tolerance`, so that nothing waits for it; look at `diverged` there.
         """
         if (draft is None) != (start is None):
             raise InputError("draft and start go together: start is the share of draft in what is decoded from")
         begin = 0.0 if start is None else check_share("start", start)
         plan = plan_decoding(self.dynamics, sampler, num_steps, step_size, momentum, tolerance, begin)
-        z = _floats("latents", z).to(self.dtype)
+        dtype = self.dtype  # once, because diffusers goes through all modules for it
+        z = _floats("latents", z).to(dtype)
         check_latent(z, self.config.latent_channels)
         factor = self.config.downsample_factor
         x = start_noise(z, (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor), generator, noise)
@@ -337,20 +348,30 @@ class DCSSDAE(PretrainedModel):
             x = noised_draft(self.dynamics, draft, x, begin)
         bucket = plan.tolerance is not None and any(map(_is_compiled, self.decoder.modules()))
         result = run_plan(
-            plan, self.dynamics, partial(self._field, varying_batch=bucket), x, z, begin, bucket, return_trajectory
+            plan,
+            self.dynamics,
+            partial(self._predict, varying_batch=bucket),
+            x,
+            z,
+            begin,
+            bucket,
+            return_trajectory,
+            reports=return_dict,
         )
-        if plan.sampler in DESCENTS and not torch.compiler.is_compiling() and bool(result.diverged.any()):
+        # A GPU is waited for only where the sampler has waited for it anyway.
+        looks = plan.sampler in DESCENTS and (plan.tolerance is not None or z.device.type == "cpu")
+        if looks and not torch.compiler.is_compiling() and bool(result.diverged.any()):
             lost = int(result.diverged.sum())
             warnings.warn(
                 f"{lost} of {counted(len(z), 'image')} diverged; the best state is given: try a smaller step_size",
                 Divergence,
                 stacklevel=3,  # past diffusers' hook
             )
-        sample = result.sample.to(self.dtype)
+        sample = result.sample.to(dtype)
         return DecoderOutput(sample, *result[1:]) if return_dict else (sample,)
 
     def field(self, x: Tensor, z: Tensor, time: Tensor | float | None = None) -> Tensor:
-        """What samplers descend, or integrate: the decoder's answer, or the gradient of its explicit energy.
+        """What samplers descend, or integrate: it follows from the decoder's answer, or its explicit energy.
 
         Args:
             x: (B, 3, H, W). Cast to the model's dtype for the decoder alone: in half precision the noise to be
@@ -367,25 +388,26 @@ class DCSSDAE(PretrainedModel):
         if time is not None:
             time = torch.as_tensor(time, dtype=torch.float32, device=x.device)
             time = time.expand(len(x)) if time.ndim == 0 else time
-        return self._field(_floats("images", x), _floats("latents", z).to(self.dtype), time)
+        prediction = self._predict(_floats("images", x), _floats("latents", z).to(self.dtype), time)
+        return field_of(self.dynamics, x, prediction, time)
 
-    def _field(self, x: Tensor, z: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
-        """As `field`, image by image and tile by tile where slicing and tiling are on."""
+    def _predict(self, x: Tensor, z: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
+        """What the dynamics' methods take, of at least float32: image by image, tile by tile, where that is on."""
         if self.use_slicing and len(x) > 1:
             times = [None] * len(x) if time is None else time.split(1)
-            return torch.cat([self._field(*image) for image in zip(x.split(1), z.split(1), times, strict=True)])
+            return torch.cat([self._predict(*image) for image in zip(x.split(1), z.split(1), times, strict=True)])
         if not self.use_tiling or max(z.shape[2:]) <= self._tile[0]:
-            return self._whole_field(x, z, time, varying_batch)
+            return self._predict_whole(x, z, time, varying_batch)
         factor = self.config.downsample_factor
 
         def compute(rows: slice, columns: slice) -> Tensor:
             x_tile = x[:, :, _times(rows, factor), _times(columns, factor)]
-            return self._whole_field(x_tile, z[:, :, rows, columns], time, varying_batch)
+            return self._predict_whole(x_tile, z[:, :, rows, columns], time, varying_batch)
 
         height, width = z.shape[2:]
         return blend_tiles(compute, height, width, *self._tile, scale=factor)
 
-    def _whole_field(self, x: Tensor, z: Tensor, time: Tensor | None, varying_batch: bool) -> Tensor:
+    def _predict_whole(self, x: Tensor, z: Tensor, time: Tensor | None, varying_batch: bool) -> Tensor:
         def network(y: Tensor) -> Tensor:
             y = as_normal(y.to(z.dtype))
             if varying_batch:
@@ -393,7 +415,7 @@ class DCSSDAE(PretrainedModel):
             at = None if time is None else as_normal(time)
             return at_least_float32(self.decoder(y, as_normal(z), at))
 
-        return apply_network(self.dynamics, network, x).to(torch.promote_types(x.dtype, torch.float32))
+        return predict(self.dynamics, network, x).to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
         """The explicit energy of images given latents (SPEC section 2, "Explicit energy"), which a decode lowers.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
+from dc_ssdae.dynamics.corruption import field_of
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.latent import draw_noise
 from dc_ssdae.networks.blocks import check_latent_shape
@@ -25,6 +27,9 @@ SAMPLERS = (ONE_STEP, *DESCENTS, *INTEGRATORS)
 """What `DCSSDAE.decode` takes as `sampler`."""
 
 DEFAULT_NOISE_SEED = 0
+KEPT_NOISES = 4
+"""Sizes of image whose default noise is kept; of 1024 px it has 12 MiB."""
+
 DEFAULT_NUM_STEPS = 4
 """Of samplers that take several. (Measured; docs/results.md: more cost more, and none was better.)"""
 
@@ -154,32 +159,43 @@ def _check_fits(sampler: str, dynamics: Dynamics, num_steps: int | None) -> None
 def run_plan(
     plan: DecodingPlan,
     dynamics: Dynamics,
-    field: Callable[..., Tensor],
+    predict: Callable[..., Tensor],
     x: Tensor,
     z: Tensor,
     start: float = 0.0,
     bucket: bool = False,
     return_trajectory: bool = False,
+    reports: bool = True,
 ) -> SamplerResult:
     """Decode as planned.
 
     Args:
         plan: of `plan_decoding` for these dynamics.
         dynamics: of the model.
-        field: of x (b, 3, H, W), z (b, c, h, w) and, where the dynamics conditions on time, time (b,).
+        predict: gives what the dynamics' methods take as prediction, of x (b, 3, H, W), z (b, c, h, w) and, where the
+            dynamics conditions on time, time (b,).
         x: (B, 3, H, W), float32: to start from.
         z: (B, c, h, w).
         start: γ of x.
         bucket: as the samplers'.
         return_trajectory: keep every state.
+        reports: whether anything but the sample is wanted; one step gives empty tensors else.
     """
+
+    def field(state: Tensor, z: Tensor, *time: Tensor) -> Tensor:
+        return field_of(dynamics, state, predict(state, z, *time), time[0] if time else None)
+
     if plan.sampler == ONE_STEP:
         level = torch.full((x.shape[0],), level_of(dynamics, start), device=x.device)
-        prediction = field(x, z, level) if dynamics.conditions_on_time else field(x, z)
+        time = (level,) if dynamics.conditions_on_time else ()
+        prediction = predict(x, z, *time)
         sample = dynamics.clean_estimate(x, prediction, level)
+        if not reports:
+            return SamplerResult(sample, *[sample.new_empty(0)] * 3)
         count = torch.ones(x.shape[0], dtype=torch.int64, device=x.device)
+        residual = root_mean_square(field_of(dynamics, x, prediction, time[0] if time else None))
         trajectory = torch.stack([x, sample]) if return_trajectory else None
-        return SamplerResult(sample, count, root_mean_square(prediction), ~is_finite(sample), trajectory)
+        return SamplerResult(sample, count, residual, ~is_finite(sample), trajectory)
     if integrate := INTEGRATORS.get(plan.sampler):
         return integrate(
             lambda state, time: field(state, z, time),
@@ -208,7 +224,7 @@ def level_of(dynamics: Dynamics, start: float) -> float:
 
 
 def default_noise(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """The noise that `DCSSDAE.decode` starts every image from by default, the same on every device.
+    """The noise that `DCSSDAE.decode` starts every image from by default, the same on every device; a copy of it.
 
     Row by row, the noise of an image with fewer pixels is the beginning of that of a larger one.
 
@@ -227,8 +243,14 @@ def default_noise(height: int, width: int, device: torch.device | str = "cpu") -
 # A CUDA graph (mode "reduce-overhead") must leave it out, because it draws on the CPU.
 @torch.library.custom_op("dc_ssdae::default_noise", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _draw_default_noise(height: int, width: int, device: torch.device) -> Tensor:
+    return _kept_noise(height, width, device).clone()  # a graph may write into what it gets
+
+
+@lru_cache(maxsize=KEPT_NOISES)
+def _kept_noise(height: int, width: int, device: torch.device) -> Tensor:
     fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
-    return torch.randn(3, height, width, generator=fixed, dtype=torch.float32).to(device)
+    with torch.inference_mode(False):  # what is kept must do for training too
+        return torch.randn(3, height, width, generator=fixed, dtype=torch.float32).to(device)
 
 
 @_draw_default_noise.register_fake
@@ -287,18 +309,23 @@ def noised_draft(dynamics: Dynamics, draft: Tensor, noise: Tensor, start: float)
 
 
 def _check_finite(name: str, images: Tensor) -> None:
-    if not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
+    if _can_look(images) and not bool(images.isfinite().all()):
         raise InputError(f"{name} holds NaN or infinite values")
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device, or breaking a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_latent(z: Tensor, channels: int) -> None:
     """Refuse latents that cannot be decoded.
 
     Raises:
-        InputError: the shape is not (B, channels, h, w), or values are not finite; names the images.
+        InputError: the shape is not (B, channels, h, w), or, on the CPU, values are not finite; names the images.
     """
     check_latent_shape(z, channels)
-    if torch.compiler.is_compiling():
+    if not _can_look(z):
         return
     finite = is_finite(z)
     if not bool(finite.all()):

@@ -22,6 +22,12 @@ class Outcome(NamedTuple):
 Run = Callable[..., Outcome]
 
 
+@pytest.fixture(autouse=True)
+def any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say nothing of instructions that this machine's CPU may lack."""
+    monkeypatch.setattr("dc_ssdae.machine.slow_dtype_note", lambda *_: None)
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `dc-ssdae WORDS…` in this process."""

@@ -9,6 +9,9 @@ import pytest
 from cli_samples import random_pixels
 from PIL import Image
 
+from dc_ssdae import DCSSDAE
+from dc_ssdae.evaluation.profile import count_flops
+
 TRAIN = ("bench", "train", "--config", "demo", "--training.batch_size=1", "--data.image_size", 16, "--device", "cpu")
 QUARTILES = re.compile(r"[\d,.]+?\.\.[\d,.]+")
 
@@ -37,18 +40,45 @@ def one_line(run: Callable, *words: object) -> str:
 
 def test_without_a_benchmark_says_which_there_are(run: Callable) -> None:
     assert (
-        one_line(run, "bench") == "dc-ssdae bench: which benchmark, data or train? dc-ssdae bench --help describes them"
+        one_line(run, "bench")
+        == "dc-ssdae bench: which benchmark of encode, decode, train, data? dc-ssdae bench --help describes them"
     )
-    assert "unknown benchmark 'tain' (did you mean 'train'?); accepted: data, train" in one_line(run, "bench", "tain")
+    assert "unknown benchmark 'tain' (did you mean 'train'?)" in one_line(run, "bench", "tain")
     assert "unknown option '--jso'" in one_line(run, "bench", "--jso")
 
 
-@pytest.mark.parametrize("words", [(), ("data",), ("train",)])
+@pytest.mark.parametrize("words", [(), ("encode",), ("decode",), ("data",), ("train",)])
 def test_help(words: tuple[str, ...], run: Callable) -> None:
     outcome = run("bench", *words, "--help")
     assert outcome.code == 0
     assert outcome.out[0].startswith("usage: dc-ssdae bench")
     assert not outcome.err
+
+
+@pytest.mark.parametrize("work", ["encode", "decode"])
+def test_models_in_alternation(run: Callable, work: str) -> None:
+    words = ("bench", work, "preset:demo", "--against", "diffusers:AutoencoderTiny", "--size", "32,64", "--rounds", 1)
+    outcome = run(*words, "--device", "cpu")
+    assert outcome.code == 0
+    assert max(map(len, outcome.out)) <= 100
+    rows = [re.split(r" {2,}", line) for line in outcome.out[: outcome.out.index("")]]
+    assert [row[:2] for row in rows[1:]] == [
+        [label, size] for size in ("32", "64") for label in ("preset:demo", "AutoencoderTiny")
+    ]
+    assert [row[4] == "-" for row in rows[1:]] == [True, False] * 2
+    outcome = run(*words[:3], "--size", 64, "--rounds", 1, "--json", "--device", "cpu")
+    found = json.loads("\n".join(outcome.out))
+    (entry,) = found["figures"]
+    flops = count_flops(DCSSDAE.from_preset("demo"), 64)
+    expected = flops.encode if work == "encode" else flops.decode_step
+    assert 0.9 * expected < entry["flops"] <= expected
+    assert 0.0 < entry["share_of_peak"] < 1.0
+    assert found["machine"]["threads"] == 1
+
+
+@pytest.mark.parametrize("model", ["jpeg:75", "diffusers:AutoencoderNone", "preset:none"])
+def test_what_has_no_networks_is_refused(run: Callable, model: str) -> None:
+    assert model.rpartition(":")[2] in one_line(run, "bench", "decode", model, "--device", "cpu")
 
 
 def test_data_table(run: Callable, photos: Path, tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ def one_line(run: Callable, *words: object) -> str:
 
 
 GROUPS = [
-    *("decoder.image_inputs", "decoder.down.0", "decoder.down.1", "decoder.down.2", "decoder.down.3"),
-    *("decoder.middle", "decoder.up.3", "decoder.up.2", "decoder.up.1", "decoder.head"),
+    *("decoder.image_inputs", "decoder.down.0", "decoder.down.1"),
+    *("decoder.middle", "decoder.up.1", "decoder.head"),
 ]
 
 

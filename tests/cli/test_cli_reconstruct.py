@@ -304,7 +304,7 @@ def test_a_draft_is_where_the_decode_starts(reconstruct: Callable, model_dir: Pa
 
 def test_an_image_that_diverges_is_told(reconstruct: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photo = save(tmp_path / "photo.png", random_pixels(8, 8))
-    monkeypatch.setattr(DCSSDAE, "_field", lambda model, x, *_, **settings: 3.0 * x)
+    monkeypatch.setattr(DCSSDAE, "_predict", lambda model, x, *_, **settings: -2.0 * x)  # a field of 3 x
     outcome = reconstruct(photo, "--steps", 8, "--step_size", 2)
     assert outcome.code == 0
     assert outcome.err == [

@@ -59,7 +59,7 @@ def refusal(*words: str) -> str:
 def test_a_preset_alone() -> None:
     config, name = parse_run_config(DEMO)
     assert name == "demo"
-    assert (config.training.batch_size, config.training.lr, config.data.image_size) == (8, 3e-3, 64)
+    assert (config.training.batch_size, config.training.lr, config.data.image_size) == (8, 2e-3, 64)
 
 
 def test_files_are_laid_over_each_other(write: Write) -> None:

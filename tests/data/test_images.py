@@ -247,12 +247,12 @@ def test_other_colour_spaces_come_back_as_the_colours_they_were(tmp_path: Path, 
 
 def test_modes_that_no_readable_format_stores() -> None:
     hsv = Image.fromarray(blocks()).convert("HSV")
-    pixels, notes = _decode(hsv)
+    pixels, notes = read_pillow_image(hsv, "hsv")
     assert np.abs(as_hwc(pixels).astype(int) - blocks()).max() <= 6
     assert notes == ["HSV converted to RGB"]
 
     premultiplied = Image.new("RGBA", (4, 2), (200, 100, 50, 128)).convert("RGBa")
-    pixels, notes = _decode(premultiplied)
+    pixels, notes = read_pillow_image(premultiplied, "premultiplied")
     expected = np.array([200, 100, 50]) * 128 / 255 + 127
     assert np.abs(as_hwc(pixels) - expected).max() <= 2
     assert notes == [ALPHA]
@@ -297,7 +297,7 @@ def test_sixteen_bit_modes_of_every_byte_order(mode: str) -> None:
     values = np.array([[0, 128, 129, 257], [1000, 32768, 65406, 65535]])
     order = {"I;16B": ">u2", "I;16N": "=u2"}.get(mode, "<u2")
     image = Image.frombytes(mode, (4, 2), values.astype(order).tobytes())
-    pixels, notes = _decode(image)
+    pixels, notes = read_pillow_image(image, "sixteen bits")
     np.testing.assert_array_equal(as_hwc(pixels)[..., 1], [[0, 0, 1, 1], [4, 128, 254, 255]])
     assert notes == [DEPTH, GREY]
 

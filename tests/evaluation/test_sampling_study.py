@@ -155,7 +155,7 @@ class TestMeasuring:
 
     def test_images_that_diverge_are_counted_and_not_fatal(self) -> None:
         model = model_of()
-        model.dynamics.field = lambda network, x: 3.0 * x  # grows by 1.9 · 3 - 1 a step
+        model.dynamics.field_of = lambda x, prediction, level: 3.0 * x  # grows by 1.9 · 3 - 1 a step
         grid = Grid(steps=(6,), samplers=["gradient_descent"], step_sizes=(1.9,), tolerances=())
         (found,) = measure_sampling({"m": model}, pixels(2), grid, rounds=1)
         assert found.diverged == 2

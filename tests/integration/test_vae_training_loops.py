@@ -206,7 +206,7 @@ def test_sana_takes_latent(accelerator: Accelerator) -> None:
     vae = make_vae(32, "DCEncoder")
     with torch.no_grad():
         cache = [vae.encode(pixels).latent for pixels in batches(32)]
-    assert torch.equal(cache[0], vae.encode(batches(32)[0]).latent_dist.mode())
+        assert torch.equal(cache[0], vae.encode(batches(32)[0]).latent_dist.mode())
     torch.manual_seed(2)
     transformer = SanaTransformer2DModel(
         in_channels=4,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import image, tiny
+from tiny_models import TINY_DECODER, image, tiny
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError, __version__
@@ -21,6 +21,11 @@ DISK_KIB = 64
 """Of the file system that `small_disk` gives."""
 
 FLOW = {"dynamics": {"class_path": "FlowMatching"}}
+SETTINGS = TINY_DECODER["init_args"]
+PATCHES = {
+    "decoder": {"init_args": {**SETTINGS, "patch": 4, "multipliers": SETTINGS["multipliers"][-2:]}},
+    "dynamics": {"init_args": {"prediction": "image"}},
+}
 SIZES = [(1, 2, 2), (3, 2, 5), (1, 8, 16), (1, 16, 9), (2, 33, 16)]
 """Batch, and sides in latents, on both sides of the 512 tokens at which attention changes its form."""
 
@@ -75,7 +80,7 @@ def check(model: DCSSDAE, folder: Path, sizes: list[tuple[int, int, int]]) -> No
     [
         (encoder, given, format)
         for encoder in ("DCEncoder", "KLEncoder")
-        for given in ({}, FLOW)
+        for given in ({}, FLOW, PATCHES)
         for format in ("pt2", "onnx")
     ],
 )

@@ -167,6 +167,9 @@ def test_a_time_that_nobody_reads_is_refused() -> None:
         ({"downsample_factor": 24}, "downsample_factor is 24"),
         ({"multipliers": (1, 2, 3)}, "multipliers"),
         ({"heads": 3}, "heads = 3"),
+        ({"patch": 3}, "patch is 3"),
+        ({"patch": 16}, "patch is 16"),
+        ({"patch": 2}, "with patch 2 the decoder has 3 levels"),
         ({"window_radius": -1}, "window_radius"),
         ({"middle_layers": 0}, "middle_layers"),
         ({"blocks_per_level": 0}, "blocks_per_level"),
@@ -188,7 +191,9 @@ def test_every_size_builds_with_its_row_of_the_table() -> None:
     for name, size in SIZES.items():
         with torch.device("meta"):
             decoder = UViTDecoder(size=name)
-        widths = [32 * math.ceil(size.channels * multiplier / 32) for multiplier in size.multipliers]
+        unit, levels = size.norm_groups, 4 - int(math.log2(size.patch))
+        widths = [unit * math.ceil(size.channels * multiplier / unit) for multiplier in size.multipliers[-levels:]]
+        assert len(decoder.down) == len(decoder.up) == levels
         assert decoder.image_in.out_channels == widths[0] // 2
         assert decoder.middle.project_in.in_features == widths[-1]
         assert len(decoder.middle.blocks) == size.middle_layers
@@ -208,7 +213,7 @@ def test_blocks_start_as_their_shortcuts(timed: bool) -> None:
         assert not block.conv2.weight.any()
         assert not block.conv2.bias.any()
         x = torch.randn(2, block.conv1.in_channels, 4, 4)
-        assert torch.equal(block(x, context, time), block.shortcut(x))
+        torch.testing.assert_close(block(x, context, time), block.shortcut(x), atol=1e-6, rtol=1e-5)
     for module in decoder.modules():
         if isinstance(module, TransformerBlock):
             assert not module.feed_forward_out.weight.any()
@@ -271,6 +276,52 @@ def test_a_batchs_images_do_not_mix_in_eval_mode() -> None:
     for image in range(3):
         alone = decoder(x[image : image + 1], z[image : image + 1], time[image : image + 1])
         torch.testing.assert_close(alone, together[image : image + 1], atol=1e-5, rtol=0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("factor", [8, 32])
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+def test_squares_of_pixels_go_in_and_come_out_as_one(patch: int, factor: int, timed: bool) -> None:
+    """The outer levels fall away, the middle stays on squares of 8 pixels; channels count (colour, row, column)."""
+    multipliers = (1, 1, 2, 2)[int(math.log2(patch)) :]
+    decoder = tiny_decoder(patch=patch, multipliers=multipliers, downsample_factor=factor, time_conditioning=timed)
+    shake(decoder.eval())
+    x, z = inputs(2, 3, factor=factor)
+    seen: dict[str, Tensor] = {}
+    decoder.image_in.register_forward_hook(lambda module, given, output: seen.update(image=given[0]))
+    decoder.conv_out.register_forward_hook(lambda module, given, output: seen.update(answer=output))
+    y, features = decoder.forward_with_features(x, z, torch.rand(2) if timed else None)
+    batch, _, height, width = x.shape
+    squares = x.view(batch, 3, height // patch, patch, width // patch, patch).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    assert torch.equal(seen["image"], squares)
+    answer = seen["answer"].view(batch, 3, patch, patch, height // patch, width // patch).permute(0, 1, 4, 2, 5, 3)
+    assert torch.equal(y, answer.reshape(x.shape))
+    assert features.shape == (2, 16, height // 8, width // 8)
+    levels = 4 - int(math.log2(patch))
+    assert len(decoder.down) == len(decoder.up) == levels
+    groups = decoder.parameter_groups()
+    assert groups["head"] == [f"up.{levels - 1}", "norm_out", "conv_out"]
+    named = {name for members in groups.values() for name in members}
+    assert all(any(key.startswith(name) for name in named) for key in decoder.state_dict())
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("patch", [1, 4])
+def test_without_gradients_it_answers_the_same(patch: int, timed: bool) -> None:
+    """In place, in channels-last order, 1×1 convolutions as matrix products; the inputs stay as they are."""
+    multipliers = (1, 1, 2, 2)[int(math.log2(patch)) :]
+    decoder = tiny_decoder(patch=patch, multipliers=multipliers, time_conditioning=timed).eval()
+    shake(decoder)
+    x, z = inputs(batch=1)
+    time = torch.rand(1) if timed else None
+    given = x.clone(), z.clone()
+    expected = decoder(x, z, time)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            torch.testing.assert_close(decoder(x, z, time), expected.detach(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(x, given[0])
+    assert torch.equal(z, given[1])
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from dc_ssdae.training.evaluation import evaluate
 from dc_ssdae.training.optimizer import (
     OptimizerState,
     build_optimizer,
-    evaluated_weight,
+    evaluated_weights,
     load_optimizer_state,
     optimizer_state,
 )
@@ -78,7 +78,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["eps"] = 1e-3  # else Adam makes whole steps of a gradient's rounding errors
         self.average = ExponentialMovingAverage(module.model, 0.8)
-        self.parameters = dict(module.model.named_parameters())
+        self._evaluated = evaluated_weights(self.optimizer, module.model)
         if checkpoint is not None:
             for name_, tensor in module.state_dict().items():
                 assign(tensor, checkpoint.tensors["model"][name_])
@@ -92,10 +92,6 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.average.update(self.module.model, step + 1, self._evaluated)
-
-    def _evaluated(self, name: str, tensor: Tensor) -> Tensor:
-        parameter = self.parameters.get(name)
-        return tensor if parameter is None else evaluated_weight(self.optimizer, parameter)
 
     def reconstructed(self) -> Tensor:
         """By the averaged weights; leaves no trace."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.config import TrainingConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
-from dc_ssdae.training.optimizer import build_optimizer, evaluated_weight
+from dc_ssdae.training.optimizer import build_optimizer, evaluated_weights
 
 DECAY = 0.9
 
@@ -95,6 +95,23 @@ def test_up_to_the_start_it_is_a_copy() -> None:
     train_a_step(model)
     average.update(model, 3)
     assert not torch.equal(average.state_dict()["0.weight"], model.state_dict()["0.weight"])
+
+
+def test_before_the_start_nothing_is_copied_until_it_is_wanted() -> None:
+    """A step that is thrown away at the start leaves the model, and with it the copy, as the step before made it."""
+    model = network()
+    average = ExponentialMovingAverage(model, DECAY, start=3)
+    first = copy_of(model.state_dict())
+    for step in (1, 2):
+        train_a_step(model)
+        average.update(model, step)
+        assert_same_bits(average._tensors, first)
+    average.catch_up()  # as the trainer does where it throws step 3 away
+    kept = copy_of(model.state_dict())
+    train_a_step(model)
+    average.update(model, 4)
+    expected = torch.lerp(kept["0.weight"], model.state_dict()["0.weight"], 1.0 - DECAY)
+    assert torch.equal(average.state_dict()["0.weight"], expected)
 
 
 def test_it_is_a_copy_of_its_own() -> None:
@@ -189,11 +206,7 @@ def test_the_weights_that_a_schedule_free_optimiser_means_are_averaged() -> None
     config = TrainingConfig(optimizer="schedule_free_radam", lr=0.1)
     optimizer = build_optimizer(model, config)
     average = ExponentialMovingAverage(model, 0.0)  # keeps only the newest value
-    parameters = dict(model.named_parameters())
-
-    def evaluated(name: str, tensor: Tensor) -> Tensor:
-        return evaluated_weight(optimizer, parameters[name]) if name in parameters else tensor
-
+    evaluated = evaluated_weights(optimizer, model)
     for step in range(1, 9):
         model(torch.randn(4, 3, 6, 6)).square().mean().backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from dc_ssdae.training.config import OptimizerName, TrainingConfig
 from dc_ssdae.training.optimizer import (
     OptimizerState,
     build_optimizer,
-    evaluated_weight,
+    evaluated_weights,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
@@ -149,7 +149,8 @@ def test_the_evaluated_weight_is_that_of_schedulefrees_own_eval_mode(steps: int)
     module = Layers()
     optimizer = build_optimizer(module, config("schedule_free_radam"))
     train(module, optimizer, range(steps))
-    found = {name: evaluated_weight(optimizer, p).detach().clone() for name, p in module.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    found = {name: tensor.clone() for name, tensor in evaluated_weights(optimizer, module)(parameters).items()}
     held = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     assert isinstance(optimizer, RAdamScheduleFree)
     for name, parameter in module.named_parameters():
@@ -165,8 +166,9 @@ def test_with_adamw_the_evaluated_weight_is_the_weight() -> None:
     module = Layers()
     optimizer = build_optimizer(module, config("adamw"))
     train(module, optimizer, range(3))
-    for parameter in module.parameters():
-        assert torch.equal(evaluated_weight(optimizer, parameter), parameter)
+    parameters = dict(module.named_parameters())
+    for name, tensor in evaluated_weights(optimizer, module)(parameters).items():
+        assert torch.equal(tensor, parameters[name])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

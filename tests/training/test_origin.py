@@ -25,7 +25,8 @@ def test_only_what_makes_it_another_training_is_a_change() -> None:
     same = {"steps": 7, "output": "x", "seed": 3, "wandb_project": "mine", "processes": 1}
     assert changed_settings(demo(same, data={**load_preset("demo")["data"], "root": "photos"})) == []
     changed = demo({"lr": 1.0}, losses={"lpips": 0.0, "repa": 0.0, "kl": 0.0}, model=MODEL)
-    assert changed_settings(changed) == ["model.encoder", "model.decoder", "training.lr", "losses.kl"]
+    names = ["model.encoder", "model.decoder", "model.dynamics", "training.lr", "losses.kl"]
+    assert changed_settings(changed) == names
     assert changed_settings(run_config()) == []
     assert changed_settings(demo({"preset": "of another version"})) == []
 

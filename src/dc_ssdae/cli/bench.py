@@ -1,16 +1,17 @@
-"""`dc-ssdae bench`: how fast images are read, and how fast steps are done; one sub-command each."""
+"""`dc-ssdae bench`: how fast models encode and decode, images are read, and steps are done; a sub-command each."""
 
 import argparse
 import json
+import logging
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_device_option, complain, say, select_device
+from dc_ssdae.cli.common import add_device_option, add_dtype_option, complain, say, select_device
 from dc_ssdae.cli.parser import CommandParser, filled, number_between, whole_number
 from dc_ssdae.errors import InputError, counted, unknown_name
 
@@ -24,7 +25,7 @@ PROGRAM = "dc-ssdae bench"
 WIDTH = 100
 """Columns of the tables, at most."""
 
-_BENCHMARKS = ("data", "train")
+_BENCHMARKS = ("encode", "decode", "train", "data")
 _WITH_VALUE, _WITHOUT_VALUE = ("--steps", "--device", "--compare"), ("--json", "--debug", "--help", "-h")
 _STAGES = {"read": "read+decode", "crop": "crop+flip", "sample": "whole sample"}
 
@@ -45,10 +46,10 @@ class BenchParser(CommandParser):
         place = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
         if place == len(words):
             super().parse_args(words)
-            raise InputError(f"which benchmark, {' or '.join(_BENCHMARKS)}? {PROGRAM} --help describes them")
+            raise InputError(f"which benchmark of {', '.join(_BENCHMARKS)}? {PROGRAM} --help describes them")
         if words[place] not in _BENCHMARKS:
             raise unknown_name("benchmark", words[place], _BENCHMARKS)
-        if words[place] == "data":
+        if words[place] != "train":
             return super().parse_args(words, namespace)
         own, settings = _own_words(words[place + 1 :])
         parsed = super().parse_args([*words[:place], "train", *own], namespace)
@@ -63,8 +64,13 @@ class BenchParser(CommandParser):
 
 def build_parser() -> BenchParser:
     """Build the command's parser, with one below it for each benchmark."""
-    parser = BenchParser(prog=PROGRAM, description="Measure how fast images are read, or training steps are done.")
+    parser = BenchParser(
+        prog=PROGRAM,
+        description="Measure how fast models encode or decode, training steps are done, or images are read.",
+    )
     benchmarks = parser.add_subparsers(metavar="BENCHMARK", parser_class=CommandParser)
+    _add_model(benchmarks, "encode")
+    _add_model(benchmarks, "decode")
     _add_data(benchmarks)
     _add_train(benchmarks)
     return parser
@@ -74,6 +80,42 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; gives the exit code."""
     args.measure(args)
     return 0
+
+
+def _add_model(benchmarks: Any, work: str) -> None:
+    model = benchmarks.add_parser(
+        work,
+        help=f"{work[:-1]}ing with one or several models",
+        description=f"Time how long models take to {work} random images, in rounds that alternate between them, in "
+        "one process. Times on a CPU are processor time, which other work on the machine changes little.",
+    )
+    model.add_argument(
+        "model",
+        type=filled,
+        metavar="MODEL",
+        help="as dc-ssdae compare takes it: a folder or hub id, preset:NAME, diffusers:FOLDER_OR_ID, or "
+        "diffusers:CLASS as published, with random weights",
+    )
+    model.add_argument(
+        "--against", action="append", default=[], type=filled, metavar="MODEL", help="another one; may be repeated"
+    )
+    model.add_argument(
+        "--size",
+        type=_numbers_of(8, 2**14),
+        default=(256,),
+        metavar="S[,S]",
+        help="sides of the images in pixels (default 256)",
+    )
+    model.add_argument("--batch_size", type=whole_number(1), default=1, metavar="B", help="images at once (default 1)")
+    model.add_argument(
+        "--rounds", type=whole_number(1), default=5, metavar="N", help="in which all alternate (default 5)"
+    )
+    model.add_argument("--threads", type=whole_number(1), default=1, metavar="N", help="of the CPU (default 1)")
+    model.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
+    add_device_option(model)
+    add_dtype_option(model, "what to compute in")
+    _add_json(model)
+    model.set_defaults(measure=_measure_model, work=work)
 
 
 def _add_data(benchmarks: Any) -> None:
@@ -176,8 +218,60 @@ def _checked_setting(text: str) -> str:
 
 
 def _worker_counts(text: str) -> tuple[int, ...]:
-    counts = map(whole_number(0, 1024), text.split(","))
-    return tuple(dict.fromkeys(count for count in counts if count))
+    return tuple(count for count in _numbers_of(0, 1024)(text) if count)
+
+
+def _numbers_of(low: int, high: int) -> Callable[[str], tuple[int, ...]]:
+    return lambda text: tuple(dict.fromkeys(map(whole_number(low, high), text.split(","))))
+
+
+def _measure_model(args: argparse.Namespace) -> None:
+    import torch
+
+    # PyTorch's timer imports it; it warns where CUDA is installed and there is no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from dc_ssdae.evaluation.candidate_names import name_apart, open_candidate, parse_candidate
+    from dc_ssdae.evaluation.speed import measure_speed
+    from dc_ssdae.timing import describe_machine, machine_line
+
+    specs = name_apart([parse_candidate(text) for text in (args.model, *args.against)])
+    device, dtype = select_device(args.device), getattr(torch, args.dtype)
+    candidates = {}
+    for spec in specs:
+        candidates[spec.label] = candidate = open_candidate(spec, dtype).to(device)
+        if candidate.module() is None or not candidate.splits:
+            raise InputError(f"{spec.label} has no networks that encode and decode apart")
+        if args.compile:
+            for part in ("encoder", "decoder"):
+                getattr(candidate.module(), part).compile()
+    figures = [
+        entry
+        for size in args.size
+        for entry in measure_speed(
+            args.work, candidates, size, args.batch_size, device, dtype, args.rounds, args.threads
+        )
+    ]
+    machine = {**describe_machine(device), "threads": args.threads}
+    if args.json:
+        settings = {"dtype": args.dtype, "compile": args.compile, "rounds": args.rounds}
+        plain = {"benchmark": args.work, **settings, "figures": [asdict(entry) for entry in figures]}
+        say(json.dumps({**plain, "machine": machine}, indent=2))
+        return
+    rows = [("model", "px", "ms", "quartiles", "times as fast", "GFLOPs", "of peak", "peak GiB")]
+    for entry in figures:
+        taken = entry.seconds.times(1000.0)
+        slower = "-" if entry.ratio is None else f"{entry.ratio.median:.3g}"
+        memory = "-" if entry.peak_memory_bytes is None else f"{entry.peak_memory_bytes / 2**30:.2f}"
+        speed = (f"{taken.median:,.1f}", _quartiles(taken, ",.1f"), slower, f"{entry.flops / 1e9:,.1f}")
+        rows.append((entry.label, str(entry.size), *speed, f"{entry.share_of_peak:.0%}", memory))
+    clock = "processor time of all threads" if device.type == "cpu" else "time that passes"
+    notes = [
+        f"{args.work} of {counted(args.batch_size, 'image')} in {args.dtype}: medians of "
+        f"{counted(args.rounds, 'round')} in alternation, {clock}. Times as fast: as {specs[0].label}. Of peak: FLOPs "
+        "a second against this machine's fastest 3×3 convolution. Peak: memory in use, weights included.",
+        machine_line(machine),
+    ]
+    say("\n".join([*_table(rows, 1), "", *map(_wrapped, notes)]))
 
 
 def _measure_data(args: argparse.Namespace) -> None:

@@ -386,7 +386,10 @@ def load_model(args: "Namespace") -> "DCSSDAE":
     import torch
 
     from dc_ssdae.evaluation.candidate_names import load_saved_model
+    from dc_ssdae.machine import slow_dtype_note
 
+    if note := slow_dtype_note(device, args.dtype):
+        complain(args.program, f"{note}: try --dtype float32")
     model = load_saved_model(args.model, getattr(torch, args.dtype), classes)
     tile_size = getattr(args, "tile_size", None)
     if tile_size is not None:

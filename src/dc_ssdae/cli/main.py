@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dc_ssdae.cli.common import complain, describe
 from dc_ssdae.cli.parser import CommandParser
 from dc_ssdae.errors import InputError, ToldElsewhere, lenient_stderr, unknown_name
+from dc_ssdae.machine import keep_freed_memory
 
 PROGRAM = "dc-ssdae"
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -39,7 +40,7 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command("dc_ssdae.cli.export", "write a model as programs for torch.export, C++ and ONNX"),
     "pack": Command("dc_ssdae.cli.pack", "turn a folder of images into tar shards"),
     "latents": Command("dc_ssdae.cli.latents", "encode a data set once, to shards of latents"),
-    "bench": Command("dc_ssdae.cli.bench", "measure how fast images are read, or training steps are done"),
+    "bench": Command("dc_ssdae.cli.bench", "measure how fast models encode and decode, train, and read images"),
     "demo": Command("dc_ssdae.cli.demo", "train a small model on real photos and write a report"),
 }
 
@@ -65,6 +66,7 @@ def _main(words: list[str]) -> int:
         try:
             name, rest = _choose_command(words)
             program = f"{PROGRAM} {name}"
+            keep_freed_memory()
             command = importlib.import_module(COMMANDS[name].module)
             args = command.build_parser().parse_args(rest)
         except SystemExit:  # how argparse ends --help and --version, which have printed by now

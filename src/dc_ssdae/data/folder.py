@@ -82,7 +82,7 @@ class ImageFolder:
         Raises:
             InputError: it cannot be read, for whatever reason.
         """
-        return read_image(self.name(index)).pixels
+        return read_image(self.name(index), interleaved=True).pixels
 
     def read_bytes(self, index: int) -> bytes:
         """The file's content.

@@ -117,10 +117,10 @@ class HubDataset:
             raise InputError(f"cannot read image {name!r}: the row has no image")
         if row["bytes"] is None:
             try:
-                return read_image(row["path"]).pixels
+                return read_image(row["path"], interleaved=True).pixels
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
-        return read_image_bytes(row["bytes"], name).pixels
+        return read_image_bytes(row["bytes"], name, interleaved=True).pixels
 
 
 def _label_column(path: str, features: Mapping[str, Any], wanted: str | None) -> str | None:

@@ -64,7 +64,7 @@ class ImageFile(NamedTuple):
     notes: list[str]
 
 
-def read_image(path: str | Path) -> ImageFile:
+def read_image(path: str | Path, interleaved: bool = False) -> ImageFile:
     """Read an image file upright, as 8-bit RGB.
 
     EXIF orientation is applied. Embedded colour profiles are converted to sRGB; without one, values are taken as
@@ -75,6 +75,7 @@ def read_image(path: str | Path) -> ImageFile:
     Args:
         path: an AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP file of at most
             twice `PIL.Image.MAX_IMAGE_PIXELS` pixels, where Pillow itself refuses.
+        interleaved: leave the three values of a pixel side by side in memory, as in the file, and save a copy.
 
     Returns:
         The pixels, uint8 (3, H, W) in RGB order, and the notes. What Pillow warns about becomes a note too.
@@ -84,7 +85,7 @@ def read_image(path: str | Path) -> ImageFile:
             type that has no one meaning in 8 bits (32-bit integer or floating point).
     """
     check_image_file(path)
-    return _read(f"cannot read image {str(path)!r}", lambda: _opened(Path(path).read_bytes()))
+    return _read(f"cannot read image {str(path)!r}", lambda: _opened(Path(path).read_bytes()), interleaved)
 
 
 def check_image_file(path: str | Path) -> None:
@@ -104,12 +105,13 @@ def check_image_file(path: str | Path) -> None:
         raise InputError(f"{subject}: it has {status.st_size} bytes, more than any image that can be read")
 
 
-def read_image_bytes(data: bytes, name: str) -> ImageFile:
+def read_image_bytes(data: bytes, name: str, interleaved: bool = False) -> ImageFile:
     """Read an image file's content, as `read_image` does the file.
 
     Args:
         data: the whole content.
         name: what to call the image in messages.
+        interleaved: as `read_image`'s.
 
     Returns:
         As `read_image`.
@@ -117,7 +119,7 @@ def read_image_bytes(data: bytes, name: str) -> ImageFile:
     Raises:
         InputError: the content is empty, or for what `read_image` refuses a file.
     """
-    return _read(f"cannot read image {name!r}", lambda: _opened(data))
+    return _read(f"cannot read image {name!r}", lambda: _opened(data), interleaved)
 
 
 def read_pillow_image(image: Image.Image, name: str) -> ImageFile:
@@ -136,7 +138,9 @@ def read_pillow_image(image: Image.Image, name: str) -> ImageFile:
     return _read(f"cannot read image {name!r}", lambda: contextlib.nullcontext(image))
 
 
-def _read(subject: str, opened: Callable[[], AbstractContextManager[Image.Image]]) -> ImageFile:
+def _read(
+    subject: str, opened: Callable[[], AbstractContextManager[Image.Image]], interleaved: bool = False
+) -> ImageFile:
     """Decode what `opened` gives, with every failure an InputError that begins with `subject`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -159,6 +163,7 @@ def _read(subject: str, opened: Callable[[], AbstractContextManager[Image.Image]
             detail = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{subject}: it is damaged, cut short or not readable ({detail})") from error
     remarks = {" ".join(str(w.message).split()): None for w in caught if issubclass(w.category, UserWarning)}
+    pixels = pixels if interleaved else pixels.contiguous()
     return ImageFile(pixels, notes + [f"Pillow warned: {remark}" for remark in remarks])
 
 
@@ -285,7 +290,7 @@ def _decode(image: Image.Image) -> ImageFile:
         image.putalpha(alpha)
         array = np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
         notes.append(_ALPHA_NOTE)
-    return ImageFile(torch.from_numpy(array).permute(2, 0, 1).contiguous(), notes)
+    return ImageFile(torch.from_numpy(array).permute(2, 0, 1), notes)
 
 
 def _check_samples(image: Image.Image) -> None:
@@ -385,7 +390,7 @@ def _from_sixteen_bit_grey(image: Image.Image, profile: bytes | None) -> ImageFi
     if transparent.any():
         array[transparent] = 255
         notes.append(_ALPHA_NOTE)
-    return ImageFile(torch.from_numpy(array).permute(2, 0, 1).contiguous(), notes)
+    return ImageFile(torch.from_numpy(array).permute(2, 0, 1), notes)
 
 
 def write_png(pixels: Tensor, path: str | Path) -> None:

@@ -182,7 +182,7 @@ class Shards:
             OSError: its shard is not there, or cannot be fetched.
         """
         data = self.read_bytes(index)
-        return read_image_bytes(data, self.name(index)).pixels
+        return read_image_bytes(data, self.name(index), interleaved=True).pixels
 
     def read_bytes(self, index: int) -> bytes:
         """The image's file as it is in the shard.

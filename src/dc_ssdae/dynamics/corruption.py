@@ -1,11 +1,15 @@
 """What every dynamics shares: the record of a corrupted image, and the interface that loop and losses rely on."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, unknown_name
+
+PREDICTIONS = ("field", "image")
+"""What the answer of a network may be: the field (flow matching's velocity), or an estimate of the image."""
 
 
 class Corruption(NamedTuple):
@@ -21,8 +25,9 @@ class Corruption(NamedTuple):
 class Dynamics(Protocol):
     """How an image is corrupted, what the network learns from it, and how its answer gives the image back.
 
-    One whose field is something else than the network's answer also has `field(network, x)`, which gives it at x (B, …)
-    for a function `network` of x; `EquilibriumMatching` with an explicit energy is one.
+    Two more methods are optional. `predict(network, x)` gives the prediction that the methods below take, from a
+    function `network` of x (B, …), where it is not simply the network's answer. `field_of(x_level, prediction, level)`
+    gives what samplers follow, where it is not simply the prediction.
     """
 
     conditions_on_time: bool
@@ -48,6 +53,32 @@ class Dynamics(Protocol):
     def loss(self, record: Corruption, prediction: Tensor) -> Tensor:
         """L_dynamics of each image: (B,) float32."""
         ...
+
+
+def predict(dynamics: Dynamics, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The prediction of any dynamics at x (B, …): its own `predict` of the network, where it has one, or the answer."""
+    own = getattr(dynamics, "predict", None)
+    return network(x) if own is None else own(network, x)
+
+
+def field_of(dynamics: Dynamics, x_level: Tensor, prediction: Tensor, level: Tensor | None) -> Tensor:
+    """The field of any dynamics at x_level (B, …): its own `field_of`, where it has one, or the prediction itself.
+
+    `level` (B,) is None for a dynamics that does not condition on it.
+    """
+    own = getattr(dynamics, "field_of", None)
+    return prediction if own is None else own(x_level, prediction, level)
+
+
+def check_prediction(prediction: str) -> str:
+    """Refuse what a network cannot predict.
+
+    Raises:
+        InputError: names it and the accepted ones.
+    """
+    if prediction not in PREDICTIONS:
+        raise unknown_name("prediction", prediction, PREDICTIONS)
+    return prediction
 
 
 def expand_level(level: Tensor, like: Tensor) -> Tensor:

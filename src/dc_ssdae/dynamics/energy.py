@@ -44,12 +44,6 @@ def energy_gradient(
     return gradient
 
 
-def apply_network(dynamics: object, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The field of any dynamics at x (B, …): its own `field` of the network, where it has one, else the answer."""
-    field = getattr(dynamics, "field", None)
-    return network(x) if field is None else field(network, x)
-
-
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Widen half precision; float32 and float64 stay."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dc_ssdae.dynamics.corruption import Corruption, check_same_shape, draw_on, expand_level
+from dc_ssdae.dynamics.corruption import Corruption, check_prediction, check_same_shape, draw_on, expand_level
 from dc_ssdae.dynamics.energy import ENERGIES, energy_gradient
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 
@@ -116,9 +116,12 @@ class EquilibriumMatching:
         decay_start: b of the piecewise decay.
         explicit_energy: None, and the network's answer is the field; or "dot" or "l2", and the field is the gradient
             of the energy ⟨x, f(x)⟩ or ½‖f(x)‖² of its answer.
+        prediction: what the network's answer is: "field", or "image", an estimate D of x, and the field follows from
+            it: f = λ (x_γ − D), exact for the linear decay, because (1 − γ)(ε − x) = x_γ − x. A network that answers
+            the image need not carry the noise to its output. For the linear decay without an explicit energy.
 
     Raises:
-        InputError: a setting is unknown or out of range.
+        InputError: a setting is unknown or out of range, or prediction "image" does not fit the others.
     """
 
     conditions_on_time = False
@@ -131,6 +134,7 @@ class EquilibriumMatching:
         decay_kink: float | None = None,
         decay_start: float | None = None,
         explicit_energy: str | None = None,
+        prediction: str = "field",
     ) -> None:
         if explicit_energy is not None and explicit_energy not in ENERGIES:
             raise unknown_name("explicit_energy", explicit_energy, ENERGIES)
@@ -139,12 +143,28 @@ class EquilibriumMatching:
         self.decay = make_decay(decay, decay_kink, decay_start)
         self.gradient_scale = float(gradient_scale)
         self.explicit_energy = explicit_energy
+        self.prediction = check_prediction(prediction)
+        if prediction == "image" and decay != "linear":
+            raise InputError(
+                f"prediction 'image' needs the linear decay: with the {decay} decay the field depends on the level, "
+                "which the network is not told"
+            )
+        if prediction == "image" and explicit_energy is not None:
+            raise InputError("prediction 'image' and explicit_energy exclude each other: an energy gives the field")
 
-    def field(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The field at x (B, …): the network's answer, or the gradient of the explicit energy."""
+    def predict(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What `loss` and `clean_estimate` take, at x (B, …): the answer, or the gradient of the explicit energy."""
         if self.explicit_energy is None:
             return network(x)
         return energy_gradient(network, x, ENERGIES[self.explicit_energy])
+
+    def field_of(self, x_level: Tensor, prediction: Tensor, level: Tensor | None = None) -> Tensor:
+        """The field at x_γ (B, …): the prediction, or λ (x_γ − D) where that is the image; no level is needed."""
+        return self.gradient_scale * (x_level - prediction) if self.prediction == "image" else prediction
+
+    def field(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The field at x (B, …) of a network, whatever its answer stands for."""
+        return self.field_of(x, self.predict(network, x))
 
     def energy(self, x: Tensor, answer: Tensor) -> Tensor:
         """The explicit energy of x (B, …) and the network's answer there: (B,), of at least float32.
@@ -200,7 +220,7 @@ class EquilibriumMatching:
         return torch.rand(batch_size, generator=generator, device=draw_on(device, generator)).to(device)
 
     def corrupt(self, x: Tensor, noise: Tensor, level: Tensor) -> Corruption:
-        """Mix image and noise; the target is λ c(γ) (ε − x).
+        """Mix image and noise; the target is λ c(γ) (ε − x), or x for prediction "image".
 
         Args:
             x: (B, …) images in [-1, 1].
@@ -213,14 +233,18 @@ class EquilibriumMatching:
         check_same_shape(x, noise, "noise")
         gamma = expand_level(level, x)
         x_level = gamma * x + (1.0 - gamma) * noise
-        return Corruption(x, noise, level, x_level, self.gradient_scale * self.decay(gamma) * (noise - x))
+        target = x if self.prediction == "image" else self.gradient_scale * self.decay(gamma) * (noise - x)
+        return Corruption(x, noise, level, x_level, target)
 
     def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
         """x̂ = x_γ − (1 − γ) f / (λ c(γ)), exact for the true field at every γ, also at 1 (SPEC section 2).
 
-        The EqM paper prints a plus sign, which its own definition of the target contradicts.
+        The EqM paper prints a plus sign, which its own definition of the target contradicts. A prediction of the image
+        is the estimate already.
         """
         check_same_shape(x_level, prediction, "prediction")
+        if self.prediction == "image":
+            return prediction
         ratio = self.decay.distance_ratio(expand_level(level, x_level))
         return x_level - ratio / self.gradient_scale * prediction
 
@@ -230,5 +254,7 @@ class EquilibriumMatching:
         With the linear decay it is exactly the mean square of x̂ − x.
         """
         check_same_shape(record.target, prediction, "prediction")
-        error = (prediction.float() - record.target.float()) / self.gradient_scale
+        error = prediction.float() - record.target.float()
+        if self.prediction == "field":
+            error = error / self.gradient_scale
         return error.square().flatten(1).mean(dim=1)

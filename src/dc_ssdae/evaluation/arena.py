@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,7 @@ def run_arena(
             def measure_speed(label: str = label, first: bool = round_ < 0) -> None:
                 candidate = candidates[label].to(device)
                 if first:  # apart from timing
-                    entries[label].memory = peak_memory(candidate, x, device)
+                    entries[label].memory = peak_memory(candidate, partial(candidate.reconstruct, x), device)
                     entries[label].batch = len(x)
                 else:
                     seconds[label].append(_time(candidate, x, device))
@@ -186,16 +187,16 @@ def shown_places(count: int, show: int) -> list[int]:
 
 
 @torch.inference_mode()
-def peak_memory(candidate: Candidate, x: Tensor, device: torch.device) -> int | None:
-    """The largest amount of memory in use while a batch is encoded and decoded, the candidate's weights among it.
+def peak_memory(candidate: Candidate, work: Callable[[], object], device: torch.device) -> int | None:
+    """The largest amount of memory in use while a candidate works, its weights among it.
 
     On a CUDA device PyTorch's allocated memory; on the CPU of Linux the process's resident set, whose high-water mark
     the kernel resets on request.
 
     Args:
         candidate: on the device.
-        x: (B, 3, H, W) in [-1, 1], on the device.
-        device: of both.
+        work: encodes a batch, for example, decodes it, or both.
+        device: of the candidate.
 
     Returns:
         Bytes; None where the device does not tell.
@@ -206,13 +207,13 @@ def peak_memory(candidate: Candidate, x: Tensor, device: torch.device) -> int | 
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        candidate.reconstruct(x)
+        work()
         return torch.cuda.max_memory_allocated(device) - before + own
     if device.type != "cpu" or not _reset_high_water_mark():
-        candidate.reconstruct(x)
+        work()
         return None
     before = _status("VmRSS")
-    candidate.reconstruct(x)
+    work()
     return max(0, _status("VmHWM") - before) + own
 
 

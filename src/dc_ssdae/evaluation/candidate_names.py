@@ -1,5 +1,6 @@
 """What names a candidate on the command line, and loading what it names."""
 
+import importlib
 import math
 import os
 import re
@@ -32,6 +33,25 @@ from dc_ssdae.interop.diffusers_models import (
 from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, weight_variants
 from dc_ssdae.presets import list_presets
 
+_SANA_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "AutoencoderKL": {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    },
+    "AutoencoderDC": {
+        "encoder_block_types": _SANA_BLOCKS,
+        "decoder_block_types": _SANA_BLOCKS,
+        "downsample_block_type": "Conv",
+        "upsample_block_type": "interpolate",
+        "decoder_conv_act_fn": "silu",
+    },
+    "AutoencoderTiny": {},
+}
+"""Of diffusers' classes: the settings of Stable Diffusion's f8c4, SANA's f32c32 and TAESD, where not the default."""
+
 
 @dataclass(frozen=True)
 class CandidateSpec:
@@ -49,8 +69,9 @@ class CandidateSpec:
 
 
 FORMS = (
-    "the folder or hub id of a model of this package, preset:NAME, diffusers:FOLDER_OR_HUB_ID, python:MODULE.NAME, "
-    "jpeg:QUALITY, webp:QUALITY or bicubic:FACTOR; LABEL= before any of them names it in the reports"
+    "the folder or hub id of a model of this package, preset:NAME, diffusers:FOLDER_OR_HUB_ID, "
+    f"diffusers:CLASS ({', '.join(PUBLISHED)}: as published, with random weights), python:MODULE.NAME, jpeg:QUALITY, "
+    "webp:QUALITY or bicubic:FACTOR; LABEL= before any of them names it in the reports"
 )
 
 
@@ -133,7 +154,8 @@ def open_candidate(
     if spec.kind == "preset":
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            ours = OurCandidate(DCSSDAE.from_preset(spec.value).to(dtype), decoding)
+            model = DCSSDAE.from_preset(spec.value)
+            ours = OurCandidate(model if dtype == torch.float32 else model.to(dtype), decoding)
         ours.remarks.append(RANDOM_WEIGHTS)
         return ours
     if spec.kind == "ours":
@@ -158,6 +180,8 @@ def _check_value(text: str, kind: str, value: str) -> None:
     elif kind == "python":
         if not re.fullmatch(r"\w+(\.\w+)+", value):
             raise InputError(f"{text!r}: write python:MODULE.NAME, as in python:my_package.my_module.my_autoencoder")
+    elif kind == "diffusers" and value in PUBLISHED:
+        return
     elif not os.path.isdir(value) and not (may_be_on_the_hub(value) and value.isprintable()):
         raise InputError(f"{text!r}: there is no folder {value!r}; a model is named by {FORMS}")
 
@@ -194,20 +218,25 @@ def _load_diffusers(
     value: str, dtype: torch.dtype, classes: Sequence[type], decoding: Mapping[str, Any] | None
 ) -> Candidate:
     """A saved model, or the `vae` of a saved pipeline; with random weights where a folder has a config alone."""
+    if value in PUBLISHED and not os.path.isdir(value):
+        return _untrained(getattr(importlib.import_module("diffusers"), value), PUBLISHED[value], dtype, value)
     source = find_diffusers_model(value, f"diffusers:{value}")
     if source.config.get("_class_name") == DCSSDAE.__name__:
         return OurCandidate(load_saved_model(str(source.folder), dtype, classes), decoding)
     kind = autoencoder_class(source)
     if has_weights(source):
         return DiffusersCandidate(load_diffusers_model(source, kind, dtype))
+    return _untrained(kind, source.config, dtype, source.label)
+
+
+def _untrained(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, label: str) -> Candidate:
+    """A class of diffusers with random weights, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         try:
-            model = kind.from_config(source.config).eval()
+            model = kind.from_config(config).eval()
         except Exception as error:  # settings that fit no model
-            raise InputError(
-                f"{source.label}: its config.json makes no {kind.__name__}: {message_of(error)}"
-            ) from error
+            raise InputError(f"{label}: its config.json makes no {kind.__name__}: {message_of(error)}") from error
     candidate = DiffusersCandidate(model if dtype == torch.float32 else model.to(dtype))
     candidate.remarks.append(RANDOM_WEIGHTS)
     return candidate

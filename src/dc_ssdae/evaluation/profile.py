@@ -67,8 +67,9 @@ def count_flops(model: DCSSDAE, size: int) -> Flops:
     """
     latent_shape(model, size, size)
     # Fake tensors and not the meta device, which autocast does not know, so that the norms' float32 regions fail on
-    # it. The plain form of attention is made of matrix products, which the counter knows on every device.
-    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    # it. The plain form of attention is made of matrix products, which the counter knows on every device. With
+    # gradients, because without them convolutions take short cuts, which depend on the device.
+    with FakeTensorMode(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         twin = DCSSDAE.from_config(model.config).eval()
         image = torch.empty(1, 3, size, size)
         with FlopCounterMode(display=False) as encoding:

@@ -25,7 +25,7 @@ from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.components import COMPONENTS
 from dc_ssdae.decoding import default_noise
 from dc_ssdae.dynamics import Dynamics
-from dc_ssdae.dynamics.energy import apply_network
+from dc_ssdae.dynamics.corruption import predict
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.files import naming
 from dc_ssdae.model_folder import NOT_MEASURED
@@ -225,7 +225,7 @@ class _Decoder(nn.Module):
     def forward(self, z: Tensor, noise: Tensor) -> Tensor:
         level = torch.full((z.shape[0],), self.dynamics.noise_level, device=z.device)
         time = level if self.dynamics.conditions_on_time else None
-        prediction = apply_network(self.dynamics, lambda y: self.network(y.to(z.dtype), z, time).float(), noise)
+        prediction = predict(self.dynamics, lambda y: self.network(y.to(z.dtype), z, time).float(), noise)
         return self.dynamics.clean_estimate(noise, prediction.float(), level).to(z.dtype)
 
 

@@ -14,9 +14,13 @@ from dc_ssdae.networks.attention import LinearAttention
 from dc_ssdae.networks.blocks import (
     CheckpointedModule,
     SpaceToChannelDownsample,
+    add,
+    as_layout,
+    as_planes,
     average_channel_groups,
     check_downsample_factor,
     check_image,
+    silu,
 )
 from dc_ssdae.networks.norms import ChannelRMSNorm
 
@@ -29,7 +33,7 @@ LATENT_INIT_GAIN = 0.1
 
 @dataclass(frozen=True)
 class Architecture:
-    """A published family of stages; an encoder of factor f = 2^k takes the first k + 1 of each sequence."""
+    """A family of stages; an encoder of factor f = 2^k takes the first k + 1 of each sequence."""
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
@@ -56,6 +60,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_scales=(5,),
         strided_downsample=True,
     ),
+    "fast": Architecture(
+        widths=(16, 32, 64, 128, 256, 256),
+        depths=(0, 1, 1, 2, 2, 2),
+        block_types=("ResBlock",) * 6,
+    ),
 }
 
 
@@ -65,8 +74,9 @@ class DCEncoder(CheckpointedModule):
     Args:
         latent_channels: c.
         downsample_factor: f, a power of two from 8 on.
-        architecture: "dc_ssdae" (the report's f8 to f128), "dc_ae" (DC-AE's) or "dc_ae_sana" (SANA's f32); it
-            gives the defaults of the settings below that are None.
+        architecture: "dc_ssdae" (the report's f8 to f128), "dc_ae" (DC-AE's), "dc_ae_sana" (SANA's f32), or "fast"
+            (ours, f8 to f32, which costs about what the decoder of that name does); it gives the defaults of the
+            settings below that are None.
         widths: width of each of the log2(f) + 1 stages.
         depths: blocks of each stage; only the first may be 0, which makes the input layer downsample.
         block_types: "ResBlock" or "EfficientViTBlock" for each stage.
@@ -139,11 +149,11 @@ class DCEncoder(CheckpointedModule):
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Encode (B, 3, H, W) in [-1, 1] to the Gaussian over (B, c, H/f, W/f)."""
         check_image(x, self.downsample_factor)
-        y = self.project_in(x)
+        y = self.project_in(as_layout(x))
         for stage in self.stages:
             for block in stage.children():
                 y = self.run_block(block, y)
-        moments = self.latent_head(y)
+        moments = as_planes(self.latent_head(y))
         mean, logvar = moments.chunk(2, dim=1) if self.variational else (moments, None)
         if self.out_shortcut:
             mean = mean + average_channel_groups(y, mean.shape[1])
@@ -168,7 +178,7 @@ class ResBlock(nn.Module):
         self.norm = _make_norm(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
+        return add(x, self.norm(self.conv2(silu(self.conv1(x)))))
 
 
 class EfficientViTBlock(nn.Module):
@@ -195,8 +205,8 @@ class GLUInvertedBottleneck(nn.Module):
         self.norm = _make_norm(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.depthwise(F.silu(self.expand(x))).chunk(2, dim=1)
-        return x + self.norm(self.project(value * F.silu(gate)))
+        value, gate = self.depthwise(silu(self.expand(x))).chunk(2, dim=1)
+        return add(x, self.norm(self.project(value * F.silu(gate))))
 
 
 def _make_norm(norm: str, channels: int) -> nn.Module:

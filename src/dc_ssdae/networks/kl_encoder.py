@@ -8,7 +8,16 @@ from torch.nn import functional as F
 from dc_ssdae.errors import InputError, check_at_least
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.attention import SpatialSelfAttention
-from dc_ssdae.networks.blocks import CheckpointedModule, check_downsample_factor, check_image
+from dc_ssdae.networks.blocks import (
+    CheckpointedModule,
+    PointwiseConv,
+    add,
+    as_layout,
+    as_planes,
+    check_downsample_factor,
+    check_image,
+    silu,
+)
 
 
 class KLEncoder(CheckpointedModule):
@@ -80,11 +89,11 @@ class KLEncoder(CheckpointedModule):
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Encode (B, 3, H, W) in [-1, 1] to the Gaussian over (B, c, H/f, W/f)."""
         check_image(x, self.downsample_factor)
-        y = self.conv_in(x)
+        y = self.conv_in(as_layout(x))
         for level in (*self.down, self.middle):
             for block in level.children():
                 y = self.run_block(block, y)
-        return DiagonalGaussian.from_moments(self.latent_head(y))
+        return DiagonalGaussian.from_moments(as_planes(self.latent_head(y)))
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """Name what a phase of training can choose, as `dc_ssdae.parameter_groups` reads it; from input to latent.
@@ -105,12 +114,12 @@ class KLResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else PointwiseConv(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.shortcut(x) + y
+        y = self.conv1(silu(self.norm1(x)))
+        y = self.conv2(silu(self.norm2(y)))
+        return add(self.shortcut(x), y)
 
 
 class AsymmetricDownsample(nn.Module):

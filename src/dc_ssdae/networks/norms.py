@@ -32,7 +32,9 @@ class ChannelRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + self.eps)
-        return (wide * self.weight.float()[:, None, None] + self.bias.float()[:, None, None]).to(x.dtype)
+        weight, bias = self.weight.float()[:, None, None], self.bias.float()[:, None, None]
+        # In place, so that no memory is asked for, where no gradient will need it.
+        return (wide * weight + bias if torch.is_grad_enabled() else wide.mul_(weight).add_(bias)).to(x.dtype)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dc_ssdae.errors import InputError, check_at_least, unknown_name
+from dc_ssdae.errors import InputError, check_at_least, counted, unknown_name
 from dc_ssdae.networks.attention import WindowedSelfAttention
 from dc_ssdae.networks.blocks import (
     CheckpointedModule,
     ConditionedResidualBlock,
+    UpsamplingConv,
+    as_layout,
+    as_planes,
     check_downsample_factor,
     check_latent_shape,
     conv3_of_upsampled,
+    silu,
 )
 from dc_ssdae.networks.norms import GlobalBatchNorm2d
 
@@ -25,12 +29,15 @@ TIME_SCALE = 1000.0
 
 @dataclass(frozen=True)
 class Size:
-    """A named size of the decoder: one row of SPEC section 3's table."""
+    """A named size of the decoder: one row of SPEC section 3's table, or ours for speed, `fast`."""
 
     channels: int
     multipliers: tuple[int, int, int, int]
     middle_layers: int
     heads: int | None
+    blocks_per_level: int = 2
+    norm_groups: int = 32
+    patch: int = 1
 
 
 SIZES: dict[str, Size] = {
@@ -41,6 +48,7 @@ SIZES: dict[str, Size] = {
     "L": Size(96, (1, 2, 4, 4), 16, None),
     "XL": Size(128, (1, 2, 4, 4), 16, None),
     "H": Size(192, (1, 2, 4, 4), 16, None),
+    "fast": Size(64, (1, 1, 1, 2), 2, 4, blocks_per_level=1, norm_groups=16, patch=4),
 }
 
 
@@ -52,21 +60,25 @@ class DecoderFeatures(NamedTuple):
 
 
 class UViTDecoder(CheckpointedModule):
-    """Field (or velocity) of an image given a latent (SPEC section 3, U-ViT decoder; its sizes are about SSDD's).
+    """Answer of the dynamics' network to an image, given a latent (SPEC section 3, U-ViT decoder; sizes about SSDD's).
 
     Args:
         latent_channels: c.
         downsample_factor: f of the latent, a power of two from 8 on.
-        size: "XS", "S", "B", "M", "L", "XL" or "H"; gives the next four settings where they are None.
+        size: "XS", "S", "B", "M", "L", "XL" or "H", or "fast" (docs/performance.md); it gives those of the next
+            settings that are None.
         channels: base width.
-        multipliers: width of each of the four levels in units of `channels`, rounded up to a multiple of
-            `norm_groups`.
+        multipliers: width of each of the 4 - log2(patch) levels in units of `channels`, rounded up to a multiple of
+            `norm_groups`; a size keeps its last ones.
         middle_layers: transformer blocks.
         heads: attention heads; None in a size stands for clamp(⌊last width / 64⌋, 4, 16).
         blocks_per_level: residual blocks of a level on the way down; one more on the way up.
+        norm_groups: groups of every group norm, and the unit of the widths.
+        patch: side p of the squares of pixels that the first level sees as one: the image goes in through
+            pixel-unshuffle, the answer comes out through pixel-shuffle, and the log2(p) finest levels fall away. 1, 2,
+            4 or 8. Above 1 it is for an image as the answer: the noise of p² pixels is too much for narrow layers.
         window_radius: reach of the attention in tokens of 8×8 pixels: 8 is the paper's 17×17 window, 7 the
             original code's.
-        norm_groups: groups of every group norm, and the unit of the widths.
         time_conditioning: take a time, as flow matching needs; equilibrium matching knows none.
 
     Shape: x (B, 3, H, W), z (B, c, H/f, W/f), time (B,) in [0, 1] or None -> (B, 3, H, W).
@@ -84,9 +96,10 @@ class UViTDecoder(CheckpointedModule):
         multipliers: Sequence[int] | None = None,
         middle_layers: int | None = None,
         heads: int | None = None,
-        blocks_per_level: int = 2,
+        blocks_per_level: int | None = None,
         window_radius: int = 8,
-        norm_groups: int = 32,
+        norm_groups: int | None = None,
+        patch: int | None = None,
         time_conditioning: bool = False,
     ) -> None:
         super().__init__()
@@ -94,14 +107,23 @@ class UViTDecoder(CheckpointedModule):
             raise unknown_name("size of UViTDecoder", size, SIZES)
         check_downsample_factor(downsample_factor)
         preset = SIZES[size]
+        patch = preset.patch if patch is None else patch
+        if patch not in (1, 2, 4, 8):
+            raise InputError(f"patch is {patch}; it must be 1, 2, 4 or 8")
+        levels = 5 - patch.bit_length()
+        blocks_per_level = preset.blocks_per_level if blocks_per_level is None else blocks_per_level
+        norm_groups = preset.norm_groups if norm_groups is None else norm_groups
         channels = preset.channels if channels is None else channels
-        multipliers = preset.multipliers if multipliers is None else multipliers
+        multipliers = preset.multipliers[-levels:] if multipliers is None else multipliers
         middle_layers = preset.middle_layers if middle_layers is None else middle_layers
         check_at_least(1, latent_channels=latent_channels, channels=channels, norm_groups=norm_groups)
         check_at_least(1, middle_layers=middle_layers, blocks_per_level=blocks_per_level)
         check_at_least(0, window_radius=window_radius)
-        if len(multipliers) != 4 or min(multipliers) < 1:
-            raise InputError(f"multipliers {list(multipliers)}: the decoder has four levels, each at least 1")
+        if len(multipliers) != levels or min(multipliers) < 1:
+            raise InputError(
+                f"multipliers {list(multipliers)}: with patch {patch} the decoder has {counted(levels, 'level')}, each "
+                "at least 1"
+            )
         if heads is not None:
             check_at_least(1, heads=heads)
         widths = [norm_groups * math.ceil(channels * multiplier / norm_groups) for multiplier in multipliers]
@@ -113,9 +135,10 @@ class UViTDecoder(CheckpointedModule):
         time_channels = 4 * widths[0] if time_conditioning else None
         self.latent_channels = latent_channels
         self.downsample_factor = downsample_factor
+        self.patch = patch
         self.time_conditioning = time_conditioning
         self.latent_norm = GlobalBatchNorm2d(latent_channels, eps=1e-5)
-        self.image_in = nn.Conv2d(3, context // 2, 3, padding=1)
+        self.image_in = nn.Conv2d(3 * patch**2, context // 2, 3, padding=1)
         self.latent_in = nn.Conv2d(latent_channels, context // 2, 3, padding=1)
         self.join_in = nn.Conv2d(context, context, 3, padding=1)
         self.context = nn.Sequential(
@@ -129,31 +152,29 @@ class UViTDecoder(CheckpointedModule):
         skips = [widths[0]]
         for level, level_width in enumerate(widths):
             inputs = [widths[max(level - 1, 0)]] + [level_width] * (blocks_per_level - 1)
-            self.down.append(
-                DownLevel(inputs, level_width, context, time_channels, norm_groups, stride=2 if level < 3 else None)
-            )
-            skips += [level_width] * (blocks_per_level + (level < 3))
+            resample: type[nn.Module] | None = StridedConv if level < levels - 1 else None
+            self.down.append(DownLevel(inputs, level_width, context, time_channels, norm_groups, resample))
+            skips += [level_width] * (blocks_per_level + (level < levels - 1))
         self.middle = TransformerMiddle(width, context, middle_layers, heads, window_radius, norm_groups)
         hidden = width
-        for level in reversed(range(4)):
+        for level in reversed(range(levels)):
             inputs = []
             for _ in range(blocks_per_level + 1):
                 inputs.append(hidden + skips.pop())
                 hidden = widths[level]
-            self.up.append(
-                UpLevel(inputs, hidden, context, time_channels, norm_groups, stride=1 if level > 0 else None)
-            )
+            resample = UpsamplingConv if level > 0 else None
+            self.up.append(UpLevel(inputs, hidden, context, time_channels, norm_groups, resample))
         self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
 
     def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
-        """Predict the field at x (B, 3, H, W) given z (B, c, H/f, W/f) and, with time conditioning, time (B,)."""
+        """Answer (B, 3, H, W) to x (B, 3, H, W) given z (B, c, H/f, W/f) and, with time conditioning, time (B,)."""
         return self._run(x, z, time, None)[0]
 
     def forward_with_features(
         self, x: Tensor, z: Tensor, time: Tensor | None = None, layer: int | None = None
     ) -> DecoderFeatures:
-        """Predict the field and also give the output of one middle transformer block.
+        """Answer as `forward` does, and also give the output of one middle transformer block.
 
         Args:
             x: (B, 3, H, W).
@@ -174,9 +195,10 @@ class UViTDecoder(CheckpointedModule):
 
     def _run(self, x: Tensor, z: Tensor, time: Tensor | None, layer: int | None) -> tuple[Tensor, Tensor | None]:
         self._check(x, z, time)
-        z = self.latent_norm(z)
-        latent_map = conv3_of_upsampled(self.latent_in, z, self.downsample_factor)
-        y = self.join_in(torch.cat([self.image_in(x), latent_map], dim=1))
+        z = as_layout(self.latent_norm(z))
+        latent_map = as_layout(conv3_of_upsampled(self.latent_in, z, self.downsample_factor // self.patch))
+        image_map = self.image_in(as_layout(F.pixel_unshuffle(x, self.patch)))
+        y = self.join_in(torch.cat([image_map, latent_map], dim=1))
         context = self.context(z)
         embedded_time = None
         if self.time_embedding is not None and time is not None:
@@ -187,16 +209,19 @@ class UViTDecoder(CheckpointedModule):
             y, outputs = down(y, context, embedded_time)
             skips += outputs
         y, features = self.middle(y, context, layer)
+        # A list, which the level empties: as an argument of its own, the hidden map would live until the level ends.
+        maps = [y]
+        del y
         for up in self.up:
             assert isinstance(up, UpLevel)
-            own = [skips.pop() for _ in up.blocks]
-            y = up(y, context, embedded_time, own)
-        return self.run_block(self._output, y), features
+            maps += [skips.pop() for _ in up.blocks]
+            maps = [up(maps, context, embedded_time)]
+        return as_planes(F.pixel_shuffle(self.run_block(self._output, maps.pop()), self.patch)), features
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """Name what a phase of training can choose, as `dc_ssdae.parameter_groups` reads it; from inputs to output.
 
-        Levels are counted from 0, full resolution, on the way up too. A resampling belongs to the level it leaves.
+        Levels are counted from 0, the finest, on the way up too. A resampling belongs to the level it leaves.
         """
         last = len(self.up) - 1
         return {
@@ -211,7 +236,7 @@ class UViTDecoder(CheckpointedModule):
         }
 
     def _output(self, y: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(y)))
+        return self.conv_out(silu(self.norm_out(y)))
 
     def _check(self, x: Tensor, z: Tensor, time: Tensor | None) -> None:
         factor = self.downsample_factor
@@ -257,14 +282,21 @@ class Level(CheckpointedModule):
         context_channels: int,
         time_channels: int | None,
         norm_groups: int,
-        stride: int | None,
+        resample: type[nn.Module] | None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             ConditionedResidualBlock(width, channels, context_channels, time_channels, norm_groups)
             for width in in_channels
         )
-        self.resample = None if stride is None else nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.resample = None if resample is None else resample(channels)
+
+
+class StridedConv(nn.Conv2d):
+    """A 3×3 convolution with stride 2: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1)
 
 
 class DownLevel(Level):
@@ -284,24 +316,25 @@ class DownLevel(Level):
 class UpLevel(Level):
     """Residual blocks, each on (hidden, its skip), then nearest ×2 and conv3 on all levels but the first.
 
-    The list of skips is used up, so that each is freed after its block.
+    The list of maps, the hidden one and then the skips, is used up, so that each is freed as soon as it is joined.
     """
 
-    def forward(self, y: Tensor, context: Tensor, time: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(self, maps: list[Tensor], context: Tensor, time: Tensor | None) -> Tensor:
+        y = maps.pop(0)
         for block in self.blocks:
-            y = self.run_block(_run_joined, block, y, skips.pop(0), context, time)
+            if self.gradient_checkpointing:
+                y = self.run_block(_run_joined, block, y, maps.pop(0), context, time)
+            else:
+                y = torch.cat([y, maps.pop(0)], dim=1)
+                y = block(y, context, time)
         if self.resample is not None:
-            y = self.run_block(_run_upsampled, self.resample, y)
+            y = self.run_block(self.resample, y)
         return y
 
 
-# Functions of their own, so that checkpointing keeps neither the joined nor the upsampled map.
+# A function of its own, so that checkpointing does not keep the joined map.
 def _run_joined(block: nn.Module, y: Tensor, skip: Tensor, context: Tensor, time: Tensor | None) -> Tensor:
     return block(torch.cat([y, skip], dim=1), context, time)
-
-
-def _run_upsampled(conv: nn.Module, y: Tensor) -> Tensor:
-    return conv(F.interpolate(y, scale_factor=2, mode="nearest"))
 
 
 class TransformerMiddle(CheckpointedModule):

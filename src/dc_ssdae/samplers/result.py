@@ -1,5 +1,6 @@
 """What every sampler gives back, and the checks they share."""
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,11 +33,13 @@ class SamplerResult(NamedTuple):
 def root_mean_square(field: Tensor) -> Tensor:
     """Root mean square over everything but the batch: (B, …) -> (B,) float32.
 
-    Summed in float64, so that an image's value does not depend on the batch it is in; Apple's GPUs have none.
+    Each row of pixels is summed in float32, and the rows in float64, so that an image's value does not depend on the
+    batch it is in; Apple's GPUs have no float64.
     """
     wide = torch.float32 if field.device.type == "mps" else torch.float64
-    values = field.flatten(1).to(wide)
-    return values.square().mean(dim=1).sqrt().float()
+    field = field.to(torch.promote_types(field.dtype, torch.float32))
+    rows = torch.linalg.vector_norm(field, dim=-1, keepdim=True)
+    return (rows.flatten(1).to(wide).square().sum(dim=1) / math.prod(field.shape[1:])).sqrt().float()
 
 
 def is_finite(images: Tensor) -> Tensor:

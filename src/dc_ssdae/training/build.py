@@ -162,8 +162,11 @@ def place_step(step: TrainingStep, config: RunConfig, device: torch.device, shar
             are in channels-last order all the same.
     """
     step.to(device)
-    if config.training.channels_last and not sharded:
-        step.to(memory_format=torch.channels_last)
+    channels_last = config.training.channels_last
+    if device.type == "cuda" if channels_last is None else channels_last:
+        step.memory_format = torch.channels_last
+        if not sharded:
+            step.to(memory_format=torch.channels_last)
     if config.training.compile:
         step.compile_networks()
     step.train()

@@ -41,7 +41,7 @@ class DistillationStep(TrainingStep):
         steps: int,
         step_size: float | None = None,
         precision: str = "float32",
-        channels_last: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__(model, objective, precision, channels_last)
         self._held = [teacher.requires_grad_(False).eval()]
@@ -66,7 +66,7 @@ class DistillationStep(TrainingStep):
             latent_noise: (B, c, S/f, S/f): makes the latent, the teacher's, that both get.
             draw: int64 (B,), by which the teacher's results are kept; needed where there is a cache.
         """
-        x, noise = self._images(pixels), noise.contiguous(memory_format=self._memory_format)
+        x, noise = self._images(pixels), noise.contiguous(memory_format=self.memory_format)
         dynamics = self.model.dynamics
         with torch.no_grad(), self._autocast(x):
             posterior = self.teacher.posterior(x)
@@ -93,7 +93,7 @@ class DistillationStep(TrainingStep):
         if found is None:
             found = self.teach(z, noise, self._steps)
             self.cache.write(draw, found)
-        return found.to(noise.device).contiguous(memory_format=self._memory_format)
+        return found.to(noise.device).contiguous(memory_format=self.memory_format)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TrainingStep":
         # Of devices and memory order the teacher is part all the same.

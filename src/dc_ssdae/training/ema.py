@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.tensors import assign, local_part
 
+Evaluated = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Gives the values of parameters, by name, at which they are to be evaluated."""
+
 
 class ExponentialMovingAverage:
     """Averages a model's parameters, and copies its buffers.
@@ -21,40 +24,60 @@ class ExponentialMovingAverage:
     Args:
         model: whose tensors to average, sharded or not; it is copied.
         decay: of the average, per step, in [0, 1).
-        start: step from which on to average; up to it the average is a copy.
+        start: step from which on to average; up to it the average is a copy, which is made when it is wanted.
     """
 
     def __init__(self, model: nn.Module, decay: float, start: int = 0) -> None:
         self.decay = decay
         self.start = start
+        self._uncopied: tuple[nn.Module, Evaluated | None] | None = None
         self._tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int, evaluated: Callable[[str, Tensor], Tensor] | None = None) -> None:
+    def update(self, model: nn.Module, step: int, evaluated: Evaluated | None = None) -> None:
         """Take in the model after a step.
 
         Args:
             model: the one given at the start.
             step: steps that are done, from 1 on.
-            evaluated: gives the value of a tensor that is to be evaluated, from its name and itself; by default
-                itself.
+            evaluated: gives the values of parameters, by name, at which they are to be evaluated; by default as they
+                are.
         """
-        averages, values = [], []
-        for name, tensor in model.state_dict().items():
-            value = local_part(tensor.detach() if evaluated is None else evaluated(name, tensor.detach()))
-            average = local_part(self._tensors[name])
-            if step > self.start and name in self._parameters and average.is_floating_point():
-                averages.append(average)
-                values.append(value)
-            else:
-                average.copy_(value)
-        if averages:
-            torch._foreach_lerp_(averages, values, 1.0 - self.decay)
+        if step > self.start:
+            self._take_in(model, evaluated, 1.0 - self.decay)
+            return
+        self._uncopied = (model, evaluated)
+        if step == self.start:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Copy the model of the last update, if that was put off; the model must not have moved since."""
+        if self._uncopied is not None:
+            self._take_in(*self._uncopied, 1.0)
+            self._uncopied = None
+
+    @torch.no_grad()
+    def _take_in(self, model: nn.Module, evaluated: Evaluated | None, share: float) -> None:
+        """Move the averages by a share of the way to the model's parameters; buffers are copied."""
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        parameters = {name: tensor for name, tensor in tensors.items() if name in self._parameters}
+        tensors |= parameters if evaluated is None else evaluated(parameters)
+        moved = [
+            (local_part(self._tensors[name]), local_part(tensor))
+            for name, tensor in tensors.items()
+            if share < 1.0 and name in parameters and tensor.is_floating_point()
+        ]
+        for name, tensor in tensors.items():
+            if share == 1.0 or name not in parameters or not tensor.is_floating_point():
+                local_part(self._tensors[name]).copy_(local_part(tensor))
+        if moved:
+            averages, values = map(list, zip(*moved, strict=True))
+            torch._foreach_lerp_(averages, values, share)
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
         """Give the model the average for a while; afterwards it holds the very bits that it held before."""
+        self.catch_up()
         self._swap(model)
         try:
             yield
@@ -73,6 +96,7 @@ class ExponentialMovingAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by the names of the model's state dict; the tensors themselves, not copies."""
+        self.catch_up()
         return dict(self._tensors)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -82,6 +106,7 @@ class ExponentialMovingAverage:
             InputError: a tensor is missing, left over or of another shape.
         """
         check_same_tensors("the average", self._tensors, state)
+        self._uncopied = None
         for name, tensor in state.items():
             assign(self._tensors[name], tensor)
 

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from dc_ssdae.data.sources import ImageSources, open_sources
 from dc_ssdae.errors import InputError, lenient_stderr
 from dc_ssdae.files import naming, write_whole
+from dc_ssdae.machine import slow_dtype_note
 from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import build_model, check_components, fetch_backbones
 from dc_ssdae.training.config import RunConfig
@@ -151,6 +152,11 @@ def _train(
             append_line(run.environment, describe_environment(command_line(), _hardware(accelerator)))
 
         on_main_process(accelerator, prepare)
+        note = slow_dtype_note(accelerator.device, config.training.precision)
+        if note and accelerator.is_main_process:
+            print(f"{note}: try --training.precision float32", file=sys.stderr)
+        # Of all batches alike in size cuDNN tries its algorithms once, and takes the fastest.
+        torch.backends.cudnn.benchmark = True
         trainer = Trainer(config, run, accelerator, sources, stop)
         if sources.validation is None and config.data.root is not None and accelerator.is_main_process:
             print(

@@ -1,6 +1,6 @@
 """The optimisers, and their state as named tensors and plain numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,35 +34,34 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Op
         raise InputError("no parameter of the model trains")
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+        return torch.optim.AdamW(parameters, fused=fused, **settings)
     optimizer = RAdamScheduleFree(parameters, **settings)
     optimizer.train()
     return optimizer
 
 
-def evaluated_weight(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
-    """The value at which a parameter is to be evaluated.
+def evaluated_weights(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    """Make what the average of a model asks for the values at which parameters are to be evaluated, by name.
 
     A schedule-free optimiser holds y, where gradients are taken, and means x = y + (1 - 1/β₁)(z - y) to be used
     (Defazio et al. 2024, "The Road Less Scheduled", section 2). For others it is the parameter. Of a sharded
     parameter, the local part.
     """
-    z = optimizer.state.get(parameter, {}).get("z")
-    if z is None:
-        return parameter
-    (beta1,) = {group["betas"][0] for group in optimizer.param_groups}
-    return torch.lerp(local_part(parameter.detach()), local_part(z), 1.0 - 1.0 / beta1)
+    owners = dict(model.named_parameters(remove_duplicate=False))
 
+    def evaluated(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        moving = {name: state["z"] for name in parameters if "z" in (state := optimizer.state.get(owners[name], {}))}
+        if not moving:
+            return parameters
+        (beta1,) = {group["betas"][0] for group in optimizer.param_groups}
+        points = [local_part(parameters[name]) for name in moving]
+        values = torch._foreach_lerp(points, [local_part(z) for z in moving.values()], 1.0 - 1.0 / beta1)
+        return {**parameters, **dict(zip(moving, values, strict=True))}
 
-def evaluated_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> Callable[[str, Tensor], Tensor]:
-    """Make what the average of a model asks for the value of a tensor of its state dict, by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-
-    def value(name: str, tensor: Tensor) -> Tensor:
-        parameter = parameters.get(name)
-        return tensor if parameter is None else evaluated_weight(optimizer, parameter)
-
-    return value
+    return evaluated
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> OptimizerState:
@@ -93,7 +92,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, st
     for group, saved in zip(optimizer.param_groups, state.groups, strict=True):
         if missing := sorted(set(group) - {"params"} ^ set(saved)):
             raise InputError(f"the optimiser's state is of another kind or version: {', '.join(missing)} do not match")
-        group.update({key: _same_type(value, group[key]) for key, value in saved.items()})
+        group.update({key: _same_type(value, group[key]) for key, value in saved.items() if key != "fused"})
     for name, tensor in state.tensors.items():
         owner, _, key = name.rpartition("/")
         if owner not in parameters:
@@ -104,8 +103,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, st
                 f"the optimiser's state has {name} of shape {tuple(tensor.shape)}; the parameter has "
                 f"{tuple(parameter.shape)}"
             )
-        # A count of steps stays on the CPU, where PyTorch's optimisers keep it.
-        optimizer.state[parameter][key] = tensor.clone() if key == "step" else like(tensor, parameter)
+        if key == "step":  # a fused optimiser keeps its counts beside the parameters, the others on the CPU
+            beside = parameter.device if optimizer.param_groups[0].get("fused") else "cpu"
+            optimizer.state[parameter][key] = tensor.to(beside, copy=True)
+        else:
+            optimizer.state[parameter][key] = like(tensor, parameter)
     names = state.names
     if names is None:  # no parameter has less than the others; one without a gradient has nothing
         owners, keys = ({name.rpartition("/")[part] for name in state.tensors} for part in (0, 2))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.dynamics import Corruption
-from dc_ssdae.dynamics.energy import apply_network
+from dc_ssdae.dynamics.corruption import predict
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Losses, Objective, StepOutputs
@@ -25,20 +25,21 @@ class TrainingStep(nn.Module):
         model: the autoencoder.
         objective: its terms may hold parameters, which train too.
         precision: "float32", or "bfloat16" or "float16" for autocast around the networks; losses stay float32.
-        channels_last: bring the images into that memory order.
+        channels_last: bring the images into that memory order; None leaves it to `build.place_step`.
 
     Attributes:
+        memory_format: memory order of the images.
         held_back: names of the parameters that `freeze_all_but` keeps from training.
     """
 
     def __init__(
-        self, model: DCSSDAE, objective: Objective, precision: str = "float32", channels_last: bool = False
+        self, model: DCSSDAE, objective: Objective, precision: str = "float32", channels_last: bool | None = None
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self._dtype = getattr(torch, precision)
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._frozen: list[nn.Module] = []
         self.held_back: set[str] = set()
         self._decode_with_features: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -63,7 +64,7 @@ class TrainingStep(nn.Module):
             latent_noise: (B, c, S/f, S/f), standard normal.
             draw: int64 (B,), numbers the run's images; of no use here.
         """
-        x, noise = self._images(pixels), noise.contiguous(memory_format=self._memory_format)
+        x, noise = self._images(pixels), noise.contiguous(memory_format=self.memory_format)
         record = self.model.dynamics.corrupt(x, noise, level)
         with self._autocast(x):
             posterior = self.model.posterior(x)
@@ -71,7 +72,7 @@ class TrainingStep(nn.Module):
         return self._losses(record, posterior, z)
 
     def _images(self, pixels: Tensor) -> Tensor:
-        return to_model_range(pixels).contiguous(memory_format=self._memory_format)
+        return to_model_range(pixels).contiguous(memory_format=self.memory_format)
 
     def _losses(self, record: Corruption, posterior: DiagonalGaussian, z: Tensor) -> Losses:
         dynamics = self.model.dynamics
@@ -86,7 +87,7 @@ class TrainingStep(nn.Module):
             return prediction
 
         with self._autocast(record.x):
-            prediction = apply_network(dynamics, network, record.x_level)
+            prediction = predict(dynamics, network, record.x_level)
         return self.objective(StepOutputs(dynamics, record, prediction, posterior, features[0] if features else None))
 
     def freeze_all_but(self, trained: Set[str]) -> None:

@@ -425,6 +425,7 @@ class Trainer:
         else:
             for buffer, kept in zip(self._buffers, statistics, strict=True):
                 buffer.copy_(kept)
+            self.ema.catch_up()
             self.skipped_steps += 1
             # A gradient too large for float16 makes the scaler halve its scale: that is how it finds the scale.
             self._skipped_in_a_row += not overflow
