@@ -202,6 +202,6 @@ def test_settings_change_a_preset_part_by_part() -> None:
         )
     assert model.config["latent_channels"] == 8
     assert model.config["decoder"]["init_args"]["window_radius"] == 2
-    assert model.config["decoder"]["init_args"]["channels"] == 12
+    assert model.config["decoder"]["init_args"]["channels"] == 48
     assert model.dynamics.gradient_scale == 4.0
     assert load_preset("demo")["model"]["latent_channels"] == 4
