@@ -1,6 +1,7 @@
 """What the machine can do, and how this process asks it for memory."""
 
 import ctypes
+import platform
 import sys
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,10 @@ def keep_freed_memory() -> bool:
 
 
 def slow_dtype_note(device: "torch.device", dtype: str) -> str | None:
-    """Say that a CPU has no instructions for a dtype, "bfloat16" for example; None where it has, or is no CPU."""
+    """Say that an x86 CPU has no instructions for a dtype, "bfloat16" for example; None where it has, or for others."""
     import torch
 
-    if device.type != "cpu" or dtype not in ("bfloat16", "float16"):
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64") or dtype not in ("bfloat16", "float16"):
         return None
-    kinds = {"bfloat16": "_is_avx512_bf16_supported", "float16": "_is_amx_fp16_supported"}
-    supported = getattr(torch.cpu, kinds[dtype], lambda: False)() or torch.backends.cpu.get_cpu_capability() == "SVE256"
+    supported = torch.cpu._is_avx512_bf16_supported() if dtype == "bfloat16" else torch.cpu._is_amx_fp16_supported()
     return None if supported else f"this CPU has no instructions for {dtype}, in which it takes many times as long"

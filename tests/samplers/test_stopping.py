@@ -449,6 +449,7 @@ def test_a_step_to_what_is_not_finite_is_taken_back(name: str, tolerance: float 
     assert result.diverged.tolist() == [True, False]
     assert torch.equal(result.sample[0], start[0])
     assert result.num_evaluations.tolist() == [1, 2]
+    assert result.residual_rms[0].item() == pytest.approx(3e38 / math.sqrt(2.0), rel=1e-6)
     assert result.sample[1, 0] > 2.0
 
 

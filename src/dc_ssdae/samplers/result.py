@@ -38,8 +38,13 @@ def root_mean_square(field: Tensor) -> Tensor:
     """
     wide = torch.float32 if field.device.type == "mps" else torch.float64
     field = field.to(torch.promote_types(field.dtype, torch.float32))
+    # In units of an image's largest value, whose square may be more than float32 holds.
+    largest = torch.linalg.vector_norm(field.flatten(1), ord=torch.inf, dim=1)
+    unit = torch.where(largest.isfinite() & (largest > 0.0), largest, 1.0)
+    field = field / unit.view(-1, *[1] * (field.ndim - 1))
     rows = torch.linalg.vector_norm(field, dim=-1, keepdim=True)
-    return (rows.flatten(1).to(wide).square().sum(dim=1) / math.prod(field.shape[1:])).sqrt().float()
+    mean_square = rows.flatten(1).to(wide).square().sum(dim=1) / math.prod(field.shape[1:])
+    return (unit.to(wide) * mean_square.sqrt()).float()
 
 
 def is_finite(images: Tensor) -> Tensor:
