@@ -179,7 +179,7 @@ def _report(
     seconds = history[-1]["seconds"]
     images = len(history) * training.batch_size
     curves = {
-        "field error, L_dynamics": [record["loss/dynamics"] for record in history],
+        "error of the image, L_dynamics": [record["loss/dynamics"] for record in history],
         "KL of the latent, summed per image": [record["loss/kl"] for record in history],
     }
     facts = {
@@ -191,7 +191,7 @@ def _report(
         "objective": " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items()) + "; "
         "no perceptual loss, no GAN",
         "evaluated on": f"photos resized to a shorter side of {EVALUATION_SIDE} px (bicubic, antialiased), one step",
-        "hardware": f"{_device_name(next(model.parameters()).device)}, {torch.get_num_threads()} threads, "
+        "hardware": f"{_device_name(next(model.parameters()).device)}, {counted(torch.get_num_threads(), 'thread')}, "
         f"{platform.system()} {platform.machine()}",
         "versions": f"dc-ssdae {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
