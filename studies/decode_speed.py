@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true")
     parser.add_argument("--size", default="256,512")
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.kept:
         keep_freed_memory()
     torch.set_num_threads(1)
