@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dc_ssdae.data.sample_photos import sample_photos
+from dc_ssdae.data.sample_photos import SamplePhotos, sample_photos
 from dc_ssdae.errors import InputError
 
 SHAPES = {
@@ -56,6 +56,14 @@ def test_pixels_are_those_that_scikit_image_reads() -> None:
     data = pytest.importorskip("skimage.data", reason="scikit-image carries the photos")
     photo = next(photo for photo in sample_photos("held_out") if photo.name == "chelsea")
     assert torch.equal(photo.pixels, torch.from_numpy(data.chelsea()).permute(2, 0, 1))
+
+
+def test_the_demo_trains_on_each_photo_with_its_colours_and_with_exchanged_ones() -> None:
+    pytest.importorskip("skimage", reason="scikit-image carries the photos")
+    source, photos = SamplePhotos("train"), sample_photos("train")
+    expected = [(p.name, p.pixels[order]) for p in photos for order in ([0, 1, 2], [1, 2, 0], [2, 0, 1])]
+    assert [source.name(index) for index in range(len(source))] == [name for name, _ in expected]
+    assert all(torch.equal(source.read(index), pixels) for index, (_, pixels) in enumerate(expected))
 
 
 def test_unknown_split_lists_the_right_ones() -> None:

@@ -185,7 +185,7 @@ def _report(
     facts = {
         "model": f"preset {PRESET!r}: f{latent.downsample_factor}c{latent.latent_channels}, equilibrium matching; "
         f"parameters: {sizes}",
-        "trained on": f"{config.data.image_size} px random crops of {', '.join(trained_on)}",
+        "trained on": f"{config.data.image_size} px random crops of {', '.join(trained_on)}, colours also exchanged",
         "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} in "
         f"{seconds / 60:.1f} minutes, {images / seconds:.1f} images/s, {training.precision}, seed {training.seed}",
         "objective": " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items()) + "; "

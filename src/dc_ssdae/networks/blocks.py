@@ -197,7 +197,7 @@ class AdaptiveGroupNorm(nn.Module):
         scale, shift = 1.0 + scale[:, :, :, None, :, None], shift[:, :, :, None, :, None]
         if torch.is_grad_enabled():
             return (cells * scale + shift).view(batch, channels, height, width)
-        torch.addcmul(shift, cells, scale, out=cells)  # in place, in one pass over the memory
+        cells.mul_(scale).add_(shift)  # torch.addcmul(out=) would be one pass, and stop torch.compile
         return normed
 
 
