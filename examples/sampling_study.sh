@@ -14,6 +14,7 @@ for kind in EquilibriumMatching FlowMatching; do
     OMP_NUM_THREADS=1 dc-ssdae train --resume "$out/$kind" &
   else
     OMP_NUM_THREADS=1 dc-ssdae train --config demo --data.root "$photos" --model.dynamics.class_path $kind \
+      --model.dynamics.init_args.prediction image \
       --training.steps 3000 --training.lr 2e-3 --training.ema_decay 0.998 --training.evaluate_every 1000 \
       --data.workers 1 --training.output "$out/$kind" &
   fi
