@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## train a small model on real photos (MINUTES=3) and write runs/demo/report.html
+demo: $(STAMP)  ## use the shipped model, train a small one (MINUTES=3) and write runs/demo/report.html
 	$(BIN)/dc-ssdae demo --minutes $(MINUTES) --out runs/demo --overwrite
 
 test: $(STAMP)  ## run the test suite (WORKERS=auto processes)

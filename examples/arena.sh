@@ -1,21 +1,17 @@
 #!/usr/bin/env bash
-# A model that is trained here, against small autoencoders of diffusers (random weights), JPEG and plain resizing.
-#   examples/arena.sh PHOTOS OUT
-# Six minutes on two idle CPU cores, five of them the training; STEPS=100 makes it short,
-# LIMIT=10 compares fewer photos than 30. Open OUT/arena/index.html.
+# The model that comes with the package against codecs, plain resizing and any autoencoders of diffusers.
+#   examples/arena.sh PHOTOS OUT [PEER ...]
+# PEER is the folder or hub id of an AutoencoderTiny, AutoencoderKL, AutoencoderDC …, such as madebyollin/taesd3. LPIPS is
+# SqueezeNet's: DC_SSDAE_WEIGHTS names the folder with squeezenet1_1-b8a52dc0.pth. SIZE (256) and LIMIT (150) photos.
+# Open OUT/index.html.
 set -euo pipefail
-if [ $# -ne 2 ]; then
-  echo "usage: $0 PHOTOS OUT" >&2
+if [ $# -lt 2 ]; then
+  echo "usage: $0 PHOTOS OUT [PEER ...]" >&2
   exit 2
 fi
 photos=$1 out=$2
-if [ -e "$out/model" ]; then
-  dc-ssdae train --resume "$out/model"
-else
-  dc-ssdae train --config demo --data.root "$photos" --training.steps "${STEPS:-1500}" --training.lr 2e-3 \
-    --training.ema_decay 0.99 --training.output "$out/model"
-fi
-python "$(dirname "$0")/peers.py" "$out/peers"
-dc-ssdae compare ours="$out/model" diffusers:"$out"/peers/AutoencoderKL diffusers:"$out"/peers/AutoencoderDC \
-  diffusers:"$out"/peers/AutoencoderTiny jpeg:75 jpeg:20 bicubic:8 \
-  --data "$photos" --size 128 --limit "${LIMIT:-30}" --out "$out/arena" --overwrite
+shift 2
+# bicubic:3.46 has as many values as a latent of f8 with 16 channels, bicubic:6.93 as one with 4.
+dc-ssdae compare ours=photos_f8c16 "${@/#/diffusers:}" jpeg:30 jpeg:15 webp:20 bicubic:3.46 bicubic:6.93 \
+  --data "$photos" --size "${SIZE:-256}" --limit "${LIMIT:-150}" --metrics psnr,ssim,lpips --lpips squeeze \
+  --out "$out" --overwrite

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,17 @@ def images(folder: Path) -> list[Tensor]:
     return [read_image(file).pixels.contiguous() for file in files]
 
 
-def train(run: dict[str, Any], photos: list[Tensor]) -> tuple[DCSSDAE, int]:
-    """The averaged model, and how many steps it has done."""
+def train(
+    run: dict[str, Any], photos: list[Tensor], marks: int = 1, at_mark: Callable[[DCSSDAE, float], object] | None = None
+) -> tuple[DCSSDAE, int]:
+    """The averaged model, and how many steps it has done.
+
+    Args:
+        run: size, seed, lr, seconds and model.
+        photos: uint8 (3, H, W).
+        marks: at so many equal parts of the time `at_mark` is called, whose own time does not count.
+        at_mark: takes the averaged model and the seconds of training.
+    """
     size, seed, batch = run["size"], run["seed"], BATCH[run["size"]]
     preset = load_preset("demo")
     training = {**preset["training"], "lr": run["lr"], "seed": seed, "batch_size": batch}
@@ -85,7 +95,7 @@ def train(run: dict[str, Any], photos: list[Tensor]) -> tuple[DCSSDAE, int]:
     place_step(step, config, torch.device("cpu"))
     optimizer = build_optimizer(step, config.training)
     average = ExponentialMovingAverage(step.model, config.training.ema_decay, config.training.ema_start)
-    begin, done, progress = time.process_time(), 0, 0.0
+    begin, done, progress, passed = time.process_time(), 0, 0.0, 0
     while progress < 1.0:
         warm = progress / 0.05 if progress < 0.05 else 0.5 * (1.0 + math.cos(math.pi * (progress - 0.05) / 0.95))
         set_learning_rate(optimizer, max(warm, 1e-3) * run["lr"])
@@ -100,9 +110,19 @@ def train(run: dict[str, Any], photos: list[Tensor]) -> tuple[DCSSDAE, int]:
         done += 1
         average.update(step.model, done)
         progress = (time.process_time() - begin) / run["seconds"]
-    model = copy.deepcopy(step.model).eval()
-    model.load_state_dict(average.state_dict())
-    return model, done
+        if at_mark is not None and progress * marks >= passed + 1:
+            stopped = time.process_time()
+            passed = int(progress * marks)
+            at_mark(averaged(step.model, average), stopped - begin)
+            begin += time.process_time() - stopped
+    return averaged(step.model, average), done
+
+
+def averaged(model: DCSSDAE, average: ExponentialMovingAverage) -> DCSSDAE:
+    """A copy with the averaged weights, in eval mode."""
+    copied = copy.deepcopy(model).eval()
+    copied.load_state_dict(average.state_dict())
+    return copied
 
 
 @torch.inference_mode()

@@ -176,7 +176,11 @@ def test_a_field_in_patches_is_warned_of() -> None:
     decoder = {"init_args": {**TINY_DECODER["init_args"], "patch": 4, "multipliers": [1, 2]}}
     with pytest.warns(UserWarning, match="patch 4, which wants prediction 'image'"):
         tiny(decoder=decoder)
+    shortcut = {"init_args": {**TINY_DECODER["init_args"], "block_shortcut": "zero"}}
+    with pytest.warns(UserWarning, match="block_shortcut, which wants prediction 'image'"):
+        tiny(decoder=shortcut)
     with warnings.catch_warnings(action="error"):
+        tiny(decoder=shortcut, dynamics={"init_args": {"prediction": "image"}})
         tiny(decoder=decoder, dynamics={"init_args": {"prediction": "image"}})
         tiny()
 

@@ -42,6 +42,17 @@ def test_logvar_is_clamped() -> None:
     torch.testing.assert_close(posterior.kl(), torch.tensor([2.0 * largest + 2.0 * smallest]))
 
 
+def test_a_bound_for_training_is_exact_and_lets_gradients_bring_back_what_is_above() -> None:
+    logvar = torch.tensor([-40.0, -3.0, 1.9, 7.0, 50.0]).view(1, 5, 1, 1).requires_grad_()
+    posterior = DiagonalGaussian(torch.zeros(1, 5, 1, 1), logvar).bounded(2.0)
+    assert posterior.logvar.flatten().tolist() == [-30.0, -3.0, torch.tensor(1.9).item(), 2.0, 2.0]
+    posterior.kl().sum().backward()
+    # ½ (e^v − 1) at the value that is computed with.
+    expected = [0.5 * (math.exp(v) - 1.0) for v in (-30.0, -3.0, 1.9, 2.0, 2.0)]
+    torch.testing.assert_close(logvar.grad.flatten(), torch.tensor(expected))
+    assert DiagonalGaussian(logvar).bounded().logvar is None
+
+
 def test_moments_are_mean_then_logvar() -> None:
     moments = torch.randn(2, 6, 3, 4)
     posterior = DiagonalGaussian.from_moments(moments)

@@ -177,13 +177,8 @@ class DCSSDAE(PretrainedModel):
         for part in ("encoder", "decoder"):
             handed_over = {name: following[name] for name in HANDED_OVER[part]}
             setattr(self, part, build_part(part, resolved[part], handed_over, classes))
-        is_patched = isinstance(self.decoder, UViTDecoder) and self.decoder.patch > 1
-        if is_patched and getattr(self.dynamics, "prediction", "image") == "field":
-            warnings.warn(
-                f"the decoder has patch {self.decoder.patch}, which wants prediction 'image' of the dynamics: a field "
-                "carries the noise of all pixels, too much for narrow layers",
-                stacklevel=1,  # always this line, so that Python shows it once
-            )
+        if isinstance(self.decoder, UViTDecoder) and getattr(self.dynamics, "prediction", "image") == "field":
+            _warn_of_a_field(self.decoder)
         self._tile = check_tiling(None, DEFAULT_OVERLAP, downsample_factor)
 
     @classmethod
@@ -524,6 +519,21 @@ def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = (
         InputError: the config does not fit.
     """
     return build_on_meta(DCSSDAE, config, classes)
+
+
+def _warn_of_a_field(decoder: UViTDecoder) -> None:
+    """Warn of a decoder that is made for the image as its answer."""
+    if decoder.patch > 1:
+        warnings.warn(
+            f"the decoder has patch {decoder.patch}, which wants prediction 'image' of the dynamics: a field carries "
+            "the noise of all pixels, too much for narrow layers",
+            stacklevel=1,  # always this line, so that Python shows it once
+        )
+    if decoder.block_shortcut is not None:
+        warnings.warn(
+            "the decoder has a block_shortcut, which wants prediction 'image' of the dynamics: it begins as an image",
+            stacklevel=1,
+        )
 
 
 def _check_normalisation(

@@ -16,11 +16,11 @@ from dc_ssdae.classes import find_imported, full_name
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, check_type, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
-from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
+from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.presets import DEFAULT_CLASSES
 
 COMPONENTS: Mapping[str, Mapping[str, type]] = {
-    "encoder": {"DCEncoder": DCEncoder, "KLEncoder": KLEncoder},
+    "encoder": {"DCEncoder": DCEncoder, "KLEncoder": KLEncoder, "DiffusersEncoder": DiffusersEncoder},
     "decoder": {"UViTDecoder": UViTDecoder},
     "dynamics": {"EquilibriumMatching": EquilibriumMatching, "FlowMatching": FlowMatching},
 }

@@ -12,14 +12,22 @@ from dc_ssdae.errors import InputError, counted
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
+LOGVAR_IN_TRAINING = 2.0
+"""The largest log-variance that a training step computes with.
+
+A variance above the prior's, 1, helps neither the image nor the KL, and trained encoders give none. But one step of
+Adam can move a log-variance by tens, because all weights behind it may move the same way, each by about the learning
+rate: at 20 a single value then costs a KL of 2·10⁸, at 2 one of 2.2.
+"""
+
 
 class DiagonalGaussian:
     """A Gaussian with a diagonal covariance over each image's latent (SPEC section 2, "Total loss").
 
     Args:
         mean: (B, c, h, w), any floating dtype.
-        logvar: (B, c, h, w) natural logarithm of the variance, clamped to [-30, 20]; None for an encoder that
-            gives a point and no variance, whose samples are its mean and whose KL is zero.
+        logvar: (B, c, h, w) natural logarithm of the variance, clamped to [-30, 20], through which gradients pass;
+            None for an encoder that gives a point and no variance, whose samples are its mean and whose KL is zero.
 
     Raises:
         InputError: mean and logvar differ in shape.
@@ -29,7 +37,7 @@ class DiagonalGaussian:
         if logvar is not None and logvar.shape != mean.shape:
             raise InputError(f"mean and logvar differ in shape: {tuple(mean.shape)} and {tuple(logvar.shape)}")
         self.mean = mean
-        self.logvar = None if logvar is None else logvar.clamp(*LOGVAR_RANGE)
+        self.logvar = None if logvar is None else _clamped(logvar, *LOGVAR_RANGE)
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
@@ -88,12 +96,24 @@ class DiagonalGaussian:
         std = torch.exp(0.5 * self.logvar.float())
         return (self.mean.float() + std * noise).to(self.mean.dtype)
 
+    def bounded(self, logvar: float = LOGVAR_IN_TRAINING) -> "DiagonalGaussian":
+        """With no log-variance above `logvar`; gradients pass through the bound, so that what is above comes back."""
+        if self.logvar is None:
+            return self
+        return DiagonalGaussian(self.mean, _clamped(self.logvar, LOGVAR_RANGE[0], logvar))
+
     def kl(self) -> Tensor:
         """KL divergence from N(0, I): (B,) float32, summed over c, h and w; in float32 under autocast too."""
         if self.logvar is None:
             return torch.zeros(self.mean.shape[0], device=self.mean.device)
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
+
+
+def _clamped(values: Tensor, lowest: float, highest: float) -> Tensor:
+    """Clamp values, and pass gradients through as if not: the difference from itself is 0 and carries them."""
+    clamped = values.clamp(lowest, highest)
+    return clamped.detach() + (values - values.detach()) if values.requires_grad else clamped
 
 
 def draw_noise(

@@ -10,6 +10,7 @@ from typing import Any
 from dc_ssdae.errors import InputError, MissingInputError
 from dc_ssdae.files import check_file, write_whole
 from dc_ssdae.latent import LatentStatistics
+from dc_ssdae.presets import SHIPPED_MODEL
 
 NOT_MEASURED = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 """The settings of a model whose latents' statistics are not known."""
@@ -80,7 +81,8 @@ def model_folder(path: str | Path) -> Path:
     """Find the folder of the model that a path means: its own, or `model/` in the folder of a training run.
 
     Args:
-        path: a folder written by `save_pretrained`, or a run's.
+        path: a folder written by `save_pretrained`, or a run's; or "photos_f8c16", the model that comes with this
+            package, where there is no such folder.
 
     Returns:
         The folder that holds config.json; `path` itself where neither does.
@@ -88,6 +90,8 @@ def model_folder(path: str | Path) -> Path:
     Raises:
         InputError: it is a run that has not written a model yet.
     """
+    if str(path) == SHIPPED_MODEL and not os.path.exists(path):
+        return Path(__file__).parent / "shipped" / SHIPPED_MODEL
     path = Path(path)
     if (path / "config.json").exists():
         return path

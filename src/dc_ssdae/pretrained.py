@@ -19,7 +19,8 @@ from dc_ssdae.components import COMPONENTS, check_classes, check_names, find_cla
 from dc_ssdae.errors import InputError, MissingInputError, check_type, shown
 from dc_ssdae.hub import fetch_model
 from dc_ssdae.model_card import create_repository, upload_model, write_model_card
-from dc_ssdae.model_folder import WEIGHTS, may_be_on_the_hub, read_config, weight_variants
+from dc_ssdae.model_folder import WEIGHTS, may_be_on_the_hub, model_folder, read_config, weight_variants
+from dc_ssdae.presets import SHIPPED_MODEL
 from dc_ssdae.weights import PICKLE_SUFFIXES, check_tensors, converting_command, pickle_refused, shard_files
 
 FOLLOWING_SETTINGS = (
@@ -295,12 +296,13 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, classes: Iterable[type] = (), **kwargs: Any
+        cls, pretrained_model_name_or_path: str | Path = SHIPPED_MODEL, classes: Iterable[type] = (), **kwargs: Any
     ) -> Self:
         """Load a saved model, in eval mode; strict where diffusers is lenient.
 
         Args:
-            pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id.
+            pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id; "photos_f8c16" is the
+                model that comes with this package.
             classes: as the constructor's; for classes of your own that are not imported, or have moved.
             kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`; and
                 settings that go before those of config.json, such as `scaling_factor`.
@@ -322,6 +324,7 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         changed = {setting: kwargs[setting] for setting in names if setting in kwargs}
         with_info = kwargs.pop("output_loading_info", False)
         name = str(pretrained_model_name_or_path)
+        name = str(model_folder(name)) if name == SHIPPED_MODEL else name
         subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
         hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
         if name and Path(name).is_dir():

@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
 from cli_samples import random_pixels
 from PIL import Image
 from tiny_models import tiny
@@ -388,6 +389,24 @@ class TestOptions:
         assert f"- LPIPS: {note}." in outcome.out
         assert f"<li>LPIPS: {note}.</li>" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
+    def test_the_network_of_lpips_is_the_users(
+        self, run: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its weights are those in the folder that DC_SSDAE_WEIGHTS names."""
+        (tmp_path / "weights").mkdir()
+        trunk = torchvision.models.squeezenet1_1()
+        torch.save(trunk.state_dict(), tmp_path / "weights/squeezenet1_1-b8a52dc0.pth")
+        monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(tmp_path / "weights"))
+        words = ("--metrics", "lpips", "--lpips", "squeeze", "--limit", 2, "--out", "out")
+        assert run("eval", "--model", "bicubic:4", "--data", photos, *QUICK[:-2], *words).code == 0
+        report = report_of(tmp_path / "out")
+        assert report["protocol"]["lpips"] == "squeeze"
+        assert "squeezenet1_1-b8a52dc0.pth" in report["protocol"]["weights"]["lpips"]
+        assert "LPIPS: SqueezeNet 1.1" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+        outcome = run("eval", "--model", "bicubic:4", "--data", photos, "--lpips", "resnet", "--out", "other")
+        assert outcome.code == 2
+        assert "unknown network of LPIPS 'resnet'" in outcome.err[0]
+
     def test_the_seed_is_that_of_sampled_latents(self, run: Any, model_dir: Path, photos: Path, tmp_path: Path) -> None:
         words = ("--model", model_dir, "--data", photos, *QUICK, "--protocol", "lightningdit", "--limit", 2)
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -520,7 +539,7 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
 
     def test_required_options_are_named(self, run: Any) -> None:
-        assert self.one_line(run("eval")) == "the following arguments are required: --model, --data"
+        assert self.one_line(run("eval")) == "the following arguments are required: --data"
 
 
 def test_help_names_what_can_be_asked_for(run: Any) -> None:

@@ -76,7 +76,7 @@ def test_version_and_entry_points(run: Callable) -> None:
         (["encode", "a.png", "--modle", "x"], "dc-ssdae encode: unknown option '--modle' (did you mean '--model'?)"),
         (["encode", "a.png", "--modle=x"], "dc-ssdae encode: unknown option '--modle' (did you mean '--model'?)"),
         (["encode", "a.png", "--mod", "x"], "dc-ssdae encode: unknown option '--mod' (did you mean '--model'?)"),
-        (["encode", "a.png"], "dc-ssdae encode: the following arguments are required: --model, --out"),
+        (["encode", "a.png"], "dc-ssdae encode: the following arguments are required: --out"),
         (["encode", "--model", "m", "--out", "o"], "dc-ssdae encode: the following arguments are required: IMAGE"),
         (["encode", "", "--model", "m", "--out", "o"], "dc-ssdae encode: argument IMAGE: the name is empty"),
         (["info", "demo", "more"], "dc-ssdae info: unrecognized arguments: more"),

@@ -59,7 +59,7 @@ def refusal(*words: str) -> str:
 def test_a_preset_alone() -> None:
     config, name = parse_run_config(DEMO)
     assert name == "demo"
-    assert (config.training.batch_size, config.training.lr, config.data.image_size) == (8, 2e-3, 64)
+    assert (config.training.batch_size, config.training.lr, config.data.image_size) == (8, 1.5e-3, 64)
 
 
 def test_files_are_laid_over_each_other(write: Write) -> None:
@@ -70,7 +70,7 @@ def test_files_are_laid_over_each_other(write: Write) -> None:
     assert config.training.batch_size == 8
     assert config.data.flip is False
     assert config.model.encoder == {
-        "init_args": {"widths": [16, 32, 64, 64], "depths": [0, 1, 1, 1], "norm": "none"},
+        "init_args": {"widths": [16, 32, 64, 64], "depths": [0, 1, 1, 1], "block_shortcut": True, "norm": "none"},
     }
     edges = config.losses["edges"]
     assert (edges.weight, edges.class_path, edges.init_args) == (0.5, "my_project.Edges", {"sharpness": 1e-6})
@@ -86,7 +86,7 @@ def test_another_class_drops_the_settings_of_the_first(write: Write) -> None:
     assert parse(*DEMO, "--model.encoder.class_path", "KLEncoder").model.encoder == {"class_path": "KLEncoder"}
     same = parse(*DEMO, "--model.encoder.class_path", "DCEncoder").model.encoder
     assert same is not None
-    assert same["init_args"] == {"widths": [16, 32, 64, 64], "depths": [0, 1, 1, 1]}
+    assert same["init_args"] == {"widths": [16, 32, 64, 64], "depths": [0, 1, 1, 1], "block_shortcut": True}
     again = write("again.yaml", "losses: {edges: {class_path: my_project.Edges}}")
     other = write("other.yaml", "losses: {edges: {class_path: my_project.Corners, init_args: {count: 3}}}")
     own = write("own.yaml", OWN)

@@ -87,7 +87,7 @@ def test_phases_lie_over_the_configuration_and_start_one_from_another(write: Wri
     assert [phase.starts_from for phase in recipe.phases] == [None, "low", "low"]
     assert of(recipe, "data.image_size") == [64, 128, 64]
     assert of(recipe, "training.steps") == [30, 20, 1000]
-    assert of(recipe, "training.lr") == [1e-3, 2e-3, 2e-3]
+    assert of(recipe, "training.lr") == [1e-3, 1.5e-3, 1.5e-3]
     assert of(recipe, "training.train") == [None, ["decoder.latent_inputs"], ["decoder.head"]]
     assert of(recipe, "losses.kl.weight") == [1e-6, 1e-5, 0.0]
     assert of(recipe, "losses.lpips.weight") == [0.0] * 3
@@ -329,7 +329,7 @@ def test_going_on_with_flags(begun: Path) -> None:
     assert args.changed is True
     assert of(args.recipe, "training.steps") == [30, 25, 25]
     args = build_parser().parse_args(["--resume", str(begun), "--phases.head.training.lr", "1"])
-    assert of(args.recipe, "training.lr") == [1e-3, 2e-3, 1.0]
+    assert of(args.recipe, "training.lr") == [1e-3, 1.5e-3, 1.0]
     assert read_recipe(begun) != args.recipe, "reading the command has written"
 
 
@@ -337,8 +337,8 @@ def test_going_on_with_flags(begun: Path) -> None:
     ("words", "message"),
     [
         ("--phases.low.training.steps 40", "phase low is finished"),
-        ("--phases.latent.training.lr 1", "training.lr is 0.002 in "),
-        ("--training.lr 1", "training.lr is 0.002 in "),
+        ("--phases.latent.training.lr 1", "training.lr is 0.0015 in "),
+        ("--training.lr 1", "training.lr is 0.0015 in "),
         ("--losses.mine.class_path a.B", "losses.mine is not part of "),
         ("--recipe three_phase", "--config and --recipe are for a new run"),
     ],

@@ -358,3 +358,18 @@ def test_tensors_of_another_shape_are_named() -> None:
         dynamics.clean_estimate(x, noise[..., :5], level)
     with pytest.raises(InputError, match=r"prediction has shape \(2, 1, 4, 6\)"):
         dynamics.loss(record, noise[:, :1])
+
+
+def test_pure_noise_is_shown_as_often_as_asked_and_the_other_levels_stay_uniform() -> None:
+    generator = torch.Generator().manual_seed(0)
+    level = EquilibriumMatching(pure_noise=0.25).sample_level(20_000, generator=generator)
+    others = level[level > 0]
+    assert 1.0 - len(others) / len(level) == pytest.approx(0.25, abs=0.01)
+    counts = torch.histc(others, bins=10, min=0.0, max=1.0) / len(others)
+    torch.testing.assert_close(counts, torch.full((10,), 0.1), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, math.nan])
+def test_a_share_of_pure_noise_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match="pure_noise"):
+        EquilibriumMatching(pure_noise=share)

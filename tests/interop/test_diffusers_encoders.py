@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,7 @@ from dc_ssdae.interop.diffusers_encoders import (
     diffusers_names,
     model_settings,
 )
-from dc_ssdae.networks import KLEncoder, UViTDecoder
+from dc_ssdae.networks import DiffusersEncoder, KLEncoder, UViTDecoder
 
 TOLERANCE = 1e-4
 
@@ -81,6 +81,11 @@ def tiny_dc(sana: bool, **given: Any) -> AutoencoderDC:
     return perturbed(AutoencoderDC(**{"latent_channels": 8, "scaling_factor": 0.41407, **block, **sides, **given}))
 
 
+def tiny_taesd(**given: Any) -> AutoencoderTiny:
+    widths = {"encoder_block_out_channels": 4 * (16,), "decoder_block_out_channels": 4 * (16,)}
+    return perturbed(AutoencoderTiny(latent_channels=5, **{**widths, **given}))
+
+
 def with_old_attention_names(folder: Path) -> None:
     """Rename what Stable Diffusion's first checkpoints call otherwise."""
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
@@ -103,6 +108,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "dc": lambda: tiny_dc(False),
     "dc without a shortcut": lambda: tiny_dc(False, encoder_out_shortcut=False),
     "dc of sana": lambda: tiny_dc(True),
+    "tiny": lambda: tiny_taesd(scaling_factor=1.5, shift_factor=0.1, num_encoder_blocks=(1, 2, 1, 1)),
 }
 
 
@@ -122,9 +128,9 @@ def test_what_the_command_saves_encodes_as_diffusers_does(name: str, tmp_path: P
     for height, width in ((64, 64), (64, 96)):
         x = 2.0 * torch.rand(2, 3, height, width) - 1.0
         posterior, encoded = ours.encode(x).latent_dist, theirs.encode(x)
-        if name.startswith("dc"):
+        if name.startswith(("dc", "tiny")):
             assert posterior.logvar is None
-            mean = encoded.latent
+            mean = encoded.latents if name == "tiny" else encoded.latent
         else:
             mean = encoded.latent_dist.mean
             torch.testing.assert_close(posterior.logvar, encoded.latent_dist.logvar, atol=TOLERANCE, rtol=0.0)
@@ -292,8 +298,8 @@ def test_a_family_is_called_by_its_name() -> None:
         (dc_config(6, 32, encoder_block_types="DownBlock"), "unknown block type of DCEncoder 'DownBlock'"),
         (dc_config(6, 33), "out_shortcut needs a last width that is a multiple of latent_channels"),
         (
-            {"_class_name": "AutoencoderTiny"},
-            "config.json is of a 'AutoencoderTiny'; the encoders of AutoencoderKL and",
+            {"_class_name": "VQModel"},
+            "config.json is of a 'VQModel'; the encoders of AutoencoderKL and",
         ),
         ({"_class_name": "DCSSDAE"}, "which needs no conversion"),
         ({"_class_name": "os.system"}, "config.json is of a 'os.system'"),
@@ -699,3 +705,21 @@ def test_size_and_dynamics_are_the_users(saved: Path) -> None:
     assert convert(saved, dynamics="FlowMatching").dynamics.conditions_on_time
     assert "unknown size of UViTDecoder 'XXS'" in refusal(lambda: convert(saved, decoder_size="XXS"))
     assert "unknown class of dynamics 'FlowMathcing'" in refusal(lambda: convert(saved, dynamics="FlowMathcing"))
+
+
+def test_a_decoder_of_patches_predicts_the_image_and_starts_without_a_shortcut(saved: Path) -> None:
+    model = convert(saved, decoder_size="fast")
+    assert model.config.dynamics["init_args"]["prediction"] == "image"
+    assert isinstance(model.decoder, UViTDecoder)
+    assert model.decoder.block_shortcut.weight.count_nonzero() == 0
+
+
+def test_a_wrapped_encoder_has_no_decoder_and_names_what_it_does_not_know(tmp_path: Path) -> None:
+    tiny_taesd().save_pretrained(tmp_path)
+    model = convert(tmp_path, decoder_size="fast")
+    assert not [name for name in model.encoder.state_dict() if "decoder" in name]
+    settings = model.config.encoder["init_args"]["settings"]
+    with pytest.raises(InputError, match="unknown setting of AutoencoderTiny 'num_blocks'"):
+        DiffusersEncoder(5, 8, settings={**settings, "num_blocks": 3})
+    with pytest.raises(InputError, match="autoencoder of DiffusersEncoder 'DiffusionPipeline'"):
+        DiffusersEncoder(5, 8, autoencoder="DiffusionPipeline")

@@ -91,7 +91,9 @@ def test_a_configuration_is_made_plain() -> None:
     mapping["model"]["dynamics"] = {"class_path": None, "init_args": None}
     mapping["training"] |= {"lr": 1, "precision": "fp16"}
     config = RunConfig.from_mapping(mapping)
-    assert config.model.encoder == {"init_args": {"widths": [16, 32, 64, 64], "depths": [0, 1, 1, 1]}}
+    assert config.model.encoder == {
+        "init_args": {"widths": [16, 32, 64, 64], "depths": [0, 1, 1, 1], "block_shortcut": True}
+    }
     assert config.model.dynamics is None
     assert isinstance(config.training.lr, float)
     assert config.training.precision == "float16"

@@ -21,6 +21,7 @@ from dc_ssdae.cli.parser import (
     whole_number,
 )
 from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
+from dc_ssdae.presets import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -78,10 +79,11 @@ def add_model_options(parser: CommandParser) -> None:
     """Add `--model`, `--import`, `--device` and `--dtype`, which `load_model` reads."""
     parser.add_argument(
         "--model",
-        required=True,
+        default=SHIPPED_MODEL,
         type=filled,
         metavar="DIR",
-        help="the folder of a saved model or of a training run, or a model's id on the hub",
+        help="the folder of a saved model or of a training run, or a model's id on the hub (default: "
+        f"{SHIPPED_MODEL}, which comes with this package)",
     )
     add_import_option(parser)
     add_device_option(parser)

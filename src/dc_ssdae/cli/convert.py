@@ -32,10 +32,10 @@ def build_parser() -> CommandParser:
     original.set_defaults(convert=_convert_original)
     published = sources.add_parser(
         "diffusers",
-        help="the encoder of diffusers' AutoencoderKL or AutoencoderDC, with a new decoder",
-        description="Take the encoder of a published AutoencoderKL or AutoencoderDC of diffusers, and join it with a "
-        "new, untrained decoder. The latent's scaling_factor, shift_factor, mean and standard deviation stay as "
-        "published.",
+        help="the encoder of diffusers' AutoencoderKL, AutoencoderDC or AutoencoderTiny, with a new decoder",
+        description="Take the encoder of a published AutoencoderKL, AutoencoderDC or AutoencoderTiny of diffusers, and "
+        "join it with a new, untrained decoder. The latent's scaling_factor, shift_factor, mean and standard deviation "
+        "stay as published.",
     )
     published.add_argument(
         "source", type=filled, metavar="SOURCE", help="the folder of a model or of a pipeline, or its id on the hub"
@@ -48,7 +48,7 @@ def build_parser() -> CommandParser:
     )
     published.add_argument("--variant", type=filled, metavar="NAME", help="which weight files, such as fp16")
     published.add_argument(
-        "--decoder-size", type=filled, default="S", metavar="SIZE", help="XS, S, B, M, L, XL or H (default S)"
+        "--decoder-size", type=filled, default="S", metavar="SIZE", help="XS, S, B, M, L, XL or H (default S), or fast"
     )
     published.add_argument(
         "--dynamics",

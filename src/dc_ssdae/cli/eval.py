@@ -26,6 +26,7 @@ from dc_ssdae.cli.evaluation_options import (
 )
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
 from dc_ssdae.errors import InputError, is_out_of_memory
+from dc_ssdae.presets import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     from dc_ssdae.evaluation.candidate_names import CandidateSpec
@@ -46,7 +47,7 @@ def build_parser() -> CommandParser:
         "images.csv with a line an image. Several processes share the work: torchrun --nproc_per_node N -m dc_ssdae "
         "eval ... Needs the extra eval: pip install 'dc-ssdae[eval]'.",
     )
-    parser.add_argument("--model", required=True, type=filled, metavar="MODEL", help=MODELS)
+    parser.add_argument("--model", default=SHIPPED_MODEL, type=filled, metavar="MODEL", help=MODELS)
     add_output_option(parser, "evaluation")
     add_evaluation_options(parser)
     parser.add_argument(

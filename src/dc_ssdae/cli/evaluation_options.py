@@ -6,8 +6,9 @@ Nothing heavy is imported until a function needs it, so that help is quick.
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from dc_ssdae.cli.common import (
     add_batch_option,
@@ -20,6 +21,7 @@ from dc_ssdae.cli.common import (
 )
 from dc_ssdae.cli.parser import CommandParser, number, numbers, whole_number
 from dc_ssdae.errors import unknown_name
+from dc_ssdae.presets import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from dc_ssdae.evaluation.metric_networks import MetricSuite
 
 MODELS = (
-    "a model: the folder or hub id of a saved model or a run of this package; preset:NAME (random weights); "
+    f"a model: the folder or hub id of a saved model or a run of this package; {SHIPPED_MODEL}, which comes with it; "
+    "preset:NAME (random weights); "
     "diffusers:FOLDER_OR_HUB_ID; python:MODULE.NAME, an object with encode and decode or a function from images to "
     "images, (B, 3, H, W) in [-1, 1]; jpeg:QUALITY; webp:QUALITY; bicubic:FACTOR. LABEL=MODEL names it in the reports"
 )
@@ -60,6 +63,9 @@ def add_evaluation_options(parser: CommandParser) -> None:
         type=_names,
         metavar="NAME,...",
         help="of psnr, ssim, lpips, dreamsim, rfid and rfdd (default: all whose weights are on this machine)",
+    )
+    parser.add_argument(
+        "--lpips", metavar="NETWORK", help="network of LPIPS: alex, vgg or squeeze (default: the protocol's)"
     )
     parser.add_argument(
         "--random_backbones",
@@ -108,10 +114,14 @@ def open_evaluation(args: "Namespace") -> OpenEvaluation:
     """
     from dc_ssdae.cli.common import select_device
     from dc_ssdae.evaluation.estimates import METRICS
-    from dc_ssdae.evaluation.protocol import find_protocol
+    from dc_ssdae.evaluation.protocol import LPIPSNetwork, find_protocol
 
     device = select_device(args.device)
     protocol = find_protocol(args.protocol)
+    if args.lpips is not None:
+        if args.lpips not in get_args(LPIPSNetwork):
+            raise unknown_name("network of LPIPS", args.lpips, get_args(LPIPSNetwork))
+        protocol = replace(protocol, lpips=args.lpips)
     for name in args.metrics or ():
         if name not in METRICS:
             raise unknown_name("metric", name, METRICS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dc_ssdae.cli.common import add_dtype_option, add_import_option, import_classes, say, select_device
 from dc_ssdae.cli.parser import CommandParser, device_name, filled
 from dc_ssdae.errors import InputError, unknown_name
-from dc_ssdae.presets import list_presets, load_preset
+from dc_ssdae.presets import SHIPPED_MODEL, list_presets, load_preset
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -125,7 +125,7 @@ def _describe(name: str, classes: Sequence[type]) -> _Described:
         with torch.device("meta"):
             model = DCSSDAE.from_preset(name)
         return _Described(model, load_preset(name)["description"], None, [])
-    if Path(name).is_dir():
+    if Path(name).is_dir() or name == SHIPPED_MODEL:
         folder = model_folder(name)
         model, weights = _model_in(folder, classes)
         return _Described(model, "a saved model", folder, weights)

@@ -119,6 +119,8 @@ class EquilibriumMatching:
         prediction: what the network's answer is: "field", or "image", an estimate D of x, and the field follows from
             it: f = λ (x_γ − D), exact for the linear decay, because (1 − γ)(ε − x) = x_γ − x. A network that answers
             the image need not carry the noise to its output. For the linear decay without an explicit energy.
+        pure_noise: share of the images, from 0 to below 1, that training shows at γ = 0, where a decode of one step
+            takes place; the others' γ stays uniform.
 
     Raises:
         InputError: a setting is unknown or out of range, or prediction "image" does not fit the others.
@@ -135,7 +137,10 @@ class EquilibriumMatching:
         decay_start: float | None = None,
         explicit_energy: str | None = None,
         prediction: str = "field",
+        pure_noise: float = 0.0,
     ) -> None:
+        if not 0.0 <= pure_noise < 1.0:
+            raise InputError(f"pure_noise is {pure_noise}; it must be from 0 to below 1")
         if explicit_energy is not None and explicit_energy not in ENERGIES:
             raise unknown_name("explicit_energy", explicit_energy, ENERGIES)
         if not 0.0 < gradient_scale < math.inf:
@@ -143,6 +148,7 @@ class EquilibriumMatching:
         self.decay = make_decay(decay, decay_kink, decay_start)
         self.gradient_scale = float(gradient_scale)
         self.explicit_energy = explicit_energy
+        self.pure_noise = float(pure_noise)
         self.prediction = check_prediction(prediction)
         if prediction == "image" and decay != "linear":
             raise InputError(
@@ -216,8 +222,9 @@ class EquilibriumMatching:
     def sample_level(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Draw γ ~ U[0, 1]: (B,) float32 on `device`."""
-        return torch.rand(batch_size, generator=generator, device=draw_on(device, generator)).to(device)
+        """Draw γ ~ U[0, 1], or 0 for the share `pure_noise`: (B,) float32 on `device`."""
+        uniform = torch.rand(batch_size, generator=generator, device=draw_on(device, generator)).to(device)
+        return ((uniform - self.pure_noise) / (1.0 - self.pure_noise)).clamp(min=0.0)
 
     def corrupt(self, x: Tensor, noise: Tensor, level: Tensor) -> Corruption:
         """Mix image and noise; the target is λ c(γ) (ε − x), or x for prediction "image".

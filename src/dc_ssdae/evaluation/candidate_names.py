@@ -31,7 +31,7 @@ from dc_ssdae.interop.diffusers_models import (
     message_of,
 )
 from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, weight_variants
-from dc_ssdae.presets import list_presets
+from dc_ssdae.presets import SHIPPED_MODEL, list_presets
 
 _SANA_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
@@ -69,7 +69,8 @@ class CandidateSpec:
 
 
 FORMS = (
-    "the folder or hub id of a model of this package, preset:NAME, diffusers:FOLDER_OR_HUB_ID, "
+    f"the folder or hub id of a model of this package, {SHIPPED_MODEL} (comes with it), preset:NAME, "
+    "diffusers:FOLDER_OR_HUB_ID, "
     f"diffusers:CLASS ({', '.join(PUBLISHED)}: as published, with random weights), python:MODULE.NAME, jpeg:QUALITY, "
     "webp:QUALITY or bicubic:FACTOR; LABEL= before any of them names it in the reports"
 )
@@ -180,7 +181,7 @@ def _check_value(text: str, kind: str, value: str) -> None:
     elif kind == "python":
         if not re.fullmatch(r"\w+(\.\w+)+", value):
             raise InputError(f"{text!r}: write python:MODULE.NAME, as in python:my_package.my_module.my_autoencoder")
-    elif kind == "diffusers" and value in PUBLISHED:
+    elif value == SHIPPED_MODEL or (kind == "diffusers" and value in PUBLISHED):
         return
     elif not os.path.isdir(value) and not (may_be_on_the_hub(value) and value.isprintable()):
         raise InputError(f"{text!r}: there is no folder {value!r}; a model is named by {FORMS}")
@@ -206,7 +207,7 @@ def load_saved_model(value: str, dtype: torch.dtype, classes: Sequence[type]) ->
     Raises:
         InputError: there is no such model, or its files are damaged or do not fit together.
     """
-    is_folder = os.path.isdir(value)
+    is_folder = os.path.isdir(value) or value == SHIPPED_MODEL
     name = model_folder(value) if is_folder else value
     variants = weight_variants(Path(name)) if is_folder else []
     # A model that was saved as a variant alone leaves no choice.

@@ -18,6 +18,7 @@ from dc_ssdae.data.transforms import center_crop, central_part
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 
 Rounding = Literal["round", "truncate"]
+LPIPSNetwork = Literal["alex", "vgg", "squeeze"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Protocol:
         psnr: "per_image" is the mean of the images' PSNRs; "pooled" the PSNR of the mean of their squared errors.
         ssim: "torchmetrics" (Gaussian window of 11 pixels, σ 1.5), or "scikit-image" (uniform window of 7 pixels,
             unbiased covariances); both are means over images.
-        lpips: network of LPIPS v0.1, "alex" or "vgg".
+        lpips: network of LPIPS v0.1, "alex", "vgg" or "squeeze".
         latent: that is decoded, the posterior's "mean" or a "sample" of it.
         inception: what Inception sees: "tensorflow", pixels resized as TensorFlow 1 does it, less 128, by 128; or
             "pytorch-fid", pixels mapped to [-1, 1] and resized by PyTorch's bilinear interpolation without
@@ -134,7 +135,7 @@ class Protocol:
     rounding: Rounding
     psnr: Literal["per_image", "pooled"]
     ssim: Literal["torchmetrics", "scikit-image"]
-    lpips: Literal["alex", "vgg"]
+    lpips: LPIPSNetwork
     latent: Literal["mean", "sample"]
     inception: Literal["tensorflow", "pytorch-fid"]
     unrounded: tuple[str, ...] = ()
@@ -179,7 +180,7 @@ class Protocol:
         """
         psnr = "mean over images" if self.psnr == "per_image" else "of the squared error pooled over all images"
         window = "Gaussian window of 11 pixels" if self.ssim == "torchmetrics" else "uniform window of 7 pixels"
-        network = {"alex": "AlexNet", "vgg": "VGG-16"}[self.lpips]
+        network = {"alex": "AlexNet", "vgg": "VGG-16", "squeeze": "SqueezeNet 1.1"}[self.lpips]
         rounded = "rounded" if self.rounding == "round" else "truncated"
         latent = "the posterior's mean" if self.latent == "mean" else "a sample of the posterior"
         titles = " and ".join(name.upper() for name in self.unrounded)

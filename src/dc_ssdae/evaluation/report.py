@@ -52,6 +52,7 @@ class PhotoResult:
 
 def write_demo_report(
     path: Path,
+    shipped: Sequence[PhotoResult],
     results: Sequence[PhotoResult],
     curves: Mapping[str, Sequence[float]],
     facts: Mapping[str, str],
@@ -60,21 +61,26 @@ def write_demo_report(
 
     Args:
         path: the HTML file, written beside and renamed.
-        results: of the held-out photos, at least one.
+        shipped: of the held-out photos by the model that comes with the package, at least one.
+        results: of the same photos by the model that the demo has trained.
         curves: the losses by title, one value a step.
         facts: label and text of what else a reader should know about the run.
     """
-    means = [fmean(getattr(result, name) for result in results) for name in _FIGURES]
     page = fill_template(
         "demo_report.html",
+        shipped=shipped,
         results=results,
         panels=_panels,
         figures=_FIGURES,
-        means=dict(zip(_FIGURES, means, strict=True)),
+        means=_means,
         curves=data_uri(save_picture(lambda: _plot(curves), style=_STYLE)),
         facts=facts,
     )
     write_whole(path, page.encode("utf-8"))
+
+
+def _means(results: Sequence[PhotoResult]) -> dict[str, float]:
+    return {name: fmean(getattr(result, name) for result in results) for name in _FIGURES}
 
 
 def _panels(result: PhotoResult) -> list[tuple[Tensor, str, str]]:

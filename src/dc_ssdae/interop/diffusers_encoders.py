@@ -1,4 +1,4 @@
-"""Published encoders, of diffusers' AutoencoderKL and AutoencoderDC: their settings and tensors turned into ours."""
+"""Published encoders of diffusers: of AutoencoderKL and AutoencoderDC turned into ours, of AutoencoderTiny wrapped."""
 
 import inspect
 import math
@@ -9,19 +9,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.errors import InputError, check_type, shown, unknown_name
 from dc_ssdae.interop.diffusers_models import DiffusersSource, find_diffusers_model, load_diffusers_model
 from dc_ssdae.model_folder import may_be_on_the_hub
-from dc_ssdae.networks import DCEncoder, KLEncoder
+from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder
 from dc_ssdae.networks.attention import LinearAttention
 from dc_ssdae.networks.dc_encoder import ARCHITECTURES, Architecture
+from dc_ssdae.networks.diffusers_encoder import SAVED_BESIDE
+from dc_ssdae.networks.uvit_decoder import SIZES
 from dc_ssdae.provenance import name_of_path, short_name
 
-CLASSES: Mapping[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+CLASSES: Mapping[str, Any] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderDC": AutoencoderDC,
+    "AutoencoderTiny": AutoencoderTiny,
+}
 """The classes of diffusers whose encoders are known."""
 
 UNSAFE_IN_FLOAT16 = (
@@ -88,7 +94,9 @@ def diffusers_names(encoder: nn.Module) -> dict[str, list[str]]:
     return names
 
 
-def convert_tensors(encoder: KLEncoder | DCEncoder, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_tensors(
+    encoder: KLEncoder | DCEncoder | DiffusersEncoder, theirs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Turn diffusers' tensors into a state dict of one of our encoders.
 
     An AutoencoderKL without `quant_conv` gets the identity there, one without attention an attention that adds zero.
@@ -103,7 +111,10 @@ def convert_tensors(encoder: KLEncoder | DCEncoder, theirs: Mapping[str, Tensor]
     Raises:
         InputError: a tensor is missing, left over, of another size, or not finite; names it.
     """
-    names = diffusers_names(encoder)
+    if isinstance(encoder, DiffusersEncoder):
+        names = {ours: [ours.removeprefix("autoencoder.")] for ours in encoder.state_dict()}
+    else:
+        names = diffusers_names(encoder)
     wanted = {name for parts in names.values() for name in parts}
     if isinstance(encoder, KLEncoder):
         for part in ("quant_conv.", "encoder.mid_block.attentions."):
@@ -151,12 +162,12 @@ def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(CLASSES[name].__init__).parameters
     defaults = {key: value.default for key, value in parameters.items() if key != "self"}
     for key in config:
-        if not str(key).startswith("_") and key not in defaults:
+        if not str(key).startswith("_") and key not in (*defaults, *SAVED_BESIDE):
             raise unknown_name(f"setting of {name}", key, defaults)
     settings = {key: _as_lists(config.get(key, default)) for key, default in defaults.items()}
     _demand(settings, "in_channels", int, [3])
     channels = _number(settings, "latent_channels", LARGEST_WIDTH)
-    widths, encoder = (_kl_encoder if name == "AutoencoderKL" else _dc_encoder)(settings)
+    widths, encoder = ENCODERS[name](settings)
     shift = settings.get("shift_factor")
     return {
         "latent_channels": channels,
@@ -198,12 +209,12 @@ def convert_diffusers(
     _check_name(name)
     source = find_diffusers_model(name, name, subfolder)
     with _naming(source):
-        parts = {"decoder": {"init_args": {"size": decoder_size}}, "dynamics": {"class_path": dynamics}}
+        parts = _new_parts(decoder_size, dynamics)
         settings = {**model_settings(source.config), **parts, "provenance": _provenance(source)}
         with torch.device("meta"):
             encoder = DCSSDAE(**settings).encoder
     theirs = load_diffusers_model(source, CLASSES[source.config["_class_name"]], variant=variant)
-    assert isinstance(encoder, KLEncoder | DCEncoder)
+    assert isinstance(encoder, KLEncoder | DCEncoder | DiffusersEncoder)
     with _naming(source):
         state = convert_tensors(encoder, theirs.state_dict())
     with torch.random.fork_rng(devices=[]):
@@ -214,6 +225,16 @@ def convert_diffusers(
     if remark is not None and source.config.get("force_upcast") is True:
         remark(UNSAFE_IN_FLOAT16)
     return model.eval()
+
+
+def _new_parts(decoder_size: str, dynamics: str) -> dict[str, Any]:
+    """The decoder of a size, and the dynamics; one of patches predicts the image."""
+    decoder: dict[str, Any] = {"size": decoder_size}
+    settings = {}
+    if decoder_size in SIZES and SIZES[decoder_size].patch > 1:
+        decoder["block_shortcut"] = "zero"
+        settings = {"prediction": "image"}
+    return {"decoder": {"init_args": decoder}, "dynamics": {"class_path": dynamics, "init_args": settings}}
 
 
 def _provenance(source: DiffusersSource) -> dict[str, Any]:
@@ -275,6 +296,23 @@ def _dc_encoder(settings: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]
     )
     variation = {"variational": False, "out_shortcut": settings["encoder_out_shortcut"]}
     return widths, {"class_path": "DCEncoder", "init_args": {**_architecture_settings(built), **variation}}
+
+
+def _tiny_encoder(settings: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    widths = _numbers(settings, "encoder_block_out_channels", LARGEST_WIDTH)
+    for key in ("num_encoder_blocks", "num_decoder_blocks"):
+        _numbers(settings, key, LARGEST_DEPTH)
+    return widths, {
+        "class_path": "DiffusersEncoder",
+        "init_args": {"autoencoder": "AutoencoderTiny", "settings": dict(settings)},
+    }
+
+
+ENCODERS: Mapping[str, Callable[[Mapping[str, Any]], tuple[list[int], dict[str, Any]]]] = {
+    "AutoencoderKL": _kl_encoder,
+    "AutoencoderDC": _dc_encoder,
+    "AutoencoderTiny": _tiny_encoder,
+}
 
 
 def _architecture_settings(built: Architecture) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.attention import LinearAttention
+from dc_ssdae.networks.block_transform import BlockAnalysis
 from dc_ssdae.networks.blocks import (
     CheckpointedModule,
     SpaceToChannelDownsample,
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 LATENT_INIT_GAIN = 0.1
 """Of the latent's output weights at initialisation, against PyTorch's default, where they are to start small."""
+
+LOGVAR_START = -4.0
+"""Log-variance that an encoder with a block shortcut starts at: the latent carries the image from the first step on."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class DCEncoder(CheckpointedModule):
         variational: give mean and log-variance (2c channels); False gives c channels and no variance, as
             DC-AE's published encoders do.
         out_shortcut: add the mean of groups of consecutive channels to the latent's mean, as DC-AE does.
+        block_shortcut: add a learned linear map of each f×f block of pixels to the latent's mean. It starts as the
+            block's c strongest cosines, as JPEG keeps them, so that the first step already has a latent of use. (Ours.)
 
     Shape: x (B, 3, H, W) in [-1, 1], H and W multiples of f -> DiagonalGaussian of (B, c, H/f, W/f).
 
@@ -106,6 +112,7 @@ class DCEncoder(CheckpointedModule):
         norm: Literal["rms_norm", "none"] = "rms_norm",
         variational: bool = True,
         out_shortcut: bool = False,
+        block_shortcut: bool = False,
     ) -> None:
         super().__init__()
         if architecture not in ARCHITECTURES:
@@ -139,12 +146,15 @@ class DCEncoder(CheckpointedModule):
                 blocks.append(SpaceToChannelDownsample(width, widths[index + 1], strided=strided))
             self.stages.append(nn.Sequential(*blocks))
         self.latent_head = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-        if variational:
+        self.block_shortcut = BlockAnalysis(latent_channels, downsample_factor) if block_shortcut else None
+        if variational or block_shortcut:
             # The residual stream grows with depth. A log-variance of its size would start the KL at e^(its square);
             # and where a shortcut gives the mean already, the convolution adds little to it at first.
-            first = 0 if out_shortcut else latent_channels
+            first = 0 if out_shortcut or block_shortcut else latent_channels
             with torch.no_grad():
                 self.latent_head.weight[first:] *= LATENT_INIT_GAIN
+                if block_shortcut and variational:
+                    self.latent_head.bias[latent_channels:] = LOGVAR_START  # type: ignore[index]
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Encode (B, 3, H, W) in [-1, 1] to the Gaussian over (B, c, H/f, W/f)."""
@@ -157,6 +167,8 @@ class DCEncoder(CheckpointedModule):
         mean, logvar = moments.chunk(2, dim=1) if self.variational else (moments, None)
         if self.out_shortcut:
             mean = mean + average_channel_groups(y, mean.shape[1])
+        if self.block_shortcut is not None:
+            mean = mean + as_planes(self.block_shortcut(x))
         return DiagonalGaussian(mean, logvar)
 
     def parameter_groups(self) -> dict[str, list[str]]:
@@ -165,7 +177,8 @@ class DCEncoder(CheckpointedModule):
         Stages are counted from 0; one without blocks is no group. A downsample belongs to the stage that it leaves.
         """
         filled = [f"stages.{index}" for index, stage in enumerate(self.stages) if [*stage.children()]]
-        return {"input": ["project_in"], **{name: [name] for name in filled}, "latent_head": ["latent_head"]}
+        latent_head = ["latent_head", *(["block_shortcut"] if self.block_shortcut is not None else [])]
+        return {"input": ["project_in"], **{name: [name] for name in filled}, "latent_head": latent_head}
 
 
 class ResBlock(nn.Module):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from dc_ssdae.errors import InputError, check_at_least, counted, unknown_name
 from dc_ssdae.networks.attention import WindowedSelfAttention
+from dc_ssdae.networks.block_transform import BlockSynthesis
 from dc_ssdae.networks.blocks import (
     CheckpointedModule,
     ConditionedResidualBlock,
     UpsamplingConv,
+    add,
     as_layout,
     as_planes,
     check_downsample_factor,
@@ -25,6 +27,9 @@ from dc_ssdae.networks.blocks import (
 from dc_ssdae.networks.norms import GlobalBatchNorm2d
 
 TIME_SCALE = 1000.0
+
+OUTPUT_INIT_GAIN = 0.1
+"""Of the output's weights at initialisation, against PyTorch's default, where a shortcut gives the answer already."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,9 @@ class UViTDecoder(CheckpointedModule):
             4 or 8. Above 1 it is for an image as the answer: the noise of p² pixels is too much for narrow layers.
         window_radius: reach of the attention in tokens of 8×8 pixels: 8 is the paper's 17×17 window, 7 the
             original code's.
+        block_shortcut: add a learned linear map of each latent pixel to its f×f block of the answer, for an image as
+            the answer: "cosines" starts as the inverse of a `DCEncoder`'s block shortcut, "zero" as nothing, for the
+            latent of another encoder; "none" leaves it out. (Ours.)
         time_conditioning: take a time, as flow matching needs; equilibrium matching knows none.
 
     Shape: x (B, 3, H, W), z (B, c, H/f, W/f), time (B,) in [0, 1] or None -> (B, 3, H, W).
@@ -100,11 +108,14 @@ class UViTDecoder(CheckpointedModule):
         window_radius: int = 8,
         norm_groups: int | None = None,
         patch: int | None = None,
+        block_shortcut: Literal["none", "zero", "cosines"] = "none",
         time_conditioning: bool = False,
     ) -> None:
         super().__init__()
         if size not in SIZES:
             raise unknown_name("size of UViTDecoder", size, SIZES)
+        if block_shortcut not in ("none", "zero", "cosines"):
+            raise unknown_name("block_shortcut of UViTDecoder", block_shortcut, ("none", "zero", "cosines"))
         check_downsample_factor(downsample_factor)
         preset = SIZES[size]
         patch = preset.patch if patch is None else patch
@@ -166,6 +177,11 @@ class UViTDecoder(CheckpointedModule):
             self.up.append(UpLevel(inputs, hidden, context, time_channels, norm_groups, resample))
         self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
+        self.block_shortcut: BlockSynthesis | None = None
+        if block_shortcut != "none":
+            self.block_shortcut = BlockSynthesis(latent_channels, downsample_factor, block_shortcut)
+            with torch.no_grad():
+                self.conv_out.weight *= OUTPUT_INIT_GAIN
 
     def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
         """Answer (B, 3, H, W) to x (B, 3, H, W) given z (B, c, H/f, W/f) and, with time conditioning, time (B,)."""
@@ -195,6 +211,7 @@ class UViTDecoder(CheckpointedModule):
 
     def _run(self, x: Tensor, z: Tensor, time: Tensor | None, layer: int | None) -> tuple[Tensor, Tensor | None]:
         self._check(x, z, time)
+        direct = None if self.block_shortcut is None else self.block_shortcut(z)
         z = as_layout(self.latent_norm(z))
         latent_map = as_layout(conv3_of_upsampled(self.latent_in, z, self.downsample_factor // self.patch))
         image_map = self.image_in(as_layout(F.pixel_unshuffle(x, self.patch)))
@@ -216,7 +233,8 @@ class UViTDecoder(CheckpointedModule):
             assert isinstance(up, UpLevel)
             maps += [skips.pop() for _ in up.blocks]
             maps = [up(maps, context, embedded_time)]
-        return as_planes(F.pixel_shuffle(self.run_block(self._output, maps.pop()), self.patch)), features
+        answer = F.pixel_shuffle(self.run_block(self._output, maps.pop()), self.patch)
+        return as_planes(answer if direct is None else add(direct, answer)), features
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """Name what a phase of training can choose, as `dc_ssdae.parameter_groups` reads it; from inputs to output.
@@ -224,8 +242,9 @@ class UViTDecoder(CheckpointedModule):
         Levels are counted from 0, the finest, on the way up too. A resampling belongs to the level it leaves.
         """
         last = len(self.up) - 1
+        shortcut = [] if self.block_shortcut is None else ["block_shortcut"]
         return {
-            "latent_inputs": ["latent_norm", "latent_in", "context"],
+            "latent_inputs": ["latent_norm", "latent_in", "context", *shortcut],
             "image_inputs": ["image_in", "join_in"],
             **({} if self.time_embedding is None else {"time": ["time_embedding"]}),
             **{f"down.{level}": [f"down.{level}"] for level in range(len(self.down))},

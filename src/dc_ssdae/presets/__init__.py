@@ -10,6 +10,7 @@ from dc_ssdae.presets.plain_yaml import dump_yaml, parse_yaml, read_yaml
 __all__ = [
     "DEFAULT_CLASSES",
     "SECTIONS",
+    "SHIPPED_MODEL",
     "dump_yaml",
     "list_presets",
     "list_recipes",
@@ -21,6 +22,9 @@ __all__ = [
 
 DEFAULT_CLASSES = {"encoder": "DCEncoder", "decoder": "UViTDecoder", "dynamics": "EquilibriumMatching"}
 """What a part of a model without class_path is: naming this class changes nothing."""
+
+SHIPPED_MODEL = "photos_f8c16"
+"""Name of the trained model that comes with this package, which is taken where none is named."""
 
 SECTIONS = ("description", "model", "data", "training", "losses")
 

@@ -67,7 +67,7 @@ class TrainingStep(nn.Module):
         x, noise = self._images(pixels), noise.contiguous(memory_format=self.memory_format)
         record = self.model.dynamics.corrupt(x, noise, level)
         with self._autocast(x):
-            posterior = self.model.posterior(x)
+            posterior = self.model.posterior(x).bounded()
             z = posterior.sample(noise=latent_noise)
         return self._losses(record, posterior, z)
 

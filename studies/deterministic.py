@@ -1,0 +1,28 @@
+"""An autoencoder without diffusion, as a dynamics: the decoder sees no noise, and its answer is the image."""
+
+import torch
+from torch import Tensor
+
+from dc_ssdae.dynamics import Corruption
+
+
+class Deterministic:
+    """What a KL autoencoder without a GAN learns: plain mean squared error. Decode it with noise of zeros."""
+
+    conditions_on_time = False
+    noise_level = 0.0
+    prediction = "image"
+
+    def sample_level(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        return torch.zeros(batch_size, device=device)
+
+    def corrupt(self, x: Tensor, noise: Tensor, level: Tensor) -> Corruption:
+        return Corruption(x, noise, level, torch.zeros_like(x), x)
+
+    def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
+        return prediction
+
+    def loss(self, record: Corruption, prediction: Tensor) -> Tensor:
+        return (prediction.float() - record.target.float()).square().flatten(1).mean(dim=1)
