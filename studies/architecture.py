@@ -7,15 +7,13 @@ DATA has train/ and validation/, folders of images; FOLDER has torchvision's Squ
 64 px, as `studies/equal_time.py` trains. Each averaged model is kept, MODELS/NAME.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from deterministic import Deterministic
-from equal_time import DECODERS, images, train
+from equal_time import DECODERS, arguments, images, left, train
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -97,23 +95,11 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("models", type=Path)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    args = parser.parse_intermixed_args()
     known = runs()
-    for name in args.names:
-        if name not in known:
-            parser.error(f"there is no run {name}; there are {', '.join(known)}")
-    torch.set_num_threads(1)
-    done = [json.loads(line)["name"] for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    args = arguments(__doc__, known, "data", "models", "results")
     photos = {split: images(args.data / split) for split in ("train", "validation")}
     lpips = LPIPSLoss("squeeze").eval()
-    for name in args.names or known:
-        if name in done:
-            continue
+    for name in left(args, known):
         run = known[name]
         curve: list[dict[str, float]] = []
 

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +141,30 @@ def measure(model: DCSSDAE, size: int, photos: list[Tensor]) -> dict[str, float]
     return {name: round(sum(each) / len(each), 4) for name, each in values.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("results", type=Path)
+def arguments(document: str | None, known: Iterable[str], *folders: str) -> argparse.Namespace:
+    """Read a study's command line: its folders and files, and names of runs; one thread from here on."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for folder in folders:
+        parser.add_argument(folder, type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME")
     args = parser.parse_intermixed_args()
-    known = runs()
     for name in args.names:
         if name not in known:
             parser.error(f"there is no run {name}; there are {', '.join(known)}")
     torch.set_num_threads(1)
+    return args
+
+
+def left(args: argparse.Namespace, known: Iterable[str]) -> list[str]:
+    """The runs that are asked for and that the results do not have yet."""
+    lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
+    done = {json.loads(line)["name"] for line in lines}
+    return [name for name in args.names or known if name not in done]
+
+
+def main() -> None:
+    known = runs()
+    args = arguments(__doc__, known, "data", "results")
     photos = {split: images(args.data / split) for split in ("train", "validation")}
     for name in args.names or known:
         run = known[name]

@@ -7,15 +7,13 @@ DATA has train/ and validation/, folders of images. Runs of 1,000 steps of 8 cro
 the file has are left out.
 """
 
-import argparse
 import json
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-from equal_time import DECODERS, SMALL, averaged, images
+from equal_time import DECODERS, SMALL, arguments, averaged, images, left
 from torch import Tensor
 
 from dc_ssdae.autoencoder import DCSSDAE
@@ -44,8 +42,8 @@ def runs() -> dict[str, dict[str, Any]]:
                     name = f"{dynamics}_{prediction}_{norm}_lr{factor}"
                     found[name] = {"norm": norm, "dynamics": dynamics, "prediction": prediction, "factor": factor}
     for kl in ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4"):
-        shared = {"norm": "rms_norm", "dynamics": "EquilibriumMatching", "prediction": "image", "factor": 1}
-        found[f"kl{kl}"] = {**shared, "kl": float(kl)}
+        shared: dict[str, Any] = {"norm": "rms_norm", "dynamics": "EquilibriumMatching", "prediction": "image"}
+        found[f"kl{kl}"] = {**shared, "factor": 1, "kl": float(kl)}
     return found
 
 
@@ -122,21 +120,10 @@ def measure(model: DCSSDAE, photos: list[Tensor]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    args = parser.parse_intermixed_args()
     known = runs()
-    for name in args.names:
-        if name not in known:
-            parser.error(f"there is no run {name}; there are {', '.join(known)}")
-    torch.set_num_threads(1)
-    done = [json.loads(line)["name"] for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    args = arguments(__doc__, known, "data", "results")
     photos = {split: images(args.data / split) for split in ("train", "validation")}
-    for name in args.names or known:
-        if name in done:
-            continue
+    for name in left(args, known):
         model, told = train(known[name], photos["train"])
         line = {"name": name, **known[name], **told, **measure(model, photos["validation"])}
         print(json.dumps(line), flush=True)

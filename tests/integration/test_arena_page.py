@@ -151,15 +151,16 @@ def test_zoom_and_drag_show_the_same_crop_of_all(page: Any) -> None:
     before = pictures(page, count)
     page.locator("#zoom").fill("4")
     zoomed = pictures(page, count)
-    # A picture that is black all over (a random decoder may give that) looks the same at every zoom and place.
-    assert sum(zoomed[place] != before[place] for place in range(count)) >= count - 1
+    # A picture that is black all over (the peer's random decoder may give that) looks the same at every zoom and place.
+    moving = [place for place in range(count) if place != 1 + LABELS.index("peer")]
+    assert all(zoomed[place] != before[place] for place in moving)
     box = page.locator(".view").first.bounding_box()
     page.mouse.move(box["x"] + 100, box["y"] + 100)
     page.mouse.down()
     page.mouse.move(box["x"] + 40, box["y"] + 70, steps=3)
     page.mouse.up()
     dragged = pictures(page, count)
-    assert sum(dragged[place] != zoomed[place] for place in range(count)) >= count - 1
+    assert all(dragged[place] != zoomed[place] for place in moving)
     assert page.locator("#split").input_value() == "100", "a drag is no click"
     places = page.eval_on_selector_all(
         ".layer", "layers => [...new Set(layers.map(layer => getComputedStyle(layer).transform))]"

@@ -721,5 +721,7 @@ def test_a_wrapped_encoder_has_no_decoder_and_names_what_it_does_not_know(tmp_pa
     settings = model.config.encoder["init_args"]["settings"]
     with pytest.raises(InputError, match="unknown setting of AutoencoderTiny 'num_blocks'"):
         DiffusersEncoder(5, 8, settings={**settings, "num_blocks": 3})
+    with pytest.raises(InputError, match="latent_channels is 4; AutoencoderTiny has 5"):
+        DiffusersEncoder(4, 8, settings=settings)
     with pytest.raises(InputError, match="autoencoder of DiffusersEncoder 'DiffusionPipeline'"):
         DiffusersEncoder(5, 8, autoencoder="DiffusionPipeline")

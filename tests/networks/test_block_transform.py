@@ -62,6 +62,8 @@ def test_shortcuts_train_and_belong_to_a_group() -> None:
         assert network.block_shortcut.weight.grad.abs().max() > 0
 
 
-def test_an_unknown_start_is_refused() -> None:
+def test_more_channels_than_a_block_has_and_an_unknown_start_are_refused() -> None:
+    with pytest.raises(InputError, match="8×8 pixels has at most 192 channels, not 193"):
+        DCEncoder(193, 8, block_shortcut=True)
     with pytest.raises(InputError, match="block_shortcut of UViTDecoder"):
         UViTDecoder(4, 8, block_shortcut="wavelets")  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dc_ssdae.errors import check_type, unknown_name
+from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.blocks import check_image
 
@@ -46,7 +46,10 @@ class DiffusersEncoder(nn.Module):
         if autoencoder not in WRAPPED:
             raise unknown_name("autoencoder of DiffusersEncoder", autoencoder, WRAPPED)
         settings = constructor_settings(autoencoder, settings or {})
-        check_type("latent_channels", settings.setdefault("latent_channels", latent_channels), int)
+        if settings.setdefault("latent_channels", latent_channels) != latent_channels:
+            raise InputError(
+                f"latent_channels is {latent_channels}; {autoencoder} has {settings['latent_channels']} in its settings"
+            )
         self.downsample_factor = downsample_factor
         self.autoencoder = getattr(diffusers, autoencoder)(**settings)
         del self.autoencoder.decoder
