@@ -12,8 +12,8 @@ import time
 from typing import Any
 
 import torch
-from deterministic import Deterministic
 from equal_time import DECODERS, arguments, images, left, train
+from other_dynamics import Deterministic
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -35,10 +35,11 @@ def dynamics(name: str, **settings: Any) -> dict[str, Any]:
     return {"class_path": name, "init_args": settings}
 
 
-EQM, FM, PLAIN = "EquilibriumMatching", "FlowMatching", "deterministic.Deterministic"
+EQM, FM, PLAIN = "EquilibriumMatching", "FlowMatching", "other_dynamics.Deterministic"
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fm_field": (1, {"dynamics": dynamics(FM)}),
     "fm_image": (1, {"dynamics": dynamics(FM, prediction="image")}),
+    "fm_image_unweighted": (1, {"dynamics": dynamics("other_dynamics.UnweightedFlowMatching")}),
     "eqm_field": (1, {"dynamics": dynamics(EQM)}),
     "eqm_field_truncated": (1, {"dynamics": dynamics(EQM, decay="truncated")}),
     "eqm_image": (1, {"dynamics": dynamics(EQM, prediction="image")}),

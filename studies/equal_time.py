@@ -21,7 +21,8 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.data.images import IMAGE_EXTENSIONS, read_image, to_model_range, to_uint8
+from dc_ssdae.data.folder import ImageFolder
+from dc_ssdae.data.images import to_model_range, to_uint8
 from dc_ssdae.data.transforms import center_crop, random_scaled_crop, resize_shorter_side
 from dc_ssdae.presets import load_preset
 from dc_ssdae.training.build import build_step, place_step
@@ -69,8 +70,8 @@ def runs() -> dict[str, dict[str, Any]]:
 
 
 def images(folder: Path) -> list[Tensor]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lstrip(".").lower() in IMAGE_EXTENSIONS)
-    return [read_image(file).pixels.contiguous() for file in files]
+    found = ImageFolder(str(folder))
+    return [found.read(index).contiguous() for index in range(len(found))]
 
 
 def train(

@@ -1,6 +1,7 @@
 """The norms against float64 and against PyTorch's own, in one process and over two."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,12 +106,34 @@ def weighting() -> Tensor:
     return torch.randn(4, 5, 3, 2, generator=torch.Generator().manual_seed(2))
 
 
-def seeded_norm(kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
+def seeded_norm(kind: Callable[[int], nn.BatchNorm2d]) -> nn.BatchNorm2d:
     norm = kind(5)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 1.5, 5))
         norm.bias.copy_(torch.linspace(-1.0, 1.0, 5))
     return norm
+
+
+class CollectingNorm(nn.BatchNorm2d):
+    """Normalises by the mean of the statistics of all batches, as PyTorch collects them without a momentum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            super().forward(x.detach())
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def norm_of_what_stays(channels: int) -> GlobalBatchNorm2d:
+    norm = GlobalBatchNorm2d(channels)
+    norm.inputs_stay = True
+    return norm
+
+
+KINDS = {"training": (GlobalBatchNorm2d, nn.BatchNorm2d), "staying": (norm_of_what_stays, CollectingNorm)}
+"""By what the inputs do: ours, and the reference."""
 
 
 def steps(norm: nn.BatchNorm2d, share: slice, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -144,26 +167,36 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     try:
-        record = steps(seeded_norm(GlobalBatchNorm2d), slice(2 * rank, 2 * rank + 2))
-        torch.save(record, f"{folder}/record{rank}")
+        half = slice(2 * rank, 2 * rank + 2)
+        for name, (ours, _) in KINDS.items():
+            torch.save(steps(seeded_norm(ours), half), f"{folder}/{name}{rank}")
         # In one graph, without a word: a break or a warning is an error.
         warnings.simplefilter("error")
-        whole_graph = torch.compile(seeded_norm(GlobalBatchNorm2d), backend="aot_eager", fullgraph=True)
-        torch.save(steps(whole_graph, slice(2 * rank, 2 * rank + 2)), f"{folder}/compiled{rank}")
+        for name, (ours, _) in KINDS.items():
+            whole_graph = torch.compile(seeded_norm(ours), backend="aot_eager", fullgraph=True)
+            torch.save(steps(whole_graph, half), f"{folder}/compiled_{name}{rank}")
     finally:
         dist.destroy_process_group()
 
 
 def test_over_two_processes_it_is_the_batch_norm_of_the_whole_batch(tmp_path: Path) -> None:
     mp.spawn(work, args=(str(tmp_path),), nprocs=PROCESSES)
-    halves, compiled = (
-        [torch.load(tmp_path / f"{kind}{rank}", weights_only=True) for rank in range(PROCESSES)]
-        for kind in ("record", "compiled")
-    )
+    for name, (ours, reference) in KINDS.items():
+        halves, compiled = (
+            [torch.load(tmp_path / f"{kind}{name}{rank}", weights_only=True) for rank in range(PROCESSES)]
+            for kind in ("", "compiled_")
+        )
+        check_steps(halves, compiled, steps(seeded_norm(reference).double(), slice(None), torch.float64))
+        alone = [steps(seeded_norm(ours), slice(None))]
+        check_steps(alone, alone, steps(seeded_norm(reference).double(), slice(None), torch.float64))
+
+
+def check_steps(
+    halves: list[dict[str, Tensor]], compiled: list[dict[str, Tensor]], expected: dict[str, Tensor]
+) -> None:
     for eager, graph in zip(halves, compiled, strict=True):
         for name, value in eager.items():
             torch.testing.assert_close(graph[name], value, atol=1e-6, rtol=1e-6)
-    expected = steps(seeded_norm(nn.BatchNorm2d).double(), slice(None), torch.float64)
     assert all(half.keys() == expected.keys() for half in halves)
     for name, value in expected.items():
         # float32 holds a mean of 500 to 3e-5, which is 6e-5 of the second batch's spread.
@@ -171,7 +204,7 @@ def test_over_two_processes_it_is_the_batch_norm_of_the_whole_batch(tmp_path: Pa
         if name.startswith("shared"):
             found = [half[name] for half in halves]
         elif name.startswith("summed"):
-            found = [halves[0][name] + halves[1][name]]
+            found = [sum(half[name] for half in halves)]
         else:
             found = [torch.cat([half[name] for half in halves])]
         for tensor in found:

@@ -43,35 +43,38 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     In a process group of several processes the sums are added up by an all-reduce that gradients pass through, on
     any backend; `nn.SyncBatchNorm` refuses CPU tensors. In one process, and in evaluation mode, it is exactly
     `nn.BatchNorm2d`. Always computed in float32 and returned in the input's dtype.
+
+    Attributes:
+        inputs_stay: what comes in is not being trained: training too normalises by the running statistics, which become
+            the mean of all batches so far. A batch's own would be noise, which evaluation does not have.
     """
 
     momentum: float
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(channels, eps=eps, momentum=momentum)
+        self.inputs_stay = False
 
     def forward(self, input: Tensor) -> Tensor:
         with full_precision(input.device.type):
             x = input.float()
-            if self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if self.training and self.inputs_stay:
+                with torch.no_grad():
+                    assert self.num_batches_tracked is not None
+                    self._update(*_moments(x)[1:], 1.0 / (self.num_batches_tracked + 1))
+                return self._normalise_here(x, training=False).to(input.dtype)
+            if self.training and _is_distributed():
                 return self._normalise_over_processes(x).to(input.dtype)
-            return self._normalise_here(x).to(input.dtype)
+            return self._normalise_here(x, self.training or not self.track_running_stats).to(input.dtype)
 
-    def _normalise_here(self, x: Tensor) -> Tensor:
-        if self.training and self.num_batches_tracked is not None:
+    def _normalise_here(self, x: Tensor, training: bool) -> Tensor:
+        if training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         running_mean, running_var = _float(self.running_mean), _float(self.running_var)
         normalised = F.batch_norm(
-            x,
-            running_mean,
-            running_var,
-            _float(self.weight),
-            _float(self.bias),
-            self.training or not self.track_running_stats,
-            self.momentum,
-            self.eps,
+            x, running_mean, running_var, _float(self.weight), _float(self.bias), training, self.momentum, self.eps
         )
-        if self.training and running_mean is not self.running_mean:
+        if training and running_mean is not self.running_mean:
             # Half-precision buffers were widened into copies above: the update went there.
             with torch.no_grad():
                 for buffer, updated in ((self.running_mean, running_mean), (self.running_var, running_var)):
@@ -80,23 +83,36 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return normalised
 
     def _normalise_over_processes(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        # Two passes, mean first: E[x²] - E[x]² would lose the variance of latents with a large mean.
-        count = x.new_full((1,), float(x.numel() // channels))
-        sums = _SumOverProcesses.apply(torch.cat([x.sum(dim=(0, 2, 3)), count]))
-        total = sums[-1].detach()
-        mean = sums[:-1] / total
-        centred = x - mean[:, None, None]
-        variance = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / total
+        centred, mean, variance, total = _moments(x)
         with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var.dtype), self.momentum)
+            self._update(mean, variance, total, self.momentum)
         scale = self.weight.float() * torch.rsqrt(variance + self.eps)
         return centred * scale[:, None, None] + self.bias.float()[:, None, None]
+
+    def _update(self, mean: Tensor, variance: Tensor, total: Tensor, weight: float | Tensor) -> None:
+        """Move the running statistics towards those of a batch."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        for buffer, value in ((self.running_mean, mean), (self.running_var, variance * total / (total - 1))):
+            buffer.copy_(torch.lerp(buffer.float(), value, weight))
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of (B, C, H, W), over all processes: x less its mean, mean (C,), variance (C,) and number of values (1,)."""
+    over_processes = _SumOverProcesses.apply if _is_distributed() else lambda values: values
+    count = x.new_full((1,), float(x.numel() // x.shape[1]))
+    # Two passes, mean first: E[x²] - E[x]² would lose the variance of latents with a large mean.
+    sums = over_processes(torch.cat([x.sum(dim=(0, 2, 3)), count]))
+    total = sums[-1].detach()
+    mean = sums[:-1] / total
+    centred = x - mean[:, None, None]
+    return centred, mean, over_processes(centred.square().sum(dim=(0, 2, 3))) / total, total
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -14,6 +14,7 @@ from dc_ssdae.dynamics.corruption import predict
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Losses, Objective, StepOutputs
+from dc_ssdae.networks.norms import GlobalBatchNorm2d
 from dc_ssdae.randomness import noise_generator
 from dc_ssdae.samplers.result import is_finite
 
@@ -104,10 +105,17 @@ class TrainingStep(nn.Module):
         self._frozen = list(_untouched(self, "", trained))
 
     def train(self, mode: bool = True) -> "TrainingStep":
-        """As PyTorch's, but what is frozen stays in evaluation mode, where batch norm uses its statistics."""
+        """As PyTorch's, but what is frozen stays in evaluation mode, where batch norm uses its statistics.
+
+        So does a decoder's norm of latents that do not change, which goes on collecting them.
+        """
         super().train(mode)
         for module in self._frozen:
             module.eval()
+        latents_stay = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
+        for module in self.model.decoder.modules():
+            if isinstance(module, GlobalBatchNorm2d):
+                module.inputs_stay = latents_stay
         return self
 
     def compile_networks(self) -> None:

@@ -1,13 +1,26 @@
-"""An autoencoder without diffusion, as a dynamics: the decoder sees no noise, and its answer is the image."""
+"""Dynamics that the studies compare with the package's own."""
 
 import torch
 from torch import Tensor
 
-from dc_ssdae.dynamics import Corruption
+from dc_ssdae.dynamics import Corruption, FlowMatching
+
+
+class UnweightedFlowMatching(FlowMatching):
+    """Flow matching whose prediction is the image, with the image's error as its loss, not that of the velocity."""
+
+    def __init__(self) -> None:
+        super().__init__("image")
+
+    def loss(self, record: Corruption, prediction: Tensor) -> Tensor:
+        return (prediction.float() - record.target.float()).square().flatten(1).mean(dim=1)
 
 
 class Deterministic:
-    """What a KL autoencoder without a GAN learns: plain mean squared error. Decode it with noise of zeros."""
+    """An autoencoder without diffusion: the decoder sees no noise, and its answer is the image.
+
+    It is what a KL autoencoder without a GAN learns: plain mean squared error. Decode it with noise of zeros.
+    """
 
     conditions_on_time = False
     noise_level = 0.0

@@ -1,0 +1,144 @@
+"""Make the tables of docs/results.md and its picture of the architecture's study: python studies/tables.py [--check]
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit code is 1
+where a table is not what the files give.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dc_ssdae.evaluation.curves import COLOURS, DASHES, save_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """What results/NAME.jsonl holds."""
+    return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    aligned = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, aligned, *rows))
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and from which to which the seeds are."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def by_variant() -> dict[str, list[dict[str, Any]]]:
+    """The runs of the architecture's study, a list of seeds each."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines("architecture"):
+        found.setdefault(line["variant"], []).append(line)
+    return found
+
+
+def architecture() -> str:
+    """Quality of each variant by evaluations, over its seeds."""
+    rows = []
+    for variant, runs in by_variant().items():
+        for count in runs[0]["evaluations"]:
+            measured = [run["evaluations"][count] for run in runs]
+            figures = [
+                spread([m[name] for m in measured], digits)
+                for name, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3), ("milliseconds", 1))
+            ]
+            rows.append([f"`{variant}`", count, str(len(runs)), *figures])
+    return markdown(["variant", "evaluations", "seeds", "PSNR, dB", "SSIM", "LPIPS squeeze", "ms an image"], rows)
+
+
+def architecture_figure() -> "Figure":
+    """PSNR while the variants train, and PSNR and LPIPS by evaluations: means, and bands from seed to seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.6), dpi=100, layout="constrained")
+    training, psnr, lpips = figure.subplots(1, 3)
+    training.set(title="while training: PSNR of one evaluation, 50 photos", xlabel="seconds of one thread", ylabel="dB")
+    psnr.set(title="PSNR, 150 photos", xlabel="evaluations of the decoder", ylabel="dB")
+    lpips.set(title="LPIPS squeeze (lower is better), 150 photos", xlabel="evaluations of the decoder")
+    for number, (variant, runs) in enumerate(by_variant().items()):
+        counts = [int(count) for count in runs[0]["evaluations"]]
+        curves = [
+            (training, [mark["seconds"] for mark in runs[0]["curve"]], [[m["psnr"] for m in r["curve"]] for r in runs])
+        ]
+        for axes, name in ((psnr, "psnr"), (lpips, "lpips")):
+            curves.append((axes, counts, [[m[name] for m in r["evaluations"].values()] for r in runs]))
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS)]}
+        for axes, x, values in curves:
+            columns = [*zip(*values, strict=True)]
+            label = variant if axes is training else None
+            axes.plot(x, [statistics.fmean(c) for c in columns], marker="o", markersize=4, label=label, **style)
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    for axes in (psnr, lpips):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    for axes in (training, psnr, lpips):
+        axes.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def stability() -> str:
+    """What each run of the learning rates did."""
+    rows = []
+    for line in lines("stability"):
+        if "kl" not in line:
+            end = "above its start" if line["above_its_start"] is not None else "fine"
+            where = line["first_skipped"] if line["skipped"] else line["above_its_start"]
+            told = [f"{line['skipped']} steps not finite" if line["skipped"] else end]
+            told += ["" if where is None else str(where), f"{line['largest_kl']:.3g}", f"{line.get('psnr_1', '')}"]
+            names = [f"{line['dynamics']}, {line['prediction']}", line["norm"], f"{line['factor']}e-3"]
+            rows.append([*names, *told])
+    head = ["dynamics, prediction", "encoder norm", "learning rate", "run", "from step", "largest KL", "PSNR, dB"]
+    return markdown(head, rows)
+
+
+def kl() -> str:
+    """The latent at each weight of the KL."""
+    rows = []
+    for line in lines("stability"):
+        if "kl" in line:
+            figures = [f"{line[name]:g}" for name in ("latent_std", "noise_std", "active_channels", "psnr_1", "psnr_2")]
+            rows.append([f"{line['kl']:.0e}", *figures])
+    head = ["weight", "latent's std", "of it noise", "active channels of 4", "PSNR, dB", "in two steps, dB"]
+    return markdown(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"architecture": architecture, "stability": stability, "kl": kl}
+
+
+def filled(text: str) -> str:
+    """The document with its tables made anew."""
+    return PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    document = ROOT / "docs/results.md"
+    before = document.read_text(encoding="utf-8")
+    after = filled(before)
+    if args.check:
+        return int(after != before)
+    document.write_text(after, encoding="utf-8")
+    (ROOT / "docs/architecture.png").write_bytes(save_picture(architecture_figure))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
