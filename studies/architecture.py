@@ -23,7 +23,8 @@ from dc_ssdae.data.transforms import center_crop, resize_shorter_side
 from dc_ssdae.losses.perceptual import LPIPSLoss
 
 SECONDS, SIZE, SEEDS, MARKS = 600, 64, (0, 1, 2), 6
-EVALUATIONS = (1, 2, 4, 8)
+COUNTS: dict[str, dict[str, Any]] = {str(count): {"num_steps": count} for count in (1, 2, 4, 8)}
+"""What `DCSSDAE.decode` is told, by name."""
 
 SHORTCUTS = {
     "encoder": {"init_args": {"widths": [16, 32, 64, 64], "depths": [0, 1, 1, 1], "block_shortcut": True}},
@@ -65,32 +66,32 @@ def runs() -> dict[str, dict[str, Any]]:
 
 @torch.inference_mode()
 def measure(
-    model: DCSSDAE, photos: list[Tensor], lpips: LPIPSLoss, evaluations: tuple[int, ...] = EVALUATIONS
+    model: DCSSDAE, photos: list[Tensor], lpips: LPIPSLoss, decodings: dict[str, dict[str, Any]] = COUNTS
 ) -> dict[str, dict[str, float]]:
-    """PSNR, SSIM, LPIPS and milliseconds an image (of the decoder alone), by the number of evaluations."""
+    """PSNR, SSIM, LPIPS, evaluations and milliseconds an image (of the decoder alone), of each way to decode."""
     measured = {}
     crops = torch.stack([center_crop(resize_shorter_side(photo, SIZE), SIZE) for photo in photos])
     x = crops.float() / 255
     z = torch.cat([model.encode(to_model_range(part)).latent_dist.mode() for part in crops.split(10)])
     is_plain = isinstance(model.dynamics, Deterministic)
-    for count in evaluations[:1] if is_plain else evaluations:
+    for name, settings in list(decodings.items())[: 1 if is_plain else None]:
         begin = time.process_time()
         decoded = [
-            model.decode(
-                part, num_steps=count, noise=torch.zeros(len(part), 3, SIZE, SIZE) if is_plain else None
-            ).sample
+            model.decode(part, **settings, noise=torch.zeros(len(part), 3, SIZE, SIZE) if is_plain else None)
             for part in z.split(10)
         ]
         milliseconds = 1000 * (time.process_time() - begin) / len(photos)
-        pixels = to_uint8(torch.cat(decoded))
+        pixels = to_uint8(torch.cat([part.sample for part in decoded]))
+        spent = torch.cat([part.num_evaluations for part in decoded if part.num_evaluations is not None])
         y = pixels.float() / 255
         pairs = zip((2 * y - 1).split(10), (2 * x - 1).split(10), strict=True)
         near = torch.cat([lpips.distance(*pair) for pair in pairs])
-        measured[str(count)] = {
+        measured[name] = {
             "psnr": round(float((-10 * (x - y).square().flatten(1).mean(dim=1).log10()).mean()), 3),
             "ssim": round(float(structural_similarity_index_measure(y, x, data_range=1.0)), 4),
             "lpips": round(float(near.mean()), 4),
             "milliseconds": round(milliseconds, 2),
+            "evaluations": round(float(spent.float().mean()), 3),
         }
     return measured
 
@@ -105,7 +106,7 @@ def main() -> None:
         curve: list[dict[str, float]] = []
 
         def at_mark(model: DCSSDAE, seconds: float, curve: list[dict[str, float]] = curve) -> None:
-            one = measure(model, photos["validation"][::3], lpips, (1,))["1"]
+            one = measure(model, photos["validation"][::3], lpips, {"1": COUNTS["1"]})["1"]
             curve.append({"seconds": round(seconds, 1), "psnr": one["psnr"], "lpips": one["lpips"]})
 
         model, steps = train(run, photos["train"], MARKS, at_mark)

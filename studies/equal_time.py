@@ -80,7 +80,7 @@ def train(
     """The averaged model, and how many steps it has done.
 
     Args:
-        run: size, seed, lr, seconds and model.
+        run: size, seed, lr, seconds and model; init, the folder of a model to start from, may be there too.
         photos: uint8 (3, H, W).
         marks: at so many equal parts of the time `at_mark` is called, whose own time does not count.
         at_mark: takes the averaged model and the seconds of training.
@@ -93,6 +93,8 @@ def train(
     config = RunConfig.from_mapping({"model": model, "data": data, "losses": preset["losses"], "training": training})
     torch.manual_seed(seed)
     step = build_step(config)
+    if "init" in run:
+        step.model.load_state_dict(DCSSDAE.from_pretrained(run["init"]).state_dict())
     place_step(step, config, torch.device("cpu"))
     optimizer = build_optimizer(step, config.training)
     average = ExponentialMovingAverage(step.model, config.training.ema_decay, config.training.ema_start)
