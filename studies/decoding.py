@@ -34,16 +34,8 @@ def distilled(teacher: Path, data: Path, out: Path) -> DCSSDAE:
     words = ["distill", "--teacher", teacher, "--steps", STEPS, "--data.root", data, "--data.image_size", SIZE]
     words += ["--data.aug_scale", 5.0, "--data.workers", 0, "--training.minutes", SECONDS / 60, "--training.lr", LR]
     words += ["--training.steps", "null", "--training.batch_size", 8, "--training.optimizer", "adamw"]
-    words += [
-        "--training.precision",
-        "float32",
-        "--training.ema_decay",
-        0.99,
-        "--losses.lpips",
-        0,
-        "--training.output",
-        out,
-    ]
+    words += ["--training.precision", "float32", "--training.ema_decay", 0.99]
+    words += ["--losses.lpips", 0, "--training.output", out]
     if code := dc_ssdae([str(word) for word in words]):
         raise SystemExit(code)
     return DCSSDAE.from_pretrained(out / "model")
