@@ -25,7 +25,7 @@ from dc_ssdae.networks.norms import GlobalBatchNorm2d
 from dc_ssdae.training.ema import ExponentialMovingAverage
 
 SHORTER_SIDES, LONGEST = (160, 352), 448
-PURE_NOISE, EMA_DECAY, WARM_UP, DECAY = 0.9, 0.9985, 0.02, 0.3
+PURE_NOISE, EMA_DECAY, WARM_UP, DECAY, BETAS = 0.9, 0.9985, 0.02, 0.3, (0.9, 0.99)
 Pair = tuple[Tensor, Tensor]
 """uint8 (3, H, W), and its latent (c, H/f, W/f), float16."""
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=95.0)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-statistics", action="store_true", help="normalise latents by those of the batch")
     args = parser.parse_args()
@@ -89,7 +89,7 @@ def main() -> None:
     for module in model.decoder.modules():
         if isinstance(module, GlobalBatchNorm2d):
             module.inputs_stay = not args.batch_statistics
-    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), args.lr, BETAS, weight_decay=0.0)
     average = ExponentialMovingAverage(model, EMA_DECAY)
     begin, step, saved, losses = time.process_time(), 0, 0, [0.0]
     while (progress := (time.process_time() - begin) / (60.0 * args.minutes)) < 1.0:

@@ -155,6 +155,15 @@ def test_a_decoder_is_trained_on_a_published_encoder(run: Callable, published: P
     assert outcome.code == 0
     assert Image.open(tmp_path / "seen" / "0.png").size == (40, 40)
 
+    words = ("convert", "diffusers", published, "--decoder", tmp_path / "run", "--out", tmp_path / "joined")
+    outcome = run(*words)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out[-1] == f"the decoder is that of {tmp_path / 'run'}"
+    joined = load_file(tmp_path / "joined" / WEIGHTS)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in joined.items())
+    outcome = run(*words, "--decoder-size", "S", "--overwrite")
+    assert outcome.err == ["dc-ssdae convert: --decoder-size is of a new decoder: leave it or --decoder out"]
+
 
 def test_a_published_encoder_in_half_precision(run: Callable, published: Path, tmp_path: Path) -> None:
     words = ("convert", "diffusers", published, "--decoder-size", "XS", "--dynamics", "FlowMatching", "--seed", 7)

@@ -714,6 +714,28 @@ def test_a_decoder_of_patches_predicts_the_image_and_starts_without_a_shortcut(s
     assert model.decoder.block_shortcut.weight.count_nonzero() == 0
 
 
+def test_a_trained_decoder_joins_its_own_encoder_alone(saved: Path, tmp_path: Path) -> None:
+    """The file need not hold the encoder; what it holds of it must be the published one's."""
+    trained = convert(saved, seed=5, decoder_size="fast").half()
+    trained.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = load_file(file)
+    kept = {name: tensor for name, tensor in whole.items() if name.startswith(("decoder.", "encoder.latent_head."))}
+    for tensors in (whole, kept):
+        save_file(tensors, file)
+        model = convert(saved, decoder=tmp_path)
+        assert model.config.dynamics == trained.config.dynamics
+        assert model.config.provenance == {"source": trained.config.provenance["source"], "untrained": ["decoder"]}
+        for name, tensor in model.decoder.state_dict().items():
+            assert torch.equal(tensor, trained.decoder.state_dict()[name].to(tensor.dtype)), name
+    for name, change, message in (
+        ("encoder.latent_head.2.bias", lambda tensor: tensor + 1, "was trained on another encoder than that of"),
+        ("decoder.conv_out.bias", lambda tensor: tensor[1:], "has no decoder.conv_out.bias of shape"),
+    ):
+        save_file({**kept, name: change(kept[name])}, file)
+        assert message in refusal(lambda: convert(saved, decoder=tmp_path))
+
+
 def test_a_wrapped_encoder_has_no_decoder_and_names_what_it_does_not_know(tmp_path: Path) -> None:
     tiny_taesd().save_pretrained(tmp_path)
     model = convert(tmp_path, decoder_size="fast")

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from dc_ssdae.cli.common import add_dtype_option, add_overwrite_option, add_seed_option, check_output_folder, say
 from dc_ssdae.cli.parser import CommandParser, file_path, filled
+from dc_ssdae.errors import InputError
 from dc_ssdae.files import naming, write_whole
 
 TRAINING_FILE = "frozen_encoder.yaml"
@@ -34,8 +35,8 @@ def build_parser() -> CommandParser:
         "diffusers",
         help="the encoder of diffusers' AutoencoderKL, AutoencoderDC or AutoencoderTiny, with a new decoder",
         description="Take the encoder of a published AutoencoderKL, AutoencoderDC or AutoencoderTiny of diffusers, and "
-        "join it with a new, untrained decoder. The latent's scaling_factor, shift_factor, mean and standard deviation "
-        "stay as published.",
+        "join it with a new, untrained decoder, or with a trained one. The latent's scaling_factor, shift_factor, mean "
+        "and standard deviation stay as published.",
     )
     published.add_argument(
         "source", type=filled, metavar="SOURCE", help="the folder of a model or of a pipeline, or its id on the hub"
@@ -48,14 +49,16 @@ def build_parser() -> CommandParser:
     )
     published.add_argument("--variant", type=filled, metavar="NAME", help="which weight files, such as fp16")
     published.add_argument(
-        "--decoder-size", type=filled, default="S", metavar="SIZE", help="XS, S, B, M, L, XL or H (default S), or fast"
+        "--decoder",
+        type=filled,
+        metavar="DIR",
+        help="a model or a run with this encoder whose trained decoder to take (default: a new one, of the next three)",
     )
     published.add_argument(
-        "--dynamics",
-        type=filled,
-        default="EquilibriumMatching",
-        metavar="NAME",
-        help="EquilibriumMatching (the default) or FlowMatching",
+        "--decoder-size", type=filled, metavar="SIZE", help="XS, S, B, M, L, XL or H (default S), or fast"
+    )
+    published.add_argument(
+        "--dynamics", type=filled, metavar="NAME", help="EquilibriumMatching (the default) or FlowMatching"
     )
     add_seed_option(published, "of the decoder's random weights")
     add_overwrite_option(published)
@@ -99,16 +102,26 @@ def _convert_diffusers(args: Namespace) -> None:
     from dc_ssdae.interop.diffusers_encoders import convert_diffusers
     from dc_ssdae.presets import dump_yaml
 
+    for option in ("decoder_size", "dynamics"):
+        if args.decoder is not None and getattr(args, option) is not None:
+            raise InputError(f"--{option.replace('_', '-')} is of a new decoder: leave it or --decoder out")
     remarks: list[str] = []
     model = convert_diffusers(
-        args.source, args.decoder_size, args.dynamics, args.seed, args.subfolder, args.variant, remarks.append
+        args.source,
+        args.decoder_size or "S",
+        args.dynamics or "EquilibriumMatching",
+        args.seed,
+        args.subfolder,
+        args.variant,
+        remarks.append,
+        args.decoder,
     )
     torch.nn.Module.to(model, getattr(torch, args.dtype)).save_pretrained(args.out)
     config = model.config
     parts = {part: config[part] for part in COMPONENTS}
     shape = {"latent_channels": config.latent_channels, "downsample_factor": config.downsample_factor}
     run = {
-        "description": f"a new decoder on the frozen encoder of {args.source}",
+        "description": f"a decoder on the frozen encoder of {args.source}",
         "model": json.loads(json.dumps({**shape, **parts})),
         "training": {"train": ["decoder", "losses.repa"]},
         "losses": {"kl": 0.0},
@@ -120,5 +133,8 @@ def _convert_diffusers(args: Namespace) -> None:
     say(f"as published: scaling_factor {config.scaling_factor:g}, shift_factor {config.shift_factor:g}")
     for remark in remarks:
         say(remark)
+    if args.decoder is not None:
+        say(f"the decoder is that of {args.decoder}")
+        return
     command = shlex.join(["--config", str(args.out / TRAINING_FILE), "--training.init_from", str(args.out)])
     say(f"the decoder is untrained: train it with dc-ssdae train {command} --data.root PHOTOS")

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.errors import InputError, check_type, shown, unknown_name
 from dc_ssdae.interop.diffusers_models import DiffusersSource, find_diffusers_model, load_diffusers_model
-from dc_ssdae.model_folder import may_be_on_the_hub
+from dc_ssdae.model_folder import WEIGHTS, may_be_on_the_hub, model_folder, read_config
 from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder
 from dc_ssdae.networks.attention import LinearAttention
 from dc_ssdae.networks.dc_encoder import ARCHITECTURES, Architecture
 from dc_ssdae.networks.diffusers_encoder import SAVED_BESIDE
 from dc_ssdae.networks.uvit_decoder import SIZES
 from dc_ssdae.provenance import name_of_path, short_name
+from dc_ssdae.weights import read_safetensors
 
 CLASSES: Mapping[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
@@ -188,8 +190,9 @@ def convert_diffusers(
     subfolder: str | None = None,
     variant: str | None = None,
     remark: Callable[[str], object] | None = None,
+    decoder: str | Path | None = None,
 ) -> DCSSDAE:
-    """Build one of our models from a published encoder, with a new decoder.
+    """Build one of our models from a published encoder, with a new decoder or a trained one.
 
     Args:
         name: a folder that diffusers' `save_pretrained` has written, a pipeline's, or the id of either on the hub.
@@ -199,18 +202,23 @@ def convert_diffusers(
         subfolder: where in it the autoencoder lies; None looks at the top, then in `vae/`.
         variant: which of several weight files, such as "fp16".
         remark: is called with a line for each thing that a user of this encoder should know.
+        decoder: the folder of a model or of a run whose decoder to take, in place of a new one, or "photos_taesd3",
+            which comes with this package; it must have been trained on this very encoder.
 
     Returns:
         The model in eval mode, float32. The latent's statistics are the published ones.
 
     Raises:
-        InputError: there is no such model, its files are damaged, or this package has no such encoder.
+        InputError: there is no such model, its files are damaged, or this package has no such encoder; or the decoder
+            belongs to another one.
     """
     _check_name(name)
     source = find_diffusers_model(name, name, subfolder)
+    folder = None if decoder is None else model_folder(decoder)
+    parts = _new_parts(decoder_size, dynamics) if folder is None else _trained_parts(folder)
     with _naming(source):
-        parts = _new_parts(decoder_size, dynamics)
-        settings = {**model_settings(source.config), **parts, "provenance": _provenance(source)}
+        settings = {**model_settings(source.config), **parts}
+        settings["provenance"] = {**parts.get("provenance", {"untrained": ["decoder"]}), "source": _origin(source)}
         with torch.device("meta"):
             encoder = DCSSDAE(**settings).encoder
     theirs = load_diffusers_model(source, CLASSES[source.config["_class_name"]], variant=variant)
@@ -221,6 +229,8 @@ def convert_diffusers(
         torch.default_generator.manual_seed(seed)
         model = DCSSDAE(**settings)
     model.encoder.load_state_dict(state)
+    if folder is not None:
+        _load_decoder(model, folder, source.name)
     # Stated, and not the class's default, which is true: of most models nobody has asked the question.
     if remark is not None and source.config.get("force_upcast") is True:
         remark(UNSAFE_IN_FLOAT16)
@@ -237,10 +247,43 @@ def _new_parts(decoder_size: str, dynamics: str) -> dict[str, Any]:
     return {"decoder": {"init_args": decoder}, "dynamics": {"class_path": dynamics, "init_args": settings}}
 
 
-def _provenance(source: DiffusersSource) -> dict[str, Any]:
+def _trained_parts(folder: Path) -> dict[str, Any]:
+    """The decoder of a saved model, its dynamics, and where they come from."""
+    config = read_config(folder)
+    try:
+        return {
+            "provenance": config.get("provenance") or {},
+            **{part: config[part] for part in ("decoder", "dynamics")},
+        }
+    except KeyError as error:
+        raise InputError(f"{folder}: config.json lacks {error.args[0]}") from None
+
+
+def _load_decoder(model: DCSSDAE, folder: Path, source: str) -> None:
+    """Give the model the decoder of a saved one, whose file may lack the encoder but for what tells it from others."""
+    given: dict[str, Tensor] = {}
+    for file in sorted(folder.glob(f"{WEIGHTS}*.safetensors")):
+        given.update(read_safetensors(file))
+    for name, value in model.state_dict().items():
+        is_decoder = name.startswith("decoder.")
+        if is_decoder and (name not in given or given[name].shape != value.shape):
+            raise InputError(f"{folder} has no {name} of shape {tuple(value.shape)}: its decoder is of another latent")
+        if name.startswith("encoder.") and name in given:
+            kind = given[name].dtype
+            if given[name].shape != value.shape or not torch.equal(given[name], value.to(kind)):
+                raise InputError(
+                    f"the decoder of {folder} was trained on another encoder than that of {source}: {name} differs"
+                )
+    prefix = "decoder."
+    model.decoder.load_state_dict(
+        {name.removeprefix(prefix): value.float() for name, value in given.items() if name.startswith(prefix)}
+    )
+
+
+def _origin(source: DiffusersSource) -> str:
     name = name_of_path(source.name) if os.path.isdir(source.name) else short_name(source.name)
     kind = source.config["_class_name"]
-    return {"source": f"{kind} {name}" if name else kind, "untrained": ["decoder"]}
+    return f"{kind} {name}" if name else kind
 
 
 def _kl_encoder(settings: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
