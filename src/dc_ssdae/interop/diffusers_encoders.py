@@ -202,8 +202,8 @@ def convert_diffusers(
         subfolder: where in it the autoencoder lies; None looks at the top, then in `vae/`.
         variant: which of several weight files, such as "fp16".
         remark: is called with a line for each thing that a user of this encoder should know.
-        decoder: the folder of a model or of a run whose decoder to take, in place of a new one, or "photos_taesd3",
-            which comes with this package; it must have been trained on this very encoder.
+        decoder: the folder of a model or of a run whose decoder to take, in place of a new one; it must have been
+            trained on this very encoder.
 
     Returns:
         The model in eval mode, float32. The latent's statistics are the published ones.
