@@ -3,11 +3,12 @@
     DC_SSDAE_WEIGHTS=FOLDER python studies/decoding.py DATA MODELS results/decoding.jsonl [NAME ...]
 
 MODELS is what `studies/architecture.py` has kept. A NAME is one of its runs, all of `VARIANTS` by default; or one of
-`distilled`, whose student learns for five minutes of one thread to do in one step what that model does in eight, and
-is compared with the same model after five more minutes of training. Those that the file has are left out.
+`distilled`, whose student learns for five minutes to do in one step what that model does in eight, and is compared with
+the same model trained on for the same processor time. Those that the file has are left out.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.cli.main import main as dc_ssdae
 from dc_ssdae.losses.perceptual import LPIPSLoss
 
-VARIANTS = ("fm_field", "fm_image", "eqm_field", "eqm_image", "eqm_image_patch4", "eqm_image_patch4_shortcuts")
-DISTILLED = ("eqm_field", "eqm_image_patch4_shortcuts")
+VARIANTS = ("fm_field", "fm_image", "eqm_field", "eqm_image", "eqm_image_patch4")
+DISTILLED = ("eqm_image_patch4",)
 STEPS, SECONDS, LR = 8, 300, 1e-3
 FIXED = {str(count): {"num_steps": count} for count in (1, 2, 3, 4, 6, 8, 16)}
 STOPPED = {f"tolerance {value}": {"num_steps": 16, "tolerance": value} for value in (0.2, 0.1, 0.05, 0.025)}
@@ -55,12 +56,14 @@ def main() -> None:
             stopped = STOPPED if run["variant"].startswith("eqm") else {}
             line["decodings"] = measure(model, photos["validation"], lpips, {**FIXED, **stopped})
         else:
-            more = {**run, "seconds": SECONDS, "lr": LR, "seed": run["seed"] + 1000, "init": args.models / source}
-            for what, model in (
-                ("student", distilled(args.models / source, args.data, args.models / name)),
-                ("trained_on", train(more, photos["train"])[0]),
-            ):
+            begin = time.process_time()
+            student = distilled(args.models / source, args.data, args.models / name)
+            line["seconds"] = round(time.process_time() - begin, 1)
+            more = {**run, "seconds": line["seconds"], "lr": LR, "seed": run["seed"] + 1000}
+            trained_on, _ = train({**more, "init": args.models / source}, photos["train"])
+            for what, model in (("teacher", DCSSDAE.from_pretrained(args.models / source)), ("student", student)):
                 line[what] = measure(model, photos["validation"], lpips, COUNTS)
+            line["trained_on"] = measure(trained_on, photos["validation"], lpips, COUNTS)
         print(json.dumps(line), flush=True)
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

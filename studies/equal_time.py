@@ -169,7 +169,7 @@ def main() -> None:
     known = runs()
     args = arguments(__doc__, known, "data", "results")
     photos = {split: images(args.data / split) for split in ("train", "validation")}
-    for name in args.names or known:
+    for name in left(args, known):
         run = known[name]
         model, steps = train(run, photos["train"])
         parameters = {

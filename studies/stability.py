@@ -100,7 +100,7 @@ def train(run: dict[str, Any], photos: list[Tensor]) -> tuple[DCSSDAE, dict[str,
 
 @torch.inference_mode()
 def measure(model: DCSSDAE, photos: list[Tensor]) -> dict[str, float]:
-    """PSNR of one step and of two, and the latent's standard deviation, the mean's share of it, and active channels."""
+    """PSNR of one step and of two; the latent's standard deviation, that of its noise alone, and active channels."""
     crops = torch.stack([center_crop(resize_shorter_side(photo, SIZE), SIZE) for photo in photos])
     posterior = model.encode(to_model_range(crops)).latent_dist
     found: dict[str, float] = {}

@@ -38,26 +38,85 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def by_variant() -> dict[str, list[dict[str, Any]]]:
-    """The runs of the architecture's study, a list of seeds each."""
+def by_variant(name: str, *holding: str) -> dict[str, list[dict[str, Any]]]:
+    """The lines of results/NAME.jsonl that hold this, a list of seeds for each variant."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for line in lines("architecture"):
-        found.setdefault(line["variant"], []).append(line)
+    for line in lines(name):
+        if all(key in line for key in holding):
+            found.setdefault(line["variant"], []).append(line)
     return found
+
+
+QUALITY = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS squeeze", 3)}
+"""What is measured: its heading, and digits."""
+
+
+def figures(measured: Sequence[dict[str, float]], *more: tuple[str, int]) -> list[str]:
+    """The quality of the seeds, and more of what they have, with its digits."""
+    names = [*((name, digits) for name, (_, digits) in QUALITY.items()), *more]
+    return [spread([m[name] for m in measured], digits) for name, digits in names]
 
 
 def architecture() -> str:
     """Quality of each variant by evaluations, over its seeds."""
     rows = []
-    for variant, runs in by_variant().items():
+    for variant, runs in by_variant("architecture").items():
         for count in runs[0]["evaluations"]:
             measured = [run["evaluations"][count] for run in runs]
-            figures = [
-                spread([m[name] for m in measured], digits)
-                for name, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3), ("milliseconds", 1))
+            rows.append([f"`{variant}`", count, str(len(runs)), *figures(measured, ("milliseconds", 1))])
+    return markdown(["variant", "evaluations", "seeds", *(head for head, _ in QUALITY.values()), "ms an image"], rows)
+
+
+def counts() -> str:
+    """PSNR of each variant by a fixed number of evaluations."""
+    found = by_variant("decoding", "decodings")
+    names = [name for name in next(iter(found.values()))[0]["decodings"] if name.isdigit()]
+    rows = [
+        [f"`{variant}`", *(spread([run["decodings"][name]["psnr"] for run in runs], 2) for name in names)]
+        for variant, runs in found.items()
+    ]
+    return markdown(["evaluations", *names], rows)
+
+
+def stopping() -> str:
+    """What stopping each image by its own field costs and gives."""
+    rows = []
+    for variant, runs in by_variant("decoding", "decodings").items():
+        for name in runs[0]["decodings"]:
+            if not name.isdigit():
+                measured = [run["decodings"][name] for run in runs]
+                evaluations = spread([m["evaluations"] for m in measured], 1)
+                rows.append([f"`{variant}`", name.removeprefix("tolerance "), evaluations, *figures(measured)])
+    return markdown(["variant", "tolerance", "evaluations", *(head for head, _ in QUALITY.values())], rows)
+
+
+def claim() -> str:
+    """How many evaluations equilibrium matching needs for the best PSNR that flow matching reaches, seed by seed."""
+    found = by_variant("decoding", "decodings")
+    rows = []
+    for what in ("field", "image"):
+        for fm, eqm in zip(found[f"fm_{what}"], found[f"eqm_{what}"], strict=True):
+            fixed = {
+                name: {int(count): m["psnr"] for count, m in run["decodings"].items() if count.isdigit()}
+                for name, run in (("fm", fm), ("eqm", eqm))
+            }
+            count, best = max(fixed["fm"].items(), key=lambda item: item[1])
+            enough = next((needed for needed, psnr in fixed["eqm"].items() if psnr >= best), None)
+            told = "never" if enough is None else f"{enough} ({100 * (1 - enough / count):.0f} % fewer)"
+            rows.append([f"{what}, seed {fm['seed']}", f"{best:.2f}", str(count), told])
+    return markdown(["prediction", "best PSNR of flow matching, dB", "its evaluations", "equilibrium matching's"], rows)
+
+
+def distillation() -> str:
+    """The teacher, its student and the model that trained on instead."""
+    rows = []
+    for runs in by_variant("decoding", "student").values():
+        for who, told in (("teacher", "teacher"), ("student", "student"), ("trained_on", "trained on")):
+            rows += [
+                [told, count, *figures([run[who][count] for run in runs], ("milliseconds", 1))]
+                for count in ("1", "2", "8")
             ]
-            rows.append([f"`{variant}`", count, str(len(runs)), *figures])
-    return markdown(["variant", "evaluations", "seeds", "PSNR, dB", "SSIM", "LPIPS squeeze", "ms an image"], rows)
+    return markdown(["model", "evaluations", *(head for head, _ in QUALITY.values()), "ms an image"], rows)
 
 
 def architecture_figure() -> "Figure":
@@ -69,7 +128,7 @@ def architecture_figure() -> "Figure":
     training.set(title="while training: PSNR of one evaluation, 50 photos", xlabel="seconds of one thread", ylabel="dB")
     psnr.set(title="PSNR, 150 photos", xlabel="evaluations of the decoder", ylabel="dB")
     lpips.set(title="LPIPS squeeze (lower is better), 150 photos", xlabel="evaluations of the decoder")
-    for number, (variant, runs) in enumerate(by_variant().items()):
+    for number, (variant, runs) in enumerate(by_variant("architecture").items()):
         counts = [int(count) for count in runs[0]["evaluations"]]
         curves = [
             (training, [mark["seconds"] for mark in runs[0]["curve"]], [[m["psnr"] for m in r["curve"]] for r in runs])
@@ -118,7 +177,9 @@ def kl() -> str:
     return markdown(head, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"architecture": architecture, "stability": stability, "kl": kl}
+TABLES: dict[str, Callable[[], str]] = {
+    make.__name__: make for make in (architecture, counts, stopping, claim, distillation, stability, kl)
+}
 
 
 def filled(text: str) -> str:

@@ -5,9 +5,9 @@
     OMP_NUM_THREADS=1 python studies/taesd3_decoder.py OUT PHOTOS LATENTS.pt OUT2 --size 128 --batch 2 --seed 1
 
 PHOTOS is a folder of images, each of which is encoded once, whole, at a random scale or with a shorter side of 256 px;
-LATENTS.pt keeps them with their pixels. The encoder takes half the time of a training step otherwise. A step sees the
-same part of an image and of its latent. Minutes are processor time. The learning rate warms up for 2 % of it and falls
-to 0 in the last 30 %. OUT is the averaged model, saved every five minutes.
+LATENTS.pt keeps them with their pixels, for runs on the same encoder, which takes half the time of a training step
+otherwise. A step sees the same part of an image and of its latent. Minutes are processor time. The learning rate warms
+up for 2 % of it and falls to 0 in the last 30 %. OUT is the averaged model, saved every five minutes.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from torch import Tensor
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.transforms import resize_shorter_side
+from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.networks.norms import GlobalBatchNorm2d
+from dc_ssdae.provenance import name_of_path
 from dc_ssdae.training.ema import ExponentialMovingAverage
 
 SHORTER_SIDES, LONGEST = (160, 352), 448
@@ -77,12 +79,15 @@ def main() -> None:
         torch.save(encoded(given, images(args.photos)), args.latents)
     pairs = [pair for pair in torch.load(args.latents, mmap=True) if min(pair[0].shape[-2:]) >= args.size]
     f = given.config.downsample_factor
+    kept = ("latent_channels", "downsample_factor", "encoder", "decoder", *NOT_MEASURED)
     model = DCSSDAE(
-        latent_channels=given.config.latent_channels,
-        downsample_factor=f,
-        encoder=given.config.encoder,
-        decoder=given.config.decoder,
+        **{name: given.config[name] for name in kept},
         dynamics={"init_args": {"prediction": "image", "pure_noise": PURE_NOISE}},
+        provenance={
+            "initialised_from": name_of_path(args.model),
+            "data": name_of_path(args.photos),
+            "images": len(pairs),
+        },
     )
     model.load_state_dict(given.state_dict())
     model.decoder.train()

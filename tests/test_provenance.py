@@ -150,7 +150,7 @@ def test_figures_of_the_same_kind_are_replaced() -> None:
 def test_how_it_is_told() -> None:
     assert training_lines({}) == []
     assert dict(training_lines(WHOLE)) == {
-        "weights": "the decoder has random weights: not trained",
+        "untrained": "the decoder, whose weights are random",
         "preset": "demo, with training.lr and losses.kl changed",
         "converted from": "AutoencoderKL owner/name",
         "started from": "1-low_resolution",
@@ -162,7 +162,7 @@ def test_how_it_is_told() -> None:
         "written by": "dc-ssdae 0.1.0",
     }
     untrained = {"untrained": ["encoder", "decoder"]}
-    assert training_lines(untrained) == [("weights", "random weights: not trained")]
+    assert training_lines(untrained) == [("untrained", "all of it: the weights are random")]
     assert is_untrained(untrained)
     assert not is_untrained(WHOLE)
     assert not is_untrained(None)

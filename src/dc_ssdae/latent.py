@@ -1,5 +1,6 @@
 """The latent: a diagonal Gaussian per image, what may be asked of it, and statistics over many of them."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,7 +101,9 @@ class DiagonalGaussian:
         """With no log-variance above `logvar`; gradients pass through the bound, so that what is above comes back."""
         if self.logvar is None:
             return self
-        return DiagonalGaussian(self.mean, _clamped(self.logvar, LOGVAR_RANGE[0], logvar))
+        bounded = copy.copy(self)
+        bounded.logvar = _clamped(self.logvar, LOGVAR_RANGE[0], logvar)
+        return bounded
 
     def kl(self) -> Tensor:
         """KL divergence from N(0, I): (B,) float32, summed over c, h and w; in float32 under autocast too."""

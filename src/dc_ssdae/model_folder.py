@@ -107,11 +107,16 @@ def weight_variants(folder: Path) -> list[str | None]:
     Args:
         folder: of a saved model.
     """
-    found: set[str | None] = set()
-    for file in folder.glob(f"{WEIGHTS}*.safetensors"):
+    return sorted(weight_files(folder), key=lambda variant: variant or "")
+
+
+def weight_files(folder: Path) -> dict[str | None, list[Path]]:
+    """The weight files in a model's folder, by variant."""
+    found: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.glob(f"{WEIGHTS}*.safetensors")):
         middle = file.name.removeprefix(WEIGHTS).removesuffix(".safetensors")
-        found.add(re.sub(r"-\d+-of-\d+", "", middle).removeprefix(".") or None)
-    return sorted(found, key=lambda variant: variant or "")
+        found.setdefault(re.sub(r"-\d+-of-\d+", "", middle).removeprefix(".") or None, []).append(file)
+    return found
 
 
 def may_be_on_the_hub(name: str) -> bool:

@@ -130,9 +130,9 @@ def training_lines(provenance: Mapping[str, Any], quote: Quote = str) -> list[tu
     lines: list[tuple[str, str]] = []
     untrained = [part for part in PARTS if part in provenance.get("untrained", ())]
     if is_untrained(provenance):
-        lines.append(("weights", "random weights: not trained"))
+        lines.append(("untrained", "all of it: the weights are random"))
     elif untrained:
-        lines.append(("weights", f"the {untrained[0]} has random weights: not trained"))
+        lines.append(("untrained", f"the {untrained[0]}, whose weights are random"))
     if "preset" in provenance:
         changes = named("changes")
         changed = f", with {_listed(changes)} changed" if changes else ""

@@ -158,6 +158,7 @@ class TestSettings:
         assert found == expected
 
     def test_of_a_model_alone(self, run: Callable, model_dir: Path) -> None:
+        assert printed(run, "--teacher", "photos_f8c16")["model"]["latent_channels"] == 16
         found = printed(run, "--teacher", model_dir, "--steps", "3")
         assert found["data"]["root"] is None
         assert found["distillation"]["steps"] == 3

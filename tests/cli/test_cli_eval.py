@@ -401,6 +401,7 @@ class TestOptions:
         assert run("eval", "--model", "bicubic:4", "--data", photos, *QUICK[:-2], *words).code == 0
         report = report_of(tmp_path / "out")
         assert report["protocol"]["lpips"] == "squeeze"
+        assert report["protocol"]["name"] == "dcae, LPIPS of squeeze"
         assert "squeezenet1_1-b8a52dc0.pth" in report["protocol"]["weights"]["lpips"]
         assert "LPIPS: SqueezeNet 1.1" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
         outcome = run("eval", "--model", "bicubic:4", "--data", photos, "--lpips", "resnet", "--out", "other")

@@ -734,6 +734,12 @@ def test_a_trained_decoder_joins_its_own_encoder_alone(saved: Path, tmp_path: Pa
     ):
         save_file({**kept, name: change(kept[name])}, file)
         assert message in refusal(lambda: convert(saved, decoder=tmp_path))
+    save_file({name: tensor for name, tensor in kept.items() if name.startswith("decoder.")}, file)
+    assert "has no tensor of its encoder" in refusal(lambda: convert(saved, decoder=tmp_path))
+    tiny_taesd().save_pretrained(tmp_path / "other")
+    told = "was trained on another encoder than that of other: latent_channels differs"
+    save_file(whole, file)
+    assert told in refusal(lambda: convert(tmp_path / "other", decoder=tmp_path)).replace(f"{tmp_path}/", "")
 
 
 def test_a_wrapped_encoder_has_no_decoder_and_names_what_it_does_not_know(tmp_path: Path) -> None:
@@ -747,3 +753,19 @@ def test_a_wrapped_encoder_has_no_decoder_and_names_what_it_does_not_know(tmp_pa
         DiffusersEncoder(4, 8, settings=settings)
     with pytest.raises(InputError, match="autoencoder of DiffusersEncoder 'DiffusionPipeline'"):
         DiffusersEncoder(5, 8, autoencoder="DiffusionPipeline")
+
+
+def test_a_wrapped_encoder_gives_the_same_latents_with_its_activations_computed_again(tmp_path: Path) -> None:
+    tiny_taesd().save_pretrained(tmp_path)
+    model = convert(tmp_path, decoder_size="fast")
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        latents = model.encoder(x).mean
+        latents.square().sum().backward()
+        found.append([latents, *(parameter.grad for parameter in model.encoder.parameters())])
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)

@@ -191,6 +191,22 @@ def test_over_two_processes_it_is_the_batch_norm_of_the_whole_batch(tmp_path: Pa
         check_steps(alone, alone, steps(seeded_norm(reference).double(), slice(None), torch.float64))
 
 
+def test_two_batches_before_a_backward_pass_have_each_their_own_statistics() -> None:
+    batches = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    together, apart = norm_of_what_stays(3), norm_of_what_stays(3)
+    sum(together(x).square().sum() for x in batches).backward()
+    for x in batches:
+        apart(x).square().sum().backward()
+    torch.testing.assert_close(together.weight.grad, apart.weight.grad)
+
+
+def test_what_stays_is_followed_also_after_a_long_training() -> None:
+    norm = norm_of_what_stays(1)
+    norm.num_batches_tracked.fill_(10**6)
+    norm(torch.full((2, 1, 4, 4), 3.0))
+    assert norm.running_mean.item() == pytest.approx(3e-3)
+
+
 def check_steps(
     halves: list[dict[str, Tensor]], compiled: list[dict[str, Tensor]], expected: dict[str, Tensor]
 ) -> None:

@@ -121,7 +121,7 @@ def _convert_diffusers(args: Namespace) -> None:
     parts = {part: config[part] for part in COMPONENTS}
     shape = {"latent_channels": config.latent_channels, "downsample_factor": config.downsample_factor}
     run = {
-        "description": f"a decoder on the frozen encoder of {args.source}",
+        "description": f"a decoder on the frozen encoder of {config.provenance['source']}",
         "model": json.loads(json.dumps({**shape, **parts})),
         "training": {"train": ["decoder", "losses.repa"]},
         "losses": {"kl": 0.0},

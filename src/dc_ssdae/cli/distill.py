@@ -146,9 +146,9 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
     from dc_ssdae.training.config import ModelConfig
 
     find_own_classes()
-    if not Path(teacher).is_dir():
-        raise InputError(f"--teacher {teacher}: no such folder")
     folder = model_folder(teacher)
+    if not folder.is_dir():
+        raise InputError(f"--teacher {teacher}: no such folder")
     config = read_config(folder)
     try:
         model = {name: config[name] for name in ("latent_channels", "downsample_factor", *COMPONENTS)}

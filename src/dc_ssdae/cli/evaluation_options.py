@@ -121,7 +121,9 @@ def open_evaluation(args: "Namespace") -> OpenEvaluation:
     if args.lpips is not None:
         if args.lpips not in get_args(LPIPSNetwork):
             raise unknown_name("network of LPIPS", args.lpips, get_args(LPIPSNetwork))
-        protocol = replace(protocol, lpips=args.lpips)
+        if args.lpips != protocol.lpips:
+            # Another name too: its figures may not be taken for the protocol's own.
+            protocol = replace(protocol, name=f"{protocol.name}, LPIPS of {args.lpips}", lpips=args.lpips)
     for name in args.metrics or ():
         if name not in METRICS:
             raise unknown_name("metric", name, METRICS)

@@ -64,7 +64,8 @@ def run(args: Namespace) -> int:
     is_folder = Path(args.model).is_dir()
     if not (is_folder or args.no_write):
         raise InputError(
-            f"{args.model} is no folder, whose config.json could be written; a model's id on the hub needs --no-write"
+            f"{args.model} is no folder whose config.json could be written: name one with --model, or only print, with "
+            "--no-write"
         )
     model = load_model(args)
     from dc_ssdae.data.loader import ValidationImages

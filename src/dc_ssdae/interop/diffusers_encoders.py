@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.errors import InputError, check_type, shown, unknown_name
 from dc_ssdae.interop.diffusers_models import DiffusersSource, find_diffusers_model, load_diffusers_model
-from dc_ssdae.model_folder import WEIGHTS, may_be_on_the_hub, model_folder, read_config
+from dc_ssdae.model_folder import (
+    WEIGHTS,
+    may_be_on_the_hub,
+    model_folder,
+    read_config,
+    weight_files,
+    weight_variants,
+)
 from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder
 from dc_ssdae.networks.attention import LinearAttention
 from dc_ssdae.networks.dc_encoder import ARCHITECTURES, Architecture
@@ -261,23 +268,39 @@ def _trained_parts(folder: Path) -> dict[str, Any]:
 
 def _load_decoder(model: DCSSDAE, folder: Path, source: str) -> None:
     """Give the model the decoder of a saved one, whose file may lack the encoder but for what tells it from others."""
+    files = weight_files(folder)
+    if not files:
+        raise InputError(f"{folder} holds no {WEIGHTS}.safetensors")
     given: dict[str, Tensor] = {}
-    for file in sorted(folder.glob(f"{WEIGHTS}*.safetensors")):
+    for file in files[weight_variants(folder)[0]]:
         given.update(read_safetensors(file))
-    for name, value in model.state_dict().items():
-        is_decoder = name.startswith("decoder.")
-        if is_decoder and (name not in given or given[name].shape != value.shape):
-            raise InputError(f"{folder} has no {name} of shape {tuple(value.shape)}: its decoder is of another latent")
-        if name.startswith("encoder.") and name in given:
-            kind = given[name].dtype
-            if given[name].shape != value.shape or not torch.equal(given[name], value.to(kind)):
-                raise InputError(
-                    f"the decoder of {folder} was trained on another encoder than that of {source}: {name} differs"
-                )
-    prefix = "decoder."
-    model.decoder.load_state_dict(
-        {name.removeprefix(prefix): value.float() for name, value in given.items() if name.startswith(prefix)}
-    )
+    config, state = read_config(folder), model.state_dict()
+    of_encoder = [name for name in given if name.startswith("encoder.")]
+    if not of_encoder:
+        raise InputError(
+            f"{folder} has no tensor of its encoder, by which to tell that it is that of {source}: keep one"
+        )
+    parts = ("latent_channels", "downsample_factor", "encoder")
+    other = [name for name in parts if config.get(name) != model.config[name]]
+    other += [name for name in of_encoder if name not in state or not _same(given[name], state[name])]
+    if other:
+        raise InputError(
+            f"the decoder of {folder} was trained on another encoder than that of {source}: {other[0]} differs"
+        )
+    trained = {}
+    for name, value in model.decoder.state_dict().items():
+        name_there = f"decoder.{name}"
+        if name_there not in given or given[name_there].shape != value.shape:
+            raise InputError(
+                f"{folder} has no {name_there} of shape {tuple(value.shape)}: its decoder is of another latent"
+            )
+        trained[name] = given[name_there].float()
+    model.decoder.load_state_dict(trained)
+
+
+def _same(saved: Tensor, value: Tensor) -> bool:
+    """Whether a tensor was saved from this one, perhaps in fewer digits."""
+    return saved.shape == value.shape and torch.equal(saved, value.to(saved.dtype))
 
 
 def _origin(source: DiffusersSource) -> str:

@@ -4,11 +4,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.latent import DiagonalGaussian
-from dc_ssdae.networks.blocks import check_image
+from dc_ssdae.networks.blocks import CheckpointedModule, check_image
 
 WRAPPED = ("AutoencoderTiny",)
 """The classes of diffusers whose encoders are run as they are; those of AutoencoderKL and AutoencoderDC are ours."""
@@ -17,7 +17,7 @@ SAVED_BESIDE = ("block_out_channels",)
 """What these classes write into config.json and their constructors do not take."""
 
 
-class DiffusersEncoder(nn.Module):
+class DiffusersEncoder(CheckpointedModule):
     """An encoder of diffusers, without its autoencoder's decoder.
 
     Args:
@@ -57,7 +57,12 @@ class DiffusersEncoder(nn.Module):
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """Encode (B, 3, H, W) in [-1, 1] to a point of (B, c, H/f, W/f), as a Gaussian without a variance."""
         check_image(x, self.downsample_factor)
-        return DiagonalGaussian(self.autoencoder.encode(x).latents)
+        return DiagonalGaussian(self.run_block(self._latents, x))
+
+    def _latents(self, x: Tensor) -> Tensor:
+        # Its own checkpointing leaves out that it takes images in [0, 1] (diffusers 0.42).
+        self.autoencoder.encoder.gradient_checkpointing = False
+        return self.autoencoder.encode(x).latents
 
 
 def constructor_settings(autoencoder: str, config: Mapping[str, Any]) -> dict[str, Any]:

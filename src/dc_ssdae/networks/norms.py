@@ -37,6 +37,10 @@ class ChannelRMSNorm(nn.Module):
         return (wide * weight + bias if torch.is_grad_enabled() else wide.mul_(weight).add_(bias)).to(x.dtype)
 
 
+SLOWEST = 1e-3
+"""The least share that a batch has in the running statistics of inputs that stay, so that they follow new data."""
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Affine batch normalisation whose training statistics are those of the global batch.
 
@@ -46,7 +50,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
     Attributes:
         inputs_stay: what comes in is not being trained: training too normalises by the running statistics, which become
-            the mean of all batches so far. A batch's own would be noise, which evaluation does not have.
+            the mean over the first 1,000 batches and then a moving one. A batch's own would be noise, which evaluation
+            does not have.
     """
 
     momentum: float
@@ -59,10 +64,16 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         with full_precision(input.device.type):
             x = input.float()
             if self.training and self.inputs_stay:
+                assert self.num_batches_tracked is not None
+                assert self.running_mean is not None
+                assert self.running_var is not None
                 with torch.no_grad():
-                    assert self.num_batches_tracked is not None
-                    self._update(*_moments(x)[1:], 1.0 / (self.num_batches_tracked + 1))
-                return self._normalise_here(x, training=False).to(input.dtype)
+                    self._update(*_moments(x)[1:], (1.0 / (self.num_batches_tracked + 1)).clamp(min=SLOWEST))
+                # A copy of them, because the next batch changes them, perhaps before this one's gradients are there.
+                mean, variance = self.running_mean.float().clone(), self.running_var.float().clone()
+                return F.batch_norm(x, mean, variance, _float(self.weight), _float(self.bias), eps=self.eps).to(
+                    input.dtype
+                )
             if self.training and _is_distributed():
                 return self._normalise_over_processes(x).to(input.dtype)
             return self._normalise_here(x, self.training or not self.track_running_stats).to(input.dtype)
@@ -95,7 +106,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        for buffer, value in ((self.running_mean, mean), (self.running_var, variance * total / (total - 1))):
+        for buffer, value in (
+            (self.running_mean, mean),
+            (self.running_var, variance * total / (total - 1).clamp(min=1)),
+        ):
             buffer.copy_(torch.lerp(buffer.float(), value, weight))
 
 
@@ -104,7 +118,7 @@ def _is_distributed() -> bool:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of (B, C, H, W), over all processes: x less its mean, mean (C,), variance (C,) and number of values (1,)."""
+    """Of (B, C, H, W), over all processes: x less its mean, mean (C,), variance (C,) and number of values ()."""
     over_processes = _SumOverProcesses.apply if _is_distributed() else lambda values: values
     count = x.new_full((1,), float(x.numel() // x.shape[1]))
     # Two passes, mean first: E[x²] - E[x]² would lose the variance of latents with a large mean.
