@@ -177,8 +177,23 @@ def kl() -> str:
     return markdown(head, rows)
 
 
+def kick() -> str:
+    """What a single step does to the log-variances, with training's bound on them and without."""
+    rows = []
+    for first, last in ((0, 0), (1, 1), (2, 10), (11, 20), (21, 50), (51, 80), (81, 100)):
+        row = [f"{first}" if first == last else f"{first} to {last}"]
+        for former in (True, False):
+            found = [line for line in lines("logvar_explosion") if line["former"] == former and "logvar" in line]
+            within = [line for line in found if first <= line["step"] - line["kick"] <= last]
+            for name, digits in (("logvar", ".1f"), ("behind", ",.0f"), ("kl", ".2g")):
+                row.append(f"{max(line[name] for line in within):{digits}}")
+        rows.append(row)
+    each = ("log-variance", "features", "KL of it")
+    return markdown(["steps after", *(f"{name}, {told}" for told in ("no bound", "bound") for name in each)], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    make.__name__: make for make in (architecture, counts, stopping, claim, distillation, stability, kl)
+    make.__name__: make for make in (architecture, counts, stopping, claim, distillation, stability, kl, kick)
 }
 
 
