@@ -19,7 +19,7 @@ from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.cli.main import main as dc_ssdae
 from dc_ssdae.losses.perceptual import LPIPSLoss
 
-VARIANTS = ("fm_field", "fm_image", "eqm_field", "eqm_image", "eqm_image_patch4")
+VARIANTS = ("fm_field", "eqm_field", "eqm_image_patch4")
 DISTILLED = ("eqm_image_patch4",)
 STEPS, SECONDS, LR = 8, 300, 1e-3
 FIXED = {str(count): {"num_steps": count} for count in (1, 2, 3, 4, 6, 8, 16)}
