@@ -158,18 +158,24 @@ def architecture_figure() -> "Figure":
 
 
 def stability() -> str:
-    """What each run of the learning rates did."""
-    rows = []
+    """PSNR of each run of the learning rates, from which step it went wrong, and its largest KL."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for line in lines("stability"):
         if "kl" not in line:
-            end = "above its start" if line["above_its_start"] is not None else "fine"
-            where = line["first_skipped"] if line["skipped"] else line["above_its_start"]
-            told = [f"{line['skipped']} steps not finite" if line["skipped"] else end]
-            told += ["" if where is None else str(where), f"{line['largest_kl']:.3g}", f"{line.get('psnr_1', '')}"]
-            names = [f"{line['dynamics']}, {line['prediction']}", line["norm"], f"{line['factor']}e-3"]
-            rows.append([*names, *told])
-    head = ["dynamics, prediction", "encoder norm", "learning rate", "run", "from step", "largest KL", "PSNR, dB"]
-    return markdown(head, rows)
+            norm = "norm" if line["norm"] != "none" else "no norm"
+            found.setdefault(f"{line['dynamics']}, {line['prediction']}, {norm}", []).append(line)
+    rows = []
+    for name, runs in found.items():
+        ends = [f"{run['psnr_1']:.1f}" if "psnr_1" in run else "none" for run in runs]
+        for index, run in enumerate(runs):
+            if run["skipped"]:
+                ends[index] += f", {run['skipped']} steps not finite from step {run['first_skipped']}"
+            elif run["above_its_start"] is not None:
+                ends[index] += f", loss above its start at step {run['above_its_start']}"
+        rows.append([name, *ends, *(f"{run['largest_kl']:.0e}" for run in runs)])
+    rates = [f"{run['factor'] / 1000:g}" for run in next(iter(found.values()))]
+    head = ["dynamics, prediction, encoder", *(f"dB at {rate}" for rate in rates)]
+    return markdown([*head, *(f"largest KL at {rate}" for rate in rates)], rows)
 
 
 def kl() -> str:
@@ -177,8 +183,8 @@ def kl() -> str:
     rows = []
     for line in lines("stability"):
         if "kl" in line:
-            figures = [f"{line[name]:g}" for name in ("latent_std", "noise_std", "active_channels", "psnr_1", "psnr_2")]
-            rows.append([f"{line['kl']:.0e}", *figures])
+            names = {"latent_std": ".2f", "noise_std": ".3f", "active_channels": "", "psnr_1": ".2f", "psnr_2": ".2f"}
+            rows.append([f"{line['kl']:.0e}", *(f"{line[name]:{digits}}" for name, digits in names.items())])
     head = ["weight", "latent's std", "of it noise", "active channels of 4", "PSNR, dB", "in two steps, dB"]
     return markdown(head, rows)
 
