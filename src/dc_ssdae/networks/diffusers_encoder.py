@@ -60,8 +60,9 @@ class DiffusersEncoder(CheckpointedModule):
         return DiagonalGaussian(self.run_block(self._latents, x))
 
     def _latents(self, x: Tensor) -> Tensor:
-        # Its own checkpointing leaves out that it takes images in [0, 1] (diffusers 0.42).
-        self.autoencoder.encoder.gradient_checkpointing = False
+        if self.autoencoder.encoder.gradient_checkpointing:
+            # Its own leaves out that it takes images in [0, 1] (diffusers 0.42).
+            self.autoencoder.encoder.gradient_checkpointing = False
         return self.autoencoder.encode(x).latents
 
 
