@@ -46,6 +46,27 @@ def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
         raise
 
 
+def temporary_name(path: Path) -> Path:
+    """A name of its own beside `path`, hidden, to write under before the rename."""
+    return path.parent / f".{uuid.uuid4().hex}.partial"
+
+
+def replace_link(link: Path, target: str | Path) -> None:
+    """Make a symbolic link, or let it lead elsewhere, by one rename.
+
+    Args:
+        link: to make.
+        target: relative to the link's folder, so that the folder can be moved.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    beside = temporary_name(link)
+    beside.symlink_to(target, target_is_directory=True)
+    os.replace(beside, link)
+    sync(link.parent)
+
+
 @contextlib.contextmanager
 def written_beside(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """Give the name to write a file under; at the end of the block it takes the file's place, unless something failed.
@@ -57,7 +78,7 @@ def written_beside(path: Path, beside: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; names the file, also where the system does not, as on a full disk.
     """
-    beside = beside or path.parent / f".{uuid.uuid4().hex}.partial"
+    beside = beside or temporary_name(path)
     try:
         with naming(path, beside):
             yield beside

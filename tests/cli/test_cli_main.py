@@ -211,7 +211,7 @@ def test_a_bug_in_one_file_is_not_swallowed(tmp_path) -> None:
 
 
 def test_a_command_that_ends_well_closes_its_process_group(run: Callable, tmp_path: Path) -> None:
-    importlib.import_module("dc_ssdae.processes")  # as a command does that joins processes
+    importlib.import_module("dc_ssdae.distributed")  # as a command does that joins processes
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         assert run("info", "no-preset").code == 2

@@ -12,8 +12,8 @@ from latent_samples import SETTINGS, encoded_photos, pooled, pooling, write_phot
 from torch import Tensor
 
 from dc_ssdae.data.latent_shard import LatentSettings
+from dc_ssdae.distributed import Processes
 from dc_ssdae.latent import DiagonalGaussian
-from dc_ssdae.processes import Processes
 
 PROCESSES = 2
 

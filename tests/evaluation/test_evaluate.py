@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from dc_ssdae import DiagonalGaussian, InputError
+from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation import metrics
 from dc_ssdae.evaluation.candidates import (
     BicubicCandidate,
@@ -47,7 +48,6 @@ from dc_ssdae.evaluation.frechet import FrechetDistance
 from dc_ssdae.evaluation.latent_statistics import LatentProfile, LatentProfiler
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite, load_metrics
 from dc_ssdae.evaluation.protocol import PROTOCOLS, Protocol
-from dc_ssdae.processes import Processes
 from dc_ssdae.randomness import named_generator
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from scipy.stats import t
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation.estimates import Estimate
 from dc_ssdae.evaluation.frechet import BUFFERED_ROWS, REPLICATES, FrechetDistance
-from dc_ssdae.processes import Processes
 
 CHANNELS = 6
 COUNT = 40

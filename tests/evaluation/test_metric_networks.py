@@ -31,12 +31,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision import models, transforms
 
 from dc_ssdae import InputError
+from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation import metric_networks, metrics
 from dc_ssdae.evaluation.estimates import METRICS
 from dc_ssdae.evaluation.frechet import FrechetDistance
 from dc_ssdae.evaluation.metric_networks import DREAMSIM_FILES, MSE, Inception, MetricSuite, load_metrics
 from dc_ssdae.evaluation.protocol import PROTOCOLS
-from dc_ssdae.processes import Processes
 
 ALEX_FILE = "alexnet-owt-7be5be79.pth"
 VGG_FILE = "vgg16-397923af.pth"

@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.loader import ValidationImages
+from dc_ssdae.distributed import PATIENCE, Processes, sum_over_processes
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import list_presets, load_preset
-from dc_ssdae.processes import PATIENCE, Processes, sum_over_processes
 from dc_ssdae.training.build import build_model, build_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import OptimizerName, RunConfig

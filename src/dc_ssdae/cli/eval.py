@@ -29,11 +29,11 @@ from dc_ssdae.errors import InputError, is_out_of_memory
 from dc_ssdae.presets import SHIPPED_MODEL
 
 if TYPE_CHECKING:
+    from dc_ssdae.distributed import Processes
     from dc_ssdae.evaluation.candidate_names import CandidateSpec
     from dc_ssdae.evaluation.candidates import Candidate
     from dc_ssdae.evaluation.evaluate import Evaluation
     from dc_ssdae.evaluation.metric_networks import MetricSuite
-    from dc_ssdae.processes import Processes
 
 FILES = ("report.html", "report.md", "report.json", "images.csv")
 
@@ -73,8 +73,8 @@ def run(args: Namespace) -> int:
     classes = import_classes(args.modules)
     import torch
 
+    from dc_ssdae.distributed import Processes
     from dc_ssdae.evaluation.candidate_names import open_candidate
-    from dc_ssdae.processes import Processes
 
     processes = Processes.join(opened.device)
     if processes.count > 1 and opened.device.type == "cuda":

@@ -24,7 +24,7 @@ from dc_ssdae.errors import InputError, check_type, counted
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.data.sources import ImageSource
-    from dc_ssdae.processes import Processes
+    from dc_ssdae.distributed import Processes
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -95,7 +95,7 @@ def run(args: Namespace) -> int:
     from dc_ssdae.data.encode_latents import encode_latents
     from dc_ssdae.data.latent_shard import LatentEncoder, LatentSettings
     from dc_ssdae.data.loader import default_workers
-    from dc_ssdae.processes import Processes
+    from dc_ssdae.distributed import Processes
 
     processes = Processes.join(device)
     if processes.count > 1 and device.type == "cuda":

@@ -74,9 +74,9 @@ def _main(words: list[str]) -> int:
         else:
             args.debug = debug
             code = int(command.run(args))
-            if "dc_ssdae.processes" in sys.modules:
+            if "dc_ssdae.distributed" in sys.modules:
                 # Here, because a recipe's phases share the group; a failure leaves it, where closing it could hang.
-                sys.modules["dc_ssdae.processes"].leave_group()
+                sys.modules["dc_ssdae.distributed"].leave_group()
         sys.stdout.flush()
         return code
     except BrokenPipeError:

@@ -28,9 +28,9 @@ from dc_ssdae.data.latent_shard import (
 from dc_ssdae.data.loader import ValidationImages, enlarged_caveat, is_enlarged, read_batches, stack
 from dc_ssdae.data.resumable import check_broken, files_sha256
 from dc_ssdae.data.sources import ImageSource, read_labelled
+from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, counted
 from dc_ssdae.latent import LatentMoments
-from dc_ssdae.processes import Processes
 
 _STOP_FILE = "stop"
 _OTHER_IMAGES = "was encoded from other images than are in the source now"

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImages, validation_loader
 from dc_ssdae.data.sources import ImageSource
+from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, counted, is_out_of_memory
 from dc_ssdae.evaluation.candidates import Candidate, Encoded
 from dc_ssdae.evaluation.estimates import METRICS, Estimate, bootstrap, pooled_psnr
 from dc_ssdae.evaluation.latent_statistics import LatentProfile, LatentProfiler
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
 from dc_ssdae.evaluation.protocol import Protocol
-from dc_ssdae.processes import Processes
 from dc_ssdae.randomness import named_generator
 
 KL, BITS, EVALUATIONS = "kl", "bits_per_pixel", "evaluations"

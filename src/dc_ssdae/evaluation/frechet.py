@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation.estimates import Estimate, around
-from dc_ssdae.processes import Processes
 from dc_ssdae.randomness import resampling_counts
 
 REPLICATES = 20

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dc_ssdae.errors import InputError, check_type
-from dc_ssdae.files import sha256, sync, write_whole
+from dc_ssdae.files import replace_link, sha256, sync, write_whole
 from dc_ssdae.weights import read_safetensors
 
 FORMAT = 1
@@ -173,10 +173,7 @@ class CheckpointFolder:
 
     def _link(self, name: str, target: Path) -> None:
         # A link's target is given by its name alone, so that the run's folder may be moved.
-        beside = self._beside()
-        beside.symlink_to(target.name, target_is_directory=True)
-        os.replace(beside, self.path / name)
-        sync(self.path)
+        replace_link(self.path / name, target.name)
 
     def _linked(self, name: str) -> Path | None:
         link = self.path / name

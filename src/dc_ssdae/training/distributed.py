@@ -7,8 +7,8 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
+from dc_ssdae.distributed import PATIENCE, Processes
 from dc_ssdae.errors import InputError
-from dc_ssdae.processes import PATIENCE, Processes
 
 T = TypeVar("T")
 
@@ -103,8 +103,7 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
     Raises:
         InputError: as `together`, so that none waits for the others.
     """
-    processes = processes_of(accelerator)
-    return processes.gather(processes.together(work if processes.is_main else lambda: None))[0]  # type: ignore[return-value]
+    return processes_of(accelerator).on_main(work)
 
 
 def processes_of(accelerator: Accelerator) -> Processes:

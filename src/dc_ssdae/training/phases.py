@@ -7,7 +7,6 @@ RUN/model         a link to the model of the last phase that has ended, of the f
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError, unknown_name
-from dc_ssdae.files import write_whole
+from dc_ssdae.files import replace_link, write_whole
 from dc_ssdae.training.build import fetch_backbones, resolved
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import on_main_process, start_processes, together
@@ -266,6 +265,4 @@ def _link_model(path: Path, folder: Path) -> None:
     link, target = path / "model", Path(folder.name, "model")
     if link.is_symlink() and Path(os.readlink(link)) == target:
         return
-    beside = path / f".{uuid.uuid4().hex}.partial"
-    beside.symlink_to(target, target_is_directory=True)
-    os.replace(beside, link)
+    replace_link(link, target)

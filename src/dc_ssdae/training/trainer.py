@@ -27,10 +27,10 @@ from dc_ssdae.data.loader import (
     training_loader,
 )
 from dc_ssdae.data.sources import ImageSource, ImageSources
+from dc_ssdae.distributed import sum_over_processes
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import read_config
-from dc_ssdae.processes import sum_over_processes
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import build_step, place_step

@@ -98,3 +98,11 @@ class Processes:
         if failures:
             raise InputError(failures[0]) if self.is_main else ToldElsewhere(failures[0])
         return result  # type: ignore[return-value]  # it is there, or there was a failure
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something in the main process; all processes get its result, or its failure.
+
+        Raises:
+            InputError: as `together`, so that no process waits for the others.
+        """
+        return self.gather(self.together(work if self.is_main else lambda: None))[0]  # type: ignore[return-value]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import DistributedType, PartialState
 
+from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, ToldElsewhere
-from dc_ssdae.processes import Processes
 
 
 class Begun(Exception):
