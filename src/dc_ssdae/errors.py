@@ -10,7 +10,16 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """A user's value, file or setting cannot be used; the message is one line that says what would be right."""
+    """A user's value, file or setting cannot be used; the message is one line that says what would be right.
+
+    Args:
+        message: the line.
+        field: name of the setting or option that is wrong, such as training.lr; None where it is none, or not known.
+    """
+
+    def __init__(self, message: str = "", field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class MissingInputError(InputError, FileNotFoundError):
@@ -57,8 +66,9 @@ def lenient_stderr() -> Iterator[None]:
 
 
 def shown(value: object) -> str:
-    """What a value looks like, in one line."""
-    return " ".join(repr(value).split())
+    """What a value looks like, in one line that is not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def counted(number: int, thing: str) -> str:
@@ -81,20 +91,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def unknown_name(kind: str, name: object, accepted: Iterable[str]) -> InputError:
+def unknown_name(kind: str, name: object, accepted: Iterable[str], field: str | None = None) -> InputError:
     """Build the error for a name that is not among the accepted ones, with the closest match suggested.
 
     Args:
         kind: what the name stands for, as a reader would say it ("preset", "setting of DCEncoder").
         name: what was given.
         accepted: every name that would have been right.
+        field: of the error.
 
     Returns:
         The error, to be raised by the caller.
     """
     names = sorted(accepted)
     hint = did_you_mean(str(name), names)
-    return InputError(f"unknown {kind} {shown(name)}{hint}; accepted: {', '.join(names) or 'none'}")
+    return InputError(f"unknown {kind} {shown(name)}{hint}; accepted: {', '.join(names) or 'none'}", field)
 
 
 def did_you_mean(name: str, accepted: Iterable[str]) -> str:
@@ -139,4 +150,4 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         wrong = True
     if wrong:
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-        raise InputError(f"{name} is {value!r}; it must be of type {re.sub(r'[a-z_]+[.]', '', wanted)}")
+        raise InputError(f"{name} is {shown(value)}; it must be of type {re.sub(r'[a-z_]+[.]', '', wanted)}", name)

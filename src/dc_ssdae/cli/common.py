@@ -11,17 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dc_ssdae.cli.parser import (
-    LARGEST_SEED,
-    CommandParser,
-    device_name,
-    file_path,
-    filled,
-    number_between,
-    whole_number,
-)
 from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
-from dc_ssdae.presets import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -31,8 +21,6 @@ if TYPE_CHECKING:
 
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.latent import DiagonalGaussian
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Job(NamedTuple):
@@ -47,147 +35,6 @@ class Done(NamedTuple):
 
     line: str
     notes: Sequence[str] = ()
-
-
-def add_data_option(parser: CommandParser) -> None:
-    """Add `--data`, for commands that measure validation images where there are any."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        type=filled,
-        metavar="ROOT",
-        help="images, as data.root of a training run; of one with validation/, that",
-    )
-
-
-def add_device_option(parser: CommandParser) -> None:
-    """Add `--device`."""
-    parser.add_argument(
-        "--device",
-        type=device_name,
-        default="auto",
-        help="auto, cpu, cuda, cuda:N or mps; auto (the default) takes a GPU where there is one",
-    )
-
-
-def add_dtype_option(parser: CommandParser, purpose: str, choices: Sequence[str] = DTYPES) -> None:
-    """Add `--dtype`; `purpose` is what its help says it is for."""
-    parser.add_argument("--dtype", choices=choices, default="float32", help=f"{purpose} (default float32)")
-
-
-def add_model_options(parser: CommandParser) -> None:
-    """Add `--model`, `--import`, `--device` and `--dtype`, which `load_model` reads."""
-    parser.add_argument(
-        "--model",
-        default=SHIPPED_MODEL,
-        type=filled,
-        metavar="DIR",
-        help="the folder of a saved model or of a training run, or a model's id on the hub (default: "
-        f"{SHIPPED_MODEL}, which comes with this package)",
-    )
-    add_import_option(parser)
-    add_device_option(parser)
-    add_dtype_option(parser, "what to compute in")
-
-
-def add_file_options(parser: CommandParser) -> None:
-    """Add the model's options, `--tile_size` and `--out`, for commands that go through files of any image size."""
-    add_model_options(parser)
-    parser.add_argument(
-        "--tile_size",
-        type=whole_number(1),
-        metavar="S",
-        help="go through images with a side above S pixels in overlapping tiles of S by S, a multiple of the model's f "
-        "(512 is a good one): memory follows the tile",
-    )
-    add_output_option(parser)
-
-
-def add_import_option(parser: CommandParser) -> None:
-    """Add `--import`, which `import_classes` takes as `args.modules`."""
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        type=filled,
-        metavar="MODULE",
-        help="import a Python module with classes of your own that the model names, from the current folder or where "
-        "it is installed; may be given several times",
-    )
-
-
-def add_size_option(parser: CommandParser) -> None:
-    """Add `--size`, for commands that encode squares cut from images."""
-    parser.add_argument(
-        "--size",
-        type=whole_number(1),
-        default=256,
-        metavar="S",
-        help="side in pixels of the square that is cut from an image's centre, after resizing by the shorter side; a "
-        "multiple of the model's f (default 256)",
-    )
-
-
-def add_seed_option(parser: CommandParser, purpose: str, default: str = "default 0") -> None:
-    """Add `--seed`; `purpose` is what its help says it is for."""
-    parser.add_argument(
-        "--seed", type=whole_number(0, LARGEST_SEED), default=0, metavar="S", help=f"{purpose} ({default})"
-    )
-
-
-def add_batch_option(parser: CommandParser) -> None:
-    """Add `--batch`."""
-    parser.add_argument("--batch", type=whole_number(1), default=16, metavar="B", help="images at a time (default 16)")
-
-
-def add_workers_option(parser: CommandParser, purpose: str = "processes that read images") -> None:
-    """Add `--workers`; `purpose` is what its help says they are."""
-    parser.add_argument(
-        "--workers",
-        type=whole_number(0),
-        metavar="N",
-        help=f"{purpose} (default: one for each core but one, at most 8)",
-    )
-
-
-def add_shard_options(parser: CommandParser) -> None:
-    """Add `--shard-size`, `--max-broken-share` and `--cache`, for commands that turn images into shards."""
-    parser.add_argument(
-        "--shard-size", type=whole_number(1), default=1000, metavar="N", help="images in a shard (default 1000)"
-    )
-    parser.add_argument(
-        "--max-broken-share",
-        type=number_between(0, 1),
-        default=0.1,
-        metavar="X",
-        help="fail if more than this share of the images cannot be read (default 0.1); up to there they are left out",
-    )
-    parser.add_argument(
-        "--cache",
-        type=filled,
-        metavar="DIR",
-        help="folder for shards that come from a URL (default ~/.cache/dc_ssdae/shards)",
-    )
-
-
-def add_output_option(parser: CommandParser, default: str | None = None) -> None:
-    """Add `--out`, required where there is no default, and `--overwrite`."""
-    made = "; made if need be" if default is None else f" (default {default})"
-    parser.add_argument(
-        "--out",
-        required=default is None,
-        type=file_path,
-        default=default,
-        metavar="DIR",
-        help=f"folder to write to{made}",
-    )
-    add_overwrite_option(parser)
-
-
-def add_overwrite_option(parser: CommandParser) -> None:
-    """Add `--overwrite`, which `check_outputs` reads."""
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
 
 
 def say(line: str) -> None:
@@ -354,7 +201,12 @@ def select_device(name: str) -> "torch.device":
     count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if count else "mps" if has_mps else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"unknown device {name!r}; accepted: auto, cpu, cuda, cuda:N, mps")
     if device.type == "cuda" and (device.index or 0) >= count:
         present = f"it has cuda:0 to cuda:{count - 1}" if count else "PyTorch finds no CUDA device here"
         raise InputError(f"no device {name!r} on this machine: {present}; --device auto takes what there is")

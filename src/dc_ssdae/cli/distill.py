@@ -1,33 +1,24 @@
 """`dc-ssdae distill`: teach a model to do in one step what it does in several, and compare."""
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain, say
-from dc_ssdae.cli.parser import CommandParser, filled, whole_number
-from dc_ssdae.cli.train import (
-    check_changes,
-    find_own_classes,
-    is_main_process,
-    read_run,
-    take_option,
-    tell_end,
-    told_once,
-    watching_training,
-)
+from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_run_config
+from dc_ssdae.cli.train import is_main_process, new_run_folder, read_changes, read_run, tell_end, watching_training
 from dc_ssdae.errors import InputError
+from dc_ssdae.presets import read_yaml
+from dc_ssdae.settings import setting
+from dc_ssdae.training.config import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
-    from dc_ssdae.training.config import RunConfig
     from dc_ssdae.training.trainer import Outcome
 
-PROGRAM = "dc-ssdae distill"
-
 DEFAULT_STEPS = 8
-"""Of the teacher (SPEC section 2, "Distillation")."""
+"""The teacher's number of steps where none is given."""
 
 CHANGED: Mapping[str, Any] = {
     "steps": 20_000,
@@ -39,103 +30,90 @@ CHANGED: Mapping[str, Any] = {
     "output": None,
     "processes": None,
 }
-"""What a distillation does otherwise than the run that the teacher comes from; flags go over it."""
+"""Settings of a distillation that differ from those of the teacher's run, unless they are given."""
 
 TERMS = ("dynamics", "lpips")
-"""Of the teacher's objective, the terms that a student keeps."""
-
-OWN_OPTIONS = {
-    "--teacher": "the folder of a saved model, or of a run",
-    "--steps": "a whole number",
-    "--resume": "the folder of a run",
-}
+"""The loss terms of the teacher's run that a student keeps."""
 
 
-class DistillParser:
-    """Reads the command's own words; what is left are settings of a run, as `dc-ssdae train` takes them."""
+@dataclass(kw_only=True)
+class Options(RunOptions):
+    """Train a copy of a model so that it lands in one step where the teacher lands in several, from the same noise and
+    latent; then compare the two on validation images.
 
-    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:
-        """Read and check everything.
+    It is a run like any other: it saves, resumes and logs as dc-ssdae train does. Where the teacher comes from a run,
+    data and loop are that run's by default.
 
-        Raises:
-            InputError: something is wrong; one line.
-            SystemExit: after --help and --print_config.
-        """
-        try:
-            return _parse(words)
-        except InputError as error:
-            raise told_once(error) from error
+    Args:
+        teacher: the folder of a saved model or of a run, or the name of the trained model that comes with this package.
+        steps: steps of the teacher, 8 by default; its step size is --distillation.step_size.
+        resume: go on with a distillation, or compare again.
+    """
 
-
-def build_parser() -> DistillParser:
-    """Build the command's parser."""
-    return DistillParser()
-
-
-def _own_parser() -> CommandParser:
-    parser = CommandParser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} --teacher DIR [--steps K] [--config FILE] [--section.name VALUE]\n"
-        f"       {PROGRAM} --resume RUN [--section.name VALUE]",
-        description="Train a copy of a model so that it lands in one step where the teacher lands in several, from the "
-        "same noise and latent; then compare the two on validation images. It is a run like any other: it saves, "
-        "resumes and logs as dc-ssdae train does, and takes the same --config FILE and --section.name VALUE, which "
-        "dc-ssdae train --help lists. Where the teacher comes from a run, data and loop are that run's by default.",
+    program = "dc-ssdae distill"
+    usage = (
+        "dc-ssdae distill --teacher DIR [--steps K] [--config FILE] [--section.name VALUE]\n"
+        "       dc-ssdae distill --resume RUN [--section.name VALUE]"
     )
-    parser.add_argument("--teacher", type=filled, metavar="DIR", help="the folder of a saved model, or of a run")
-    parser.add_argument(
-        "--steps",
-        type=whole_number(1),
-        default=None,
-        metavar="K",
-        help=f"of the teacher (default {DEFAULT_STEPS}); its step size is --distillation.step_size",
-    )
-    parser.add_argument("--resume", type=filled, metavar="RUN", help="go on with a distillation, or compare again")
-    return parser
+    teacher: str | None = setting(None, metavar="DIR")
+    steps: int | None = setting(None, at_least=1, metavar="K")
+    resume: Path | None = setting(None, metavar="RUN")
 
 
-def _parse(words: Sequence[str]) -> argparse.Namespace:
-    from dc_ssdae.cli.run_config import build_run_parser, parse_run_config
+def run(options: Options) -> int:
+    """Train the student, then compare; gives the exit code, 0 also where a signal asked for the end."""
+    with watching_training(options.resume is not None):
+        from dc_ssdae.training.build import resolved
+        from dc_ssdae.training.launch import resume_run, start_run
 
-    parser, rest, own = _own_parser(), list(words), []
-    if "--help" in words or "-h" in words:
-        parser.parse_args(["--help"])
-    for name, needs in OWN_OPTIONS.items():
-        value, rest = take_option(rest, name, needs)
-        own += [] if value is None else [f"{name}={value}"]
-    args = parser.parse_args(own)
-    run_parser = build_run_parser(PROGRAM)
-    for name in ("--teacher", "--steps"):
-        run_parser.add_argument(name)  # to be suggested where one is misspelt
-    if args.resume is None:
-        if args.teacher is None:
-            raise InputError("which model is to be taught from? --teacher DIR, a saved model's folder or a run's")
-        # Also as flags, which go over what a file says, such as the config.yaml of an earlier distillation.
-        rest.append(f"--distillation.teacher={args.teacher}")
-        rest += [] if args.steps is None else [f"--distillation.steps={args.steps}"]
-        from dc_ssdae.data.sources import check_runs_nothing
+        if options.resume is None:
+            config = resolved(_new_config(options))
+            assert config.distillation is not None
+            teacher = Path(config.distillation.teacher).absolute()
+            name = teacher.parent.name if teacher.name == "model" else teacher.name
+            path = new_run_folder(config.training.output, f"{name}-distilled")
+            _preview(config)
+            outcome: Outcome | None = start_run(config, config_yaml(config), path)
+        else:
+            if options.teacher is not None or options.steps is not None:
+                raise InputError("--resume goes on with the run's own teacher; leave --teacher and --steps out")
+            path, before = options.resume, read_run(options.resume)
+            if before.distillation is None:
+                raise InputError(f"--resume {path} is no distillation; go on with it by dc-ssdae train --resume {path}")
+            config = read_changes(options, before, path)
+            outcome = resume_run(config, config_yaml(config) if config != before else None, path)
+        if outcome is not None:
+            tell_end(Options.program, outcome, path, "")
+    if is_main_process() and (outcome is None or outcome.stopped_by is None):
+        _compare(path, config)
+    return 0
 
-        base = _base(args.teacher, args.steps or DEFAULT_STEPS)
-        for name, value in base.get("data", {}).items():
-            if any(word.startswith(f"--data.{name}") for word in rest):
-                continue
-            check_runs_nothing(value, Path(args.teacher))
-            class_path = str(value.get("class_path")) if isinstance(value, Mapping) else ""
-            if "." in class_path and not class_path.startswith("dc_ssdae."):
-                raise InputError(
-                    f"--teacher {args.teacher} reads images by {class_path}; if you trust it, give --data.{name}"
-                )
-        config = parse_run_config(rest, base=base, parser=run_parser).config
-        return argparse.Namespace(program=PROGRAM, resume=None, config=config)
-    if args.teacher is not None or args.steps is not None:
-        raise InputError("--resume goes on with the run's own teacher; leave --teacher and --steps out")
-    path = Path(args.resume)
-    before = read_run(path)
-    if before.distillation is None:
-        raise InputError(f"--resume {path} is no distillation; go on with it by dc-ssdae train --resume {path}")
-    after = parse_run_config(rest, base=before.to_mapping(), parser=run_parser).config if rest else before
-    check_changes(before.to_mapping(), after.to_mapping(), path)
-    return argparse.Namespace(program=PROGRAM, resume=path, config=after, changed=after != before)
+
+def _new_config(options: Options) -> RunConfig:
+    """The configuration of a new distillation.
+
+    Raises:
+        InputError: no teacher is given; or its run reads images by a class of its author, who may not be trusted.
+    """
+    from dc_ssdae.data.sources import check_runs_nothing
+
+    if options.teacher is None:
+        raise InputError("which model is to be taught from? --teacher DIR, a saved model's folder or a run's")
+    base = _base(options.teacher, options.steps or DEFAULT_STEPS)
+    for name, value in base.get("data", {}).items():
+        if any(key.startswith(f"data.{name}") for key, _ in options.settings):
+            continue
+        check_runs_nothing(value, Path(options.teacher))
+        class_path = str(value.get("class_path")) if isinstance(value, Mapping) else ""
+        if "." in class_path and not class_path.startswith("dc_ssdae."):
+            raise InputError(
+                f"--teacher {options.teacher} reads images by {class_path}; if you trust it, give --data.{name}"
+            )
+    # Also as settings, which go over what a file says, such as the config.yaml of an earlier distillation.
+    options.settings.append(("distillation.teacher", options.teacher))
+    if options.steps is not None:
+        options.settings.append(("distillation.steps", str(options.steps)))
+    return read_run_config(options, base)[0]
 
 
 def _base(teacher: str, steps: int) -> dict[str, Any]:
@@ -143,9 +121,7 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
     from dc_ssdae.autoencoder import COMPONENTS
     from dc_ssdae.model_folder import model_folder, read_config
     from dc_ssdae.training.build import decoder_groups
-    from dc_ssdae.training.config import ModelConfig
 
-    find_own_classes()
     folder = model_folder(teacher)
     if not folder.is_dir():
         raise InputError(f"--teacher {teacher}: no such folder")
@@ -173,50 +149,13 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
 
 def _run_of(folder: Path) -> dict[str, Any]:
     """The configuration of the run that a model's folder belongs to; nothing for a model alone."""
-    from dc_ssdae.presets import read_yaml
-    from dc_ssdae.training.config import RunConfig
-
     file = folder.resolve().parent / "config.yaml"  # RUN/model of a recipe leads to that of its last phase
     if folder.name != "model" or not file.is_file():
         return {}
-    return RunConfig.from_mapping(read_yaml(file, str(file))).to_mapping()
+    return RunConfig.from_mapping(read_yaml(file)).to_mapping()
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train the student, then compare; gives the exit code, 0 also where a signal asked for the end."""
-    with watching_training(args):
-        path = _train(args)
-    if path is not None and is_main_process():
-        _compare(path, args.config)
-    return 0
-
-
-def _train(args: argparse.Namespace) -> Path | None:
-    """Train until the end; gives the run's folder, None where a signal came first."""
-    from dc_ssdae.cli.run_config import config_yaml
-    from dc_ssdae.training.build import resolved
-    from dc_ssdae.training.launch import resume_run, start_run
-    from dc_ssdae.training.run import check_new
-
-    outcome: Outcome | None
-    if args.resume is None:
-        teacher = Path(args.config.distillation.teacher).absolute()
-        name = teacher.parent.name if teacher.name == "model" else teacher.name
-        path = Path(args.config.training.output or Path("runs") / f"{name}-distilled")
-        if is_main_process():
-            check_new(path)
-        config = resolved(args.config)
-        _preview(config)
-        outcome = start_run(config, config_yaml(config), path)
-    else:
-        path = args.resume
-        outcome = resume_run(args.config, config_yaml(args.config) if args.changed else None, path)
-    if outcome is not None:
-        tell_end(PROGRAM, outcome, path)
-    return path if outcome is None or outcome.stopped_by is None else None
-
-
-def _preview(config: "RunConfig") -> None:
+def _preview(config: RunConfig) -> None:
     """Say what the teacher's steps are worth, and what the cache may take, before the time is spent."""
     from dc_ssdae.training.build import check_components
     from dc_ssdae.training.comparison import preview_teacher
@@ -225,15 +164,18 @@ def _preview(config: "RunConfig") -> None:
         return
     with suppress(InputError):  # the run itself finds the mistake, for all processes
         check_components(config)
-        complain(PROGRAM, preview_teacher(config))
+        complain(Options.program, preview_teacher(config))
     assert config.distillation is not None
     if config.distillation.cache_steps is not None:
         images = config.distillation.cache_steps * config.training.batch_size
         gibibytes = images * 3 * config.data.image_size**2 * 4 / 2**30
-        complain(PROGRAM, f"the teacher's results of {images} draws will take {gibibytes:.2g} GiB in the run's folder")
+        complain(
+            Options.program,
+            f"the teacher's results of {images} draws will take {gibibytes:.2g} GiB in the run's folder",
+        )
 
 
-def _compare(path: Path, config: "RunConfig") -> None:
+def _compare(path: Path, config: RunConfig) -> None:
     from accelerate.utils.memory import clear_device_cache
 
     from dc_ssdae.training.comparison import compare_distilled

@@ -1,124 +1,164 @@
-"""The parser of every command: errors are one line that suggests what was meant. Imports nothing heavy."""
+"""The parser of every command: a dataclass of options in, an object of it out. Imports nothing heavy."""
 
 import argparse
-import math
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import NoneType
+from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, did_you_mean
+from dc_ssdae.settings import alternatives, check_settings, documentation, is_required, metavar
 
-LARGEST_SEED = 2**32 - 1
-"""PyTorch's CPU generator reads no more than 32 bits of a seed: a larger one would repeat a smaller one's noise."""
 
-T = TypeVar("T", int, float)
+@dataclass(kw_only=True)
+class Options:
+    """What every command takes. A command adds its own as fields; their names are the options'.
 
-_NUMBER = re.compile(r"-\.?\d")
+    A field's `setting` may have, besides limits: name, the option's spelling where it is not "--" and the field's name;
+    alias, another spelling; positional, for words without a name; repeated, for a list whose option is given several
+    times (else a list's values stand in one word, with commas between them); metavar, what stands for the value.
+
+    Args:
+        debug: show the traceback of an error.
+    """
+
+    program: ClassVar[str] = "dc-ssdae"
+    usage: ClassVar[str | None] = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self, {entry.name: option_name(entry) for entry in fields(self)})
+
+    @classmethod
+    def extend(cls, parser: "CommandParser") -> None:
+        """Add to the parser what is no field."""
+
+    @classmethod
+    def read_rest(cls, words: Sequence[str], given: dict[str, Any], parser: "CommandParser") -> dict[str, Any]:
+        """Make values of fields, to go over those `given`, of the words that the parser does not know.
+
+        Raises:
+            InputError: they mean nothing.
+        """
+        return parser.refuse(words[0])
 
 
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `InputError` with one line, where argparse prints the usage and exits.
 
-    Options cannot be abbreviated: a script keeps its meaning when a later version adds an option. Every parser
-    takes `--debug`, which `dc_ssdae.cli.main` looks for. The namespace holds the parser's name as `program`.
+    Options cannot be abbreviated: a script keeps its meaning when a later version adds an option.
 
     Args:
-        settings: what `argparse.ArgumentParser` takes.
+        options: of the command; their docstring's description is the command's.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self._has_commands = False
-        super().__init__(**{"allow_abbrev": False, **settings})
-        self.set_defaults(program=self.prog)
-        # No default: a sub-command's would replace what was given before its name.
-        self.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+    def __init__(self, options: type[Options]) -> None:
+        description, documented = documentation(options)
+        needed = " ".join(map(_usage, filter(is_required, fields(options))))
+        usage = options.usage or f"{options.program} {needed} [options]".replace("  ", " ")
+        super().__init__(prog=options.program, usage=usage, description=description, allow_abbrev=False)
+        self._options = options
+        hints = get_type_hints(options)
+        # The command's own options before those that it shares.
+        for base in options.__mro__:
+            for entry in fields(options):
+                if entry.name in inspect.get_annotations(base) and option_name(entry) is not None:
+                    self.add_option(self, entry, hints[entry.name], documented[entry.name])
+        options.extend(self)
 
-    def add_subparsers(self, **kwargs: Any) -> Any:
-        """As argparse's."""
-        self._has_commands = True
-        return super().add_subparsers(**kwargs)
+    def parse(self, words: Sequence[str]) -> Options:
+        """Read a command's words.
 
-    def parse_known_args(  # type: ignore[override]
-        self, args: Iterable[str] | None = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's, but an unknown option is an error, and the first one to be told."""
-        words = list(sys.argv[1:] if args is None else args)
+        Raises:
+            InputError: a word is wrong or missing; one line that names it.
+            SystemExit: after --help, with 0.
+        """
+        namespace, rest = self.parse_known_args(words)
+        given = vars(namespace)
+        if rest:
+            given |= self._options.read_rest(rest, given, self)
+        for entry in fields(self._options):
+            if is_required(entry) and given.get(entry.name) in (None, []):
+                meaning = documentation(self._options)[1][entry.name]
+                raise InputError(f"{option_name(entry)} is missing: {meaning}")
+        return self._options(**{name: value for name, value in given.items() if value is not None})
+
+    def refuse(self, word: str) -> NoReturn:
+        """Refuse a word that is no option of the command.
+
+        Raises:
+            InputError: suggests what was meant.
+        """
+        if not word.startswith("-"):
+            raise InputError(f"unexpected word {word!r}; {self.prog} --help lists what is accepted")
         # argparse keeps no public list of its options; this one has those of groups too.
-        accepted = list(self._option_string_actions)
-        for word in self._options_among(words):
-            name = word.split("=", 1)[0]
-            if name not in accepted:
-                raise unknown_name("option", name, [option for option in accepted if option.startswith("--")])
-        return super().parse_known_args(words, namespace)
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        name = word.partition("=")[0]
+        raise InputError(f"unknown option {name!r}{did_you_mean(name, options)}; {self.prog} --help lists the options")
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as an `InputError`."""
         raise InputError(message)
 
-    def _options_among(self, words: Sequence[str]) -> Iterator[str]:
-        for word in words:
-            is_option = word.startswith("-") and word != "-" and not _NUMBER.match(word)
-            if word == "--" or (self._has_commands and not is_option):
-                return
-            if is_option:
-                yield word
+    def add_option(self, group: Any, entry: Field[Any], hint: Any, text: str) -> None:
+        """Add an option for a field of type `hint` to the parser or a group of it, with the help `text`."""
+        kind = next(kind for kind in alternatives(hint) if kind is not NoneType)
+        details: dict[str, Any] = {"help": _with_default(entry, text).replace("%", "%%")}
+        names = [option_name(entry), *([entry.metadata["alias"]] if "alias" in entry.metadata else [])]
+        if kind is bool:
+            group.add_argument(*names, dest=entry.name, action="store_true", default=None, **details)
+            return
+        details["metavar"] = entry.metadata.get("metavar", metavar(hint))
+        if get_origin(kind) is Literal:
+            details["metavar"] = "|".join(get_args(kind))
+            details["choices"] = get_args(kind)
+        elif "positional" in entry.metadata:
+            several = get_origin(kind) is list
+            of = get_args(kind)[0] if several else kind
+            group.add_argument(entry.name, nargs="*" if several else "?", type=reader(of), default=None, **details)
+            return
+        elif "repeated" in entry.metadata:
+            details |= {"action": "append", "type": reader(get_args(kind)[0])}
+        else:
+            details["type"] = reader(hint)
+        group.add_argument(*names, dest=entry.name, default=None, **details)
 
 
-def whole_number(smallest: int, largest: int | None = None) -> Callable[[str], int]:
-    """Make a type for an option whose value is a whole number from `smallest` to `largest` (None: any)."""
-    return _between(int, "a whole number", smallest, largest)
+def option_name(entry: Field[Any]) -> Any:
+    """How a field's option is spelt; None for a field that is no option."""
+    if "positional" in entry.metadata:
+        return entry.metadata["metavar"]
+    return entry.metadata.get("name", f"--{entry.name}")
 
 
-def number_between(smallest: float, largest: float | None = None) -> Callable[[str], float]:
-    """Make a type for an option whose value is a finite number from `smallest` to `largest` (None: any)."""
-    return _between(float, "a number", smallest, largest)
+def reader(hint: Any) -> Callable[[str], Any]:
+    """Make the function that reads an option's word: of a list or tuple, the values have commas between them."""
+    kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
+    several = next((kind for kind in kinds if get_origin(kind) in (list, tuple)), None)
+    of = kinds[0] if several is None else get_args(several)[0]
+
+    def read(text: str) -> Any:
+        if not text.strip():  # a script's unset variable
+            raise argparse.ArgumentTypeError("its value is empty")
+        parts = [of(part.strip()) for part in text.split(",")] if several is not None else [of(text)]
+        return parts if len(parts) > 1 or several in kinds[:1] else parts[0]
+
+    read.__name__ = of.__name__
+    return read
 
 
-def _between(read: Callable[[str], T], kind: str, smallest: float, largest: float | None) -> Callable[[str], T]:
-    limits = f"from {smallest:g} on" if largest is None else f"from {smallest} to {largest}"
-
-    def parse(text: str) -> T:
-        with suppress(ValueError):
-            value = read(text)
-            if smallest <= value < math.inf and (largest is None or value <= largest):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {limits}")
-
-    return parse
+def _usage(entry: Field[Any]) -> str:
+    """How a required option stands in the usage."""
+    several = "positional" in entry.metadata and "list" in str(entry.type)
+    value = "" if "positional" in entry.metadata else f" {entry.metadata.get('metavar', 'VALUE')}"
+    return f"{option_name(entry)}{value}{' ...' * several}"
 
 
-def number(text: str) -> float:
-    """Read a number, as an option's type; whether it is in range is checked where it is used."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-def numbers(text: str) -> float | list[float]:
-    """Read one number, or several with commas between them, as an option's type."""
-    return [number(part) for part in text.split(",")] if "," in text else number(text)
-
-
-def filled(text: str) -> str:
-    """Refuse an empty word, as an option's type: a script's unset variable would stand for the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the name is empty")
-    return text
-
-
-def file_path(text: str) -> Path:
-    """Make a path of a word that is not empty, as an option's type."""
-    return Path(filled(text))
-
-
-def device_name(text: str) -> str:
-    """Check how a device is spelt, as an option's type; whether it is there is asked later, of PyTorch."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"unknown device {text!r}; accepted: auto, cpu, cuda, cuda:N, mps")
-    return text
+def _with_default(entry: Field[Any], text: str) -> str:
+    """The help of an option, with the default where that says something."""
+    default = None if is_required(entry) else entry.default
+    told = isinstance(default, int | float | str | Path | tuple) and not isinstance(default, bool)
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{text.rstrip('.')} (default: {shown})" if told and default != () else text.rstrip(".")

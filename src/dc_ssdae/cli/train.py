@@ -1,159 +1,142 @@
 """`dc-ssdae train`: start a run from a configuration, or go on with one."""
 
-import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain
-from dc_ssdae.errors import InputError, ToldElsewhere, counted
+from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_run_config
+from dc_ssdae.cli.run_recipe import change_recipe, read_new_recipe, recipe_yaml
+from dc_ssdae.errors import InputError, ToldElsewhere, counted, shown
+from dc_ssdae.presets import read_yaml
+from dc_ssdae.settings import setting
+from dc_ssdae.training.config import MAY_CHANGE, RunConfig, TrainingConfig
 from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
-    from dc_ssdae.training.config import RunConfig, TrainingConfig
-    from dc_ssdae.training.recipe import Recipe
     from dc_ssdae.training.trainer import Outcome
 
-PROGRAM = "dc-ssdae train"
+
+@dataclass(kw_only=True)
+class Options(RunOptions):
+    """Train an autoencoder.
+
+    Configurations are laid over each other in their order, settings over all of them; what is given twice counts as
+    given last.
+
+    Args:
+        recipe: train in phases, one after the other: a YAML file with section phases, or a recipe of this package such
+            as three_phase. Its phases go over the configurations, settings over all phases, and
+            --phases.PHASE.section.name VALUE over one.
+        resume: go on with the run in this folder, exactly where it stopped.
+    """
+
+    program = "dc-ssdae train"
+    usage = (
+        "dc-ssdae train --config PRESET [--config FILE] [--section.name VALUE]\n"
+        "       dc-ssdae train --recipe NAME --config PRESET [--section.name VALUE]\n"
+        "       dc-ssdae train --resume RUN [--section.name VALUE]"
+    )
+    recipe: str | None = setting(None, metavar="NAME")
+    resume: Path | None = setting(None, metavar="RUN")
 
 
-class TrainParser:
-    """Reads the command's words; the settings are jsonargparse's, `--resume` and `--debug` are its own."""
-
-    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:
-        """Read and check everything that needs no torch.
-
-        Raises:
-            InputError: something is wrong; one line.
-            SystemExit: after --help and --print_config.
-        """
-        try:
-            return self._parse(words)
-        except InputError as error:
-            raise told_once(error) from error
-
-    def _parse(self, words: Sequence[str]) -> argparse.Namespace:
-        from dc_ssdae.cli.run_config import parse_run_config
-        from dc_ssdae.cli.run_recipe import asks_for_recipe, parse_recipe
-
-        resume, rest = take_option(words, "--resume", "the folder of a run")
-        rest = [word for word in rest if word != "--debug"]
-        if resume is None:
-            if asks_for_recipe(rest):
-                recipe, name, output = parse_recipe(rest)
-                return _words(resume=None, config=None, recipe=recipe, name=name, output=output)
-            config, name = parse_run_config(rest)
-            output = config.training.output
-            if not name and output is None:
-                raise InputError("which configuration? --config PRESET (dc-ssdae info lists them) or --config FILE")
-            return _words(resume=None, config=config, recipe=None, name=name, output=output)
-        if any(word in ("--help", "-h") for word in rest):
-            parse_run_config(rest)
-        path = Path(resume)
-        if (path / "recipe.yaml").is_file():
-            before, after = _changed_recipe(path, rest)
-            return _words(resume=path, config=None, recipe=after, changed=after != before)
-        run = read_run(path)
-        config = parse_run_config(rest, base=run.to_mapping()).config if rest else run
-        check_changes(run.to_mapping(), config.to_mapping(), path)
-        return _words(resume=path, config=config, recipe=None, changed=config != run)
-
-
-def _words(**values: Any) -> argparse.Namespace:
-    return argparse.Namespace(program=PROGRAM, **values)
-
-
-def build_parser() -> TrainParser:
-    """Build the command's parser."""
-    return TrainParser()
-
-
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Train; gives the exit code, 0 also where a signal asked for the end."""
-    with watching_training(args):
-        return _run(args)
+    with watching_training(options.resume is not None):
+        if options.resume is not None and options.recipe is not None:
+            raise InputError("--recipe is for a new run; --resume goes on with the recipe in its folder")
+        if options.recipe is not None or (options.resume is not None and (options.resume / "recipe.yaml").is_file()):
+            return run_recipe(options)
+        from dc_ssdae.training.build import resolved
+        from dc_ssdae.training.launch import resume_run, start_run
 
-
-def _run(args: argparse.Namespace) -> int:
-    if args.recipe is not None:
-        return _run_recipe(args)
-    from dc_ssdae.cli.run_config import config_yaml
-    from dc_ssdae.training.build import resolved
-    from dc_ssdae.training.launch import resume_run, start_run
-    from dc_ssdae.training.run import check_new
-
-    if args.resume is None:
-        path = Path(args.output or Path("runs") / args.name)
-        if is_main_process():
-            check_new(path)
-        config = resolved(args.config)
-        outcome = start_run(config, config_yaml(config), path)
-    else:
-        path, config = args.resume, args.config
-        found = resume_run(config, config_yaml(config) if args.changed else None, path)
-        if found is None:
-            _say(f"{path} is finished: {_spent(config.training)}")
-            return 0
-        outcome = found
-    tell_end(PROGRAM, outcome, path)
+        if options.resume is None:
+            config, name = read_run_config(options)
+            if not name and config.training.output is None:
+                raise InputError("which configuration? --config PRESET (dc-ssdae info lists them) or --config FILE")
+            path = new_run_folder(config.training.output, name)
+            config = resolved(config)
+            outcome: Outcome | None = start_run(config, config_yaml(config), path)
+        else:
+            path, before = options.resume, read_run(options.resume)
+            config = read_changes(options, before, path)
+            outcome = resume_run(config, config_yaml(config) if config != before else None, path)
+        tell_end(Options.program, outcome, path, _spent(config.training))
     return 0
 
 
-def _run_recipe(args: argparse.Namespace) -> int:
-    from dc_ssdae.cli.run_config import config_yaml
-    from dc_ssdae.cli.run_recipe import recipe_yaml
-    from dc_ssdae.training.phases import resolved_recipe, resume_recipe, start_recipe
-    from dc_ssdae.training.run import check_new
+def run_recipe(options: Options) -> int:
+    """Train in phases; gives the exit code."""
+    from dc_ssdae.training.phases import resolved_recipe, resume_recipe, settled_phases, start_recipe
+    from dc_ssdae.training.recipe import read_recipe
 
-    if args.resume is None:
-        path = Path(args.output or Path("runs") / args.name)
+    def say(message: str) -> None:
         if is_main_process():
-            check_new(path)
-        recipe = resolved_recipe(args.recipe)
-        outcome = start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, _say)
+            complain(Options.program, message)
+
+    if options.resume is None:
+        assert options.recipe is not None
+        recipe, name, output = read_new_recipe(options, options.recipe)
+        path = new_run_folder(output, name)
+        recipe = resolved_recipe(recipe)
+        outcome: Outcome | None = start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, say)
     else:
-        path, recipe = args.resume, args.recipe
-        text = recipe_yaml(recipe) if args.changed else None
-        found = resume_recipe(recipe, text, path, config_yaml, _say)
-        if found is None:
-            _say(
-                f"{path} is finished: {counted(len(recipe.phases), 'phase')}, all budgets spent "
-                f"(--phases.{recipe.phases[-1].name}.training.steps N goes on to N)"
-            )
-            return 0
-        outcome = found
-    tell_end(PROGRAM, outcome, path)
+        path = options.resume
+        before = recipe = read_recipe(path)
+        if options.config or options.settings or options.print_config:
+            recipe = change_recipe(before, options, settled_phases(before, path))
+        for old, new in zip(before.phases, recipe.phases, strict=True):
+            folder = before.folder(path, old.name)
+            if (folder / "config.yaml").is_file():
+                check_changes(old.config.to_mapping(), new.config.to_mapping(), folder)
+        outcome = resume_recipe(recipe, recipe_yaml(recipe) if recipe != before else None, path, config_yaml, say)
+    last = recipe.phases[-1].name
+    spent = f"{counted(len(recipe.phases), 'phase')}, all budgets spent (--phases.{last}.training.steps N goes on to N)"
+    tell_end(Options.program, outcome, path, spent)
     return 0
 
 
 @contextmanager
-def watching_training(args: argparse.Namespace) -> Iterator[None]:
-    """Let a run that is resumed heed signals, and one process tell what all meet."""
-    find_own_classes()
-    from dc_ssdae.data.loader import ReadingFailed
-
-    try:
-        # From here on, not only once the trainer is built: a run that is resumed ends well whenever a signal comes.
-        with StopRequest() if args.resume is not None else nullcontext():
-            yield
-    except (ReadingFailed, ToldElsewhere):
-        raise
-    except InputError as error:  # which all processes meet
-        raise told_once(error) from error
-
-
-def find_own_classes() -> None:
-    """Let Python find a user's own classes, which a configuration names, where the command is given."""
+def watching_training(resumes: bool) -> Iterator[None]:
+    """Find a user's own classes where the command is given, heed signals, and let one process tell what all meet."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
+    try:
+        # From here on, not only once the trainer is built: a run that is resumed ends well whenever a signal comes.
+        with StopRequest() if resumes else nullcontext():
+            yield
+    except InputError as error:
+        from dc_ssdae.data.loader import ReadingFailed
+
+        if isinstance(error, ReadingFailed | ToldElsewhere) or is_main_process():
+            raise
+        raise ToldElsewhere(str(error)) from error
 
 
-def tell_end(program: str, outcome: "Outcome", path: Path) -> None:
-    """Say how a run ended, and what to do next."""
-    if outcome.stopped_by is not None:
+def new_run_folder(output: str | None, name: str) -> Path:
+    """The folder of a new run: what is given, else runs/NAME.
+
+    Raises:
+        InputError: something is there already.
+    """
+    from dc_ssdae.training.run import check_new
+
+    path = Path(output or Path("runs") / name)
+    if is_main_process():
+        check_new(path)
+    return path
+
+
+def tell_end(program: str, outcome: "Outcome | None", path: Path, spent: str) -> None:
+    """Say how a run ended, and what to do next; `spent` is said of a run that was finished before."""
+    if outcome is None:
+        message = f"{path} is finished: {spent}"
+    elif outcome.stopped_by is not None:
         message = f"stopped by {outcome.stopped_by} after step {outcome.step}; go on with: {program} --resume {path}"
     else:
         message = f"done after step {outcome.step}: the model is {path / 'model'}"
@@ -161,7 +144,7 @@ def tell_end(program: str, outcome: "Outcome", path: Path) -> None:
         complain(program, message)
 
 
-def _spent(training: "TrainingConfig") -> str:
+def _spent(training: TrainingConfig) -> str:
     budgets = []
     if training.steps is not None:
         budgets.append(f"{counted(training.steps, 'step')} (--training.steps N goes on to N)")
@@ -170,38 +153,29 @@ def _spent(training: "TrainingConfig") -> str:
     return "its budget is spent: " + " or ".join(budgets)
 
 
-def _changed_recipe(path: Path, words: Sequence[str]) -> "tuple[Recipe, Recipe]":
-    """A recipe's run as it was, and as flags want it: phases that have ended stay, the others may change."""
-    from dc_ssdae.cli.run_recipe import lay_over_recipe
-    from dc_ssdae.training.phases import settled_phases
-    from dc_ssdae.training.recipe import read_recipe
-
-    before = read_recipe(path)
-    if not words:
-        return before, before
-    after = lay_over_recipe(before, words, settled_phases(before, path))
-    for old, new in zip(before.phases, after.phases, strict=True):
-        folder = before.folder(path, old.name)
-        if (folder / "config.yaml").is_file():
-            check_changes(old.config.to_mapping(), new.config.to_mapping(), folder)
-    return before, after
-
-
-def read_run(path: Path) -> "RunConfig":
+def read_run(path: Path) -> RunConfig:
     """Read the configuration of the run that --resume names.
 
     Raises:
         InputError: it is no run, or its configuration is damaged.
     """
-    from dc_ssdae.presets import read_yaml
-    from dc_ssdae.training.config import RunConfig
-
     if not path.is_dir():
         raise InputError(f"--resume {path}: no such folder")
     file = path / "config.yaml"
     if not file.is_file():
         raise InputError(f"--resume {path}: it holds no config.yaml, so it is no run")
-    return RunConfig.from_mapping(read_yaml(file, str(file)))
+    return RunConfig.from_mapping(read_yaml(file))
+
+
+def read_changes(options: RunOptions, before: RunConfig, path: Path) -> RunConfig:
+    """Lay a command's configurations and settings over those of the run at `path`.
+
+    Raises:
+        InputError: as `read_run_config`; or a change would make it another run.
+    """
+    after, _ = read_run_config(options, before.to_mapping())
+    check_changes(before.to_mapping(), after.to_mapping(), path)
+    return after
 
 
 def check_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
@@ -210,62 +184,18 @@ def check_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> 
     Raises:
         InputError: names the setting.
     """
-    from dc_ssdae.training.config import MAY_CHANGE
-    from dc_ssdae.training.config_checks import shown
-
     for section in before:
         for name, value in before[section].items():
-            if after[section].get(name) == value or name in MAY_CHANGE.get(section, ()):
-                continue
-            wish = shown(after[section].get(name))
-            raise InputError(
-                f"{section}.{name} is {shown(value)} in {path} and cannot become {wish} when "
-                f"the run goes on; a new run can start from its weights: --training.init_from {path}"
-            )
+            wish = after[section].get(name)
+            if wish != value and name not in MAY_CHANGE.get(section, ()):
+                raise InputError(
+                    f"{section}.{name} is {shown(value)} in {path} and cannot become {shown(wish)} when the run goes "
+                    f"on; a new run can start from its weights: --training.init_from {path}"
+                )
     if added := sorted(set(after["losses"]) - set(before["losses"])):
         raise InputError(f"losses.{added[0]} is not part of {path}; start a new run with --training.init_from {path}")
-
-
-def take_option(words: Sequence[str], name: str, needs: str) -> tuple[str | None, list[str]]:
-    """Take an option with its value out of the words.
-
-    Args:
-        words: of the command.
-        name: of the option, with its dashes.
-        needs: what its value is, for messages.
-
-    Raises:
-        InputError: it has no value.
-    """
-    value, rest = None, []
-    position = 0
-    while position < len(words):
-        word = words[position]
-        if word == name:
-            if position + 1 == len(words) or words[position + 1].startswith("--"):
-                raise InputError(f"{name} needs {needs}")
-            position += 1
-            value = words[position]
-        elif word.startswith(f"{name}="):
-            value = word.partition("=")[2]
-        else:
-            rest.append(word)
-        position += 1
-    if value is not None and not value.strip():
-        raise InputError(f"{name} is empty; it needs {needs}")
-    return value, rest
-
-
-def told_once(error: InputError) -> InputError:
-    """An error that every process meets, for one of them to tell."""
-    return error if is_main_process() else ToldElsewhere(str(error))
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that speaks."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _say(message: str) -> None:
-    if is_main_process():
-        complain(PROGRAM, message)

@@ -17,12 +17,11 @@ from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import import_class
 from dc_ssdae.components import COMPONENTS, resolve_part
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, shown
 from dc_ssdae.losses.total import BUILT_IN, Objective, WeightedTerm
 from dc_ssdae.model_folder import model_folder, read_config
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
-from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distillation import DistillationStep
 from dc_ssdae.training.ema import check_same_tensors
 from dc_ssdae.training.run import WEIGHTS_FILE

@@ -2,19 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
-from dc_ssdae.errors import InputError
-from dc_ssdae.training.config_checks import (
-    check_range,
-    checked_component,
-    fitted,
-    mistake,
-    plain,
-    shown,
-    unknown,
-)
+from dc_ssdae.errors import InputError, shown, unknown_name
+from dc_ssdae.presets import DEFAULT_CLASSES
+from dc_ssdae.settings import LARGEST_SEED, check_settings, is_required, setting
 
 Precision = Literal["float32", "bfloat16", "float16"]
 OptimizerName = Literal["schedule_free_radam", "adamw"]
@@ -23,39 +16,13 @@ Direction = Literal["max", "min"]
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 BUILT_IN_LOSSES: Mapping[str, float] = {"dynamics": 1.0, "lpips": 0.5, "repa": 0.25, "kl": 1e-6}
-"""Terms that need no class_path, and their default weights (SPEC section 2, "Total loss")."""
-
-LARGEST_SEED = 2**32 - 1
-"""PyTorch's CPU generator reads no more than 32 bits of a seed."""
+"""Loss terms that need no class_path, and their default weights."""
 
 LARGEST_SIZE = 2**16
-"""Of an image's side and of the latent's channels: what is larger is a slip of the finger."""
+"""Largest side of an image in pixels, and largest number of latent channels."""
 
 METRICS: Mapping[str, Direction] = {"psnr": "max", "ssim": "max", "mse": "min"}
 """What an evaluation measures, and which way is better."""
-
-
-MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
-    "training": (
-        "steps",
-        "minutes",
-        "accumulation_steps",
-        "compile",
-        "gradient_checkpointing",
-        "checkpoint_every",
-        "keep_every",
-        "evaluate_every",
-        "sample_images",
-        "latent_statistics",
-        "max_skipped_steps",
-        "processes",
-        "preset",
-        "wandb",
-        "wandb_project",
-    ),
-    "data": ("root", "cache", "workers", "max_broken_share", "validation_images"),
-}
-"""What a run may be told anew when it goes on. The rest would make it another run."""
 
 
 def keeps_latent(train: Sequence[str] | None) -> bool:
@@ -75,21 +42,21 @@ class ModelConfig:
         dynamics: class_path (EquilibriumMatching, FlowMatching, or your own) and init_args.
     """
 
-    latent_channels: int
-    downsample_factor: int
+    latent_channels: int = setting(at_least=1, at_most=LARGEST_SIZE)
+    downsample_factor: int = setting()
     encoder: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
     dynamics: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _fit_fields("model", self)
-        _check_range("model", self, "latent_channels", at_least=1, at_most=LARGEST_SIZE)
+        check_settings(self, "model.")
         factor = self.downsample_factor
         if factor < 8 or factor & (factor - 1):
-            raise InputError(f"model.downsample_factor is {factor}; it must be a power of two from 8 on")
+            raise InputError(
+                f"model.downsample_factor is {factor}; it must be a power of two from 8 on", "model.downsample_factor"
+            )
         for name in ("encoder", "decoder", "dynamics"):
-            component = checked_component(f"model.{name}", getattr(self, name), needs_class=False)
-            object.__setattr__(self, name, component)
+            object.__setattr__(self, name, check_component(f"model.{name}", getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -112,31 +79,24 @@ class DataConfig:
         cache: folder for shards that come from a URL; null is ~/.cache/dc_ssdae/shards.
     """
 
-    root: str | None = None
+    root: str | None = setting(None, may_change=True)
     dataset: dict[str, Any] | None = None
     validation: str | dict[str, Any] | None = None
-    validation_images: int = 1000
-    image_size: int = 256
-    aug_scale: float = 2.0
+    validation_images: int = setting(1000, at_least=1, may_change=True)
+    image_size: int = setting(256, at_least=8, at_most=LARGEST_SIZE)
+    aug_scale: float = setting(2.0, at_least=1.0)
     flip: bool = True
-    workers: int | None = None
-    max_broken_share: float = 0.1
-    cache: str | None = None
+    workers: int | None = setting(None, at_least=0, may_change=True)
+    max_broken_share: float = setting(0.1, at_least=0.0, at_most=1.0, may_change=True)
+    cache: str | None = setting(None, may_change=True)
 
     def __post_init__(self) -> None:
-        _fit_fields("data", self)
-        _check_filled("data", self, "root", "validation", "cache")
+        check_settings(self, "data.")
         if self.root is not None and self.dataset is not None:
-            raise InputError("data.root and data.dataset are both given; one of them names the images, set one to null")
-        object.__setattr__(self, "dataset", checked_component("data.dataset", self.dataset, needs_class=True))
-        if isinstance(self.validation, Mapping):
-            component = checked_component("data.validation", self.validation, needs_class=True)
-            object.__setattr__(self, "validation", component)
-        _check_range("data", self, "validation_images", at_least=1)
-        _check_range("data", self, "image_size", at_least=8, at_most=LARGEST_SIZE)
-        _check_range("data", self, "aug_scale", at_least=1.0)
-        _check_range("data", self, "workers", at_least=0)
-        _check_range("data", self, "max_broken_share", at_least=0.0, at_most=1.0)
+            raise InputError("data.root and data.dataset are both given; set one to null", "data.root")
+        for name in ("dataset", "validation"):
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, check_component(f"data.{name}", value, needs_class=True))
 
 
 @dataclass(frozen=True)
@@ -185,73 +145,63 @@ class TrainingConfig:
         wandb_project: the project there.
     """
 
-    steps: int | None = 300_000
-    minutes: float | None = None
-    batch_size: int = 192
-    accumulation_steps: int = 1
+    steps: int | None = setting(300_000, at_least=1, may_change=True)
+    minutes: float | None = setting(None, above=0.0, may_change=True)
+    batch_size: int = setting(192, at_least=1)
+    accumulation_steps: int = setting(1, at_least=1, may_change=True)
     optimizer: OptimizerName = "schedule_free_radam"
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-3
-    warmup: float = 0.05
-    gradient_clip: float | None = 0.1
-    ema_decay: float = 0.999
-    ema_start: int = 50_000
+    lr: float = setting(3e-4, above=0.0)
+    betas: tuple[float, float] = setting((0.9, 0.999), at_least=0.0, below=1.0)
+    weight_decay: float = setting(1e-3, at_least=0.0)
+    warmup: float = setting(0.05, at_least=0.0, below=1.0)
+    gradient_clip: float | None = setting(0.1, above=0.0)
+    ema_decay: float = setting(0.999, at_least=0.0, below=1.0)
+    ema_start: int = setting(50_000, at_least=0)
     precision: Precision = "bfloat16"
-    compile: bool = False
+    compile: bool = setting(False, may_change=True)
     channels_last: bool | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    gradient_checkpointing: bool = setting(False, may_change=True)
+    seed: int = setting(0, at_least=0, at_most=LARGEST_SEED)
     output: str | None = None
     init_from: str | None = None
     train: list[str] | None = None
-    checkpoint_every: int = 1000
-    keep_every: int | None = None
-    evaluate_every: int = 5000
+    checkpoint_every: int = setting(1000, at_least=1, may_change=True)
+    keep_every: int | None = setting(None, at_least=1, may_change=True)
+    evaluate_every: int = setting(5000, at_least=1, may_change=True)
     best_metric: str = "psnr"
-    sample_images: int = 8
-    latent_statistics: int = 10_000
-    max_skipped_steps: int = 10
-    processes: int | None = None
-    preset: str | None = None
-    wandb: bool = False
-    wandb_project: str = "dc-ssdae"
+    sample_images: int = setting(8, at_least=0, may_change=True)
+    latent_statistics: int = setting(10_000, at_least=0, may_change=True)
+    max_skipped_steps: int = setting(10, at_least=1, may_change=True)
+    processes: int | None = setting(None, at_least=1, may_change=True)
+    preset: str | None = setting(None, may_change=True)
+    wandb: bool = setting(False, may_change=True)
+    wandb_project: str = setting("dc-ssdae", may_change=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.precision, str):
-            precision = PRECISION_ALIASES.get(self.precision, self.precision)
-            if precision not in get_args(Precision):
-                raise unknown("training.precision", precision, (*get_args(Precision), *PRECISION_ALIASES))
-            object.__setattr__(self, "precision", precision)
-        _fit_fields("training", self)
+        object.__setattr__(self, "precision", PRECISION_ALIASES.get(self.precision, self.precision))
+        check_settings(self, "training.")
         if self.steps is None and self.minutes is None:
-            raise InputError("training.steps and training.minutes are both null; one of them must end the run")
-        _check_range("training", self, "steps", "batch_size", "accumulation_steps", "processes", at_least=1)
-        _check_range("training", self, "checkpoint_every", "keep_every", "evaluate_every", at_least=1)
-        _check_range("training", self, "max_skipped_steps", at_least=1)
-        _check_range("training", self, "minutes", "lr", "gradient_clip", above=0.0)
-        _check_range("training", self, "weight_decay", at_least=0.0)
-        _check_range("training", self, "warmup", "ema_decay", at_least=0.0, below=1.0)
-        _check_range("training", self, "ema_start", "sample_images", "latent_statistics", at_least=0)
-        _check_range("training", self, "seed", at_least=0, at_most=LARGEST_SEED)
-        for beta in self.betas:
-            if not 0.0 <= beta < 1.0:
-                raise InputError(f"training.betas is {list(self.betas)}; both must be from 0 to below 1")
+            raise InputError(
+                "training.steps and training.minutes are both null; one must end the run", "training.steps"
+            )
         if self.optimizer == "schedule_free_radam" and self.betas[0] == 0.0:
-            raise InputError("training.betas is [0.0, …]; schedule_free_radam needs a first beta above 0")
+            raise InputError(
+                "training.betas is [0.0, …]; schedule_free_radam needs a first beta above 0", "training.betas"
+            )
         if self.batch_size % self.accumulation_steps:
             raise InputError(
                 f"training.batch_size is {self.batch_size}; it must be a multiple of "
-                f"training.accumulation_steps, {self.accumulation_steps}"
+                f"training.accumulation_steps, {self.accumulation_steps}",
+                "training.batch_size",
             )
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise InputError(
                 f"training.keep_every is {self.keep_every}; it must be a multiple of "
-                f"training.checkpoint_every, {self.checkpoint_every}"
+                f"training.checkpoint_every, {self.checkpoint_every}",
+                "training.keep_every",
             )
-        _check_filled("training", self, "output", "init_from", "preset", "wandb_project")
         if self.train is not None and not self.train:
-            raise InputError("training.train is []; name the groups that train, or null for all of them")
+            raise InputError("training.train is []; name the groups that train, or null for all", "training.train")
         _ = self.best
 
     @property
@@ -259,9 +209,9 @@ class TrainingConfig:
         """Name and direction of the best metric."""
         name, colon, direction = self.best_metric.partition(":")
         if name not in METRICS:
-            raise unknown("training.best_metric", name, METRICS)
+            raise unknown_name("training.best_metric", name, METRICS, "training.best_metric")
         if colon and direction not in ("max", "min"):
-            raise unknown(f"direction of training.best_metric {name}", direction, ("max", "min"))
+            raise unknown_name(f"direction of {name}", direction, ("max", "min"), "training.best_metric")
         return name, direction if colon else METRICS[name]  # type: ignore[return-value]
 
     @property
@@ -295,14 +245,14 @@ class LossConfig:
         init_args: its settings.
     """
 
-    weight: float = 1.0
+    weight: float = setting(1.0, at_least=0.0)
     class_path: str | None = None
     init_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Learning to land in one step where a teacher lands in several (SPEC section 2, "Distillation").
+    """Learning to land in one step where a teacher lands in several.
 
     Args:
         teacher: the model or run to learn from, of the same model; the run keeps a copy of it.
@@ -313,15 +263,12 @@ class DistillationConfig:
     """
 
     teacher: str
-    steps: int = 8
-    step_size: float | None = None
-    cache_steps: int | None = None
+    steps: int = setting(8, at_least=1)
+    step_size: float | None = setting(None, above=0.0)
+    cache_steps: int | None = setting(None, at_least=1)
 
     def __post_init__(self) -> None:
-        _fit_fields("distillation", self)
-        _check_filled("distillation", self, "teacher")
-        _check_range("distillation", self, "steps", "cache_steps", at_least=1)
-        _check_range("distillation", self, "step_size", above=0.0)
+        check_settings(self, "distillation.")
 
 
 @dataclass(frozen=True)
@@ -343,21 +290,21 @@ class RunConfig:
     distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.losses, Mapping):
-            raise mistake(f"section losses is {shown(self.losses)}; it must be a mapping from names to weights")
         terms = {**BUILT_IN_LOSSES, **self.losses}
         object.__setattr__(self, "losses", {name: _loss(name, given) for name, given in terms.items()})
         if not any(loss.weight for loss in self.losses.values()):
-            raise InputError("losses: every weight is 0, there is nothing to train")
+            raise InputError("losses: every weight is 0, there is nothing to train", "losses")
         size, factor = self.data.image_size, self.model.downsample_factor
         parts = self.training.batch_size // self.training.accumulation_steps
         if size == factor and parts < 2:
             raise InputError(
                 f"data.image_size is {size}, which is model.downsample_factor, and one image is trained on at a time: "
-                "the batch norm on the latent needs two values a channel; take a larger image_size or batch_size"
+                "the batch norm on the latent needs two values a channel; take a larger image_size or batch_size",
+                "data.image_size",
             )
         if size % factor:
-            raise InputError(f"data.image_size is {size}; it must be a multiple of model.downsample_factor, {factor}")
+            wanted = f"a multiple of model.downsample_factor, {factor}"
+            raise InputError(f"data.image_size is {size}; it must be {wanted}", "data.image_size")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "RunConfig":
@@ -369,20 +316,19 @@ class RunConfig:
         Raises:
             InputError: a section or setting is unknown, of the wrong type or out of range; one line that names it.
         """
-        if not isinstance(settings, Mapping):
-            raise mistake(f"a configuration is a mapping of sections, not {shown(settings)}")
-        for name in settings:
+        for name, section in settings.items():
             if name not in (*SECTIONS, "losses", "description"):
-                raise unknown("section of the configuration", name, (*SECTIONS, "losses", "description"))
+                raise unknown_name("section of the configuration", name, (*SECTIONS, "losses", "description"), name)
+            if not isinstance(section, Mapping | None) and name != "description":
+                raise InputError(f"section {name} is {shown(section)}; it must be a mapping of settings", name)
         if settings.get("model") is None:
-            raise InputError("the configuration has no section model; start from a preset with --config PRESET")
+            raise InputError("the configuration has no section model; start from a preset: --config PRESET", "model")
         built: dict[str, Any] = {
             name: _build(name, section, settings[name])
             for name, section in SECTIONS.items()
             if settings.get(name) is not None
         }
-        losses = settings.get("losses")
-        return cls(**built, losses={} if losses is None else losses)
+        return cls(**built, losses=settings.get("losses") or {})
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data that `from_mapping` takes back, every default spelt out."""
@@ -420,63 +366,103 @@ SECTIONS: Mapping[str, type] = {
 }
 """The sections whose settings are fixed; section losses is free in its names."""
 
+MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
+    section: tuple(entry.name for entry in fields(kind) if entry.metadata.get("may_change"))
+    for section, kind in SECTIONS.items()
+}
+"""What may be set anew when a run goes on. The rest would make it another run."""
 
-def _build(section: str, kind: type, settings: Any) -> Any:
-    if not isinstance(settings, Mapping):
-        raise mistake(f"section {section} is {shown(settings)}; it must be a mapping of settings")
+
+def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = True, path: str = "") -> dict[str, Any]:
+    """Merge two mappings, the one above winning; where `drops`, another class_path drops the init_args below it."""
+    merged = dict(below)
+    if drops and "class_path" in above:
+        default = DEFAULT_CLASSES.get(path.rpartition(".")[2])
+        if (above["class_path"] or default) != (below.get("class_path") or default):
+            merged.pop("init_args", None)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(under, Mapping):
+            value = lay_over(under, value, drops, f"{path}.{key}")
+        merged[key] = value
+    return merged
+
+
+def spell_weights(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell `losses: {kl: 1e-6}` as `losses: {kl: {weight: 1e-6}}`, so that it leaves the term's class as it was."""
+    spelt = dict(layer)
+    if isinstance(losses := layer.get("losses"), Mapping):
+        numbers = {name: {"weight": term} for name, term in losses.items() if type(term) in (int, float)}
+        spelt["losses"] = {**losses, **numbers}
+    if isinstance(phases := layer.get("phases"), Mapping):
+        mappings = {name: spell_weights(phase) for name, phase in phases.items() if isinstance(phase, Mapping)}
+        spelt["phases"] = {**phases, **mappings}
+    return spelt
+
+
+def _build(section: str, kind: type, settings: Mapping[str, Any]) -> Any:
     names = [entry.name for entry in fields(kind)]
     for name in settings:
         if name not in names:
-            raise unknown(f"setting of {section}", name, names)
+            raise unknown_name(f"setting of {section}", name, names, f"{section}.{name}")
     for entry in fields(kind):
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and settings.get(entry.name) is None:
+        if is_required(entry) and settings.get(entry.name) is None:
             hint = "; start from a preset, or set it" if section == "model" else ""
-            raise InputError(f"{section}.{entry.name} is not given{hint}")
+            raise InputError(f"{section}.{entry.name} is not given{hint}", f"{section}.{entry.name}")
     return kind(**settings)
 
 
 def _loss(name: Any, given: Any) -> LossConfig:
     """Make a term of a weight, of a mapping, or of a `LossConfig`, which is checked all the same."""
     if not isinstance(name, str) or not name.isidentifier():
-        raise mistake(f"a loss term is called {shown(name)}; use letters, digits and underscores")
+        raise InputError(f"a loss term is called {shown(name)}; use letters, digits and underscores", "losses")
     path = f"losses.{name}"
     settings = asdict(given) if isinstance(given, LossConfig) else given
     if isinstance(given, int | float) and not isinstance(given, bool):
         settings = {"weight": given}
     if not isinstance(settings, Mapping):
-        raise mistake(f"{path} is {shown(given)}; it must be a weight, or a mapping with weight, class_path, init_args")
-    accepted = [entry.name for entry in fields(LossConfig)]
-    for key in settings:
-        if key not in accepted:
-            raise unknown(f"setting of {path}", key, accepted)
-    if settings.get("class_path") is None and name not in BUILT_IN_LOSSES:
-        error = unknown("loss term", name, BUILT_IN_LOSSES)
-        raise mistake(f"{error}, or one of your own with {path}.class_path as module.Class")
-    component = {key: value for key, value in settings.items() if key != "weight"}
-    component = checked_component(path, component, needs_class=False) or {}
-    weight = fitted(f"{path}.weight", settings.get("weight", BUILT_IN_LOSSES.get(name, 1.0)), float)
-    check_range(f"{path}.weight", weight, at_least=0.0)
-    init_args = plain(f"{path}.init_args", component.get("init_args", {}))
-    return LossConfig(weight, component.get("class_path"), init_args)
+        wanted = "a weight, or a mapping with weight, class_path and init_args"
+        raise InputError(f"{path} is {shown(given)}; it must be {wanted}", path)
+    component = check_component(path, settings, others=("weight",)) or {}
+    if "class_path" not in component and name not in BUILT_IN_LOSSES:
+        error = unknown_name("loss term", name, BUILT_IN_LOSSES)
+        raise InputError(f"{error}, or one of your own with {path}.class_path as module.Class", path)
+    loss = LossConfig(**{"weight": BUILT_IN_LOSSES.get(name, 1.0), **component})
+    check_settings(loss, f"{path}.")
+    return loss
 
 
-def _fit_fields(section: str, config: Any) -> None:
-    """Check each field of a section against its type; what only resembles it, as 1 a float, is replaced."""
-    hints = get_type_hints(type(config))
-    for entry in fields(config):
-        value = fitted(f"{section}.{entry.name}", getattr(config, entry.name), hints[entry.name])
-        object.__setattr__(config, entry.name, value)
+def check_component(
+    path: str, given: Mapping[str, Any] | None, needs_class: bool = False, others: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Check the form of {class_path, init_args}; whether there is such a class is asked where it is needed.
 
+    Args:
+        path: name of the setting, such as model.encoder.
+        given: the mapping; None leaves everything to defaults.
+        needs_class: whether class_path must be given.
+        others: further keys that the mapping may have.
 
-def _check_range(section: str, config: Any, *names: str, **limits: float) -> None:
-    for name in names:
-        check_range(f"{section}.{name}", getattr(config, name), **limits)
+    Returns:
+        The same without what is null; None where nothing remains.
 
-
-def _check_filled(section: str, config: Any, *names: str) -> None:
-    """Refuse text without a word: a script's unset variable would stand for the current folder."""
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, str) and not value.strip():
-            raise InputError(f"{section}.{name} is empty; give it a name, or leave it out")
+    Raises:
+        InputError: it has another form.
+    """
+    component = {key: value for key, value in (given or {}).items() if value is not None}
+    for key in component:
+        if key not in ("class_path", "init_args", *others):
+            raise unknown_name(f"key of {path}", key, ("class_path", "init_args", *others), f"{path}.{key}")
+    name, settings = component.get("class_path"), component.get("init_args", {})
+    if name is None and needs_class:
+        raise InputError(f"{path} has no class_path; name the class as module.Class", path)
+    if name is not None and not (isinstance(name, str) and all(part.isidentifier() for part in name.split("."))):
+        raise InputError(
+            f"{path}.class_path is {shown(name)}; it must be a class name, your own as module.Class",
+            f"{path}.class_path",
+        )
+    if not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
+        raise InputError(
+            f"{path}.init_args is {shown(settings)}; it must be a mapping from the settings' names", f"{path}.init_args"
+        )
+    return component or None

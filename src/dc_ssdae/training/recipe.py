@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, shown
+from dc_ssdae.errors import InputError as mistake
 from dc_ssdae.presets import read_yaml
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.config_checks import mistake, shown
 
 RECIPE_FILE = "recipe.yaml"
 

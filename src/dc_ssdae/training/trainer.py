@@ -28,7 +28,7 @@ from dc_ssdae.data.loader import (
 )
 from dc_ssdae.data.sources import ImageSource, ImageSources
 from dc_ssdae.distributed import sum_over_processes
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, shown
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import read_config
 from dc_ssdae.randomness import seed_ambient
@@ -36,7 +36,6 @@ from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import build_step, place_step
 from dc_ssdae.training.checkpoint import STATE, Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.distributed import on_main_process, processes_of, together
 from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
