@@ -1,6 +1,7 @@
 """The frozen network that a term looks through, and the search for its weights."""
 
 import copy
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -234,12 +235,12 @@ def test_what_is_no_folder_is_refused(folders: tuple[Path, Path, Path], monkeypa
     (cache / "net.pth").touch()
     library = Library(cache)
     for wrong in (setting / "absent", cache / "net.pth"):
-        assert "no folder" in error_of(library.file, str(wrong))
+        assert "not a folder" in error_of(library.file, str(wrong))
         with monkeypatch.context() as patch:
             patch.setenv("DC_SSDAE_WEIGHTS", str(wrong))
             message = error_of(library.file, None)
         assert "environment variable DC_SSDAE_WEIGHTS" in message
-        assert "no folder" in message
+        assert "not a folder" in message
 
 
 def test_without_a_network_one_line_says_what_to_do(folders: tuple[Path, Path, Path]) -> None:
@@ -261,13 +262,14 @@ def error_of(file: WeightsFile, weights: str | None) -> str:
 
 def test_a_hub_file_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    source = tmp_path / "net-e3b0c442.pth"  # of the SHA-256 of nothing
-    source.touch()
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "net.pth")
+    digest = hashlib.sha256((tmp_path / "net.pth").read_bytes()).hexdigest()
+    source = (tmp_path / "net.pth").rename(tmp_path / f"net-{digest[:8]}.pth")
     file = hub_file(source.as_uri())
-    assert (file.names, file.origin) == (("net-e3b0c442.pth",), source.as_uri())
+    assert (file.names, file.origin) == ((source.name,), source.as_uri())
     assert file.cached() is None
     path = file.download()
-    assert path == tmp_path / "home" / "hub" / "checkpoints" / "net-e3b0c442.pth"
+    assert path == tmp_path / "home" / "hub" / "checkpoints" / source.name
     assert file.cached() == path
     assert path.is_file()
 
@@ -299,7 +301,7 @@ def test_a_host_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: 
 
 def test_a_file_is_found_in_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    file = hugging_face_file("owner/net", "model.safetensors", ("net.safetensors",))
+    file = hugging_face_file("owner/net", ("net.safetensors",))
     assert file.cached() is None
     repository = tmp_path / "models--owner--net"
     path = repository / "snapshots" / "0123" / "model.safetensors"
@@ -308,18 +310,16 @@ def test_a_file_is_found_in_the_hugging_face_cache(tmp_path: Path, monkeypatch: 
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123")
     assert file.cached() == path
-    assert hugging_face_file("owner/net@0123", "model.safetensors", ()).cached() == path
-    assert hugging_face_file("owner/net@other", "model.safetensors", ()).cached() is None
 
 
 def test_it_is_downloaded_by_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: asked.append((url, timeout)))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **place: str(tmp_path / place["filename"]))
-    file = hugging_face_file("owner/net@0123", "model.safetensors", ())
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, filename: str(tmp_path / filename))
+    file = hugging_face_file("owner/net", ())
     assert file.download() == tmp_path / "model.safetensors"
     ((url, timeout),) = asked
-    assert url.endswith("/owner/net/resolve/0123/model.safetensors")
+    assert url.endswith("/owner/net/resolve/main/model.safetensors")
     assert timeout <= 10
 
 
@@ -333,7 +333,7 @@ def test_the_hub_is_asked_once_before_the_library_tries_again_and_again(
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    message = error_of(hugging_face_file("owner/net", "model.safetensors", ("net.safetensors",)), None)
+    message = error_of(hugging_face_file("owner/net", ("net.safetensors",)), None)
     assert "net.safetensors" in message
     assert "owner/net" in message
     assert "no answer" in message
@@ -386,9 +386,7 @@ def test_a_foreign_file_is_named(saved: Path, content: bytes) -> None:
     assert saved.name in reading_error(saved)
 
 
-@pytest.mark.parametrize(
-    "content", [[1, 2], {"model": {"weight": torch.zeros(2)}}, {3: torch.zeros(2)}, nn.Linear(2, 2)]
-)
+@pytest.mark.parametrize("content", [[1, 2], {"model": {"weight": torch.zeros(2)}}, nn.Linear(2, 2)])
 def test_what_holds_no_tensors_by_name_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "net.pth")
     assert "net.pth" in reading_error(tmp_path / "net.pth")
@@ -415,27 +413,16 @@ def reading_error(path: Path) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": None}, r"net\.pth .*tensor 'weight' is missing$"),
-        ({"other": torch.zeros(1)}, r"net\.pth .*tensor 'other' is left over$"),
-        ({"bias": torch.zeros(3)}, r"net\.pth .*tensor 'bias' has shape \(3,\), not \(2,\)$"),
-        ({"weight": None, "bias": None}, r"tensor 'weight' is missing \(and 1 more such problems?\)$"),
+        ({"weight": None}, r'net\.pth .*Missing key.*"weight"'),
+        ({"other": torch.zeros(1)}, r'net\.pth .*Unexpected key.*"other"'),
+        ({"bias": torch.zeros(3)}, r"net\.pth .*size mismatch for bias"),
     ],
 )
 def test_tensors_must_fit_exactly(change: dict[str, Tensor | None], message: str) -> None:
     network = nn.Linear(2, 2)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    tensors = {name: tensor for name, tensor in {**before, **change}.items() if tensor is not None}
+    tensors = {n: tensor for n, tensor in {**network.state_dict(), **change}.items() if tensor is not None}
     with pytest.raises(InputError, match=message):
         load_exactly(network, tensors, Path("net.pth"))
-    torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
-
-
-def test_tensors_of_other_names_are_loaded() -> None:
-    network, tensors = nn.Linear(2, 2), {"w": torch.ones(2, 2), "bias": torch.zeros(2)}
-    load_exactly(network, tensors, Path("net.pth"), {"weight": "w"})
-    assert network.weight.sum() == 4
-    with pytest.raises(InputError, match="tensor 'w' is missing"):
-        load_exactly(network, {"bias": torch.zeros(2)}, Path("net.pth"), {"weight": "w"})
 
 
 # --- random weights ---

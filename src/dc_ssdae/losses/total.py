@@ -58,8 +58,12 @@ class Objective(nn.Module):
         self.weights = {name: term.weight for name, term in terms.items()}
         self.terms = nn.ModuleDict({name: term.term for name, term in terms.items()})
         readers = {name: term for name, term in self.terms.items() if getattr(term, "reads_decoder_features", False)}
+        layers = {name: getattr(term, "decoder_layer", None) for name, term in readers.items()}
+        if len(set(layers.values())) > 1:
+            wanted = ", ".join(f"losses.{name} {layer}" for name, layer in layers.items())
+            raise InputError(f"all terms read the same block of the decoder, but these want different ones: {wanted}")
         self.wants_decoder_features = bool(readers)
-        self.decoder_layer = _common_layer(readers)
+        self.decoder_layer = next(iter(layers.values()), None)
         self.random_backbones = [name for name, term in self.terms.items() if getattr(term, "random_weights", False)]
 
     def compile_backbones(self) -> None:
@@ -78,17 +82,9 @@ class Objective(nn.Module):
         values: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             value = term(outputs)
-            if not isinstance(value, Tensor) or tuple(value.shape) not in ((), (batch,)):
-                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if given not in ((), (batch,)):
                 raise InputError(f"losses.{name} gives {given}; a term gives a tensor of shape () or ({batch},)")
             values[name] = value.float().mean()
         total = sum((self.weights[name] * value for name, value in values.items()), start=values[name].new_zeros(()))
         return Losses(total, values)
-
-
-def _common_layer(readers: Mapping[str, nn.Module]) -> int | None:
-    layers = {name: getattr(term, "decoder_layer", None) for name, term in readers.items()}
-    if len(set(layers.values())) > 1:
-        wanted = ", ".join(f"losses.{name} {layer}" for name, layer in layers.items())
-        raise InputError(f"all terms read the same block of the decoder, but these want different ones: {wanted}")
-    return next(iter(layers.values()), None)
