@@ -1,16 +1,18 @@
-"""What benchmarks share: medians with their spread, alternation, and what machine it was."""
+"""What benchmarks share: medians with their spread, alternating order, and a description of the machine."""
 
 import os
 import platform
 import resource
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from dc_ssdae.errors import counted
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,17 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Summarise at least one value."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        """Summarise one or more measurements."""
+        low, median, high = np.percentile(values, [25, 50, 75]).tolist()
         return cls(median, low, high)
 
     def times(self, factor: float) -> "Spread":
-        """The same in another unit; `factor` is positive."""
+        """Convert to another unit; `factor` is positive."""
         return Spread(self.median * factor, self.low * factor, self.high * factor)
 
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Tell the processor, the cores that this process may use, threads and versions, and the device if one is given."""
+    """Describe the processor, the cores this process may use, the threads, the versions, and the device if given."""
     machine: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": cores(),
@@ -51,34 +51,33 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """Say in a sentence what `describe_machine` told."""
+    """Put what `describe_machine` gives into a sentence."""
     device = machine.get("device_name") or machine.get("device", "cpu")
     on = "" if device == "cpu" else f"{device}, "
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    cores = f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
+    cores, threads = counted(machine["cores"], "core"), counted(machine["threads"], "thread")
     cuda = f", CUDA {machine['cuda']}" if machine.get("cuda") else ""
     versions = f"PyTorch {machine['torch']}{cuda}, Python {machine['python']}"
     return f"Measured on {on}{machine['cpu']}, {cores}, {threads}, {versions}."
 
 
 def alternating(count: int, round_: int) -> Sequence[int]:
-    """Numbers from 0, forwards and backwards in turn, so that none always comes first."""
+    """Count from 0 to `count - 1` in even rounds and back in odd ones, so that no competitor always comes first."""
     return range(count) if round_ % 2 == 0 else range(count)[::-1]
 
 
 def resident_set() -> int:
-    """The largest resident set of this process so far, in bytes."""
+    """Return the peak resident set size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cores() -> int:
+    """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    """Read the processor's name from the kernel, where it is Linux: `platform` often has none there."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()

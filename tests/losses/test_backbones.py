@@ -1,6 +1,7 @@
-"""The frozen network that a term looks through, and the search for its weights."""
+"""The frozen network that a term computes features with, and the search for its weights."""
 
 import copy
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -43,17 +44,13 @@ class Net(nn.Module):
 class Term(nn.Module):
     """A term with something that trains beside its backbone."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.backbone = FrozenBackbone(Net(), **settings)
+        self.backbone = FrozenBackbone(Net())
         self.head = nn.Linear(2, 2)
 
 
-def images() -> Tensor:
-    return torch.rand(2, 3, 8, 8)
-
-
-# --- what others see of it ---
+X = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_it_has_nothing_that_is_saved_trained_or_synchronised() -> None:
@@ -62,73 +59,51 @@ def test_it_has_nothing_that_is_saved_trained_or_synchronised() -> None:
     assert [name for name, _ in term.named_parameters()] == ["head.weight", "head.bias"]
     assert not list(term.buffers())
     assert [type(module) for module in term.modules()] == [Term, FrozenBackbone, nn.Linear]
-    term.requires_grad_()
+    term.requires_grad_().train()
     assert not any(parameter.requires_grad for parameter in term.backbone.network.parameters())
-
-
-def test_it_stays_in_evaluation_mode() -> None:
-    x, term = images(), Term()
-    expected = term.backbone(x)
-    term.train()
     assert not any(module.training for module in term.backbone.network.modules())
-    torch.testing.assert_close(term.backbone(x), expected, rtol=0, atol=0)
-
-
-def test_gradients_pass_through_it_to_its_input() -> None:
-    x, term = images().requires_grad_(), Term()
-    term.backbone(x).sum().backward()
-    assert x.grad is not None
-    assert x.grad.any()
-    assert term.backbone.network.conv.weight.grad is None
-
-
-# --- moving and copying ---
 
 
 def test_it_moves_with_the_rest() -> None:
     term = Term()
     network, before = term.backbone.network, term.backbone.network.conv.weight.clone()
-    term.to(torch.float64)
+    term.to(torch.float64).to(memory_format=torch.channels_last)
     assert network.conv.weight.dtype == network.shift.dtype == torch.float64
-    term.to(memory_format=torch.channels_last)
     assert network.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert not network.conv.weight.is_contiguous()
-    torch.testing.assert_close(network.conv.weight, before.double(), rtol=0, atol=0)
-    assert not network.conv.weight.requires_grad
+    assert torch.equal(network.conv.weight, before.double())
 
 
-def test_it_outlives_a_journey_over_the_meta_device() -> None:
-    x, term = images(), Term()
-    expected = term.backbone(x)
+def test_it_keeps_its_values_on_the_way_over_the_meta_device() -> None:
+    term = Term()
+    expected = term.backbone(X)
     term.to("meta")
     assert term.head.weight.is_meta
-    torch.testing.assert_close(term.backbone(x), expected, rtol=0, atol=0)
+    assert torch.equal(term.backbone(X), expected)
     term.to_empty(device="cpu")
-    torch.testing.assert_close(term.backbone(x), expected, rtol=0, atol=0)
+    assert torch.equal(term.backbone(X), expected)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda term: pickle.loads(pickle.dumps(term))])
 def test_a_copy_has_weights_of_its_own(copied: Any) -> None:
-    x, term = images(), Term()
-    expected = term.backbone(x)
+    term = Term()
+    expected = term.backbone(X)
     other = copied(term)
     term.backbone.network.conv.weight.data.zero_()
-    torch.testing.assert_close(other.backbone(x), expected, rtol=0, atol=0)
+    assert torch.equal(other.backbone(X), expected)
     assert list(other.state_dict()) == list(term.state_dict())
-    assert not other.backbone.network.conv.weight.requires_grad
 
 
 def test_compiling_compiles_the_network_in_place() -> None:
-    x, term = images(), Term()
-    expected = term.backbone(x)
-    compiled = []
+    term, compiled = Term(), []
+    expected = term.backbone(X)
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         compiled.append(graph)
         return graph.forward
 
     term.backbone.compile(backend=backend)
-    torch.testing.assert_close(term.backbone(x), expected)
+    torch.testing.assert_close(term.backbone(X), expected)
     assert compiled
     assert list(term.state_dict()) == ["head.weight", "head.bias"]
 
@@ -136,21 +111,15 @@ def test_compiling_compiles_the_network_in_place() -> None:
 # --- precision ---
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, torch.float32),
-        ({"bfloat16_is_safe": True}, torch.float32),  # on the CPU
-        ({"precision": "float32", "bfloat16_is_safe": True}, torch.float32),
-        ({"precision": "bfloat16"}, torch.bfloat16),
-    ],
-)
 @pytest.mark.parametrize("within_autocast", [False, True])
-def test_the_precision_is_its_own(settings: dict[str, Any], expected: torch.dtype, within_autocast: bool) -> None:
-    network = nn.Conv2d(3, 4, 3)
-    backbone = FrozenBackbone(network, **settings)
+def test_the_precision_is_its_own(within_autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=within_autocast):
-        assert backbone(images()).dtype == expected
+        assert FrozenBackbone(nn.Conv2d(3, 4, 3), "bfloat16")(X).dtype == torch.bfloat16
+        for precision in ("auto", "float32"):  # "auto" is float32 on the CPU
+            backbone = FrozenBackbone(nn.Conv2d(3, 4, 3), precision, bfloat16_is_safe=True)
+            assert backbone(X).dtype == torch.float32
+    with pytest.raises(InputError, match="unknown precision of a backbone 'bf16'"):
+        FrozenBackbone(Net(), "bf16")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -158,12 +127,7 @@ def test_the_precision_is_its_own(settings: dict[str, Any], expected: torch.dtyp
 def test_auto_takes_bfloat16_on_cuda_where_it_is_safe(safe: bool) -> None:
     backbone = FrozenBackbone(nn.Conv2d(3, 4, 3), bfloat16_is_safe=safe).to("cuda")
     computes_in_it = torch.cuda.is_bf16_supported(including_emulation=False)
-    assert backbone(images().cuda()).dtype == (torch.bfloat16 if safe and computes_in_it else torch.float32)
-
-
-def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(InputError, match=r"unknown precision of a backbone 'bf16'.*auto, bfloat16, float32"):
-        FrozenBackbone(Net(), "bf16")
+    assert backbone(X.cuda()).dtype == (torch.bfloat16 if safe and computes_in_it else torch.float32)
 
 
 # --- where weights are looked for ---
@@ -172,7 +136,7 @@ def test_an_unknown_precision_is_refused() -> None:
 class Library:
     """A library's cache and download of one file, in a folder."""
 
-    def __init__(self, folder: Path, online: bool = False) -> None:
+    def __init__(self, folder: Path, online: bool) -> None:
         self.folder, self.online = folder, online
         self.file = WeightsFile(("net.pth", "authors.pth"), "somewhere", self.cached, self.download)
 
@@ -188,62 +152,48 @@ class Library:
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
-    """Folders for the setting, the environment variable, which is set, and the library's cache."""
-    found = tuple(tmp_path / name for name in ("setting", "variable", "cache"))
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders for the setting, the environment variable, which names its own, and the library's cache."""
+    found = [tmp_path / name for name in ("setting", "variable", "cache")]
     for folder in found:
         folder.mkdir()
     monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(found[1]))
-    return found  # type: ignore[return-value]
+    return found
 
 
-def test_the_search_ends_at_the_first_place(folders: tuple[Path, Path, Path]) -> None:
+def test_the_search_ends_at_the_first_place(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     setting, variable, cache = folders
-    library = Library(cache, online=True)
+    monkeypatch.setenv("HOME", str(setting.parent))
+    file = Library(cache, online=True).file
     for folder in folders:
         (folder / "net.pth").touch()
-    assert find_weights("mine", library.file, "random") is None
-    assert find_weights("mine", library.file, str(setting)) == setting / "net.pth"
-    assert find_weights("mine", library.file, None) == variable / "net.pth"
+    assert find_weights("mine", file, "random") is None
+    assert find_weights("mine", file, "~/setting") == setting / "net.pth"
+    assert find_weights("mine", file, None) == variable / "net.pth"
     (variable / "net.pth").rename(variable / "authors.pth")
-    assert find_weights("mine", library.file, None) == variable / "authors.pth"
+    assert find_weights("mine", file, None) == variable / "authors.pth"
     (variable / "authors.pth").unlink()
-    assert find_weights("mine", library.file, None) == cache / "net.pth"
+    assert find_weights("mine", file, None) == cache / "net.pth"
     (cache / "net.pth").unlink()
-    assert find_weights("mine", library.file, None) == cache / "net.pth", "downloaded"
+    assert find_weights("mine", file, None) == cache / "net.pth", "downloaded"
 
 
-def test_a_home_folder_is_understood(folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = folders[0]
-    (setting / "net.pth").touch()
-    monkeypatch.setenv("HOME", str(setting.parent))
-    assert find_weights("mine", Library(folders[2]).file, "~/setting") == setting / "net.pth"
+def test_a_folder_that_is_named_must_exist_and_hold_the_file(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Library(folders[2], online=True).file
+    (folders[1] / "net.pth").touch()
+    message = error_of(file, str(folders[0]))
+    for part in ("losses.mine.init_args.weights", "net.pth or authors.pth", "somewhere"):
+        assert part in message
+    wrong = str(folders[0] / "absent")
+    assert f"losses.mine.init_args.weights is {wrong!r}" in error_of(file, wrong)
+    monkeypatch.setenv("DC_SSDAE_WEIGHTS", wrong)
+    assert f"DC_SSDAE_WEIGHTS is {wrong!r}" in error_of(file, None)
 
 
-def test_the_settings_folder_must_hold_the_file(folders: tuple[Path, Path, Path]) -> None:
-    setting, variable, cache = folders
-    (variable / "net.pth").touch()
-    message = error_of(Library(cache, online=True).file, str(setting))
-    assert "losses.mine.init_args.weights" in message
-    assert "net.pth or authors.pth" in message
-    assert "somewhere" in message
-
-
-def test_what_is_no_folder_is_refused(folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    setting, _, cache = folders
-    (cache / "net.pth").touch()
-    library = Library(cache)
-    for wrong in (setting / "absent", cache / "net.pth"):
-        assert "no folder" in error_of(library.file, str(wrong))
-        with monkeypatch.context() as patch:
-            patch.setenv("DC_SSDAE_WEIGHTS", str(wrong))
-            message = error_of(library.file, None)
-        assert "environment variable DC_SSDAE_WEIGHTS" in message
-        assert "no folder" in message
-
-
-def test_without_a_network_one_line_says_what_to_do(folders: tuple[Path, Path, Path]) -> None:
-    message = error_of(Library(folders[2]).file, None)
+def test_without_a_network_one_line_says_what_to_do(folders: list[Path]) -> None:
+    message = error_of(Library(folders[2], online=False).file, None)
     for part in ("net.pth", "somewhere", "no route", "losses.mine.init_args.weights", "DC_SSDAE_WEIGHTS"):
         assert part in message
     assert "--losses.mine 0" in message
@@ -256,87 +206,64 @@ def error_of(file: WeightsFile, weights: str | None) -> str:
     return str(caught.value)
 
 
-# --- PyTorch Hub ---
+# --- libraries' caches and downloads ---
 
 
-def test_a_hub_file_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    source = tmp_path / "net-e3b0c442.pth"  # of the SHA-256 of nothing
-    source.touch()
-    file = hub_file(source.as_uri())
-    assert (file.names, file.origin) == (("net-e3b0c442.pth",), source.as_uri())
-    assert file.cached() is None
-    path = file.download()
-    assert path == tmp_path / "home" / "hub" / "checkpoints" / "net-e3b0c442.pth"
-    assert file.cached() == path
-    assert path.is_file()
-
-
-def test_a_damaged_download_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
+    return tmp_path / "home"
+
+
+def test_a_hub_file_is_downloaded_into_its_cache(empty_caches: Path, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "net.pth")
+    digest = hashlib.sha256((tmp_path / "net.pth").read_bytes()).hexdigest()
+    source = (tmp_path / "net.pth").rename(tmp_path / f"net-{digest[:8]}.pth")
+    file = hub_file(source.as_uri())
+    assert file.cached() is None
+    assert find_weights("mine", file, None) == empty_caches / "hub" / "checkpoints" / source.name == file.cached()
+
+
+def test_a_damaged_download_is_not_kept(empty_caches: Path, tmp_path: Path) -> None:
     source = tmp_path / "net-e3b0c442.pth"
-    source.write_bytes(b"not nothing")
+    source.write_bytes(b"something else")
     file = hub_file(source.as_uri())
     assert "invalid hash value" in error_of(file, None)
     assert file.cached() is None
 
 
-def test_a_host_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("empty_caches")
+def test_a_host_that_does_not_answer_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, timeout: float, **__: Any) -> None:
         assert timeout <= 10
         raise URLError("no answer")
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
     monkeypatch.setattr("dc_ssdae.losses.backbones.urlopen", unreachable)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
     assert "no answer" in error_of(hub_file("https://host.invalid/net.pth"), None)
-
-
-# --- Hugging Face ---
-
-
-def test_a_file_is_found_in_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    file = hugging_face_file("owner/net", "model.safetensors", ("net.safetensors",))
-    assert file.cached() is None
-    repository = tmp_path / "models--owner--net"
-    path = repository / "snapshots" / "0123" / "model.safetensors"
-    path.parent.mkdir(parents=True)
-    path.touch()
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123")
-    assert file.cached() == path
-    assert hugging_face_file("owner/net@0123", "model.safetensors", ()).cached() == path
-    assert hugging_face_file("owner/net@other", "model.safetensors", ()).cached() is None
-
-
-def test_it_is_downloaded_by_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: asked.append((url, timeout)))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **place: str(tmp_path / place["filename"]))
-    file = hugging_face_file("owner/net@0123", "model.safetensors", ())
-    assert file.download() == tmp_path / "model.safetensors"
-    ((url, timeout),) = asked
-    assert url.endswith("/owner/net/resolve/0123/model.safetensors")
-    assert timeout <= 10
-
-
-def test_the_hub_is_asked_once_before_the_library_tries_again_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise OSError("no answer")
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    message = error_of(hugging_face_file("owner/net", "model.safetensors", ("net.safetensors",)), None)
-    assert "net.safetensors" in message
-    assert "owner/net" in message
-    assert "no answer" in message
+    message = error_of(hugging_face_file("owner/net", ("net.safetensors",)), None)
+    for part in ("net.safetensors", "owner/net", "no answer"):
+        assert part in message
+
+
+def test_a_file_is_found_in_the_hugging_face_cache(empty_caches: Path) -> None:
+    file = hugging_face_file("owner/net", ("net.safetensors",))
+    assert file.cached() is None
+    path = empty_caches / "models--owner--net" / "snapshots" / "0123" / "model.safetensors"
+    for file_there, content in ((path, ""), (path.parents[2] / "refs" / "main", "0123")):
+        file_there.parent.mkdir(parents=True)
+        file_there.write_text(content)
+    assert file.cached() == path
+
+
+def test_a_hugging_face_file_is_downloaded_by_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(tmp_path / repository / name))
+    assert hugging_face_file("owner/net", ()).download() == tmp_path / "owner" / "net" / "model.safetensors"
 
 
 # --- reading files ---
@@ -352,57 +279,24 @@ class Payload:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.fixture(params=["net.pth", "net.safetensors"])
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    path = tmp_path / request.param
-    state = nn.Linear(8, 64).state_dict()
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
+def test_both_formats_are_read_and_what_is_damaged_is_named(name: str, tmp_path: Path) -> None:
+    path, state = tmp_path / name, nn.Linear(8, 64).state_dict()
+    assert name in reading_error(path), "it is missing"
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-    return path
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read_weights(path).items())
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 3], content[:-20], b"<html>404</html>", b"\x80\x02.", bytes(4096)):
+        path.write_bytes(damaged)
+        assert name in reading_error(path)
 
 
-def test_both_formats_are_read(saved: Path) -> None:
-    network = nn.Linear(8, 64)
-    tensors = read_weights(saved)
-    load_exactly(network, tensors, saved)
-    torch.testing.assert_close(network.state_dict(), tensors, rtol=0, atol=0)
-
-
-def test_pytorchs_former_format_is_read(tmp_path: Path) -> None:
-    state = nn.Linear(8, 64).state_dict()
-    torch.save(state, tmp_path / "net.pth", _use_new_zipfile_serialization=False)
-    torch.testing.assert_close(read_weights(tmp_path / "net.pth"), dict(state), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
-def test_a_truncated_file_is_named(saved: Path, share: float) -> None:
-    content = saved.read_bytes()
-    saved.write_bytes(content[: int(share * len(content))])
-    assert saved.name in reading_error(saved)
-
-
-@pytest.mark.parametrize("content", [b"<html>404</html>", b"\x80\x02.", b"version https://git-lfs\n", bytes(4096)])
-def test_a_foreign_file_is_named(saved: Path, content: bytes) -> None:
-    saved.write_bytes(content)
-    assert saved.name in reading_error(saved)
-
-
-@pytest.mark.parametrize(
-    "content", [[1, 2], {"model": {"weight": torch.zeros(2)}}, {3: torch.zeros(2)}, nn.Linear(2, 2)]
-)
-def test_what_holds_no_tensors_by_name_is_refused(tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "net.pth")
-    assert "net.pth" in reading_error(tmp_path / "net.pth")
-
-
-def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
-    torch.save({"weight": Payload(tmp_path / "run")}, tmp_path / "net.pth")
-    reading_error(tmp_path / "net.pth")
+def test_what_holds_no_tensors_by_name_is_refused_and_nothing_is_run(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    for content in ([1, 2], {"model": {"weight": torch.zeros(2)}}, {"weight": Payload(tmp_path / "run")}):
+        torch.save(content, path)
+        assert "net.pth" in reading_error(path)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_file_is_named(saved: Path) -> None:
-    saved.unlink()
-    assert saved.name in reading_error(saved)
 
 
 def reading_error(path: Path) -> str:
@@ -415,34 +309,21 @@ def reading_error(path: Path) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": None}, r"net\.pth .*tensor 'weight' is missing$"),
-        ({"other": torch.zeros(1)}, r"net\.pth .*tensor 'other' is left over$"),
-        ({"bias": torch.zeros(3)}, r"net\.pth .*tensor 'bias' has shape \(3,\), not \(2,\)$"),
-        ({"weight": None, "bias": None}, r"tensor 'weight' is missing \(and 1 more such problems?\)$"),
+        ({"weight": None}, r'net\.pth .*Missing key.*"weight"'),
+        ({"other": torch.zeros(1)}, r'net\.pth .*Unexpected key.*"other"'),
+        ({"bias": torch.zeros(3)}, r"net\.pth .*size mismatch for bias"),
+        ({f"layer.{index}": torch.zeros(1) for index in range(99)}, r"net\.pth .{,400}…$"),
     ],
 )
 def test_tensors_must_fit_exactly(change: dict[str, Tensor | None], message: str) -> None:
     network = nn.Linear(2, 2)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    tensors = {name: tensor for name, tensor in {**before, **change}.items() if tensor is not None}
-    with pytest.raises(InputError, match=message):
+    tensors = {n: tensor for n, tensor in {**network.state_dict(), **change}.items() if tensor is not None}
+    with pytest.raises(InputError, match=message) as caught:
         load_exactly(network, tensors, Path("net.pth"))
-    torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
-
-
-def test_tensors_of_other_names_are_loaded() -> None:
-    network, tensors = nn.Linear(2, 2), {"w": torch.ones(2, 2), "bias": torch.zeros(2)}
-    load_exactly(network, tensors, Path("net.pth"), {"weight": "w"})
-    assert network.weight.sum() == 4
-    with pytest.raises(InputError, match="tensor 'w' is missing"):
-        load_exactly(network, {"bias": torch.zeros(2)}, Path("net.pth"), {"weight": "w"})
-
-
-# --- random weights ---
+    assert "\n" not in str(caught.value)
 
 
 def test_random_weights_are_fixed_and_disturb_nothing() -> None:
-    before = torch.get_rng_state()
     drawn = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -451,4 +332,3 @@ def test_random_weights_are_fixed_and_disturb_nothing() -> None:
             drawn.append(torch.rand(3))
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(*drawn)
-    torch.set_rng_state(before)

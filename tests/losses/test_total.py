@@ -86,12 +86,8 @@ def test_the_dynamics_term_is_the_mean_square_of_the_error(dynamics: Dynamics) -
     scale = dynamics.gradient_scale if isinstance(dynamics, EquilibriumMatching) else 1.0
     error = (given.prediction - given.record.target) / scale
     torch.testing.assert_close(DynamicsLoss()(given), error.square().mean(dim=(1, 2, 3)))
-
-
-def test_with_the_linear_decay_it_is_the_mean_square_of_the_clean_estimates_error() -> None:
-    given = outputs(EquilibriumMatching())
-    expected = (given.clean_estimate - given.record.x).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(DynamicsLoss()(given), expected)
+    true = replace(given, prediction=given.record.target)
+    torch.testing.assert_close(true.clean_estimate, given.record.x, atol=1e-5, rtol=1e-5)
 
 
 def test_kl_is_summed_over_the_latent() -> None:
@@ -102,49 +98,22 @@ def test_kl_is_summed_over_the_latent() -> None:
     torch.testing.assert_close(KLLoss()(given), each.sum(dim=(1, 2, 3)))
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS, ids=IDS)
-def test_the_clean_estimate_of_the_true_field_is_the_image(dynamics: Dynamics) -> None:
-    given = outputs(dynamics)
-    true = StepOutputs(dynamics, given.record, given.record.target, given.posterior)
-    torch.testing.assert_close(true.clean_estimate, given.record.x, atol=1e-5, rtol=1e-5)
-    assert true.clean_estimate is true.clean_estimate, "computed once"
-
-
-def test_the_clean_estimate_is_float32() -> None:
-    given = outputs()
-    half = StepOutputs(given.dynamics, given.record, given.prediction.bfloat16(), given.posterior)
-    assert half.clean_estimate.dtype == torch.float32
-
-
 # --- the sum ---
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS, ids=IDS)
-def test_terms_are_unweighted_means_and_the_total_is_their_weighted_sum(dynamics: Dynamics) -> None:
-    given = outputs(dynamics)
+def test_terms_are_unweighted_means_and_the_total_is_their_weighted_sum() -> None:
+    half = torch.randn(3, 3, 8, 8).bfloat16().requires_grad_()
+    given = replace(outputs(), prediction=half)
     losses = objective(dynamics=0.7, kl=0.03)(given)
     assert list(losses.terms) == ["dynamics", "kl"]
+    assert losses.total.dtype == given.clean_estimate.dtype == torch.float32
     torch.testing.assert_close(losses.terms["dynamics"], DynamicsLoss()(given).mean())
     torch.testing.assert_close(losses.terms["kl"], KLLoss()(given).mean())
     torch.testing.assert_close(losses.total, 0.7 * losses.terms["dynamics"] + 0.03 * losses.terms["kl"])
-
-
-def test_everything_is_a_finite_float32_scalar_with_gradients() -> None:
-    given = outputs()
-    losses = objective(dynamics=1.0, kl=1e-6)(given)
-    for value in (losses.total, *losses.terms.values()):
-        assert (value.shape, value.dtype) == ((), torch.float32)
-        assert value.isfinite()
     losses.total.backward()
-    for tensor in (given.prediction, given.posterior.mean):
-        assert tensor.grad is not None
-        assert tensor.grad.any()
-
-
-def test_half_precision_predictions_are_summed_in_float32() -> None:
-    given = outputs()
-    half = StepOutputs(given.dynamics, given.record, given.prediction.bfloat16(), given.posterior)
-    assert objective(dynamics=1.0)(half).total.dtype == torch.float32
+    assert half.grad is not None
+    assert half.grad.any()
+    assert given.posterior.mean.grad is not None
 
 
 @pytest.mark.parametrize("per_image", [False, True])
@@ -164,18 +133,11 @@ def test_a_term_of_ones_own_trains(per_image: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "given"),
-    [
-        (torch.zeros(2), r"\(2,\)"),
-        (torch.zeros(3, 1), r"\(3, 1\)"),
-        (torch.zeros(3, 3, 8, 8), r"\(3, 3, 8, 8\)"),
-        (1.5, "float"),
-        (None, "NoneType"),
-    ],
+    ("value", "given"), [(torch.zeros(2), r"\(2,\)"), (torch.zeros(3, 1), r"\(3, 1\)"), (1.5, "float")]
 )
 def test_a_term_of_another_shape_is_named(value: object, given: str) -> None:
     whole = Objective({"mine": WeightedTerm(1.0, Gives(value))})
-    with pytest.raises(InputError, match=rf"losses\.mine gives {given}; a term gives a tensor of shape \(\) or \(3,\)"):
+    with pytest.raises(InputError, match=rf"losses\.mine returns {given}; .* \(\) or \(3,\)"):
         whole(outputs())
 
 
@@ -184,36 +146,26 @@ def test_whole_numbers_count_too() -> None:
     assert float(losses.total) == 6.0
 
 
-@pytest.mark.parametrize("layer", [None, 0, 3])
+@pytest.mark.parametrize("layer", [None, 3])
 def test_an_objective_tells_which_features_it_reads(layer: int | None) -> None:
     weighted = WeightedTerm(1.0, ReadsFeatures(layer))
     whole = Objective({"dynamics": WeightedTerm(1.0, DynamicsLoss()), "mine": weighted, "again": weighted})
     assert (whole.wants_decoder_features, whole.decoder_layer) == (True, layer)
     features = torch.randn(3, 4, 1, 1)
-    given = replace(outputs(), decoder_features=features)
-    torch.testing.assert_close(whole(given).terms["mine"], features.square().mean())
+    losses = whole(replace(outputs(), decoder_features=features))
+    torch.testing.assert_close(losses.terms["mine"], features.square().mean())
 
 
 def test_features_that_no_term_reads_are_not_asked_for() -> None:
     whole = objective(dynamics=1.0, kl=1e-6)
     assert (whole.wants_decoder_features, whole.decoder_layer, whole.random_backbones) == (False, None, [])
-    whole.compile_backbones()
-    assert outputs().decoder_features is None
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (None, 4)])
 def test_terms_that_read_different_blocks_are_refused(one: int | None, other: int | None) -> None:
     terms = {"one": WeightedTerm(1.0, ReadsFeatures(one)), "other": WeightedTerm(1.0, ReadsFeatures(other))}
-    with pytest.raises(InputError, match=rf"different ones: losses\.one {one}, losses\.other {other}") as caught:
+    with pytest.raises(InputError, match=rf"losses\.one {one}, losses\.other {other}"):
         Objective(terms)
-    assert "\n" not in str(caught.value)
-
-
-def test_terms_with_random_backbones_are_named() -> None:
-    term, real = Gives(1.0), Gives(1.0)
-    term.random_weights, real.random_weights = True, False
-    whole = Objective({"mine": WeightedTerm(1.0, term), "other": WeightedTerm(1.0, real)})
-    assert whole.random_backbones == ["mine"]
 
 
 def test_backbones_are_compiled_wherever_they_are() -> None:
@@ -228,29 +180,20 @@ def test_importing_the_losses_imports_no_backbones() -> None:
 
 
 def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(InputError, match="at least one term of a weight above 0"):
+    with pytest.raises(InputError, match="at least one term"):
         Objective({})
-
-
-def test_a_prediction_of_another_shape_is_refused() -> None:
-    given = outputs()
-    wrong = StepOutputs(given.dynamics, given.record, torch.zeros(3, 3, 8, 4), given.posterior)
-    with pytest.raises(InputError, match="prediction has shape"):
-        objective(dynamics=1.0)(wrong)
 
 
 # --- from a configuration ---
 
 
+WIDTHS = {"channels": 8, "multipliers": [1, 1, 1, 3], "norm_groups": 4, "heads": 2}
+
+
 def tiny_model() -> DCSSDAE:
-    encoder = {"widths": [8, 8, 8, 8], "depths": [0, 1, 1, 1]}
-    decoder = {"channels": 8, "multipliers": [1, 1, 1, 3], "middle_layers": 1, "blocks_per_level": 1}
-    return DCSSDAE(
-        latent_channels=4,
-        downsample_factor=8,
-        encoder={"init_args": encoder},
-        decoder={"init_args": {**decoder, "norm_groups": 4, "heads": 2}},
-    )
+    encoder = {"init_args": {"widths": [8, 8, 8, 8], "depths": [0, 1, 1, 1]}}
+    decoder = {"init_args": {**WIDTHS, "middle_layers": 1, "blocks_per_level": 1}}
+    return DCSSDAE(latent_channels=4, downsample_factor=8, encoder=encoder, decoder=decoder)
 
 
 def test_the_heaviest_terms_are_built_for_the_model() -> None:
@@ -261,25 +204,14 @@ def test_the_heaviest_terms_are_built_for_the_model() -> None:
     whole = build_objective(losses, tiny_model())
     assert whole.random_backbones == ["lpips", "repa"]
     assert (whole.wants_decoder_features, whole.decoder_layer) == (True, 0)
-    assert {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()} == {
-        "terms.repa.head.0.weight": (24, 24),
-        "terms.repa.head.0.bias": (24,),
-        "terms.repa.head.2.weight": (64, 24),
-        "terms.repa.head.2.bias": (64,),
-    }
+    assert whole.state_dict()["terms.repa.head.0.weight"].shape == (24, 24)
 
 
-def test_a_zero_weight_leaves_its_term_out() -> None:
-    whole = build_objective({"dynamics": LossConfig(0.5), "kl": LossConfig(0.0)}, tiny_model())
-    assert list(whole.terms) == ["dynamics"]
-    assert whole.weights == {"dynamics": 0.5}
-
-
-def test_a_class_is_built_with_its_settings() -> None:
-    settings = LossConfig(0.5, "torch.nn.Linear", {"in_features": 2, "out_features": 3})
-    (term,) = build_objective({"mine": settings}, tiny_model()).terms.values()
-    assert isinstance(term, nn.Linear)
-    assert term.out_features == 3
+def test_a_zero_weight_leaves_its_term_out_and_a_class_gets_its_settings() -> None:
+    own = LossConfig(0.5, "torch.nn.Linear", {"in_features": 2, "out_features": 3})
+    whole = build_objective({"mine": own, "kl": LossConfig(0.0)}, tiny_model())
+    assert whole.weights == {"mine": 0.5}
+    assert whole.terms["mine"].out_features == 3
 
 
 @pytest.mark.parametrize(
@@ -291,6 +223,5 @@ def test_a_class_is_built_with_its_settings() -> None:
     ],
 )
 def test_a_class_that_does_not_fit_is_named(config: LossConfig, message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=message):
         build_objective({"mine": config}, tiny_model())
-    assert "\n" not in str(caught.value)

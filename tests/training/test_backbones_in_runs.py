@@ -16,7 +16,7 @@ from dc_ssdae import DCSSDAE
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import write_latent_statistics
-from dc_ssdae.training.build import build_step, place_step
+from dc_ssdae.training.build import build_step
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.launch import resume_run, start_run
 from dc_ssdae.training.logging import read_lines
@@ -50,23 +50,18 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_head_is_saved_and_the_backbones_are_not(images: Path, tmp_path: Path) -> None:
-    path = train(run_config(images, losses=LOSSES, steps=2), tmp_path / "run")
-    saved = tensors(path)
-    of_objective = {name for name in saved if name.startswith("model/objective.")}
-    assert of_objective == {
-        f"model/objective.terms.repa.head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
-    }
-    published = load_file(path / "model" / "diffusion_pytorch_model.safetensors")
-    assert published.keys() == DCSSDAE.from_pretrained(path / "model").state_dict().keys()
-    # Backbones included it would be millions of values.
-    assert sum(tensor.numel() for name, tensor in saved.items() if name.startswith("model/")) < 100_000
-
-
-def test_random_weights_are_said_wherever_their_numbers_are(
+def test_the_head_is_saved_backbones_are_not_and_random_weights_are_said(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = train(run_config(images, losses=LOSSES, steps=2, evaluate_every=1), tmp_path / "run")
+    saved = tensors(path)
+    assert {name for name in saved if name.startswith("model/objective.")} == {
+        f"model/objective.terms.repa.head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+    # Backbones included it would be millions of values.
+    assert sum(tensor.numel() for name, tensor in saved.items() if name.startswith("model/")) < 100_000
+    published = load_file(path / "model" / "diffusion_pytorch_model.safetensors")
+    assert published.keys() == DCSSDAE.from_pretrained(path / "model").state_dict().keys()
     assert "losses.lpips, losses.repa: random weights in the backbone" in capsys.readouterr().err
     for file in ("metrics.jsonl", "evaluations.jsonl"):
         for line in read_lines(path / file):
@@ -75,10 +70,9 @@ def test_random_weights_are_said_wherever_their_numbers_are(
     assert "random" not in (plain / "metrics.jsonl").read_text() + (plain / "evaluations.jsonl").read_text()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_radam"])
-def test_a_stopped_run_ends_with_the_same_bits(images: Path, tmp_path: Path, optimizer: str) -> None:
+def test_a_stopped_run_ends_with_the_same_bits(images: Path, tmp_path: Path) -> None:
     losses = {**LOSSES, "hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
-    config = run_config(images, losses=losses, steps=5, optimizer=optimizer)
+    config = run_config(images, losses=losses, steps=5)
     whole = train(config, tmp_path / "whole")
 
     def stop(call: int, value: torch.Tensor) -> torch.Tensor:
@@ -115,60 +109,49 @@ def test_every_parameter_that_trains_gets_a_gradient(images: Path) -> None:
         assert parameter.grad.any(), name
 
 
-def test_the_networks_of_a_step_move_together(images: Path) -> None:
-    config = run_config(images, losses=LOSSES, channels_last=True)
-    step = build_step(config)
-    place_step(step, config, torch.device("cpu"))
-    trunk = step.objective.terms["lpips"].backbone.network.trunk
-    assert not any(module.training for module in trunk.modules())
-    assert not any(parameter.requires_grad for parameter in trunk.parameters())
-    wide = [p for p in trunk.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
-    assert wide
-    assert all(parameter.is_contiguous(memory_format=torch.channels_last) for parameter in wide)
-
-
 @pytest.mark.parametrize("term", ["lpips", "repa"])
 def test_missing_weights_end_it_before_anything_is_written(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, term: str
 ) -> None:
     (tmp_path / "weights").mkdir()
-    settings = {name: value for name, value in LOSSES[term]["init_args"].items() if name != "weights"}
-    settings["weights"] = str(tmp_path / "weights")
-    config = run_config(images, losses={term: {"weight": 1.0, "init_args": settings}})
-    with pytest.raises(InputError) as error:
-        train(config, tmp_path / "run")
-    message = str(error.value)
-    assert "\n" not in message
+    settings = {**LOSSES[term]["init_args"], "weights": str(tmp_path / "weights")}
+    message = refused(run_config(images, losses={term: {"weight": 1.0, "init_args": settings}}), tmp_path)
     assert message.startswith(f"losses.{term}.init_args.weights is "), "not that they do not fit"
     assert {"lpips": "squeezenet1_1-", "repa": "test_vit."}[term] in message
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_config_with_unknown_settings_of_a_term_is_refused(images: Path, tmp_path: Path) -> None:
-    for term in ("lpips", "repa"):
-        with pytest.raises(InputError, match=rf"losses.{term}: .* does not take these init_args: .*'weight'"):
-            train(run_config(images, losses={term: {"init_args": {"weight": "random"}}}), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("term", "settings"),
-    [("lpips", {"weights": 5}), ("lpips", {"net": ["vgg"]}), ("repa", {"layer": "abc"}), ("repa", {"backbone": 5})],
+    [
+        ("lpips", {"weight": "random"}),
+        ("lpips", {"net": ["vgg"]}),
+        ("repa", {"backbone": 5}),
+        ("repa", {"layer": "abc"}),
+        ("repa", {"layer": 99}),
+        ("lpips", {"precision": "bf16"}),
+    ],
 )
-def test_settings_of_a_wrong_type_are_refused_in_one_line(
+def test_settings_that_do_not_fit_are_refused(
     images: Path, tmp_path: Path, term: str, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(InputError) as error:
-        train(run_config(images, losses={term: {"weight": 1.0, "init_args": settings}}), tmp_path / "run")
-    assert f"losses.{term}" in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
+    settings = {**LOSSES[term]["init_args"], **settings}
+    refused(run_config(images, losses={term: {"weight": 1.0, "init_args": settings}}), tmp_path)
 
 
-def test_a_decoder_without_features_is_refused_in_one_line(images: Path, tmp_path: Path) -> None:
+def test_a_decoder_without_features_is_refused(images: Path, tmp_path: Path) -> None:
     model = {"decoder": {"class_path": "terms.PlainDecoder", "init_args": {}}}
-    with pytest.raises(InputError, match=r"PlainDecoder has no forward_with_features; leave .*--losses.repa 0"):
-        train(run_config(images, model=model, losses={"repa": LOSSES["repa"]}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    message = refused(run_config(images, model=model, losses={"repa": LOSSES["repa"]}), tmp_path)
+    assert "PlainDecoder" in message
+    assert "--losses.repa 0" in message
+
+
+def refused(config: RunConfig, folder: Path) -> str:
+    """The one line that ends a run, of which nothing is left."""
+    with pytest.raises(InputError) as error:
+        train(config, folder / "run")
+    assert "\n" not in str(error.value)
+    assert not (folder / "run").exists()
+    return str(error.value)
 
 
 def test_a_term_of_a_users_own_reads_features_too(images: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from dc_ssdae.files import sha256
 from dc_ssdae.losses.backbones import (
     FOLDER_VARIABLE,
     WeightsFile,
+    download_weights,
     fixed_random_state,
     hub_file,
     load_exactly,
@@ -156,7 +157,7 @@ class _Loader:
         """Build a metric's network; None where its weights are not to be had, and the suite says why."""
         path = weights_on_this_machine(file)
         if path is None and self.download:
-            path = _download(METRICS[name].title, file)
+            path = download_weights(file, METRICS[name].title, "leave --download out")
         if path is None and not self.random_backbones:
             self.suite.missing[name] = (
                 f"weights {file.names[0]} are not on this machine; put them into the folder that {FOLDER_VARIABLE} "
@@ -340,17 +341,6 @@ def published_prefix(file: WeightsFile) -> str | None:
     """The first eight digits of the SHA-256 that PyTorch Hub's files have in their names."""
     match = re.search(r"-([0-9a-f]{8})\.pth$", file.names[0])
     return match.group(1) if match else None
-
-
-def _download(title: str, file: WeightsFile) -> Path:
-    try:
-        return file.download()
-    except Exception as error:  # what the libraries raise for the network and the disk has no common base
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(
-            f"{title} needs {file.names[0]}, which could not be downloaded from {file.origin} ({reason}); put it into "
-            f"the folder that {FOLDER_VARIABLE} names, or leave --download out"
-        ) from None
 
 
 def _without_weights(extractor: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Losses: one file a term; `total` adds them up."""
+"""Losses: one file per term; `total` adds them up."""
 
 from dc_ssdae.losses.backbones import FrozenBackbone
 from dc_ssdae.losses.dynamics import DynamicsLoss

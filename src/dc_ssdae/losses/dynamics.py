@@ -1,4 +1,4 @@
-"""The regression that trains the field, or the velocity."""
+"""The regression loss that trains the field or the velocity."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from dc_ssdae.losses.term import StepOutputs
 
 
 class DynamicsLoss(nn.Module):
-    """L_dynamics of the model's dynamics, an image: (B,) float32 (SPEC section 2)."""
+    """The regression loss of the model's dynamics, per image: (B,) float32."""
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         return outputs.dynamics.loss(outputs.record, outputs.prediction)

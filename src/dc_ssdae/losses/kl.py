@@ -1,4 +1,4 @@
-"""KL of the latent's posterior."""
+"""KL divergence of the latent's posterior."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from dc_ssdae.losses.term import StepOutputs
 
 
 class KLLoss(nn.Module):
-    """KL from N(0, I), summed over c·h·w: (B,) float32 (SPEC section 2)."""
+    """KL divergence of the posterior from N(0, I), summed over c·h·w: (B,) float32."""
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         return outputs.posterior.kl()

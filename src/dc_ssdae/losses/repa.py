@@ -1,8 +1,5 @@
-"""Alignment of the decoder's features with those of a pretrained vision transformer."""
+"""Alignment of the decoder's features with the features of a pretrained vision transformer."""
 
-import difflib
-import importlib
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dc_ssdae.errors import InputError, check_at_least
+from dc_ssdae.errors import InputError, check_at_least, did_you_mean
 from dc_ssdae.losses.backbones import (
     FrozenBackbone,
     WeightsFile,
-    check_precision,
     find_weights,
     fixed_random_state,
-    hub_file,
     hugging_face_file,
     load_exactly,
     read_weights,
 )
 from dc_ssdae.losses.term import StepOutputs
-from dc_ssdae.networks import UViTDecoder
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -32,10 +26,10 @@ DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 
 
 class REPALoss(nn.Module):
-    """1 − cosine similarity of the decoder's tokens, through a head that trains, with a backbone's patch tokens.
+    """1 − cosine similarity of the decoder's tokens, through a trained head, with a backbone's patch tokens.
 
-    A mean over tokens: (B,) float32 (SPEC section 2; Yu et al. 2024). The image is resized so that the backbone's
-    patches are the decoder's tokens.
+    The mean over tokens: (B,) float32 (Yu et al. 2024). The image is resized so that the backbone's patches are the
+    decoder's tokens.
 
     "auto" takes bfloat16: the backbone's tokens keep a cosine of 0.9999 with float32's, which changes a loss of 0.005
     by up to 0.5 % and one of 0.3 by 0.01 %. Measured with random weights of DINOv2-B/14, layer scales from 0.05 to 1
@@ -43,14 +37,14 @@ class REPALoss(nn.Module):
 
     Args:
         decoder_channels: D of `StepOutputs.decoder_features`.
-        backbone: a vision transformer of timm that takes images of any size; DINOv2-B/14 by default.
+        backbone: timm's name of a vision transformer that takes images of any size; DINOv2-B/14 by default.
         layer: the decoder's middle block to read, from 0; None is min(4, ⌊n/2⌋) of n.
-        weights: folder with the backbone's file, or "random"; None looks for it (`find_weights`). A folder holds
-            timm's file as NAME.safetensors or NAME/model.safetensors, or the authors' under its own name.
+        weights: folder with the backbone's file, or "random"; None searches for it (`find_weights`). A folder holds
+            timm's file as NAME.safetensors or NAME/model.safetensors, or DINOv2's own under its published name.
         precision: "float32", "bfloat16", or "auto", which is bfloat16 on CUDA devices that compute in it.
 
     Raises:
-        InputError: a setting is unknown, or the weights are not to be had.
+        InputError: a setting is unknown, or the weights are not found.
     """
 
     reads_decoder_features = True
@@ -65,11 +59,12 @@ class REPALoss(nn.Module):
     ) -> None:
         super().__init__()
         check_at_least(1, decoder_channels=decoder_channels)
-        file = _file(backbone, layer, precision)
+        if layer is not None:
+            check_at_least(0, layer=layer)
         self.decoder_layer = layer
-        self.weights_file = find_weights("repa", file, weights)
+        self.weights_file = find_weights("repa", transformer_file(backbone), weights)
         self.random_weights = self.weights_file is None
-        network = _build(backbone, self.weights_file)
+        network = PatchTokens(build_transformer(backbone, self.weights_file))
         self.backbone = FrozenBackbone(network, precision, bfloat16_is_safe=True)
         self.head = nn.Sequential(
             nn.Linear(decoder_channels, decoder_channels),
@@ -78,61 +73,33 @@ class REPALoss(nn.Module):
         )
 
     @classmethod
-    def for_model(
-        cls,
-        model: "DCSSDAE",
-        backbone: str = DINOV2_B,
-        layer: int | None = None,
-        weights: str | None = None,
-        precision: str = "auto",
-        decoder_channels: int | None = None,
-    ) -> "REPALoss":
+    def for_model(cls, model: "DCSSDAE", decoder_channels: int | None = None, **settings: Any) -> "REPALoss":
         """Build the term for a model.
 
         Args:
-            model: its decoder has `forward_with_features`. A decoder that is no `UViTDecoder` tells D by an attribute
-                `feature_channels`, unless `decoder_channels` is given.
-            backbone: as the constructor's, like the others.
-            layer: see there.
-            weights: see there.
-            precision: see there.
-            decoder_channels: D; None asks the decoder.
+            model: its decoder has the method `forward_with_features`, and the attribute `feature_channels` with D.
+            decoder_channels: D, for a decoder without that attribute.
+            settings: the constructor's other arguments.
 
         Raises:
-            InputError: the decoder gives no features, or the constructor raises.
+            InputError: the decoder does not tell D, or the constructor raises.
         """
-        decoder: Any = model.decoder
-        name = type(decoder).__name__
-        if not callable(getattr(decoder, "forward_with_features", None)):
-            raise InputError(f"losses.repa: {name} has no forward_with_features; leave the term out: --losses.repa 0")
-        if isinstance(decoder, UViTDecoder):
-            blocks = len(decoder.middle.blocks)
-            if layer is not None and not 0 <= layer < blocks:
-                raise InputError(f"losses.repa: layer is {layer}; the decoder has middle blocks 0 to {blocks - 1}")
-            decoder_channels = decoder_channels or decoder.middle.project_out.in_features
-        decoder_channels = decoder_channels or getattr(decoder, "feature_channels", None)
+        decoder_channels = decoder_channels or getattr(model.decoder, "feature_channels", None)
         if decoder_channels is None:
             raise InputError(
-                f"losses.repa: {name} has no attribute feature_channels, the channels of its features; add it, give "
-                "losses.repa.init_args.decoder_channels, or leave the term out: --losses.repa 0"
+                f"losses.repa: {type(model.decoder).__name__} has no attribute feature_channels, which tells how many "
+                "channels its forward_with_features gives; add both, or leave the term out: --losses.repa 0"
             )
-        return cls(decoder_channels, backbone, layer, weights, precision)
+        return cls(decoder_channels, **settings)
 
     @classmethod
-    def fetch(
-        cls,
-        backbone: str = DINOV2_B,
-        layer: int | None = None,
-        weights: str | None = None,
-        precision: str = "auto",
-        decoder_channels: int | None = None,
-    ) -> None:
-        """Find or download the weights that the same settings need, without building anything.
+    def fetch(cls, backbone: str = DINOV2_B, weights: str | None = None, **_: Any) -> None:
+        """Find or download the weights for the constructor's settings, without building anything.
 
         Raises:
-            InputError: a setting is unknown, or the weights are not to be had.
+            InputError: the backbone is unknown, or the weights are not found.
         """
-        find_weights("repa", _file(backbone, layer, precision), weights)
+        find_weights("repa", transformer_file(backbone), weights)
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         features = outputs.decoder_features
@@ -149,7 +116,7 @@ class PatchTokens(nn.Module):
     """Patch tokens (B, rows · columns, channels) of images in [-1, 1], resized so that each token is one patch.
 
     Args:
-        transformer: of timm.
+        transformer: a vision transformer of timm.
     """
 
     mean: Tensor
@@ -169,44 +136,24 @@ class PatchTokens(nn.Module):
         return self.transformer.forward_features(x)[:, self.transformer.num_prefix_tokens :]
 
 
-def _file(backbone: str, layer: int | None, precision: str) -> WeightsFile:
-    check_precision(precision)
-    if layer is not None:
-        check_at_least(0, layer=layer)
-    return transformer_file(backbone)
-
-
 def transformer_file(backbone: str) -> WeightsFile:
-    """Describe the file of a model of timm's.
+    """Describe the weights file of a model of timm.
 
     Raises:
-        InputError: timm has no such model, or no weights of it.
+        InputError: timm has no such model, or no weights of it on the Hugging Face Hub.
     """
     import timm
 
-    architecture = backbone.partition(".")[0]
-    if not timm.is_model(architecture):
-        close = difflib.get_close_matches(backbone, [*timm.list_models(), *timm.list_pretrained()], n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise InputError(f"losses.repa: timm has no model {backbone!r}{hint}")
-    try:
-        config = timm.get_pretrained_cfg(backbone)
-    except RuntimeError as error:
-        raise InputError(f"losses.repa: backbone {backbone!r}: {error}") from None
-    name = f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
-    url = config.url if config is not None else None
-    # A file by the model's name, a repository's snapshot in a folder of that name, or the authors' own file.
-    names = (f"{name}.safetensors", f"{name}/model.safetensors", *([Path(url).name] if url else []))
-    if config is not None and config.hf_hub_id:
-        return hugging_face_file(config.hf_hub_id, config.hf_hub_filename or "model.safetensors", names)
-    if url:
-        found = hub_file(url)
-        return WeightsFile(names, found.origin, found.cached, found.download)
-    raise InputError(f"losses.repa: timm knows no weights of {backbone!r}; take another backbone")
-
-
-def _build(backbone: str, path: Path | None) -> PatchTokens:
-    return PatchTokens(build_transformer(backbone, path))
+    if not timm.is_model_pretrained(backbone):
+        hint = did_you_mean(backbone, [*timm.list_models(), *timm.list_pretrained()])
+        raise InputError(f"timm has no model {backbone!r} with weights{hint}")
+    config = timm.get_pretrained_cfg(backbone)
+    if not config.hf_hub_id:
+        raise InputError(f"timm has no weights of {backbone!r} on the Hugging Face Hub; choose another backbone")
+    name = f"{config.architecture}.{config.tag}"
+    # A file by the model's name, a repository's snapshot in a folder of that name, or the file of the model's authors.
+    names = (f"{name}.safetensors", f"{name}/model.safetensors", *([Path(config.url).name] if config.url else []))
+    return hugging_face_file(config.hf_hub_id, names)
 
 
 def build_transformer(backbone: str, path: Path | None) -> Any:
@@ -214,12 +161,13 @@ def build_transformer(backbone: str, path: Path | None) -> Any:
 
     Args:
         backbone: timm's name.
-        path: of timm's file or the authors'; None draws random weights, the same at every start.
+        path: timm's file or that of DINOv2's authors; None draws random weights, the same at every start.
 
     Raises:
-        InputError: it is no such transformer, or the file is damaged or another network's.
+        InputError: the model is not such a transformer, or the file is damaged or another network's.
     """
     import timm
+    from timm.models.vision_transformer import checkpoint_filter_fn
 
     try:
         with fixed_random_state():
@@ -227,22 +175,14 @@ def build_transformer(backbone: str, path: Path | None) -> Any:
         _ = transformer.num_prefix_tokens, transformer.patch_embed.patch_size, transformer.embed_dim
     except (TypeError, AttributeError):
         raise InputError(
-            f"losses.repa: {backbone} of timm is no vision transformer that takes images of any size; {DINOV2_B} is one"
+            f"{backbone} of timm is not a vision transformer that takes images of any size; {DINOV2_B} is one"
         ) from None
-    if path is not None:
-        load_exactly(transformer, _native_names(transformer, read_weights(path)), path)
+    if path is None:
+        return transformer
+    # Read here and not by timm, which fills what a file with a classifier lacks with random numbers.
+    tensors = read_weights(path)
+    if "mask_token" in tensors:  # DINOv2's own file
+        tensors = checkpoint_filter_fn(tensors, transformer)
+    classifier = transformer.pretrained_cfg["classifier"] or ()
+    load_exactly(transformer, {name: tensors[name] for name in tensors if not name.startswith(classifier)}, path)
     return transformer
-
-
-def _native_names(transformer: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring a file of the authors' to timm's names, and leave out what features do not need.
-
-    timm's converter would resample what has another shape; a file that has all names is taken as it is.
-    """
-    if not transformer.state_dict().keys() <= tensors.keys():
-        converter = getattr(importlib.import_module(type(transformer).__module__), "checkpoint_filter_fn", None)
-        with suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # of another network's file
-            tensors = converter(dict(tensors), transformer) if converter is not None else tensors
-    classifier = transformer.pretrained_cfg["classifier"]
-    unused = ["mask_token", *([classifier] if isinstance(classifier, str) else classifier or [])]
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(unused))}

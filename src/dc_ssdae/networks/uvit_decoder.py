@@ -148,6 +148,7 @@ class UViTDecoder(CheckpointedModule):
         self.downsample_factor = downsample_factor
         self.patch = patch
         self.time_conditioning = time_conditioning
+        self.feature_channels = width  # D of `forward_with_features`
         self.latent_norm = GlobalBatchNorm2d(latent_channels, eps=1e-5)
         self.image_in = nn.Conv2d(3 * patch**2, context // 2, 3, padding=1)
         self.latent_in = nn.Conv2d(latent_channels, context // 2, 3, padding=1)
