@@ -5,12 +5,15 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,25 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 def alternating(count: int, round_: int) -> Sequence[int]:
     """Numbers from 0, forwards and backwards in turn, so that none always comes first."""
     return range(count) if round_ % 2 == 0 else range(count)[::-1]
+
+
+def measure_alternately(measurements: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
+    """Take every measurement once per round, in alternating order; gives each one's results, round by round."""
+    results: list[list[T]] = [[] for _ in measurements]
+    for round_ in range(rounds):
+        for index in alternating(len(measurements), round_):
+            results[index].append(measurements[index]())
+    return results
+
+
+@contextmanager
+def keeping_threads() -> Iterator[int]:
+    """Put PyTorch's number of threads, which it yields, back at the end of the block."""
+    threads = torch.get_num_threads()
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def resident_set() -> int:

@@ -4,7 +4,9 @@ Nothing heavy is imported until a function needs it, so that help is quick.
 """
 
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -196,6 +198,38 @@ def say(line: str) -> None:
 
     encoding = sys.stdout.encoding or "utf-8"
     tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+
+
+def wrapped(text: str) -> str:
+    """Break a paragraph into lines that fit the terminal; in a pipe, into lines of 100 characters."""
+    return textwrap.fill(text, _columns(), break_on_hyphens=False)
+
+
+def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None) -> str:
+    """Align cells in columns, with neither colours nor lines, so that the text can be piped.
+
+    Args:
+        rows: of cells, the header first, if there is one.
+        columns: "l" (text, aligned to the left, which takes several lines where it is too long) or "r" (a number, to
+            the right) for each.
+        width: in characters; by default the terminal's, or 100 in a pipe.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for kind in columns:
+        grid.add_column(justify="left" if kind == "l" else "right", no_wrap=kind == "r", overflow="fold")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    console = Console(width=width or _columns(), color_system=None)
+    lines = console.render_lines(grid, pad=False)
+    return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def complain(program: str, message: str) -> None:
