@@ -86,7 +86,7 @@ def advising_on_memory(advice: str) -> Iterator[None]:
     """Say in one line what to do where the memory is not enough.
 
     Args:
-        advice: what follows "out of memory", such as "with --batch 64; try a smaller one".
+        advice: what follows "out of memory", such as " with --batch 64; try a smaller one".
 
     Raises:
         InputError: there was not enough memory, on whatever device.
@@ -96,7 +96,7 @@ def advising_on_memory(advice: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(f"out of memory {advice}") from error
+        raise InputError(f"out of memory{advice}") from error
 
 
 def unknown_name(kind: str, name: object, accepted: Iterable[str]) -> InputError:

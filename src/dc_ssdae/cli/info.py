@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ def run(args: Namespace) -> int:
         raise InputError("--groups counts parameters, which no device or dtype changes: leave --device and --dtype out")
     classes = import_classes(args.modules)
     found: Any
+    as_text: Callable[[Any], str]
     if args.model is None:
         found, as_text = _presets(), _presets_as_text
     elif args.groups:

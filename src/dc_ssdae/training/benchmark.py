@@ -4,7 +4,7 @@ import gc
 import math
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +79,7 @@ def measure_training(
 
     def out_of_memory(name: str, config: RunConfig) -> str:
         return (
-            f"on {device}: {name} with training.batch_size {config.training.batch_size}; make it smaller, or set "
+            f" on {device}: {name} with training.batch_size {config.training.batch_size}; make it smaller, or set "
             "training.accumulation_steps, training.gradient_checkpointing or training.precision"
         )
 
@@ -169,7 +169,7 @@ class _Stepper:
         wait_for(self._device)
         timed = []
         for (before, _), (marks, finite) in pairwise(done):
-            phases: Counter[str] = Counter()
+            phases: dict[str, float] = defaultdict(float)
             for (_, start), (phase, end) in pairwise(marks):
                 phases[phase] += self._seconds(start, end)
             timed.append(_Step(self._seconds(before[-2][1], marks[-2][1]), phases, finite))
