@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.data.encode_latents import EncodedPart
     from dc_ssdae.data.loader import BrokenImage
+    from dc_ssdae.data.pack import PackedPart
     from dc_ssdae.latent import DiagonalGaussian
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -232,6 +234,14 @@ def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None)
 
 def _columns() -> int:
     return shutil.get_terminal_size((100, 24)).columns
+
+
+def say_part(part: "PackedPart | EncodedPart", remark: str) -> None:
+    """Say what became of a part of a data set that was made into shards."""
+    label = f"{part.name}: " if part.name else ""
+    broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
+    size = f"{counted(part.images, 'image')} in {counted(part.shards, 'shard')}"
+    say(f"{label}{size} -> {part.folder}{remark}{broken}")
 
 
 def complain(program: str, message: str) -> None:
