@@ -91,6 +91,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+@contextmanager
+def advising_on_memory(advice: str) -> Iterator[None]:
+    """Say in one line what to do where the memory is not enough.
+
+    Args:
+        advice: what follows "out of memory", such as " with --batch 64; try a smaller one".
+
+    Raises:
+        InputError: there was not enough memory, on whatever device.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"out of memory{advice}") from error
+
+
 def unknown_name(kind: str, name: object, accepted: Iterable[str], field: str | None = None) -> InputError:
     """Build the error for a name that is not among the accepted ones, with the closest match suggested.
 

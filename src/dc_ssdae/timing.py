@@ -4,15 +4,18 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from dc_ssdae.errors import counted
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,25 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 def alternating(count: int, round_: int) -> Sequence[int]:
     """Count from 0 to `count - 1` in even rounds and back in odd ones, so that no competitor always comes first."""
     return range(count) if round_ % 2 == 0 else range(count)[::-1]
+
+
+def measure_alternately(measurements: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
+    """Take every measurement once per round, in alternating order; gives each one's results, round by round."""
+    results: list[list[T]] = [[] for _ in measurements]
+    for round_ in range(rounds):
+        for index in alternating(len(measurements), round_):
+            results[index].append(measurements[index]())
+    return results
+
+
+@contextmanager
+def keeping_threads() -> Iterator[int]:
+    """Put PyTorch's number of threads, which it yields, back at the end of the block."""
+    threads = torch.get_num_threads()
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def resident_set() -> int:

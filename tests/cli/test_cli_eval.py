@@ -255,7 +255,7 @@ class TestAddToModel:
         outcome = run("eval", "--model", model, "--data", photos, *QUICK, "--out", "out", "--add-to-model")
         assert outcome.code == 2
         (line,) = outcome.err
-        assert "--add-to-model writes into the folder of a saved model" in line
+        assert "leave --add-to-model out" in line
         assert not (tmp_path / "out").exists()
 
     def test_weights_that_changed_meanwhile_get_no_figures(

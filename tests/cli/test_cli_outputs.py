@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from dc_ssdae.cli import compare, eval, study
+from dc_ssdae.cli.common import table
 
 COMMANDS = {
     "reconstruct": ("reconstruct photo.png --model absent --out out", "photo.png"),
@@ -70,3 +71,17 @@ def test_a_demo_and_a_run_are_kept(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a run")
     assert run("demo", "--steps", 1, "--out", tmp_path, "--overwrite", "--device", "cpu").code == 2
     assert (tmp_path / "config.yaml").read_text() == "a run"
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    long = "a[red]b" * 20
+    lines = table([("name", "n"), (long, "12,345,678"), ("a word, and others", "1")], "lr").splitlines()
+    assert max(map(len, lines)) <= width
+    assert "".join(line.split()[0] for line in lines[1:-1]) == long, "nothing is lost, nor taken for markup"
+    assert lines[1].endswith("  12,345,678")
+    assert lines[-1].split("  ")[0] == "a word, and others"
+    assert len(lines[-1]) == len(lines[1])
+    assert all(line.isprintable() for line in lines)

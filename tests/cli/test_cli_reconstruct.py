@@ -171,11 +171,8 @@ def test_debug_shows_the_traceback_of_a_bad_file(reconstruct: Callable, tmp_path
     assert outcome.err[-1].startswith("dc-ssdae reconstruct: cannot read image ")
 
 
-@pytest.mark.parametrize("names", [("a/photo.png", "b/photo.jpg"), ("a/photo.png", "b/PHOTO.png")])
-def test_colliding_stems_are_refused_before_anything_else(
-    names: tuple[str, str], run: Callable, tmp_path: Path
-) -> None:
-    one, two = (tmp_path / name for name in names)
+def test_colliding_stems_are_refused_before_anything_else(run: Callable, tmp_path: Path) -> None:
+    one, two = tmp_path / "a" / "photo.png", tmp_path / "b" / "photo.jpg"
     outcome = run("reconstruct", one, two, "--model", "missing", "--out", tmp_path / "out")
     target = tmp_path / "out" / f"{two.stem}.png"
     line = f"dc-ssdae reconstruct: {one} and {two} would both be written to {target}; rename one of them"

@@ -122,8 +122,10 @@ def test_a_run_means_its_model(run: Callable, model: Path, photos: Path, tmp_pat
 
 def test_what_cannot_be_measured(run: Callable, model: Path, photos: Path, tmp_path: Path) -> None:
     before = (model / "config.json").read_bytes()
-    assert "--size 30 is no multiple of this model's f = 8; 32 is" in one_line(run, *words(model, photos, "--size", 30))
-    assert "owner/model is no folder" in one_line(run, *words("owner/model", photos))
+    assert "both sides must be multiples of f = 8; pad it to 32×32" in one_line(
+        run, *words(model, photos, "--size", 30)
+    )
+    assert "owner/model is no folder of a model" in one_line(run, *words("owner/model", photos))
     assert "there is no folder" in one_line(run, *words(model, tmp_path / "absent"))
     assert "config.json is missing" in one_line(run, *words(photos, photos))
     assert "--images" in one_line(run, *words(model, photos, "--images", 0))

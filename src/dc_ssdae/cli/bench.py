@@ -4,26 +4,20 @@ import argparse
 import json
 import logging
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_device_option, add_dtype_option, complain, say, select_device
+from dc_ssdae.cli.common import add_device_option, add_dtype_option, complain, say, select_device, table, wrapped
 from dc_ssdae.cli.parser import CommandParser, filled, number_between, whole_number
 from dc_ssdae.errors import InputError, counted, unknown_name
 
 if TYPE_CHECKING:
-    from dc_ssdae.data.benchmark import DataFigures
     from dc_ssdae.timing import Spread
-    from dc_ssdae.training.benchmark import StepFigures
-    from dc_ssdae.training.config import RunConfig
 
 PROGRAM = "dc-ssdae bench"
-WIDTH = 100
-"""Columns of the tables, at most."""
 
 _BENCHMARKS = ("encode", "decode", "train", "data")
 _WITH_VALUE, _WITHOUT_VALUE = ("--steps", "--device", "--compare"), ("--json", "--debug", "--help", "-h")
@@ -232,7 +226,7 @@ def _measure_model(args: argparse.Namespace) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from dc_ssdae.evaluation.candidate_names import name_apart, open_candidate, parse_candidate
     from dc_ssdae.evaluation.speed import measure_speed
-    from dc_ssdae.timing import describe_machine, machine_line
+    from dc_ssdae.timing import describe_machine
 
     specs = name_apart([parse_candidate(text) for text in (args.model, *args.against)])
     device, dtype = select_device(args.device), getattr(torch, args.dtype)
@@ -244,144 +238,102 @@ def _measure_model(args: argparse.Namespace) -> None:
         if args.compile:
             for part in ("encoder", "decoder"):
                 getattr(candidate.module(), part).compile()
-    figures = [
-        entry
-        for size in args.size
-        for entry in measure_speed(
-            args.work, candidates, size, args.batch_size, device, dtype, args.rounds, args.threads
-        )
+    settings = (args.batch_size, device, dtype, args.rounds, args.threads)
+    figures = [entry for size in args.size for entry in measure_speed(args.work, candidates, size, *settings)]
+    rows: list[Sequence[str]] = [
+        ("model", "px", "ms", "quartiles", "times as fast", "GFLOPs", "of peak", "peak GiB"),
     ]
-    machine = {**describe_machine(device), "threads": args.threads}
-    if args.json:
-        settings = {"dtype": args.dtype, "compile": args.compile, "rounds": args.rounds}
-        plain = {"benchmark": args.work, **settings, "figures": [asdict(entry) for entry in figures]}
-        say(json.dumps({**plain, "machine": machine}, indent=2))
-        return
-    rows = [("model", "px", "ms", "quartiles", "times as fast", "GFLOPs", "of peak", "peak GiB")]
     for entry in figures:
-        taken = entry.seconds.times(1000.0)
-        slower = "-" if entry.ratio is None else f"{entry.ratio.median:.3g}"
-        memory = "-" if entry.peak_memory_bytes is None else f"{entry.peak_memory_bytes / 2**30:.2f}"
-        speed = (f"{taken.median:,.1f}", _quartiles(taken, ",.1f"), slower, f"{entry.flops / 1e9:,.1f}")
-        rows.append((entry.label, str(entry.size), *speed, f"{entry.share_of_peak:.0%}", memory))
+        ratio = "-" if entry.ratio is None else f"{entry.ratio.median:.3g}"
+        costs = (f"{entry.flops / 1e9:,.1f}", f"{entry.share_of_peak:.0%}", _gibibytes(entry.peak_memory_bytes))
+        rows.append((entry.label, str(entry.size), *_spread(entry.seconds.times(1000.0), ",.1f"), ratio, *costs))
     clock = "processor time of all threads" if device.type == "cpu" else "time that passes"
-    notes = [
+    note = (
         f"{args.work} of {counted(args.batch_size, 'image')} in {args.dtype}: medians of "
         f"{counted(args.rounds, 'round')} in alternation, {clock}. Times as fast: as {specs[0].label}. Of peak: FLOPs "
-        "a second against this machine's fastest 3×3 convolution. Peak: memory in use, weights included.",
-        machine_line(machine),
-    ]
-    say("\n".join([*_table(rows, 1), "", *map(_wrapped, notes)]))
+        "per second against this machine's fastest 3×3 convolution. Peak: memory in use, weights included."
+    )
+    plain = {"dtype": args.dtype, "compile": args.compile, "rounds": args.rounds}
+    plain["figures"] = [asdict(entry) for entry in figures]
+    machine = {**describe_machine(device), "threads": args.threads}
+    _show(args, {"benchmark": args.work, **plain, "machine": machine}, [table(rows, "lrrrrrrr")], [note])
 
 
 def _measure_data(args: argparse.Namespace) -> None:
-    from dc_ssdae.data.benchmark import NamedSource, data_drawing, measure_data, packed, training_images
+    from dc_ssdae.data.benchmark import measure_data, packed, training_images
     from dc_ssdae.data.sources import open_path
     from dc_ssdae.timing import describe_machine
 
     paths = [training_images(name) for name in args.sources]
-    sources = [NamedSource(name, open_path(path, None)) for name, path in zip(args.sources, paths, strict=True)]
-    drawing = data_drawing(args.image_size, args.aug_scale)
+    sources = [(name, open_path(path, None)) for name, path in zip(args.sources, paths, strict=True)]
     with ExitStack() as stack:
         if args.packed:
             shards = stack.enter_context(packed(paths[0], lambda line: complain(args.program, line)))
-            sources.append(NamedSource(f"{args.sources[0]} (packed)", shards))
-        figures = measure_data(sources, drawing, args.seconds, args.workers)
-    machine = {**describe_machine(), "threads": 1}
-    if args.json:
-        settings = {"image_size": args.image_size, "aug_scale": args.aug_scale}
-        say(json.dumps({"benchmark": "data", **settings, **_plain(figures), "machine": machine}, indent=2))
-    else:
-        say(_data_as_text(figures, args, machine))
+            sources.append((f"{args.sources[0]} (packed)", shards))
+        figures = measure_data(sources, args.image_size, args.aug_scale, args.seconds, args.workers)
+    rows: list[Sequence[str]] = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
+    for source in figures.sources:
+        named = [(_STAGES[stage], rate) for stage, rate in source.stages.items()]
+        named += [(counted(int(count), "worker"), rate) for count, rate in source.loader.items()]
+        rows += [
+            (source.name, label, *_spread(rate.images_per_second, ",.1f"), *_spread(rate.ratio, ".3f"))
+            for label, rate in named
+        ]
+    notes = [
+        f"Images per second of one process with one thread: medians of {counted(figures.rounds, 'round')} of "
+        f"{figures.images} images in alternation, and their ratios to the first source's.",
+        f"Crops of {args.image_size} px, aug_scale {args.aug_scale:g}.",
+    ]
+    if args.workers:
+        notes.append("Lines of workers: the loader with so many processes, which share the cores.")
+    counts = [source.images for source in figures.sources]
+    if len(set(counts)) > 1:
+        told = ", ".join(f"{source.name} {source.images:,}" for source in figures.sources)
+        notes.append(f"The sources differ in their number of images ({told}): the first {min(counts):,} were used.")
+    notes += [
+        f"{source.name}: {len(source.broken)} broken among the images measured, replaced by others as in training; the "
+        f"first: {source.broken[0]['reason']}"
+        for source in figures.sources
+        if source.broken
+    ]
+    settings = {"image_size": args.image_size, "aug_scale": args.aug_scale}
+    plain = {"benchmark": "data", **settings, **asdict(figures), "machine": {**describe_machine(), "threads": 1}}
+    _show(args, plain, [table(rows, "llrrrr")], notes)
 
 
 def _measure_training(args: argparse.Namespace) -> None:
-    device = select_device(args.device)
+    device, config = select_device(args.device), args.config
     import torch
 
     from dc_ssdae.classes import importing_from
     from dc_ssdae.timing import describe_machine
-    from dc_ssdae.training.benchmark import measure_training
+    from dc_ssdae.training.benchmark import frozen_backbones, measure_training
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with importing_from(Path.cwd()):
-        figures = measure_training(args.name, args.config, args.compared, device, args.steps)
-    machine = describe_machine(device)
-    if args.json:
-        plain = {"benchmark": "train", "steps": args.steps, "config": args.config.to_mapping()}
-        plain["random_backbones"] = _frozen_terms(args.config)
-        say(json.dumps({**plain, "configurations": [asdict(entry) for entry in figures], "machine": machine}, indent=2))
-    else:
-        say(_steps_as_text(figures, args, machine))
-
-
-def _plain(figures: "DataFigures") -> dict[str, Any]:
-    plain = asdict(figures)
-    for source, entry in zip(figures.sources, plain["sources"], strict=True):
-        entry["broken"] = [image._asdict() for image in source.broken]  # asdict leaves named tuples as they are
-    return plain
-
-
-def _data_as_text(figures: "DataFigures", args: argparse.Namespace, machine: dict[str, Any]) -> str:
-    from dc_ssdae.timing import machine_line
-
-    rows = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
-    for source in figures.sources:
-        named = [(_STAGES[stage], rate) for stage, rate in source.stages.items()]
-        named += [(f"{count} worker{'s' * (count > 1)}", rate) for count, rate in source.loader.items()]
-        for label, rate in named:
-            speed, ratio = rate.images_per_second, rate.ratio
-            cells = (f"{speed.median:,.1f}", _quartiles(speed, ",.1f"), f"{ratio.median:.3f}", _quartiles(ratio, ".3f"))
-            rows.append((source.name, label, *cells))
-    notes = [
-        f"Images a second of one process with one thread: medians of {counted(figures.rounds, 'round')} of "
-        f"{figures.images} images in alternation, and their ratios to the first source's.",
-        *(["Lines of workers: the loader with so many processes, which share the cores."] if args.workers else []),
-        f"Crops of {args.image_size} px, aug_scale {args.aug_scale:g}.",
-        machine_line(machine),
+        figures = measure_training(args.name, config, args.compared, device, args.steps)
+        frozen = frozen_backbones(config)
+    speeds: list[Sequence[str]] = [("configuration", "images/s", "ms/step", "quartiles", "ratio", "quartiles")]
+    costs: list[Sequence[str]] = [
+        ("configuration", "forward ms", "backward ms", "update ms", "peak GiB", "TFLOP/s"),
     ]
-    if len({source.images for source in figures.sources}) > 1:
-        told = ", ".join(f"{source.name} {source.images:,}" for source in figures.sources)
-        fewest = min(source.images for source in figures.sources)
-        notes.append(f"The sources differ in their number of images ({told}): the first {fewest:,} of each were used.")
-    notes += [
-        f"{source.name}: {len(source.broken)} broken among the images measured, replaced by others as in training; the "
-        f"first: {source.broken[0].reason}"
-        for source in figures.sources
-        if source.broken
-    ]
-    return "\n".join([*_table(rows, 2), "", *map(_wrapped, notes)])
-
-
-def _steps_as_text(figures: "Sequence[StepFigures]", args: argparse.Namespace, machine: dict[str, Any]) -> str:
-    from dc_ssdae.timing import machine_line
-
-    speeds = [("configuration", "images/s", "ms/step", "quartiles", "ratio", "quartiles")]
-    costs = [("configuration", "forward ms", "backward ms", "update ms", "peak GiB", "TFLOP/s")]
     for entry in figures:
-        speed, step = f"{entry.images_per_second.median:,.2f}", entry.seconds.times(1000.0)
-        ratio = ("1", "-") if entry.ratio is None else (f"{entry.ratio.median:.3f}", _quartiles(entry.ratio, ".3f"))
-        speeds.append((entry.name, speed, f"{step.median:,.2f}", _quartiles(step, ",.2f"), *ratio))
-        phases = entry.phases or {}
-        forward, backward, update = (
-            f"{phases[name].times(1000.0).median:,.2f}" if name in phases else "-"
-            for name in ("forward", "backward", "update")
-        )
-        memory = "-" if entry.peak_memory_bytes is None else f"{entry.peak_memory_bytes / 2**30:.2f}"
+        ratio = ("1", "-") if entry.ratio is None else _spread(entry.ratio, ".3f")
+        rate = f"{entry.images_per_second.median:,.2f}"
+        speeds.append((entry.name, rate, *_spread(entry.seconds.times(1000.0), ",.2f"), *ratio))
+        spent = [f"{1000.0 * spread.median:,.2f}" for spread in (entry.phases or {}).values()] or ["-"] * 3
         throughput = "-" if entry.tflops_per_second is None else f"{entry.tflops_per_second:.3f}"
-        costs.append((entry.name, forward, backward, update, memory, throughput))
-    config = args.config
-    what = "allocated on the device" if machine["device_name"] else "this process's resident set"
+        costs.append((entry.name, *spent, _gibibytes(entry.peak_memory_bytes), throughput))
+    compared = ", compared in alternation with the first; ratios are of images/s" if args.compared else ""
     notes = [
-        f"{counted(args.steps, 'step')} of {counted(figures[0].batch_size, 'random image')} of "
-        f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; medians"
-        + (", compared in alternation with the first; ratios are of images/s." if len(figures) > 1 else "."),
-        f"Memory: {what}. "
-        + ("" if figures[0].flops is None else f"{figures[0].flops / 1e12:.4g} TFLOPs a step: 3 times the forward's."),
-        machine_line(machine),
+        f"{counted(args.steps, 'step')} of {counted(config.training.batch_size, 'random image')} of "
+        f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; medians{compared}.",
+        f"Memory: {'allocated on the device' if device.type == 'cuda' else 'resident set of this process'}.",
     ]
-    if frozen := _frozen_terms(config):
+    if figures[0].flops is not None:
+        notes.append(f"{figures[0].flops / 1e12:.4g} TFLOPs per step: 3 times the forward pass's.")
+    if frozen:
         names = ", ".join(f"losses.{name}" for name in frozen)
         notes.append(f"{names}: random weights in the backbone, which take as long as real ones; values mean nothing.")
     notes += [
@@ -389,32 +341,25 @@ def _steps_as_text(figures: "Sequence[StepFigures]", args: argparse.Namespace, m
         for entry in figures
         if entry.not_finite
     ]
-    return "\n".join([*_table(speeds, 1), "", *_table(costs, 1), "", *map(_wrapped, notes)])
+    plain = {"benchmark": "train", "steps": args.steps, "config": config.to_mapping(), "random_backbones": frozen}
+    plain |= {"configurations": [asdict(entry) for entry in figures], "machine": describe_machine(device)}
+    _show(args, plain, [table(speeds, "lrrrrr"), table(costs, "lrrrrr")], notes)
 
 
-def _frozen_terms(config: "RunConfig") -> list[str]:
-    """Names of the built-in terms that look through a backbone, which has random weights in a benchmark."""
-    return [name for name, loss in config.losses.items() if loss.weight and name in ("lpips", "repa")]
+def _show(args: argparse.Namespace, figures: dict[str, Any], tables: Sequence[str], notes: Sequence[str]) -> None:
+    """Print the figures as JSON, or as tables with notes below."""
+    from dc_ssdae.timing import machine_line
+
+    if args.json:
+        say(json.dumps(figures, indent=2))
+    else:
+        say("\n\n".join([*tables, "\n".join(map(wrapped, [*notes, machine_line(figures["machine"])]))]))
 
 
-def _quartiles(spread: "Spread", form: str) -> str:
-    return f"{spread.low:{form}}..{spread.high:{form}}"
+def _spread(spread: "Spread", form: str) -> tuple[str, str]:
+    """Two cells: the median, and the quartiles."""
+    return f"{spread.median:{form}}", f"{spread.low:{form}}..{spread.high:{form}}"
 
 
-def _table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Align rows, the first `left` columns to the left; the first column gives way where a line would be too long."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = min(widths[0], max(8, WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
-    lines = []
-    for row in rows:
-        first = row[0] if len(row[0]) <= widths[0] else f"…{row[0][1 - widths[0] :]}"
-        cells = [
-            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip((first, *row[1:]), widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+def _gibibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**30:.2f}"

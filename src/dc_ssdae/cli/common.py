@@ -4,14 +4,17 @@ Nothing heavy is imported until a function needs it, so that help is quick.
 """
 
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dc_ssdae.errors import InputError, ToldElsewhere, is_out_of_memory
+from dc_ssdae.errors import InputError, ToldElsewhere, advising_on_memory, counted
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.data.encode_latents import EncodedPart
+    from dc_ssdae.data.loader import BrokenImage
+    from dc_ssdae.data.pack import PackedPart
     from dc_ssdae.latent import DiagonalGaussian
 
 
@@ -43,6 +49,46 @@ def say(line: str) -> None:
 
     encoding = sys.stdout.encoding or "utf-8"
     tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+
+
+def wrapped(text: str) -> str:
+    """Break a paragraph into lines that fit the terminal; in a pipe, into lines of 100 characters."""
+    return textwrap.fill(text, _columns(), break_on_hyphens=False)
+
+
+def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None) -> str:
+    """Align cells in columns, with neither colours nor lines, so that the text can be piped.
+
+    Args:
+        rows: of cells, the header first, if there is one.
+        columns: "l" (text, aligned to the left, which takes several lines where it is too long) or "r" (a number, to
+            the right) for each.
+        width: in characters; by default the terminal's, or 100 in a pipe.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for kind in columns:
+        grid.add_column(justify="left" if kind == "l" else "right", no_wrap=kind == "r", overflow="fold")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    console = Console(width=width or _columns(), color_system=None)
+    lines = console.render_lines(grid, pad=False)
+    return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def say_part(part: "PackedPart | EncodedPart", remark: str) -> None:
+    """Say what became of a part of a data set that was made into shards."""
+    label = f"{part.name}: " if part.name else ""
+    broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
+    size = f"{counted(part.images, 'image')} in {counted(part.shards, 'shard')}"
+    say(f"{label}{size} -> {part.folder}{remark}{broken}")
 
 
 def complain(program: str, message: str) -> None:
@@ -101,22 +147,21 @@ def plan_outputs(args: "Namespace", sources: Sequence[Path], suffix: str, *other
         InputError: two files would be written to the same place, or one over an input or another file; `--out` is no
             folder.
     """
-    inputs = {os.path.realpath(source) for source in sources}
-    writers: dict[str, Path] = {}
-    jobs = []
+    inputs = {source.resolve() for source in sources}
+    writers: dict[Path, Path] = {}
     for source in sources:
-        targets = [args.out / f"{source.stem}{ending}" for ending in (suffix, *others)]
-        for target in targets:
-            key = target.name.casefold()  # not every file system tells A from a
-            if key in writers:
-                raise InputError(f"{writers[key]} and {source} would both be written to {target}; rename one of them")
-            if os.path.realpath(target) in inputs:
+        for ending in (suffix, *others):
+            target = args.out / f"{source.stem}{ending}"
+            if target in writers:
+                raise InputError(
+                    f"{writers[target]} and {source} would both be written to {target}; rename one of them"
+                )
+            if target.resolve() in inputs:
                 raise InputError(f"{target} is one of the inputs and would be overwritten; choose another --out")
-            writers[key] = source
-        check_outputs(args, targets)
-        jobs.append(Job(source, targets[0]))
+            writers[target] = source
+    check_outputs(args, list(writers))
     args.out.mkdir(parents=True, exist_ok=True)
-    return jobs
+    return [Job(source, args.out / f"{source.stem}{suffix}") for source in sources]
 
 
 def write_outputs(args: "Namespace", contents: Mapping[str, bytes]) -> None:
@@ -126,6 +171,53 @@ def write_outputs(args: "Namespace", contents: Mapping[str, bytes]) -> None:
     for name, content in contents.items():
         write_whole(args.out / name, content)
     say(f"-> {', '.join(str(args.out / name) for name in contents)}")
+
+
+def advising_on_batches(args: "Namespace") -> AbstractContextManager[None]:
+    """Turn running out of memory into a line that names `--batch`."""
+    return advising_on_memory(f" with --batch {args.batch}; try a smaller one, or --dtype bfloat16")
+
+
+def tell_of_images(args: "Namespace", broken: "Sequence[BrokenImage]", enlarged: int, total: int) -> None:
+    """Complain of images that cannot be read, and of those that were enlarged.
+
+    Args:
+        args: with `size`, their side in pixels.
+        broken: those that cannot be read, which are left out.
+        enlarged: how many were smaller than `--size`.
+        total: all of them, the broken ones too.
+
+    Raises:
+        InputError: all are broken.
+    """
+    from dc_ssdae.data.loader import enlarged_caveat
+
+    if len(broken) == total:
+        raise InputError(f"none of {counted(total, 'image')} can be read; the first: {broken[0].reason}")
+    left_out = [f"left out: {image.reason}" for image in broken]
+    for line in (*left_out, *enlarged_caveat(enlarged, total - len(broken), args.size)):
+        complain(args.program, line)
+
+
+def writable_model(model: str, instead: str) -> Path:
+    """Find the folder of a model that is to be written into, before the time that measuring takes.
+
+    Args:
+        model: a saved model or a run of this package.
+        instead: what to do where it cannot be written to.
+
+    Raises:
+        InputError: it is no folder with a model, or nothing can be written there.
+    """
+    from dc_ssdae.model_folder import model_folder, read_config
+
+    if not os.path.isdir(model):
+        raise InputError(f"{model} is no folder of a model or a run of this package to write into; {instead}")
+    folder = model_folder(model)
+    read_config(folder)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} cannot be written to; {instead}")
+    return folder
 
 
 def told_by_one_process(run: "Callable[[Namespace], int]") -> "Callable[[Namespace], int]":
@@ -157,22 +249,16 @@ def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job
     """
     from tqdm import tqdm
 
-    debug = getattr(args, "debug", False)
     failed = False
     for job in tqdm(jobs, unit="file", leave=False, disable=True if len(jobs) == 1 else None):
         try:
-            done = process(job)
-        except Exception as error:
-            if is_out_of_memory(error):
-                message = "out of memory; try a smaller image, --tile_size 512, --dtype bfloat16 or another --device"
-            elif isinstance(error, (InputError, OSError)):
-                message = describe(error)
-            else:
-                raise
-            if debug:
+            with advising_on_memory("; try a smaller image, --tile_size 512, --dtype bfloat16 or another --device"):
+                done = process(job)
+        except (InputError, OSError) as error:
+            if getattr(args, "debug", False):
                 traceback.print_exception(error)
-            named = str(job.source) in message
-            complain(args.program, message if named else f"{job.source}: {message}")
+            message = describe(error)
+            complain(args.program, message if str(job.source) in message else f"{job.source}: {message}")
             failed = True
         else:
             if done.notes:
@@ -201,18 +287,10 @@ def select_device(name: str) -> "torch.device":
     count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if count else "mps" if has_mps else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"unknown device {name!r}; accepted: auto, cpu, cuda, cuda:N, mps")
-    if device.type == "cuda" and (device.index or 0) >= count:
-        present = f"it has cuda:0 to cuda:{count - 1}" if count else "PyTorch finds no CUDA device here"
-        raise InputError(f"no device {name!r} on this machine: {present}; --device auto takes what there is")
-    if device.type == "mps" and not has_mps:
-        raise InputError("no device 'mps' on this machine; --device auto takes what there is")
-    return device
+    present = ["cpu", *(f"cuda:{index}" for index in range(count)), *(["mps"] if has_mps else [])]
+    if (name if name != "cuda" else "cuda:0") not in present:
+        raise InputError(f"no device {name!r} on this machine: PyTorch finds {', '.join(present)}")
+    return torch.device(name)
 
 
 def import_classes(modules: Sequence[str]) -> list[type]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dc_ssdae.cli.common import add_file_options
 from dc_ssdae.cli.decoding_options import ToDecode, add_decoding_options, decode_files
 from dc_ssdae.cli.parser import CommandParser, file_path
+from dc_ssdae.errors import InputError
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -31,8 +32,10 @@ def run(args: Namespace) -> int:
 
 
 def _read(path: Path, model: "DCSSDAE") -> ToDecode:
-    from dc_ssdae.cli.latent_file import check_model_fits, read_latent
+    from dc_ssdae.cli.latent_file import read_latent
 
-    content = read_latent(path)
-    check_model_fits(content, model.config.latent_channels, model.config.downsample_factor)
+    config, content = model.config, read_latent(path)
+    theirs, own = (len(content.latent), content.downsample_factor), (config.latent_channels, config.downsample_factor)
+    if theirs != own:
+        raise InputError(f"the latent's (c, f) are {theirs} and do not fit the model, whose are {own}")
     return ToDecode(content.latent[None], content.original_size)

@@ -1,6 +1,9 @@
 """`dc-ssdae demo`: reconstruct photos with the shipped model, train a small one on others, write a report."""
 
 import argparse
+import statistics
+import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,46 +61,38 @@ def build_parser() -> CommandParser:
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate, save and report; gives the exit code."""
     device = select_device(args.device)
-    if _is_demo(args.out):
+    replace = _is_demo(args.out)
+    if replace:
         check_outputs(args, [args.out / "config.yaml"])
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        return _run(args, device)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(args: argparse.Namespace, device: "torch.device") -> int:
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.data.sample_photos import sample_photos
+    from dc_ssdae.timing import keeping_threads
     from dc_ssdae.training.launch import start_run
     from dc_ssdae.training.logging import read_lines
 
     config = _configuration(args)
+    training = config.training
     held_out = sample_photos("held_out")
     names = [photo.name for photo in sample_photos("train")]
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    say(f"Reconstructing {counted(len(held_out), 'photo')} with {SHIPPED_MODEL}, which comes with this package")
-    shipped = _evaluate(DCSSDAE.from_pretrained(), held_out, device)
-    _say_results(shipped)
-    if args.steps is None:  # a run of steps is reproducible, but only with the same number of threads
-        _choose_threads(config, device)
-    say(f"Training preset {PRESET!r} on {_device_name(device)}, {_budget(config)}, on {counted(len(names), 'photo')}")
-    start_run(config, config_yaml(config), args.out, cpu=device.type == "cpu", replace=_is_demo(args.out))
-    history = read_lines(args.out / "metrics.jsonl")
-    model = DCSSDAE.from_pretrained(args.out / "model")
-    say("Reconstructing the same photos, which the new model has not seen")
-    results = _evaluate(model, held_out, device)
-    report = args.out / "report.html"
-    _report(report, shipped, results, history, config, model, names)
-    _say_results(results)
-    say(f"Model:  {args.out / 'model'}\nReport: {report}")
+    with keeping_threads() as threads:
+        say(f"Reconstructing {counted(len(held_out), 'photo')} with {SHIPPED_MODEL}, which comes with this package")
+        shipped = _evaluate(DCSSDAE.from_pretrained(), held_out, device)
+        if training.steps is None and device.type == "cpu" and threads > 1:
+            _choose_threads(config, threads)  # not for a run of steps, which is reproducible for a number of threads
+        budget = f"{training.minutes:g} minutes" if training.steps is None else counted(training.steps, "step")
+        say(f"Training preset {PRESET!r} on {_device_name(device)}, {budget}, on {counted(len(names), 'photo')}")
+        start_run(config, config_yaml(config), args.out, cpu=device.type == "cpu", replace=replace)
+        model = DCSSDAE.from_pretrained(args.out / "model")
+        say("Reconstructing the same photos, which the new model has not seen")
+        results = _evaluate(model, held_out, device)
+        history = read_lines(args.out / "metrics.jsonl")
+        _report(args.out / "report.html", shipped, results, history, config, model, names)
+    say(f"Model:  {args.out / 'model'}\nReport: {args.out / 'report.html'}")
     return 0
 
 
@@ -121,32 +116,29 @@ def _is_demo(path: Path) -> bool:
     return config.is_file() and SAMPLE_PHOTOS in config.read_text(encoding="utf-8", errors="replace")
 
 
-def _choose_threads(config: "RunConfig", device: "torch.device") -> None:
+def _choose_threads(config: "RunConfig", every: int) -> None:
     """Use one thread on a CPU that other work keeps busy: threads that wait for each other there slow down manyfold."""
-    import statistics
-    import time
-
     import torch
 
+    from dc_ssdae.timing import measure_alternately
     from dc_ssdae.training.build import build_step
     from dc_ssdae.training.step import draw_noise
 
-    every = torch.get_num_threads()
-    if device.type != "cpu" or every == 1:
-        return
     step = build_step(config).train()
     batch, size = config.training.batch_size, config.data.image_size
     pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-    noise = draw_noise(step.model, size, 0, batch, range(batch), device)
-    seconds: dict[int, list[float]] = {every: [], 1: []}
-    for _ in range(4):
-        for threads, times in seconds.items():
-            torch.set_num_threads(threads)
-            start = time.perf_counter()
-            step(pixels, *noise).total.backward()
-            times.append(time.perf_counter() - start)
-    # The first round warms up.
-    torch.set_num_threads(min(seconds, key=lambda threads: statistics.median(seconds[threads][1:])))
+    noise = draw_noise(step.model, size, 0, batch, range(batch), "cpu")
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        step(pixels, *noise).total.backward()
+        return time.perf_counter() - start
+
+    choices = (every, 1)
+    times = measure_alternately([partial(seconds, threads) for threads in choices], 4)
+    medians = [statistics.median(taken[1:]) for taken in times]  # the first round warms up
+    torch.set_num_threads(choices[medians.index(min(medians))])
 
 
 def _evaluate(model: "DCSSDAE", photos: list[Any], device: "torch.device") -> "list[PhotoResult]":
@@ -157,15 +149,12 @@ def _evaluate(model: "DCSSDAE", photos: list[Any], device: "torch.device") -> "l
     from dc_ssdae.evaluation.reconstruction import measure_photo
 
     model.to(device=device, memory_format=torch.channels_last)
-    return [
-        measure_photo(model, photo.name, resize_shorter_side(photo.pixels, EVALUATION_SIDE))
-        for photo in tqdm(photos, desc="reconstruct", unit="photo")
-    ]
-
-
-def _say_results(results: "list[PhotoResult]") -> None:
-    for result in results:
+    results = []
+    for photo in tqdm(photos, desc="reconstruct", unit="photo", leave=False):
+        result = measure_photo(model, photo.name, resize_shorter_side(photo.pixels, EVALUATION_SIDE))
         say(f"  {result.name}: {result.psnr:.2f} dB (bicubic of as many values {result.baseline_psnr:.2f} dB)")
+        results.append(result)
+    return results
 
 
 def _report(
@@ -177,42 +166,29 @@ def _report(
     model: "DCSSDAE",
     trained_on: list[str],
 ) -> None:
-    import platform
-
-    import torch
-
     from dc_ssdae import __version__
+    from dc_ssdae.evaluation.profile import count_parameters
     from dc_ssdae.evaluation.report import write_demo_report
+    from dc_ssdae.timing import describe_machine, machine_line
 
-    latent = model.config
-    parts = {"encoder": model.encoder, "decoder": model.decoder}
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
-    training = config.training
-    seconds = history[-1]["seconds"]
-    images = len(history) * training.batch_size
+    training, factor, channels = config.training, model.config.downsample_factor, model.config.latent_channels
+    sizes = ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
+    seconds, crops = history[-1]["seconds"], counted(training.batch_size, "crop")
     curves = {
         "error of the image, L_dynamics": [record["loss/dynamics"] for record in history],
         "KL of the latent, summed per image": [record["loss/kl"] for record in history],
     }
+    terms = " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items())
     facts = {
-        "model": f"preset {PRESET!r}: f{latent.downsample_factor}c{latent.latent_channels}, equilibrium matching; "
-        f"parameters: {sizes}",
+        "model": f"preset {PRESET!r}: f{factor}c{channels}, equilibrium matching; parameters: {sizes}",
         "trained on": f"{config.data.image_size} px random crops of {', '.join(trained_on)}, colours also exchanged",
-        "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} in "
-        f"{seconds / 60:.1f} minutes, {images / seconds:.1f} images/s, {training.precision}, seed {training.seed}",
-        "objective": " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items()) + "; "
-        "no perceptual loss, no GAN",
+        "training": f"{counted(len(history), 'step')} of {crops} in {seconds / 60:.1f} minutes, "
+        f"{len(history) * training.batch_size / seconds:.1f} images/s, {training.precision}, seed {training.seed}",
+        "objective": f"{terms}; no perceptual loss, no GAN",
         "evaluated on": f"photos resized to a shorter side of {EVALUATION_SIDE} px (bicubic, antialiased), one step",
-        "hardware": f"{_device_name(next(model.parameters()).device)}, {counted(torch.get_num_threads(), 'thread')}, "
-        f"{platform.system()} {platform.machine()}",
-        "versions": f"dc-ssdae {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": f"{machine_line(describe_machine(model.device))} dc-ssdae {__version__}.",
     }
     write_demo_report(path, shipped, results, curves, facts)
-
-
-def _budget(config: "RunConfig") -> str:
-    training = config.training
-    return counted(training.steps, "step") if training.steps is not None else f"{training.minutes:g} minutes"
 
 
 def _device_name(device: "torch.device") -> str:

@@ -1,17 +1,18 @@
 """`dc-ssdae eval`: one autoencoder under a named protocol, with intervals, latents, and its worst and best images."""
 
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import (
     add_output_option,
+    advising_on_batches,
     check_outputs,
     complain,
     import_classes,
     say,
     told_by_one_process,
+    writable_model,
     write_outputs,
 )
 from dc_ssdae.cli.decoding_options import naming_options
@@ -25,12 +26,10 @@ from dc_ssdae.cli.evaluation_options import (
     report_settings,
 )
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
-from dc_ssdae.errors import InputError, is_out_of_memory
+from dc_ssdae.errors import InputError
 from dc_ssdae.presets import SHIPPED_MODEL
 
 if TYPE_CHECKING:
-    from dc_ssdae.distributed import Processes
-    from dc_ssdae.evaluation.candidate_names import CandidateSpec
     from dc_ssdae.evaluation.candidates import Candidate
     from dc_ssdae.evaluation.evaluate import Evaluation
     from dc_ssdae.evaluation.metric_networks import MetricSuite
@@ -67,14 +66,18 @@ def run(args: Namespace) -> int:
     """Measure, write and print; gives the exit code."""
     (spec,) = parse_models([args.model])
     check_outputs(args, [args.out / name for name in FILES])
-    folder = _folder_to_add_to(spec) if args.add_to_model else None
-    before = None if folder is None else _weight_files(folder)
+    folder = None
+    if args.add_to_model:
+        folder = writable_model(spec.value if spec.kind == "ours" else args.model, "leave --add-to-model out")
+    before = _weights_in(folder)
     opened = open_evaluation(args)
     classes = import_classes(args.modules)
     import torch
+    from tqdm import tqdm
 
     from dc_ssdae.distributed import Processes
     from dc_ssdae.evaluation.candidate_names import open_candidate
+    from dc_ssdae.evaluation.evaluate import evaluate
 
     processes = Processes.join(opened.device)
     if processes.count > 1 and opened.device.type == "cuda":
@@ -85,37 +88,21 @@ def run(args: Namespace) -> int:
         processes.gather(None)
     with naming_options():
         candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
-    evaluation = _evaluate(args, opened, candidate, suite, processes)
-    if processes.is_main:
-        figures = _write(args, spec.label, opened, candidate, suite, evaluation)
-        if folder is not None:
-            _add_to_model(folder, figures, before == _weight_files(folder))
+    count, hidden = len(processes.share(len(opened.images))), None if processes.is_main else True
+    with advising_on_batches(args), tqdm(total=count, unit="image", leave=False, disable=hidden) as bar:
+        evaluation = evaluate(candidate, opened.images, suite, opened.settings, opened.device, processes, bar.update)
+    if not processes.is_main:
+        return 0
+    figures = _write(args, spec.label, opened, candidate, suite, evaluation)
+    if folder is not None:
+        _add_to_model(folder, figures, before == _weights_in(folder))
     return 0
 
 
-def _folder_to_add_to(spec: "CandidateSpec") -> Path:
-    """Find the folder of the model that --add-to-model means, before the time that measuring takes.
-
-    Raises:
-        InputError: it is no saved model of this package, or nothing can be written there.
-    """
-    from dc_ssdae.model_folder import model_folder, read_config
-
-    if spec.kind != "ours" or not os.path.isdir(spec.value):
-        raise InputError(
-            f"--add-to-model writes into the folder of a saved model or a run of this package; {spec.value} is none"
-        )
-    folder = model_folder(spec.value)
-    read_config(folder)
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} cannot be written to: leave --add-to-model out")
-    return folder
-
-
-def _weight_files(folder: Path) -> list[tuple[str, int, int]]:
+def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:
     """What tells whether a model's weights are still those that were measured: a run replaces them as it goes on."""
-    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
-    return [(name, status.st_ino, status.st_mtime_ns) for name, status in files]
+    files = [] if folder is None else sorted(folder.glob("*.safetensors"))
+    return [(file, file.stat().st_mtime_ns) for file in files]
 
 
 def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
@@ -127,24 +114,6 @@ def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
         raise InputError(f"no metric has a value: nothing is added to {folder}")
     note_evaluation(folder, figures)
     say(f"-> {folder / 'config.json'}, {folder / CARD_FILE}")
-
-
-def _evaluate(
-    args: Namespace, opened: OpenEvaluation, candidate: "Candidate", suite: "MetricSuite", processes: "Processes"
-) -> "Evaluation":
-    from tqdm import tqdm
-
-    from dc_ssdae.evaluation.evaluate import evaluate
-
-    images = opened.images
-    disabled = None if processes.is_main else True
-    try:
-        with tqdm(total=len(processes.share(len(images))), unit="image", leave=False, disable=disabled) as bar:
-            return evaluate(candidate, images, suite, opened.settings, opened.device, processes, bar.update)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(f"out of memory with --batch {args.batch}; try a smaller one, or --dtype bfloat16") from None
 
 
 def _write(
@@ -169,11 +138,10 @@ def _write(
     text = report.as_markdown()
     say(text)  # before anything that can fail: hours may have gone into the figures
     ranked = report.ranked()
-
-    def shown(places: list[int]) -> list[Any]:
-        return reconstruct_places(candidate, opened.images, places, opened.settings, opened.device)
-
-    worst, best = shown(ranked[: args.show]), shown(ranked[::-1][: args.show])
+    worst, best = (
+        reconstruct_places(candidate, opened.images, places[: args.show], opened.settings, opened.device)
+        for places in (ranked, ranked[::-1])
+    )
     contents = (
         report.as_page(worst, best),
         text.encode("utf-8", "backslashreplace"),

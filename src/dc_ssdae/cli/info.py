@@ -1,14 +1,12 @@
 """`dc-ssdae info`: what presets there are, and what a preset or a saved model costs."""
 
 import json
-import shutil
-import textwrap
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_dtype_option, add_import_option, import_classes, say, select_device
+from dc_ssdae.cli.common import add_dtype_option, add_import_option, import_classes, say, select_device, table, wrapped
 from dc_ssdae.cli.parser import CommandParser, device_name, filled
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.presets import SHIPPED_MODEL, list_presets, load_preset
@@ -16,6 +14,7 @@ from dc_ssdae.presets import SHIPPED_MODEL, list_presets, load_preset
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
 
+PARTS = ("encoder", "decoder", "dynamics")
 SIZES = (256, 512)
 """Sides, in pixels, of the square images that models are measured at."""
 
@@ -56,15 +55,17 @@ def run(args: Namespace) -> int:
     if args.groups and (args.device is not None or args.dtype != "float32"):
         raise InputError("--groups counts parameters, which no device or dtype changes: leave --device and --dtype out")
     classes = import_classes(args.modules)
-    if args.groups:
-        sizes = _group_sizes(args.model, classes)
-        say(json.dumps(sizes, indent=2) if args.json else _groups_as_text(sizes))
-    elif args.model is None:
-        presets = _presets()
-        say(json.dumps(presets, indent=2) if args.json else _list_as_text(presets))
+    found: Any
+    as_text: Callable[[Any], str]
+    if args.model is None:
+        found, as_text = _presets(), _presets_as_text
+    elif args.groups:
+        from dc_ssdae.parameter_groups import group_sizes
+
+        found, as_text = group_sizes(_open(args.model, classes)[0]), _groups_as_text
     else:
-        profile = _profile(args.model, args.dtype, args.device, classes)
-        say(json.dumps(profile, indent=2) if args.json else _profile_as_text(profile))
+        found, as_text = _profile(args.model, args.dtype, args.device, classes), _profile_as_text
+    say(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0
 
 
@@ -77,68 +78,58 @@ def _presets() -> list[dict[str, Any]]:
     return listing
 
 
-def _group_sizes(name: str, classes: Sequence[type]) -> dict[str, int]:
-    from dc_ssdae.parameter_groups import group_sizes
-
-    return group_sizes(_describe(name, classes).model)
-
-
 def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type]) -> dict[str, Any]:
+    import torch
+
     from dc_ssdae.evaluation.profile import compression_ratio, count_parameters
 
-    model, description, folder, weights = _describe(name, classes)
+    model, folder, weights = _open(name, classes)
+    wide, state = getattr(torch, dtype), model.state_dict().values()
+    size = sum(t.numel() * (wide if t.is_floating_point() else t.dtype).itemsize for t in state)
     return {
         "name": name,
-        "description": description,
+        "description": load_preset(name)["description"] if folder is None else "a saved model",
         "downsample_factor": model.config.downsample_factor,
         "latent_channels": model.config.latent_channels,
         "compression_ratio": compression_ratio(model),
         "parameters": count_parameters(model),
-        "weights_mebibytes": _mebibytes(model, dtype),
+        "weights_mebibytes": size / 2**20,
         "dtype": dtype,
         "sizes": {str(size): _at_size(model, size) for size in SIZES},
         "seconds": None if device is None else _seconds(folder or name, dtype, device, classes),
-        **{part: _settings(model.config[part]) for part in ("encoder", "decoder", "dynamics")},
+        **{part: _settings(model.config[part]) for part in PARTS},
         **{name: model.config[name] for name in ("shift_factor", "scaling_factor", "latents_mean", "latents_std")},
         "provenance": model.config.provenance,
         "weights": weights,
     }
 
 
-class _Described(NamedTuple):
-    """A model on the meta device; of a saved one also its folder and the names of its weight files."""
+def _open(name: str, classes: Sequence[type]) -> "tuple[DCSSDAE, Path | None, list[str]]":
+    """Build the model of a preset or a folder on the meta device; also gives the folder and its files of weights.
 
-    model: "DCSSDAE"
-    description: str
-    folder: Path | None
-    weights: list[str]
-
-
-def _describe(name: str, classes: Sequence[type]) -> _Described:
-    """Build the model of a preset or a folder without weights."""
+    Raises:
+        InputError: there is no such preset or model, or the weights do not fit it by their headers.
+    """
     import torch
 
-    from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.model_folder import model_folder
+    from dc_ssdae.autoencoder import DCSSDAE, build_without_weights
+    from dc_ssdae.model_folder import model_folder, read_config
+    from dc_ssdae.weights import check_tensors
 
     if name in list_presets():
         with torch.device("meta"):
-            model = DCSSDAE.from_preset(name)
-        return _Described(model, load_preset(name)["description"], None, [])
-    if Path(name).is_dir() or name == SHIPPED_MODEL:
-        folder = model_folder(name)
-        model, weights = _model_in(folder, classes)
-        return _Described(model, "a saved model", folder, weights)
-    if Path(name).exists():
-        raise InputError(f"{name} is a file; info takes a preset's name or a saved model's folder")
-    raise unknown_name("preset or folder", name, list_presets())
-
-
-def _mebibytes(model: "DCSSDAE", dtype: str) -> float:
-    import torch
-
-    wide, state = getattr(torch, dtype), model.state_dict().values()
-    return sum(t.numel() * (wide if t.is_floating_point() else t.dtype).itemsize for t in state) / 2**20
+            return DCSSDAE.from_preset(name), None, []
+    if not Path(name).is_dir() and name != SHIPPED_MODEL:
+        if Path(name).exists():
+            raise InputError(f"{name} is a file; info takes a preset's name or a saved model's folder")
+        raise unknown_name("preset or folder", name, list_presets())
+    folder = model_folder(name)
+    model = build_without_weights(read_config(folder), classes)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} holds no weights: there is no safetensors file")
+    check_tensors(files, model.state_dict())
+    return model, folder, [file.name for file in files]
 
 
 def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type]) -> dict[str, Any]:
@@ -158,31 +149,14 @@ def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type
     return {"device": str(where), "size": size, **measure_seconds(model, size)._asdict()}
 
 
-def _model_in(folder: Path, classes: Sequence[type]) -> "tuple[DCSSDAE, list[str]]":
-    """Build the model of a folder without weights, and check the weight files by their headers."""
-    from dc_ssdae.autoencoder import build_without_weights
-    from dc_ssdae.model_folder import read_config
-    from dc_ssdae.weights import check_tensors
-
-    model = build_without_weights(read_config(folder), classes)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no weights: there is no safetensors file")
-    check_tensors(files, model.state_dict())
-    return model, [file.name for file in files]
-
-
 def _at_size(model: "DCSSDAE", size: int) -> dict[str, Any] | None:
     from dc_ssdae.evaluation.profile import count_flops, latent_shape
 
     if size % model.config.downsample_factor:
         return None
     flops = count_flops(model, size)
-    return {
-        "latent_shape": latent_shape(model, size, size),
-        "encode_flops": flops.encode,
-        "decode_step_flops": flops.decode_step,
-    }
+    shape = latent_shape(model, size, size)
+    return {"latent_shape": shape, "encode_flops": flops.encode, "decode_step_flops": flops.decode_step}
 
 
 def _settings(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,86 +165,63 @@ def _settings(part: Mapping[str, Any]) -> dict[str, Any]:
     return {"class_path": part["class_path"], **settings}
 
 
-def _list_as_text(presets: list[dict[str, Any]]) -> str:
-    rows = [("preset", "f", "c", "description")]
-    rows += [(p["name"], str(p["downsample_factor"]), str(p["latent_channels"]), p["description"]) for p in presets]
-    name, factor, channels = (max(len(row[column]) for row in rows) for column in range(3))
-    return "\n".join(_wrap(f"{row[0]:{name}}  {row[1]:>{factor}}  {row[2]:>{channels}}  ", row[3]) for row in rows)
+def _presets_as_text(presets: Sequence[Mapping[str, Any]]) -> str:
+    return table([("preset", "f", "c", "description"), *(tuple(map(str, entry.values())) for entry in presets)], "lrrl")
 
 
 def _groups_as_text(sizes: Mapping[str, int]) -> str:
-    """One line a group, for other programs to read too: plain digits, and not wrapped to the terminal."""
-    name, digits = (max(map(len, column), default=0) for column in (sizes, map(str, sizes.values())))
-    return "\n".join(f"{group:{name}}  {size:>{digits}}" for group, size in sizes.items())
+    """One line per group, for other programs to read too: plain digits, and not wrapped to the terminal."""
+    return table([(group, str(size)) for group, size in sizes.items()], "lr", width=500)
 
 
 def _profile_as_text(profile: Mapping[str, Any]) -> str:
-    factor, channels = profile["downsample_factor"], profile["latent_channels"]
-    lines = [
-        _wrap("", f"{profile['name']}: {profile['description']}"),
-        "",
-        f"downsampling factor  f = {factor}",
-        f"latent channels      c = {channels}",
-        f"compression ratio    {profile['compression_ratio']:g} (image values / latent values, 3 f²/c)",
-        "",
-        "parameters",
-        *(f"  {part:8}  {count:>15,}" for part, count in profile["parameters"].items()),
-        f"weights    {profile['weights_mebibytes']:>16,.1f} MiB in {profile['dtype']}",
-        "",
-        f"{'image':22}" + "".join(f"{f'{size} x {size} px':>18}" for size in profile["sizes"]),
+    factor, sizes = profile["downsample_factor"], profile["sizes"]
+    numbers = [
+        ("downsampling factor f", f"{factor}"),
+        ("latent channels c", f"{profile['latent_channels']}"),
+        ("compression ratio 3 f²/c", f"{profile['compression_ratio']:g}"),
+        *((f"parameters, {part}", f"{count:,}") for part, count in profile["parameters"].items()),
+        (f"weights in {profile['dtype']}, MiB", f"{profile['weights_mebibytes']:,.1f}"),
     ]
-    columns = profile["sizes"].values()
-    rows = {
-        "latent": [at and "x".join(map(str, at["latent_shape"])) for at in columns],
-        "encode, GFLOPs": [at and f"{at['encode_flops'] / 1e9:,.2f}" for at in columns],
-        "decode step, GFLOPs": [at and f"{at['decode_step_flops'] / 1e9:,.2f}" for at in columns],
-    }
-    lines += [f"{label:22}" + "".join(f"{cell or '-':>18}" for cell in cells) for label, cells in rows.items()]
-    lines += ["Convolutions and matrix products, 2 FLOPs a multiply-add."]
-    lines += [
-        f"{size} px is not a multiple of f = {factor}: such an image is padded first."
-        for size, at in profile["sizes"].items()
-        if at is None
-    ]
+    costs = [("image", *(f"{size} x {size} px" for size in sizes))]
+    costs.append(("latent", *("x".join(map(str, at["latent_shape"])) if at else "-" for at in sizes.values())))
+    for label, key in (("encode, GFLOPs", "encode_flops"), ("decode step, GFLOPs", "decode_step_flops")):
+        costs.append((label, *(f"{at[key] / 1e9:,.2f}" if at else "-" for at in sizes.values())))
+    notes = ["Convolutions and matrix products, 2 FLOPs per multiply-add."]
+    padded = [size for size, at in sizes.items() if at is None]
+    notes += [f"{size} px is not a multiple of f = {factor}: such an image is padded first." for size in padded]
     if seconds := profile["seconds"]:
-        encode, step = (1000 * seconds[name] for name in ("encode", "decode_step"))
-        digits = 1 if max(encode, step) < 1000 else 0  # the line fits a terminal on slow machines, too
-        lines.append(
-            f"One {seconds['size']} px image on {seconds['device']}, median of 3: encode "
-            f"{encode:,.{digits}f} ms, decode step {step:,.{digits}f} ms."
+        encode, step = (f"{1000 * seconds[name]:,.1f} ms" for name in ("encode", "decode_step"))
+        notes.append(
+            f"One {seconds['size']} px image on {seconds['device']}, median of 3: encode {encode}, decode step {step}."
         )
-    lines.append("")
-    for part in ("encoder", "decoder", "dynamics"):
-        settings = dict(profile[part])
-        class_name = settings.pop("class_path")
-        lines.append(_wrap(f"{part:10}", ", ".join([class_name, *(f"{k} {v}" for k, v in settings.items())])))
+    facts = []
+    for part in PARTS:
+        settings = [f"{name} {value}" for name, value in profile[part].items()]
+        facts.append((part, ", ".join(settings).removeprefix("class_path ")))
     if profile["latents_mean"] is not None:
         shift, scale = profile["shift_factor"], profile["scaling_factor"]
-        channels = "; channel by channel: latents_mean and latents_std in config.json"
-        lines.append(_wrap(f"{'latent':10}", f"shift_factor {shift:.6g}, scaling_factor {scale:.6g}{channels}"))
-    lines += _provenance_as_text(profile["provenance"] or {})
+        channels = "channel by channel: latents_mean and latents_std in config.json"
+        facts.append(("latent", f"shift_factor {shift:.6g}, scaling_factor {scale:.6g}; {channels}"))
+    facts += _origin(profile["provenance"] or {})
     if profile["weights"]:
-        lines.append(_wrap(f"{'weights':10}", f"{', '.join(profile['weights'])}: fit the config"))
-    return "\n".join(lines)
+        facts.append(("weights", f"{', '.join(profile['weights'])}: fit the config"))
+    title = wrapped(f"{profile['name']}: {profile['description']}")
+    below = "\n".join([table(costs, "lrr"), *map(wrapped, notes)])
+    return "\n\n".join([title, table(numbers, "lr"), below, table(facts, "ll")])
 
 
-def _provenance_as_text(provenance: Mapping[str, Any]) -> list[str]:
+def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Where the model comes from and what it measures, where that is known."""
     from dc_ssdae.provenance import TITLES, evaluation_title, metric_text, training_lines
 
     origin = "; ".join(f"{what} {how}" for what, how in training_lines(provenance))
-    lines = [_wrap(f"{'origin':10}", origin)] if origin else []
+    facts = [("origin", origin)] if origin else []
     for evaluation in provenance.get("evaluations", ()):
         figures = [
             f"{TITLES.get(name, name)} {metric_text(metric)}{' *' if 'note' in metric else ''}"
             for name, metric in evaluation["metrics"].items()
         ]
         notes = [f"* {name}: {metric['note']}" for name, metric in evaluation["metrics"].items() if "note" in metric]
-        lines.append(_wrap(f"{'measured':10}", "; ".join([evaluation_title(evaluation), *figures, *notes])))
-    return lines
-
-
-def _wrap(label: str, text: str) -> str:
-    """Wrap text to the terminal, beside a label."""
-    width = max(shutil.get_terminal_size().columns, len(label) + 20)
-    return textwrap.fill(text, width, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False)
+        facts.append(("measured", "; ".join([evaluation_title(evaluation), *figures, *notes])))
+    return facts

@@ -14,12 +14,12 @@ from dc_ssdae.cli.common import (
     add_workers_option,
     complain,
     load_model,
-    say,
+    say_part,
     select_device,
     told_by_one_process,
 )
 from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
-from dc_ssdae.errors import InputError, check_type, counted
+from dc_ssdae.errors import InputError, check_type
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -119,11 +119,7 @@ def run(args: Namespace) -> int:
         report=lambda line: complain(args.program, line),
     )
     for part in done if processes.is_main else ():
-        label = f"{part.name}: " if part.name else ""
-        unlabelled = f"; {part.unlabelled} without a label (-1)" if part.unlabelled else ""
-        broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
-        size = f"{counted(part.images, 'image')} in {counted(part.shards, 'shard')}"
-        say(f"{label}{size} -> {part.folder}{unlabelled}{broken}")
+        say_part(part, f"; {part.unlabelled} without a label (-1)" if part.unlabelled else "")
     return 0
 
 

@@ -1,11 +1,10 @@
 """`dc-ssdae pack`: a folder of images to tar shards."""
 
-import os
 from argparse import Namespace
 
-from dc_ssdae.cli.common import add_shard_options, complain, say
+from dc_ssdae.cli.common import add_shard_options, complain, say_part
 from dc_ssdae.cli.parser import CommandParser, file_path, filled, whole_number
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.errors import InputError
 
 
 def build_parser() -> CommandParser:
@@ -51,15 +50,15 @@ def run(args: Namespace) -> int:
         raise InputError("--quality is for jpg and webp; png is lossless")
     from dc_ssdae.data.pack import pack
     from dc_ssdae.data.pack_shard import PackSettings
+    from dc_ssdae.timing import cores
 
     quality = None if args.format == "png" else args.quality or 95
     settings = PackSettings(args.size, args.format, quality, args.shard_size, not args.keep_order)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = pack(
         args.source,
         args.destination,
         settings,
-        workers=args.workers or min(cores, 16),
+        workers=args.workers or min(cores(), 16),
         max_broken_share=args.max_broken_share,
         cache=args.cache,
         report=lambda line: complain(args.program, line),
@@ -67,9 +66,7 @@ def run(args: Namespace) -> int:
     for part in parts:
         small = "" if args.size is None else f" (at most {args.size} pixels)"
         kept = f"; {part.kept} kept byte by byte{small}, colour profiles included" if part.kept else ""
-        broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
-        label = f"{part.name}: " if part.name else ""
-        say(f"{label}{counted(part.images, 'image')} in {counted(part.shards, 'shard')} -> {part.folder}{kept}{broken}")
+        say_part(part, kept)
     return 0
 
 

@@ -1,9 +1,7 @@
 """`dc-ssdae stats`: mean and standard deviation of a model's latents, into its config.json."""
 
 import json
-import os
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import (
@@ -11,12 +9,15 @@ from dc_ssdae.cli.common import (
     add_model_options,
     add_size_option,
     add_workers_option,
-    complain,
+    advising_on_batches,
     load_model,
     say,
+    table,
+    tell_of_images,
+    writable_model,
 )
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.errors import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,25 +62,13 @@ def build_parser() -> CommandParser:
 
 def run(args: Namespace) -> int:
     """Measure, print and write the statistics; gives the exit code."""
-    is_folder = Path(args.model).is_dir()
-    if not (is_folder or args.no_write):
-        raise InputError(
-            f"{args.model} is no folder whose config.json could be written: name one with --model, or only print, with "
-            "--no-write"
-        )
-    model = load_model(args)
     from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
     from dc_ssdae.model_card import write_model_card
-    from dc_ssdae.model_folder import model_folder, write_latent_statistics
+    from dc_ssdae.model_folder import write_latent_statistics
 
-    folder = None if args.no_write else model_folder(args.model)
-    if folder is not None and not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} cannot be written to; --no-write only prints")
-    factor = model.config.downsample_factor
-    if args.size % factor:
-        larger = args.size + -args.size % factor
-        raise InputError(f"--size {args.size} is no multiple of this model's f = {factor}; {larger} is")
+    folder = None if args.no_write else writable_model(args.model, "--no-write only prints")
+    model = load_model(args)
     images = ValidationImages(open_sources(args.data, None, None, None).train, args.size, args.images)
     statistics, broken = _measure(args, model, images)
     written = None
@@ -103,7 +92,7 @@ def _measure(args: Namespace, model: "DCSSDAE", images: "ValidationImages") -> "
     from tqdm import tqdm
 
     from dc_ssdae.data.images import to_model_range
-    from dc_ssdae.data.loader import default_workers, enlarged_caveat
+    from dc_ssdae.data.loader import default_workers
     from dc_ssdae.evaluation.latent_statistics import latent_statistics
 
     def encode(pixels: "Tensor") -> "DiagonalGaussian":
@@ -111,33 +100,18 @@ def _measure(args: Namespace, model: "DCSSDAE", images: "ValidationImages") -> "
             return model.encode(to_model_range(pixels.to(model.device))).latent_dist
 
     workers = default_workers(1) if args.workers is None else args.workers
-    try:
-        with tqdm(total=len(images), unit="image", leave=False, disable=None) as bar:
-            moments, broken, enlarged = latent_statistics(
-                encode, images, model.config.latent_channels, args.batch, workers, advance=bar.update
-            )
-    except torch.OutOfMemoryError:
-        raise InputError(f"out of memory with --batch {args.batch}; try a smaller one, or --dtype bfloat16") from None
-    if len(broken) == len(images):
-        raise InputError(f"none of {counted(len(images), 'image')} can be read; the first: {broken[0].reason}")
-    for image in broken:
-        complain(args.program, f"left out: {image.reason}")
-    for line in enlarged_caveat(enlarged, len(images) - len(broken), args.size):
-        complain(args.program, line)
-    return moments.statistics(), [image.name for image in broken]
+    channels = model.config.latent_channels
+    with advising_on_batches(args), tqdm(total=len(images), unit="image", leave=False, disable=None) as bar:
+        survey = latent_statistics(encode, images, channels, args.batch, workers, advance=bar.update)
+    tell_of_images(args, survey.broken, survey.enlarged, len(images))
+    return survey.moments.statistics(), [image.name for image in survey.broken]
 
 
 def _as_text(statistics: "LatentStatistics", size: int, written: str | None) -> str:
-    lines = [f"{'channel':>7}  {'mean':>11}  {'std':>11}"]
-    rows = enumerate(zip(statistics.mean, statistics.std, strict=True))
-    lines += [f"{channel:>7}  {mean:>11.5g}  {std:>11.5g}" for channel, (mean, std) in rows]
+    rows = [("channel", "mean", "std")]
+    for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
+        rows.append((str(channel), f"{mean:.5g}", f"{std:.5g}"))
+    whole = [(name, f"{getattr(statistics, name):.5g}") for name in ("shift_factor", "scaling_factor")]
     where = "not written" if written is None else f"-> {written}"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"shift_factor    {statistics.shift_factor:>11.5g}",
-            f"scaling_factor  {statistics.scaling_factor:>11.5g}",
-            f"{counted(statistics.count, 'image')} of {size} x {size} pixels {where}",
-        ]
-    )
+    images = f"{counted(statistics.count, 'image')} of {size} x {size} pixels {where}"
+    return f"{table(rows, 'rrr')}\n\n{table(whole, 'lr')}\n{images}"

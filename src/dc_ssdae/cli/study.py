@@ -1,7 +1,7 @@
 """`dc-ssdae study`: sweeps that answer a question about models; one sub-command each."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,15 @@ from dc_ssdae.cli.common import (
     add_model_options,
     add_output_option,
     add_size_option,
+    advising_on_batches,
     check_outputs,
-    complain,
     load_model,
     say,
+    tell_of_images,
     write_outputs,
 )
 from dc_ssdae.cli.parser import CommandParser, filled, number, whole_number
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.evaluation.sampling_study import Grid, Measurement
 
 PROGRAM = "dc-ssdae study"
 FILES = ("study.json", "table.md", "study.png")
@@ -99,10 +99,14 @@ def _add_sampling(studies: Any) -> None:
 
 
 def _study_sampling(args: Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
     from dc_ssdae.decoding import SAMPLERS
     from dc_ssdae.errors import unknown_name
+    from dc_ssdae.evaluation.candidate_names import name_apart, parse_candidate
     from dc_ssdae.evaluation.sampling_report import SamplingStudy
-    from dc_ssdae.evaluation.sampling_study import Grid
+    from dc_ssdae.evaluation.sampling_study import Grid, measure_sampling
     from dc_ssdae.timing import describe_machine
 
     for name in args.samplers or ():
@@ -111,126 +115,74 @@ def _study_sampling(args: Namespace) -> int:
     check_outputs(args, [args.out / name for name in FILES])
     names = ("steps", "samplers", "step_sizes", "momenta", "tolerances", "descents")
     grid = Grid(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-    models = _load_models(args)
-    for name, model in models.items():
-        if args.size % model.config.downsample_factor:
-            raise InputError(f"--size {args.size} is no multiple of {name}'s f = {model.config.downsample_factor}")
-        grid.settings(model.dynamics)
-    lpips, lpips_note = _lpips(args, next(iter(models.values())))
+    paths = [path for path in (args.baseline, args.model) if path is not None]
+    labels = [spec.label for spec in name_apart([parse_candidate(path) for path in paths])]
+    models = {
+        label: load_model(Namespace(**{**vars(args), "model": path})) for label, path in zip(labels, paths, strict=True)
+    }
+    count = args.rounds * sum(len(grid.settings(model.dynamics)) for model in models.values())
+    lpips, lpips_note = _lpips(args, models[labels[0]])
     pixels = _read_images(args)
-    measurements = _measure(args, models, pixels, grid, lpips)
-    notes = [_protocol(args, len(pixels)), *([lpips_note] if lpips_note else []), *_differences(args)]
-    study = SamplingStudy(measurements, list(models), notes, describe_machine(next(iter(models.values())).device))
+    with (
+        advising_on_batches(args),
+        tqdm(total=count, unit="decode", leave=False, disable=None) as bar,
+        torch.inference_mode(),
+    ):
+        measurements = measure_sampling(models, pixels, grid, args.batch, args.rounds, lpips, bar.update)
+    protocol = (
+        f"{counted(len(pixels), 'image')} of {args.size} px (shorter side resized, cut from the centre), modes of "
+        f"their latents, decode's default noise, {args.dtype}, batches of {args.batch}, output rounded to uint8; "
+        f"means over images. Times: medians of {counted(args.rounds, 'round')} in alternating order, of decode alone."
+    )
+    notes = [protocol, *lpips_note, *([] if args.baseline is None else [_differences(paths)])]
+    study = SamplingStudy(measurements, labels, notes, describe_machine(models[labels[0]].device))
     text = study.as_markdown()
     say(text)
     write_outputs(args, dict(zip(FILES, (study.as_json().encode(), text.encode(), study.as_picture()), strict=True)))
     return 0
 
 
-def _load_models(args: Namespace) -> "dict[str, DCSSDAE]":
-    """The models by name, the baseline first."""
-    paths = [path for path in (args.baseline, args.model) if path is not None]
-    names = [_model_name(path) for path in paths]
-    if len(set(names)) < len(names):
-        names = paths
-    if len(set(names)) < len(names):
-        raise InputError(f"--model and --baseline are both {paths[0]}")
-    return {
-        name: load_model(Namespace(**{**vars(args), "model": path})) for name, path in zip(names, paths, strict=True)
-    }
-
-
-def _model_name(path: str) -> str:
-    resolved = Path(path).resolve()
-    return resolved.parent.name if resolved.name == "model" else resolved.name
-
-
 def _read_images(args: Namespace) -> "Tensor":
     import torch
 
-    from dc_ssdae.data.loader import ValidationImages, enlarged_caveat
+    from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
 
     sources = open_sources(args.data, None, None, None)
     images = ValidationImages(sources.validation or sources.train, args.size, args.images)
     read = [images[place] for place in range(len(images))]
-    for image in read:
-        if image.broken is not None:
-            complain(args.program, f"left out: {image.broken.reason}")
-    usable = [image.pixels for image in read if image.broken is None]
-    if not usable:
-        raise InputError(f"none of {counted(len(read), 'image')} can be read")
-    for line in enlarged_caveat(sum(image.enlarged for image in read), len(usable), args.size):
-        complain(args.program, line)
-    return torch.stack(usable)
+    broken = [image.broken for image in read if image.broken is not None]
+    tell_of_images(args, broken, sum(image.enlarged for image in read), len(read))
+    return torch.stack([image.pixels for image in read if image.broken is None])
 
 
-def _lpips(args: Namespace, model: "DCSSDAE") -> "tuple[Callable[[Tensor, Tensor], Tensor] | None, str]":
-    """The distance, and why there is none."""
+def _lpips(args: Namespace, model: "DCSSDAE") -> "tuple[Callable[[Tensor, Tensor], Tensor] | None, list[str]]":
+    """The distance, or why there is none."""
     from dc_ssdae.losses.perceptual import LPIPSLoss
 
     if args.lpips == "none":
-        return None, ""
+        return None, []
     if not LPIPSLoss.is_on_this_machine(args.lpips):
-        return None, f"No LPIPS: the weights of {args.lpips} are not on this machine, and nothing is downloaded."
-    return LPIPSLoss(args.lpips).to(model.device).distance, ""
+        return None, [f"No LPIPS: the weights of {args.lpips} are not on this machine, and nothing is downloaded."]
+    return LPIPSLoss(args.lpips).to(model.device).distance, []
 
 
-def _measure(
-    args: Namespace,
-    models: "dict[str, DCSSDAE]",
-    pixels: "Tensor",
-    grid: "Grid",
-    lpips: "Callable[[Tensor, Tensor], Tensor] | None",
-) -> "list[Measurement]":
-    import torch
-    from tqdm import tqdm
-
-    from dc_ssdae.evaluation.sampling_study import measure_sampling
-
-    count = args.rounds * sum(len(grid.settings(model.dynamics)) for model in models.values())
-    try:
-        with tqdm(total=count, unit="decode", leave=False, disable=None) as bar, torch.inference_mode():
-            return measure_sampling(models, pixels, grid, args.batch, args.rounds, lpips, bar.update)
-    except torch.OutOfMemoryError:
-        raise InputError(f"out of memory with --batch {args.batch}; try a smaller one, or --dtype bfloat16") from None
-
-
-def _protocol(args: Namespace, count: int) -> str:
-    return (
-        f"{counted(count, 'image')} of {args.size} px (shorter side resized, cut from the centre), modes of their "
-        f"latents, decode's default noise, {args.dtype}, batches of {args.batch}, output rounded to uint8; "
-        f"means over images. Times: medians of {counted(args.rounds, 'round')} in alternating order, of decode alone."
-    )
-
-
-def _differences(args: Namespace) -> list[str]:
-    """Where both models come from runs, in what the runs' configurations differ."""
+def _differences(paths: Sequence[str]) -> str:
+    """Where the models come from runs, say in what the runs' configurations differ."""
     from dc_ssdae.presets import read_yaml
 
-    if args.baseline is None:
-        return []
     configs = []
-    for path in (args.baseline, args.model):
+    for path in paths:
         folder = Path(path)
         files = [folder / "config.yaml", folder.resolve().parent / "config.yaml"]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
-            return [f"{path} is no run: whether the two were trained equally is not known here."]
-        configs.append(_flat(read_yaml(file, str(file))))
-    names = sorted(name for name in {**configs[0], **configs[1]} if configs[0].get(name) != configs[1].get(name))
-    differing = [name for name in names if name != "training.output"]
-    return [f"The two runs' configurations differ in {', '.join(differing) or 'nothing'}."]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            return f"{path} is no run: whether the models were trained equally is not known here."
+        sections = {name: section for name, section in read_yaml(file).items() if isinstance(section, Mapping)}
+        configs.append({f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()})
+    names = {name for config in configs for name in config} - {"training.output"}
+    differing = sorted(name for name in names if configs[0].get(name) != configs[1].get(name))
+    return f"The two runs' configurations differ in {', '.join(differing) or 'nothing'}."
 
 
 def _list_of(parse: "Callable[[str], Any]") -> "Callable[[str], list[Any]]":

@@ -123,15 +123,16 @@ class TrainingSamples(Dataset[Sample]):
         self.order = EpochOrder(getattr(source, "blocks", [len(source)]), drawing.seed)
 
     def __getitem__(self, place: Place) -> Sample:
-        drawing = self.drawing
-        step = place.step if drawing.repeat_after is None else place.step % drawing.repeat_after
-        draw = step * drawing.batch_size + place.place
-        pixels, broken = self._read(draw)
-        generator = image_generator(drawing.seed, step, place.place)
-        crop = random_scaled_crop(pixels, drawing.image_size, drawing.aug_scale, generator, drawing.flip)
-        return Sample(crop, torch.tensor(draw), broken)
+        pixels, broken = self.read(place)
+        return Sample(self.crop(place, pixels), torch.tensor(self._draw(place)), broken)
 
-    def _read(self, position: int) -> tuple[Tensor, list[BrokenImage]]:
+    def read(self, place: Place) -> tuple[Tensor, list[BrokenImage]]:
+        """Read and decode the image of a place, or one that replaces it; also tells what could not be read.
+
+        Raises:
+            InputError: as many images in a row as `MOST_REPLACEMENTS` cannot be read.
+        """
+        position = self._draw(place)
         broken: list[BrokenImage] = []
         index = self.order[position]
         for attempt in range(MOST_REPLACEMENTS):
@@ -144,6 +145,19 @@ class TrainingSamples(Dataset[Sample]):
             f"{MOST_REPLACEMENTS} images in a row cannot be read, the last because: {broken[-1].reason}; "
             "is the data set still there?"
         )
+
+    def crop(self, place: Place, pixels: Tensor) -> Tensor:
+        """Enlarge, crop and mirror the image of a place at random: uint8 (3, H, W) to (3, S, S)."""
+        drawing = self.drawing
+        generator = image_generator(drawing.seed, self._step(place), place.place)
+        return random_scaled_crop(pixels, drawing.image_size, drawing.aug_scale, generator, drawing.flip)
+
+    def _draw(self, place: Place) -> int:
+        return self._step(place) * self.drawing.batch_size + place.place
+
+    def _step(self, place: Place) -> int:
+        repeat_after = self.drawing.repeat_after
+        return place.step if repeat_after is None else place.step % repeat_after
 
 
 class Places:

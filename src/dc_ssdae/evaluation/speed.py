@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dc_ssdae.evaluation.arena import peak_memory
 from dc_ssdae.evaluation.candidates import Candidate, DiffusersCandidate, OurCandidate
 from dc_ssdae.evaluation.profile import wait_for
-from dc_ssdae.timing import Spread, alternating
+from dc_ssdae.timing import Spread, measure_alternately
 
 PEAK_CONVOLUTIONS = ((128, 64), (256, 64), (128, 128), (512, 32))
 """Channels and sides of the 3×3 convolutions among which the fastest one counts as the machine's peak."""
@@ -91,10 +91,7 @@ def measure_speed(
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), plainly:
             half()
         flops.append(counter.get_total_flops())
-    seconds: list[list[float]] = [[] for _ in timers]
-    for round_ in range(rounds):
-        for index in alternating(len(timers), round_):
-            seconds[index].append(timers[index].blocked_autorange(min_run_time=MIN_RUN_TIME).median)
+    seconds = measure_alternately([partial(_median_seconds, timer) for timer in timers], rounds)
     peak = convolution_peak(device, dtype, threads)
     figures = []
     for index, label in enumerate(candidates):
@@ -123,3 +120,7 @@ def _timer(statement: str, names: dict[str, Any], threads: int) -> Timer:
     clock = time.process_time if names["device"].type == "cpu" else time.perf_counter
     names["wait_for"] = wait_for
     return Timer(f"{statement}; wait_for(device)", globals=names, timer=clock, num_threads=threads)
+
+
+def _median_seconds(timer: Timer) -> float:
+    return timer.blocked_autorange(min_run_time=MIN_RUN_TIME).median
