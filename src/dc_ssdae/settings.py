@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import MISSING, Field, field, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
@@ -90,7 +90,7 @@ def check_limits(name: str, value: float, limits: Mapping[str, Any]) -> None:
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The types that a hint allows, such as (int, NoneType) for `int | None`."""
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def is_required(entry: Field[Any]) -> bool:

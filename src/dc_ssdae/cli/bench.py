@@ -1,225 +1,139 @@
 """`dc-ssdae bench`: how fast models encode and decode, images are read, and steps are done; a sub-command each."""
 
-import argparse
 import json
 import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_device_option, add_dtype_option, complain, say, select_device, table, wrapped
-from dc_ssdae.cli.parser import CommandParser, filled, number_between, whole_number
-from dc_ssdae.errors import InputError, counted, unknown_name
+from dc_ssdae.cli.common import complain, say, select_device, table, wrapped
+from dc_ssdae.cli.options import DeviceOptions
+from dc_ssdae.cli.parser import Options
+from dc_ssdae.cli.run_config import RunOptions, read_run_config
+from dc_ssdae.errors import InputError, counted
+from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     from dc_ssdae.timing import Spread
 
-PROGRAM = "dc-ssdae bench"
-
-_BENCHMARKS = ("encode", "decode", "train", "data")
-_WITH_VALUE, _WITHOUT_VALUE = ("--steps", "--device", "--compare"), ("--json", "--debug", "--help", "-h")
 _STAGES = {"read": "read+decode", "crop": "crop+flip", "sample": "whole sample"}
 
 
-class BenchParser(CommandParser):
-    """A parser of the command's words; those of `bench train` that are not its own are a run's configuration."""
+@dataclass(kw_only=True)
+class JsonOptions(Options):
+    """How figures are printed.
 
-    def parse_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        """Read and check everything that needs no torch.
+    Args:
+        json: print the same figures as JSON.
+    """
 
-        Raises:
-            InputError: something is wrong; one line.
-            SystemExit: after --help and --print_config.
-        """
-        words = list(sys.argv[1:] if args is None else args)
-        place = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
-        if place == len(words):
-            super().parse_args(words)
-            raise InputError(f"which benchmark of {', '.join(_BENCHMARKS)}? {PROGRAM} --help describes them")
-        if words[place] not in _BENCHMARKS:
-            raise unknown_name("benchmark", words[place], _BENCHMARKS)
-        if words[place] != "train":
-            return super().parse_args(words, namespace)
-        own, settings = _own_words(words[place + 1 :])
-        parsed = super().parse_args([*words[:place], "train", *own], namespace)
-        from dc_ssdae.cli.run_config import parse_run_config
-
-        parsed.config, parsed.name = parse_run_config(settings)
-        parsed.compared = {
-            text: parse_run_config([*settings, f"--{text}"]).config for text in map(_checked_setting, parsed.compare)
-        }
-        return parsed
+    json: bool = False
 
 
-def build_parser() -> BenchParser:
-    """Build the command's parser, with one below it for each benchmark."""
-    parser = BenchParser(
-        prog=PROGRAM,
-        description="Measure how fast models encode or decode, training steps are done, or images are read.",
-    )
-    benchmarks = parser.add_subparsers(metavar="BENCHMARK", parser_class=CommandParser)
-    _add_model(benchmarks, "encode")
-    _add_model(benchmarks, "decode")
-    _add_data(benchmarks)
-    _add_train(benchmarks)
-    return parser
+@dataclass(kw_only=True)
+class ModelBenchOptions(DeviceOptions, JsonOptions):
+    """For benchmarks of models.
+
+    Args:
+        model: as dc-ssdae compare takes it: a folder or hub id, preset:NAME, diffusers:FOLDER_OR_ID, or
+            diffusers:CLASS as published, with random weights.
+        against: another model; may be repeated.
+        size: sides of the images in pixels; by default 256.
+        batch_size: images at once.
+        rounds: rounds in which all models alternate.
+        threads: threads of the CPU.
+        compile: compile the networks with torch.compile.
+    """
+
+    model: str = setting(positional=True, metavar="MODEL")
+    against: list[str] = setting([], repeated=True, metavar="MODEL")
+    size: list[int] = setting([256], at_least=8, at_most=2**14, metavar="S[,S]")
+    batch_size: int = setting(1, at_least=1, metavar="B")
+    rounds: int = setting(5, at_least=1, metavar="N")
+    threads: int = setting(1, at_least=1, metavar="N")
+    compile: bool = False
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and print; gives the exit code."""
-    args.measure(args)
-    return 0
+@dataclass(kw_only=True)
+class EncodeOptions(ModelBenchOptions):
+    """Time how long models take to encode random images, in rounds that alternate between them, in one process.
+
+    Times on a CPU are processor time, which other work on the machine changes little.
+    """
+
+    program = "dc-ssdae bench encode"
 
 
-def _add_model(benchmarks: Any, work: str) -> None:
-    model = benchmarks.add_parser(
-        work,
-        help=f"{work[:-1]}ing with one or several models",
-        description=f"Time how long models take to {work} random images, in rounds that alternate between them, in "
-        "one process. Times on a CPU are processor time, which other work on the machine changes little.",
-    )
-    model.add_argument(
-        "model",
-        type=filled,
-        metavar="MODEL",
-        help="as dc-ssdae compare takes it: a folder or hub id, preset:NAME, diffusers:FOLDER_OR_ID, or "
-        "diffusers:CLASS as published, with random weights",
-    )
-    model.add_argument(
-        "--against", action="append", default=[], type=filled, metavar="MODEL", help="another one; may be repeated"
-    )
-    model.add_argument(
-        "--size",
-        type=_numbers_of(8, 2**14),
-        default=(256,),
-        metavar="S[,S]",
-        help="sides of the images in pixels (default 256)",
-    )
-    model.add_argument("--batch_size", type=whole_number(1), default=1, metavar="B", help="images at once (default 1)")
-    model.add_argument(
-        "--rounds", type=whole_number(1), default=5, metavar="N", help="in which all alternate (default 5)"
-    )
-    model.add_argument("--threads", type=whole_number(1), default=1, metavar="N", help="of the CPU (default 1)")
-    model.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
-    add_device_option(model)
-    add_dtype_option(model, "what to compute in")
-    _add_json(model)
-    model.set_defaults(measure=_measure_model, work=work)
+@dataclass(kw_only=True)
+class DecodeOptions(ModelBenchOptions):
+    """Time how long models take to decode random images, in rounds that alternate between them, in one process.
+
+    Times on a CPU are processor time, which other work on the machine changes little.
+    """
+
+    program = "dc-ssdae bench decode"
 
 
-def _add_data(benchmarks: Any) -> None:
-    data = benchmarks.add_parser(
-        "data",
-        help="the input pipeline alone, of one or several data sets",
-        description="Time the input pipeline of data sets, in one process with one thread: its stages and all "
-        "together, on the same positions of each, in rounds that alternate between them.",
-    )
-    data.add_argument(
-        "sources",
-        nargs="+",
-        type=filled,
-        metavar="SOURCE",
-        help="folder of images or shards, or a shard or pattern of shards; of one with train/, that. Ratios are to "
-        "the first",
-    )
-    data.add_argument(
-        "--image-size", type=whole_number(8, 2**16), default=256, metavar="N", help="of the crops (default 256)"
-    )
-    data.add_argument(
-        "--aug-scale", type=number_between(1), default=2.0, metavar="X", help="largest random enlargement (default 2)"
-    )
-    data.add_argument(
-        "--seconds",
-        type=number_between(0.001),
-        default=10.0,
-        metavar="S",
-        help="time for each source, and for each number of workers (default 10)",
-    )
-    data.add_argument(
-        "--workers",
-        type=_worker_counts,
-        default=(),
-        metavar="N[,N]",
-        help="also time the loader with N worker processes; 0 does not (default 0)",
-    )
-    data.add_argument(
-        "--packed",
-        action="store_true",
-        help="also pack the first SOURCE, a folder, into temporary shards, in the system's folder for such files or "
-        "in $TMPDIR, and measure those",
-    )
-    _add_json(data)
-    data.set_defaults(measure=_measure_data)
+@dataclass(kw_only=True)
+class DataOptions(JsonOptions):
+    """Time the input pipeline of data sets, in one process with one thread: its stages and all together.
+
+    The same positions of each data set are read, in rounds that alternate between them.
+
+    Args:
+        sources: folders of images or shards, shards, or patterns of shards; of a folder with train/, that is measured.
+            Ratios are to the first.
+        image_size: side of the crops in pixels.
+        aug_scale: largest random enlargement.
+        seconds: time for each source, and for each number of workers.
+        workers: also time the loader with these numbers of worker processes.
+        packed: also pack the first SOURCE, a folder, into temporary shards, in the system's folder for such files or in
+            $TMPDIR, and measure those.
+    """
+
+    program = "dc-ssdae bench data"
+    sources: list[str] = setting(positional=True, metavar="SOURCE")
+    image_size: int = setting(256, at_least=8, at_most=2**16, name="--image-size", metavar="N")
+    aug_scale: float = setting(2.0, at_least=1.0, name="--aug-scale", metavar="X")
+    seconds: float = setting(10.0, at_least=0.001, metavar="S")
+    workers: list[int] = setting([], at_least=0, at_most=1024, metavar="N[,N]")
+    packed: bool = False
 
 
-def _add_train(benchmarks: Any) -> None:
-    train = benchmarks.add_parser(
-        "train",
-        usage=f"{PROGRAM} train --config PRESET [--config FILE] [--section.name VALUE] [options]",
-        help="training steps alone, on random images",
-        description="Time training steps in one process, on random images that are on the device already: networks, "
-        "losses, optimiser and average. Configurations are given as to dc-ssdae train, whose --help lists the "
-        "settings; training.batch_size is this process's.",
-    )
-    train.add_argument("--steps", type=whole_number(1), default=20, metavar="N", help="timed steps (default 20)")
-    add_device_option(train)
-    train.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="SETTING=VALUE",
-        help="also measure the same with this setting, as training.compile=true, in alternation with the plain "
-        "configuration; may be given several times",
-    )
-    _add_json(train)
-    train.set_defaults(measure=_measure_training)
+@dataclass(kw_only=True)
+class TrainOptions(RunOptions, JsonOptions):
+    """Time training steps in one process, on random images that are on the device already.
+
+    Measured are networks, losses, optimiser and average. Configurations are given as to dc-ssdae train;
+    training.batch_size is this process's.
+
+    Args:
+        steps: timed steps.
+        device: auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.
+        compare: also measure the same with this setting, such as training.compile=true, in alternation with the plain
+            configuration; may be given several times.
+    """
+
+    program = "dc-ssdae bench train"
+    usage = "dc-ssdae bench train --config PRESET [--config FILE] [--section.name VALUE] [options]"
+    steps: int = setting(20, at_least=1, metavar="N")
+    device: str = setting("auto", metavar="DEVICE")
+    compare: list[str] = setting([], repeated=True, metavar="SETTING=VALUE")
 
 
-def _add_json(parser: CommandParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the same figures as JSON")
+def run_encode(options: EncodeOptions) -> int:
+    """Time encoding, and print; gives the exit code."""
+    return _measure_model(options, "encode")
 
 
-def _own_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part the words of `bench train` from those of a run's configuration."""
-    own: list[str] = []
-    settings: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        name, equals, _ = word.partition("=")
-        takes_value = name.startswith("--") and name not in _WITHOUT_VALUE and not equals
-        if name in (*_WITH_VALUE, *_WITHOUT_VALUE):
-            part = own
-        elif not name.startswith("--") or "." in name or name in ("--config", "--print_config"):
-            part = settings
-            takes_value = takes_value and name != "--print_config"
-        else:
-            accepted = (*_WITH_VALUE, *_WITHOUT_VALUE[:-1], "--config", "--print_config")
-            raise InputError(f"{unknown_name('option', name, accepted)}; settings are --section.name")
-        part += [word, *([after] if takes_value and (after := next(rest, None)) is not None else [])]
-    return own, settings
+def run_decode(options: DecodeOptions) -> int:
+    """Time decoding, and print; gives the exit code."""
+    return _measure_model(options, "decode")
 
 
-def _checked_setting(text: str) -> str:
-    name, equals, _ = text.partition("=")
-    if not equals or "." not in name or name.startswith("-"):
-        raise InputError(f"--compare {text!r} is no setting with a value; write it as training.compile=true")
-    return text
-
-
-def _worker_counts(text: str) -> tuple[int, ...]:
-    return tuple(count for count in _numbers_of(0, 1024)(text) if count)
-
-
-def _numbers_of(low: int, high: int) -> Callable[[str], tuple[int, ...]]:
-    return lambda text: tuple(dict.fromkeys(map(whole_number(low, high), text.split(","))))
-
-
-def _measure_model(args: argparse.Namespace) -> None:
+def _measure_model(options: ModelBenchOptions, work: str) -> int:
     import torch
 
     # PyTorch's timer imports it; it warns where CUDA is installed and there is no GPU.
@@ -228,18 +142,20 @@ def _measure_model(args: argparse.Namespace) -> None:
     from dc_ssdae.evaluation.speed import measure_speed
     from dc_ssdae.timing import describe_machine
 
-    specs = name_apart([parse_candidate(text) for text in (args.model, *args.against)])
-    device, dtype = select_device(args.device), getattr(torch, args.dtype)
+    specs = name_apart([parse_candidate(text) for text in (options.model, *options.against)])
+    device, dtype = select_device(options.device), getattr(torch, options.dtype)
     candidates = {}
     for spec in specs:
         candidates[spec.label] = candidate = open_candidate(spec, dtype).to(device)
         if candidate.module() is None or not candidate.splits:
             raise InputError(f"{spec.label} has no networks that encode and decode apart")
-        if args.compile:
+        if options.compile:
             for part in ("encoder", "decoder"):
                 getattr(candidate.module(), part).compile()
-    settings = (args.batch_size, device, dtype, args.rounds, args.threads)
-    figures = [entry for size in args.size for entry in measure_speed(args.work, candidates, size, *settings)]
+    settings = (options.batch_size, device, dtype, options.rounds, options.threads)
+    figures = [
+        entry for size in dict.fromkeys(options.size) for entry in measure_speed(work, candidates, size, *settings)
+    ]
     rows: list[Sequence[str]] = [
         ("model", "px", "ms", "quartiles", "times as fast", "GFLOPs", "of peak", "peak GiB"),
     ]
@@ -249,28 +165,31 @@ def _measure_model(args: argparse.Namespace) -> None:
         rows.append((entry.label, str(entry.size), *_spread(entry.seconds.times(1000.0), ",.1f"), ratio, *costs))
     clock = "processor time of all threads" if device.type == "cpu" else "time that passes"
     note = (
-        f"{args.work} of {counted(args.batch_size, 'image')} in {args.dtype}: medians of "
-        f"{counted(args.rounds, 'round')} in alternation, {clock}. Times as fast: as {specs[0].label}. Of peak: FLOPs "
-        "per second against this machine's fastest 3×3 convolution. Peak: memory in use, weights included."
+        f"{work} of {counted(options.batch_size, 'image')} in {options.dtype}: medians of "
+        f"{counted(options.rounds, 'round')} in alternation, {clock}. Times as fast: as {specs[0].label}. Of peak: "
+        "FLOPs per second against this machine's fastest 3×3 convolution. Peak: memory in use, weights included."
     )
-    plain = {"dtype": args.dtype, "compile": args.compile, "rounds": args.rounds}
+    plain: dict[str, Any] = {"dtype": options.dtype, "compile": options.compile, "rounds": options.rounds}
     plain["figures"] = [asdict(entry) for entry in figures]
-    machine = {**describe_machine(device), "threads": args.threads}
-    _show(args, {"benchmark": args.work, **plain, "machine": machine}, [table(rows, "lrrrrrrr")], [note])
+    machine = {**describe_machine(device), "threads": options.threads}
+    _show(options, {"benchmark": work, **plain, "machine": machine}, [table(rows, "lrrrrrrr")], [note])
+    return 0
 
 
-def _measure_data(args: argparse.Namespace) -> None:
+def run_data(options: DataOptions) -> int:
+    """Time the input pipeline, and print; gives the exit code."""
     from dc_ssdae.data.benchmark import measure_data, packed, training_images
     from dc_ssdae.data.sources import open_path
     from dc_ssdae.timing import describe_machine
 
-    paths = [training_images(name) for name in args.sources]
-    sources = [(name, open_path(path, None)) for name, path in zip(args.sources, paths, strict=True)]
+    workers = [count for count in dict.fromkeys(options.workers) if count]
+    paths = [training_images(name) for name in options.sources]
+    sources = [(name, open_path(path, None)) for name, path in zip(options.sources, paths, strict=True)]
     with ExitStack() as stack:
-        if args.packed:
-            shards = stack.enter_context(packed(paths[0], lambda line: complain(args.program, line)))
-            sources.append((f"{args.sources[0]} (packed)", shards))
-        figures = measure_data(sources, args.image_size, args.aug_scale, args.seconds, args.workers)
+        if options.packed:
+            shards = stack.enter_context(packed(paths[0], lambda line: complain(options.program, line)))
+            sources.append((f"{options.sources[0]} (packed)", shards))
+        figures = measure_data(sources, options.image_size, options.aug_scale, options.seconds, workers)
     rows: list[Sequence[str]] = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
     for source in figures.sources:
         named = [(_STAGES[stage], rate) for stage, rate in source.stages.items()]
@@ -282,9 +201,9 @@ def _measure_data(args: argparse.Namespace) -> None:
     notes = [
         f"Images per second of one process with one thread: medians of {counted(figures.rounds, 'round')} of "
         f"{figures.images} images in alternation, and their ratios to the first source's.",
-        f"Crops of {args.image_size} px, aug_scale {args.aug_scale:g}.",
+        f"Crops of {options.image_size} px, aug_scale {options.aug_scale:g}.",
     ]
-    if args.workers:
+    if workers:
         notes.append("Lines of workers: the loader with so many processes, which share the cores.")
     counts = [source.images for source in figures.sources]
     if len(set(counts)) > 1:
@@ -296,13 +215,22 @@ def _measure_data(args: argparse.Namespace) -> None:
         for source in figures.sources
         if source.broken
     ]
-    settings = {"image_size": args.image_size, "aug_scale": args.aug_scale}
+    settings = {"image_size": options.image_size, "aug_scale": options.aug_scale}
     plain = {"benchmark": "data", **settings, **asdict(figures), "machine": {**describe_machine(), "threads": 1}}
-    _show(args, plain, [table(rows, "llrrrr")], notes)
+    _show(options, plain, [table(rows, "llrrrr")], notes)
+    return 0
 
 
-def _measure_training(args: argparse.Namespace) -> None:
-    device, config = select_device(args.device), args.config
+def run_train(options: TrainOptions) -> int:
+    """Time training steps, and print; gives the exit code."""
+    config, name = read_run_config(options)
+    compared = {}
+    for text in options.compare:
+        key, _, value = text.partition("=")
+        if not value or "." not in key or key.startswith("-"):
+            raise InputError(f"--compare {text!r} is no setting with a value; write it as training.compile=true")
+        compared[text], _ = read_run_config(replace(options, settings=[*options.settings, (key, value)]))
+    device = select_device(options.device)
     import torch
 
     from dc_ssdae.classes import importing_from
@@ -312,7 +240,7 @@ def _measure_training(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with importing_from(Path.cwd()):
-        figures = measure_training(args.name, config, args.compared, device, args.steps)
+        figures = measure_training(name, config, compared, device, options.steps)
         frozen = frozen_backbones(config)
     speeds: list[Sequence[str]] = [("configuration", "images/s", "ms/step", "quartiles", "ratio", "quartiles")]
     costs: list[Sequence[str]] = [
@@ -325,10 +253,10 @@ def _measure_training(args: argparse.Namespace) -> None:
         spent = [f"{1000.0 * spread.median:,.2f}" for spread in (entry.phases or {}).values()] or ["-"] * 3
         throughput = "-" if entry.tflops_per_second is None else f"{entry.tflops_per_second:.3f}"
         costs.append((entry.name, *spent, _gibibytes(entry.peak_memory_bytes), throughput))
-    compared = ", compared in alternation with the first; ratios are of images/s" if args.compared else ""
+    alternating = ", compared in alternation with the first; ratios are of images/s" if compared else ""
     notes = [
-        f"{counted(args.steps, 'step')} of {counted(config.training.batch_size, 'random image')} of "
-        f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; medians{compared}.",
+        f"{counted(options.steps, 'step')} of {counted(config.training.batch_size, 'random image')} of "
+        f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; medians{alternating}.",
         f"Memory: {'allocated on the device' if device.type == 'cuda' else 'resident set of this process'}.",
     ]
     if figures[0].flops is not None:
@@ -341,16 +269,17 @@ def _measure_training(args: argparse.Namespace) -> None:
         for entry in figures
         if entry.not_finite
     ]
-    plain = {"benchmark": "train", "steps": args.steps, "config": config.to_mapping(), "random_backbones": frozen}
+    plain = {"benchmark": "train", "steps": options.steps, "config": config.to_mapping(), "random_backbones": frozen}
     plain |= {"configurations": [asdict(entry) for entry in figures], "machine": describe_machine(device)}
-    _show(args, plain, [table(speeds, "lrrrrr"), table(costs, "lrrrrr")], notes)
+    _show(options, plain, [table(speeds, "lrrrrr"), table(costs, "lrrrrr")], notes)
+    return 0
 
 
-def _show(args: argparse.Namespace, figures: dict[str, Any], tables: Sequence[str], notes: Sequence[str]) -> None:
+def _show(options: JsonOptions, figures: dict[str, Any], tables: Sequence[str], notes: Sequence[str]) -> None:
     """Print the figures as JSON, or as tables with notes below."""
     from dc_ssdae.timing import machine_line
 
-    if args.json:
+    if options.json:
         say(json.dumps(figures, indent=2))
     else:
         say("\n\n".join([*tables, "\n".join(map(wrapped, [*notes, machine_line(figures["machine"])]))]))

@@ -12,21 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dc_ssdae.errors import InputError, ToldElsewhere, advising_on_memory, counted
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     import torch
     from torch import Tensor
 
     from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.cli.options import BatchOptions, FileOptions, ModelOptions, OutputOptions, OverwriteOptions
+    from dc_ssdae.cli.parser import Options
     from dc_ssdae.data.encode_latents import EncodedPart
     from dc_ssdae.data.loader import BrokenImage
     from dc_ssdae.data.pack import PackedPart
     from dc_ssdae.latent import DiagonalGaussian
+
+T = TypeVar("T")
 
 
 class Job(NamedTuple):
@@ -106,11 +108,11 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check_outputs(args: "Namespace", files: Sequence[Path]) -> None:
+def check_outputs(options: "OverwriteOptions", files: Sequence[Path]) -> None:
     """Refuse to replace files, before the work that makes them, unless `--overwrite` is given.
 
     Args:
-        args: with `overwrite`.
+        options: of the command.
         files: to be written.
 
     Raises:
@@ -119,26 +121,26 @@ def check_outputs(args: "Namespace", files: Sequence[Path]) -> None:
     for file in files:
         if file.parent.exists() and not file.parent.is_dir():
             raise InputError(f"--out {file.parent} is a file, not a folder")
-        if os.path.lexists(file) and (not args.overwrite or file.is_dir()):
+        if os.path.lexists(file) and (not options.overwrite or file.is_dir()):
             raise InputError(f"{file} exists already; choose another --out, or replace files with --overwrite")
 
 
-def check_output_folder(args: "Namespace") -> None:
+def check_output_folder(options: "OutputOptions") -> None:
     """Refuse an `--out` that holds something, before the work that fills it, unless `--overwrite` is given.
 
     Raises:
         InputError: names it.
     """
-    out: Path = args.out
-    if out.exists() and not (out.is_dir() and (args.overwrite or not any(out.iterdir()))):
+    out = options.out
+    if out.exists() and not (out.is_dir() and (options.overwrite or not any(out.iterdir()))):
         raise InputError(f"--out {out} is not an empty folder; name a new one, or replace its files with --overwrite")
 
 
-def plan_outputs(args: "Namespace", sources: Sequence[Path], suffix: str, *others: str) -> list[Job]:
+def plan_outputs(options: "OutputOptions", sources: Sequence[Path], suffix: str, *others: str) -> list[Job]:
     """Decide which file is written from which, `--out`/STEM.suffix, and make the folder.
 
     Args:
-        args: with `out` and `overwrite`.
+        options: of the command.
         sources: the inputs.
         suffix: of the files that are written.
         others: of further files that are written beside them.
@@ -151,7 +153,7 @@ def plan_outputs(args: "Namespace", sources: Sequence[Path], suffix: str, *other
     writers: dict[Path, Path] = {}
     for source in sources:
         for ending in (suffix, *others):
-            target = args.out / f"{source.stem}{ending}"
+            target = options.out / f"{source.stem}{ending}"
             if target in writers:
                 raise InputError(
                     f"{writers[target]} and {source} would both be written to {target}; rename one of them"
@@ -159,32 +161,33 @@ def plan_outputs(args: "Namespace", sources: Sequence[Path], suffix: str, *other
             if target.resolve() in inputs:
                 raise InputError(f"{target} is one of the inputs and would be overwritten; choose another --out")
             writers[target] = source
-    check_outputs(args, list(writers))
-    args.out.mkdir(parents=True, exist_ok=True)
-    return [Job(source, args.out / f"{source.stem}{suffix}") for source in sources]
+    check_outputs(options, list(writers))
+    options.out.mkdir(parents=True, exist_ok=True)
+    return [Job(source, options.out / f"{source.stem}{suffix}") for source in sources]
 
 
-def write_outputs(args: "Namespace", contents: Mapping[str, bytes]) -> None:
+def write_outputs(options: "OutputOptions", contents: Mapping[str, bytes]) -> None:
     """Write files, by their names, into `--out`, and say where they are."""
     from dc_ssdae.files import write_whole
 
     for name, content in contents.items():
-        write_whole(args.out / name, content)
-    say(f"-> {', '.join(str(args.out / name) for name in contents)}")
+        write_whole(options.out / name, content)
+    say(f"-> {', '.join(str(options.out / name) for name in contents)}")
 
 
-def advising_on_batches(args: "Namespace") -> AbstractContextManager[None]:
+def advising_on_batches(options: "BatchOptions") -> AbstractContextManager[None]:
     """Turn running out of memory into a line that names `--batch`."""
-    return advising_on_memory(f" with --batch {args.batch}; try a smaller one, or --dtype bfloat16")
+    return advising_on_memory(f" with --batch {options.batch}; try a smaller one, or --dtype bfloat16")
 
 
-def tell_of_images(args: "Namespace", broken: "Sequence[BrokenImage]", enlarged: int, total: int) -> None:
+def tell_of_images(program: str, size: int, broken: "Sequence[BrokenImage]", enlarged: int, total: int) -> None:
     """Complain of images that cannot be read, and of those that were enlarged.
 
     Args:
-        args: with `size`, their side in pixels.
+        program: name of the command.
+        size: side of the images in pixels.
         broken: those that cannot be read, which are left out.
-        enlarged: how many were smaller than `--size`.
+        enlarged: how many were smaller than that.
         total: all of them, the broken ones too.
 
     Raises:
@@ -195,8 +198,8 @@ def tell_of_images(args: "Namespace", broken: "Sequence[BrokenImage]", enlarged:
     if len(broken) == total:
         raise InputError(f"none of {counted(total, 'image')} can be read; the first: {broken[0].reason}")
     left_out = [f"left out: {image.reason}" for image in broken]
-    for line in (*left_out, *enlarged_caveat(enlarged, total - len(broken), args.size)):
-        complain(args.program, line)
+    for line in (*left_out, *enlarged_caveat(enlarged, total - len(broken), size)):
+        complain(program, line)
 
 
 def writable_model(model: str, instead: str) -> Path:
@@ -220,13 +223,13 @@ def writable_model(model: str, instead: str) -> Path:
     return folder
 
 
-def told_by_one_process(run: "Callable[[Namespace], int]") -> "Callable[[Namespace], int]":
+def told_by_one_process(run: "Callable[[T], int]") -> "Callable[[T], int]":
     """Let an error that all processes of a command meet be told by one of them."""
 
     @wraps(run)
-    def run_and_tell(args: "Namespace") -> int:
+    def run_and_tell(options: T) -> int:
         try:
-            return run(args)
+            return run(options)
         except (InputError, OSError) as error:
             if os.environ.get("RANK", "0") == "0":
                 raise
@@ -235,11 +238,11 @@ def told_by_one_process(run: "Callable[[Namespace], int]") -> "Callable[[Namespa
     return run_and_tell
 
 
-def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job], Done]) -> int:
+def for_each_file(options: "Options", jobs: Sequence[Job], process: Callable[[Job], Done]) -> int:
     """Process files one by one; one that fails is reported in a line, and the others are still done.
 
     Args:
-        args: with `program`, and `debug` for tracebacks.
+        options: of the command, for its name and whether it shows tracebacks.
         jobs: the files. Several of them get a progress bar, on a terminal.
         process: reads, computes and writes one file; its InputError or OSError, and running out of memory, are
             the file's failure, anything else a bug.
@@ -255,14 +258,14 @@ def for_each_file(args: "Namespace", jobs: Sequence[Job], process: Callable[[Job
             with advising_on_memory("; try a smaller image, --tile_size 512, --dtype bfloat16 or another --device"):
                 done = process(job)
         except (InputError, OSError) as error:
-            if getattr(args, "debug", False):
+            if options.debug:
                 traceback.print_exception(error)
             message = describe(error)
-            complain(args.program, message if str(job.source) in message else f"{job.source}: {message}")
+            complain(options.program, message if str(job.source) in message else f"{job.source}: {message}")
             failed = True
         else:
             if done.notes:
-                complain(args.program, f"{job.source}: {'; '.join(done.notes)}")
+                complain(options.program, f"{job.source}: {'; '.join(done.notes)}")
             say(done.line)
     return 2 if failed else 0
 
@@ -306,24 +309,24 @@ def import_classes(modules: Sequence[str]) -> list[type]:
     return [value for module in imported for value in vars(module).values() if isinstance(value, type)]
 
 
-def load_model(args: "Namespace") -> "DCSSDAE":
+def load_model(options: "ModelOptions | FileOptions") -> "DCSSDAE":
     """Load `--model` in `--dtype` onto `--device`, in eval mode.
 
     Raises:
         InputError: there is no such device, no such module to import, or no such model, or its files are damaged or
             do not fit together, or `--tile_size` does not fit it.
     """
-    device = select_device(args.device)  # before the seconds that loading takes
-    classes = import_classes(args.modules)
+    device = select_device(options.device)  # before the seconds that loading takes
+    classes = import_classes(options.modules)
     import torch
 
     from dc_ssdae.evaluation.candidate_names import load_saved_model
     from dc_ssdae.machine import slow_dtype_note
 
-    if note := slow_dtype_note(device, args.dtype):
-        complain(args.program, f"{note}: try --dtype float32")
-    model = load_saved_model(args.model, getattr(torch, args.dtype), classes)
-    tile_size = getattr(args, "tile_size", None)
+    if note := slow_dtype_note(device, options.dtype):
+        complain(options.program, f"{note}: try --dtype float32")
+    model = load_saved_model(options.model, getattr(torch, options.dtype), classes)
+    tile_size = getattr(options, "tile_size", None)
     if tile_size is not None:
         model.enable_tiling(tile_size)
     return model.to(device)

@@ -1,63 +1,51 @@
 """`dc-ssdae compare`: any number of autoencoders through one protocol, with pictures, figures and costs."""
 
-from argparse import Namespace
+import os
+from dataclasses import dataclass
 from functools import partial
 
-from dc_ssdae.cli.common import (
-    add_output_option,
-    check_outputs,
-    complain,
-    describe,
-    import_classes,
-    say,
-    write_outputs,
-)
-from dc_ssdae.cli.decoding_options import naming_options
-from dc_ssdae.cli.evaluation_options import (
-    MODELS,
-    add_evaluation_options,
-    load_suite,
-    open_evaluation,
-    parse_models,
-    report_settings,
-)
-from dc_ssdae.cli.parser import CommandParser, filled, whole_number
+from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, say, write_outputs
+from dc_ssdae.cli.decoding import naming_options
+from dc_ssdae.cli.evaluation import load_suite, open_evaluation, parse_models, report_settings
+from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError
+from dc_ssdae.settings import setting
 
-PROGRAM = "dc-ssdae compare"
 FILES = ("index.html", "table.md", "table.json", "pareto.png")
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog=PROGRAM,
-        description="Reconstruct the same images with any number of autoencoders, and measure all of them under one "
-        "protocol: quality with its intervals, latent, parameters, speed and memory. Writes DIR/index.html, table.md, "
-        "table.json and pareto.png. A model that fails is reported in its row, the others finish, and the exit code "
-        "is 2. Needs the extra eval: pip install 'dc-ssdae[eval]'.",
-    )
-    parser.add_argument("models", nargs="+", type=filled, metavar="MODEL", help=MODELS)
-    add_output_option(parser)
-    add_evaluation_options(parser)
-    parser.add_argument(
-        "--rounds", type=whole_number(1), default=3, metavar="R", help="in which speed is measured (default 3)"
-    )
-    parser.add_argument("--show", type=whole_number(1), default=8, metavar="N", help="images on the page (default 8)")
-    return parser
+@dataclass(kw_only=True)
+class Options(EvaluationOptions):
+    """Reconstruct the same images with any number of autoencoders, and measure all of them under one protocol.
+
+    Measured are quality with its intervals, latent, parameters, speed and memory. Writes DIR/index.html, table.md,
+    table.json and pareto.png. A model that fails is reported in its row, the others finish, and the exit code is 2.
+    Needs the extra eval: pip install 'dc-ssdae[eval]'.
+
+    Args:
+        models: each the folder or hub id of a saved model or a run of this package; photos_f8c16, which comes with it;
+            preset:NAME (random weights); diffusers:FOLDER_OR_HUB_ID; python:MODULE.NAME, an object with encode and
+            decode or a function from images to images, (B, 3, H, W) in [-1, 1]; jpeg:QUALITY; webp:QUALITY;
+            bicubic:FACTOR. LABEL=MODEL names it in the reports.
+        rounds: rounds in which speed is measured.
+        show: images on the page.
+    """
+
+    program = "dc-ssdae compare"
+    models: list[str] = setting(positional=True, metavar="MODEL")
+    rounds: int = setting(3, at_least=1, metavar="R")
+    show: int = setting(8, at_least=1, metavar="N")
 
 
-def run(args: Namespace) -> int:
+def run(options: Options) -> int:
     """Measure, write and print; gives the exit code."""
-    import os
-
-    specs = parse_models(args.models)
-    check_outputs(args, [args.out / name for name in FILES])
+    specs = parse_models(options.models)
+    check_outputs(options, [options.out / name for name in FILES])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process, so that speeds can be compared; eval takes several")
-    opened = open_evaluation(args)
-    classes = import_classes(args.modules)
-    suite = load_suite(args, opened)
+    opened = open_evaluation(options)
+    classes = import_classes(options.modules)
+    suite = load_suite(options, opened)
 
     from tqdm import tqdm
 
@@ -82,20 +70,20 @@ def run(args: Namespace) -> int:
             suite,
             opened.settings,
             opened.device,
-            args.rounds,
-            args.show,
+            options.rounds,
+            options.show,
             bar.update,
-            lambda label, reason: complain(args.program, f"{label} failed: {reason}"),
-            args.debug,
+            lambda label, reason: complain(options.program, f"{label} failed: {reason}"),
+            options.debug,
         )
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
-    report = ArenaReport(entries=entries, rounds=args.rounds, **report_settings(args, opened, suite))
+    report = ArenaReport(entries=entries, rounds=options.rounds, **report_settings(options, opened, suite))
     for image in report.broken:
-        complain(args.program, f"left out: {image.reason}")
+        complain(options.program, f"left out: {image.reason}")
     text = report.as_markdown()
     say(text)  # before anything that can fail: hours may have gone into the figures
     pareto = report.as_picture()
     contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
-    write_outputs(args, dict(zip(FILES, contents, strict=True)))
+    write_outputs(options, dict(zip(FILES, contents, strict=True)))
     return 2 if any(entry.failed is not None for entry in entries) else 0

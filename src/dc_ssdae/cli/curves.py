@@ -1,41 +1,39 @@
 """`dc-ssdae curves`: losses and evaluations of runs as a picture."""
 
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
-from dc_ssdae.cli.common import add_overwrite_option, check_outputs, complain, say
-from dc_ssdae.cli.parser import CommandParser, file_path
+from dc_ssdae.cli.common import check_outputs, complain, say
+from dc_ssdae.cli.options import OverwriteOptions
 from dc_ssdae.files import write_whole
+from dc_ssdae.settings import setting
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog="dc-ssdae curves",
-        description="Draw the losses and the evaluations of one or several runs, a panel a loss term and a measure. "
-        "The phases of a recipe are drawn one after the other. Needs matplotlib: pip install 'dc-ssdae[eval]'.",
-    )
-    parser.add_argument("runs", nargs="+", type=file_path, metavar="RUN", help="folder of a training run")
-    parser.add_argument(
-        "--out",
-        type=file_path,
-        default=Path("curves.png"),
-        metavar="FILE",
-        help="picture to write: .png, .svg or .pdf (default curves.png)",
-    )
-    add_overwrite_option(parser)
-    return parser
+@dataclass(kw_only=True)
+class Options(OverwriteOptions):
+    """Draw the losses and the evaluations of one or several runs, a panel per loss term and per measure.
+
+    The phases of a recipe are drawn one after the other. Needs matplotlib: pip install 'dc-ssdae[eval]'.
+
+    Args:
+        runs: folders of training runs.
+        out: picture to write: .png, .svg or .pdf.
+    """
+
+    program = "dc-ssdae curves"
+    runs: list[Path] = setting(positional=True, metavar="RUN")
+    out: Path = setting(Path("curves.png"), metavar="FILE")
 
 
-def run(args: Namespace) -> int:
+def run(options: Options) -> int:
     """Draw the runs; gives the exit code."""
     from dc_ssdae.evaluation.curves import draw_curves, picture_format, read_runs
 
-    kind = picture_format(args.out)
-    check_outputs(args, [args.out])
-    runs = read_runs(args.runs)
+    kind = picture_format(options.out)
+    check_outputs(options, [options.out])
+    runs = read_runs(options.runs)
     for note in (note for run in runs for note in run.notes):
-        complain(args.program, note)
-    write_whole(args.out, draw_curves(runs, kind))
-    say(f"{', '.join(run.name for run in runs)} -> {args.out}")
+        complain(options.program, note)
+    write_whole(options.out, draw_curves(runs, kind))
+    say(f"{', '.join(run.name for run in runs)} -> {options.out}")
     return 0

@@ -1,34 +1,32 @@
 """`dc-ssdae decode`: latents, as `dc-ssdae encode` writes them, to PNG images."""
 
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import add_file_options
-from dc_ssdae.cli.decoding_options import ToDecode, add_decoding_options, decode_files
-from dc_ssdae.cli.parser import CommandParser, file_path
+from dc_ssdae.cli.decoding import DecodeFilesOptions, ToDecode, decode_files
 from dc_ssdae.errors import InputError
+from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog="dc-ssdae decode",
-        description="Decode the latents that dc-ssdae encode wrote; writes DIR/STEM.png for each, at the image's "
-        "original size.",
-    )
-    parser.add_argument("latents", nargs="+", type=file_path, metavar="LATENT", help="safetensors file")
-    add_file_options(parser)
-    add_decoding_options(parser)
-    return parser
+@dataclass(kw_only=True)
+class Options(DecodeFilesOptions):
+    """Decode the latents that dc-ssdae encode wrote; writes DIR/STEM.png for each, at the image's original size.
+
+    Args:
+        latents: safetensors files.
+    """
+
+    program = "dc-ssdae decode"
+    latents: list[Path] = setting(positional=True, metavar="LATENT")
 
 
-def run(args: Namespace) -> int:
+def run(options: Options) -> int:
     """Decode every latent; gives the exit code."""
-    return decode_files(args, args.latents, _read)
+    return decode_files(options, options.latents, _read)
 
 
 def _read(path: Path, model: "DCSSDAE") -> ToDecode:

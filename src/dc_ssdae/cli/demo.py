@@ -1,24 +1,17 @@
 """`dc-ssdae demo`: reconstruct photos with the shipped model, train a small one on others, write a report."""
 
-import argparse
 import statistics
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dc_ssdae.cli.common import (
-    add_device_option,
-    add_dtype_option,
-    add_overwrite_option,
-    add_seed_option,
-    check_outputs,
-    say,
-    select_device,
-)
-from dc_ssdae.cli.parser import CommandParser, number_between, whole_number
-from dc_ssdae.errors import counted
+from dc_ssdae.cli.common import check_outputs, say, select_device
+from dc_ssdae.cli.options import DeviceOptions, OutputOptions, SeedOptions
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.presets import SHIPPED_MODEL
+from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     import torch
@@ -33,37 +26,34 @@ EVALUATION_SIDE = 256
 """Shorter side, in pixels, of the photos in the report."""
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog="dc-ssdae demo",
-        description="Reconstruct photos with the model that comes with this package; then train a small "
-        "equilibrium-matching autoencoder on others, which come with scikit-image, and write a report of both. Needs "
-        "no GPU and downloads nothing.",
-    )
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--minutes", type=number_between(0.001), default=3.0, metavar="M", help="training time in minutes (default 3)"
-    )
-    budget.add_argument(
-        "--steps", type=whole_number(1), metavar="N", help="train this many steps instead, which is reproducible"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write to (default runs/demo)"
-    )
-    add_overwrite_option(parser)
-    add_seed_option(parser, "of all that is random")
-    add_device_option(parser)
-    add_dtype_option(parser, "what the networks compute in while they train", ("float32", "bfloat16"))
-    return parser
+@dataclass(kw_only=True)
+class Options(OutputOptions, SeedOptions, DeviceOptions):
+    """Reconstruct photos with the model that comes with this package; then train a small one, and write a report.
+
+    The small equilibrium-matching autoencoder is trained on photos that come with scikit-image. Needs no GPU and
+    downloads nothing.
+
+    Args:
+        minutes: training time in minutes; by default 3.
+        steps: train this many steps instead, which is reproducible.
+        dtype: what the networks compute in while they train.
+    """
+
+    program = "dc-ssdae demo"
+    minutes: float | None = setting(None, at_least=0.001, metavar="M")
+    steps: int | None = setting(None, at_least=1, metavar="N")
+    out: Path = setting(Path("runs/demo"), metavar="DIR")
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Train, evaluate, save and report; gives the exit code."""
-    device = select_device(args.device)
-    replace = _is_demo(args.out)
+    if options.minutes is not None and options.steps is not None:
+        raise InputError("--minutes and --steps are both given; one of them ends the training")
+    device = select_device(options.device)
+    replace = _is_demo(options.out)
     if replace:
-        check_outputs(args, [args.out / "config.yaml"])
+        check_outputs(options, [options.out / "config.yaml"])
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
@@ -73,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from dc_ssdae.training.launch import start_run
     from dc_ssdae.training.logging import read_lines
 
-    config = _configuration(args)
+    config = _configuration(options)
     training = config.training
     held_out = sample_photos("held_out")
     names = [photo.name for photo in sample_photos("train")]
@@ -86,23 +76,27 @@ def run(args: argparse.Namespace) -> int:
             _choose_threads(config, threads)  # not for a run of steps, which is reproducible for a number of threads
         budget = f"{training.minutes:g} minutes" if training.steps is None else counted(training.steps, "step")
         say(f"Training preset {PRESET!r} on {_device_name(device)}, {budget}, on {counted(len(names), 'photo')}")
-        start_run(config, config_yaml(config), args.out, cpu=device.type == "cpu", replace=replace)
-        model = DCSSDAE.from_pretrained(args.out / "model")
+        start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu", replace=replace)
+        model = DCSSDAE.from_pretrained(options.out / "model")
         say("Reconstructing the same photos, which the new model has not seen")
         results = _evaluate(model, held_out, device)
-        history = read_lines(args.out / "metrics.jsonl")
-        _report(args.out / "report.html", shipped, results, history, config, model, names)
-    say(f"Model:  {args.out / 'model'}\nReport: {args.out / 'report.html'}")
+        history = read_lines(options.out / "metrics.jsonl")
+        _report(options.out / "report.html", shipped, results, history, config, model, names)
+    say(f"Model:  {options.out / 'model'}\nReport: {options.out / 'report.html'}")
     return 0
 
 
-def _configuration(args: argparse.Namespace) -> "RunConfig":
+def _configuration(options: Options) -> "RunConfig":
     from dc_ssdae.presets import load_preset
     from dc_ssdae.training.config import RunConfig
 
     preset = load_preset(PRESET)
-    budget = {"minutes": None, "steps": args.steps} if args.steps else {"minutes": args.minutes, "steps": None}
-    given = {**budget, "preset": PRESET, "seed": args.seed, "precision": args.dtype, "output": str(args.out)}
+    budget = (
+        {"minutes": None, "steps": options.steps}
+        if options.steps
+        else {"minutes": options.minutes or 3.0, "steps": None}
+    )
+    given = {**budget, "preset": PRESET, "seed": options.seed, "precision": options.dtype, "output": str(options.out)}
     # Nothing to save on the way of a few minutes; the end is always saved.
     training = {**preset.get("training", {}), **given, "checkpoint_every": 10**9, "evaluate_every": 10**9}
     photos = {"class_path": SAMPLE_PHOTOS, "init_args": {"split": "train"}}

@@ -1,45 +1,38 @@
 """`dc-ssdae encode`: images to latents, one safetensors file each."""
 
-from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
 
-from dc_ssdae.cli.common import (
-    Done,
-    Job,
-    add_file_options,
-    encode_pixels,
-    for_each_file,
-    load_model,
-    plan_outputs,
-    shape_line,
-)
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, whole_number
+from dc_ssdae.cli.common import Done, Job, encode_pixels, for_each_file, load_model, plan_outputs, shape_line
+from dc_ssdae.cli.options import FileOptions
 from dc_ssdae.errors import InputError
+from dc_ssdae.settings import LARGEST_SEED, setting
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog="dc-ssdae encode",
-        description="Encode images; writes DIR/STEM.safetensors for each, with the tensors latent (c, h, w) and "
-        "original_size (H, W). Any image size: padded by reflection to a multiple of the model's f.",
-    )
-    parser.add_argument("images", nargs="+", type=file_path, metavar="IMAGE", help="image file")
-    add_file_options(parser)
-    parser.add_argument(
-        "--sample", action="store_true", help="sample from the encoder's Gaussian instead of taking its mode"
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(0, LARGEST_SEED), metavar="S", help="of --sample, for each image (default 0)"
-    )
-    return parser
+@dataclass(kw_only=True)
+class Options(FileOptions):
+    """Encode images; writes DIR/STEM.safetensors for each, with the tensors latent (c, h, w) and original_size (H, W).
+
+    Any image size: padded by reflection to a multiple of the model's f.
+
+    Args:
+        images: image files.
+        sample: sample from the encoder's Gaussian instead of taking its mode.
+        seed: seed of --sample, for each image; by default 0.
+    """
+
+    program = "dc-ssdae encode"
+    images: list[Path] = setting(positional=True, metavar="IMAGE")
+    sample: bool = False
+    seed: int | None = setting(None, at_least=0, at_most=LARGEST_SEED, metavar="S")
 
 
-def run(args: Namespace) -> int:
+def run(options: Options) -> int:
     """Encode every image; gives the exit code."""
-    if args.seed is not None and not args.sample:
+    if options.seed is not None and not options.sample:
         raise InputError("--seed is for --sample; the mode is not random")
-    jobs = plan_outputs(args, args.images, ".safetensors")
-    model = load_model(args)
+    jobs = plan_outputs(options, options.images, ".safetensors")
+    model = load_model(options)
     import torch
 
     from dc_ssdae.cli.latent_file import LatentFile, write_latent
@@ -48,13 +41,13 @@ def run(args: Namespace) -> int:
     def encode(job: Job) -> Done:
         image = read_image(job.source)
         posterior, size = encode_pixels(model, image.pixels)
-        if not args.sample:
+        if not options.sample:
             latent = posterior.mode()
         elif posterior.logvar is None:
             raise InputError("this model's encoder gives no variance to sample with; leave --sample out")
         else:
-            latent = posterior.sample(torch.Generator().manual_seed(args.seed or 0))
+            latent = posterior.sample(torch.Generator().manual_seed(options.seed or 0))
         write_latent(job.target, LatentFile(latent[0], size, model.config.downsample_factor))
         return Done(shape_line(job, size, latent), image.notes)
 
-    return for_each_file(args, jobs, encode)
+    return for_each_file(options, jobs, encode)

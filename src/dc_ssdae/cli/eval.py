@@ -1,11 +1,10 @@
 """`dc-ssdae eval`: one autoencoder under a named protocol, with intervals, latents, and its worst and best images."""
 
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import (
-    add_output_option,
     advising_on_batches,
     check_outputs,
     complain,
@@ -15,19 +14,12 @@ from dc_ssdae.cli.common import (
     writable_model,
     write_outputs,
 )
-from dc_ssdae.cli.decoding_options import naming_options
-from dc_ssdae.cli.evaluation_options import (
-    MODELS,
-    OpenEvaluation,
-    add_evaluation_options,
-    load_suite,
-    open_evaluation,
-    parse_models,
-    report_settings,
-)
-from dc_ssdae.cli.parser import CommandParser, filled, whole_number
+from dc_ssdae.cli.decoding import naming_options
+from dc_ssdae.cli.evaluation import OpenEvaluation, load_suite, open_evaluation, parse_models, report_settings
+from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import SHIPPED_MODEL
+from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     from dc_ssdae.evaluation.candidates import Candidate
@@ -37,41 +29,39 @@ if TYPE_CHECKING:
 FILES = ("report.html", "report.md", "report.json", "images.csv")
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog="dc-ssdae eval",
-        description="Reconstruct images and measure rFID, PSNR, SSIM, LPIPS, DreamSim and rFDD with 95 % intervals, "
-        "and the latents. Writes DIR/report.html with the worst and the best images, report.md, report.json and "
-        "images.csv with a line an image. Several processes share the work: torchrun --nproc_per_node N -m dc_ssdae "
-        "eval ... Needs the extra eval: pip install 'dc-ssdae[eval]'.",
-    )
-    parser.add_argument("--model", default=SHIPPED_MODEL, type=filled, metavar="MODEL", help=MODELS)
-    add_output_option(parser, "evaluation")
-    add_evaluation_options(parser)
-    parser.add_argument(
-        "--show", type=whole_number(1), default=6, metavar="N", help="worst and best images on the page (default 6)"
-    )
-    parser.add_argument(
-        "--add-to-model",
-        action="store_true",
-        help="also write the figures into config.json and README.md of the model's folder, in place of earlier ones of "
-        "the same protocol, data, size and decoding",
-    )
-    return parser
+@dataclass(kw_only=True)
+class Options(EvaluationOptions):
+    """Reconstruct images and measure rFID, PSNR, SSIM, LPIPS, DreamSim and rFDD with 95 % intervals, and the latents.
+
+    Writes DIR/report.html with the worst and the best images, report.md, report.json and images.csv with a line per
+    image. Several processes share the work: torchrun --nproc_per_node N -m dc_ssdae eval ... Needs the extra eval: pip
+    install 'dc-ssdae[eval]'.
+
+    Args:
+        model: what to measure, as dc-ssdae compare takes it; by default the trained model that comes with this package.
+        show: worst and best images on the page.
+        add_to_model: also write the figures into config.json and README.md of the model's folder, in place of earlier
+            ones of the same protocol, data, size and decoding.
+    """
+
+    program = "dc-ssdae eval"
+    model: str = setting(SHIPPED_MODEL, metavar="MODEL")
+    out: Path = setting(Path("evaluation"), metavar="DIR")
+    show: int = setting(6, at_least=1, metavar="N")
+    add_to_model: bool = setting(False, name="--add-to-model")
 
 
 @told_by_one_process
-def run(args: Namespace) -> int:
+def run(options: Options) -> int:
     """Measure, write and print; gives the exit code."""
-    (spec,) = parse_models([args.model])
-    check_outputs(args, [args.out / name for name in FILES])
+    (spec,) = parse_models([options.model])
+    check_outputs(options, [options.out / name for name in FILES])
     folder = None
-    if args.add_to_model:
-        folder = writable_model(spec.value if spec.kind == "ours" else args.model, "leave --add-to-model out")
+    if options.add_to_model:
+        folder = writable_model(spec.value if spec.kind == "ours" else options.model, "leave --add-to-model out")
     before = _weights_in(folder)
-    opened = open_evaluation(args)
-    classes = import_classes(args.modules)
+    opened = open_evaluation(options)
+    classes = import_classes(options.modules)
     import torch
     from tqdm import tqdm
 
@@ -84,16 +74,16 @@ def run(args: Namespace) -> int:
         opened = opened._replace(device=torch.device(processes.device))
     for turn in (True, False):  # what is to be downloaded, the main process downloads, and the others find
         if processes.is_main is turn:
-            suite = load_suite(args, opened)
+            suite = load_suite(options, opened)
         processes.gather(None)
     with naming_options():
         candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
     count, hidden = len(processes.share(len(opened.images))), None if processes.is_main else True
-    with advising_on_batches(args), tqdm(total=count, unit="image", leave=False, disable=hidden) as bar:
+    with advising_on_batches(options), tqdm(total=count, unit="image", leave=False, disable=hidden) as bar:
         evaluation = evaluate(candidate, opened.images, suite, opened.settings, opened.device, processes, bar.update)
     if not processes.is_main:
         return 0
-    figures = _write(args, spec.label, opened, candidate, suite, evaluation)
+    figures = _write(options, spec.label, opened, candidate, suite, evaluation)
     if folder is not None:
         _add_to_model(folder, figures, before == _weights_in(folder))
     return 0
@@ -117,7 +107,7 @@ def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
 
 
 def _write(
-    args: Namespace,
+    options: Options,
     label: str,
     opened: OpenEvaluation,
     candidate: "Candidate",
@@ -131,15 +121,15 @@ def _write(
 
     if not isinstance(candidate, OurCandidate):
         opened = opened._replace(decoding={})
-    settings = report_settings(args, opened, suite)
+    settings = report_settings(options, opened, suite)
     report = EvaluationReport(label=label, remarks=candidate.remarks, evaluation=evaluation, **settings)
     for image in evaluation.broken:
-        complain(args.program, f"left out: {image.reason}")
+        complain(options.program, f"left out: {image.reason}")
     text = report.as_markdown()
     say(text)  # before anything that can fail: hours may have gone into the figures
     ranked = report.ranked()
     worst, best = (
-        reconstruct_places(candidate, opened.images, places[: args.show], opened.settings, opened.device)
+        reconstruct_places(candidate, opened.images, places[: options.show], opened.settings, opened.device)
         for places in (ranked, ranked[::-1])
     )
     contents = (
@@ -148,5 +138,5 @@ def _write(
         report.as_json().encode("utf-8"),
         report.as_csv().encode("utf-8", "backslashreplace"),
     )
-    write_outputs(args, dict(zip(FILES, contents, strict=True)))
+    write_outputs(options, dict(zip(FILES, contents, strict=True)))
     return report.as_provenance()

@@ -1,15 +1,16 @@
 """`dc-ssdae info`: what presets there are, and what a preset or a saved model costs."""
 
 import json
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import add_dtype_option, add_import_option, import_classes, say, select_device, table, wrapped
-from dc_ssdae.cli.parser import CommandParser, device_name, filled
+from dc_ssdae.cli.common import import_classes, say, select_device, table, wrapped
+from dc_ssdae.cli.options import DType, ImportOptions
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.presets import SHIPPED_MODEL, list_presets, load_preset
+from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -19,53 +20,46 @@ SIZES = (256, 512)
 """Sides, in pixels, of the square images that models are measured at."""
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog="dc-ssdae info",
-        description="List the presets; or tell a model's parameters, latent shape, compression ratio and FLOPs.",
-    )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        type=filled,
-        metavar="PRESET|DIR",
-        help="a preset's name, or the folder of a saved model or of a training run",
-    )
-    add_import_option(parser)
-    parser.add_argument(
-        "--device", type=device_name, help="also time encode and one decode step there: auto, cpu, cuda, cuda:N or mps"
-    )
-    add_dtype_option(parser, "of the weights whose memory is told, and of what is timed")
-    parser.add_argument(
-        "--groups",
-        action="store_true",
-        help="print the model's parameter groups, which a phase of training can choose, with their numbers of "
-        "parameters, and nothing else",
-    )
-    parser.add_argument("--json", action="store_true", help="print the same as JSON")
-    return parser
+@dataclass(kw_only=True)
+class Options(ImportOptions):
+    """List the presets; or tell a model's parameters, latent shape, compression ratio and FLOPs.
+
+    Args:
+        model: a preset's name, or the folder of a saved model or of a training run.
+        device: also time encode and one decode step there: auto, cpu, cuda, cuda:N or mps.
+        dtype: dtype of the weights whose memory is told, and of what is timed; by default float32.
+        groups: print the model's parameter groups, which a phase of training can choose, with their numbers of
+            parameters, and nothing else.
+        json: print the same as JSON.
+    """
+
+    program = "dc-ssdae info"
+    usage = "dc-ssdae info [PRESET|DIR] [options]"
+    model: str | None = setting(None, positional=True, metavar="PRESET|DIR")
+    device: str | None = setting(None, metavar="DEVICE")
+    dtype: DType | None = None
+    groups: bool = False
+    json: bool = False
 
 
-def run(args: Namespace) -> int:
+def run(options: Options) -> int:
     """Print the presets or a model's profile; gives the exit code."""
-    if args.groups and args.model is None:
+    if options.groups and options.model is None:
         raise InputError("--groups needs a model: a preset's name, or the folder of a saved model or a training run")
-    # That it is given cannot be told from the default, which says nothing about groups either.
-    if args.groups and (args.device is not None or args.dtype != "float32"):
+    if options.groups and (options.device is not None or options.dtype is not None):
         raise InputError("--groups counts parameters, which no device or dtype changes: leave --device and --dtype out")
-    classes = import_classes(args.modules)
+    classes = import_classes(options.modules)
     found: Any
     as_text: Callable[[Any], str]
-    if args.model is None:
+    if options.model is None:
         found, as_text = _presets(), _presets_as_text
-    elif args.groups:
+    elif options.groups:
         from dc_ssdae.parameter_groups import group_sizes
 
-        found, as_text = group_sizes(_open(args.model, classes)[0]), _groups_as_text
+        found, as_text = group_sizes(_open(options.model, classes)[0]), _groups_as_text
     else:
-        found, as_text = _profile(args.model, args.dtype, args.device, classes), _profile_as_text
-    say(json.dumps(found, indent=2) if args.json else as_text(found))
+        found, as_text = _profile(options.model, options.dtype or "float32", options.device, classes), _profile_as_text
+    say(json.dumps(found, indent=2) if options.json else as_text(found))
     return 0
 
 

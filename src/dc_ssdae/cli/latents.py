@@ -1,25 +1,14 @@
 """`dc-ssdae latents`: a data set to safetensors shards of its latents, for training loops."""
 
 import os
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dc_ssdae.cli.common import (
-    DTYPES,
-    add_batch_option,
-    add_model_options,
-    add_shard_options,
-    add_size_option,
-    add_workers_option,
-    complain,
-    load_model,
-    say_part,
-    select_device,
-    told_by_one_process,
-)
-from dc_ssdae.cli.parser import LARGEST_SEED, CommandParser, file_path, filled, whole_number
+from dc_ssdae.cli.common import complain, load_model, say_part, select_device, told_by_one_process
+from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions, SizeOptions
 from dc_ssdae.errors import InputError, check_type
+from dc_ssdae.settings import LARGEST_SEED, setting
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -36,62 +25,47 @@ _DATA_TYPES = {
 }
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog="dc-ssdae latents",
-        description="Encode a data set once: writes OUT/000000.safetensors and so on, with the tensors latents (N, c, "
-        "h, w), as the encoder gives them, and labels (N,), and a manifest.json with their statistics. "
-        "dc_ssdae.data.latents.LatentDataset reads them, and so does whatever reads LightningDiT's features. "
-        "Interrupted at any time, the same command goes on where it stopped. Several processes share the shards: "
-        "torchrun --nproc_per_node N -m dc_ssdae latents ...",
-    )
-    parser.add_argument(
-        "data",
-        type=filled,
-        metavar="DATA",
-        help="images, as data.root of a training run: a folder, perhaps with train/ and validation/, of images or "
-        "shards; or a pattern of shards; or a YAML file whose section data names them, as a run's config.yaml",
-    )
-    parser.add_argument(
-        "out",
-        type=file_path,
-        metavar="OUT",
-        help="folder to write to; made if need be. Of data with train/ and validation/, OUT/train and OUT/validation",
-    )
-    add_model_options(parser)
-    add_size_option(parser)
-    parser.add_argument(
-        "--store",
-        choices=("mean", "sample", "mean_std"),
-        default="mean",
-        help="of the encoder's Gaussian, its mean, one sample, or mean and standard deviation, from which a reader "
-        "samples anew each epoch, at twice the size (default mean)",
-    )
-    parser.add_argument("--flip", action="store_true", help="store the mirrored image's latent too, at twice the size")
-    parser.add_argument("--seed", type=whole_number(0, LARGEST_SEED), metavar="S", help="of --store sample (default 0)")
-    parser.add_argument(
-        "--store-dtype", choices=DTYPES, help="of the latents in the shards (default: what --dtype computes in)"
-    )
-    parser.add_argument("--split", choices=("train", "validation"), help="encode this part of the data alone")
-    parser.add_argument(
-        "--images",
-        type=whole_number(1),
-        metavar="N",
-        help="how many to encode of each part, at most, evenly spread over it (default: all)",
-    )
-    add_batch_option(parser)
-    add_workers_option(parser, "processes that read images, for each that encodes")
-    add_shard_options(parser)
-    return parser
+@dataclass(kw_only=True)
+class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
+    """Encode a data set once, to shards of latents for training loops.
+
+    Writes OUT/000000.safetensors and so on, with the tensors latents (N, c, h, w), as the encoder gives them, and
+    labels (N,), and a manifest.json with their statistics. dc_ssdae.data.latents.LatentDataset reads them, and so does
+    whatever reads LightningDiT's features. Interrupted at any time, the same command goes on where it stopped. Several
+    processes share the shards: torchrun --nproc_per_node N -m dc_ssdae latents ...
+
+    Args:
+        data: images, named as data.root of a training run: a folder, perhaps with train/ and validation/, of images or
+            shards; or a pattern of shards; or a YAML file whose section data names them, such as a run's config.yaml.
+        out: folder to write to; made if need be. Data with train/ and validation/ go to OUT/train and OUT/validation.
+        store: the mean of the encoder's Gaussian, one sample of it, or its mean and standard deviation, from which a
+            reader samples anew each epoch, at twice the size.
+        flip: store the mirrored image's latent too, at twice the size.
+        seed: seed of --store sample; by default 0.
+        store_dtype: dtype of the latents in the shards; by default what --dtype computes in.
+        split: encode this part of the data alone.
+        images: how many to encode of each part, at most, evenly spread over it; by default all.
+        workers: processes that read images, for each process that encodes; by default one for each core but one, at
+            most 8.
+    """
+
+    program = "dc-ssdae latents"
+    data: str = setting(positional=True, metavar="DATA")
+    out: Path = setting(positional=True, metavar="OUT")
+    store: Literal["mean", "sample", "mean_std"] = "mean"
+    flip: bool = False
+    seed: int | None = setting(None, at_least=0, at_most=LARGEST_SEED, metavar="S")
+    store_dtype: DType | None = setting(None, name="--store-dtype")
+    split: Literal["train", "validation"] | None = None
+    images: int | None = setting(None, at_least=1, metavar="N")
 
 
 @told_by_one_process
-def run(args: Namespace) -> int:
+def run(options: Options) -> int:
     """Encode the images; gives the exit code."""
-    if args.seed is not None and args.store != "sample":
-        raise InputError(f"--seed is for --store sample; {args.store} is not random")
-    device = select_device(args.device)
+    if options.seed is not None and options.store != "sample":
+        raise InputError(f"--seed is for --store sample; {options.store} is not random")
+    device = select_device(options.device)
     from dc_ssdae.data.encode_latents import encode_latents
     from dc_ssdae.data.latent_shard import LatentEncoder, LatentSettings
     from dc_ssdae.data.loader import default_workers
@@ -99,34 +73,39 @@ def run(args: Namespace) -> int:
 
     processes = Processes.join(device)
     if processes.count > 1 and device.type == "cuda":
-        args.device = str(processes.device)
+        options.device = str(processes.device)
     settings = LatentSettings(
-        args.size, args.store, args.flip, args.seed or 0, args.store_dtype or args.dtype, args.shard_size
+        options.size,
+        options.store,
+        options.flip,
+        options.seed or 0,
+        options.store_dtype or options.dtype,
+        options.shard_size,
     )
-    parts = processes.together(lambda: _open_parts(args.data, args.out, args.cache))
+    parts = processes.together(lambda: _open_parts(options.data, options.out, options.cache))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     done = encode_latents(
         parts,
-        args.out,
-        LatentEncoder.of(_load(args, processes), _model_name(args.model)),
+        options.out,
+        LatentEncoder.of(_load(options, processes), _model_name(options.model)),
         settings,
-        only=args.split,
-        limit=args.images,
-        batch_size=args.batch,
-        workers=default_workers(here) if args.workers is None else args.workers,
+        only=options.split,
+        limit=options.images,
+        batch_size=options.batch,
+        workers=default_workers(here) if options.workers is None else options.workers,
         processes=processes,
-        max_broken_share=args.max_broken_share,
-        report=lambda line: complain(args.program, line),
+        max_broken_share=options.max_broken_share,
+        report=lambda line: complain(options.program, line),
     )
     for part in done if processes.is_main else ():
         say_part(part, f"; {part.unlabelled} without a label (-1)" if part.unlabelled else "")
     return 0
 
 
-def _load(args: Namespace, processes: "Processes") -> "DCSSDAE":
+def _load(options: Options, processes: "Processes") -> "DCSSDAE":
     """The model; what is to be downloaded, the main process downloads, and the others find."""
-    first = processes.together(lambda: load_model(args) if processes.is_main else None)
-    return processes.together(lambda: first or load_model(args))
+    first = processes.together(lambda: load_model(options) if processes.is_main else None)
+    return processes.together(lambda: first or load_model(options))
 
 
 def _model_name(model: str) -> str:

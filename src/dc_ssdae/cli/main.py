@@ -118,7 +118,11 @@ def choose_command(words: Sequence[str]) -> tuple[str, list[str]]:
         raise InputError(f"which command? {program} --help lists them")
     if rest[0].startswith("-"):
         raise unknown_name("option", rest[0], ["--help", "--version", "--debug"])
-    raise unknown_name(f"command of {program}", rest[0], {name.split()[bool(group)] for name in group or COMMANDS})
+    raise unknown_name(
+        f"{words[0]} command" if group else "command",
+        rest[0],
+        {name.split()[bool(group)] for name in group or COMMANDS},
+    )
 
 
 def print_commands(names: Sequence[str]) -> None:

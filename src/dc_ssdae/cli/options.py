@@ -10,13 +10,6 @@ from dc_ssdae.settings import LARGEST_SEED, setting
 
 DType = Literal["float32", "bfloat16", "float16"]
 
-MODELS = (
-    f"a model: the folder or hub id of a saved model or a run of this package; {SHIPPED_MODEL}, which comes with it; "
-    "preset:NAME (random weights); diffusers:FOLDER_OR_HUB_ID; python:MODULE.NAME, an object with encode and decode or "
-    "a function from images to images, (B, 3, H, W) in [-1, 1]; jpeg:QUALITY; webp:QUALITY; bicubic:FACTOR. "
-    "LABEL=MODEL names it in the reports"
-)
-
 
 @dataclass(kw_only=True)
 class DeviceOptions(Options):
@@ -189,7 +182,7 @@ class EvaluationOptions(SamplerOptions, DeviceOptions, ImportOptions, BatchOptio
         size: side of the images in pixels; by default the protocol's.
         limit: images at most, evenly spread; by default all.
         metrics: of psnr, ssim, lpips, dreamsim, rfid and rfdd; by default all whose weights are on this machine.
-        lpips: network of LPIPS: alex, vgg or squeeze; by default the protocol's.
+        lpips: network of LPIPS; by default the protocol's.
         random_backbones: take networks with random weights for metrics whose weights are missing, to try things out.
         download: fetch weights that metrics need and this machine lacks.
         replicates: number of replicates of the bootstrap of rFID and rFDD; 0 gives no intervals.
@@ -202,7 +195,7 @@ class EvaluationOptions(SamplerOptions, DeviceOptions, ImportOptions, BatchOptio
     size: int | None = setting(None, at_least=1, metavar="S")
     limit: int | None = setting(None, at_least=1, metavar="N")
     metrics: list[str] | None = setting(None, metavar="NAME,...")
-    lpips: str | None = setting(None, metavar="NETWORK")
+    lpips: Literal["alex", "vgg", "squeeze"] | None = None
     random_backbones: bool = False
     download: bool = False
     replicates: int = setting(20, at_least=0, metavar="R")

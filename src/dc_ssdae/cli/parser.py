@@ -18,7 +18,8 @@ class Options:
 
     A field's `setting` may have, besides limits: name, the option's spelling where it is not "--" and the field's name;
     alias, another spelling; positional, for words without a name; repeated, for a list whose option is given several
-    times (else a list's values stand in one word, with commas between them); metavar, what stands for the value.
+    times, or spaced, for a list that takes several words (else its values stand in one word, with commas between
+    them); metavar, what stands for the value.
 
     Args:
         debug: show the traceback of an error.
@@ -56,16 +57,17 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, options: type[Options]) -> None:
         description, documented = documentation(options)
-        needed = " ".join(map(_usage, filter(is_required, fields(options))))
+        required = sorted(filter(is_required, fields(options)), key=lambda entry: "positional" not in entry.metadata)
+        needed = " ".join(map(_usage, required))
         usage = options.usage or f"{options.program} {needed} [options]".replace("  ", " ")
         super().__init__(prog=options.program, usage=usage, description=description, allow_abbrev=False)
         self._options = options
         hints = get_type_hints(options)
         # The command's own options before those that it shares.
-        for base in options.__mro__:
-            for entry in fields(options):
-                if entry.name in inspect.get_annotations(base) and option_name(entry) is not None:
-                    self.add_option(self, entry, hints[entry.name], documented[entry.name])
+        entries = {entry.name: entry for entry in fields(options) if option_name(entry) is not None}
+        for name in dict.fromkeys(name for base in options.__mro__ for name in inspect.get_annotations(base)):
+            if name in entries:
+                self.add_option(self, entries[name], hints[name], documented[name])
         options.extend(self)
 
     def parse(self, words: Sequence[str]) -> Options:
@@ -121,6 +123,8 @@ class CommandParser(argparse.ArgumentParser):
             return
         elif "repeated" in entry.metadata:
             details |= {"action": "append", "type": reader(get_args(kind)[0])}
+        elif "spaced" in entry.metadata:
+            details |= {"nargs": "+", "type": reader(get_args(kind)[0])}
         else:
             details["type"] = reader(hint)
         group.add_argument(*names, dest=entry.name, default=None, **details)

@@ -1,33 +1,34 @@
 """`dc-ssdae reconstruct`: images through the autoencoder and back, as PNG."""
 
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import add_file_options, encode_pixels
-from dc_ssdae.cli.decoding_options import ToDecode, add_decoding_options, decode_files
-from dc_ssdae.cli.parser import CommandParser, file_path
+from dc_ssdae.cli.common import encode_pixels
+from dc_ssdae.cli.decoding import DecodeFilesOptions, ToDecode, decode_files
+from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
 
 
-def build_parser() -> CommandParser:
-    """Build the command's parser."""
-    parser = CommandParser(
-        prog="dc-ssdae reconstruct",
-        description="Encode images and decode them again; writes DIR/STEM.png for each. Any image size: padded by "
-        "reflection to a multiple of the model's f, and cropped back.",
-    )
-    parser.add_argument("images", nargs="+", type=file_path, metavar="IMAGE", help="image file")
-    add_file_options(parser)
-    add_decoding_options(parser)
-    return parser
+@dataclass(kw_only=True)
+class Options(DecodeFilesOptions):
+    """Encode images and decode them again; writes DIR/STEM.png for each.
+
+    Any image size: padded by reflection to a multiple of the model's f, and cropped back.
+
+    Args:
+        images: image files.
+    """
+
+    program = "dc-ssdae reconstruct"
+    images: list[Path] = setting(positional=True, metavar="IMAGE")
 
 
-def run(args: Namespace) -> int:
+def run(options: Options) -> int:
     """Reconstruct every image; gives the exit code."""
-    return decode_files(args, args.images, _read)
+    return decode_files(options, options.images, _read)
 
 
 def _read(path: Path, model: "DCSSDAE") -> ToDecode:

@@ -54,8 +54,8 @@ def read_yaml(source: str | Path, name: str | None = None) -> dict[str, Any]:
 def dump_yaml(value: Any) -> str:
     """Write plain data so that `parse_yaml` gives it back; a list of plain values takes one line."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 2**20
-    yaml.Representer = _Representer
+    yaml.default_flow_style, yaml.width, yaml.Representer = None, 2**20, _Representer
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
     yaml.dump(value, stream)
     return stream.getvalue().removesuffix("...\n")
