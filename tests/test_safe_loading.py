@@ -425,7 +425,7 @@ class TestRegistered:
 
     @pytest.mark.parametrize(
         "settings",
-        [{"mine": 1}, {"scaling_factor": "x"}, {"latent_channels": 5}, {"decoder": {}}, {"decay": "high"}],
+        [{"mine": 1}, {"scaling_factor": "x"}, {"latent_channels": 5}, {"decoder": {}}],
         ids=str,
     )
     def test_what_could_not_be_loaded_is_refused(self, settings: dict[str, Any]) -> None:

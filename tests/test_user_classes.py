@@ -151,9 +151,8 @@ class TestBuilding:
         assert model.config.encoder["class_path"] == f"{HERE}.{Local.__qualname__}"
         again = DCSSDAE.from_config(model.config, classes=[Local])
         assert again.config["encoder"] == model.config["encoder"]
-        with pytest.raises(InputError, match="which no module holds: pass the class as classes=") as error:
+        with pytest.raises(InputError, match="or pass the class as classes="):
             DCSSDAE.from_config(model.config)
-        assert str(error.value).startswith("config.json names encoder class ")
 
     def test_a_class_of_this_package_keeps_its_bare_name(self) -> None:
         model = build("dc_ssdae.networks.KLEncoder", {"channels": 32})
@@ -244,7 +243,7 @@ class TestSaving:
         with pytest.raises(InputError) as error:
             DCSSDAE.from_pretrained(tmp_path / "first")
         assert str(error.value) == (
-            "config.json names encoder class 'own_package_parts.PatchEncoder', which is not imported: "
+            "encoder class 'own_package_parts.PatchEncoder' is not imported, or is no class: "
             "import own_package_parts first, or pass the class as classes=[PatchEncoder]"
         )
 
@@ -257,7 +256,7 @@ class TestSaving:
         twins = [PatchEncoder, moved.PatchEncoder]
         assert type(DCSSDAE.from_pretrained(tmp_path, classes=twins).encoder) is moved.PatchEncoder
         others = [PatchEncoder, type("PatchEncoder", (PatchEncoder,), {"__qualname__": "Other.PatchEncoder"})]
-        with pytest.raises(InputError, match="which several of classes could be: "):
+        with pytest.raises(InputError, match="could be several of classes: "):
             DCSSDAE.from_pretrained(tmp_path, classes=others)
 
     def test_without_weights(self) -> None:
@@ -320,24 +319,31 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("encoder", "settings", "message"),
         [
-            ("NoSettings", {}, "whose constructor lacks latent_channels: it must take latent_channels, downsample_f"),
-            ("NoFactor", {}, "whose constructor lacks downsample_factor: it must take latent_channels, downsample_f"),
-            ("ByPlace", {}, "whose constructor must take width by name too"),
+            (
+                "NoSettings",
+                {},
+                "its constructor must take latent_channels, downsample_factor; it lacks latent_channels",
+            ),
+            (
+                "NoFactor",
+                {},
+                "its constructor must take latent_channels, downsample_factor; it lacks downsample_factor",
+            ),
+            ("ByPlace", {"width": 3}, "its constructor raised TypeError: "),
             ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
             ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be of type int"),
             ("NeedsWidth", {"width": 5}, "its constructor raised ValueError: width must be even"),
-            ("BadDefault", {}, f"activation of {HERE}.BadDefault is <class 'torch.nn.modules.activation.SiLU'>, which"),
-            ("PatchEncoder", {"anything": {1: 2}}, "which config.json cannot hold"),
+            ("BadDefault", {}, "which config.json cannot hold"),
             ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
             ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),
             ("PatchEncoder", {"gain": True}, "it must be of type float"),
             ("PatchEncoder", {"kernel": [1, 2, 3]}, f"kernel of {HERE}.PatchEncoder is [1, 2, 3]"),
-            ("PatchEncoder", {"latent_channels": 4}, "latent_channels is not a setting of encoder"),
-            ("SlowFlow", {}, "which is no torch.nn.Module"),
-            ("build", {}, "which is a function and not a class"),
-            ("PatchEncodr", {}, f"but the imported {HERE} has no PatchEncodr"),
-            ("no_such_module.Encoder", {}, "the model names encoder class 'no_such_module.Encoder', which is not imp"),
-            ("__main__.MyEncoder", {}, "which no module holds: pass the class as classes=[MyEncoder]"),
+            ("PatchEncoder", {"latent_channels": 4}, "unknown setting of "),
+            ("SlowFlow", {}, "is no torch.nn.Module"),
+            ("build", {}, "or is no class"),
+            ("PatchEncodr", {}, "is not imported"),
+            ("no_such_module.Encoder", {}, "is not imported"),
+            ("__main__.MyEncoder", {}, "pass the class as classes=[MyEncoder]"),
         ],
     )
     def test_encoders(self, encoder: str, settings: dict[str, Any], message: str) -> None:
@@ -345,10 +351,10 @@ class TestMistakes:
 
     def test_a_decoder_without_time_conditioning(self) -> None:
         message = refusal(decoder={"class_path": f"{HERE}.PatchEncoder"})
-        assert "whose constructor lacks time_conditioning" in message
+        assert "it lacks time_conditioning" in message
 
     def test_dynamics(self) -> None:
-        assert "which has no method loss" in refusal(dynamics={"class_path": f"{HERE}.NoLoss"})
+        assert "has no method loss" in refusal(dynamics={"class_path": f"{HERE}.NoLoss"})
         assert "has no attribute noise_level" in refusal(dynamics={"class_path": f"{HERE}.NoLevel"})
 
     @pytest.mark.parametrize("classes", [PatchEncoder, "PatchEncoder", 5, None, [5], ["PatchEncoder"], [nn]])
@@ -364,8 +370,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("encoder", "message"),
         [
-            ("PointEncoder", "gives a Tensor; its forward must give a DiagonalGaussian"),
-            ("WideEncoder", r"gives a latent of shape \(1, 8, 2, 3\) .* it must be \(1, 4, 2, 3\)"),
+            ("PointEncoder", "gives a Tensor .* its forward must give a DiagonalGaussian"),
+            ("WideEncoder", r"gives a latent of shape \(1, 8, 2, 3\) .* of shape \(1, 4, 2, 3\)"),
         ],
     )
     def test_an_encoder_that_gives_something_else(self, encoder: str, message: str) -> None:

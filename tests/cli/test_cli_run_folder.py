@@ -135,7 +135,7 @@ class TestImport:
         outcome = run(*words)
         assert outcome.code == 2
         assert outcome.err == [
-            "dc-ssdae reconstruct: config.json names encoder class 'own_encoders.OwnEncoder', which is not imported: "
+            "dc-ssdae reconstruct: encoder class 'own_encoders.OwnEncoder' is not imported, or is no class: "
             "import own_encoders first, or pass the class as classes=[OwnEncoder]"
         ]
         assert "own_encoders" not in sys.modules

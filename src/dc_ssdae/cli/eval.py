@@ -119,7 +119,7 @@ def _weight_files(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
-    from dc_ssdae.model_card import CARD_FILE, note_evaluation
+    from dc_ssdae.card import CARD_FILE, note_evaluation
 
     if not is_same:
         raise InputError(f"the weights in {folder} have changed while they were measured: nothing is added to them")

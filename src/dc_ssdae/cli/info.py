@@ -162,13 +162,13 @@ def _model_in(folder: Path, classes: Sequence[type]) -> "tuple[DCSSDAE, list[str
     """Build the model of a folder without weights, and check the weight files by their headers."""
     from dc_ssdae.autoencoder import build_without_weights
     from dc_ssdae.model_folder import read_config
-    from dc_ssdae.weights import check_tensors
+    from dc_ssdae.weights import check_same_tensors, read_safetensors
 
     model = build_without_weights(read_config(folder), classes)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} holds no weights: there is no safetensors file")
-    check_tensors(files, model.state_dict())
+    check_same_tensors(f"{folder}", model.state_dict(), read_safetensors(*files))
     return model, [file.name for file in files]
 
 
@@ -256,17 +256,16 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
 
 def _provenance_as_text(provenance: Mapping[str, Any]) -> list[str]:
     """Where the model comes from and what it measures, where that is known."""
-    from dc_ssdae.provenance import TITLES, evaluation_title, metric_text, training_lines
+    from dc_ssdae.provenance import TITLES, Provenance
 
-    origin = "; ".join(f"{what} {how}" for what, how in training_lines(provenance))
+    known = Provenance.from_mapping(provenance)
+    origin = "; ".join(f"{what} {how}" for what, how in known.training_lines())
     lines = [_wrap(f"{'origin':10}", origin)] if origin else []
-    for evaluation in provenance.get("evaluations", ()):
-        figures = [
-            f"{TITLES.get(name, name)} {metric_text(metric)}{' *' if 'note' in metric else ''}"
-            for name, metric in evaluation["metrics"].items()
-        ]
-        notes = [f"* {name}: {metric['note']}" for name, metric in evaluation["metrics"].items() if "note" in metric]
-        lines.append(_wrap(f"{'measured':10}", "; ".join([evaluation_title(evaluation), *figures, *notes])))
+    for evaluation in known.evaluations or ():
+        metrics = evaluation.metrics.items()
+        figures = [f"{TITLES.get(name, name)} {metric}{' *' if metric.note else ''}" for name, metric in metrics]
+        notes = [f"* {name}: {metric.note}" for name, metric in metrics if metric.note]
+        lines.append(_wrap(f"{'measured':10}", "; ".join([evaluation.title(), *figures, *notes])))
     return lines
 
 

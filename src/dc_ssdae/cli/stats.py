@@ -68,9 +68,9 @@ def run(args: Namespace) -> int:
             "--no-write"
         )
     model = load_model(args)
+    from dc_ssdae.card import write_model_card
     from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
-    from dc_ssdae.model_card import write_model_card
     from dc_ssdae.model_folder import model_folder, write_latent_statistics
 
     folder = None if args.no_write else model_folder(args.model)
