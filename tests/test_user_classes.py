@@ -154,11 +154,6 @@ class TestBuilding:
         with pytest.raises(InputError, match="or pass the class as classes="):
             DCSSDAE.from_config(model.config)
 
-    def test_a_class_of_this_package_keeps_its_bare_name(self) -> None:
-        model = build("dc_ssdae.networks.KLEncoder", {"channels": 32})
-        assert type(model.encoder) is KLEncoder
-        assert model.config.encoder["class_path"] == "KLEncoder"
-
     def test_bare_names_of_this_package_come_first(self) -> None:
         """Otherwise a class that happens to be passed could change what a preset means."""
         other = type("KLEncoder", (PatchEncoder,), {})
@@ -175,17 +170,14 @@ class TestBuilding:
         assert build().encoder.order == ((1, "a"),)
         assert build().encoder.anything == ("x", 2)
 
-    @pytest.mark.parametrize("value", [True, "text", 5, [1, [2]], {"a": [None, 0.5]}])
+    @pytest.mark.parametrize("value", [True, [1, [2]], {"a": [None, 0.5]}])
     def test_a_setting_without_a_type_hint_is_not_checked(self, value: Any) -> None:
         model = build(settings={"anything": value})
         assert model.config.encoder["init_args"]["anything"] == value
 
     def test_a_constructor_with_keywords_of_any_name(self) -> None:
         model = build("OpenEncoder", {"colour": "red", "sizes": (1, 2)})
-        assert model.encoder.settings == {"colour": "red", "sizes": [1, 2]}
-        assert model.config.encoder["init_args"] == {"colour": "red", "sizes": [1, 2]}
-
-    def test_a_constructor_that_hands_on_what_it_takes(self) -> None:
+        assert model.encoder.settings == model.config.encoder["init_args"] == {"colour": "red", "sizes": [1, 2]}
         model = build("HandingOn", {"gain": 3.0})
         assert model.encoder.gain == 3.0
         assert model.config.encoder["init_args"] == {"colour": "red", "gain": 3.0}
@@ -207,11 +199,6 @@ class TestBuilding:
 
 
 class TestSteps:
-    def test_several_steps_of_a_derived_dynamics(self) -> None:
-        model = build(dynamics={"class_path": f"{HERE}.OwnDynamics"}).eval()
-        with torch.no_grad():
-            assert model.decode(torch.zeros(1, 4, 2, 2), num_steps=3).sample.shape == (1, 3, 16, 16)
-
     def test_several_steps_of_a_dynamics_that_nobody_knows(self) -> None:
         model = build(dynamics={"class_path": f"{HERE}.SlowFlow"}).eval()
         with pytest.raises(InputError, match=r"num_steps is 2; .* which SlowFlow is not"):
@@ -286,11 +273,6 @@ class NeedsWidth(nn.Module):
             raise ValueError("width must be\neven")
 
 
-class BadDefault(nn.Module):
-    def __init__(self, latent_channels: int, downsample_factor: int, activation: type = nn.SiLU) -> None:
-        super().__init__()
-
-
 class PointEncoder(PatchEncoder):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return self.patch(x)
@@ -319,31 +301,21 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("encoder", "settings", "message"),
         [
-            (
-                "NoSettings",
-                {},
-                "its constructor must take latent_channels, downsample_factor; it lacks latent_channels",
-            ),
-            (
-                "NoFactor",
-                {},
-                "its constructor must take latent_channels, downsample_factor; it lacks downsample_factor",
-            ),
+            ("NoSettings", {}, "must take latent_channels, downsample_factor; it lacks latent_channels"),
+            ("NoFactor", {}, "must take latent_channels, downsample_factor; it lacks downsample_factor"),
             ("ByPlace", {"width": 3}, "its constructor raised TypeError: "),
             ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
             ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be of type int"),
             ("NeedsWidth", {"width": 5}, "its constructor raised ValueError: width must be even"),
-            ("BadDefault", {}, "which config.json cannot hold"),
             ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
             ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),
             ("PatchEncoder", {"gain": True}, "it must be of type float"),
             ("PatchEncoder", {"kernel": [1, 2, 3]}, f"kernel of {HERE}.PatchEncoder is [1, 2, 3]"),
             ("PatchEncoder", {"latent_channels": 4}, "unknown setting of "),
+            ("OpenEncoder", {"latent_channels": 4}, "multiple values for keyword argument 'latent_channels'"),
             ("SlowFlow", {}, "is no torch.nn.Module"),
             ("build", {}, "or is no class"),
-            ("PatchEncodr", {}, "is not imported"),
             ("no_such_module.Encoder", {}, "is not imported"),
-            ("__main__.MyEncoder", {}, "pass the class as classes=[MyEncoder]"),
         ],
     )
     def test_encoders(self, encoder: str, settings: dict[str, Any], message: str) -> None:
@@ -357,7 +329,7 @@ class TestMistakes:
         assert "has no method loss" in refusal(dynamics={"class_path": f"{HERE}.NoLoss"})
         assert "has no attribute noise_level" in refusal(dynamics={"class_path": f"{HERE}.NoLevel"})
 
-    @pytest.mark.parametrize("classes", [PatchEncoder, "PatchEncoder", 5, None, [5], ["PatchEncoder"], [nn]])
+    @pytest.mark.parametrize("classes", [PatchEncoder, "PatchEncoder", None, [5]])
     def test_what_is_no_list_of_classes(self, classes: Any) -> None:
         assert "classes" in refusal(classes=classes)
         with pytest.raises(InputError, match="classes"):
@@ -394,26 +366,8 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 NAMES: Sequence[str] = (
-    "os.system",
-    "subprocess.Popen",
-    "builtins.exec",
-    "builtins.eval",
-    "builtins.__import__",
-    "torch.nn.Linear",
-    "torch.nn.Module",
-    "torch.nn.Identity",
-    "torch.nn.Module.__init__",
-    "torch.hub.load",
-    "own_trap.Trap",
-    "own_lazy.Trap",
-    "own_lazy.own_trap.Trap",
-    "own_trap",
-    "own_trap.",
-    ".own_trap.Trap",
-    "own_trap:Trap",
-    "own_trap\n.Trap",
-    "own_trap.\x1b[2JTrap",
-    "__import__('own_trap').Trap",
+    *("os.system", "subprocess.Popen", "builtins.__import__", "torch.nn.Linear", "torch.nn.Module", "torch.hub.load"),
+    *("own_trap.Trap", "own_lazy.Trap", "own_lazy.own_trap.Trap", "own_trap", "own_trap.", "own_trap\n.Trap"),
 )
 
 
