@@ -88,7 +88,7 @@ class TestContent:
             'ae = DCSSDAE.from_pretrained("owner/name")',
         ):
             assert line in card.splitlines(), line
-        assert "4×32×32, 48 image values for each latent value" in card
+        assert "4×32×32, 48 image values per latent value" in card
         assert "`shift_factor` 0.25 and `scaling_factor` 0.5." in card
         assert "is not stated" not in card
         data = ModelCard(card).data
@@ -100,7 +100,7 @@ class TestContent:
 
     def test_a_model_of_which_nothing_is_known(self) -> None:
         card = render()
-        assert "How it was trained is not recorded." in card
+        assert "Its training is not recorded." in card
         assert "## Figures" not in card
         assert "random weights" not in card
         assert "of the latent are not known" in card
