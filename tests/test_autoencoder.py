@@ -521,12 +521,8 @@ class TestLatentStatistics:
 
     def test_of_another_number_of_channels(self, copied: Path) -> None:
         statistics = LatentStatistics([0.0] * 3, [1.0] * 3, 5)
-        with pytest.raises(InputError, match="3 channels; this model has 4"):
+        with pytest.raises(InputError, match="latents_mean has 3 numbers"):
             tiny().set_latent_statistics(statistics)
-        before = (copied / "config.json").read_bytes()
-        with pytest.raises(InputError, match=r"3 channels; .*config\.json has 4"):
-            write_latent_statistics(copied, statistics)
-        assert (copied / "config.json").read_bytes() == before
         with pytest.raises(InputError, match=r"config\.json is missing"):
             write_latent_statistics(copied.parent, STATISTICS)
 
@@ -605,9 +601,9 @@ class TestUnknownSettings:
             build(**{part: {"init_arg": {}}})
         with pytest.raises(InputError, match=f"class of {part} 'Encoder'"):
             build(**{part: {"class_path": "Encoder"}})
-        with pytest.raises(InputError, match=f"{part} is 5; it must be a mapping"):
+        with pytest.raises(InputError, match=f"{part} is 5; it must be of type Mapping"):
             build(**{part: 5})
-        with pytest.raises(InputError, match=f"init_args of {part} is 5; it must be a mapping"):
+        with pytest.raises(InputError, match=f"init_args of {part} is 5; it must be of type Mapping"):
             build(**{part: {"init_args": 5}})
 
     @pytest.mark.parametrize("part", COMPONENTS)
@@ -628,7 +624,7 @@ class TestUnknownSettings:
         [("encoder", "latent_channels"), ("encoder", "downsample_factor"), ("decoder", "time_conditioning")],
     )
     def test_what_follows_from_other_settings(self, part: str, name: str) -> None:
-        with pytest.raises(InputError, match=f"{name} is not a setting of {part}"):
+        with pytest.raises(InputError, match=f"unknown setting of .* {name!r}"):
             build(**{part: {"init_args": {name: 8}}})
 
     @pytest.mark.parametrize(
@@ -750,7 +746,7 @@ class TestSpoiltFolders:
 
     def test_a_config_that_does_not_fit_the_weights(self, copied: Path) -> None:
         self.edit(copied, latent_channels=5)
-        assert "decoder.latent_in.weight has shape (4, 4, 3, 3), not (4, 5, 3, 3)" in refusal(copied)
+        assert " has shape (8,), not (10,)" in refusal(copied)
 
     def test_weights_with_one_byte_less(self, copied: Path) -> None:
         body = (copied / WEIGHTS).read_bytes()
@@ -1010,11 +1006,15 @@ class TestCompiled:
         loaded = DCSSDAE.from_pretrained(tmp_path)
         assert loaded.decoder.conv_out.weight.equal(wrapped._orig_mod.conv_out.weight)
 
-    def test_what_is_wrapped_deeper_is_told_in_one_line(self, tmp_path: Path) -> None:
+    def test_so_is_what_is_wrapped_deeper(self, tmp_path: Path) -> None:
         model = tiny()
+        names = list(model.state_dict())
         model.decoder.middle = torch.compile(model.decoder.middle)
-        with pytest.raises(InputError, match=r"^decoder\.middle is wrapped by torch\.compile.*compile\(\)$"):
-            model.save_pretrained(tmp_path)
+        model.decoder = torch.compile(model.decoder)
+        wrapped = dict(model.named_modules())
+        model.save_pretrained(tmp_path)
+        assert sorted(load_file(tmp_path / WEIGHTS)) == sorted(names)
+        assert dict(model.named_modules()) == wrapped
 
 
 class TestFollowingSettings:
@@ -1030,7 +1030,7 @@ class TestFollowingSettings:
 
     def test_they_cannot_be_set(self) -> None:
         model = tiny()
-        with pytest.raises(InputError, match="force_upcast cannot be set: it follows"):
+        with pytest.raises(InputError, match="force_upcast is True; it follows"):
             model.register_to_config(force_upcast=True)
         model.register_to_config(scaling_factor=0.5)
         assert model.config.scaling_factor == 0.5

@@ -19,7 +19,6 @@ from dc_ssdae.components import (
     HANDED_OVER,
     build_part,
     check_classes,
-    check_names,
     check_posterior,
     resolve_part,
 )
@@ -36,14 +35,13 @@ from dc_ssdae.decoding import (
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.corruption import field_of, predict
 from dc_ssdae.dynamics.energy import as_normal, at_least_float32
-from dc_ssdae.errors import InputError, check_at_least, check_type, counted
+from dc_ssdae.errors import InputError, check_at_least, check_names, check_type, counted
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
-from dc_ssdae.model_folder import check_channels
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import check_image
 from dc_ssdae.presets import load_preset
 from dc_ssdae.pretrained import PretrainedModel, build_on_meta
-from dc_ssdae.provenance import check_provenance
+from dc_ssdae.provenance import Provenance
 from dc_ssdae.samplers import Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_share
@@ -111,8 +109,8 @@ class DCSSDAE(PretrainedModel):
         shift_factor: their mean; 0.0 where not measured.
         latents_mean: the mean of each of the c channels; None where not measured.
         latents_std: the standard deviation of each channel, 0.0 for one that never changes.
-        provenance: what is known of the model's training and evaluations, as `dc_ssdae.provenance.check_provenance`
-            takes it; the card that is saved with the model tells it. None where nothing is known.
+        provenance: what is known of the model's training and evaluations, as `dc_ssdae.provenance.Provenance`
+            lists it; the card that is saved with the model tells it. None where nothing is known.
 
     Raises:
         InputError: a class or setting is unknown or does not fit the others; names it and what would be right.
@@ -164,9 +162,8 @@ class DCSSDAE(PretrainedModel):
         resolved = {part: resolve_part(part, given, classes) for part, given in parts.items()}
         # diffusers would drop on reload what it lists as left at its default; the resolved settings are to stay.
         registered = {key: value for key, value in self._internal_dict.items() if key != "_use_default_values"}
-        self._internal_dict = FrozenDict(
-            {**registered, **resolved, **normalisation, "provenance": check_provenance(provenance)}
-        )
+        known = None if provenance is None else Provenance.from_mapping(provenance).to_mapping()
+        self._internal_dict = FrozenDict({**registered, **resolved, **normalisation, "provenance": known})
 
         self.dynamics: Dynamics = build_part("dynamics", resolved["dynamics"], {}, classes)
         following = {
@@ -460,8 +457,7 @@ class DCSSDAE(PretrainedModel):
         Raises:
             InputError: they are of another number of channels.
         """
-        check_channels(statistics, self.config.latent_channels, "this model")
-        self._internal_dict = FrozenDict({**self._internal_dict, **statistics.settings()})
+        self.register_to_config(**statistics.settings())
 
     def enable_tiling(self, tile_size: int | None = None, overlap: float = DEFAULT_OVERLAP, **others: Any) -> None:
         """Encode and decode images that are larger than a tile in overlapping tiles, blended; memory follows the tile.

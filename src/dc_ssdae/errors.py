@@ -1,12 +1,14 @@
 """The one exception that means "what you gave is wrong", as opposed to a bug in this package."""
 
 import difflib
+import json
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, get_args
 
 
 class InputError(ValueError):
@@ -66,9 +68,9 @@ def lenient_stderr() -> Iterator[None]:
 
 
 def shown(value: object) -> str:
-    """What a value looks like, in one line that is not too long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    """What a value of any size and depth looks like, in one line that is not too long."""
+    text = " ".join((repr(value) if isinstance(value, str) else reprlib.repr(value)).split())
+    return text if len(text) <= 160 else f"{text[:159]}…"
 
 
 def counted(number: int, thing: str) -> str:
@@ -147,13 +149,25 @@ def check_at_least(smallest: int, **values: int) -> None:
             raise InputError(f"{name} is {value}; it must be at least {smallest}")
 
 
+def check_names(kind: str, given: Iterable[Any], accepted: Iterable[str]) -> None:
+    """Refuse the first of the given names that is not accepted.
+
+    Raises:
+        InputError: names it and the accepted ones; `kind` says what it stands for.
+    """
+    accepted = list(accepted)
+    for name in given:
+        if name not in accepted:
+            raise unknown_name(kind, name, accepted)
+
+
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Refuse a value that is not of its setting's type: to Python the string "false" would be true.
 
     Args:
         name: of the setting, for the message.
-        value: what was given.
-        hint: the type hint that it must fit; a bool fits bool alone.
+        value: what was given, of any size and depth.
+        hint: the type hint that it must fit; a bool fits only where bool is named.
 
     Raises:
         InputError: it does not fit.
@@ -161,7 +175,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     from typeguard import CollectionCheckStrategy, TypeCheckError
     from typeguard import check_type as check
 
-    wrong = isinstance(value, bool) and hint not in (bool, bool | None)
+    wrong = isinstance(value, bool) and not any(kind in (bool, Any) for kind in (hint, *get_args(hint)))
     try:
         check(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:
@@ -169,3 +183,18 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     if wrong:
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
         raise InputError(f"{name} is {shown(value)}; it must be of type {re.sub(r'[a-z_]+[.]', '', wanted)}", name)
+
+
+def as_json(name: str, value: Any) -> Any:
+    """Give a value as it comes back from JSON: with lists for tuples.
+
+    Raises:
+        InputError: JSON cannot hold it.
+    """
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(
+            f"{name} is {shown(value)}, which config.json cannot hold; a setting is made of numbers, strings, true, "
+            "false, null, lists, and mappings from strings"
+        ) from None

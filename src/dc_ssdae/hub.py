@@ -4,9 +4,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dc_ssdae.errors import MissingInputError
-
-WEIGHTS_ON_THE_HUB = "diffusion_pytorch_model"
-"""Stem of the names that diffusers gives weight files."""
+from dc_ssdae.weights import WEIGHTS
 
 
 def fetch_model(name: str, subfolder: str | None = None, variant: str | None = None, **settings: Any) -> Path:
@@ -27,15 +25,12 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
     """
     from huggingface_hub import snapshot_download
 
-    stem = WEIGHTS_ON_THE_HUB
-    weights = (
-        [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", f"{stem}.safetensors.index.json"]
-        if variant is None
-        else [f"{stem}.{variant}*.safetensors", f"{stem}*.{variant}.safetensors", f"{stem}*.index*{variant}*.json"]
-    )
+    weights = [".safetensors", "-*-of-*.safetensors", ".safetensors.index.json"]
+    if variant is not None:
+        weights = [f".{variant}*.safetensors", f"*.{variant}.safetensors", f"*.index*{variant}*.json"]
     prefix = PurePosixPath(subfolder or "")
     given = {key: value for key, value in settings.items() if value is not None}
-    patterns = [str(prefix / file) for file in ("config.json", *weights)]
+    patterns = [str(prefix / "config.json"), *(str(prefix / f"{WEIGHTS}{ending}") for ending in weights)]
     try:
         snapshot = snapshot_download(name, allow_patterns=patterns, **given)
     except OSError as error:

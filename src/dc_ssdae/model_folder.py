@@ -11,12 +11,10 @@ from dc_ssdae.errors import InputError, MissingInputError
 from dc_ssdae.files import check_file, write_whole
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.presets import SHIPPED_MODEL
+from dc_ssdae.weights import WEIGHTS
 
 NOT_MEASURED = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 """The settings of a model whose latents' statistics are not known."""
-
-WEIGHTS = "diffusion_pytorch_model"
-"""Stem of the names that diffusers gives weight files."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -40,20 +38,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_latent_statistics(folder: Path, statistics: LatentStatistics | None) -> None:
-    """Put the latents' statistics into a model folder's config.json, whole or not at all; all else in it stays.
+    """Put the statistics of a model's latents into its config.json, as `update_config` does.
 
     Args:
         folder: of a saved model.
         statistics: of its latents; None puts the settings back to those of a model whose latents are not measured.
-
-    Raises:
-        InputError: there is no config.json, or it is of another number of channels.
-        OSError: it cannot be written; the old one stays.
     """
-    config = read_config(folder)
-    path = folder / "config.json"
-    if statistics is not None:
-        check_channels(statistics, config.get("latent_channels"), str(path))
     update_config(folder, NOT_MEASURED if statistics is None else statistics.settings())
 
 
@@ -69,12 +59,11 @@ def update_config(folder: Path, settings: Mapping[str, Any]) -> None:
         OSError: it cannot be written; the old one stays.
     """
     config = read_config(folder)
-    path = folder / "config.json"
     changed = {**config, **settings}
     if list(config) == sorted(config):  # as diffusers writes it
         changed = dict(sorted(changed.items()))
     if changed != config:
-        write_whole(path, (json.dumps(changed, indent=2) + "\n").encode())
+        write_whole(folder / "config.json", (json.dumps(changed, indent=2) + "\n").encode())
 
 
 def model_folder(path: str | Path) -> Path:
@@ -124,13 +113,3 @@ def may_be_on_the_hub(name: str) -> bool:
     owner, slash, model = name.partition("/")
     is_id = bool(slash and model) and "/" not in model and owner not in ("", ".", "..", "~")
     return is_id and not os.path.exists(owner) and not os.path.exists(name)
-
-
-def check_channels(statistics: LatentStatistics, channels: Any, owner: str) -> None:
-    """Refuse statistics of another number of channels than `owner` has.
-
-    Raises:
-        InputError: names both numbers.
-    """
-    if len(statistics.mean) != channels:
-        raise InputError(f"the latents' statistics are of {len(statistics.mean)} channels; {owner} has {channels}")

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_type, unknown_name
 
 _GROUP_NAME = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 _INDEX_FROM_END = re.compile(r"-[1-9][0-9]{0,8}")
@@ -36,11 +37,13 @@ def parameter_groups(model: DCSSDAE) -> dict[str, list[str]]:
         if not isinstance(module, nn.Module):  # most dynamics have no tensors
             continue
         tensors = [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
-        if not callable(getattr(module, "parameter_groups", None)):
+        declare: Any = getattr(module, "parameter_groups", None)
+        if not callable(declare):
             sorted_tensors = {part: tensors}
         else:
-            owner = f"{part} {model.config[part]['class_path']}"
-            declared = _declared(module, owner)
+            owner = f"parameter_groups of {part} {model.config[part]['class_path']}"
+            declared = declare()
+            check_type(owner, declared, dict[str, list[str] | tuple[str, ...]])
             sorted_tensors = {f"{part}.{name}": held for name, held in _sort(tensors, declared, owner).items()}
         groups.update({name: [f"{part}.{tensor}" for tensor in held] for name, held in sorted_tensors.items() if held})
     return groups
@@ -89,42 +92,26 @@ def select_groups(groups: Mapping[str, list[str]], wanted: Sequence[str]) -> lis
     return [name for name in groups if name in chosen]
 
 
-def _declared(module: nn.Module, owner: str) -> dict[str, list[str]]:
-    """Call a class's method `parameter_groups`, and check the form of what it gives."""
-    try:
-        declared = module.parameter_groups()  # type: ignore[operator]
-    except InputError:
-        raise
-    except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"parameter_groups of {owner} raised {message}") from error
-    if not isinstance(declared, Mapping):
-        raise InputError(f"parameter_groups of {owner} gives a {type(declared).__name__}, not a dict of names to lists")
-    for name, prefixes in declared.items():
-        if not isinstance(name, str) or not _GROUP_NAME.fullmatch(name):
-            raise InputError(f"parameter_groups of {owner} names a group {name!r}; use letters, digits, _, - and dots")
-        if not isinstance(prefixes, list | tuple) or not all(isinstance(prefix, str) for prefix in prefixes):
-            raise InputError(f"parameter_groups of {owner} gives {prefixes!r} for {name!r}, not a list of names")
-    return {name: list(prefixes) for name, prefixes in declared.items()}
-
-
 def _sort(tensors: Sequence[str], declared: Mapping[str, Sequence[str]], owner: str) -> dict[str, list[str]]:
     """Give each declared group the tensors that it holds, in the order of `tensors`."""
-    group_of: dict[str, str] = {}
     for group, prefixes in declared.items():
+        if not _GROUP_NAME.fullmatch(group):
+            raise InputError(f"{owner} names a group {group!r}; use letters, digits, _, - and dots")
         for prefix in prefixes:
-            held = [tensor for tensor in tensors if tensor == prefix or tensor.startswith(f"{prefix}.")]
-            if not held:
-                raise InputError(f"parameter_groups of {owner}: {group!r} holds {prefix!r}, which is no tensor's name")
-            for tensor in held:
-                if group_of.setdefault(tensor, group) != group:
-                    raise InputError(
-                        f"parameter_groups of {owner}: tensor {tensor!r} is in both {group_of[tensor]!r} and {group!r}"
-                    )
+            if not any(_is_in(prefix, tensor) for tensor in tensors):
+                raise InputError(f"{owner}: {group!r} holds {prefix!r}, which is no tensor's name")
+    groups: dict[str, list[str]] = {group: [] for group in declared}
     for tensor in tensors:
-        if tensor not in group_of:
-            raise InputError(f"parameter_groups of {owner}: tensor {tensor!r} is in no group")
-    return {group: [tensor for tensor in tensors if group_of[tensor] == group] for group in declared}
+        holders = [group for group, prefixes in declared.items() if any(_is_in(prefix, tensor) for prefix in prefixes)]
+        if len(holders) != 1:
+            where = " and ".join(map(repr, holders)) or "no group"
+            raise InputError(f"{owner}: tensor {tensor!r} is in {where}, and must be in one")
+        groups[holders[0]].append(tensor)
+    return groups
+
+
+def _is_in(prefix: str, tensor: str) -> bool:
+    return f"{tensor}.".startswith(f"{prefix}.")
 
 
 def _meant_by(selector: str, names: Iterable[str]) -> list[str]:

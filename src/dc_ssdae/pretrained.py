@@ -15,13 +15,20 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from dc_ssdae.components import COMPONENTS, check_classes, check_names, find_class
-from dc_ssdae.errors import InputError, MissingInputError, check_type, shown
+from dc_ssdae.card import create_repository, upload_model, write_model_card
+from dc_ssdae.components import COMPONENTS, check_classes
+from dc_ssdae.errors import InputError, MissingInputError, check_names, shown
 from dc_ssdae.hub import fetch_model
-from dc_ssdae.model_card import create_repository, upload_model, write_model_card
-from dc_ssdae.model_folder import WEIGHTS, may_be_on_the_hub, model_folder, read_config, weight_variants
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config, weight_variants
 from dc_ssdae.presets import SHIPPED_MODEL
-from dc_ssdae.weights import PICKLE_SUFFIXES, check_tensors, converting_command, pickle_refused, shard_files
+from dc_ssdae.weights import (
+    PICKLE_SUFFIXES,
+    WEIGHTS,
+    check_same_tensors,
+    pickle_refused,
+    read_safetensors,
+    shard_files,
+)
 
 FOLLOWING_SETTINGS = (
     "block_out_channels",
@@ -64,15 +71,18 @@ FIXED_ARGUMENTS: Mapping[str, tuple[object, str]] = {
 }
 """Arguments of diffusers that have one value here besides None, and why."""
 
-EMA_SETTINGS: Mapping[str, type] = {
-    "decay": float,
-    "inv_gamma": float,
-    "min_decay": float,
-    "optimization_step": int,
-    "power": float,
-    "update_after_step": int,
-    "use_ema_warmup": bool,
-}
+UPLOAD_ARGUMENTS = ("commit_message", "token", "create_pr", "subfolder")
+"""What `upload_model` takes of a model that is saved and uploaded."""
+
+EMA_SETTINGS = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
 """What diffusers' `EMAModel` keeps in the config of the model whose averaged weights it saves."""
 
 
@@ -114,9 +124,6 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             InputError: one of them follows from others, is unknown, does not fit, or would make another model.
         """
-        for name in kwargs:
-            if name in FOLLOWING_SETTINGS:
-                raise InputError(f"{name} cannot be set: it follows from the other settings as {self.config[name]!r}")
         settings = {name: value for name, value in kwargs.items() if not name.startswith("_")}
         if settings and "decoder" in self.__dict__.get("_modules", {}):  # once it is built
             parts = [type(getattr(self, part)) for part in COMPONENTS]
@@ -124,7 +131,7 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             for name in ("latent_channels", "downsample_factor", *COMPONENTS):
                 if built[name] != self._internal_dict[name]:
                     raise InputError(f"{name} cannot be changed once the model is built; build one with from_config")
-            kwargs.update({name: built[name] for name in settings if name in built})
+            kwargs = {name: built.get(name, value) for name, value in kwargs.items() if name not in FOLLOWING_SETTINGS}
         super().register_to_config(**kwargs)
 
     @classmethod
@@ -143,10 +150,10 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             config = read_config(Path(config))
         given = {name: config[name] for name in FOLLOWING_SETTINGS if name in config}
         built = super().from_config({name: config[name] for name in config if name not in given}, **kwargs)
-        model = built[0] if isinstance(built, tuple) else built
+        follows = (built[0] if isinstance(built, tuple) else built).config
         for name, value in given.items():
-            if not (kwargs.keys() & set(cls._config_names())) and value != model.config[name]:
-                raise InputError(f"{name} is {value!r}; it follows from the other settings as {model.config[name]!r}")
+            if not (kwargs.keys() & set(cls._config_names())) and value != follows[name]:
+                raise InputError(f"{name} is {value!r}; it follows from the other settings as {follows[name]!r}")
         return built
 
     @classmethod
@@ -163,18 +170,12 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise InputError(f"config.json is of a {class_name!r}, not of a {cls.__name__!r}")
         ema = {name: value for name, value in config_dict.items() if name in EMA_SETTINGS}
         config_dict = {name: value for name, value in config_dict.items() if name not in ema}
-        for name, value in ema.items():
-            check_type(f"{name} in config.json", value, EMA_SETTINGS[name])
         settings = [name for name in config_dict if not name.startswith("_")]
         check_names("setting in config.json", settings, cls._config_names())
         check_names(f"setting of {cls.__name__}", kwargs, cls._config_names())
         for name in ("latent_channels", "downsample_factor"):
             if name not in config_dict and name not in kwargs:
                 raise InputError(f"config.json lacks {name}")
-        for part in COMPONENTS:
-            given = config_dict.get(part)
-            if isinstance(given, Mapping) and part not in kwargs and "class_path" in given:
-                find_class(part, given["class_path"], classes, source="config.json")
         init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         return {**init, "classes": classes}, {**unused, **ema}, hidden
 
@@ -196,7 +197,7 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
         **kwargs: Any,
-    ) -> None:
+    ) -> Any:
         """Save config.json and the weights as safetensors, as diffusers does, readable for whom config.json is.
 
         A card, README.md, tells what the model is; one that is not ours stays as it is.
@@ -209,6 +210,9 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             kwargs: diffusers' other saving arguments; with `push_to_hub`, those of that method, `repo_id` being the
                 folder's name by default.
 
+        Returns:
+            With `push_to_hub`, as `huggingface_hub.upload_folder`.
+
         Raises:
             InputError: another format than safetensors is asked for; or the repository cannot be called so.
         """
@@ -218,7 +222,7 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         folder = Path(save_directory)
         is_main, push = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
         private, repo_id = kwargs.pop("private", None), kwargs.pop("repo_id", None)
-        upload = {name: kwargs.pop(name) for name in ("commit_message", "token", "create_pr") if name in kwargs}
+        upload = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
         if push and is_main:  # before the time that saving takes
             repo_id = create_repository(repo_id or folder.resolve().name, private, upload.get("token"))
         suffix = f".{variant}" if variant else ""
@@ -227,36 +231,27 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         with self._not_wrapped():
             super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
         if not is_main:
-            return
+            return None
         # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
         mode = Path(folder, "config.json").stat().st_mode
         for file in folder.glob(f"{WEIGHTS}*.safetensors"):
             file.chmod(mode)
         if push:
-            upload_model(folder, repo_id, **upload)
-        else:
-            write_model_card(folder)
+            return upload_model(folder, repo_id, **upload)
+        write_model_card(folder)
+        return None
 
     @contextlib.contextmanager
     def _not_wrapped(self) -> Iterator[None]:
-        """Take parts out of what torch.compile has put around them, whose tensors have other names.
-
-        Raises:
-            InputError: something inside of a part is wrapped.
-        """
-        wrapped = {name: part for name, part in self.named_children() if hasattr(part, "_orig_mod")}
+        """Take modules out of what torch.compile has put around them, whose tensors have other names."""
+        wrapped = [(name, module) for name, module in self.named_modules() if hasattr(module, "_orig_mod")]
         try:
-            for name, part in wrapped.items():
-                setattr(self, name, part._orig_mod)
-            for name, module in self.named_modules():
-                if hasattr(module, "_orig_mod"):
-                    raise InputError(
-                        f"{name} is wrapped by torch.compile, and cannot be saved: use its method compile()"
-                    )
+            for name, module in reversed(wrapped):  # inside ones first, whose names hold those around them
+                self.set_submodule(name, module._orig_mod)
             yield
         finally:
-            for name, part in wrapped.items():
-                setattr(self, name, part)
+            for name, module in wrapped:
+                self.set_submodule(name, module)
 
     def push_to_hub(
         self,
@@ -287,12 +282,17 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             InputError: the repository cannot be called so; or another format is asked for.
         """
-        if not safe_serialization:
-            raise InputError("models are saved as safetensors only: leave safe_serialization out")
-        repo_id = create_repository(repo_id, private, token)
+        upload: dict[str, Any] = {
+            "push_to_hub": True,
+            "repo_id": repo_id,
+            "private": private,
+            "commit_message": commit_message,
+            "token": token,
+            "create_pr": create_pr,
+            "subfolder": subfolder,
+        }
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant)
-            return upload_model(Path(folder), repo_id, commit_message, token, create_pr, subfolder)
+            return self.save_pretrained(folder, variant=variant, safe_serialization=safe_serialization, **upload)
 
     @classmethod
     def from_pretrained(
@@ -327,24 +327,15 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         name = str(model_folder(name)) if name == SHIPPED_MODEL else name
         subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
         hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
-        if name and Path(name).is_dir():
-            folder = Path(name, subfolder or "")
-            cls._check_folder(folder, variant, classes, changed)
-        elif may_be_on_the_hub(name):
-            folder = fetch_model(name, subfolder, variant, **hub)
-            if not weight_variants(folder):
-                pickled, converted = Path(f"{WEIGHTS}.bin"), Path(f"{WEIGHTS}.safetensors")
-                raise MissingInputError(
-                    f"{name} has no safetensors of this variant on the hub; a pickle, which could run code, is never "
-                    f"loaded: convert one that you have downloaded: {converting_command(pickled, converted)}"
-                )
-            try:
-                cls._check_folder(folder, variant, classes, changed)
-            except InputError as error:
-                # A path in the cache says little; the repository's name does.
-                raise type(error)(str(error).replace(str(folder), name)) from None
-        else:
+        is_local = bool(name) and Path(name).is_dir()
+        if not (is_local or may_be_on_the_hub(name)):
             raise MissingInputError(f"{name!r}: no such folder, nor the id of a model on the hub")
+        folder = Path(name, subfolder or "") if is_local else fetch_model(name, subfolder, variant, **hub)
+        try:
+            cls._check_folder(folder, variant, classes, changed)
+        except InputError as error:
+            # A path in the cache says little; the repository's name does.
+            raise type(error)(str(error).replace(str(folder), str(folder) if is_local else name)) from None
         model, info = super().from_pretrained(
             str(folder), **{**kwargs, "classes": classes, "use_safetensors": True, "output_loading_info": True}
         )
@@ -353,7 +344,7 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise InputError(f"{name} does not fit its config.json; {'; '.join(problems)}")
         # diffusers would save and upload the path of a folder on this machine.
         known = {key: value for key, value in model._internal_dict.items() if key != "_name_or_path"}
-        model._internal_dict = FrozenDict(known if Path(name).is_dir() else {**known, "_name_or_path": name})
+        model._internal_dict = FrozenDict(known if is_local else {**known, "_name_or_path": name})
         if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
             _restore_buffers(model, kwargs["offload_folder"])
         return (model, info) if with_info else model  # type: ignore[return-value]
@@ -369,22 +360,13 @@ class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         expected = build_on_meta(cls, config, classes).state_dict()
         suffix = f".{variant}" if variant else ""
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
-        if index.is_file():
-            check_tensors(shard_files(index), expected)
-            return
-        if variant is not None:
-            _refuse_old_index(folder, variant)
         single = folder / f"{WEIGHTS}{suffix}.safetensors"
-        pickles = [file for file in sorted(folder.glob("*")) if file.suffix in PICKLE_SUFFIXES]
-        if pickles and not single.is_file():
-            weights = [file for file in pickles if file.stem == single.stem] or pickles
-            raise pickle_refused(weights[0], single)
-        if not single.is_file():
-            found = weight_variants(folder)
-            others = [f"the variant {other!r}" if other else "that without a variant" for other in found]
-            there = f"there is {' and '.join(others)}" if others else "there are no safetensors"
-            raise MissingInputError(f"{single}: no such file; {there}")
-        check_tensors([single], expected)
+        if variant is not None and not index.is_file():
+            _refuse_old_index(folder, variant)
+        if not (index.is_file() or single.is_file()):
+            raise _no_weights(single)
+        files = shard_files(index) if index.is_file() else [single]
+        check_same_tensors(f"{files[0] if len(files) == 1 else folder}", expected, read_safetensors(*files))
 
 
 T = TypeVar("T", bound=PretrainedModel)
@@ -421,6 +403,16 @@ def _refuse_old_index(folder: Path, variant: str) -> None:
         index = Path(".".join([*pieces[:place], variant, *pieces[place:]]))
         if index.is_file():
             raise InputError(f"{index} is an index under a name that only older versions wrote; move it away")
+
+
+def _no_weights(wanted: Path) -> InputError:
+    """What to say of a folder that lacks the weight file that is wanted: whether it has a pickle, or a variant."""
+    pickles = [file for file in sorted(wanted.parent.glob("*")) if file.suffix in PICKLE_SUFFIXES]
+    if pickles:
+        return pickle_refused(min(pickles, key=lambda file: file.stem != wanted.stem), wanted)
+    found = [f"the variant {name!r}" if name else "one without a variant" for name in weight_variants(wanted.parent)]
+    there = f"there is {' and '.join(found)}" if found else "there are no safetensors, and a pickle is never loaded"
+    return MissingInputError(f"{wanted}: no such file; {there}")
 
 
 def _restore_buffers(model: nn.Module, folder: str | Path) -> None:

@@ -3,17 +3,18 @@
 It may come from a stranger's config.json and goes into model cards and terminals: every text is one short line.
 """
 
-import math
 import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, get_type_hints
 
-from dc_ssdae.errors import InputError, counted, unknown_name
+from dc_ssdae.errors import InputError, as_json, check_at_least, check_names, check_type, counted
 
-PARTS = ("encoder", "decoder")
+PARTS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 """What may be untrained."""
 
 IN_TRAINING = "training"
@@ -31,69 +32,222 @@ TITLES: Mapping[str, str] = {
 """What people call metrics, with their units; another one goes by its own name."""
 
 LONGEST_TEXT = 200
-LONGEST_LIST = 64
-LARGEST_COUNT = 2**63 - 1
+LONGEST_LIST = 1000
 SPLITS = ("train", "validation", "val", "test")
 """Names of folders that say nothing without the one above."""
-
-_NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
-
-_SOURCES = {"source": "converted from", "initialised_from": "started from", "teacher": "distilled from"}
 
 Quote = Callable[[str], str]
 """Makes a text safe for where it goes."""
 
 
-def check_provenance(given: Any) -> dict[str, Any] | None:
-    """Check the setting `provenance` of a model, and give it as plain data.
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """A dataclass that config.json holds as a mapping; a field that is None is left out there."""
+
+    @classmethod
+    def from_mapping(cls, given: Any, name: str = "provenance") -> Self:
+        """Check a mapping, and make a record of it.
+
+        Args:
+            given: values by the names of the fields, as JSON has them.
+            name: of the mapping, for messages.
+
+        Raises:
+            InputError: a key is unknown or missing; or a value is of the wrong type, too long, or no single line.
+        """
+        check_type(name, given, Mapping)
+        known, hints = {entry.name: entry for entry in fields(cls)}, get_type_hints(cls)
+        check_names(f"key of {name}", given, known)
+        for key, entry in known.items():
+            if key not in given and entry.default is MISSING:
+                raise InputError(f"{name} lacks {key}")
+        values = {}
+        for key, value in given.items():
+            label, kind = f"{name}.{key}", known[key].metadata.get("kind")
+            if kind is None:
+                values[key] = as_json(label, value)
+                _check_short(label, values[key])
+            elif isinstance(value, Mapping):
+                _check_short(label, list(value))
+                values[key] = {item: kind.from_mapping(value[item], f"{label}.{item}") for item in value}
+            elif isinstance(value, list | tuple):
+                values[key] = [kind.from_mapping(item, f"{label}[{place}]") for place, item in enumerate(value)]
+            check_type(label, values[key], hints[key])
+            if isinstance(value, int) and hints[key] in (float, float | None):
+                values[key] = float(value)
+            elif isinstance(value, int):
+                check_at_least(0, **{label: value})
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What is known, as config.json holds it."""
+        return asdict(self, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(_Record):
+    """A measured value.
 
     Args:
-        given: None, or a mapping with any of these keys: `preset`, the preset's name; `changes`, names of the settings
-            that differ from it; `data`, name of the training data, no path; `images`, how many it has; `image_size`
-            of the crops in pixels; `steps` and `batch_size` of the training; `initialised_from` and `teacher`, names
-            of models; `source`, of a converted checkpoint; `untrained`, the parts with random weights;
-            `random_backbones`, loss terms whose backbone had them; `license` of the weights; `version` of this package;
-            `evaluations`, as `check_evaluation` takes them.
-
-    Raises:
-        InputError: a key is unknown, or a value is of the wrong type, too long, or no single line.
+        value: of the metric.
+        low: lower end of the interval of 95 %.
+        high: its upper end.
+        note: what makes the value incomparable with others.
     """
-    return None if given is None else _checked_mapping("provenance", given, _KEYS)
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    note: str | None = None
+
+    def __str__(self) -> str:
+        """The value with its interval, if it has one, to five digits."""
+        has_interval = self.low is not None and self.high is not None
+        return f"{self.value:.5g}" + (f" ({self.low:.5g} to {self.high:.5g})" if has_interval else "")
 
 
-def check_evaluation(name: str, given: Any) -> dict[str, Any]:
-    """Check what is known of one evaluation, and give it as plain data.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(_Record):
+    """What is known of one evaluation of a model.
 
     Args:
-        name: for messages.
-        given: a mapping with `protocol`, `data`, `images` (how many) and `metrics`: by name a mapping with `value` and
-            perhaps `low`, `high` (the interval of 95 %) and `note`; and perhaps `image_size` in pixels, `step` of the
-            training, `dtype`, and `decoding`, the settings of `DCSSDAE.decode`.
-
-    Raises:
-        InputError: as `check_provenance`; or one of the first four is missing.
+        protocol: its name; "training" for evaluations within a training run.
+        data: name of the images, no path.
+        images: how many were measured.
+        image_size: side of the images in pixels.
+        step: of the training.
+        dtype: that the model computed in, where that is not float32.
+        decoding: the settings of `DCSSDAE.decode`; nothing for one step.
+        metrics: by name.
     """
-    return _checked_mapping(name, given, _EVALUATION_KEYS, ("protocol", "data", "images", "metrics"))
+
+    protocol: str
+    data: str
+    images: int
+    image_size: int | None = None
+    step: int | None = None
+    dtype: str | None = None
+    decoding: dict[str, str | float | list[float]] | None = None
+    metrics: dict[str, Metric] = field(metadata={"kind": Metric})
+
+    def __post_init__(self) -> None:
+        known = [name for name in TITLES if name in self.metrics]
+        ordered = dict.fromkeys([*known, *self.metrics])
+        object.__setattr__(self, "metrics", {name: self.metrics[name] for name in ordered})
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether any metric has one."""
+        return any(metric.low is not None for metric in self.metrics.values())
+
+    def replaces(self, other: "Evaluation") -> bool:
+        """Whether another evaluation has the same protocol, data, image size and decoding."""
+        same = all(getattr(self, name) == getattr(other, name) for name in ("protocol", "data", "image_size"))
+        return same and (self.decoding or {}) == (other.decoding or {})
+
+    def title(self, quote: Quote = str) -> str:
+        """Say how the evaluation was made: its protocol, images and decoding.
+
+        Args:
+            quote: for what may be a stranger's text.
+        """
+        parts = ["during training" if self.protocol == IN_TRAINING else f"protocol {quote(self.protocol)}"]
+        if self.step is not None:
+            parts.append(f"after {counted(self.step, 'step')}")
+        parts.append(f"{counted(self.images, 'image')} of {quote(self.data)}")
+        if self.image_size is not None:
+            parts.append(f"{self.image_size}×{self.image_size} px")
+        if self.dtype is not None:
+            parts.append(quote(self.dtype))
+        texts = {
+            name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            for name, value in (self.decoding or {}).items()
+        }
+        settings = ", ".join(f"{quote(name)} {quote(text)}" for name, text in texts.items())
+        return ", ".join([*parts, f"decoded with {settings}" if settings else "decoded in one step"])
 
 
-def with_evaluation(provenance: Mapping[str, Any] | None, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Add an evaluation, in the place of an earlier one of the same protocol, data, image size and decoding."""
+@dataclass(frozen=True, kw_only=True)
+class Provenance(_Record):
+    """What is known of a model's origin.
 
-    def identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-        return entry["protocol"], entry["data"], entry.get("image_size"), entry.get("decoding") or {}
+    Args:
+        preset: the preset's name.
+        changes: names of the settings that differ from it.
+        data: name of the training data, no path.
+        images: how many it has.
+        image_size: side of the crops in pixels.
+        steps: of the training.
+        batch_size: images per step.
+        initialised_from: name of the model whose weights the training started from.
+        teacher: name of the model that was distilled.
+        source: of a converted checkpoint.
+        untrained: the parts with random weights.
+        random_backbones: names of the loss terms whose backbone had random weights.
+        license: of the weights.
+        version: of this package.
+        evaluations: as `Evaluation` has them.
+    """
 
-    before = (provenance or {}).get("evaluations", [])
-    kept = [entry for entry in before if identity(entry) != identity(evaluation)]
-    return {**(provenance or {}), "evaluations": [*kept, dict(evaluation)]}
+    preset: str | None = None
+    changes: list[str] | None = None
+    data: str | None = None
+    images: int | None = None
+    image_size: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    initialised_from: str | None = None
+    teacher: str | None = None
+    source: str | None = None
+    untrained: list[Literal["encoder", "decoder"]] | None = None
+    random_backbones: list[str] | None = None
+    license: str | None = None
+    version: str | None = None
+    evaluations: list[Evaluation] | None = field(default=None, metadata={"kind": Evaluation})
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether all weights are known to be random."""
+        return set(PARTS) <= set(self.untrained or ())
 
-def is_untrained(provenance: Mapping[str, Any] | None) -> bool:
-    """Whether all weights are known to be random."""
-    return set(PARTS) <= set((provenance or {}).get("untrained", ()))
+    def with_evaluation(self, evaluation: Evaluation) -> "Provenance":
+        """Add an evaluation, in the place of an earlier one of the same protocol, data, image size and decoding."""
+        kept = [entry for entry in self.evaluations or () if not evaluation.replaces(entry)]
+        return replace(self, evaluations=[*kept, evaluation])
+
+    def training_lines(self, quote: Quote = str) -> list[tuple[str, str]]:
+        """Say what is known of the training: pairs of what and how, without what is not known.
+
+        Args:
+            quote: for what may be a stranger's text.
+        """
+
+        text = {key: quote(value) for key, value in vars(self).items() if isinstance(value, str)}
+        untrained = f"the {self.untrained[0]}, whose weights are random" if self.untrained else None
+        *others, last = map(quote, self.changes or [""])
+        changed = f", with {', '.join(others)}{' and ' if others else ''}{last} changed" if self.changes else ""
+        images = counted(self.images, "image") if self.images else ""
+        size = f"crops of {self.image_size}×{self.image_size} px" if self.image_size else ""
+        steps = counted(self.steps, "step") if self.steps is not None else ""
+        batch = f"{'of' if steps else 'batches of'} {counted(self.batch_size, 'image')}" if self.batch_size else ""
+        backbones = ", ".join(map(quote, self.random_backbones or ()))
+        lines = {
+            "untrained": "all of it: the weights are random" if self.is_untrained else untrained,
+            "preset": self.preset and text["preset"] + changed,
+            "converted from": text.get("source"),
+            "started from": text.get("initialised_from"),
+            "distilled from": text.get("teacher"),
+            "training data": ", ".join(filter(None, [text.get("data"), images, size])),
+            "training": " ".join(filter(None, [steps, batch])),
+            "caution": backbones and f"loss terms with random backbones, which teach nothing: {backbones}",
+            "licence of the weights": text.get("license"),
+            "written by": self.version and f"dc-ssdae {text['version']}",
+        }
+        return [(what, how) for what, how in lines.items() if how]
 
 
 def short_name(text: str) -> str | None:
-    """Make a name that `check_provenance` accepts of any text; None where nothing of it can be shown."""
+    """Make a name that a provenance takes of any text; None where nothing of it can be shown."""
     shown = "".join(sign if sign.isprintable() else " " for sign in text)
     shown = " ".join(shown.split())
     return (shown if len(shown) <= LONGEST_TEXT else f"{shown[: LONGEST_TEXT - 1]}…") or None
@@ -116,204 +270,19 @@ def name_of_path(path: str | Path) -> str | None:
     return short_name("/".join(parts[-2:] if parts[-1:] and parts[-1] in SPLITS else parts[-1:]))
 
 
-def training_lines(provenance: Mapping[str, Any], quote: Quote = str) -> list[tuple[str, str]]:
-    """Say what is known of the training: pairs of what and how, without what is not known.
-
-    Args:
-        provenance: checked.
-        quote: for what may be a stranger's text.
-    """
-
-    def named(key: str) -> list[str]:
-        return [quote(text) for text in provenance.get(key, ())]
-
-    lines: list[tuple[str, str]] = []
-    untrained = [part for part in PARTS if part in provenance.get("untrained", ())]
-    if is_untrained(provenance):
-        lines.append(("untrained", "all of it: the weights are random"))
-    elif untrained:
-        lines.append(("untrained", f"the {untrained[0]}, whose weights are random"))
-    if "preset" in provenance:
-        changes = named("changes")
-        changed = f", with {_listed(changes)} changed" if changes else ""
-        lines.append(("preset", f"{quote(provenance['preset'])}{changed}"))
-    lines += [(label, quote(provenance[key])) for key, label in _SOURCES.items() if key in provenance]
-    data = [quote(provenance["data"])] if "data" in provenance else []
-    if "images" in provenance:
-        data.append(counted(provenance["images"], "image"))
-    if "image_size" in provenance:
-        data.append(f"crops of {provenance['image_size']}×{provenance['image_size']} px")
-    if data:
-        lines.append(("training data", ", ".join(data)))
-    steps = [counted(provenance["steps"], "step")] if "steps" in provenance else []
-    if "batch_size" in provenance:
-        steps.append(f"{'of' if steps else 'batches of'} {counted(provenance['batch_size'], 'image')}")
-    if steps:
-        lines.append(("training", " ".join(steps)))
-    if names := named("random_backbones"):
-        lines.append(("caution", f"loss terms with random backbones, which teach nothing: {', '.join(names)}"))
-    if "license" in provenance:
-        lines.append(("licence of the weights", quote(provenance["license"])))
-    if "version" in provenance:
-        lines.append(("written by", f"dc-ssdae {quote(provenance['version'])}"))
-    return lines
+def _check_short(name: str, value: Any) -> None:
+    if not _is_short(value):
+        raise InputError(
+            f"{name} is {' '.join(reprlib.repr(value).split())}; it must be a line of 1 to {LONGEST_TEXT} printable "
+            f"characters, a finite number, or a list or mapping of at most {LONGEST_LIST} of them"
+        )
 
 
-def evaluation_title(evaluation: Mapping[str, Any], quote: Quote = str) -> str:
-    """Say how an evaluation was made: its protocol, images and decoding.
-
-    Args:
-        evaluation: checked.
-        quote: for what may be a stranger's text.
-    """
-    in_training = evaluation["protocol"] == IN_TRAINING
-    parts = ["during training" if in_training else f"protocol {quote(evaluation['protocol'])}"]
-    if "step" in evaluation:
-        parts.append(f"after {counted(evaluation['step'], 'step')}")
-    parts.append(f"{counted(evaluation['images'], 'image')} of {quote(evaluation['data'])}")
-    if "image_size" in evaluation:
-        parts.append(f"{evaluation['image_size']}×{evaluation['image_size']} px")
-    if "dtype" in evaluation:
-        parts.append(quote(evaluation["dtype"]))
-    settings = [f"{quote(name)} {quote(_shown(value))}" for name, value in evaluation.get("decoding", {}).items()]
-    return ", ".join([*parts, f"decoded with {', '.join(settings)}" if settings else "decoded in one step"])
-
-
-def metric_text(metric: Mapping[str, Any]) -> str:
-    """Spell a measured value with its interval, if it has one, to five digits."""
-    interval = f" ({metric['low']:.5g} to {metric['high']:.5g})" if {"low", "high"} <= metric.keys() else ""
-    return f"{metric['value']:.5g}{interval}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-Check = Callable[[str, Any], Any]
-
-
-def _wrong(name: str, value: Any, wanted: str) -> InputError:
-    # A stranger's value may be of any size and depth.
-    return InputError(f"{name} is {' '.join(reprlib.repr(value).split())}; it must be {wanted}")
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_TEXT or not value.isprintable():
-        raise _wrong(name, value, f"a line of 1 to {LONGEST_TEXT} printable characters")
-    return value
-
-
-def _name(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise _wrong(name, value, "a name of 1 to 64 letters, digits and -_.@")
-    return value
-
-
-def _licence(name: str, value: Any) -> str:
-    # Other ones make the hub refuse the whole card.
-    if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", value):
-        raise _wrong(name, value, "a licence as the hub names it, in small letters, such as apache-2.0")
-    return value
-
-
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_COUNT:
-        raise _wrong(name, value, "a whole number from 0 on")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or (isinstance(value, int) and abs(value) > LARGEST_COUNT) or not math.isfinite(value):
-        raise _wrong(name, value, "a finite number")
-    return float(value)
-
-
-def _part(name: str, value: Any) -> str:
-    if value not in PARTS:
-        raise _wrong(name, value, " or ".join(PARTS))
-    return str(value)
-
-
-def _list_of(check: Check, longest: int = LONGEST_LIST) -> Check:
-    def checked(name: str, value: Any) -> list[Any]:
-        if not isinstance(value, list | tuple) or len(value) > longest:
-            raise _wrong(name, value, f"a list of {longest} at most")
-        return [check(f"{name}[{place}]", item) for place, item in enumerate(value)]
-
-    return checked
-
-
-def _mapping_of(check: Check) -> Check:
-    def checked(name: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping) or len(value) > LONGEST_LIST:
-            raise _wrong(name, value, f"a mapping with {LONGEST_LIST} names at most")
-        return {_name(f"a name in {name}", key): check(f"{name}.{key}", item) for key, item in value.items()}
-
-    return checked
-
-
-def _decoding_value(name: str, value: Any) -> Any:
+def _is_short(value: Any, depth: int = 3) -> bool:
+    """Whether it is a short line, a finite number, or a short list or mapping of such."""
     if isinstance(value, str):
-        return _name(name, value)
-    if isinstance(value, list | tuple):
-        return _list_of(_number, 1000)(name, value)
-    return _count(name, value) if isinstance(value, int) else _number(name, value)
-
-
-def _metric(name: str, value: Any) -> dict[str, Any]:
-    checks = {"value": _number, "low": _number, "high": _number, "note": _text}
-    return _checked_mapping(name, value, checks, ("value",))
-
-
-def _metrics(name: str, value: Any) -> dict[str, Any]:
-    found = _mapping_of(_metric)(name, value)
-    return {metric: found[metric] for metric in sorted(found, key=lambda key: [*TITLES, key].index(key))}
-
-
-def _checked_mapping(
-    name: str, value: Any, checks: Mapping[str, Check], required: Sequence[str] = ()
-) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _wrong(name, value, "a mapping")
-    for key in value:
-        if key not in checks:
-            raise unknown_name(f"key of {name}", key if isinstance(key, str) and len(key) < 100 else "…", checks)
-    for key in required:
-        if key not in value:
-            raise InputError(f"{name} lacks {key}")
-    return {key: check(f"{name}.{key}", value[key]) for key, check in checks.items() if key in value}
-
-
-_EVALUATION_KEYS: Mapping[str, Check] = {
-    "protocol": _text,
-    "data": _text,
-    "images": _count,
-    "image_size": _count,
-    "step": _count,
-    "dtype": _name,
-    "decoding": _mapping_of(_decoding_value),
-    "metrics": _metrics,
-}
-
-_KEYS: Mapping[str, Check] = {
-    "preset": _text,
-    "changes": _list_of(_text),
-    "data": _text,
-    "images": _count,
-    "image_size": _count,
-    "steps": _count,
-    "batch_size": _count,
-    "initialised_from": _text,
-    "teacher": _text,
-    "source": _text,
-    "untrained": _list_of(_part),
-    "random_backbones": _list_of(_text),
-    "license": _licence,
-    "version": _text,
-    "evaluations": _list_of(check_evaluation),
-}
+        return value.strip() != "" and len(value) <= LONGEST_TEXT and value.isprintable()
+    if isinstance(value, int | float):
+        return abs(value) <= sys.float_info.max
+    items = [*value, *value.values()] if isinstance(value, dict) else value or []
+    return depth > 0 and len(items) <= LONGEST_LIST and all(_is_short(item, depth - 1) for item in items)

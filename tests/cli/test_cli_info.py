@@ -273,7 +273,7 @@ class TestGroups:
 
     def test_users_classes(self, run: Callable, own_models: Path) -> None:
         """Their forward would raise: nothing is computed."""
-        assert "which is not imported" in run("info", own_models / "NamingEncoder", "--groups").err[0]
+        assert "is not imported" in run("info", own_models / "NamingEncoder", "--groups").err[0]
         patch, out = 3 * 8 * 8 * 8 + 8, 8 * 8 + 8
         words = ("--groups", "--json", "--import", "naming_encoders")
         named, silent = (

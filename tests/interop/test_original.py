@@ -294,4 +294,4 @@ def test_a_checkpoint_of_another_architecture_is_told_as_such(tmp_path: Path) ->
     save_file({"encoder.project_in.conv.conv.weight": torch.zeros(64, 3, 3, 3)}, path)
     message = refusal(path)
     assert str(path) in message
-    assert "encoder.project_in.conv.conv.weight" in message
+    assert "missing: " in message

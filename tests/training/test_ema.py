@@ -182,11 +182,11 @@ def test_loading_copies() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("1.running_var"), "lacks tensor 1.running_var"),
-        (lambda state: state.update({"9.weight": torch.zeros(1)}), "has a tensor 9.weight that this model does not"),
+        (lambda state: state.pop("1.running_var"), "missing: 1.running_var"),
+        (lambda state: state.update({"9.weight": torch.zeros(1)}), "left over: 9.weight"),
         (
             lambda state: state.update({"0.bias": torch.zeros(6)}),
-            r"tensor 0.bias of shape \(6,\); this model's has \(5,\)",
+            r"0.bias has shape \(6,\), not \(5,\)",
         ),
     ],
 )

@@ -13,8 +13,8 @@ import torch
 from killed import CRASHED, FAILED, KILLED, run_in_child
 from tiny import run_config
 
+from dc_ssdae.card import note_evaluation
 from dc_ssdae.errors import InputError
-from dc_ssdae.model_card import note_evaluation
 from dc_ssdae.training import run as run_module
 from dc_ssdae.training.checkpoint import Checkpoint
 from dc_ssdae.training.run import (

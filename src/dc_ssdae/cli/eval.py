@@ -96,7 +96,7 @@ def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:
 
 
 def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
-    from dc_ssdae.model_card import CARD_FILE, note_evaluation
+    from dc_ssdae.card import CARD_FILE, note_evaluation
 
     if not is_same:
         raise InputError(f"the weights in {folder} have changed while they were measured: nothing is added to them")

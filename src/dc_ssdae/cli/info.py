@@ -108,7 +108,7 @@ def _open(name: str, classes: Sequence[type]) -> "tuple[DCSSDAE, Path | None, li
 
     from dc_ssdae.autoencoder import DCSSDAE, build_without_weights
     from dc_ssdae.model_folder import model_folder, read_config
-    from dc_ssdae.weights import check_tensors
+    from dc_ssdae.weights import check_same_tensors, read_safetensors
 
     if name in list_presets():
         with torch.device("meta"):
@@ -122,7 +122,7 @@ def _open(name: str, classes: Sequence[type]) -> "tuple[DCSSDAE, Path | None, li
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} holds no weights: there is no safetensors file")
-    check_tensors(files, model.state_dict())
+    check_same_tensors(f"{folder}", model.state_dict(), read_safetensors(*files))
     return model, folder, [file.name for file in files]
 
 
@@ -207,15 +207,14 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
 
 def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Where the model comes from and what it measures, where that is known."""
-    from dc_ssdae.provenance import TITLES, evaluation_title, metric_text, training_lines
+    from dc_ssdae.provenance import TITLES, Provenance
 
-    origin = "; ".join(f"{what} {how}" for what, how in training_lines(provenance))
+    known = Provenance.from_mapping(provenance)
+    origin = "; ".join(f"{what} {how}" for what, how in known.training_lines())
     facts = [("origin", origin)] if origin else []
-    for evaluation in provenance.get("evaluations", ()):
-        figures = [
-            f"{TITLES.get(name, name)} {metric_text(metric)}{' *' if 'note' in metric else ''}"
-            for name, metric in evaluation["metrics"].items()
-        ]
-        notes = [f"* {name}: {metric['note']}" for name, metric in evaluation["metrics"].items() if "note" in metric]
-        facts.append(("measured", "; ".join([evaluation_title(evaluation), *figures, *notes])))
+    for evaluation in known.evaluations or ():
+        metrics = evaluation.metrics.items()
+        figures = [f"{TITLES.get(name, name)} {metric}{' *' if metric.note else ''}" for name, metric in metrics]
+        notes = [f"* {name}: {metric.note}" for name, metric in metrics if metric.note]
+        facts.append(("measured", "; ".join([evaluation.title(), *figures, *notes])))
     return facts

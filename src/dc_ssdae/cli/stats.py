@@ -42,9 +42,9 @@ class Options(ModelOptions, SizeOptions, BatchOptions):
 
 def run(options: Options) -> int:
     """Measure, print and write the statistics; gives the exit code."""
+    from dc_ssdae.card import write_model_card
     from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
-    from dc_ssdae.model_card import write_model_card
     from dc_ssdae.model_folder import write_latent_statistics
 
     folder = None if options.no_write else writable_model(options.model, "--no-write only prints")

@@ -15,8 +15,8 @@ import torch
 
 from dc_ssdae.errors import InputError, shown
 from dc_ssdae.hub import fetch_model
-from dc_ssdae.model_folder import WEIGHTS, weight_variants
-from dc_ssdae.weights import PICKLE_SUFFIXES, pickle_refused, shard_files
+from dc_ssdae.model_folder import weight_variants
+from dc_ssdae.weights import PICKLE_SUFFIXES, WEIGHTS, pickle_refused, shard_files
 
 SINGLE = f"{WEIGHTS}.safetensors"
 INDEX = f"{WEIGHTS}.safetensors.index.json"

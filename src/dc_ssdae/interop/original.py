@@ -18,7 +18,7 @@ from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.networks.dc_encoder import EfficientViTBlock
 from dc_ssdae.presets import DEFAULT_CLASSES, load_preset
 from dc_ssdae.provenance import short_name
-from dc_ssdae.weights import read_safetensors
+from dc_ssdae.weights import check_same_tensors, read_safetensors
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -111,7 +111,7 @@ def rename_tensors(module: nn.Module, original: Mapping[str, Tensor]) -> dict[st
     """Turn a state dict under the original's names into one that `module.load_state_dict` takes.
 
     Raises:
-        InputError: lists every tensor that is missing, left over, or of another shape.
+        InputError: names the first tensors that are missing, left over, or of another shape.
     """
     return _rename(original_names(module), module.state_dict(), original)
 
@@ -119,17 +119,7 @@ def rename_tensors(module: nn.Module, original: Mapping[str, Tensor]) -> dict[st
 def _rename(
     names: Mapping[str, str], expected: Mapping[str, Tensor], original: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    missing = sorted(set(names.values()) - set(original))
-    left_over = sorted(set(original) - set(names.values()))
-    problems = [f"missing: {', '.join(missing)}"] if missing else []
-    problems += [f"left over: {', '.join(left_over)}"] if left_over else []
-    problems += [
-        f"{theirs} has shape {tuple(original[theirs].shape)}, not {tuple(expected[ours].shape)}"
-        for ours, theirs in names.items()
-        if theirs in original and original[theirs].shape != expected[ours].shape
-    ]
-    if problems:
-        raise InputError("the checkpoint does not fit the preset; " + "; ".join(problems))
+    check_same_tensors("the checkpoint", {theirs: expected[ours] for ours, theirs in names.items()}, original)
     return {ours: original[theirs] for ours, theirs in names.items()}
 
 

@@ -23,10 +23,9 @@ from dc_ssdae.model_folder import model_folder, read_config
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
 from dc_ssdae.training.distillation import DistillationStep
-from dc_ssdae.training.ema import check_same_tensors
 from dc_ssdae.training.run import WEIGHTS_FILE
 from dc_ssdae.training.step import TrainingStep
-from dc_ssdae.weights import tensor_shapes
+from dc_ssdae.weights import check_same_tensors, read_safetensors
 
 
 def own_classes(config: ModelConfig) -> list[type]:
@@ -263,10 +262,9 @@ def load_teacher(folder: Path, classes: Sequence[type]) -> DCSSDAE:
 def _check_source(name: str, source: str, model: DCSSDAE) -> None:
     """Compare the weights' headers with the model."""
     try:
-        shapes = tensor_shapes(model_folder(source) / WEIGHTS_FILE)
+        given = read_safetensors(model_folder(source) / WEIGHTS_FILE)
     except InputError as error:
         raise InputError(f"{name} {source}: {error}") from None
-    given = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
     check_same_tensors(f"{name} {source}", model.state_dict(), given)
 
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dc_ssdae.errors import InputError
 from dc_ssdae.training.tensors import assign, local_part
+from dc_ssdae.weights import check_same_tensors
 
 Evaluated = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Gives the values of parameters, by name, at which they are to be evaluated."""
@@ -109,19 +109,3 @@ class ExponentialMovingAverage:
         self._uncopied = None
         for name, tensor in state.items():
             assign(self._tensors[name], tensor)
-
-
-def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse a state whose names or shapes are not the expected ones.
-
-    Raises:
-        InputError: names the first tensor that is missing, left over or of another shape.
-    """
-    for name in (*expected, *given):
-        if name not in given:
-            raise InputError(f"{what} lacks tensor {name}")
-        if name not in expected:
-            raise InputError(f"{what} has a tensor {name} that this model does not have")
-        if given[name].shape != expected[name].shape:
-            shapes = tuple(given[name].shape), tuple(expected[name].shape)
-            raise InputError(f"{what} has tensor {name} of shape {shapes[0]}; this model's has {shapes[1]}")

@@ -10,11 +10,10 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.model_folder import model_folder
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.ema import check_same_tensors
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
 from dc_ssdae.training.step import TrainingStep
-from dc_ssdae.weights import read_safetensors
+from dc_ssdae.weights import check_same_tensors, read_safetensors
 
 OBJECTIVE = "objective."
 

@@ -1,16 +1,15 @@
 """What a run's model says of its own origin, in config.json and in its card: preset, data, steps, evaluations."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, as_json
 from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config
 from dc_ssdae.presets import list_presets, load_preset
-from dc_ssdae.provenance import IN_TRAINING, LONGEST_LIST, PARTS, check_provenance, name_of_path, short_name
+from dc_ssdae.provenance import IN_TRAINING, PARTS, Provenance, name_of_path, short_name
 from dc_ssdae.training.build import resolved
 from dc_ssdae.training.config import DataConfig, RunConfig
 from dc_ssdae.training.evaluation import Evaluation
@@ -36,14 +35,13 @@ def inherited(config: RunConfig, teacher: Path | None) -> dict[str, Any]:
     if teacher is None and config.training.init_from is not None:
         source = model_folder(config.training.init_from)
     if source is None:
-        # A class of the user's may bring its own weights.
-        own = [part for part in PARTS if "." in ((getattr(config.model, part) or {}).get("class_path") or "")]
-        return {"untrained": [part for part in PARTS if part not in own]}
+        paths = {part: (getattr(config.model, part) or {}).get("class_path") or "" for part in PARTS}
+        return {"untrained": [part for part in PARTS if "." not in paths[part]]}  # a user's may bring its own weights
     try:
         theirs = read_config(source).get("provenance")
     except InputError:  # weights are enough to start from
         return {}
-    known = check_provenance(theirs) or {}
+    known = Provenance.from_mapping(theirs or {}).to_mapping()
     return {name: known[name] for name in INHERITED if name in known}
 
 
@@ -61,27 +59,25 @@ def origin(
     Raises:
         InputError: `before` cannot be used.
     """
-    known = check_provenance(before) or {}
-    chosen = config.training.train
-    trained = PARTS if chosen is None else [name.partition(".")[0] for name in chosen]
-    preset = None if config.training.preset is None else short_name(config.training.preset)
-    source = config.training.init_from
-    teacher = None if config.distillation is None else config.distillation.teacher
-    found = {
-        "preset": preset,
-        "changes": changed_settings(config),
-        "data": data_name(config.data),
-        "images": images,
-        "image_size": config.data.image_size,
-        "batch_size": config.training.batch_size,
-        "initialised_from": None if source is None else name_of_path(source),
-        "teacher": None if teacher is None else name_of_path(teacher),
-        "random_backbones": list(random_backbones),
-        "version": version("dc-ssdae"),
-        **{name: known[name] for name in INHERITED if name in known},
-        "untrained": [part for part in known.get("untrained", ()) if part not in trained],
-    }
-    return {name: value for name, value in found.items() if value not in (None, [])}
+    known = Provenance.from_mapping(before or {})
+    training, distillation = config.training, config.distillation
+    trained = PARTS if training.train is None else [name.partition(".")[0] for name in training.train]
+    found = Provenance(
+        preset=None if training.preset is None else short_name(training.preset),
+        changes=changed_settings(config),
+        data=data_name(config.data),
+        images=images,
+        image_size=config.data.image_size,
+        batch_size=training.batch_size,
+        initialised_from=None if training.init_from is None else name_of_path(training.init_from),
+        teacher=None if distillation is None else name_of_path(distillation.teacher),
+        source=known.source,
+        untrained=[part for part in known.untrained or () if part not in trained],
+        random_backbones=list(random_backbones),
+        license=known.license,
+        version=version("dc-ssdae"),
+    )
+    return {name: value for name, value in found.to_mapping().items() if value != []}
 
 
 def changed_settings(config: RunConfig) -> list[str]:
@@ -89,11 +85,11 @@ def changed_settings(config: RunConfig) -> list[str]:
     preset = config.training.preset
     if preset not in list_presets():
         return []
-    ours, theirs = (
-        _plain(resolved(one).fixed_settings()) for one in (config, RunConfig.from_mapping(load_preset(preset)))
-    )
+    configs = (config, RunConfig.from_mapping(load_preset(preset)))
+    # As JSON has them, with lists for tuples, so that settings from YAML compare equal with defaults.
+    ours, theirs = (as_json("the settings", resolved(one).fixed_settings()) for one in configs)
     names = [name for name in {**theirs, **ours} if name not in NO_CHANGES and ours.get(name) != theirs.get(name)]
-    return [name for name in map(short_name, names) if name is not None][:LONGEST_LIST]
+    return [name for name in map(short_name, names) if name is not None]
 
 
 def data_name(data: DataConfig, validation: bool = False) -> str | None:
@@ -136,8 +132,3 @@ def _source_name(source: str | Mapping[str, Any]) -> str | None:
         return short_name(source["class_path"].rpartition(".")[2])
     is_hub_id = source["class_path"] == "HubDataset" and may_be_on_the_hub(first)
     return short_name(first) if is_hub_id else name_of_path(first)
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists for tuples, so that settings from YAML compare equal with defaults."""
-    return dict(json.loads(json.dumps(settings)))

@@ -28,17 +28,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dc_ssdae.card import note_provenance
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import sync, written_beside
 from dc_ssdae.latent import LatentStatistics
-from dc_ssdae.model_card import note_provenance
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
 from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged
 from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
+from dc_ssdae.weights import WEIGHTS
 
 CONFIG_FILE = "config.yaml"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILE = f"{WEIGHTS}.safetensors"
 
 _PACKAGES = (
     "dc-ssdae",

@@ -38,7 +38,7 @@ from dc_ssdae.training.checkpoint import STATE, Checkpoint, read_checkpoint, ref
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.distributed import on_main_process, processes_of, together
-from dc_ssdae.training.ema import ExponentialMovingAverage, check_same_tensors
+from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.evaluation import evaluate, measure_latent
 from dc_ssdae.training.initial import check_terms_are_trained, load_initial_weights
 from dc_ssdae.training.logging import Loggers, read_lines
@@ -55,6 +55,7 @@ from dc_ssdae.training.run import RunFolder, publish_model
 from dc_ssdae.training.step import TrainingStep, draw_noise
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.tensors import gathered, whole
+from dc_ssdae.weights import check_same_tensors
 
 T = TypeVar("T")
 

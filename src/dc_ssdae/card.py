@@ -1,0 +1,237 @@
+"""The README.md of a saved model: what it is, how it was trained, what it measures, how to load it; and its upload.
+
+All that it says is read from the folder. What may be a stranger's text stands in code spans, where Markdown and HTML
+mean nothing, and in YAML that a library writes.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+
+from dc_ssdae.errors import InputError
+from dc_ssdae.files import write_whole
+from dc_ssdae.model_folder import NOT_MEASURED, read_config, update_config, weight_files
+from dc_ssdae.provenance import IN_TRAINING, SPLITS, TITLES, Evaluation, Provenance
+from dc_ssdae.weights import read_safetensors
+
+CARD_FILE = "README.md"
+TEMPLATE = Path(__file__).with_suffix(".md.jinja")
+
+MARKER = (
+    "<!-- dc-ssdae writes this file, and writes it anew with the model. Delete this line to keep your own edits. -->"
+)
+"""The line by which a card of ours is told from a user's own file."""
+
+PLACEHOLDER = "PATH/TO/THIS/FOLDER"
+"""What is loaded, where the model is in no repository: a path of this machine would be of no use to others."""
+
+BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Last parts of the names of tensors that are no parameters."""
+
+
+def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
+    """Write a model folder's README.md, whole or not at all, unless one that is not ours is there.
+
+    Args:
+        folder: of a saved model.
+        repo_id: of the repository to load it from, on the hub.
+
+    Returns:
+        Whether the card there is ours.
+
+    Raises:
+        InputError: config.json or the weights are damaged.
+        OSError: it cannot be written; the old one stays.
+    """
+    path = folder / CARD_FILE
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+    if before is not None and not is_ours(before):
+        return False
+    files = weight_files(folder)
+    variant = min(files, key=lambda name: name or "", default=None)
+    parameters: Counter[str] = Counter()
+    for name, tensor in read_safetensors(*files.get(variant, ())).items():
+        if name.rpartition(".")[2] not in BATCH_STATISTICS:
+            parameters[name.partition(".")[0]] += tensor.numel()
+    card = render_model_card(read_config(folder), parameters, variant, repo_id)
+    if card != before:
+        write_whole(path, card.encode("utf-8"))
+    return True
+
+
+def is_ours(card: str) -> bool:
+    """Whether this package wrote a card, and nobody has claimed it since."""
+    return MARKER in card.splitlines()
+
+
+def note_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Put what is known of a model's origin into its config.json, and write its card anew.
+
+    Args:
+        folder: of a saved model.
+        provenance: as the constructor of `DCSSDAE` takes it.
+
+    Raises:
+        InputError: it does not fit; or the folder holds no model.
+        OSError: a file cannot be written; the old one stays.
+    """
+    update_config(folder, {"provenance": Provenance.from_mapping(provenance).to_mapping()})
+    write_model_card(folder)
+
+
+def note_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Add measured figures to a saved model's config.json and card, in place of earlier ones of the same kind.
+
+    Args:
+        folder: of a saved model.
+        evaluation: as `Evaluation.from_mapping` takes it.
+
+    Raises:
+        InputError: as `note_provenance`.
+        OSError: as `note_provenance`.
+    """
+    before = Provenance.from_mapping(read_config(folder).get("provenance") or {})
+    measured = Evaluation.from_mapping(evaluation, "the evaluation")
+    note_provenance(folder, before.with_evaluation(measured).to_mapping())
+
+
+def upload_model(
+    folder: Path,
+    repo_id: str,
+    commit_message: str | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> Any:
+    """Upload a saved model's folder to the hub, with a card that tells how to load it from there.
+
+    A card in the repository that is not ours stays. A model in a subfolder is part of something, and gets no card.
+
+    Args:
+        folder: of the model; its card, if it is ours, is written anew.
+        repo_id: of a repository that is there.
+        commit_message: of the commit.
+        token: of the hub; None is the one that is logged in with.
+        create_pr: propose the files, and leave the repository as it is.
+        subfolder: where in the repository.
+
+    Returns:
+        As `huggingface_hub.upload_folder`.
+    """
+    if subfolder is None:
+        write_model_card(folder, repo_id)
+    without_card = subfolder is not None or _has_card_of_its_own(repo_id, token)
+    return huggingface_hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=subfolder,
+        commit_message=commit_message or "Upload DCSSDAE",
+        token=token,
+        create_pr=create_pr,
+        ignore_patterns=[CARD_FILE] if without_card else None,
+    )
+
+
+def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Make a repository on the hub, if it is not there; gives its whole id.
+
+    Raises:
+        InputError: it cannot be called so.
+    """
+    try:
+        return huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    except HFValidationError as error:
+        raise InputError(f"no repository can be called {repo_id!r}: {' '.join(str(error).split())}") from None
+
+
+def render_model_card(
+    config: Mapping[str, Any], parameters: Mapping[str, int], variant: str | None, repo_id: str | None = None
+) -> str:
+    """Write a model's card.
+
+    Args:
+        config: as config.json has it.
+        parameters: how many each part has; empty where there are no weights yet.
+        variant: of the weight files, where there are none without one.
+        repo_id: as `write_model_card`'s.
+
+    Raises:
+        InputError: the provenance is damaged.
+    """
+    provenance = Provenance.from_mapping(config.get("provenance") or {})
+    classes = {part: config[part]["class_path"] for part in ("encoder", "decoder", "dynamics")}
+    latent = {name: config.get(name, unknown) for name, unknown in NOT_MEASURED.items()}
+    card = ModelCard.from_template(
+        _metadata(config, provenance),
+        template_path=str(TEMPLATE),
+        marker=MARKER,
+        factor=config["downsample_factor"],
+        channels=config["latent_channels"],
+        size=max(256, config["downsample_factor"]),
+        classes=classes,
+        own_classes=[as_code(name) for name in classes.values() if "." in name],
+        parameters=parameters,
+        provenance=provenance,
+        evaluations=sorted(provenance.evaluations or (), key=lambda entry: entry.protocol == IN_TRAINING),
+        titles=TITLES,
+        source=repo_id or PLACEHOLDER,
+        variant=variant,
+        latent=latent,
+        is_measured=latent != NOT_MEASURED,
+        as_code=as_code,
+        as_json=json.dumps,
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
+
+
+def as_code(text: str) -> str:
+    """Put text into a code span in one line, where nothing in it means anything."""
+    text = " ".join(text.split())
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardData:
+    """The card's front matter; the hub lists its results beside other models' figures, if they may be compared."""
+    data = provenance.data or ""
+    is_on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", data, re.ASCII) and data.rpartition("/")[2] not in SPLITS
+    kind = f"f{config['downsample_factor']}c{config['latent_channels']}"
+    results = [
+        EvalResult(
+            task_type="image-reconstruction",
+            dataset_type=re.sub(r"[^\w.-]+", "-", evaluation.data, flags=re.ASCII).strip("-") or "images",
+            dataset_name=evaluation.data,
+            metric_type=name,
+            metric_name=f"{TITLES.get(name, name)} ({evaluation.title()})",
+            metric_value=metric.value,
+        )
+        for evaluation in provenance.evaluations or ()
+        for name, metric in evaluation.metrics.items()
+        if evaluation.protocol != IN_TRAINING and metric.note is None and not provenance.untrained
+    ]
+    return ModelCardData(
+        library_name="diffusers",
+        tags=["dc-ssdae", "autoencoder", "image-tokenizer", kind],
+        license=provenance.license,
+        datasets=[data] if is_on_the_hub else None,
+        model_name=f"DC-SSDAE {kind}" if results else None,
+        eval_results=results or None,
+    )
+
+
+def _has_card_of_its_own(repo_id: str, token: str | None) -> bool:
+    """Whether a repository's card is somebody's own."""
+    # Asked first, because a download without a network looks like one without a card.
+    if not huggingface_hub.file_exists(repo_id, CARD_FILE, token=token):
+        return False
+    card = Path(huggingface_hub.hf_hub_download(repo_id, CARD_FILE, token=token))
+    return not is_ours(card.read_text(encoding="utf-8", errors="replace"))
