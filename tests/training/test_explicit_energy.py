@@ -10,7 +10,7 @@ from tiny import SIZE, batch, make_images, run_config, yaml_of
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.training.build import build_step, check_components
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.launch import start_run
+from dc_ssdae.training.start import start_run
 from dc_ssdae.training.step import TrainingStep
 
 

@@ -13,11 +13,10 @@ from dc_ssdae import DiagonalGaussian
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
-from dc_ssdae.training.build import build_model, build_step
+from dc_ssdae.training.build import build_model, build_step, check_encoder_is_trained
 from dc_ssdae.training.config import RunConfig, keeps_latent
-from dc_ssdae.training.initial import check_encoder_is_trained
-from dc_ssdae.training.launch import resume_run, start_run
 from dc_ssdae.training.run import RunFolder, recover_run
+from dc_ssdae.training.start import resume_run, start_run
 
 PUBLISHED = {"scaling_factor": 0.41407, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 

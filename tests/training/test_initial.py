@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.errors import InputError
-from dc_ssdae.training.build import build_step
+from dc_ssdae.training.build import build_step, check_terms_are_trained, load_initial_weights
 from dc_ssdae.training.checkpoint import Checkpoint
-from dc_ssdae.training.initial import check_terms_are_trained, load_initial_weights
 from dc_ssdae.training.run import RunFolder, create_run, publish_model
 from dc_ssdae.training.step import TrainingStep
 

@@ -25,12 +25,20 @@ from dc_ssdae.cli.run_recipe import recipe_yaml
 from dc_ssdae.errors import InputError
 from dc_ssdae.losses import StepOutputs
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
-from dc_ssdae.training import launch as launch_module
-from dc_ssdae.training import phases as phases_module
+from dc_ssdae.training import recipe as recipe_module
+from dc_ssdae.training import start as start_module
 from dc_ssdae.training.build import build_model, build_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
-from dc_ssdae.training.phases import finished_phases, resolved_recipe, resume_recipe, settled_phases, start_recipe
-from dc_ssdae.training.recipe import Phase, Recipe, read_recipe
+from dc_ssdae.training.recipe import (
+    Phase,
+    Recipe,
+    finished_phases,
+    read_recipe,
+    resolved_recipe,
+    resume_recipe,
+    settled_phases,
+    start_recipe,
+)
 from dc_ssdae.training.run import RunFolder, RunLock
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
@@ -152,7 +160,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Begun]:
             )
             return super().run()
 
-    monkeypatch.setattr(launch_module, "Trainer", Watched)
+    monkeypatch.setattr(start_module, "Trainer", Watched)
     return found
 
 
@@ -486,21 +494,21 @@ def test_a_signal_between_two_phases_ends_it(photos: Path, whole: Path, tmp_path
     def tell(line: str) -> None:
         told.append(line)
 
-    original = phases_module._link_later_model
+    original = recipe_module._link_later_model
 
     def link(path: Path, folder: Path) -> None:
         original(path, folder)
         interrupt()
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(phases_module, "_link_later_model", link)
+        monkeypatch.setattr(recipe_module, "_link_later_model", link)
         outcome = start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, tell, cpu=True)
     assert outcome == Outcome(3, "SIGTERM")
     assert len(told) == 1
     assert not (path / "2-two").exists()
     # On going on, the same before anything has been done.
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(phases_module, "_link_later_model", lambda *_: interrupt())
+        monkeypatch.setattr(recipe_module, "_link_later_model", lambda *_: interrupt())
         assert resume(recipe, path) == Outcome(0, "SIGTERM")
     assert not (path / "2-two").exists()
     assert resume(recipe, path) == Outcome(3, None)

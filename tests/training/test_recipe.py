@@ -16,8 +16,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.presets import dump_yaml, list_presets, list_recipes
 from dc_ssdae.training.build import build_model
-from dc_ssdae.training.phases import resolved_recipe
-from dc_ssdae.training.recipe import Phase, Recipe, check_phase_name, read_recipe, recipe_mapping
+from dc_ssdae.training.recipe import Phase, Recipe, check_phase_name, read_recipe, recipe_mapping, resolved_recipe
 
 RECIPE = Recipe(
     [

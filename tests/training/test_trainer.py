@@ -29,15 +29,16 @@ from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError
 from dc_ssdae.training import build as build_module
 from dc_ssdae.training import checkpoint as checkpoint_module
+from dc_ssdae.training import measurements as measurements_module
 from dc_ssdae.training import trainer as trainer_module
 from dc_ssdae.training.build import build_model
 from dc_ssdae.training.checkpoint import STATE, Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.distributed import start_processes
+from dc_ssdae.training.distributed import processes_of, start_processes
 from dc_ssdae.training.evaluation import Evaluation
-from dc_ssdae.training.launch import resume_run, start_run
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, RunLock, create_run, recover_run
+from dc_ssdae.training.start import resume_run, start_run
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
@@ -85,7 +86,8 @@ def trainer_of(config: RunConfig, path: Path) -> Trainer:
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
     run = RunFolder(path, config.training.keep_every)
-    return Trainer(config, run, start_processes(None, cpu=True), sources, StopRequest())
+    accelerator = start_processes(None, cpu=True)
+    return Trainer(config, run, accelerator, processes_of(accelerator), sources, StopRequest())
 
 
 def last(path: Path) -> Checkpoint:
@@ -460,7 +462,7 @@ def test_a_signal_ends_an_evaluation_and_a_measurement(
 
 def test_a_configuration_changed_by_hand_is_refused(images: Path, tmp_path: Path) -> None:
     start(run_config(images, steps=2), tmp_path / "run")
-    with pytest.raises(InputError, match=r"training\.lr was 0\.001 when the run was saved and is 0\.5 in its config"):
+    with pytest.raises(InputError, match=r"training\.lr is 0\.001 in .* and cannot become 0\.5"):
         resume(run_config(images, steps=4, lr=0.5), tmp_path / "run")
     assert resume(run_config(images, steps=4, checkpoint_every=1), tmp_path / "run") == Outcome(4, None)
 
@@ -645,7 +647,7 @@ def test_the_best_checkpoint(
     given = iter(values)
     name = metric.partition(":")[0]
     other = {"psnr": 0.0, "ssim": 0.0, "mse": 0.0}
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *rest: Evaluation({**other, name: next(given)}, 3, []))
+    monkeypatch.setattr(measurements_module, "evaluate", lambda *rest: Evaluation({**other, name: next(given)}, 3, []))
     start(run_config(images, steps=5, evaluate_every=1, best_metric=metric), tmp_path / "run")
     state = last(tmp_path / "run").state
     link = RunFolder(tmp_path / "run").checkpoints.best()
@@ -663,14 +665,14 @@ def test_an_evaluation_sees_the_average_and_leaves_no_trace(
     config = run_config(images, steps=4, evaluate_every=2, sample_images=2)
     trainer = watch(trainer_of(config, tmp_path / "run"))
     seen = []
-    original = trainer_module.evaluate
+    original = measurements_module.evaluate
 
     def evaluate(*rest: Any) -> Evaluation:
         assert not trainer.module.training
         seen.append({name: tensor.clone() for name, tensor in trainer.module.model.state_dict().items()})
         return original(*rest)
 
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    monkeypatch.setattr(measurements_module, "evaluate", evaluate)
     trainer.run()
     assert trainer.module.training
     assert len(seen) == 2
@@ -779,7 +781,8 @@ def half_way(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tr
     start(config, path)
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    trainer = Trainer(config, RunFolder(path), start_processes(None, cpu=True), sources, StopRequest())
+    accelerator = start_processes(None, cpu=True)
+    trainer = Trainer(config, RunFolder(path), accelerator, processes_of(accelerator), sources, StopRequest())
     return trainer, json.loads((path / "checkpoints" / "last" / "state.json").read_text())
 
 
@@ -860,7 +863,7 @@ def test_another_optimisers_checkpoint_is_refused(whole_run: Path, images: Path,
     path = tmp_path / "run"
     shutil.copytree(whole_run, path, symlinks=True)
     config = run_config(images, losses=HOOKED, steps=9, optimizer="schedule_free_radam")
-    with pytest.raises(InputError, match=r"training\.optimizer was 'adamw' when the run was saved"):
+    with pytest.raises(InputError, match=r"training\.optimizer is 'adamw' in .* and cannot become"):
         resume(config, path)
 
 
@@ -905,5 +908,5 @@ def test_a_gradient_that_overflows_float16_halves_the_scale(
 
 def test_a_run_does_not_go_on_in_another_precision(photos: Path, tmp_path: Path) -> None:
     start(run_config(photos, steps=2), tmp_path / "run")
-    with pytest.raises(InputError, match=r"training\.precision was 'float32'"):
+    with pytest.raises(InputError, match=r"training\.precision is 'float32'"):
         resume(run_config(photos, steps=3, precision="float16"), tmp_path / "run")
