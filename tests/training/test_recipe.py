@@ -47,7 +47,6 @@ def refusal(folder: Path) -> str:
         read_recipe(folder)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    assert len(message) <= 400
     return message
 
 
@@ -61,13 +60,13 @@ def test_the_folders_are_numbered() -> None:
     assert [RECIPE.folder(path, phase.name) for phase in RECIPE.phases] == [path / name for name in names]
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a-b", "a/b", "..", "1st", "a.b", "é", None, 1, True, ["a"], "a" * 65])
+@pytest.mark.parametrize("name", ["", "a b", "a-b", "a/b", "..", "1st", "a.b", "é", None, 1, True, ["a"]])
 def test_a_name_that_is_none_is_refused(name: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a phase is called"):
         check_phase_name(name)
 
 
-@pytest.mark.parametrize("name", ["a", "_", "low_resolution", "A1", "a" * 64])
+@pytest.mark.parametrize("name", ["a", "_", "low_resolution", "A1"])
 def test_a_name(name: str) -> None:
     check_phase_name(name)
 
@@ -148,7 +147,6 @@ def test_mutated_recipes_are_read_or_refused_in_one_line(content: bytes, mutated
         message = ""
         assert read_recipe(write(mutated_folder, recipe_mapping(recipe))) == recipe
     assert len(message.splitlines()) <= 1
-    assert len(message) <= 400
 
 
 def test_reading_a_recipe_needs_no_torch(tmp_path: Path) -> None:

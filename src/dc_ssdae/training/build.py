@@ -269,10 +269,8 @@ def check_components(
         model = _build_for_training(config, sharded)
     if config.distillation is not None:
         _check_teacher(model, config, teacher)
-    if starts:
-        if training.init_from is not None:
-            _check_source("training.init_from", training.init_from, model)
-        check_encoder_is_trained(config)
+    if starts and training.init_from is not None:
+        _check_source("training.init_from", training.init_from, model)
     # Groups of loss terms are known when those are built, with their backbones.
     if own := [name for name in training.train or () if name.partition(".")[0] != "losses"]:
         _select(parameter_groups(model), own)
@@ -281,6 +279,8 @@ def check_components(
     for name, loss in config.losses.items():
         if loss.weight:
             _check_term(name, loss)
+    if starts:
+        check_encoder_is_trained(config)
     return model
 
 

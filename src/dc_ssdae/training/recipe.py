@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.yaml"
 
-LONGEST_NAME = 64
-"""Of a phase, in characters: file systems take no name of any length."""
-
 LEARNING_TERMS = ("repa",)
 """The built-in loss terms with parameters of their own."""
 
@@ -71,8 +68,6 @@ def check_phase_name(name: Any) -> None:
     """
     if not isinstance(name, str) or not (name.isidentifier() and name.isascii()):
         raise InputError(f"a phase is called {shown(name)}; use letters, digits and underscores")
-    if len(name) > LONGEST_NAME:
-        raise InputError(f"a phase is called {shown(name)}; use {LONGEST_NAME} characters at most")
 
 
 def both_sources(name: str) -> InputError:
@@ -82,11 +77,8 @@ def both_sources(name: str) -> InputError:
 
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
     """Plain data that `read_recipe` takes back, every setting of every phase spelt out."""
-    return {
-        "phases": {
-            phase.name: {"starts_from": phase.starts_from, **phase.config.to_mapping()} for phase in recipe.phases
-        }
-    }
+    phases = {phase.name: {"starts_from": phase.starts_from, **phase.config.to_mapping()} for phase in recipe.phases}
+    return {"phases": phases}
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -156,7 +148,7 @@ def start_recipe(recipe: Recipe, text: str, path: Path, spell: Spell, tell: Tell
         check_new(path)
         with new_folder(path) as partial:
             (partial / RECIPE_FILE).write_text(text, encoding="utf-8")
-            _link_later_model(partial, first)
+            replace_link(partial / "model", Path(first.name, "model"))
 
     processes.on_main(create)
     try:
@@ -201,12 +193,9 @@ def finished_phases(recipe: Recipe, path: Path) -> list[str]:
     """
     from dc_ssdae.training.run import RunFolder, is_finished
 
-    folders = {phase.name: RunFolder(recipe.folder(path, phase.name)) for phase in recipe.phases}
-    return [
-        phase.name
-        for phase in recipe.phases
-        if folders[phase.name].config.is_file() and is_finished(folders[phase.name], phase.config.training)
-    ]
+    folders = [RunFolder(recipe.folder(path, phase.name)) for phase in recipe.phases]
+    pairs = zip(recipe.phases, folders, strict=True)
+    return [phase.name for phase, folder in pairs if is_finished(folder, phase.config.training)]
 
 
 def settled_phases(recipe: Recipe, path: Path) -> list[str]:
@@ -291,14 +280,9 @@ def _check_trained_terms(recipe: Recipe, phase: Phase) -> None:
 
 
 def _train(
-    recipe: Recipe,
-    path: Path,
-    spell: Spell,
-    tell: Tell,
-    processes: "Processes",
-    cpu: bool,
-    text: str | None = None,
+    recipe: Recipe, path: Path, spell: Spell, tell: Tell, processes: "Processes", cpu: bool, text: str | None = None
 ) -> "Outcome | None":
+    """Train the phases that are left, one after the other, from where each of them stopped."""
     from accelerate.utils.memory import clear_device_cache
 
     from dc_ssdae.training.start import locked, resume_run, start_run
