@@ -60,8 +60,8 @@ def run(options: Options) -> int:
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.data.sample_photos import sample_photos
     from dc_ssdae.timing import keeping_threads
-    from dc_ssdae.training.launch import start_run
     from dc_ssdae.training.logging import read_lines
+    from dc_ssdae.training.start import start_run
 
     config = _configuration(options)
     training = config.training

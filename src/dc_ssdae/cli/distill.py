@@ -64,7 +64,7 @@ def run(options: Options) -> int:
     """Train the student, then compare; gives the exit code, 0 also where a signal asked for the end."""
     with watching_training(options.resume is not None):
         from dc_ssdae.training.build import resolved
-        from dc_ssdae.training.launch import resume_run, start_run
+        from dc_ssdae.training.start import resume_run, start_run
 
         if options.resume is None:
             config = resolved(_new_config(options))

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dc_ssdae.cli.common import complain
 from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_run_config
 from dc_ssdae.cli.run_recipe import change_recipe, read_new_recipe, recipe_yaml
-from dc_ssdae.errors import InputError, ToldElsewhere, counted, shown
+from dc_ssdae.errors import InputError, ToldElsewhere, counted
 from dc_ssdae.presets import read_yaml
 from dc_ssdae.settings import setting
-from dc_ssdae.training.config import MAY_CHANGE, RunConfig, TrainingConfig
+from dc_ssdae.training.changes import check_changes, lasting_settings
+from dc_ssdae.training.config import RunConfig, TrainingConfig
 from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def run(options: Options) -> int:
         if options.recipe is not None or (options.resume is not None and (options.resume / "recipe.yaml").is_file()):
             return run_recipe(options)
         from dc_ssdae.training.build import resolved
-        from dc_ssdae.training.launch import resume_run, start_run
+        from dc_ssdae.training.start import resume_run, start_run
 
         if options.resume is None:
             config, name = read_run_config(options)
@@ -72,8 +73,7 @@ def run(options: Options) -> int:
 
 def run_recipe(options: Options) -> int:
     """Train in phases; gives the exit code."""
-    from dc_ssdae.training.phases import resolved_recipe, resume_recipe, settled_phases, start_recipe
-    from dc_ssdae.training.recipe import read_recipe
+    from dc_ssdae.training.recipe import read_recipe, resolved_recipe, resume_recipe, settled_phases, start_recipe
 
     def say(message: str) -> None:
         if is_main_process():
@@ -93,7 +93,7 @@ def run_recipe(options: Options) -> int:
         for old, new in zip(before.phases, recipe.phases, strict=True):
             folder = before.folder(path, old.name)
             if (folder / "config.yaml").is_file():
-                check_changes(old.config.to_mapping(), new.config.to_mapping(), folder)
+                check_changes(lasting_settings(old.config), lasting_settings(new.config), folder)
         outcome = resume_recipe(recipe, recipe_yaml(recipe) if recipe != before else None, path, config_yaml, say)
     last = recipe.phases[-1].name
     spent = f"{counted(len(recipe.phases), 'phase')}, all budgets spent (--phases.{last}.training.steps N goes on to N)"
@@ -174,26 +174,8 @@ def read_changes(options: RunOptions, before: RunConfig, path: Path) -> RunConfi
         InputError: as `read_run_config`; or a change would make it another run.
     """
     after, _ = read_run_config(options, before.to_mapping())
-    check_changes(before.to_mapping(), after.to_mapping(), path)
+    check_changes(lasting_settings(before), lasting_settings(after), path)
     return after
-
-
-def check_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
-    """Refuse a change that would make it another run.
-
-    Raises:
-        InputError: names the setting.
-    """
-    for section in before:
-        for name, value in before[section].items():
-            wish = after[section].get(name)
-            if wish != value and name not in MAY_CHANGE.get(section, ()):
-                raise InputError(
-                    f"{section}.{name} is {shown(value)} in {path} and cannot become {shown(wish)} when the run goes "
-                    f"on; a new run can start from its weights: --training.init_from {path}"
-                )
-    if added := sorted(set(after["losses"]) - set(before["losses"])):
-        raise InputError(f"losses.{added[0]} is not part of {path}; start a new run with --training.init_from {path}")
 
 
 def is_main_process() -> bool:

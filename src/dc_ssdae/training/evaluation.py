@@ -4,16 +4,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dc_ssdae.data.images import to_uint8
 from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
+from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation.latent_statistics import LatentSurvey, latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 from dc_ssdae.training.config import METRICS
-from dc_ssdae.training.distributed import processes_of
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
 assert MEASURES.keys() == METRICS.keys()
@@ -31,7 +30,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     reconstruct: Callable[[Tensor], Tensor],
     images: ValidationImages,
-    accelerator: Accelerator,
+    processes: Processes,
     batch_size: int,
     workers: int,
 ) -> Evaluation:
@@ -40,11 +39,11 @@ def evaluate(
     Args:
         reconstruct: uint8 (B, 3, S, S) to (B, 3, S, S) in [-1, 1].
         images: what to measure.
-        accelerator: of the run.
+        processes: of the run.
         batch_size: images at a time in each process.
         workers: that read images.
     """
-    count, processes = len(images), processes_of(accelerator)
+    count = len(images)
     rounds = -(-count // processes.count)
     # Sharded networks need every process to call them equally often: the last image fills up, and counts once.
     mine = [min(place * processes.count + processes.index, count - 1) for place in range(rounds)]
@@ -54,7 +53,7 @@ def evaluate(
     seen: set[int] = set()
     for batch in validation_loader(images, mine, batch_size, workers):
         pixels = torch.stack([image.pixels for image in batch])
-        reconstructed = reconstruct(pixels.to(accelerator.device)).cpu()
+        reconstructed = reconstruct(pixels.to(processes.device)).cpu()
         for image, output in zip(batch, reconstructed, strict=True):
             filled_up = image.place % processes.count != processes.index or image.place in seen
             seen.add(image.place)
@@ -76,7 +75,7 @@ def measure_latent(
     encode: Callable[[Tensor], DiagonalGaussian],
     images: ValidationImages,
     channels: int,
-    accelerator: Accelerator,
+    processes: Processes,
     batch_size: int,
     workers: int,
 ) -> LatentSurvey:
@@ -86,14 +85,13 @@ def measure_latent(
         encode: uint8 (B, 3, S, S) to the Gaussian over (B, c, h, w).
         images: what to encode.
         channels: c.
-        accelerator: of the run.
+        processes: of the run.
         batch_size: images at a time in each process.
         workers: that read images.
     """
-    processes = processes_of(accelerator)
     share = processes.index, processes.count
     survey = latent_statistics(
-        lambda pixels: encode(pixels.to(accelerator.device)), images, channels, batch_size, workers, *share
+        lambda pixels: encode(pixels.to(processes.device)), images, channels, batch_size, workers, *share
     )
     moments = LatentMoments.from_state(processes.sum(survey.moments.state(*share)))
     return LatentSurvey(moments, [image for part in processes.gather(survey.broken) for image in part])
