@@ -316,8 +316,7 @@ def test_a_full_disk(small_disk: Path) -> None:
         ("[]", "is not a checkpoint's state of format 1"),
         ('{"step": 20}', "format 1"),
         ('{"format": 99, "step": 20}', "format 1"),
-        ('{"format": 1, "step": "20"}', "format 1"),
-        (f'{{"format": 1, "step": 1{"0" * 400}}}', "is too large"),
+        ('{"format": 1, "step": "20"}', "its step is '20'"),
         (f'{{"format": 1, "step": 20, "settings": {"[" * 10**5}{"]" * 10**5}}}', "state.json cannot be read"),
     ],
 )
@@ -337,15 +336,8 @@ def test_a_damaged_state_is_named(folder: CheckpointFolder, text: str | None, me
 def test_a_state_with_a_wrong_type_is_named(folder: CheckpointFolder, name: str) -> None:
     path = folder.last() / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: "x"}))
-    with pytest.raises(InputError, match=rf"damaged: {name} in {path} is 'x'"):
+    with pytest.raises(InputError, match=rf"{path} is damaged: its {name} is 'x'"):
         read_state(folder.last())
-
-
-def test_settings_of_64_bits_are_read(folder: CheckpointFolder) -> None:
-    path = folder.last() / "state.json"
-    settings = {"model.encoder": {"init_args": {"seed": 2**63 - 1, "offset": -(10**18)}}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
-    assert read_state(folder.last())["settings"] == settings
 
 
 def test_a_state_that_is_no_text_is_named(folder: CheckpointFolder) -> None:
@@ -389,13 +381,6 @@ def test_folders_in_the_place_of_links_become_links_again(tmp_path: Path) -> Non
     copy.save(checkpoint(30))
     assert steps_of(copy) == (30, 10)
     assert names(copy) == {"last", "best", "step-00000010", "step-00000030"}
-
-
-def test_a_state_that_lacks_something_is_named(folder: CheckpointFolder) -> None:
-    last = folder.last()
-    assert last is not None
-    with pytest.raises(InputError, match=r"state\.json lacks 'optimizer'"):
-        read_checkpoint(last, ("step", "optimizer"))
 
 
 def test_checkpoints_without_links_are_found_again(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 def scalars(run: RunFolder) -> dict[str, list[int]]:
     """Steps by name, of everything that TensorBoard shows."""
-    events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
@@ -176,26 +176,12 @@ def test_a_start_is_cut_back_to_its_step(run: RunFolder) -> None:
             loggers.evaluation({"step": step, "psnr": 20.0, "images": 3})
     loggers.broken([BrokenImage("a", "a is broken")], 5, "train")
     loggers.close()
-    assert [line["step"] for line in read_lines(run.evaluations)] == [2, 4, 6]
+    assert [line["step"] for line in read_lines(run.path / "evaluations.jsonl")] == [2, 4, 6]
     loggers = Loggers(run, run_config(), True, 4)
     assert [line["step"] for line in read_lines(run.metrics)] == [1, 2, 3, 4]
-    assert [line["step"] for line in read_lines(run.evaluations)] == [2, 4], "that of the checkpoint itself stays"
+    assert [line["step"] for line in read_lines(run.path / "evaluations.jsonl")] == [2, 4]
     assert [line["name"] for line in read_lines(run.broken_images)] == ["a"], "what is broken stays known"
     loggers.close()
-
-
-def test_steps_of_a_run_that_counted_from_0_are_raised_by_one(run: RunFolder) -> None:
-    old = JsonLines(run.metrics, warn=print)
-    for step in range(6):
-        old.write(entry(step, lr=step / 10))
-    for _ in range(2):  # once, however often it goes on
-        Loggers(run, run_config(), True, 4).close()
-        assert [(line["step"], line["lr"]) for line in read_lines(run.metrics)] == [
-            (1, 0),
-            (2, 0.1),
-            (3, 0.2),
-            (4, 0.3),
-        ]
 
 
 def test_a_broken_image_is_named_once_over_all_starts(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +222,7 @@ def test_tensorboard_has_every_number(run: RunFolder) -> None:
     assert found["evaluation/psnr"] == [3]
     names = {"gradient_norm", "lr", "images_per_second", "seconds", "memory_gib"}
     assert {f"train/{name}" for name in names} <= set(found)
-    assert (run.samples / "step-00000003.png").is_file()
+    assert (run.path / "samples" / "step-00000003.png").is_file()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -257,7 +243,7 @@ def test_a_full_disk_does_not_end_a_run(small_disk: Path, capsys: pytest.Capture
     loggers.step(entry(200))
     loggers.close()
     assert [line["step"] for line in read_lines(run.metrics)] == list(range(201))
-    assert [line["step"] for line in read_lines(run.evaluations)] == [50, 100, 150, 200]
+    assert [line["step"] for line in read_lines(run.path / "evaluations.jsonl")] == [50, 100, 150, 200]
     said = capsys.readouterr().err
     assert "metrics.jsonl cannot be written" in said
     assert "samples" in said

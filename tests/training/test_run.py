@@ -23,7 +23,6 @@ from dc_ssdae.training.run import (
     RunLock,
     append_line,
     check_new,
-    command_line,
     create_run,
     describe_environment,
     is_finished,
@@ -371,22 +370,35 @@ def test_a_run_that_has_not_begun_is_not_finished(tmp_path: Path) -> None:
 
 def test_the_environment_is_json(tmp_path: Path) -> None:
     path = tmp_path / "environment.jsonl"
-    for command in (["dc-ssdae", "train"], ["dc-ssdae", "train", "--resume"]):
-        append_line(path, describe_environment(command, {"device": "cpu", "cuda": None}))
+    for device in ("cpu", "another"):
+        append_line(path, describe_environment({"device": device, "cuda": None}))
     first, second = (json.loads(line) for line in path.read_text().splitlines())
-    assert first["command"] == ["dc-ssdae", "train"]
-    assert second["command"][-1] == "--resume"
+    assert (first["device"], second["device"]) == ("cpu", "another")
+    assert first["command"] == sys.orig_argv
     assert torch.__version__.startswith(first["versions"]["torch"])
     assert {"time", "folder", "host", "platform", "python", "git", "device", "cuda"} <= first.keys()
 
 
-def test_the_command_line_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/dc-ssdae", "train", "--data.root", "my images"])
-    assert command_line() == ["dc-ssdae", "train", "--data.root", "my images"]
-    monkeypatch.setattr(sys, "argv", ["/x/dc_ssdae/__main__.py", "train"])
-    assert command_line() == ["python", "-m", "dc_ssdae", "train"]
+def test_the_commit_of_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=A", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    def found() -> object:
+        return describe_environment({})["git_of_folder"]
 
-def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert describe_environment([], {})["git"] is None
+    monkeypatch.chdir(tmp_path)
+    assert found() is None
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-m", "first")
+    git("tag", "v1")
+    assert found() == {"commit": git("rev-parse", "HEAD"), "changed": False}
+    (tmp_path / "not added").write_text("2")
+    assert found() == {"commit": git("rev-parse", "HEAD"), "changed": False}
+    (tmp_path / "code.py").write_text("2")
+    assert found() == {"commit": git("rev-parse", "HEAD"), "changed": True}
+    monkeypatch.setenv("PATH", "")
+    assert found() is None

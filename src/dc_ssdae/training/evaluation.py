@@ -1,6 +1,7 @@
 """Evaluation within a run: reconstruct validation images in one step and measure them; measure the latents."""
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -45,26 +46,23 @@ def evaluate(
         workers: that read images.
     """
     count, processes = len(images), processes_of(accelerator)
-    rounds = -(-count // processes.count)
-    # Sharded networks need every process to call them equally often: the last image fills up, and counts once.
-    mine = [min(place * processes.count + processes.index, count - 1) for place in range(rounds)]
+    # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
+    places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
     results = torch.zeros(count, len(MEASURES) + 2, dtype=torch.float64)
     broken: list[BrokenImage] = []
-    seen: set[int] = set()
-    for batch in validation_loader(images, mine, batch_size, workers):
+    unread = iter(places)
+    for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
         pixels = torch.stack([image.pixels for image in batch])
         reconstructed = reconstruct(pixels.to(accelerator.device)).cpu()
-        for image, output in zip(batch, reconstructed, strict=True):
-            filled_up = image.place % processes.count != processes.index or image.place in seen
-            seen.add(image.place)
-            if filled_up:
+        for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
+            if place >= count:
                 continue
             if image.broken is not None:
                 broken.append(image.broken)
                 continue
             row = [*_measure(image.pixels, output), float(image.enlarged), 1.0]
-            results[image.place] = torch.tensor(row, dtype=torch.float64)
+            results[place] = torch.tensor(row, dtype=torch.float64)
     total = processes.sum(results)
     broken = [image for part in processes.gather(broken) for image in part]
     measured = int(total[:, -1].sum())

@@ -25,10 +25,10 @@ from dc_ssdae.training.initial import check_encoder_is_trained
 from dc_ssdae.training.logging import read_lines
 from dc_ssdae.training.origin import inherited
 from dc_ssdae.training.run import (
+    CONFIG_FILE,
     RunFolder,
     RunLock,
     append_line,
-    command_line,
     create_run,
     describe_environment,
     is_finished,
@@ -148,8 +148,8 @@ def _train(
                     (run.model / "config.json").write_text(_model_config(config, teacher), encoding="utf-8")
             recover_run(run)
             if config_text is not None:
-                write_whole(run.config, config_text.encode())
-            append_line(run.environment, describe_environment(command_line(), _hardware(accelerator)))
+                write_whole(run.path / CONFIG_FILE, config_text.encode())
+            append_line(run.path / "environment.jsonl", describe_environment(_hardware(accelerator)))
 
         on_main_process(accelerator, prepare)
         note = slow_dtype_note(accelerator.device, config.training.precision)

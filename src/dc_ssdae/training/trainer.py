@@ -34,7 +34,7 @@ from dc_ssdae.model_folder import read_config
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import build_step, place_step
-from dc_ssdae.training.checkpoint import STATE, Checkpoint, read_checkpoint, refused_as_damaged
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.config_checks import shown
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
@@ -129,7 +129,7 @@ class Trainer:
             assert isinstance(module, DistillationStep)
             module.cache = TeacherCache(run.teacher_cache, config.distillation.cache_steps * training.batch_size)
         folder = run.checkpoints.last()
-        checkpoint = None if folder is None else read_checkpoint(folder, STATE)
+        checkpoint = None if folder is None else read_checkpoint(folder)
         if checkpoint is not None:
             check_same_tensors(f"{folder}/model.safetensors", module.state_dict(), checkpoint.tensors["model"])
             module.load_state_dict(dict(checkpoint.tensors["model"]))
