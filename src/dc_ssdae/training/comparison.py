@@ -17,7 +17,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.files import write_json, written_beside
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.evaluation import MEASURES
+from dc_ssdae.training.evaluation import measure
 from dc_ssdae.training.run import RunFolder
 
 BATCH = 8
@@ -163,11 +163,10 @@ def compare(
         target = teacher.decode(z, num_steps=steps, step_size=step_size).sample.float()
         decoded = torch.stack([teacher.decode(z).sample.float(), target, student.decode(z).sample.float()], dim=1)
         distances = (decoded - target[:, None]).square().flatten(2).mean(dim=2).tolist()
-        pixels = to_uint8(decoded.nan_to_num()).cpu()
-        for original, outputs, to_target in zip(originals, pixels, distances, strict=True):
-            quality = ([measure(original, output) for measure in MEASURES.values()] for output in outputs)
-            measured.append([[*values, distance] for values, distance in zip(quality, to_target, strict=True)])
-            pictured.append([original, *outputs])
+        for original, outputs, to_target in zip(originals, decoded.cpu(), distances, strict=True):
+            rows = zip(outputs, to_target, strict=True)
+            measured.append([[*measure(original, output), distance] for output, distance in rows])
+            pictured.append([original, *to_uint8(outputs.nan_to_num())])
         del pictured[PICTURED:]
     if not measured:
         raise InputError("no image can be read: there is nothing to compare")

@@ -56,13 +56,10 @@ def evaluate(
         pixels = torch.stack([image.pixels for image in batch])
         reconstructed = reconstruct(pixels.to(accelerator.device)).cpu()
         for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
-            if place >= count:
-                continue
-            if image.broken is not None:
+            if place < count and image.broken is not None:
                 broken.append(image.broken)
-                continue
-            row = [*_measure(image.pixels, output), float(image.enlarged), 1.0]
-            results[place] = torch.tensor(row, dtype=torch.float64)
+            elif place < count:
+                results[place] = results.new_tensor([*measure(image.pixels, output), image.enlarged, 1.0])
     total = processes.sum(results)
     broken = [image for part in processes.gather(broken) for image in part]
     measured = int(total[:, -1].sum())
@@ -97,8 +94,14 @@ def measure_latent(
     return LatentSurvey(moments, [image for part in processes.gather(survey.broken) for image in part])
 
 
-def _measure(pixels: Tensor, output: Tensor) -> list[float]:
+def measure(pixels: Tensor, output: Tensor) -> list[float]:
+    """Compute `MEASURES` of an image.
+
+    Args:
+        pixels: the original, uint8 (3, S, S).
+        output: its reconstruction (3, S, S), about [-1, 1]; one that is not finite has no values but NaN.
+    """
     if not output.isfinite().all():
         return [float("nan")] * len(MEASURES)
     image = to_uint8(output)
-    return [measure(pixels, image) for measure in MEASURES.values()]
+    return [metric(pixels, image) for metric in MEASURES.values()]

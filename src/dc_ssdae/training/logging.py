@@ -6,6 +6,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,31 @@ class JsonLines:
         self.path = path
         self._warn = warn
         self._pending = b""
-        self._failing = False
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append an object; numbers that are not finite become null."""
+        was_failing = self._pending != b""
         self._pending += json.dumps(finite(entry), allow_nan=False).encode() + b"\n"
-        self.flush()
+        try:
+            self.flush()
+        except OSError as error:
+            if not was_failing:
+                self._warn(f"{self.path} cannot be written ({error.strerror or error}); its lines are kept in memory")
 
     def flush(self) -> None:
-        """Write what is pending, whole lines only."""
+        """Write what is pending, whole lines only.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         if not self._pending:
             return
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                before = file.tell()
-                if file.write(self._pending) != len(self._pending):
-                    file.truncate(before)
-                    raise OSError("not enough space for a line")
-            self._pending = b""
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                self._warn(f"{self.path} cannot be written ({error.strerror or error}); its lines are kept in memory")
-            self._failing = True
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(self._pending) != len(self._pending):
+                file.truncate(before)
+                raise OSError("not enough space for a line")
+        self._pending = b""
 
     def cut(self, step: float) -> None:
         """Keep the whole lines of steps before `step`, and no others: what comes after is about to be done again.
@@ -197,7 +200,8 @@ class Loggers:
     def close(self) -> None:
         """Flush and close everything."""
         for lines in (self._metrics, self._evaluations, self._broken):
-            lines.flush()
+            with suppress(OSError):  # which was said when it began
+                lines.flush()
         self._bar.close()
         self._on_tensorboard(lambda writer: writer.close())
         if self._wandb is not None:
