@@ -119,7 +119,7 @@ class Loggers:
         self.active = active
         self.run = run
         self._training = config.training
-        self._purge_step: int | None = first_step + 1
+        self._purge_step = first_step + 1 if first_step else None
         self._metrics, self._evaluations, self._broken = (
             JsonLines(path if active else Path(os.devnull), self.say)
             for path in (run.metrics, run.path / "evaluations.jsonl", run.broken_images)
