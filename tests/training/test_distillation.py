@@ -1,6 +1,5 @@
 """Distillation: the target by hand, what stays as it was, the cache on disk, stopping and going on, what is refused."""
 
-import math
 import os
 import shutil
 import signal
@@ -546,20 +545,6 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert_same_runs(path, tmp_path / "whole")
 
 
-def test_other_parts_of_the_batch_read_the_same_cache(
-    images: Path, teacher: Path, tmp_path: Path, cached_run: Path
-) -> None:
-    config = distillation(teacher, images, cache_steps=3, accumulation_steps=2)
-    path = tmp_path / "run"
-    trainer = trainer_of(config, path)
-    shutil.copytree(cached_run / "teacher_cache", path / "teacher_cache")
-    made = evaluations(trainer)
-    trainer.run()
-    assert made == []
-    for found, expected in zip(losses(path), losses(cached_run), strict=True):
-        assert found["loss/dynamics"] == pytest.approx(expected["loss/dynamics"], rel=1e-3)
-
-
 # --- what is refused ---
 
 
@@ -591,21 +576,6 @@ def test_mistakes_leave_no_run(teachers: dict[str, Path], images: Path, tmp_path
     refused(replace(good, model=replace(good.model, latent_channels=6)), run, "linear has tensor .* of shape")
     # The same tensors, and yet another model.
     refused(distillation(teachers["truncated"], images), run, "has another dynamics than section model")
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        (("x", 0), "steps"),
-        (("x", 4, -0.1), "step_size"),
-        (("x", 4, math.nan), "step_size"),
-        (("x", 4, None, 0), "cache_steps"),
-        ((" ",), "teacher"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings: tuple[Any, ...], name: str) -> None:
-    with pytest.raises(InputError, match=rf"distillation\.{name} is"):
-        DistillationConfig(*settings)
 
 
 def test_a_run_does_not_go_on_with_other_settings(whole_run: Path, images: Path, teacher: Path, tmp_path: Path) -> None:
