@@ -524,7 +524,6 @@ def failing_write(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
     def write(folder: Path, checkpoint: Checkpoint) -> None:
         if checkpoint.state["step"] in steps:
-            folder.mkdir()
             (folder / "model.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         written(folder, checkpoint)
