@@ -22,13 +22,12 @@ from dc_ssdae.training.build import build_model, check_components, fetch_backbon
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import check_batch, on_main_process, start_processes, together
 from dc_ssdae.training.initial import check_encoder_is_trained
-from dc_ssdae.training.logging import read_lines
+from dc_ssdae.training.logging import JsonLines, read_lines
 from dc_ssdae.training.origin import inherited
 from dc_ssdae.training.run import (
     CONFIG_FILE,
     RunFolder,
     RunLock,
-    append_line,
     create_run,
     describe_environment,
     is_finished,
@@ -149,7 +148,8 @@ def _train(
             recover_run(run)
             if config_text is not None:
                 write_whole(run.path / CONFIG_FILE, config_text.encode())
-            append_line(run.path / "environment.jsonl", describe_environment(_hardware(accelerator)))
+            lines = JsonLines(run.path / "environment.jsonl", partial(print, file=sys.stderr))
+            lines.write(describe_environment(_hardware(accelerator)))
 
         on_main_process(accelerator, prepare)
         note = slow_dtype_note(accelerator.device, config.training.precision)

@@ -13,7 +13,6 @@ RUN/teacher/           of a distillation: a copy of the model to learn from;  te
 import fcntl
 import filecmp
 import glob
-import json
 import os
 import platform
 import shutil
@@ -285,12 +284,6 @@ def describe_environment(hardware: Mapping[str, Any]) -> dict[str, Any]:
         "git_of_folder": _git_state(Path.cwd()),
         **hardware,
     }
-
-
-def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append one line of JSON to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
 
 
 def _git_state(folder: Path) -> dict[str, Any] | None:
