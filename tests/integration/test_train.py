@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -113,14 +112,6 @@ def test_a_runs_folder_holds_what_a_lab_needs(finished, data):
     assert list((finished / "tensorboard").glob("events*"))
 
 
-def test_the_runs_model_is_the_average(finished):
-    model = DCSSDAE.from_pretrained(finished / "model")
-    average = load_file(finished / "checkpoints/last/ema.safetensors")
-    assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
-    weights = load_file(finished / "checkpoints/last/model.safetensors")
-    assert not torch.equal(weights["model.decoder.conv_out.weight"], average["decoder.conv_out.weight"])
-
-
 def test_a_run_serves_as_a_model(finished, tmp_path, capsys):
     photo = tmp_path / "photo.png"
     Image.new("RGB", (20, 30), "teal").save(photo)
@@ -140,14 +131,6 @@ def test_resuming_a_finished_run_says_so(finished, tmp_path):
     assert times() == before
 
 
-def test_a_folder_that_exists_is_refused(finished, capsys):
-    config = finished.parents[1] / "mine.yaml"
-    assert main(["train", "--config", str(config), "--training.output", str(finished)]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert f"--resume {finished}" in message
-
-
 def test_a_run_without_a_checkpoint_resumes_at_step_0(tmp_path, data):
     config = write_config(tmp_path / "c.yaml", data, steps=4, checkpoint_every=4, evaluate_every=4)
     log = tmp_path / "log"
@@ -159,20 +142,19 @@ def test_a_run_without_a_checkpoint_resumes_at_step_0(tmp_path, data):
     assert_same_runs(tmp_path / "whole", tmp_path / "begun")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_with_0(tmp_path, data, number):
+def test_a_signal_saves_and_ends_with_0(tmp_path, data):
     words = ["--config", str(write_config(tmp_path / "c.yaml", data, steps=2000, checkpoint_every=2000))]
     run, log = tmp_path / "run", tmp_path / "log"
     process = start([*words, "--training.output", str(run), "--data.workers", "2"], log)
     while process.poll() is None and (not (run / "metrics.jsonl").exists() or not metrics(run)):
         pass
     before = len(metrics(run))
-    os.killpg(process.pid, number)  # as a cluster and a terminal do: to the workers that read images too
+    os.killpg(process.pid, signal.SIGTERM)  # as a cluster and a terminal do: to the workers that read images too
     assert process.wait(timeout=60) == 0, log.read_text()
     step = json.loads((run / "checkpoints/last/state.json").read_text())["step"]
     assert step == len(metrics(run))
     assert step < 2000
-    assert f"stopped by {number.name} after step {step}" in log.read_text()
+    assert f"stopped by SIGTERM after step {step}" in log.read_text()
     print(f"{step - before} steps between the signal's sending and the end")
     assert "Traceback" not in log.read_text()
 
@@ -228,12 +210,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys):
     run = tmp_path / "run"
     for words, expected in (
         (["--training.lrr", "1"], "lr"),
-        (["--training.lr", "fast"], "training.lr"),
         (["--data.root", str(tmp_path / "nowhere")], "nowhere"),
-        (["--data.image_size", "33"], "data.image_size"),
         (["--model.encoder.class_path", "nowhere.Encoder"], "nowhere"),
-        (["--model.encoder.init_args.norm", "layer"], "norm"),
-        (["--losses.dynamics", "0", "--losses.kl", "0"], "losses: every weight is 0"),
         (["--training.processes", "2"], "training.processes"),
         (["--training.accumulation_steps", "3"], "training.batch_size"),
     ):
@@ -243,54 +221,3 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys):
         assert expected in message
         assert not run.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
-
-
-def test_broken_images_are_skipped_and_each_is_named_once(tmp_path):
-    broken = make_broken_data(tmp_path / "data")
-    config = write_config(
-        tmp_path / "c.yaml", tmp_path / "data", steps=24, batch_size=64, checkpoint_every=8, evaluate_every=100
-    )
-    run, log = tmp_path / "run", tmp_path / "log"
-    words = ["--config", str(config), "--training.output", str(run), "--data.workers", "1"]
-    assert train([*words, "--training.steps", "16"], log) == 0, log.read_text()
-    assert train(["--resume", str(run), "--training.steps", "24"], log) == 0, log.read_text()
-    named = [json.loads(line)["name"] for line in (run / "broken_images.jsonl").read_text().splitlines()]
-    assert len(named) == len(set(named)) == 50
-    assert {Path(name).name for name in named} == broken
-    said = re.findall(r"skipped: .*?(broken\d+\.\w+)", log.read_text())
-    assert sorted(said) == sorted(broken)
-    assert "Traceback" not in log.read_text()
-    assert len(metrics(run)) == 24
-
-
-def make_broken_data(folder: Path) -> set[str]:
-    """1,000 images, of which 50 are broken in ten ways; gives the names of those."""
-    make_images(folder, 950, side=40)
-    whole = (folder / "image0000.png").read_bytes()
-    jpeg = folder / "whole.jpg"
-    Image.effect_noise((64, 64), 50).convert("RGB").save(jpeg)
-    data = jpeg.read_bytes()
-    jpeg.unlink()
-    wrong_checksum = bytearray(whole)
-    wrong_checksum[whole.index(b"IDAT") + 20] ^= 0xFF
-    huge = bytearray(whole)
-    huge[16:24] = (60000).to_bytes(4, "big") * 2
-    ways = {
-        "empty.png": b"",
-        "cut.png": whole[: len(whole) // 2],
-        "cut.jpg": data[: len(data) // 2],
-        "header.jpg": data[:20],
-        "text.png": b"this is no image\n" * 20,
-        "zeros.jpg": bytes(1000),
-        "checksum.png": bytes(wrong_checksum),
-        "bomb.png": bytes(huge),
-        "page.webp": b"<!DOCTYPE html><html></html>",
-        "riff.webp": b"RIFF\x24\x00\x00\x00WEBPVP8 " + bytes(24),
-    }
-    names = set()
-    for number, (name, content) in enumerate(ways.items()):
-        for copy in range(5):
-            path = folder / f"broken{5 * number + copy:02d}{Path(name).suffix}"
-            path.write_bytes(content)
-            names.add(path.name)
-    return names

@@ -18,8 +18,8 @@ from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import write_latent_statistics
 from dc_ssdae.training.build import build_step, place_step
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.launch import resume_run, start_run
 from dc_ssdae.training.logging import read_lines
+from dc_ssdae.training.start import resume_run, start_run
 
 LOSSES: dict[str, Any] = {
     "lpips": {"weight": 0.5, "init_args": {"net": "squeeze", "weights": "random"}},

@@ -28,10 +28,10 @@ from dc_ssdae.training.build import build_model, build_step, decoder_groups
 from dc_ssdae.training.checkpoint import read_checkpoint
 from dc_ssdae.training.config import DistillationConfig, RunConfig
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
-from dc_ssdae.training.distributed import start_processes
-from dc_ssdae.training.launch import resume_run, start_run
+from dc_ssdae.training.distributed import processes_of, start_processes
 from dc_ssdae.training.logging import read_lines
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, create_run
+from dc_ssdae.training.start import resume_run, start_run
 from dc_ssdae.training.step import draw_noise
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer
@@ -174,7 +174,8 @@ def trainer_of(config: RunConfig, path: Path) -> Trainer:
         create_run(path, yaml_of(config), model, teacher=Path(config.distillation.teacher))
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    return Trainer(config, RunFolder(path), start_processes(None, cpu=True), sources, StopRequest())
+    accelerator = start_processes(None, cpu=True)
+    return Trainer(config, RunFolder(path), accelerator, processes_of(accelerator), sources, StopRequest())
 
 
 def evaluations(trainer: Trainer) -> list[int]:
@@ -567,7 +568,7 @@ def test_mistakes_leave_no_run(teachers: dict[str, Path], images: Path, tmp_path
 def test_a_run_does_not_go_on_with_other_settings(whole_run: Path, images: Path, teacher: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(whole_run, path, symlinks=True)
-    with pytest.raises(InputError, match=r"distillation\.steps was 3 when the run was saved and is 4"):
+    with pytest.raises(InputError, match=r"distillation\.steps is 3 in .* and cannot become 4"):
         resume(distillation(teacher, images, teacher_steps=4, steps=9), path)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
-from accelerate import Accelerator, init_empty_weights
+from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState
 from tiny import batch, make_images, run_config
 from torch import Tensor
@@ -30,7 +30,7 @@ from dc_ssdae.presets import list_presets, load_preset
 from dc_ssdae.training.build import build_model, build_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import OptimizerName, RunConfig
-from dc_ssdae.training.distributed import check_batch, on_main_process, start_processes, together
+from dc_ssdae.training.distributed import check_batch, processes_of, start_processes
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.evaluation import evaluate
 from dc_ssdae.training.optimizer import (
@@ -154,12 +154,12 @@ def gradients(rank: int, processes: int) -> dict[str, Tensor]:
     return record
 
 
-def evaluations(accelerator: Accelerator, folder: Path) -> list[Any]:
+def evaluations(processes: Processes, folder: Path) -> list[Any]:
     found = []
     for count in COUNTS:
         images = ValidationImages(ImageFolder(str(folder / f"images{count}")), 32, 100)
         for batch_size in (1, 3):
-            result = evaluate(lambda x: 0.9 * to_model_range(x), images, accelerator, batch_size, 0)
+            result = evaluate(lambda x: 0.9 * to_model_range(x), images, processes, batch_size, 0)
             found.append((count, result.values, result.images, sorted(tuple(image) for image in result.broken)))
     return found
 
@@ -171,19 +171,19 @@ def raised(work: Callable[[], object]) -> str:
         return str(error)
 
 
-def failures(accelerator: Accelerator, rank: int) -> dict[str, Any]:
+def failures(processes: Processes, rank: int) -> dict[str, Any]:
     def fail(error: Exception) -> Any:
         raise error
 
     main, other = rank == 0, rank == 1
     return {
-        "result": on_main_process(accelerator, lambda: f"from {rank}"),
-        "input error": raised(lambda: on_main_process(accelerator, lambda: fail(InputError("a mistake")))),
-        "full disk": raised(lambda: on_main_process(accelerator, lambda: fail(OSError(28, "No space\nleft")))),
-        "mine": together(accelerator, lambda: rank),
-        "other fails": raised(lambda: together(accelerator, lambda: fail(InputError("of 1")) if other else "fine")),
-        "both fail": raised(lambda: together(accelerator, lambda: fail(OSError(2, f"of {rank}")))),
-        "main fails": raised(lambda: together(accelerator, lambda: fail(InputError("of 0")) if main else "fine")),
+        "result": processes.on_main(lambda: f"from {rank}"),
+        "input error": raised(lambda: processes.on_main(lambda: fail(InputError("a mistake")))),
+        "full disk": raised(lambda: processes.on_main(lambda: fail(OSError(28, "No space\nleft")))),
+        "mine": processes.together(lambda: rank),
+        "other fails": raised(lambda: processes.together(lambda: fail(InputError("of 1")) if other else "fine")),
+        "both fail": raised(lambda: processes.together(lambda: fail(OSError(2, f"of {rank}")))),
+        "main fails": raised(lambda: processes.together(lambda: fail(InputError("of 0")) if main else "fine")),
         "and it still works": sum_over_processes(torch.tensor([1.0 + rank])).tolist(),
         "too many wanted": raised(lambda: start_processes(3, cpu=True)),
     }
@@ -222,10 +222,10 @@ def work(rank: int, folder: str) -> None:
     os.environ.update(ranks, ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     try:
-        accelerator = start_processes(PROCESSES, cpu=True)
+        processes = processes_of(start_processes(PROCESSES, cpu=True))
         record: dict[str, Any] = {
-            "failures": failures(accelerator, rank),
-            "evaluations": evaluations(accelerator, Path(folder)),
+            "failures": failures(processes, rank),
+            "evaluations": evaluations(processes, Path(folder)),
             "gradients": gradients(rank, PROCESSES),
             "sharded": sharded_runs(Path(folder), rank),
         }
@@ -285,7 +285,7 @@ def test_gradients_and_statistics_are_those_of_the_global_batch(records: list[di
 
 
 def test_evaluation_is_the_same_in_one_and_in_two_processes(folder: Path, records: list[dict[str, Any]]) -> None:
-    expected = evaluations(start_processes(None, cpu=True), folder)
+    expected = evaluations(processes_of(start_processes(None, cpu=True)), folder)
     assert [(count, images, len(broken)) for count, _, images, broken in expected] == [
         (count, images, broken) for count, images, broken in ((1, 1, 0), (2, 2, 0), (7, 6, 1)) for _ in range(2)
     ]
@@ -420,15 +420,15 @@ def test_another_number_of_processes_is_refused() -> None:
 
 
 def test_in_one_process_errors_stay_what_they_are() -> None:
-    accelerator = start_processes(None, cpu=True)
+    processes = processes_of(start_processes(None, cpu=True))
 
     def fail() -> None:
         raise FileNotFoundError(2, "No such file", "x")
 
-    for function in (on_main_process, together):
-        assert function(accelerator, lambda: 7) == 7
+    for function in (processes.on_main, processes.together):
+        assert function(lambda: 7) == 7
         with pytest.raises(FileNotFoundError):
-            function(accelerator, fail)
+            function(fail)
 
 
 @pytest.mark.parametrize(("parts", "processes", "multiple"), [(3, 4, None), (1, 5, 5), (2, 4, 8)])

@@ -85,18 +85,6 @@ def test_one_batch_of_exploded_values_is_forgotten_soon() -> None:
     assert average.state_dict()["1.running_var"].max() < 10.0
 
 
-def test_up_to_the_start_it_is_a_copy() -> None:
-    model = network()
-    average = ExponentialMovingAverage(model, DECAY, start=2)
-    for step in (1, 2):
-        train_a_step(model)
-        average.update(model, step)
-        assert_same_bits(average.state_dict(), model.state_dict())
-    train_a_step(model)
-    average.update(model, 3)
-    assert not torch.equal(average.state_dict()["0.weight"], model.state_dict()["0.weight"])
-
-
 def test_before_the_start_nothing_is_copied_until_it_is_wanted() -> None:
     """A step that is thrown away at the start leaves the model, and with it the copy, as the step before made it."""
     model = network()
@@ -112,14 +100,6 @@ def test_before_the_start_nothing_is_copied_until_it_is_wanted() -> None:
     average.update(model, 4)
     expected = torch.lerp(kept["0.weight"], model.state_dict()["0.weight"], 1.0 - DECAY)
     assert torch.equal(average.state_dict()["0.weight"], expected)
-
-
-def test_it_is_a_copy_of_its_own() -> None:
-    model = network()
-    average = ExponentialMovingAverage(model, DECAY)
-    before = copy_of(average.state_dict())
-    train_a_step(model)
-    assert_same_bits(average.state_dict(), before)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -169,14 +149,6 @@ def test_a_state_put_into_a_fresh_one_goes_on_with_the_same_bits() -> None:
     for one in (average, again):
         one.update(model, 3)
     assert_same_bits(again.state_dict(), average.state_dict())
-
-
-def test_loading_copies() -> None:
-    average = ExponentialMovingAverage(network(), DECAY)
-    state = copy_of(average.state_dict())
-    average.load_state_dict(state)
-    state["0.weight"].zero_()
-    assert average.state_dict()["0.weight"].any()
 
 
 @pytest.mark.parametrize(

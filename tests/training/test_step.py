@@ -84,17 +84,16 @@ def test_terms_with_parameters_train_with_the_model() -> None:
     assert not any("hooked" in name for name in step.model.state_dict())
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
-def test_half_precision_is_close(precision: str, tolerance: float) -> None:
+def test_half_precision_is_close() -> None:
     if not torch.amp.is_autocast_available("cpu"):
         pytest.skip("no autocast on this CPU")
-    half, full = training_step(precision=precision), training_step()
+    half, full = training_step(precision="bfloat16"), training_step()
     losses, expected = half(*batch(0)), full(*batch(0))
     assert losses.total.dtype == torch.float32
     assert losses.total != expected.total, "not in half precision"
     for name, value in expected.terms.items():
         assert losses.terms[name].dtype == torch.float32
-        torch.testing.assert_close(losses.terms[name], value, atol=0.0, rtol=tolerance)
+        torch.testing.assert_close(losses.terms[name], value, atol=0.0, rtol=0.05)
     found, wanted = (
         torch.cat([gradient.flatten() for gradient in gradients(step, result).values()])
         for step, result in ((half, losses), (full, expected))
@@ -116,25 +115,9 @@ def test_channels_last_is_the_same_but_for_rounding() -> None:
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_parts_add_up_to_the_whole() -> None:
-    """With batch norm in eval mode, so that no statistic joins the images of a batch."""
-    step = training_step().eval()
-    whole = gradients(step, step(*batch(0)))
-    step.zero_grad()
-    total = 0.0
-    for part in (slice(0, 2), slice(2, 4)):
-        losses = step(*(tensor[part] for tensor in batch(0)))
-        (losses.total / 2).backward()
-        total += float(losses.total.detach()) / 2
-    assert total == pytest.approx(float(step(*batch(0)).total.detach()), rel=1e-5)
-    for name, parameter in step.named_parameters():
-        torch.testing.assert_close(parameter.grad, whole[name], atol=2e-6, rtol=1e-4)
-
-
 @pytest.mark.parametrize("dynamics", DYNAMICS)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_reconstructing_is_decoding_the_mode(dynamics: str, channels_last: bool) -> None:
-    step = training_step(dynamics, channels_last=channels_last).eval()
+def test_reconstructing_is_decoding_the_mode(dynamics: str) -> None:
+    step = training_step(dynamics, channels_last=dynamics == "fm").eval()
     pixels = batch(0)[0]
     found = step.reconstruct(pixels)
     assert (found.shape, found.dtype, found.requires_grad) == ((4, 3, SIZE, SIZE), torch.float32, False)
@@ -144,11 +127,10 @@ def test_reconstructing_is_decoding_the_mode(dynamics: str, channels_last: bool)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_reconstructing_in_half_precision(precision: str) -> None:
+def test_reconstructing_in_half_precision() -> None:
     if not torch.amp.is_autocast_available("cpu"):
         pytest.skip("no autocast on this CPU")
-    found = training_step(precision=precision).eval().reconstruct(batch(0)[0])
+    found = training_step(precision="bfloat16").eval().reconstruct(batch(0)[0])
     expected = training_step().eval().reconstruct(batch(0)[0])
     assert found.dtype == torch.float32
     assert 0.0 < float((found - expected).abs().max()) < 0.1

@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +19,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from terms import Hooked
-from tiny import fill, make_images, run_config, yaml_of
+from tiny import fill, last, run_config, yaml_of
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
@@ -29,15 +28,16 @@ from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError
 from dc_ssdae.training import build as build_module
 from dc_ssdae.training import checkpoint as checkpoint_module
+from dc_ssdae.training import measurements as measurements_module
 from dc_ssdae.training import trainer as trainer_module
 from dc_ssdae.training.build import build_model
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.distributed import start_processes
+from dc_ssdae.training.distributed import processes_of, start_processes
 from dc_ssdae.training.evaluation import Evaluation
-from dc_ssdae.training.launch import resume_run, start_run
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, RunLock, create_run, recover_run
+from dc_ssdae.training.start import resume_run, start_run
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
@@ -47,28 +47,6 @@ DISK_KIB = 12288
 
 VARIABLE = {"images_per_second", "seconds", "memory_gib"}
 HOOKED = {"hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of nine training and three validation images."""
-    root = tmp_path_factory.mktemp("images")
-    make_images(root / "train", 9)
-    make_images(root / "validation", 3, seed=1)
-    return root
-
-
-@pytest.fixture(scope="module")
-def photos(images: Path) -> Path:
-    """The training images alone: nothing is evaluated."""
-    return images / "train"
-
-
-@pytest.fixture(autouse=True)
-def no_hook() -> Iterator[None]:
-    Hooked.hook = None
-    yield
-    Hooked.hook = None
 
 
 def start(config: RunConfig, path: Path) -> Outcome:
@@ -85,13 +63,8 @@ def trainer_of(config: RunConfig, path: Path) -> Trainer:
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
     run = RunFolder(path, config.training.keep_every)
-    return Trainer(config, run, start_processes(None, cpu=True), sources, StopRequest())
-
-
-def last(path: Path) -> Checkpoint:
-    folder = RunFolder(path).checkpoints.last()
-    assert folder is not None
-    return read_checkpoint(folder)
+    accelerator = start_processes(None, cpu=True)
+    return Trainer(config, run, accelerator, processes_of(accelerator), sources, StopRequest())
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -192,6 +165,9 @@ def test_what_a_run_leaves_behind(whole_run: Path, images: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, checkpoint.tensors["ema"][name]), name
     assert list((whole_run / "tensorboard").iterdir())
+    assert float(checkpoint.tensors["model"]["objective.terms.hooked.value"]) != pytest.approx(0.3, abs=1e-6)
+    assert int(checkpoint.tensors["model"]["objective.terms.hooked.seen"]) == 32
+    assert "objective.terms.hooked.value/exp_avg" in checkpoint.tensors["optimizer"]
     provenance = model.config.provenance
     assert provenance == state["provenance"]
     (evaluation,) = provenance.pop("evaluations")
@@ -201,15 +177,6 @@ def test_what_a_run_leaves_behind(whole_run: Path, images: Path) -> None:
     assert evaluation["data"] == f"{images.name}/validation"
     told = {"data": images.name, "images": 9, "image_size": 32, "steps": 8, "batch_size": 4}
     assert provenance == told | {"version": version("dc-ssdae")}
-    assert "- **Training**: 8 steps of 4 images\n" in (whole_run / "model" / "README.md").read_text()
-
-
-def test_a_users_term_trains_and_is_saved(whole_run: Path) -> None:
-    tensors = last(whole_run).tensors
-    assert float(tensors["model"]["objective.terms.hooked.value"]) != pytest.approx(0.3, abs=1e-6)
-    assert int(tensors["model"]["objective.terms.hooked.seen"]) == 32
-    assert "objective.terms.hooked.value/exp_avg" in tensors["optimizer"]
-    assert not any("hooked" in name for name in tensors["ema"])
 
 
 def test_the_same_again_is_the_same(
@@ -278,7 +245,6 @@ def not_finite_gradient(trainer: Trainer, step: int, parts: int) -> None:
     [
         (not_finite_total, ["loss/total", "loss/hooked"], 2, "adamw"),
         (not_finite_latent, ["loss/total", "loss/dynamics", "loss/hooked"], 1, "schedule_free_radam"),
-        (not_finite_latent, ["loss/total", "loss/dynamics", "loss/hooked"], 2, "adamw"),
         (not_finite_gradient, ["gradient_norm"], 1, "adamw"),
     ],
 )
@@ -317,15 +283,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
 def test_after_too_many_in_a_row_the_run_ends(photos: Path, tmp_path: Path) -> None:
     config = run_config(photos, losses=HOOKED, max_skipped_steps=3)
     Hooked.hook = times({1: math.nan, 3: math.nan, 4: math.inf, 5: math.nan})
-    with pytest.raises(TrainingFailed) as caught:
+    with pytest.raises(TrainingFailed, match=r"3 steps in a row .* loss/total, loss/hooked at step 6"):
         start(config, tmp_path / "run")
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "3 steps in a row are not finite, at last loss/total, loss/hooked at step 6" in message
     # Steps 2 and 4 to 6 are skipped: what was due after step 2 is not written, nor after step 4.
-    assert "there is no checkpoint yet" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert len(lines(tmp_path / "run")) == 6
 
 
 def test_the_last_good_checkpoint_is_named_and_gone_on_with(whole_run: Path, images: Path, tmp_path: Path) -> None:
@@ -339,13 +301,6 @@ def test_the_last_good_checkpoint_is_named_and_gone_on_with(whole_run: Path, ima
     assert resume(config, path) == Outcome(8, None)
     assert differences(last(path), last(whole_run)) == []
     assert lines(path) == lines(whole_run)
-
-
-def test_good_steps_between_forgive(photos: Path, tmp_path: Path) -> None:
-    Hooked.hook = times({1: math.nan, 2: math.nan, 4: math.nan, 5: math.nan})
-    outcome = start(run_config(photos, losses=HOOKED, max_skipped_steps=3), tmp_path / "run")
-    assert outcome == Outcome(8, None)
-    assert last(tmp_path / "run").state["skipped_steps"] == 4
 
 
 def test_a_run_that_skipped_every_step_fails_without_a_model(images: Path, tmp_path: Path) -> None:
@@ -376,7 +331,6 @@ def test_a_last_step_that_is_skipped_ends_the_run_all_the_same(images: Path, tmp
     Hooked.hook = times({7: math.nan})
     config = run_config(images, losses=HOOKED)
     assert start(config, tmp_path / "run") == Outcome(8, None)
-    assert last(tmp_path / "run").state["step"] == 8
     assert [line["step"] for line in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [8]
     assert resume(config, tmp_path / "run") is None
 
@@ -392,11 +346,10 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     start(config, tmp_path / "whole")
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     path = tmp_path / "stopped"
-    for stop_at, first in ((3, True), (3, False)):  # after steps 4 and 8
-        Hooked.hook = at({stop_at: send(number)})
-        outcome = start(config, path) if first else resume(config, path)
-        assert outcome == Outcome(4 if first else 8, number.name)
-        assert last(path).state["step"] == outcome.step
+    Hooked.hook = at({3: send(number)})
+    assert start(config, path) == Outcome(4, number.name)
+    assert last(path).state["step"] == 4
+    assert resume(config, path) == Outcome(8, number.name)
     Hooked.hook = None
     assert resume(config, path) == Outcome(9, None)
     assert differences(last(path), last(tmp_path / "whole")) == []
@@ -460,7 +413,7 @@ def test_a_signal_ends_an_evaluation_and_a_measurement(
 
 def test_a_configuration_changed_by_hand_is_refused(images: Path, tmp_path: Path) -> None:
     start(run_config(images, steps=2), tmp_path / "run")
-    with pytest.raises(InputError, match=r"training\.lr was 0\.001 when the run was saved and is 0\.5 in its config"):
+    with pytest.raises(InputError, match=r"training\.lr is 0\.001 in .* and cannot become 0\.5"):
         resume(run_config(images, steps=4, lr=0.5), tmp_path / "run")
     assert resume(run_config(images, steps=4, checkpoint_every=1), tmp_path / "run") == Outcome(4, None)
 
@@ -494,13 +447,7 @@ class WrongShape(nn.Module):
 
 
 def test_a_signal_in_a_skipped_step_saves_too(photos: Path, tmp_path: Path) -> None:
-    def hook(call: int, value: Tensor) -> Tensor:
-        if call == 3:
-            send(signal.SIGTERM)()
-            return value * math.nan
-        return value
-
-    Hooked.hook = hook
+    Hooked.hook = lambda call, value: at({3: send(signal.SIGTERM)})(call, value) * (math.nan if call == 3 else 1.0)
     config = run_config(photos, losses=HOOKED, checkpoint_every=100)
     assert start(config, tmp_path / "run") == Outcome(4, "SIGTERM")
     state = last(tmp_path / "run").state
@@ -543,9 +490,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     Hooked.hook = at({5: look})
     assert start(run_config(images, losses=HOOKED, evaluate_every=4), tmp_path / "run") == Outcome(8, None)
     assert seen == {"last": "step-00000002", "step-00000002": "step-00000002"}, "the one before, and no litter"
-    message = capsys.readouterr().err
-    assert "step 4: the checkpoint cannot be written ([Errno 28] No space left on device)" in message
-    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}" in message
+    assert "step 4: the checkpoint cannot be written ([Errno 28] No space left on device)" in capsys.readouterr().err
     assert differences(last(tmp_path / "run"), last(whole_run)) == []
     best = RunFolder(tmp_path / "run").checkpoints.best()
     assert best is not None
@@ -555,9 +500,8 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
 
 def test_the_last_checkpoint_must_be_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing_write(monkeypatch, {8})
-    with pytest.raises(TrainingFailed, match=r"step 8: the checkpoint cannot be written .*step-00000006$") as caught:
+    with pytest.raises(TrainingFailed, match=r"step 8: the checkpoint cannot be written .*step-00000006$"):
         start(run_config(photos), tmp_path / "run")
-    assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert resume(run_config(photos), tmp_path / "run") == Outcome(8, None)
 
@@ -578,9 +522,8 @@ def test_a_run_lives_through_a_full_disk(
 # --- settings ---
 
 
-@pytest.mark.parametrize("clip", [None, 0.05])
-def test_the_gradient_is_clipped(photos: Path, tmp_path: Path, clip: float | None) -> None:
-    trainer = trainer_of(run_config(photos, steps=3, gradient_clip=clip), tmp_path / "run")
+def test_the_gradient_is_clipped(photos: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(run_config(photos, steps=3, gradient_clip=0.05), tmp_path / "run")
     norms = []
 
     def note(optimizer: torch.optim.Optimizer, *rest: object) -> None:
@@ -591,7 +534,7 @@ def test_the_gradient_is_clipped(photos: Path, tmp_path: Path, clip: float | Non
     trainer.run()
     logged = [line["gradient_norm"] for line in lines(tmp_path / "run")]
     assert min(logged) > 0.05, "nothing to clip in this test"
-    assert norms == pytest.approx(logged if clip is None else [clip] * 3, rel=1e-4)
+    assert norms == pytest.approx([0.05] * 3, rel=1e-4)
 
 
 def test_accumulated_parts_make_the_mean_gradient(photos: Path, tmp_path: Path) -> None:
@@ -630,11 +573,8 @@ def test_the_clock_ends_a_run(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "values", "best"),
     [
-        ("psnr", [1.0, 3.0, 2.0, math.nan, 3.0], 2),
         ("psnr:min", [2.0, 3.0, 1.0, math.nan, 1.0], 3),
-        ("mse", [2.0, 3.0, 1.0, math.nan, 1.0], 3),
-        ("mse:max", [1.0, 3.0, 2.0, math.nan, math.inf], 2),
-        ("ssim", [math.nan, -1.0, -2.0, -3.0, -4.0], 2),
+        ("ssim", [math.nan, 1.0, 3.0, 2.0, math.inf], 3),
         ("psnr", [math.nan] * 5, None),
     ],
 )
@@ -644,7 +584,7 @@ def test_the_best_checkpoint(
     given = iter(values)
     name = metric.partition(":")[0]
     other = {"psnr": 0.0, "ssim": 0.0, "mse": 0.0}
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *rest: Evaluation({**other, name: next(given)}, 3, []))
+    monkeypatch.setattr(measurements_module, "evaluate", lambda *rest: Evaluation({**other, name: next(given)}, 3, []))
     start(run_config(images, steps=5, evaluate_every=1, best_metric=metric), tmp_path / "run")
     state = last(tmp_path / "run").state
     link = RunFolder(tmp_path / "run").checkpoints.best()
@@ -662,14 +602,14 @@ def test_an_evaluation_sees_the_average_and_leaves_no_trace(
     config = run_config(images, steps=4, evaluate_every=2, sample_images=2)
     trainer = watch(trainer_of(config, tmp_path / "run"))
     seen = []
-    original = trainer_module.evaluate
+    original = measurements_module.evaluate
 
     def evaluate(*rest: Any) -> Evaluation:
         assert not trainer.module.training
         seen.append({name: tensor.clone() for name, tensor in trainer.module.model.state_dict().items()})
         return original(*rest)
 
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    monkeypatch.setattr(measurements_module, "evaluate", evaluate)
     trainer.run()
     assert trainer.module.training
     assert len(seen) == 2
@@ -686,34 +626,6 @@ def test_an_evaluation_sees_the_average_and_leaves_no_trace(
     assert lines(tmp_path / "other") == lines(tmp_path / "run")
     pictures = sorted(entry.name for entry in (tmp_path / "run" / "samples").iterdir())
     assert pictures == ["step-00000002.png", "step-00000004.png"]
-
-
-@pytest.mark.parametrize("part", ["", "model"])
-def test_starting_from_saved_weights(whole_run: Path, photos: Path, tmp_path: Path, part: str) -> None:
-    config = run_config(photos, steps=1, init_from=str(whole_run / part), seed=5)
-    trainer = trainer_of(config, tmp_path / "run")
-    saved = DCSSDAE.from_pretrained(whole_run / "model").state_dict()
-    for name, tensor in trainer.module.model.state_dict().items():
-        assert torch.equal(tensor, saved[name]), name
-    for name, tensor in trainer.ema.state_dict().items():
-        assert torch.equal(tensor, saved[name]), name
-    assert trainer.step == 0
-
-
-def test_a_checkpoint_goes_before_the_weights_to_start_from(whole_run: Path, photos: Path, tmp_path: Path) -> None:
-    config = run_config(photos, steps=2, init_from=str(whole_run))
-    start(config, tmp_path / "run")
-    outcome = resume(config.with_training(steps=3, init_from=str(tmp_path / "taken away")), tmp_path / "run")
-    assert outcome == Outcome(3, None)
-
-
-def test_weights_of_another_architecture_are_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
-    other = run_config(images, model={"latent_channels": 6}, init_from=str(whole_run))
-    with pytest.raises(InputError, match=r"training\.init_from .*whole has tensor .* of shape") as caught:
-        start(other, tmp_path / "run")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="nowhere"):
-        start(run_config(images, init_from=str(tmp_path / "nowhere")), tmp_path / "another")
 
 
 # --- data ---
@@ -733,8 +645,6 @@ def test_too_many_broken_images_end_the_run(with_broken: Path, tmp_path: Path) -
     config = run_config(with_broken, data={"max_broken_share": 0.3}, checkpoint_every=1)
     with pytest.raises(InputError, match=r"3 of 9 training images cannot be read, more than data.max_broken_share 0.3"):
         start(config, tmp_path / "run")
-    named = [line["name"] for line in read_lines(tmp_path / "run" / "broken_images.jsonl")]
-    assert sorted(Path(name).name for name in named) == ["image0001.png", "image0004.png", "image0007.png"]
 
 
 def test_broken_images_are_each_named_once_over_all_starts(
@@ -753,17 +663,6 @@ def test_broken_images_are_each_named_once_over_all_starts(
     assert [line["images"] for line in read_lines(path / "evaluations.jsonl")] == [2] * 4
 
 
-def test_when_nothing_can_be_read_one_line_says_so(images: Path, tmp_path: Path) -> None:
-    root = tmp_path / "images"
-    shutil.copytree(images / "train", root)
-    for file in root.iterdir():
-        file.write_bytes(b"no image")
-    with pytest.raises(InputError, match="100 images in a row cannot be read") as caught:
-        start(run_config(root), tmp_path / "run")
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("100 images")
-
-
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths to every value of plain data."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -778,7 +677,8 @@ def half_way(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tr
     start(config, path)
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    trainer = Trainer(config, RunFolder(path), start_processes(None, cpu=True), sources, StopRequest())
+    accelerator = start_processes(None, cpu=True)
+    trainer = Trainer(config, RunFolder(path), accelerator, processes_of(accelerator), sources, StopRequest())
     return trainer, json.loads((path / "checkpoints" / "last" / "state.json").read_text())
 
 
@@ -826,19 +726,6 @@ def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tm
         resume(run_config(root, steps=4), tmp_path / "run")
 
 
-def test_a_runs_first_evaluation_tells_which_images_were_enlarged(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two validation images, of which one is smaller than the run's images, evaluated twice."""
-    root = tmp_path / "images"
-    shutil.copytree(images, root)
-    for number in (0, 1):
-        Image.new("RGB", (20, 50) if number else (50, 50)).save(root / f"validation/image000{number}.png")
-    (root / "validation/image0002.png").unlink()
-    start(run_config(root, steps=2, evaluate_every=1), tmp_path / "run")
-    assert capsys.readouterr().err.count("1 of 2 images were smaller than 32 px") == 1
-
-
 def test_without_validation_images_it_says_so(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(run_config(images / "train", steps=3, evaluate_every=1), tmp_path / "run") == Outcome(3, None)
     assert "nothing is evaluated" in capsys.readouterr().err
@@ -855,14 +742,6 @@ def test_a_users_encoder_may_need_real_tensors_in_its_constructor(photos: Path, 
 # --- another state ---
 
 
-def test_another_optimisers_checkpoint_is_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    shutil.copytree(whole_run, path, symlinks=True)
-    config = run_config(images, losses=HOOKED, steps=9, optimizer="schedule_free_radam")
-    with pytest.raises(InputError, match=r"training\.optimizer was 'adamw' when the run was saved"):
-        resume(config, path)
-
-
 def test_another_architectures_checkpoint_is_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(whole_run, path, symlinks=True)
@@ -870,11 +749,10 @@ def test_another_architectures_checkpoint_is_refused(whole_run: Path, images: Pa
         resume(run_config(images, steps=9), path)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_goes_on_bit_for_bit(photos: Path, tmp_path: Path, precision: str) -> None:
+def test_half_precision_goes_on_bit_for_bit(photos: Path, tmp_path: Path) -> None:
     if not torch.amp.is_autocast_available("cpu"):
         pytest.skip("no autocast on this CPU")
-    config = run_config(photos, losses=HOOKED, steps=5, precision=precision, checkpoint_every=100)
+    config = run_config(photos, losses=HOOKED, steps=5, precision="float16", checkpoint_every=100)
     assert start(config, tmp_path / "whole") == Outcome(5, None)
     Hooked.hook = at({2: send(signal.SIGTERM)})
     path = tmp_path / "stopped"
@@ -883,9 +761,7 @@ def test_half_precision_goes_on_bit_for_bit(photos: Path, tmp_path: Path, precis
     assert resume(config, path) == Outcome(5, None)
     assert differences(last(path), last(tmp_path / "whole")) == []
     assert lines(path) == lines(tmp_path / "whole")
-    scaler = last(path).state["gradient_scaler"]
-    assert bool(scaler) == (precision == "float16")
-    assert scaler == last(tmp_path / "whole").state["gradient_scaler"]
+    assert last(path).state["gradient_scaler"] == last(tmp_path / "whole").state["gradient_scaler"]
 
 
 def test_a_gradient_that_overflows_float16_halves_the_scale(
@@ -900,9 +776,3 @@ def test_a_gradient_that_overflows_float16_halves_the_scale(
     assert "overflows float16; the scale is now 512" in capsys.readouterr().err
     state = last(tmp_path / "run").state
     assert (state["skipped_steps"], state["gradient_scaler"]["scale"]) == (1, 2.0**9)
-
-
-def test_a_run_does_not_go_on_in_another_precision(photos: Path, tmp_path: Path) -> None:
-    start(run_config(photos, steps=2), tmp_path / "run")
-    with pytest.raises(InputError, match=r"training\.precision was 'float32'"):
-        resume(run_config(photos, steps=3, precision="float16"), tmp_path / "run")

@@ -10,7 +10,9 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.run import RunFolder
 
 SIZE = 32
 
@@ -98,3 +100,10 @@ def batch(step: int, size: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         torch.rand(size, generator=generator),
         torch.randn(size, 4, SIZE // 8, SIZE // 8, generator=generator),
     )
+
+
+def last(path: Path) -> Checkpoint:
+    """The last checkpoint of a run."""
+    folder = RunFolder(path).checkpoints.last()
+    assert folder is not None
+    return read_checkpoint(folder)

@@ -75,8 +75,8 @@ def _run(args: argparse.Namespace, device: "torch.device") -> int:
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.data.sample_photos import sample_photos
-    from dc_ssdae.training.launch import start_run
     from dc_ssdae.training.logging import read_lines
+    from dc_ssdae.training.start import start_run
 
     config = _configuration(args)
     held_out = sample_photos("held_out")

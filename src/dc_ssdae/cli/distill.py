@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from dc_ssdae.cli.common import complain, say
 from dc_ssdae.cli.parser import CommandParser, filled, whole_number
 from dc_ssdae.cli.train import (
-    check_changes,
     find_own_classes,
     is_main_process,
     read_run,
@@ -19,6 +18,7 @@ from dc_ssdae.cli.train import (
     watching_training,
 )
 from dc_ssdae.errors import InputError
+from dc_ssdae.training.changes import check_changes, lasting_settings
 
 if TYPE_CHECKING:
     from dc_ssdae.training.config import RunConfig
@@ -134,7 +134,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if before.distillation is None:
         raise InputError(f"--resume {path} is no distillation; go on with it by dc-ssdae train --resume {path}")
     after = parse_run_config(rest, base=before.to_mapping(), parser=run_parser).config if rest else before
-    check_changes(before.to_mapping(), after.to_mapping(), path)
+    check_changes(lasting_settings(before), lasting_settings(after), path)
     return argparse.Namespace(program=PROGRAM, resume=path, config=after, changed=after != before)
 
 
@@ -195,8 +195,8 @@ def _train(args: argparse.Namespace) -> Path | None:
     """Train until the end; gives the run's folder, None where a signal came first."""
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.training.build import resolved
-    from dc_ssdae.training.launch import resume_run, start_run
     from dc_ssdae.training.run import check_new
+    from dc_ssdae.training.start import resume_run, start_run
 
     outcome: Outcome | None
     if args.resume is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain
 from dc_ssdae.errors import InputError, ToldElsewhere, counted
+from dc_ssdae.training.changes import check_changes, lasting_settings
 from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class TrainParser:
             return _words(resume=path, config=None, recipe=after, changed=after != before)
         run = read_run(path)
         config = parse_run_config(rest, base=run.to_mapping()).config if rest else run
-        check_changes(run.to_mapping(), config.to_mapping(), path)
+        check_changes(lasting_settings(run), lasting_settings(config), path)
         return _words(resume=path, config=config, recipe=None, changed=config != run)
 
 
@@ -82,8 +83,8 @@ def _run(args: argparse.Namespace) -> int:
         return _run_recipe(args)
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.training.build import resolved
-    from dc_ssdae.training.launch import resume_run, start_run
     from dc_ssdae.training.run import check_new
+    from dc_ssdae.training.start import resume_run, start_run
 
     if args.resume is None:
         path = Path(args.output or Path("runs") / args.name)
@@ -105,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
 def _run_recipe(args: argparse.Namespace) -> int:
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.cli.run_recipe import recipe_yaml
-    from dc_ssdae.training.phases import resolved_recipe, resume_recipe, start_recipe
+    from dc_ssdae.training.recipe import resolved_recipe, resume_recipe, start_recipe
     from dc_ssdae.training.run import check_new
 
     if args.resume is None:
@@ -173,8 +174,7 @@ def _spent(training: "TrainingConfig") -> str:
 def _changed_recipe(path: Path, words: Sequence[str]) -> "tuple[Recipe, Recipe]":
     """A recipe's run as it was, and as flags want it: phases that have ended stay, the others may change."""
     from dc_ssdae.cli.run_recipe import lay_over_recipe
-    from dc_ssdae.training.phases import settled_phases
-    from dc_ssdae.training.recipe import read_recipe
+    from dc_ssdae.training.recipe import read_recipe, settled_phases
 
     before = read_recipe(path)
     if not words:
@@ -183,7 +183,7 @@ def _changed_recipe(path: Path, words: Sequence[str]) -> "tuple[Recipe, Recipe]"
     for old, new in zip(before.phases, after.phases, strict=True):
         folder = before.folder(path, old.name)
         if (folder / "config.yaml").is_file():
-            check_changes(old.config.to_mapping(), new.config.to_mapping(), folder)
+            check_changes(lasting_settings(old.config), lasting_settings(new.config), folder)
     return before, after
 
 
@@ -202,28 +202,6 @@ def read_run(path: Path) -> "RunConfig":
     if not file.is_file():
         raise InputError(f"--resume {path}: it holds no config.yaml, so it is no run")
     return RunConfig.from_mapping(read_yaml(file, str(file)))
-
-
-def check_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
-    """Refuse a change that would make it another run.
-
-    Raises:
-        InputError: names the setting.
-    """
-    from dc_ssdae.training.config import MAY_CHANGE
-    from dc_ssdae.training.config_checks import shown
-
-    for section in before:
-        for name, value in before[section].items():
-            if after[section].get(name) == value or name in MAY_CHANGE.get(section, ()):
-                continue
-            wish = shown(after[section].get(name))
-            raise InputError(
-                f"{section}.{name} is {shown(value)} in {path} and cannot become {wish} when "
-                f"the run goes on; a new run can start from its weights: --training.init_from {path}"
-            )
-    if added := sorted(set(after["losses"]) - set(before["losses"])):
-        raise InputError(f"losses.{added[0]} is not part of {path}; start a new run with --training.init_from {path}")
 
 
 def take_option(words: Sequence[str], name: str, needs: str) -> tuple[str | None, list[str]]:

@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,20 @@ from torch import nn
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import import_class
 from dc_ssdae.components import COMPONENTS, resolve_part
-from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
-from dc_ssdae.errors import InputError
+from dc_ssdae.dynamics import EquilibriumMatching
+from dc_ssdae.errors import InputError, shown
 from dc_ssdae.losses.total import BUILT_IN, Objective, WeightedTerm
 from dc_ssdae.model_folder import model_folder, read_config
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
+from dc_ssdae.presets import DEFAULT_CLASSES
+from dc_ssdae.training.checkpoint import Checkpoint
 from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
-from dc_ssdae.training.config_checks import shown
-from dc_ssdae.training.distillation import DistillationStep
+from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.ema import check_same_tensors
-from dc_ssdae.training.run import WEIGHTS_FILE
+from dc_ssdae.training.recipe import RECIPE_FILE
+from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
 from dc_ssdae.training.step import TrainingStep
-from dc_ssdae.weights import tensor_shapes
+from dc_ssdae.weights import read_safetensors, tensor_shapes
 
 
 def own_classes(config: ModelConfig) -> list[type]:
@@ -36,12 +40,8 @@ def own_classes(config: ModelConfig) -> list[type]:
     Raises:
         InputError: one cannot be imported.
     """
-    found = []
-    for part in COMPONENTS:
-        class_path = (getattr(config, part) or {}).get("class_path")
-        if class_path is not None and "." in class_path:
-            found.append(import_class(class_path))
-    return found
+    paths = [(getattr(config, part) or {}).get("class_path") or "" for part in COMPONENTS]
+    return [import_class(path) for path in paths if "." in path]
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -52,8 +52,7 @@ def resolved(config: RunConfig) -> RunConfig:
     """
     classes = own_classes(config.model)
     parts = {part: resolve_part(part, getattr(config.model, part), classes) for part in COMPONENTS}
-    plain = json.loads(json.dumps(parts))  # lists for tuples, as YAML gives them back
-    return replace(config, model=replace(config.model, **plain))
+    return replace(config, model=replace(config.model, **_as_yaml(parts)))
 
 
 def build_model(config: ModelConfig) -> DCSSDAE:
@@ -62,14 +61,7 @@ def build_model(config: ModelConfig) -> DCSSDAE:
     Raises:
         InputError: a class or a setting does not fit.
     """
-    return DCSSDAE(
-        latent_channels=config.latent_channels,
-        downsample_factor=config.downsample_factor,
-        encoder=config.encoder,
-        decoder=config.decoder,
-        dynamics=config.dynamics,
-        classes=own_classes(config),
-    )
+    return DCSSDAE(**asdict(config), classes=own_classes(config))
 
 
 def build_objective(losses: Mapping[str, LossConfig], model: DCSSDAE) -> Objective:
@@ -85,8 +77,10 @@ def build_objective(losses: Mapping[str, LossConfig], model: DCSSDAE) -> Objecti
     terms = {}
     for name, loss in losses.items():
         if loss.weight:
-            kind = _term_class(name, loss)
-            terms[name] = WeightedTerm(loss.weight, _build_term(name, kind, loss.init_args, model))
+            kind: Any = _term_class(name, loss)
+            with _naming_term(name, kind):
+                build = partial(kind.for_model, model) if hasattr(kind, "for_model") else kind
+                terms[name] = WeightedTerm(loss.weight, build(**loss.init_args))
     return Objective(terms)
 
 
@@ -95,31 +89,20 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
 
     Args:
         config: of the run.
-        teacher: the folder of a distillation's teacher, in place of what the configuration names.
+        teacher: the folder of a distillation's teacher, in place of the one that the configuration names.
 
     Raises:
         InputError: as `build_model` and `build_objective`; no group has a name that is to train; or the teacher is not
             there.
     """
-    training = config.training
-    model = build_model(config.model)
-    if training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    _check_second_derivatives(model, config)
+    model = _build_for_training(config)
     objective = build_objective(config.losses, model)
-    if config.distillation is None:
-        step = TrainingStep(model, objective, training.precision, training.channels_last)
+    given, settings = config.distillation, (config.training.precision, config.training.channels_last)
+    if given is None:
+        step = TrainingStep(model, objective, *settings)
     else:
-        source = Path(config.distillation.teacher) if teacher is None else teacher
-        step = DistillationStep(
-            model,
-            objective,
-            load_teacher(source, own_classes(config.model)),
-            config.distillation.steps,
-            config.distillation.step_size,
-            training.precision,
-            training.channels_last,
-        )
+        loaded = load_teacher(Path(given.teacher) if teacher is None else teacher, own_classes(config.model))
+        step = DistillationStep(model, objective, loaded, given.steps, given.step_size, *settings)
     chosen = config.trained_groups()
     if chosen is not None:
         step.freeze_all_but(trained_tensors(step, chosen))
@@ -144,15 +127,96 @@ def trained_tensors(step: TrainingStep, selectors: Sequence[str]) -> set[str]:
     for term, module in step.objective.terms.items():
         if names := [f"objective.terms.{term}.{name}" for name in module.state_dict()]:
             groups[f"losses.{term}"] = names
-    try:
-        chosen = select_groups(groups, selectors)
-    except InputError as error:
-        raise InputError(f"training.train: {error}") from None
-    return {name for group in chosen for name in groups[group]}
+    return {name for group in _select(groups, selectors) for name in groups[group]}
+
+
+def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) -> TrainingStep:
+    """Build what a run trains, with the weights that it begins or goes on with.
+
+    Args:
+        config: of the run.
+        run: its folder, with the copy of a distillation's teacher.
+        checkpoint: to go on from; None begins.
+
+    Raises:
+        InputError: as `build_step`; or the weights are not there, or are of another architecture.
+    """
+    torch.manual_seed(config.training.seed)
+    step = build_step(config, run.teacher if run.teacher.is_dir() else None)
+    cache_steps = None if config.distillation is None else config.distillation.cache_steps
+    if isinstance(step, DistillationStep) and cache_steps is not None:
+        step.cache = TeacherCache(run.teacher_cache, cache_steps * config.training.batch_size)
+    if checkpoint is not None:
+        weights = checkpoint.tensors["model"]
+        check_same_tensors(f"{run.checkpoints.last()}/model.safetensors", step.state_dict(), weights)
+        step.load_state_dict(dict(weights))
+        return step
+    source = config.training.init_from if config.distillation is None else str(run.teacher)
+    check_terms_are_trained(step, set() if source is None else load_initial_weights(step, source))
+    return step
+
+
+def load_initial_weights(step: TrainingStep, source: str) -> set[str]:
+    """Start from a saved model's or a run's averaged weights, and from what the run's loss terms have learnt.
+
+    A term that the run did not have, or had in another form, starts anew; standard error says so.
+
+    Args:
+        step: takes the weights.
+        source: the folder of a model, of a run, or of a recipe, which stands for the last phase that has ended.
+
+    Returns:
+        Names of the objective's tensors that were taken over.
+
+    Raises:
+        InputError: there are no weights, or the model's are of another architecture.
+    """
+    weights = read_safetensors(model_folder(source) / WEIGHTS_FILE)
+    check_same_tensors(f"training.init_from {source}", step.model.state_dict(), weights)
+    step.model.load_state_dict(weights)
+    run = Path(source)
+    if (run / RECIPE_FILE).is_file():
+        run = model_folder(run).resolve().parent  # RUN/model is a link into a phase
+    last = RunFolder(run).checkpoints.last()
+    before = {} if last is None else read_safetensors(last / "model.safetensors")
+    loaded: set[str] = set()
+    for name, term in step.objective.terms.items():
+        prefix = f"objective.terms.{name}."
+        expected = {f"{prefix}{key}": tensor for key, tensor in term.state_dict().items()}
+        given = {key: tensor for key, tensor in before.items() if key.startswith(prefix)}
+        if not before or not expected:
+            continue
+        try:
+            check_same_tensors(source, expected, given)
+        except InputError as error:
+            print(f"losses.{name} starts anew: {error}", file=sys.stderr)
+            continue
+        term.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in given.items()})
+        loaded |= expected.keys()
+    return loaded
+
+
+def check_terms_are_trained(step: TrainingStep, loaded: set[str]) -> None:
+    """Refuse a loss term whose own parameters are random and stay so.
+
+    Args:
+        step: with what trains marked.
+        loaded: names of tensors that are not random.
+
+    Raises:
+        InputError: names the term.
+    """
+    for name in sorted(step.held_back - loaded):
+        if name.startswith("objective."):
+            term = name.split(".")[2]
+            raise InputError(
+                f"losses.{term} has parameters of its own, which are new and would not train: add losses.{term} to "
+                f"training.train, start from a run that has trained them, or leave the term out: --losses.{term} 0"
+            )
 
 
 def place_step(step: TrainingStep, config: RunConfig, device: torch.device, sharded: bool = False) -> None:
-    """Make it ready to train: on a device, in the memory order and compiled as the configuration says.
+    """Make a step ready to train: on a device, in the memory order and compiled as the configuration says.
 
     Args:
         step: with the model and the objective.
@@ -173,7 +237,7 @@ def place_step(step: TrainingStep, config: RunConfig, device: torch.device, shar
 
 
 def decoder_groups(config: ModelConfig) -> list[str]:
-    """Names of the decoder's parameter groups.
+    """List the decoder's parameter groups.
 
     Raises:
         InputError: as `build_model`.
@@ -185,41 +249,57 @@ def decoder_groups(config: ModelConfig) -> list[str]:
 
 def check_components(
     config: RunConfig, starts: bool = True, teacher: Path | None = None, sharded: bool = False
-) -> None:
+) -> DCSSDAE:
     """Find mistakes in the model's and the losses' settings before anything heavy is built.
 
     Args:
         config: of the run.
-        starts: False for a run that goes on, which needs the weights it started from no longer.
-        teacher: where a run keeps its copy of a distillation's teacher; None for one that is yet to be copied.
+        starts: False for a run that goes on, which no longer needs the weights it started from.
+        teacher: where a run keeps its copy of a distillation's teacher; None where it is yet to be copied.
         sharded: whether the parameters are sharded over processes.
+
+    Returns:
+        The model, without weights.
 
     Raises:
         InputError: as `build_model` and `build_objective`.
     """
+    training = config.training
     with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
-        model = build_model(config.model)
-    if config.training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    _check_second_derivatives(model, config, sharded)
+        model = _build_for_training(config, sharded)
     if config.distillation is not None:
         _check_teacher(model, config, teacher)
-    source = config.training.init_from
-    if source is not None and starts:
-        _check_source("training.init_from", source, model)
-    if config.training.train is not None:
-        # Groups of loss terms are known when those are built, with their backbones.
-        own = [name for name in config.training.train if name.partition(".")[0] != "losses"]
-        if own:
-            try:
-                select_groups(parameter_groups(model), own)
-            except InputError as error:
-                raise InputError(f"training.train: {error}") from None
-    if config.training.wandb and find_spec("wandb") is None:
+    if starts and training.init_from is not None:
+        _check_source("training.init_from", training.init_from, model)
+    # Groups of loss terms are known when those are built, with their backbones.
+    if own := [name for name in training.train or () if name.partition(".")[0] != "losses"]:
+        _select(parameter_groups(model), own)
+    if training.wandb and find_spec("wandb") is None:
         raise InputError("training.wandb is true, but Weights & Biases is not installed: pip install wandb")
     for name, loss in config.losses.items():
         if loss.weight:
-            _check_term(name, _term_class(name, loss), loss.init_args)
+            _check_term(name, loss)
+    if starts:
+        check_encoder_is_trained(config)
+    return model
+
+
+def check_encoder_is_trained(config: RunConfig) -> None:
+    """Refuse an encoder whose weights are random and stay so; a class of the user's may bring its own.
+
+    Args:
+        config: of a run that begins.
+
+    Raises:
+        InputError: the run has nothing to start from and trains no group of the encoder.
+    """
+    class_path = (config.model.encoder or {}).get("class_path", DEFAULT_CLASSES["encoder"])
+    has_source = config.training.init_from is not None or config.distillation is not None
+    if config.training.keeps_latent and class_path in COMPONENTS["encoder"] and not has_source:
+        raise InputError(
+            "training.train leaves the encoder out, whose weights would be random and stay so: start from a model by "
+            "--training.init_from DIR (dc-ssdae convert diffusers makes one of a published encoder), or train it too"
+        )
 
 
 def fetch_backbones(losses: Mapping[str, LossConfig]) -> None:
@@ -231,17 +311,12 @@ def fetch_backbones(losses: Mapping[str, LossConfig]) -> None:
     for name, loss in losses.items():
         if has_backbone(name, loss):
             kind: Any = _term_class(name, loss)
-            try:
-                with _naming(name):
-                    kind.fetch(**loss.init_args)
-            except InputError:
-                raise
-            except (TypeError, ValueError, AttributeError) as error:
-                raise InputError(f"losses.{name}: {kind.__name__} cannot take its init_args: {error}") from error
+            with _naming_term(name, kind):
+                kind.fetch(**loss.init_args)
 
 
 def has_backbone(name: str, loss: LossConfig) -> bool:
-    """Whether a term counts and looks at images through a frozen network with weights of its own.
+    """Tell whether a term counts and looks at images through a frozen network with weights of its own.
 
     Raises:
         InputError: its class cannot be imported.
@@ -261,6 +336,27 @@ def load_teacher(folder: Path, classes: Sequence[type]) -> DCSSDAE:
         raise InputError(f"distillation.teacher {folder}: {error}") from None
 
 
+def _build_for_training(config: RunConfig, sharded: bool = False) -> DCSSDAE:
+    """Build the model, and refuse what its training cannot be combined with."""
+    model = build_model(config.model)
+    if config.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if getattr(model.dynamics, "explicit_energy", None) is not None:
+        wanted = "the dynamics trains with an explicit_energy, which takes second derivatives"
+        if config.training.compile:
+            raise InputError(f"{wanted}; torch.compile has none: set training.compile false")
+        if sharded:
+            raise InputError(f"{wanted}; they were never tried with FSDP, and are refused: run without sharding")
+    return model
+
+
+def _select(groups: Mapping[str, list[str]], selectors: Sequence[str]) -> list[str]:
+    try:
+        return select_groups(groups, selectors)
+    except InputError as error:
+        raise InputError(f"training.train: {error}") from None
+
+
 def _check_source(name: str, source: str, model: DCSSDAE) -> None:
     """Compare the weights' headers with the model."""
     try:
@@ -271,28 +367,12 @@ def _check_source(name: str, source: str, model: DCSSDAE) -> None:
     check_same_tensors(f"{name} {source}", model.state_dict(), given)
 
 
-def _check_second_derivatives(model: DCSSDAE, config: RunConfig, sharded: bool = False) -> None:
-    """Refuse what an explicit energy, whose training differentiates a gradient, cannot be combined with."""
-    if getattr(model.dynamics, "explicit_energy", None) is None:
-        return
-    wanted = "the dynamics trains with an explicit_energy, which takes second derivatives"
-    if config.training.compile:
-        raise InputError(f"{wanted}; torch.compile has none: set training.compile false")
-    if sharded:
-        raise InputError(f"{wanted}; they were never tried with FSDP, and are refused: run without sharding")
-
-
 def _check_teacher(model: DCSSDAE, config: RunConfig, kept: Path | None) -> None:
     assert config.distillation is not None
     teacher = config.distillation.teacher if kept is None else str(kept)
-    steps = config.distillation.steps
     if config.training.init_from is not None:
         raise InputError("training.init_from is not for a distillation: its student starts as the teacher")
-    if steps > 1 and not isinstance(model.dynamics, EquilibriumMatching | FlowMatching):
-        raise InputError(
-            f"distillation.steps is {steps}; {type(model.dynamics).__name__} has no decode of several steps"
-        )
-    descends = steps > 1 and isinstance(model.dynamics, EquilibriumMatching)
+    descends = config.distillation.steps > 1 and isinstance(model.dynamics, EquilibriumMatching)
     if config.distillation.step_size is not None and not descends:
         raise InputError("distillation.step_size is for several steps of equilibrium matching; leave it out here")
     chosen = config.training.train
@@ -305,43 +385,40 @@ def _check_teacher(model: DCSSDAE, config: RunConfig, kept: Path | None) -> None
     config_there = read_config(model_folder(teacher))
     for part in COMPONENTS:
         theirs = resolve_part(part, config_there.get(part), own_classes(config.model))
-        if json.loads(json.dumps(theirs)) != json.loads(json.dumps(model.config[part])):
+        if _as_yaml(theirs) != _as_yaml(model.config[part]):
             raise InputError(f"distillation.teacher {teacher} has another {part} than section model; take the same")
 
 
+def _as_yaml(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as YAML gives them back: lists for tuples."""
+    return dict(json.loads(json.dumps(settings)))
+
+
 def _term_class(name: str, loss: LossConfig) -> type[nn.Module]:
-    return BUILT_IN[name] if loss.class_path is None else import_class(loss.class_path)
-
-
-def _check_term(name: str, kind: type, settings: Mapping[str, Any]) -> None:
+    kind = BUILT_IN[name] if loss.class_path is None else import_class(loss.class_path)
     if not issubclass(kind, nn.Module):
         raise InputError(f"losses.{name}.class_path names {kind.__name__}, which is no torch.nn.Module")
-    if kind.__init__ is nn.Module.__init__ and settings:  # its signature takes anything, and then refuses
-        raise InputError(f"losses.{name}: {kind.__name__} takes no init_args; {sorted(settings)[0]} is given")
+    return kind
+
+
+def _check_term(name: str, loss: LossConfig) -> None:
+    """Hold a term's settings against its class's signature, without building it."""
+    kind = _term_class(name, loss)
     signature = inspect.signature(kind.__init__)
-    try:
+    with _naming_term(name, kind):
+        if kind.__init__ is nn.Module.__init__ and loss.init_args:  # its signature takes anything, and then refuses
+            raise TypeError(f"it takes none, and {sorted(loss.init_args)[0]} is given")
         # What for_model adds stands in the constructor's signature and not among the settings.
-        (signature.bind_partial if hasattr(kind, "for_model") else signature.bind)(None, **settings)
-    except TypeError as error:
-        raise InputError(f"losses.{name}: {kind.__name__} does not take these init_args: {error}") from None
+        (signature.bind_partial if hasattr(kind, "for_model") else signature.bind)(None, **loss.init_args)
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the term's name before the message of an error."""
+def _naming_term(name: str, kind: type) -> Iterator[None]:
+    """Turn what a term's class has against its settings into an error that names the term."""
     try:
         yield
     except InputError as error:
         message = str(error)
         raise InputError(message if f"losses.{name}" in message else f"losses.{name}: {message}") from None
-
-
-def _build_term(name: str, kind: type, settings: Mapping[str, Any], model: DCSSDAE) -> nn.Module:
-    _check_term(name, kind, settings)
-    try:
-        with _naming(name):
-            return kind.for_model(model, **settings) if hasattr(kind, "for_model") else kind(**settings)
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"losses.{name}: {kind.__name__} cannot be built with its init_args: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"losses.{name}: {kind.__name__} does not take these init_args: {error}") from error

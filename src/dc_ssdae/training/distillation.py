@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.dynamics import Corruption
 from dc_ssdae.files import written_beside
-from dc_ssdae.losses import Losses, Objective
+from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.losses import Objective
 from dc_ssdae.training.step import TrainingStep, decode_or_nan
 
 
@@ -55,26 +57,24 @@ class DistillationStep(TrainingStep):
         """The frozen model."""
         return self._held[0]
 
-    def forward(
-        self, pixels: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None = None
-    ) -> Losses:
-        """Compute the losses of a batch; arguments as `TrainingStep.forward`'s, of which `level` is not used.
+    def corrupt_and_encode(
+        self, x: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None
+    ) -> tuple[Corruption, DiagonalGaussian, Tensor]:
+        """Take the latent and the target from the teacher; `level` is not used.
 
         Args:
-            pixels: uint8 (B, 3, S, S).
+            x: (B, 3, S, S).
             noise: (B, 3, S, S), where both start from.
             level: (B,).
             latent_noise: (B, c, S/f, S/f): makes the latent, the teacher's, that both get.
             draw: int64 (B,), by which the teacher's results are kept; needed where there is a cache.
         """
-        x, noise = self._images(pixels), noise.contiguous(memory_format=self.memory_format)
         dynamics = self.model.dynamics
         with torch.no_grad(), self._autocast(x):
             posterior = self.teacher.posterior(x)
             z = posterior.sample(noise=latent_noise)
             target = self._teach(z, noise, draw)
-        record = dynamics.corrupt(target, noise, torch.full_like(level, dynamics.noise_level))
-        return self._losses(record, posterior, z)
+        return dynamics.corrupt(target, noise, torch.full_like(level, dynamics.noise_level)), posterior, z
 
     def _teach(self, z: Tensor, noise: Tensor, draw: Tensor | None) -> Tensor:
         """What the teacher makes of z (B, c, h, w) and noise (B, 3, S, S), or made of it before."""

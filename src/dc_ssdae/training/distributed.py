@@ -1,16 +1,12 @@
 """The processes of a run: that the launcher started what was asked for, and that they work together."""
 
 import os
-from collections.abc import Callable
-from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
 from dc_ssdae.distributed import PATIENCE, Processes
 from dc_ssdae.errors import InputError
-
-T = TypeVar("T")
 
 ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 """What the checkpoints and the batch norm over processes are made for."""
@@ -80,24 +76,6 @@ def check_batch(batch_size: int, accumulation_steps: int, processes: int) -> Non
         )
 
 
-def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Let every process do something; where one fails, all fail with the first one's message.
-
-    Raises:
-        InputError: the work raised one, or an OSError, in some process.
-    """
-    return processes_of(accelerator).together(work)
-
-
-def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Let the main process do something and give everyone its result, or its failure.
-
-    Raises:
-        InputError: as `together`, so that none waits for the others.
-    """
-    return processes_of(accelerator).on_main(work)
-
-
 def processes_of(accelerator: Accelerator) -> Processes:
-    """The processes of a run."""
+    """The processes of a run, for what they exchange besides gradients."""
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)

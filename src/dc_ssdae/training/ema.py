@@ -62,16 +62,15 @@ class ExponentialMovingAverage:
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         parameters = {name: tensor for name, tensor in tensors.items() if name in self._parameters}
         tensors |= parameters if evaluated is None else evaluated(parameters)
-        moved = [
-            (local_part(self._tensors[name]), local_part(tensor))
-            for name, tensor in tensors.items()
-            if share < 1.0 and name in parameters and tensor.is_floating_point()
-        ]
+        averages, values = [], []
         for name, tensor in tensors.items():
-            if share == 1.0 or name not in parameters or not tensor.is_floating_point():
-                local_part(self._tensors[name]).copy_(local_part(tensor))
-        if moved:
-            averages, values = map(list, zip(*moved, strict=True))
+            mine, theirs = local_part(self._tensors[name]), local_part(tensor)
+            if share < 1.0 and name in parameters and tensor.is_floating_point():
+                averages.append(mine)
+                values.append(theirs)
+            else:
+                mine.copy_(theirs)
+        if averages:
             torch._foreach_lerp_(averages, values, share)
 
     @contextmanager

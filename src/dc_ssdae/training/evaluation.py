@@ -5,16 +5,15 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dc_ssdae.data.images import to_uint8
 from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
+from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation.latent_statistics import LatentSurvey, latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 from dc_ssdae.training.config import METRICS
-from dc_ssdae.training.distributed import processes_of
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
 assert MEASURES.keys() == METRICS.keys()
@@ -32,7 +31,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     reconstruct: Callable[[Tensor], Tensor],
     images: ValidationImages,
-    accelerator: Accelerator,
+    processes: Processes,
     batch_size: int,
     workers: int,
 ) -> Evaluation:
@@ -41,11 +40,11 @@ def evaluate(
     Args:
         reconstruct: uint8 (B, 3, S, S) to (B, 3, S, S) in [-1, 1].
         images: what to measure.
-        accelerator: of the run.
+        processes: of the run.
         batch_size: images at a time in each process.
         workers: that read images.
     """
-    count, processes = len(images), processes_of(accelerator)
+    count = len(images)
     # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
     places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
@@ -54,7 +53,7 @@ def evaluate(
     unread = iter(places)
     for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
         pixels = torch.stack([image.pixels for image in batch])
-        reconstructed = reconstruct(pixels.to(accelerator.device)).cpu()
+        reconstructed = reconstruct(pixels.to(processes.device)).cpu()
         for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
             if place < count and image.broken is not None:
                 broken.append(image.broken)
@@ -71,7 +70,7 @@ def measure_latent(
     encode: Callable[[Tensor], DiagonalGaussian],
     images: ValidationImages,
     channels: int,
-    accelerator: Accelerator,
+    processes: Processes,
     batch_size: int,
     workers: int,
 ) -> LatentSurvey:
@@ -81,14 +80,13 @@ def measure_latent(
         encode: uint8 (B, 3, S, S) to the Gaussian over (B, c, h, w).
         images: what to encode.
         channels: c.
-        accelerator: of the run.
+        processes: of the run.
         batch_size: images at a time in each process.
         workers: that read images.
     """
-    processes = processes_of(accelerator)
     share = processes.index, processes.count
     survey = latent_statistics(
-        lambda pixels: encode(pixels.to(accelerator.device)), images, channels, batch_size, workers, *share
+        lambda pixels: encode(pixels.to(processes.device)), images, channels, batch_size, workers, *share
     )
     moments = LatentMoments.from_state(processes.sum(survey.moments.state(*share)))
     return LatentSurvey(moments, [image for part in processes.gather(survey.broken) for image in part])

@@ -92,27 +92,23 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, st
     for group, saved in zip(optimizer.param_groups, state.groups, strict=True):
         if missing := sorted(set(group) - {"params"} ^ set(saved)):
             raise InputError(f"the optimiser's state is of another kind or version: {', '.join(missing)} do not match")
-        group.update({key: _same_type(value, group[key]) for key, value in saved.items() if key != "fused"})
+        for key, value in saved.items():
+            if key != "fused":
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value
     for name, tensor in state.tensors.items():
         owner, _, key = name.rpartition("/")
         if owner not in parameters:
             raise InputError(f"the optimiser's state has a tensor {name} that belongs to no parameter of this model")
         parameter = parameters[owner]
-        if key != "step" and tensor.shape != parameter.shape:
-            raise InputError(
-                f"the optimiser's state has {name} of shape {tuple(tensor.shape)}; the parameter has "
-                f"{tuple(parameter.shape)}"
-            )
         if key == "step":  # a fused optimiser keeps its counts beside the parameters, the others on the CPU
             beside = parameter.device if optimizer.param_groups[0].get("fused") else "cpu"
             optimizer.state[parameter][key] = tensor.to(beside, copy=True)
+        elif tensor.shape != parameter.shape:
+            shapes = tuple(tensor.shape), tuple(parameter.shape)
+            raise InputError(f"the optimiser's state has {name} of shape {shapes[0]}; the parameter has {shapes[1]}")
         else:
             optimizer.state[parameter][key] = like(tensor, parameter)
-    names = state.names
-    if names is None:  # no parameter has less than the others; one without a gradient has nothing
-        owners, keys = ({name.rpartition("/")[part] for name in state.tensors} for part in (0, 2))
-        names = [f"{owner}/{key}" for owner in owners for key in keys]
-    if missing := sorted(set(names) - set(state.tensors)):
+    if missing := sorted(set(state.names or ()) - set(state.tensors)):
         raise InputError(f"the optimiser's state lacks {len(missing)} tensors, {missing[0]} among them; it is damaged")
 
 
@@ -120,7 +116,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def _same_type(value: Any, present: Any) -> Any:
-    return tuple(value) if isinstance(present, tuple) else value

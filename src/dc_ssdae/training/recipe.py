@@ -1,18 +1,39 @@
-"""Recipes: phases of training, one after the other, as data. Reading and checking them needs no torch."""
+"""Recipes: training in phases, each a run of its own that starts from an earlier one's averaged weights.
 
-from collections.abc import Mapping
+RUN/recipe.yaml   all phases, with all their settings
+RUN/1-NAME/ …     a run each, see `run`
+RUN/model         a link to the model of the last phase that has ended, of the first one until then
+
+Reading and checking a recipe needs no torch; what trains imports it when it is called.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, shown, unknown_name
+from dc_ssdae.files import replace_link, write_whole
 from dc_ssdae.presets import read_yaml
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.config_checks import mistake, shown
+from dc_ssdae.training.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from dc_ssdae.distributed import Processes
+    from dc_ssdae.training.trainer import Outcome
 
 RECIPE_FILE = "recipe.yaml"
 
-LONGEST_NAME = 64
-"""Of a phase, in characters: file systems take no name of any length."""
+LEARNING_TERMS = ("repa",)
+"""The built-in loss terms with parameters of their own."""
+
+Spell = Callable[[RunConfig], str]
+"""Writes a configuration as YAML."""
+
+Tell = Callable[[str], None]
+"""Says a line to the user, once over all processes."""
 
 
 class Phase(NamedTuple):
@@ -46,23 +67,18 @@ def check_phase_name(name: Any) -> None:
         InputError: says what a name is made of.
     """
     if not isinstance(name, str) or not (name.isidentifier() and name.isascii()):
-        raise mistake(f"a phase is called {shown(name)}; use letters, digits and underscores")
-    if len(name) > LONGEST_NAME:
-        raise mistake(f"a phase is called {shown(name)}; use {LONGEST_NAME} characters at most")
+        raise InputError(f"a phase is called {shown(name)}; use letters, digits and underscores")
 
 
 def both_sources(name: str) -> InputError:
     """Build the error for a phase that is told to start from two things."""
-    return mistake(f"phases.{name} has both starts_from and training.init_from; give one of them")
+    return InputError(f"phases.{name} has both starts_from and training.init_from; give one of them")
 
 
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
     """Plain data that `read_recipe` takes back, every setting of every phase spelt out."""
-    return {
-        "phases": {
-            phase.name: {"starts_from": phase.starts_from, **phase.config.to_mapping()} for phase in recipe.phases
-        }
-    }
+    phases = {phase.name: {"starts_from": phase.starts_from, **phase.config.to_mapping()} for phase in recipe.phases}
+    return {"phases": phases}
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -82,16 +98,237 @@ def read_recipe(path: Path) -> Recipe:
     for name, settings in phases.items():
         check_phase_name(name)
         if not isinstance(settings, Mapping):
-            raise mistake(f"phases.{name} of {file} is {shown(settings)}; it must be a mapping of sections")
-        starts_from = settings.get("starts_from")
+            raise InputError(f"phases.{name} of {file} is {shown(settings)}; it must be a mapping of sections")
+        sections = dict(settings)
+        starts_from = sections.pop("starts_from", None)
         if starts_from is not None and starts_from not in [phase.name for phase in recipe.phases]:
-            raise mistake(f"phases.{name} of {file} starts from {shown(starts_from)}, which is no earlier phase")
-        sections = {section: value for section, value in settings.items() if section != "starts_from"}
+            raise InputError(f"phases.{name} of {file} starts from {shown(starts_from)}, which is no earlier phase")
         try:
             config = RunConfig.from_mapping(sections)
         except InputError as error:
-            raise mistake(f"phase {name} of {file}: {error}") from None
+            raise InputError(f"phase {name} of {file}: {error}") from None
         if starts_from is not None and config.training.init_from is not None:
             raise both_sources(name)
         recipe.phases.append(Phase(name, config, starts_from))
     return recipe
+
+
+def resolved_recipe(recipe: Recipe) -> Recipe:
+    """Spell out every setting of the models' parts, as `resolved` does.
+
+    Raises:
+        InputError: a class or a setting is unknown or does not fit.
+    """
+    from dc_ssdae.training.build import resolved
+
+    return Recipe([phase._replace(config=resolved(phase.config)) for phase in recipe.phases])
+
+
+def start_recipe(recipe: Recipe, text: str, path: Path, spell: Spell, tell: Tell, cpu: bool = False) -> "Outcome":
+    """Begin a recipe in a new folder and train its phases.
+
+    Args:
+        recipe: with all settings resolved.
+        text: the same as YAML, which is kept in the folder.
+        path: of the folder.
+        spell: writes a phase's configuration.
+        tell: is told where each phase begins.
+        cpu: use no GPU.
+
+    Raises:
+        InputError: a phase, the data, the processes or the folder do not fit; all phases are checked before the first.
+        TrainingFailed: as `Trainer.run`.
+    """
+    from dc_ssdae.training.run import check_new, new_folder
+
+    processes = _check(recipe, cpu)
+    first = recipe.folder(path, recipe.phases[0].name)
+
+    def create() -> None:
+        check_new(path)
+        with new_folder(path) as partial:
+            (partial / RECIPE_FILE).write_text(text, encoding="utf-8")
+            replace_link(partial / "model", Path(first.name, "model"))
+
+    processes.on_main(create)
+    try:
+        outcome = _train(recipe, path, spell, tell, processes, cpu)
+    except Exception:
+        # A mistake that only the first step shows has removed the phase: what is mended begins anew, under this name.
+        if processes.is_main and not first.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    assert outcome is not None
+    return outcome
+
+
+def resume_recipe(
+    recipe: Recipe, text: str | None, path: Path, spell: Spell, tell: Tell, cpu: bool = False
+) -> "Outcome | None":
+    """Go on with a recipe in the phase where it stopped.
+
+    Args:
+        recipe: perhaps with other budgets.
+        text: the same as YAML, to replace the folder's own; None keeps that.
+        path: of the folder.
+        spell: writes a phase's configuration.
+        tell: is told where each phase begins.
+        cpu: use no GPU.
+
+    Returns:
+        How it ended; None where all phases were finished already.
+
+    Raises:
+        InputError: as `start_recipe`; or a checkpoint is damaged.
+        TrainingFailed: as `Trainer.run`.
+    """
+    return _train(recipe, path, spell, tell, _check(recipe, cpu, path), cpu, text)
+
+
+def finished_phases(recipe: Recipe, path: Path) -> list[str]:
+    """Names of the phases that have spent their budget.
+
+    Raises:
+        InputError: a checkpoint is damaged.
+    """
+    from dc_ssdae.training.run import RunFolder, is_finished
+
+    folders = [RunFolder(recipe.folder(path, phase.name)) for phase in recipe.phases]
+    pairs = zip(recipe.phases, folders, strict=True)
+    return [phase.name for phase, folder in pairs if is_finished(folder, phase.config.training)]
+
+
+def settled_phases(recipe: Recipe, path: Path) -> list[str]:
+    """Names of the finished phases that another one has started from: these cannot go on any more.
+
+    Raises:
+        InputError: a checkpoint is damaged.
+    """
+    sources = {phase.starts_from for phase in recipe.phases if _has_begun(recipe.folder(path, phase.name))}
+    return [name for name in finished_phases(recipe, path) if name in sources]
+
+
+def _has_begun(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _check(recipe: Recipe, cpu: bool, path: Path | None = None) -> "Processes":
+    """Find mistakes of a late phase now, and not after days; where `path` is given, in what is left of it."""
+    from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.training.build import fetch_backbones
+    from dc_ssdae.training.distributed import processes_of, start_processes
+    from dc_ssdae.training.start import check_config
+
+    accelerator = start_processes(recipe.phases[0].config.training.processes, cpu)
+    processes = processes_of(accelerator)
+
+    def check() -> None:
+        finished = [] if path is None else finished_phases(recipe, path)
+        opened = []
+        for phase in recipe.phases:
+            if phase.name in finished:
+                continue
+            data = phase.config.data
+            begun = path is not None and _has_begun(recipe.folder(path, phase.name))
+            images = (data.root, data.dataset, data.validation, data.cache)
+            try:
+                start_processes(phase.config.training.processes, cpu)
+                _check_trained_terms(recipe, phase)
+                check_config(phase.config, accelerator, starts=phase.starts_from is None and not begun)
+                if images not in opened:
+                    open_sources(*images)
+                    opened.append(images)
+            except InputError as error:
+                raise InputError(f"phase {phase.name}: {error}") from None
+
+    def fetch() -> None:
+        for phase in recipe.phases if accelerator.is_local_main_process else ():
+            try:
+                fetch_backbones(phase.config.losses)
+            except InputError as error:
+                raise InputError(f"phase {phase.name}: {error}") from None
+
+    processes.together(check)
+    if path is None:  # after everything that can be found out without a download
+        processes.together(fetch)
+    return processes
+
+
+def _check_trained_terms(recipe: Recipe, phase: Phase) -> None:
+    """Refuse to train what no term learns, and a term that would have to stay as it is made.
+
+    Whether a user's term learns is known when it is built.
+    """
+    config, chosen = phase.config, phase.config.trained_groups()
+    if chosen is None:
+        return
+    active = [name for name, loss in config.losses.items() if loss.weight]
+    learning = [name for name in active if config.losses[name].class_path is not None or name in LEARNING_TERMS]
+    groups = [f"losses.{name}" for name in learning]
+    for selector in chosen:
+        if selector.partition(".")[0] == "losses" and selector not in ("losses", *groups):
+            raise InputError(f"training.train: {unknown_name('parameter group', selector, groups)}")
+    before = {earlier.name: earlier.config.losses for earlier in recipe.phases}.get(phase.starts_from or "")
+    for name in learning:
+        frozen = name in LEARNING_TERMS and not {"losses", f"losses.{name}"}.intersection(chosen)
+        is_new = before is not None and not (name in before and before[name].weight)
+        if frozen and is_new:
+            raise InputError(
+                f"losses.{name} has parameters of its own, which phase {phase.starts_from} does not train: add "
+                f"losses.{name} to training.train, or leave the term out: losses.{name} 0"
+            )
+
+
+def _train(
+    recipe: Recipe, path: Path, spell: Spell, tell: Tell, processes: "Processes", cpu: bool, text: str | None = None
+) -> "Outcome | None":
+    """Train the phases that are left, one after the other, from where each of them stopped."""
+    from accelerate.utils.memory import clear_device_cache
+
+    from dc_ssdae.training.start import locked, resume_run, start_run
+    from dc_ssdae.training.trainer import Outcome
+
+    outcome = None
+    # Each phase listens for signals itself; this is for one that comes between two phases.
+    with locked(path, processes), StopRequest() as stop:
+        if text is not None:
+            processes.on_main(partial(write_whole, path / RECIPE_FILE, text.encode()))
+        for place, phase in enumerate(recipe.phases, 1):
+            signal = processes.on_main(lambda: stop.name)
+            if signal is not None:
+                return Outcome(0 if outcome is None else outcome.step, signal)
+            folder = recipe.folder(path, phase.name)
+            config = _with_source(recipe, phase, path)
+            # One process decides for all: the folder appears while others look.
+            if processes.on_main(partial(_has_begun, folder)):
+                outcome = resume_run(config, spell(config), folder, cpu) or outcome
+            else:
+                tell(f"phase {phase.name} ({place} of {len(recipe.phases)}) begins: {folder}")
+                outcome = start_run(config, spell(config), folder, cpu)
+            # The next one needs the memory that this one's cycles of references still hold.
+            clear_device_cache(garbage_collection=True)
+            if outcome is not None and outcome.stopped_by is not None:
+                return outcome
+            processes.on_main(partial(_link_later_model, path, folder))
+    return outcome
+
+
+def _with_source(recipe: Recipe, phase: Phase, path: Path) -> RunConfig:
+    """The phase's configuration, with what it starts from and where it lies."""
+    settings = {"output": str(recipe.folder(path, phase.name))}
+    if phase.starts_from is not None:
+        settings["init_from"] = str(recipe.folder(path, phase.starts_from))
+    return phase.config.with_training(**settings)
+
+
+def _link_later_model(path: Path, folder: Path) -> None:
+    """Let RUN/model lead to the model of a phase, if it does not lead to a later one's already."""
+    link = path / "model"
+    if not link.is_symlink() or _number(Path(os.readlink(link)).parts[0]) < _number(folder.name):
+        replace_link(link, Path(folder.name, "model"))
+
+
+def _number(name: str) -> int:
+    """The number with which the folder of a phase begins."""
+    number = name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0

@@ -66,30 +66,33 @@ class TrainingStep(nn.Module):
             draw: int64 (B,), numbers the run's images; of no use here.
         """
         x, noise = self._images(pixels), noise.contiguous(memory_format=self.memory_format)
+        record, posterior, z = self.corrupt_and_encode(x, noise, level, latent_noise, draw)
+        dynamics = self.model.dynamics
+        time = record.level if dynamics.conditions_on_time else None
+        features: Tensor | None = None
+
+        def network(x_level: Tensor) -> Tensor:
+            nonlocal features
+            if self._decode_with_features is None:
+                return self.model.decoder(x_level, z, time)
+            prediction, features = self._decode_with_features(x_level, z, time, self.objective.decoder_layer)
+            return prediction
+
+        with self._autocast(x):
+            prediction = predict(dynamics, network, record.x_level)
+        return self.objective(StepOutputs(dynamics, record, prediction, posterior, features))
+
+    def corrupt_and_encode(
+        self, x: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None
+    ) -> tuple[Corruption, DiagonalGaussian, Tensor]:
+        """Make what the decoder gets and is compared with: the record, the posterior, and latents drawn from it."""
         record = self.model.dynamics.corrupt(x, noise, level)
         with self._autocast(x):
             posterior = self.model.posterior(x).bounded()
-            z = posterior.sample(noise=latent_noise)
-        return self._losses(record, posterior, z)
+            return record, posterior, posterior.sample(noise=latent_noise)
 
     def _images(self, pixels: Tensor) -> Tensor:
         return to_model_range(pixels).contiguous(memory_format=self.memory_format)
-
-    def _losses(self, record: Corruption, posterior: DiagonalGaussian, z: Tensor) -> Losses:
-        dynamics = self.model.dynamics
-        time = record.level if dynamics.conditions_on_time else None
-        features: list[Tensor] = []
-
-        def network(x: Tensor) -> Tensor:
-            if self._decode_with_features is None:
-                return self.model.decoder(x, z, time)
-            prediction, kept = self._decode_with_features(x, z, time, self.objective.decoder_layer)
-            features.append(kept)
-            return prediction
-
-        with self._autocast(record.x):
-            prediction = predict(dynamics, network, record.x_level)
-        return self.objective(StepOutputs(dynamics, record, prediction, posterior, features[0] if features else None))
 
     def freeze_all_but(self, trained: Set[str]) -> None:
         """Leave everything else as it is: no gradients, and batch statistics and dropout as in evaluation.

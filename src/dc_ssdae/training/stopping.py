@@ -10,6 +10,10 @@ PATIENCE = 3
 """So many SIGINTs interrupt at once; two may be one wish, because launchers pass on what the terminal has sent too."""
 
 
+class Stopped(Exception):
+    """Some process was asked to end the run."""
+
+
 class StopRequest:
     """While entered, SIGTERM, SIGINT and SIGHUP only set `name`, until the third SIGINT.
 
