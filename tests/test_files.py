@@ -17,7 +17,7 @@ from dc_ssdae.data.pack_shard import PackSettings
 from dc_ssdae.data.shard_index import scan_labels, scan_tar
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.errors import InputError
-from dc_ssdae.files import naming, write_whole, written_beside
+from dc_ssdae.files import write_whole, written_beside
 from dc_ssdae.model_folder import read_config
 from dc_ssdae.weights import read_safetensors
 
@@ -70,17 +70,6 @@ def test_both_files_of_an_error_are_named() -> None:
     # Copying onto a full disk fails with the source's name first.
     assert describe(OSError(28, "No space left on device", "a", None, "b")) == "a -> b: No space left on device"
     assert describe(OSError(28, "No space left on device", "a", None, "a")) == "a: No space left on device"
-
-
-def test_errors_in_a_block_name_its_file(tmp_path: Path) -> None:
-    for error, named in (
-        (OSError(28, "No space left on device"), str(tmp_path)),
-        (OSError(28, "No space left on device", "another"), "another"),
-        (OSError("not the system's"), None),
-    ):
-        with pytest.raises(OSError, match=r"No space|not the system") as caught, naming(tmp_path):
-            raise error
-        assert caught.value.filename == named
 
 
 @pytest.fixture

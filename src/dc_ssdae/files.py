@@ -1,13 +1,17 @@
-"""Files that are written whole or not at all, and what must not be opened as a file of ours."""
+"""Files and folders that are written whole or not at all, and what must not be opened as a file of ours."""
 
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
+import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dc_ssdae.errors import InputError
 
@@ -73,7 +77,7 @@ def written_beside(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
     Args:
         path: of the file; its folder exists.
-        beside: a name in the same folder, for who cleans up after killed processes; by default one of its own.
+        beside: a name in the same folder, for callers that clean up after killed processes; by default a new one.
 
     Raises:
         OSError: it cannot be written; names the file, also where the system does not, as on a full disk.
@@ -106,6 +110,39 @@ def write_whole(path: Path, content: bytes) -> None:
         if path.exists():
             beside.chmod(path.stat().st_mode)
     sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON as `write_whole` does; numbers that are not finite become null."""
+    write_whole(path, f"{json.dumps(finite(value), indent=2, allow_nan=False)}\n".encode())
+
+
+def finite(value: Any) -> Any:
+    """Replace numbers that are not finite, in lists and mappings too, by None, because JSON has no others."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path, beside: Path | None = None) -> Iterator[Path]:
+    """Give a new folder to fill and to move to `path`; what is left of it at the end of the block is removed.
+
+    Args:
+        path: of the folder; those above it are made if need be.
+        beside: a name in the same folder, for callers that clean up after killed processes; by default a new one.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    beside = beside or temporary_name(path)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -101,19 +101,11 @@ def test_one_step_comes_closer_to_several(
     run = tmp_path / "student"
     words = ["--teacher", str(teacher), "--steps", str(K), "--training.output", str(run)]
     words += ["--training.steps", str(STUDENT_STEPS), "--training.lr", "2e-3"]
-    begun = time.monotonic()
     assert distil(words) == 0
-    seconds = time.monotonic() - begun
     table = capsys.readouterr().out
     one, several, student = distances(run)
     other_one, other_student = elsewhere(teacher, run, data, K)
     losses = [line["loss/dynamics"] for line in metrics(run)]
-    with capsys.disabled():
-        print(f"\n{table}")
-        print(f"teacher of {TEACHER_STEPS} steps, student of {STUDENT_STEPS} in {seconds:.0f} s")
-        print(f"loss {sum(losses[:5]) / 5:.4f} at first, {sum(losses[-5:]) / 5:.4f} at last")
-        print(f"MSE to the teacher's {K} steps: {one:.4f} of its one step, {student:.4f} of the student's")
-        print(f"with other noise and latents: {other_one:.4f} and {other_student:.4f}")
     assert several == 0.0
     assert one > 0.01, "the teacher's one step and its several do not differ: there is nothing to learn"
     assert student < 0.5 * one
@@ -124,9 +116,7 @@ def test_one_step_comes_closer_to_several(
     assert [float(number) for number in found[:3]] == pytest.approx([one, several, student], abs=1e-6)
 
 
-def test_a_teacher_of_one_step_teaches_nothing(
-    teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_teacher_of_one_step_teaches_nothing(teacher: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "student"
     words = ["--teacher", str(teacher), "--steps", "1", "--training.output", str(run), "--training.steps", "30"]
     assert distil(words) == 0
@@ -135,9 +125,6 @@ def test_a_teacher_of_one_step_teaches_nothing(
     report = json.loads((run / "distillation.json").read_text())["decodings"]
     psnr = [entry["psnr"] for entry in report]
     losses = [line["loss/dynamics"] for line in metrics(run)]
-    with capsys.disabled():
-        print(f"\nMSE between the student's one step and the teacher's: {student:.2g}, elsewhere {other_student:.2g}")
-        print(f"PSNR {psnr[0]:.3f} and {psnr[2]:.3f} dB; losses {losses[0]:.2g}, largest {max(losses):.2g}")
     assert one == same == 0.0
     assert losses[0] < 1e-11
     assert max(student, other_student) < 1e-4

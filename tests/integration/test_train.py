@@ -92,7 +92,7 @@ def test_a_runs_folder_holds_what_a_lab_needs(finished, data):
 
     (start_line,) = [json.loads(line) for line in (finished / "environment.jsonl").read_text().splitlines()]
     assert torch.__version__.startswith(start_line["versions"]["torch"])
-    assert start_line["command"][:4] == ["python", "-m", "dc_ssdae", "train"]
+    assert start_line["command"][1:4] == ["-m", "dc_ssdae", "train"]
     assert "git" in start_line
 
     evaluations = [json.loads(line) for line in (finished / "evaluations.jsonl").read_text().splitlines()]

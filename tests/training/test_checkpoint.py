@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from killed import CRASHED, FAILED, KILLED, run_in_child
-from safetensors import SafetensorError
 
 from dc_ssdae.errors import InputError
-from dc_ssdae.training import checkpoint as module
 from dc_ssdae.training.checkpoint import (
     TENSOR_FILES,
     Checkpoint,
@@ -80,32 +77,24 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert {entry.name for entry in (tmp_path / "c").iterdir()} == FILES
 
 
-def test_before_the_first_there_is_none(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "checkpoints")
+def test_last_best_and_those_kept_for_good(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints", keep_every=40)
     assert (folder.last(), folder.best()) == (None, None)
-    folder.clean()
     folder.recover()
     assert not folder.path.exists()
-
-
-def test_last_and_best(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     kept = []
     for step, is_best in ((10, False), (20, True), (30, False), (40, False), (50, True), (60, False)):
         assert folder.save(checkpoint(step), is_best) == folder.path / f"step-{step:08d}"
         kept.append(steps_of(folder))
         assert_same(read_checkpoint(folder.last()), checkpoint(step))
     assert kept == [(10, None), (20, 20), (30, 20), (40, 20), (50, 50), (60, 50)]
-    assert names(folder) == {"last", "best", "step-00000050", "step-00000060"}
-
-
-def test_keep_every(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, keep_every=20)
-    for step in range(10, 80, 10):
-        folder.save(checkpoint(step), is_best=step == 30)
-    kept = {f"step-{step:08d}" for step in (20, 30, 40, 60, 70)}
-    assert names(folder) == {"last", "best", *kept}
-    assert steps_of(folder) == (70, 30)
+    (folder.path / "notes.txt").write_text("mine")
+    (folder.path / "step-00000010-copy").mkdir()
+    folder.clean()
+    steps = {f"step-{step:08d}" for step in (40, 50, 60)}
+    assert names(folder) == {"last", "best", *steps, "notes.txt", "step-00000010-copy"}
+    folder.path.rename(tmp_path / "moved")
+    assert steps_of(CheckpointFolder(tmp_path / "moved")) == (60, 50)
 
 
 def test_a_step_that_is_saved_already_may_still_become_the_best(tmp_path: Path) -> None:
@@ -117,40 +106,14 @@ def test_a_step_that_is_saved_already_may_still_become_the_best(tmp_path: Path) 
     assert os.stat(tmp_path / "last" / "state.json").st_ino == before, "written twice"
 
 
-def test_the_folder_may_be_moved(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "here")
-    folder.save(checkpoint(10), is_best=True)
-    folder.path.rename(tmp_path / "there")
-    assert steps_of(CheckpointFolder(tmp_path / "there")) == (10, 10)
-
-
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "step-00000010-copy").mkdir()
-    for step in (10, 20):
-        folder.save(checkpoint(step))
-    assert names(folder) == {"last", "step-00000020", "notes.txt", "step-00000010-copy"}
-
-
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "checkpoints")
     before = os.umask(0o027)
     try:
-        folder.save(checkpoint(1))
+        folder = CheckpointFolder(tmp_path).save(checkpoint(1))
     finally:
         os.umask(before)
-    assert {entry.stat().st_mode & 0o777 for entry in folder.last().iterdir()} == {0o640}
-    assert folder.last().stat().st_mode & 0o777 == 0o750
-
-
-def test_nothing_is_pickled(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path).save(checkpoint(1))
-    for file in folder.iterdir():
-        start = file.read_bytes()[:16]
-        assert file.suffix in (".json", ".safetensors")
-        assert not start.startswith((b"PK", b"\x80")), f"{file} is a pickle"
-        assert start[:1] == b"{" if file.suffix == ".json" else start[8:9] == b"{"
+    assert {entry.stat().st_mode & 0o777 for entry in folder.iterdir()} == {0o640}
+    assert folder.stat().st_mode & 0o777 == 0o750
 
 
 def test_another_state_takes_the_place_of_the_one_of_a_step_that_is_saved(tmp_path: Path) -> None:
@@ -242,10 +205,9 @@ def test_killed_at_any_operation_the_last_is_the_old_or_the_new(folder: Checkpoi
     assert ends == ({(20, 10), (30, 10), (30, 30)} if is_best else {(20, 10), (30, 10)})
 
 
-@pytest.mark.parametrize("is_best", [False, True])
-def test_failing_at_any_operation_leaves_a_whole_last(folder: CheckpointFolder, is_best: bool) -> None:
+def test_failing_at_any_operation_leaves_a_whole_last(folder: CheckpointFolder) -> None:
     codes = set()
-    for code, copy in all_points(folder, is_best, fail=True):
+    for code, copy in all_points(folder, is_best=True, fail=True):
         codes.add(code)
         step, _ = steps_of(copy)
         assert step in ((20, 30) if code == FAILED else (30,))
@@ -254,32 +216,6 @@ def test_failing_at_any_operation_leaves_a_whole_last(folder: CheckpointFolder, 
         copy.save(checkpoint(40, best=10))
         assert steps_of(copy)[0] == 40
     assert codes == {0, FAILED}
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space")])
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_tensor_file_that_cannot_be_written(
-    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int
-) -> None:
-    calls = 0
-    written = module.save_file
-
-    def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            Path(path).write_bytes(b"half a file")
-            raise error
-        written(tensors, path, metadata)
-
-    monkeypatch.setattr(module, "save_file", save_file)
-    before = names(folder)
-    with pytest.raises(OSError, match="No space"):
-        folder.save(checkpoint(30), is_best=True)
-    assert names(folder) == before, "litter"
-    assert steps_of(folder) == (20, 10)
-    folder.save(checkpoint(30), is_best=True)
-    assert steps_of(folder) == (30, 30)
 
 
 def test_a_full_disk(small_disk: Path) -> None:
@@ -311,13 +247,12 @@ def test_a_full_disk(small_disk: Path) -> None:
     ("text", "message"),
     [
         (None, "state.json cannot be read: No such file"),
-        ("", "state.json cannot be read"),
         ('{"format": 1, "step": 20', "state.json cannot be read"),
         ("[]", "is not a checkpoint's state of format 1"),
-        ('{"step": 20}', "format 1"),
         ('{"format": 99, "step": 20}', "format 1"),
-        ('{"format": 1, "step": "20"}', "format 1"),
-        (f'{{"format": 1, "step": 1{"0" * 400}}}', "is too large"),
+        ('{"format": 1}', "format 1"),
+        ('{"format": 1, "step": "20"}', "its step is '20'"),
+        ('{"format": 1, "step": 20, "provenance": "x"}', "its provenance is 'x'"),
         (f'{{"format": 1, "step": 20, "settings": {"[" * 10**5}{"]" * 10**5}}}', "state.json cannot be read"),
     ],
 )
@@ -333,39 +268,15 @@ def test_a_damaged_state_is_named(folder: CheckpointFolder, text: str | None, me
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["seconds", "best", "provenance", "latent_statistics", "sha256"])
-def test_a_state_with_a_wrong_type_is_named(folder: CheckpointFolder, name: str) -> None:
-    path = folder.last() / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "x"}))
-    with pytest.raises(InputError, match=rf"damaged: {name} in {path} is 'x'"):
-        read_state(folder.last())
-
-
-def test_settings_of_64_bits_are_read(folder: CheckpointFolder) -> None:
-    path = folder.last() / "state.json"
-    settings = {"model.encoder": {"init_args": {"seed": 2**63 - 1, "offset": -(10**18)}}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
-    assert read_state(folder.last())["settings"] == settings
-
-
-def test_a_state_that_is_no_text_is_named(folder: CheckpointFolder) -> None:
-    (folder.last() / "state.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=r"state\.json cannot be read") as caught:
-        read_state(folder.last())
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("file", [f"{name}.safetensors" for name in TENSOR_FILES])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
-def test_a_damaged_tensor_file_is_named(folder: CheckpointFolder, file: str, damage: str) -> None:
-    path = folder.last() / file
+def test_a_damaged_tensor_file_is_named(folder: CheckpointFolder, damage: str) -> None:
+    path = folder.last() / "optimizer.safetensors"
     content = path.read_bytes()
     path.unlink()
     if damage != "missing":
         path.write_bytes({"empty": b"", "truncated": content[:-8], "garbage": b"\x80\x04" + bytes(100)}[damage])
-    with pytest.raises(InputError, match=file) as caught:
+    with pytest.raises(InputError, match=str(path)):
         read_checkpoint(folder.last())
-    assert "\n" not in str(caught.value)
 
 
 def test_a_last_that_was_taken_away_is_no_new_beginning(folder: CheckpointFolder) -> None:
@@ -391,13 +302,6 @@ def test_folders_in_the_place_of_links_become_links_again(tmp_path: Path) -> Non
     assert names(copy) == {"last", "best", "step-00000010", "step-00000030"}
 
 
-def test_a_state_that_lacks_something_is_named(folder: CheckpointFolder) -> None:
-    last = folder.last()
-    assert last is not None
-    with pytest.raises(InputError, match=r"state\.json lacks 'optimizer'"):
-        read_checkpoint(last, ("step", "optimizer"))
-
-
 def test_checkpoints_without_links_are_found_again(tmp_path: Path) -> None:
     """As tools that drop links leave them, or a kill before the first link."""
     folder = CheckpointFolder(tmp_path / "run", keep_every=10)
@@ -410,16 +314,15 @@ def test_checkpoints_without_links_are_found_again(tmp_path: Path) -> None:
     assert steps_of(folder) == (30, None)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_what_the_disk_refuses_only_when_flushed_is_not_taken_for_written(
-    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, number: int
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = steps_of(folder)
+    before = steps_of(folder), names(folder)
 
     def fsync(handle: int) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.EDQUOT, "no more")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+    with pytest.raises(OSError, match="no more"):
         folder.save(checkpoint(40))
-    assert steps_of(folder) == before
+    assert (steps_of(folder), names(folder)) == before

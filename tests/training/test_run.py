@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed import CRASHED, FAILED, KILLED, run_in_child
+from killed import CRASHED, run_in_child
 from tiny import run_config
 
 from dc_ssdae.card import note_evaluation
@@ -21,9 +21,6 @@ from dc_ssdae.training.run import (
     WEIGHTS_FILE,
     RunFolder,
     RunLock,
-    append_line,
-    check_new,
-    command_line,
     create_run,
     describe_environment,
     is_finished,
@@ -38,7 +35,12 @@ def contents(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): file.read_text() for file in files}
 
 
+OLD = {"config.yaml": "old: 1\n", "model/config.json": "[]"}
 NEW = {"config.yaml": "new: 1\n", "model/config.json": "{}"}
+
+
+def create(path: Path, files: dict[str, str], replace: bool = False) -> None:
+    create_run(path, *files.values(), replace)
 
 
 def checkpoint(step: int, best: int | None = None) -> Checkpoint:
@@ -56,90 +58,61 @@ def published(run: RunFolder) -> float | None:
 # --- making one ---
 
 
-def test_a_new_run(tmp_path: Path) -> None:
-    path = tmp_path / "some" / "where" / "run"
-    create_run(path, "new: 1\n", "{}")
-    assert contents(path) == NEW
-    assert [entry.name for entry in path.parent.iterdir()] == ["run"]
-
-
 @pytest.mark.parametrize("fail", [False, True])
-def test_killed_at_any_operation_it_is_absent_or_complete(tmp_path: Path, fail: bool) -> None:
-    seen = set()
+@pytest.mark.parametrize("replace", [False, True])
+def test_killed_at_any_operation_it_is_absent_or_complete(tmp_path: Path, replace: bool, fail: bool) -> None:
+    seen = []
     for point in range(100):
         path = tmp_path / str(point) / "run"
         path.parent.mkdir()
-        code = run_in_child(lambda path=path: create_run(path, "new: 1\n", "{}"), point, fail)
+        if replace:
+            create(path, OLD)
+        code = run_in_child(lambda path=path: create(path, NEW, replace), point, fail)
         assert code != CRASHED
-        seen.add((code, path.exists()))
-        assert not path.exists() or contents(path) == NEW
-        if fail:
-            assert [entry.name for entry in path.parent.iterdir()] in ([], ["run"]), "litter"
-        if not path.exists():
-            create_run(path, "new: 1\n", "{}")
-            assert contents(path) == NEW
-            assert [entry.name for entry in path.parent.iterdir()] == ["run"], "what the kill left is not removed"
+        seen.append(contents(path) if path.exists() else None)
+        if fail and not replace:  # what was replaced may be impossible to delete
+            assert [entry.name for entry in path.parent.iterdir()] == ["run"] * path.exists(), "litter"
+        create(path, NEW, replace=path.exists())
+        assert contents(path) == NEW
+        assert [entry.name for entry in path.parent.iterdir()] == ["run"], "what the kill left is not removed"
         if code == 0 and point > 5:  # to make a folder that is there may fail
             break
-    assert (0, True) in seen
-    assert (FAILED if fail else KILLED, False) in seen
-
-
-@pytest.mark.parametrize("fail", [False, True])
-def test_replaced_at_any_operation_it_is_absent_or_complete(tmp_path: Path, fail: bool) -> None:
-    old = {"config.yaml": "old: 1\n", "model/config.json": "[]"}
-    seen = set()
-    for point in range(100):
-        path = tmp_path / str(point) / "run"
-        create_run(path, "old: 1\n", "[]")
-        code = run_in_child(lambda path=path: create_run(path, "new: 1\n", "{}", replace=True), point, fail)
-        assert code != CRASHED
-        found = contents(path) if path.exists() else None
-        assert found in ((old, NEW) if fail else (None, old, NEW)), "a failure leaves the old one there"
-        seen.add(None if found is None else found["config.yaml"])
-        if code == 0 and point > 5:
-            break
-    assert found == NEW
-    assert seen == {"old: 1\n", "new: 1\n"} | (set() if fail else {None})
+    assert seen[-1] == NEW
+    assert all(found in (None, OLD, NEW) for found in seen)
+    assert (OLD in seen) == replace
+    assert (None in seen) == (not (replace and fail)), "a failure leaves the old one there"
 
 
 @pytest.mark.parametrize("replace", [False, True])
-@pytest.mark.parametrize("there", ["run", "folder", "file", "dangling link"])
-def test_what_is_there_is_not_overwritten(tmp_path: Path, there: str, replace: bool) -> None:
+@pytest.mark.parametrize("there", ["folder", "file", "dangling link"])
+def test_what_is_no_run_is_never_overwritten(tmp_path: Path, there: str, replace: bool) -> None:
     path = tmp_path / "there"
-    if there == "run":
-        create_run(path, "old: 1\n", "[]")
-    elif there == "folder":
+    if there == "folder":
         path.mkdir()
         (path / "thesis.tex").write_text("mine")
     elif there == "file":
         path.write_text("mine")
     else:
         path.symlink_to(tmp_path / "nowhere")
-    if there == "run" and replace:
+    with pytest.raises(InputError, match="exists already and is no run"):
         create_run(path, "new: 1\n", "{}", replace)
-        assert contents(path) == NEW
-        assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
-        return
-    message = r"is a run already: go on with it by --resume" if there == "run" else "exists already and is no run"
-    for work in (lambda: create_run(path, "new: 1\n", "{}", replace), lambda: check_new(path)):
-        with pytest.raises(InputError, match=message) as caught:
-            work()
-        assert "\n" not in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
-    if there == "run":
-        assert (path / "config.yaml").read_text() == "old: 1\n"
 
 
-def test_a_run_that_is_being_trained_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_replaced_only_where_that_is_asked_for_and_nobody_trains_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lose(lock: RunLock) -> None:
         raise InputError("another process has it")
 
-    create_run(tmp_path / "run", "old: 1\n", "[]")
+    path = tmp_path / "run"
+    create(path, OLD)
+    with pytest.raises(InputError, match=f"is a run already: go on with it by --resume {path}"):
+        create(path, NEW)
     monkeypatch.setattr(RunLock, "acquire", lose)
     with pytest.raises(InputError, match="another process has it"):
-        create_run(tmp_path / "run", "new: 1\n", "{}", replace=True)
-    assert (tmp_path / "run" / "config.yaml").read_text() == "old: 1\n"
+        create(path, NEW, replace=True)
+    assert contents(path) == OLD
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
@@ -166,16 +139,6 @@ def test_what_is_another_runs_or_may_be_alive_is_not_removed(tmp_path: Path, mon
     create_run(tmp_path / "run", "new: 1\n", "{}", replace=True)
     assert not mine.exists()
     assert other.is_dir()
-
-
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        create_run(tmp_path / "run", "new: 1\n", "{}")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o750
-    assert (tmp_path / "run" / "config.yaml").stat().st_mode & 0o777 == 0o640
 
 
 # --- its lock ---
@@ -222,171 +185,106 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path, own
 # --- its model ---
 
 
+def train_to(run: RunFolder, step: int) -> None:
+    """Save a checkpoint, the best so far, and publish its model."""
+    provenance = {"steps": step, "data": "photos"}
+    saved = checkpoint(step, best=step)
+    saved.state["provenance"] = provenance  # type: ignore[index]
+    folder = run.checkpoints.save(saved, is_best=True)
+    publish_model(run, folder / "ema.safetensors", provenance=provenance)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    """A run after step 10, which is its best."""
-    path = tmp_path / "run"
-    create_run(path, "", "{}")
-    run = RunFolder(path)
-    folder = run.checkpoints.save(checkpoint(10, best=10), is_best=True)
-    publish_model(run, folder / "ema.safetensors")
+    """A run after step 10, which is its best, and whose model somebody has evaluated."""
+    run = RunFolder(tmp_path / "run")
+    parts = {part: {"class_path": "Some"} for part in ("encoder", "decoder", "dynamics")}
+    create_run(run.path, "", json.dumps({"latent_channels": 4, "downsample_factor": 8, **parts}))
+    train_to(run, 10)
+    note_evaluation(run.model, {"protocol": "dcae", "data": "x", "images": 9, "metrics": {"psnr": {"value": 25.125}}})
     return run
 
 
-def copies(run: RunFolder, fail: bool, last_point: int = 200) -> Iterator[tuple[int, RunFolder]]:
-    """Copies of a run whose next checkpoint and model were stopped at each of their operations."""
-    for point in range(last_point):
-        path = run.path.with_name(f"copy{point}")
-        shutil.copytree(run.path, path, symlinks=True)
-        copy = RunFolder(path)
-
-        def work(copy: RunFolder = copy) -> None:
-            folder = copy.checkpoints.save(checkpoint(20, best=20), is_best=True)
-            publish_model(copy, folder / "ema.safetensors")
-
-        code = run_in_child(work, point, fail)
-        assert code != CRASHED
-        yield code, copy
-        if code == 0 and not fail:
-            return
-
-
-def test_the_model_is_the_checkpoints_average(run: RunFolder) -> None:
-    assert published(run) == 10.0
-    assert (run.model / WEIGHTS_FILE).samefile(run.checkpoints.last() / "ema.safetensors"), "a second copy"
-    folder = run.checkpoints.save(checkpoint(20))
-    publish_model(run, folder / "ema.safetensors")
-    publish_model(run, folder / "ema.safetensors")
-    assert published(run) == 20.0
-    assert sorted(entry.name for entry in run.model.iterdir()) == ["config.json", WEIGHTS_FILE]
-
-
-def test_where_no_links_can_be_made_it_is_a_copy(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run.checkpoints.save(checkpoint(20))
+def test_where_no_links_can_be_made_the_model_is_a_copy(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = run.checkpoints.last()
+    assert last is not None
+    assert (run.model / WEIGHTS_FILE).samefile(last / "ema.safetensors"), "a second copy"
 
     def link(*rest: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
+    folder = run.checkpoints.save(checkpoint(20))
     monkeypatch.setattr(os, "link", link)
     publish_model(run, folder / "ema.safetensors")
-    assert published(run) == 20.0
-    assert not (run.model / WEIGHTS_FILE).samefile(folder / "ema.safetensors")
-    assert sorted(entry.name for entry in run.model.iterdir()) == ["config.json", WEIGHTS_FILE]
+    monkeypatch.undo()
     recover_run(run)
+    assert published(run) == 20.0
     assert not (run.model / WEIGHTS_FILE).samefile(folder / "ema.safetensors"), "the same content is left alone"
 
 
 def test_killed_anywhere_between_checkpoint_and_model_the_next_start_makes_up_for_it(run: RunFolder) -> None:
-    found = set()
-    for _, copy in copies(run, fail=False):
-        before = (published(copy), copy.checkpoints.best().name)
-        assert before[0] in (10.0, 20.0), "the model is whole at any instant"
-        recover_run(copy)
-        last = copy.checkpoints.last()
-        step = 10.0 if last.name == "step-00000010" else 20.0
-        assert published(copy) == step
-        assert copy.checkpoints.best() == last
-        assert sorted(entry.name for entry in copy.model.iterdir()) == ["config.json", WEIGHTS_FILE]
-        found.add((step, *before))
-    assert {
-        (10.0, 10.0, "step-00000010"),
-        (20.0, 10.0, "step-00000010"),
-        (20.0, 10.0, "step-00000020"),
-        (20.0, 20.0, "step-00000020"),
-    } <= found
-
-
-def test_killed_anywhere_config_and_card_say_what_the_weights_are(tmp_path: Path) -> None:
-    base = RunFolder(tmp_path / "run")
-    parts = {part: {"class_path": "Some"} for part in ("encoder", "decoder", "dynamics")}
-    create_run(base.path, "", json.dumps({"latent_channels": 4, "downsample_factor": 8, **parts}))
-
-    def train_to(run: RunFolder, step: int) -> None:
-        saved = checkpoint(step)
-        provenance = {"steps": step, "data": "photos"}
-        saved.state["provenance"] = provenance  # type: ignore[index]
-        folder = run.checkpoints.save(saved)
-        publish_model(run, folder / "ema.safetensors", provenance=provenance)
-
-    def told(run: RunFolder) -> tuple[float | None, int, bool, bool]:
+    def told(run: RunFolder) -> tuple[float | None, int, bool, bool, str]:
         steps = json.loads((run.model / "config.json").read_text())["provenance"]["steps"]
-        card = (run.model / "README.md").read_text()
-        return published(run), steps, f"{steps} steps" in card, "25.125" in card
+        card, best = (run.model / "README.md").read_text(), run.checkpoints.best()
+        assert best is not None
+        return published(run), steps, f"{steps} steps" in card, "25.125" in card, best.name
 
-    train_to(base, 10)
-    note_evaluation(base.model, {"protocol": "dcae", "data": "x", "images": 9, "metrics": {"psnr": {"value": 25.125}}})
-    recover_run(base)
-    assert told(base) == (10.0, 10, True, True), "figures of these weights stay"
+    old, new = (10.0, 10, True, True, "step-00000010"), (20.0, 20, True, False, "step-00000020")
+    recover_run(run)
+    assert told(run) == old, "figures of these weights stay"
     found = set()
     for point in range(200):
-        copy = RunFolder(tmp_path / f"copy{point}")
-        shutil.copytree(base.path, copy.path, symlinks=True)
+        copy = RunFolder(run.path.with_name(f"copy{point}"))
+        shutil.copytree(run.path, copy.path, symlinks=True)
+        (copy.model / ".abc.partial").write_text("half")
         code = run_in_child(lambda copy=copy: train_to(copy, 20), point)
         assert code != CRASHED
         found.add(told(copy))
         recover_run(copy)
         last = copy.checkpoints.last()
         assert last is not None
-        expected = (10.0, 10, True, True) if last.name == "step-00000010" else (20.0, 20, True, False)
-        assert told(copy) == expected
+        assert told(copy) == (old if last.name == "step-00000010" else new)
         assert sorted(entry.name for entry in copy.model.iterdir()) == ["README.md", "config.json", WEIGHTS_FILE]
         if code == 0:
             break
-    assert {(10.0, 10, True, True), (20.0, 10, True, True), (20.0, 20, False, True), (20.0, 20, True, False)} == found
-
-
-def test_failing_anywhere_the_model_stays_whole(run: RunFolder) -> None:
-    for code, copy in copies(run, fail=True, last_point=70):
-        assert published(copy) in ((10.0, 20.0) if code == FAILED else (20.0,))
-        assert not list(copy.model.glob("*.partial")), "litter"
-
-
-def test_a_run_without_checkpoints_has_nothing_to_recover(tmp_path: Path) -> None:
-    create_run(tmp_path / "run", "new: 1\n", "{}")
-    (tmp_path / "run" / "model" / ".abc.partial").write_text("half")
-    recover_run(RunFolder(tmp_path / "run"))
-    assert contents(tmp_path / "run") == NEW
+    assert found == {old, (*old[:4], new[4]), (20.0, *old[1:4], new[4]), (20.0, 20, False, True, new[4]), new}
 
 
 @pytest.mark.parametrize(
     ("budget", "finished"),
-    [
-        ({"steps": 10}, True),
-        ({"steps": 11}, False),
-        ({"steps": None, "minutes": 10 / 60}, True),
-        ({"steps": None, "minutes": 1.0}, False),
-        ({"steps": 11, "minutes": 0.1}, True),
-    ],
+    [({"steps": 10}, True), ({"steps": 11}, False), ({"steps": 11, "minutes": 0.1}, True)],
 )
 def test_whether_the_budget_is_spent(run: RunFolder, budget: dict[str, float], finished: bool) -> None:
     assert is_finished(run, run_config(**budget).training) == finished
-
-
-def test_a_run_that_has_not_begun_is_not_finished(tmp_path: Path) -> None:
-    assert not is_finished(RunFolder(tmp_path), run_config(steps=1).training)
+    shutil.rmtree(run.checkpoints.path)
+    assert not is_finished(run, run_config(**budget).training)
 
 
 # --- where it came from ---
 
 
-def test_the_environment_is_json(tmp_path: Path) -> None:
-    path = tmp_path / "environment.jsonl"
-    for command in (["dc-ssdae", "train"], ["dc-ssdae", "train", "--resume"]):
-        append_line(path, describe_environment(command, {"device": "cpu", "cuda": None}))
-    first, second = (json.loads(line) for line in path.read_text().splitlines())
-    assert first["command"] == ["dc-ssdae", "train"]
-    assert second["command"][-1] == "--resume"
-    assert torch.__version__.startswith(first["versions"]["torch"])
-    assert {"time", "folder", "host", "platform", "python", "git", "device", "cuda"} <= first.keys()
+def test_the_environment_is_json() -> None:
+    found = describe_environment({"device": "cpu", "cuda": None})
+    assert json.loads(json.dumps(found)) == found
+    assert found["command"] == sys.orig_argv
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert {"time", "folder", "host", "platform", "python", "git", "device", "cuda"} <= found.keys()
 
 
-def test_the_command_line_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/dc-ssdae", "train", "--data.root", "my images"])
-    assert command_line() == ["dc-ssdae", "train", "--data.root", "my images"]
-    monkeypatch.setattr(sys, "argv", ["/x/dc_ssdae/__main__.py", "train"])
-    assert command_line() == ["python", "-m", "dc_ssdae", "train"]
+def test_the_commit_of_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-
-def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert describe_environment([], {})["git"] is None
+    monkeypatch.chdir(tmp_path)
+    git("init")
+    for text, changed in (("first", False), ("second", True)):
+        (tmp_path / "code.py").write_text(text)
+        if not changed:
+            git("add", "code.py")
+            git("commit", "-m", text)
+            git("tag", "v1")
+        expected = {"commit": git("rev-parse", "HEAD"), "changed": changed}
+        assert describe_environment({})["git_of_folder"] == expected
+    monkeypatch.setenv("PATH", "")
+    assert describe_environment({})["git_of_folder"] is None

@@ -31,7 +31,7 @@ from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import measurements as measurements_module
 from dc_ssdae.training import trainer as trainer_module
 from dc_ssdae.training.build import build_model
-from dc_ssdae.training.checkpoint import STATE, Checkpoint, read_checkpoint, refused_as_damaged
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import processes_of, start_processes
 from dc_ssdae.training.evaluation import Evaluation
@@ -471,7 +471,6 @@ def failing_write(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
     def write(folder: Path, checkpoint: Checkpoint) -> None:
         if checkpoint.state["step"] in steps:
-            folder.mkdir()
             (folder / "model.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         written(folder, checkpoint)
@@ -686,7 +685,7 @@ def half_way(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tr
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     data=st.data(),
-    value=st.sampled_from([None, True, -1, 3, 2**40, 10**400, 0.5, math.nan, math.inf, "", "x", [], [1], {}, {"a": 1}]),
+    value=st.sampled_from([None, True, -1, 3, 2**40, 0.5, math.nan, math.inf, "", "x", [], [1], {}, {"a": 1}]),
 )
 def test_a_changed_state_is_refused_in_one_line_or_gone_on_with(
     half_way: tuple[Trainer, dict[str, Any]], data: st.DataObject, value: Any
@@ -700,7 +699,7 @@ def test_a_changed_state_is_refused_in_one_line_or_gone_on_with(
     (folder / "state.json").write_text(json.dumps(state))
     problem = ""
     try:
-        checkpoint = read_checkpoint(folder, STATE)
+        checkpoint = read_checkpoint(folder)
         with refused_as_damaged(folder):
             trainer.load_state_dict(checkpoint)
         trainer.is_finished()

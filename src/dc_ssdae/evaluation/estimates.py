@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dc_ssdae.files import finite
+
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 """Of the bootstrap of a mean over images."""
@@ -139,10 +141,3 @@ def pooled_psnr(squared_errors: np.ndarray, axis: int = 0) -> Any:
     """PSNR in dB of the mean of images' mean squared errors, these in units of the full range, squared."""
     with np.errstate(divide="ignore"):
         return -10.0 * np.log10(squared_errors.mean(axis=axis))
-
-
-def finite(value: Any) -> Any:
-    """Replace what is not finite, also in a list, by None, because JSON lacks it."""
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
-from dc_ssdae.evaluation.estimates import finite
+from dc_ssdae.files import finite
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 
 

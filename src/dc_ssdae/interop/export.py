@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +25,7 @@ from dc_ssdae.decoding import default_noise
 from dc_ssdae.dynamics import Dynamics
 from dc_ssdae.dynamics.corruption import predict
 from dc_ssdae.errors import InputError, unknown_name
-from dc_ssdae.files import naming
+from dc_ssdae.files import folder_beside, naming
 from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.networks.attention import DENSE_TOKENS
 
@@ -107,9 +105,7 @@ def export_model(
     packages = _import_onnx_packages() if format == "onnx" else {}
     height, width = size or (noise_size, noise_size)
     noise = default_noise(height, width).flatten()
-    beside = out.parent / f".{uuid.uuid4().hex}.partial"
-    beside.mkdir(parents=True)
-    try:
+    with folder_beside(out) as beside:
         exporter = _Exporter(model, beside, format, size, noise, bake_noise, packages)
         parts = {"encoder": exporter.encoder(), "decoder": exporter.decoder()}
         if not bake_noise:
@@ -122,11 +118,7 @@ def export_model(
             for name in files:
                 os.replace(beside / name, out / name)
         else:
-            if out.exists():
-                out.rmdir()
-            beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            beside.rename(out)  # which may be an empty folder
     return Export(**parts, files=files)
 
 

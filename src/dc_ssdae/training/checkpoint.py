@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,23 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, check_type
-from dc_ssdae.files import replace_link, sha256, sync, write_whole
+from dc_ssdae.errors import InputError, shown
+from dc_ssdae.files import folder_beside, replace_link, sha256, sync, temporary_name, write_json
 from dc_ssdae.weights import read_safetensors
 
 FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
 LAST, BEST = "last", "best"
 
-_TYPES: Mapping[str, Any] = {
-    **dict.fromkeys(("step", "skipped_steps", "skipped_in_a_row", "images_in_data_set"), int),
-    **dict.fromkeys(("evaluated_at", "measured_at"), int | None),
-    **dict.fromkeys(("best", "latent_statistics", "provenance", "sha256"), dict[str, Any] | None),
-    **dict.fromkeys(("settings", "optimizer", "gradient_scaler"), dict[str, Any]),
-    "seconds": float,
-}
-STATE = tuple(_TYPES.keys() - {"measured_at", "latent_statistics", "provenance", "sha256"})
-"""What a state must hold to go on from it; the others came later."""
+_MAPPINGS = ("best", "latent_statistics", "provenance", "settings", "optimizer", "gradient_scaler", "sha256")
+"""The parts of a state that are JSON objects, or null."""
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
@@ -72,7 +64,7 @@ class CheckpointFolder:
         """Write a checkpoint, make it the last and perhaps the best, and remove those that nothing keeps.
 
         Args:
-            checkpoint: of a step that is written already, without its tensors: another state takes the place of that.
+            checkpoint: the whole state; without tensors where the step is written already and only its state changes.
             is_best: whether it is the best so far.
 
         Returns:
@@ -81,35 +73,24 @@ class CheckpointFolder:
         Raises:
             OSError: it cannot be written, for instance because the disk is full. What was there before stays.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / f"step-{checkpoint.state['step']:08d}"
         if not checkpoint.tensors:
             write_state(target, checkpoint.state, read_state(target).get("sha256"))
         elif self._linked(LAST) != target.resolve():
-            self._write(target, checkpoint)
+            with folder_beside(target) as beside:
+                write_checkpoint(beside, checkpoint)
+                if target.exists():  # from a run that was killed before the link followed
+                    target.rename(temporary_name(target))
+                beside.rename(target)
+                sync(self.path)
             self._link(LAST, target)
         if is_best:
             self._link(BEST, target)
         self.clean()
         return target
 
-    def _write(self, target: Path, checkpoint: Checkpoint) -> None:
-        partial = self._beside()
-        try:
-            write_checkpoint(partial, checkpoint)
-            if target.exists():  # from a run that was killed before the link followed
-                target.rename(self._beside())
-            partial.rename(target)
-            sync(self.path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-    def _beside(self) -> Path:
-        return self.path / f"{uuid.uuid4().hex}{_PARTIAL}"
-
     def last(self) -> Path | None:
-        """The newest checkpoint's folder, None before the first.
+        """Find the newest checkpoint's folder; None before the first.
 
         Raises:
             InputError: it has been taken away; the run would begin anew.
@@ -122,7 +103,7 @@ class CheckpointFolder:
         return self._linked(LAST)
 
     def best(self) -> Path | None:
-        """The best checkpoint's folder, None before the first."""
+        """Find the best checkpoint's folder; None before the first."""
         return self._linked(BEST)
 
     def recover(self) -> None:
@@ -137,7 +118,7 @@ class CheckpointFolder:
             folder = self.path / name
             if folder.is_dir() and not folder.is_symlink():
                 target = self.path / f"step-{read_state(folder)['step']:08d}"
-                folder.rename(self._beside() if target.exists() else target)
+                folder.rename(temporary_name(target) if target.exists() else target)
                 self._link(name, target)
         if not (self.path / LAST).is_symlink() and (folders := self._folders()):
             self._link(LAST, folders[max(folders)])  # whole, since it has its name
@@ -150,15 +131,12 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
-        if not self.path.is_dir():
-            return
         last = self._linked(LAST)
-        kept = {folder.name for folder in (last, self.best()) if folder is not None}
         for step, folder in self._folders().items():
             lasting = self.keep_every is not None and step % self.keep_every == 0
-            if last is not None and folder.name not in kept and not lasting:
+            if last is not None and not lasting and folder.resolve() not in (last, self.best()):
                 shutil.rmtree(folder, ignore_errors=True)
-        for entry in self.path.glob(f"*{_PARTIAL}"):
+        for entry in self.path.glob("*.partial"):
             if entry.is_symlink():
                 entry.unlink(missing_ok=True)
             else:
@@ -166,9 +144,7 @@ class CheckpointFolder:
 
     def _folders(self) -> dict[int, Path]:
         """The checkpoints by their steps."""
-        if not self.path.is_dir():
-            return {}
-        matches = {entry: _FOLDER.fullmatch(entry.name) for entry in self.path.iterdir()}
+        matches = {entry: _FOLDER.fullmatch(entry.name) for entry in self.path.glob("step-*")}
         return {int(match[1]): entry for entry, match in matches.items() if match}
 
     def _link(self, name: str, target: Path) -> None:
@@ -177,18 +153,16 @@ class CheckpointFolder:
 
     def _linked(self, name: str) -> Path | None:
         link = self.path / name
-        if not link.exists():
-            return None
-        return link.resolve()
+        return link.resolve() if link.exists() else None
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint's files into a new folder and flush them to the disk.
+    """Write a checkpoint's files into a folder, made if need be, and flush them to the disk.
 
     Raises:
         OSError: they cannot be written.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     checksums = {}
     for name in TENSOR_FILES:
         path = folder / f"{name}.safetensors"
@@ -203,8 +177,7 @@ def write_state(folder: Path, state: Mapping[str, Any], checksums: Mapping[str, 
     Raises:
         OSError: it cannot be written.
     """
-    content = json.dumps({"format": FORMAT, **state, "sha256": checksums}, indent=2, allow_nan=False)
-    write_whole(folder / "state.json", f"{content}\n".encode())
+    write_json(folder / "state.json", {"format": FORMAT, **state, "sha256": checksums})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -223,18 +196,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     sync(path)
 
 
-def read_checkpoint(folder: Path, required: Iterable[str] = ()) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint.
-
-    Args:
-        folder: of the checkpoint.
-        required: what its state must hold.
 
     Raises:
         InputError: a file is missing or damaged, or of another version of the format.
     """
     try:
-        state = read_state(folder, required)
+        state = read_state(folder)
         check_tensors(folder, TENSOR_FILES)
         state.pop("sha256", None)  # of these files; others will have their own
         return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
@@ -257,36 +226,24 @@ def check_tensors(folder: Path, names: Iterable[str]) -> None:
             raise InputError(f"{path} is damaged: it is not what was written there")
 
 
-def read_state(folder: Path, required: Iterable[str] = ()) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint holds besides tensors.
-
-    Args:
-        folder: of the checkpoint.
-        required: what it must hold.
 
     Raises:
         InputError: as `read_checkpoint`.
     """
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"), parse_int=_within_64_bits)
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    step = state.get("step") if isinstance(state, dict) and state.get("format") == FORMAT else None
-    if not isinstance(step, int) or step < 0:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "step" not in state:
         raise InputError(f"{path} is not a checkpoint's state of format {FORMAT}")
-    for name, hint in _TYPES.items():
-        if name in state:
-            check_type(f"the checkpoint is damaged: {name} in {path}", state[name], hint)
-    if missing := sorted(set(required) - set(state)):
-        raise InputError(f"{path} lacks {missing[0]!r}; the checkpoint is damaged")
+    kinds = {"step": int, "seconds": int | float, **dict.fromkeys(_MAPPINGS, dict | None)}
+    for name, kind in kinds.items():
+        if name in state and not isinstance(state[name], kind):
+            raise InputError(f"{path} is damaged: its {name} is {shown(state[name])}")
     return state
-
-
-def _within_64_bits(digits: str) -> int:
-    if len(digits) > 20 or abs(int(digits)) >= 2**63:
-        raise ValueError(f"{digits[:20]} is too large")
-    return int(digits)
 
 
 @contextmanager

@@ -1,25 +1,23 @@
 """What a distillation has come to: teacher and student side by side on the same images, latents and noise."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8, write_png
+from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.metrics import mse, psnr, ssim
-from dc_ssdae.files import write_whole
+from dc_ssdae.files import write_json, written_beside
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.logging import finite_or_none
+from dc_ssdae.training.evaluation import measure
 from dc_ssdae.training.run import RunFolder
 
 BATCH = 8
@@ -35,7 +33,8 @@ PICTURED = 6
 SMALLEST_TILE = 128
 """Smaller images are shown larger, by a whole number."""
 
-LABEL_SIZE = 16
+LABEL_SIZE, LABEL_WIDTH = 16, 192
+"""Of the rows' names in the picture, in pixels."""
 
 
 class Decoding(NamedTuple):
@@ -64,25 +63,28 @@ def compare_distilled(config: RunConfig, path: Path) -> str:
         InputError: a model or the images cannot be read.
     """
     assert config.distillation is not None
-    run, data = RunFolder(path), config.data
+    run, size = RunFolder(path), config.data.image_size
     classes = own_classes(config.model)
     teacher = load_teacher(run.teacher, classes).to(_device())
     student = DCSSDAE.from_pretrained(run.model, classes=classes).to(_device())
-    images, kind = _images(config, data.validation_images)
+    images, kind = _images(config, config.data.validation_images)
     steps, step_size = config.distillation.steps, config.distillation.step_size
     decodings, count = compare(teacher, student, images, steps, step_size, path / PICTURE_FILE)
     random = [name for name, term in config.losses.items() if term.weight and term.init_args.get("weights") == "random"]
     report = {
         "images": count,
         "split": kind,
-        "image_size": data.image_size,
+        "image_size": size,
         "teacher_steps": steps,
         "step_size": step_size,
         "random_backbones": random,
-        "decodings": [{key: finite_or_none(v) for key, v in entry._asdict().items()} for entry in decodings],
+        "decodings": [decoding._asdict() for decoding in decodings],
     }
-    write_whole(path / REPORT_FILE, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
-    lines = [_table(decodings), f"Means over {count} {kind} images of {data.image_size} px, cut from the centre."]
+    write_json(path / REPORT_FILE, report)
+    header = ("", "PSNR, dB", "SSIM", "MSE", "MSE to the teacher's result")
+    lines = ["{:<20}{:>10}{:>10}{:>12}{:>30}".format(*header)]
+    lines += ["{:<20}{:>10.2f}{:>10.4f}{:>12.6f}{:>30.6f}".format(name, *values) for name, _, *values in decodings]
+    lines.append(f"Means over {count} {kind} images of {size} px, cut from the centre.")
     if random:
         names = ", ".join(f"losses.{name}" for name in random)
         lines.append(f"{names} had random weights in the backbone: the student's numbers mean nothing.")
@@ -149,8 +151,8 @@ def compare(
         InputError: no image can be read.
     """
     names = ("teacher, 1 step", f"teacher, {steps} step{'s' * (steps > 1)}", "student, 1 step")
-    rows: list[list[list[float]]] = [[], [], []]
-    columns: list[list[Tensor]] = []
+    measured: list[list[list[float]]] = []  # by image, by decoding
+    pictured: list[list[Tensor]] = []
     for start in range(0, len(images), BATCH):
         read = [images[place] for place in range(start, min(start + BATCH, len(images)))]
         originals = [image.pixels for image in read if image.broken is None]
@@ -158,45 +160,33 @@ def compare(
             continue
         x = to_model_range(torch.stack(originals)).to(teacher.device)
         z = teacher.encode(x).latent_dist.mode()
-        target = teacher.decode(z, num_steps=steps, step_size=step_size if steps > 1 else None).sample.float()
-        decoded = (teacher.decode(z).sample.float(), target, student.decode(z).sample.float())
-        for row, outputs in zip(rows, decoded, strict=True):
-            distances = (outputs - target).square().flatten(1).mean(dim=1).tolist()
-            for original, output, distance in zip(originals, outputs.cpu(), distances, strict=True):
-                pixels = to_uint8(output.nan_to_num())
-                row.append([psnr(original, pixels), ssim(original, pixels), mse(original, pixels), distance])
-        for place in range(min(len(originals), PICTURED - len(columns))):
-            outputs = [to_uint8(part[place].cpu().nan_to_num()) for part in decoded]
-            columns.append([originals[place], *outputs])
-    if not rows[0]:
+        target = teacher.decode(z, num_steps=steps, step_size=step_size).sample.float()
+        decoded = torch.stack([teacher.decode(z).sample.float(), target, student.decode(z).sample.float()], dim=1)
+        distances = (decoded - target[:, None]).square().flatten(2).mean(dim=2).tolist()
+        for original, outputs, to_target in zip(originals, decoded.cpu(), distances, strict=True):
+            rows = zip(outputs, to_target, strict=True)
+            measured.append([[*measure(original, output), distance] for output, distance in rows])
+            pictured.append([original, *to_uint8(outputs.nan_to_num())])
+        del pictured[PICTURED:]
+    if not measured:
         raise InputError("no image can be read: there is nothing to compare")
     if picture is not None:
-        write_png(_labelled(columns, ("original", *names)), picture)
-    means = [torch.tensor(row, dtype=torch.float64).mean(dim=0).tolist() for row in rows]
+        _draw(pictured, ("original", *names), picture)
+    means = torch.tensor(measured, dtype=torch.float64).mean(dim=0).tolist()
     counts = (1, steps, 1)
-    return [Decoding(name, n, *mean) for name, n, mean in zip(names, counts, means, strict=True)], len(rows[0])
+    return [Decoding(name, n, *mean) for name, n, mean in zip(names, counts, means, strict=True)], len(measured)
 
 
-def _labelled(columns: Sequence[Sequence[Tensor]], names: Sequence[str]) -> Tensor:
-    """Put images (3, S, S) together: a column for each sequence, and the rows' names at their left."""
-    zoom = max(1, SMALLEST_TILE // columns[0][0].shape[-1])
-    grid = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
-    grid = grid.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
-    tile = grid.shape[1] // len(names)
-    font = ImageFont.load_default(size=LABEL_SIZE)
-    margin = int(max(font.getlength(name) for name in names)) + 2 * LABEL_SIZE
-    page = Image.new("RGB", (margin + grid.shape[2], grid.shape[1]), "white")
-    page.paste(to_pillow(grid), (margin, 0))
+def _draw(columns: Sequence[Sequence[Tensor]], names: Sequence[str], file: Path) -> None:
+    """Write a PNG of images (3, S, S): a column for each sequence, and the rows' names at their left."""
+    rows = [image for row in zip(*columns, strict=True) for image in row]
+    grid = to_pillow(make_grid(rows, nrow=len(columns), padding=0))
+    zoom = max(1, SMALLEST_TILE // rows[0].shape[-1])
+    page = Image.new("RGB", (LABEL_WIDTH + zoom * grid.width, zoom * grid.height), "white")
+    page.paste(grid.resize((zoom * grid.width, zoom * grid.height), Image.Resampling.NEAREST), (LABEL_WIDTH, 0))
     draw = ImageDraw.Draw(page)
     for place, name in enumerate(names):
-        draw.text((LABEL_SIZE, int((place + 0.5) * tile)), name, fill="black", font=font, anchor="lm")
-    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
-
-
-def _table(decodings: list[Decoding]) -> str:
-    header = ("", "PSNR, dB", "SSIM", "MSE", "MSE to the teacher's result")
-    rows = [(d.name, f"{d.psnr:.2f}", f"{d.ssim:.4f}", f"{d.mse:.6f}", f"{d.to_target:.6f}") for d in decodings]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (header, *rows)
-    )
+        middle = (place + 0.5) * page.height / len(names)
+        draw.text((LABEL_SIZE, middle), name, fill="black", font_size=LABEL_SIZE, anchor="lm")
+    with written_beside(file) as beside:
+        page.save(beside, "PNG")

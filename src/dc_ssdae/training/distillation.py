@@ -1,7 +1,8 @@
-"""Distillation: one step learns to land where a frozen teacher lands in several (SPEC section 2, "Distillation")."""
+"""Distillation: one step learns to land where a frozen teacher lands in several."""
 
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +73,25 @@ class DistillationStep(TrainingStep):
         with torch.no_grad(), self._autocast(x):
             posterior = self.teacher.posterior(x)
             z = posterior.sample(noise=latent_noise)
-            target = self._cached(z, noise, draw)
+            target = self._teach(z, noise, draw)
         return dynamics.corrupt(target, noise, torch.full_like(level, dynamics.noise_level)), posterior, z
 
-    def teach(self, z: Tensor, noise: Tensor, steps: int) -> Tensor:
-        """Decode with the teacher: z (B, c, h, w) and noise (B, 3, H, W) to images (B, 3, H, W), float32."""
-        step_size = self._step_size if steps > 1 else None
-        return decode_or_nan(self.teacher, z, num_steps=steps, step_size=step_size, noise=noise)
+    def _teach(self, z: Tensor, noise: Tensor, draw: Tensor | None) -> Tensor:
+        """What the teacher makes of z (B, c, h, w) and noise (B, 3, S, S), or made of it before."""
+        teach = partial(decode_or_nan, self.teacher, z, num_steps=self._steps, step_size=self._step_size, noise=noise)
+        if self.cache is None or draw is None:
+            return teach()
+        images = self.cache.read(draw)
+        if images is None:
+            images = teach()
+            self.cache.write(draw, images)
+        return images.to(noise.device).contiguous(memory_format=self.memory_format)
 
     def compile_networks(self) -> None:
         """Compile the student's networks, the teacher's, and the objective's backbones."""
         super().compile_networks()
         self.teacher.encoder.compile()
         self.teacher.decoder.compile()
-
-    def _cached(self, z: Tensor, noise: Tensor, draw: Tensor | None) -> Tensor:
-        if self.cache is None or draw is None:
-            return self.teach(z, noise, self._steps)
-        found = self.cache.read(draw)
-        if found is None:
-            found = self.teach(z, noise, self._steps)
-            self.cache.write(draw, found)
-        return found.to(noise.device).contiguous(memory_format=self.memory_format)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TrainingStep":
         # Of devices and memory order the teacher is part all the same.
@@ -117,16 +115,16 @@ class TeacherCache:
 
     def read(self, draw: Tensor) -> Tensor | None:
         """Give the results (B, 3, S, S), float32, of draws (B,); None where one is missing or damaged."""
-        found = []
-        for number in draw.tolist():
-            try:
+        images = []
+        try:
+            for number in (draw % self.count).tolist():
                 entry = load_file(self._file(number))
-                if entry["crc32"].item() != _crc32(entry["image"], number % self.count):
+                if entry["crc32"].item() != _crc32(entry["image"], number):
                     return None
-                found.append(entry["image"])
-            except (OSError, SafetensorError, KeyError, RuntimeError):
-                return None
-        return torch.stack(found)
+                images.append(entry["image"])
+        except (OSError, SafetensorError, KeyError, RuntimeError):
+            return None
+        return torch.stack(images)
 
     def write(self, draw: Tensor, images: Tensor) -> None:
         """Keep results; where the disk is full, say so once, and keep no more."""
@@ -134,17 +132,16 @@ class TeacherCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for number, image in zip(draw.tolist(), images.cpu(), strict=True):
-                image = image.contiguous()
+            for number, image in zip((draw % self.count).tolist(), images.cpu().contiguous(), strict=True):
                 with written_beside(file := self._file(number), file.with_suffix(".partial")) as beside:
-                    save_file({"image": image, "crc32": torch.tensor(_crc32(image, number % self.count))}, beside)
+                    save_file({"image": image, "crc32": torch.tensor(_crc32(image, number))}, beside)
         except (OSError, SafetensorError) as error:
             self._full = True
             line = " ".join(str(error).split())
             tqdm.write(f"{self.folder} cannot be written ({line}); no more results are kept", file=sys.stderr)
 
     def _file(self, number: int) -> Path:
-        return self.folder / f"{number % self.count:08d}.safetensors"
+        return self.folder / f"{number:08d}.safetensors"
 
 
 def _crc32(image: Tensor, number: int) -> int:

@@ -1,4 +1,4 @@
-"""What a run asks of its processes: that there are as many as asked for, that they agree, that one of them writes."""
+"""The processes of a run: that the launcher started what was asked for, and that they work together."""
 
 import os
 
@@ -28,34 +28,26 @@ def start_processes(wanted: int | None, cpu: bool = False) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="no", cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=[patience]
     )
+    engine, count = accelerator.distributed_type, accelerator.num_processes
     if accelerator.gradient_accumulation_steps != 1:
         raise InputError(
             f"Accelerate was told to accumulate gradients over {accelerator.gradient_accumulation_steps} steps; "
             "leave that out, and set training.accumulation_steps"
         )
-    if accelerator.distributed_type not in ENGINES:
-        raise InputError(
-            f"Accelerate was told to use {accelerator.distributed_type.value}; this trainer runs on "
-            f"{', '.join(engine.value for engine in ENGINES)}"
-        )
+    if engine not in ENGINES:
+        accepted = ", ".join(accepted.value for accepted in ENGINES)
+        raise InputError(f"Accelerate was told to use {engine.value}; this trainer runs on {accepted}")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise InputError("Accelerate was told to compile; leave --dynamo_backend out, and set training.compile")
-    count = accelerator.num_processes
-    if wanted is not None and wanted != count:
+    if wanted not in (None, count):
         raise InputError(f"training.processes is {wanted}, but the launcher started {count}")
-    wants_sharding = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wants_sharding:
-        if accelerator.device.type == "cpu":
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        right = DistributedType.FSDP, "2"
+        if accelerator.device.type == "cpu" or (engine, os.environ.get("FSDP_VERSION", "1")) != right:
             raise InputError(
-                "FSDP was asked for, but Accelerate does not shard on the CPU; leave it out, or run on GPUs"
+                f"FSDP was asked for, but Accelerate runs {engine.value} on {accelerator.device.type}; "
+                "this trainer shards on GPUs alone, started by accelerate launch --use_fsdp --fsdp_version 2"
             )
-        if accelerator.distributed_type != DistributedType.FSDP:
-            raise InputError(
-                f"FSDP was asked for, but Accelerate runs {accelerator.distributed_type.value}; "
-                "start the run with accelerate launch --use_fsdp --fsdp_version 2"
-            )
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise InputError("FSDP version 1 was asked for; this trainer shards with version 2: --fsdp_version 2")
         # On by default, and made for models whose every tensor is sharded: it trips over batch statistics.
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     # For several processes on the CPU the launcher sets these, starts one process, and says nothing.

@@ -1,6 +1,7 @@
 """Evaluation within a run: reconstruct validation images in one step and measure them; measure the latents."""
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -44,26 +45,20 @@ def evaluate(
         workers: that read images.
     """
     count = len(images)
-    rounds = -(-count // processes.count)
-    # Sharded networks need every process to call them equally often: the last image fills up, and counts once.
-    mine = [min(place * processes.count + processes.index, count - 1) for place in range(rounds)]
+    # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
+    places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
     results = torch.zeros(count, len(MEASURES) + 2, dtype=torch.float64)
     broken: list[BrokenImage] = []
-    seen: set[int] = set()
-    for batch in validation_loader(images, mine, batch_size, workers):
+    unread = iter(places)
+    for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
         pixels = torch.stack([image.pixels for image in batch])
         reconstructed = reconstruct(pixels.to(processes.device)).cpu()
-        for image, output in zip(batch, reconstructed, strict=True):
-            filled_up = image.place % processes.count != processes.index or image.place in seen
-            seen.add(image.place)
-            if filled_up:
-                continue
-            if image.broken is not None:
+        for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
+            if place < count and image.broken is not None:
                 broken.append(image.broken)
-                continue
-            row = [*_measure(image.pixels, output), float(image.enlarged), 1.0]
-            results[image.place] = torch.tensor(row, dtype=torch.float64)
+            elif place < count:
+                results[place] = results.new_tensor([*measure(image.pixels, output), image.enlarged, 1.0])
     total = processes.sum(results)
     broken = [image for part in processes.gather(broken) for image in part]
     measured = int(total[:, -1].sum())
@@ -97,8 +92,14 @@ def measure_latent(
     return LatentSurvey(moments, [image for part in processes.gather(survey.broken) for image in part])
 
 
-def _measure(pixels: Tensor, output: Tensor) -> list[float]:
+def measure(pixels: Tensor, output: Tensor) -> list[float]:
+    """Compute `MEASURES` of an image.
+
+    Args:
+        pixels: the original, uint8 (3, S, S).
+        output: its reconstruction (3, S, S), about [-1, 1]; one that is not finite has no values but NaN.
+    """
     if not output.isfinite().all():
         return [float("nan")] * len(MEASURES)
     image = to_uint8(output)
-    return [measure(pixels, image) for measure in MEASURES.values()]
+    return [metric(pixels, image) for metric in MEASURES.values()]

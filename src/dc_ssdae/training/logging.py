@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,20 @@ from tqdm import tqdm
 from dc_ssdae.data.images import write_png
 from dc_ssdae.data.loader import BrokenImage
 from dc_ssdae.errors import InputError
-from dc_ssdae.files import write_whole
-from dc_ssdae.training.config import RunConfig, TrainingConfig
+from dc_ssdae.files import finite, write_whole
+from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.run import RunFolder
 
 RATE_SMOOTHING = 0.1
-"""Of the images a second that the progress bar shows; metrics.jsonl has every step's own."""
+"""Of the images a second that the progress bar shows; metrics.jsonl has the rate of every step."""
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class JsonLines:
-    """A file with one JSON object a line.
+    """A file with one JSON object per line.
 
-    A line that cannot be written, the disk being full, is kept and tried again with the next one.
+    A line that cannot be written, because the disk is full, is kept and tried again with the next one.
 
     Args:
         path: the file; made with the first line.
@@ -37,37 +41,34 @@ class JsonLines:
         self.path = path
         self._warn = warn
         self._pending = b""
-        self._failing = False
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append an object; numbers that are not finite become null."""
-        finite = {key: finite_or_none(value) for key, value in entry.items()}
-        self._pending += json.dumps(finite, allow_nan=False).encode() + b"\n"
-        self.flush()
+        was_failing = self._pending != b""
+        self._pending += json.dumps(finite(entry), allow_nan=False).encode() + b"\n"
+        try:
+            self.flush()
+        except OSError as error:
+            if not was_failing:
+                self._warn(f"{self.path} cannot be written ({error.strerror or error}); its lines are kept in memory")
 
     def flush(self) -> None:
-        """Write what is pending, whole lines only."""
+        """Write what is pending, whole lines only.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         if not self._pending:
             return
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                before = file.tell()
-                if file.write(self._pending) != len(self._pending):
-                    file.truncate(before)
-                    raise OSError("not enough space for a line")
-            self._pending = b""
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                self._warn(f"{self.path} cannot be written ({error.strerror or error}); its lines are kept in memory")
-            self._failing = True
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(self._pending) != len(self._pending):
+                file.truncate(before)
+                raise OSError("not enough space for a line")
+        self._pending = b""
 
-    def cut(self, step: float, first: int = 0) -> None:
-        """Keep the lines of steps before `step`, and whole lines alone: what comes after is about to be done again.
-
-        Args:
-            step: the first that is not kept.
-            first: of the file's first line; where it is lower, as in files that counted from 0, all lines are raised.
+    def cut(self, step: float) -> None:
+        """Keep the whole lines of steps before `step`, and no others: what comes after is about to be done again.
 
         Raises:
             OSError: the shorter file cannot be written; the longer one stays.
@@ -75,18 +76,7 @@ class JsonLines:
         if not self.path.is_file():
             return
         content = self.path.read_bytes()
-        lines: list[bytes] = []
-        raised = 0
-        for line in content.splitlines(keepends=True):
-            entry = _parse(line)
-            if not line.endswith(b"\n") or not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-                continue
-            if not lines:
-                raised = max(0, first - entry["step"])
-            entry["step"] += raised
-            if entry["step"] < step:
-                lines.append(json.dumps(entry).encode() + b"\n" if raised else line)
-        kept = b"".join(lines)
+        kept = b"".join(line for line in content.splitlines(keepends=True) if _is_before(step, line))
         if kept != content:
             write_whole(self.path, kept)
 
@@ -99,7 +89,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    return [entry for line in path.read_bytes().split(b"\n") if isinstance(entry := _parse(line), dict)]
+    return [entry for line in path.read_bytes().split(b"\n") if (entry := _parse(line))]
 
 
 class Loggers:
@@ -128,25 +118,32 @@ class Loggers:
     ) -> None:
         self.active = active
         self.run = run
-        self._metrics = JsonLines(run.metrics, self.say)
-        self._evaluations = JsonLines(run.evaluations, self.say)
-        self._broken = JsonLines(run.broken_images, self.say)
-        self._bar: Any = None
-        self._rate: float | None = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        self._named: set[str] = set()
-        if not active:
-            return
-        self._metrics.cut(first_step + 1, first=1)
+        self._training = config.training
+        self._purge_step = first_step + 1 if first_step else None
+        self._metrics, self._evaluations, self._broken = (
+            JsonLines(path if active else Path(os.devnull), self.say)
+            for path in (run.metrics, run.path / "evaluations.jsonl", run.broken_images)
+        )
+        self._metrics.cut(first_step + 1)
         self._evaluations.cut((first_step if evaluated_at is None else evaluated_at) + 1)
         self._broken.cut(math.inf)
-        self._named = {line["name"] for line in read_lines(run.broken_images) if "name" in line}
-        if config.training.wandb:
-            self._wandb = _start_wandb(run, config)
-        self._first_step = first_step
-        self._open_tensorboard()
-        self._bar = _progress_bar(run.path.name, config.training, first_step, seconds)
+        self._named = {line.get("name") for line in read_lines(self._broken.path)}
+        self._wandb = _start_wandb(run, config) if active and config.training.wandb else None
+        self._tensorboard: Any = None
+        self._tries_tensorboard = active
+        self._rate: float | None = None
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=1.0,  # of the budget, in steps or time
+            initial=min(self._training.progress(first_step, seconds), 1.0),
+            desc=run.path.name,
+            bar_format=_BAR,
+            file=sys.stderr,
+            mininterval=0.5 if terminal else 30.0,
+            dynamic_ncols=terminal,
+            smoothing=0.05,
+            disable=not active,
+        )
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -155,40 +152,24 @@ class Loggers:
 
     def step(self, entry: Mapping[str, Any]) -> None:
         """Log a step: `step` (done), `loss/…`, `gradient_norm`, `lr`, `images_per_second`, `seconds`, `memory_gib`."""
-        if not self.active:
-            return
         self._metrics.write(entry)
-        scalars = {
-            key: value
-            for key, value in entry.items()
-            if key != "step" and isinstance(value, int | float) and math.isfinite(value)
-        }
-        self._log_scalars({name if "/" in name else f"train/{name}": v for name, v in scalars.items()}, entry["step"])
-        loss = scalars.get("loss/total")
-        shown = "not finite" if loss is None else f"{loss:.4g}"
-        done = entry["step"]
-        by_steps = self._bar.unit == "step"
-        step = "" if by_steps else f"step {done}, "
-        now = entry["images_per_second"]
+        self._log_scalars(entry, "train")
+        step, now = entry["step"], entry["images_per_second"]
         self._rate = now if self._rate is None else self._rate + RATE_SMOOTHING * (now - self._rate)
-        self._bar.set_postfix_str(f"{step}{self._rate:.1f} images/s, loss {shown}", refresh=False)
-        self._bar.update(min(done if by_steps else entry["seconds"], self._bar.total) - self._bar.n)
+        shown = f"step {step}, {self._rate:.1f} images/s, loss {entry['loss/total']:.4g}"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(min(self._training.progress(step, entry["seconds"]), 1.0) - self._bar.n)
 
     def evaluation(self, entry: Mapping[str, Any]) -> None:
         """Log an evaluation: `step` (steps done), the metrics, `images`."""
-        if not self.active:
-            return
         self._evaluations.write(entry)
         values = {key: value for key, value in entry.items() if isinstance(value, float)}
-        if self._tensorboard is None:
-            self._open_tensorboard()
-        self._log_scalars({f"evaluation/{name}": value for name, value in values.items()}, entry["step"])
+        self._tries_tensorboard = self.active
+        self._log_scalars({"step": entry["step"], **values}, "evaluation")
         self.say(f"step {entry['step']}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def broken(self, images: Sequence[BrokenImage], step: int, split: str) -> None:
         """Name each unreadable image of a split ("train" or "validation") once, over all starts of the run."""
-        if not self.active:
-            return
         for image in images:
             if image.name not in self._named:
                 self._named.add(image.name)
@@ -209,72 +190,55 @@ class Loggers:
         self._on_tensorboard(lambda writer: writer.add_image("reconstructions", grid, step))
         if self._wandb is not None:
             self._wandb.log({"reconstructions": self._wandb.Image(grid.permute(1, 2, 0).numpy())}, step=step)
+        file = self.run.path / "samples" / f"step-{step:08d}.png"
         try:
-            self.run.samples.mkdir(exist_ok=True)
-            write_png(grid, self.run.samples / f"step-{step:08d}.png")
+            file.parent.mkdir(exist_ok=True)
+            write_png(grid, file)
         except (OSError, InputError) as error:
-            self.say(f"{self.run.samples}: {error}")
+            self.say(f"{file}: {error}")
 
     def close(self) -> None:
         """Flush and close everything."""
         for lines in (self._metrics, self._evaluations, self._broken):
-            lines.flush()
-        if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):  # which was said when it began
+                lines.flush()
+        self._bar.close()
         self._on_tensorboard(lambda writer: writer.close())
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _open_tensorboard(self) -> None:
+    def _on_tensorboard(self, work: Callable[[Any], None]) -> None:
+        """Write to TensorBoard; where that fails, go on without until the next evaluation: the disk may be full."""
         from torch.utils.tensorboard import SummaryWriter
 
+        if not self._tries_tensorboard:
+            return
+        folder = self.run.path / "tensorboard"
         try:
-            purge_step = self._first_step + 1 if self._first_step else None
-            self._tensorboard = SummaryWriter(str(self.run.tensorboard), purge_step=purge_step)
+            if self._tensorboard is None:
+                self._tensorboard = SummaryWriter(str(folder), purge_step=self._purge_step)
+                self._purge_step = None
+            work(self._tensorboard)
         except OSError as error:
-            self._give_up_tensorboard(error)
+            self._tensorboard = None  # a writer that failed once never works again
+            self._tries_tensorboard = False
+            self.say(f"{folder} cannot be written ({error.strerror or error}), until the next evaluation")
 
-    def _on_tensorboard(self, work: Callable[[Any], None]) -> None:
-        if self._tensorboard is not None:
-            try:
-                work(self._tensorboard)
-            except OSError as error:
-                self._give_up_tensorboard(error)
+    def _log_scalars(self, entry: Mapping[str, Any], section: str) -> None:
+        """Log the numbers of an entry that are finite, under names with a section."""
+        scalars = {
+            name if "/" in name else f"{section}/{name}": value
+            for name, value in entry.items()
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+        }
 
-    def _give_up_tensorboard(self, error: OSError) -> None:
-        """Go on without; the disk may be full. What is lost stands in metrics.jsonl.
-
-        The writer never works again: the next evaluation opens another.
-        """
-        self._tensorboard = None
-        self.say(f"{self.run.tensorboard} cannot be written ({error.strerror or error}), until the next evaluation")
-
-    def _log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         def write(writer: Any) -> None:
             for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
+                writer.add_scalar(name, value, entry["step"])
 
         self._on_tensorboard(write)
         if self._wandb is not None:
-            self._wandb.log(dict(scalars), step=step)
-
-
-def _progress_bar(name: str, training: TrainingConfig, first_step: int, seconds: float) -> Any:
-    """A bar over the steps, or, where the clock alone ends the run, over its seconds."""
-    by_steps = training.steps is not None
-    terminal = sys.stderr.isatty()
-    clock_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-    return tqdm(
-        total=training.steps if by_steps else 60.0 * (training.minutes or 0.0),
-        initial=first_step if by_steps else seconds,
-        desc=name,
-        unit="step" if by_steps else "s",
-        bar_format=None if by_steps else clock_format,
-        file=sys.stderr,
-        mininterval=0.5 if terminal else 30.0,
-        dynamic_ncols=terminal,
-        smoothing=0.05,
-    )
+            self._wandb.log(scalars, step=entry["step"])
 
 
 def _start_wandb(run: RunFolder, config: RunConfig) -> Any:
@@ -282,10 +246,13 @@ def _start_wandb(run: RunFolder, config: RunConfig) -> Any:
         import wandb
     except ImportError:
         raise InputError("training.wandb is true, but Weights & Biases is not installed: pip install wandb") from None
+    name, file = run.path.name, run.path / "wandb-id"
+    if not file.is_file():  # folders of the same name are different runs
+        file.write_text(f"{name}-{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
     wandb.init(
         project=config.training.wandb_project,
-        name=run.path.name,
-        id=_wandb_id(run),
+        name=name,
+        id=file.read_text(encoding="utf-8").strip(),
         dir=str(run.path),
         config=config.to_mapping(),
         resume="allow",
@@ -293,21 +260,14 @@ def _start_wandb(run: RunFolder, config: RunConfig) -> Any:
     return wandb
 
 
-def _wandb_id(run: RunFolder) -> str:
-    """What Weights & Biases knows the run by; folders of the same name are different runs."""
-    path = run.path / "wandb-id"
-    if not path.is_file():
-        path.write_text(f"{run.path.name}-{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
-
-
-def finite_or_none(value: Any) -> Any:
-    """Put None for numbers that are not finite, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _parse(line: bytes) -> Any:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        entry = json.loads(line)
     except ValueError:
-        return None
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _is_before(step: float, line: bytes) -> bool:
+    found = _parse(line).get("step")
+    return line.endswith(b"\n") and isinstance(found, int) and found < step

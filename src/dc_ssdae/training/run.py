@@ -13,7 +13,6 @@ RUN/teacher/           of a distillation: a copy of the model to learn from;  te
 import fcntl
 import filecmp
 import glob
-import json
 import os
 import platform
 import shutil
@@ -24,13 +23,13 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from dc_ssdae.card import note_provenance
 from dc_ssdae.errors import InputError
-from dc_ssdae.files import sync, written_beside
+from dc_ssdae.files import folder_beside, sync, written_beside
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
 from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged
@@ -41,40 +40,23 @@ from dc_ssdae.weights import WEIGHTS
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = f"{WEIGHTS}.safetensors"
 
-_PACKAGES = (
-    "dc-ssdae",
-    "torch",
-    "torchvision",
-    "accelerate",
-    "diffusers",
-    "schedulefree",
-    "numpy",
-    "pillow",
-    "safetensors",
-)
-
 
 class RunFolder:
-    """The paths of a run.
+    """A run's folder; what lies in it is told at the top of this module.
 
     Args:
-        path: the run's folder.
-        keep_every: of its checkpoints.
+        path: the folder.
+        keep_every: steps between checkpoints that are kept for good; None keeps the last and the best alone.
     """
 
     def __init__(self, path: Path, keep_every: int | None = None) -> None:
         self.path = path
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep_every)
-        self.config = path / CONFIG_FILE  # resolved
-        self.environment = path / "environment.jsonl"  # where, when and with what the run was started
-        self.metrics = path / "metrics.jsonl"  # a line per step
-        self.evaluations = path / "evaluations.jsonl"  # a line per evaluation
-        self.broken_images = path / "broken_images.jsonl"  # a line per image that cannot be read
-        self.model = path / "model"  # the averaged one
-        self.teacher = path / "teacher"  # that a distillation learns from
-        self.teacher_cache = path / "teacher_cache"  # what the teacher made of the images, where that is kept
-        self.samples = path / "samples"  # pictures of reconstructions
-        self.tensorboard = path / "tensorboard"
+        self.metrics = path / "metrics.jsonl"
+        self.broken_images = path / "broken_images.jsonl"
+        self.model = path / "model"
+        self.teacher = path / "teacher"
+        self.teacher_cache = path / "teacher_cache"
 
     def latent_is_known(self) -> bool:
         """Whether the model's config has statistics of the latent, its own or those of what the run started from."""
@@ -88,11 +70,11 @@ def check_new(path: Path) -> None:
     Raises:
         InputError: something is there already.
     """
+    if (path / CONFIG_FILE).is_file() or (path / RECIPE_FILE).is_file():
+        raise InputError(
+            f"{path} is a run already: go on with it by --resume {path}, or choose another --training.output"
+        )
     if path.exists() or path.is_symlink():
-        if (path / CONFIG_FILE).is_file() or (path / RECIPE_FILE).is_file():
-            raise InputError(
-                f"{path} is a run already: go on with it by --resume {path}, or choose another --training.output"
-            )
         raise InputError(f"{path} exists already and is no run; choose another --training.output")
 
 
@@ -112,7 +94,8 @@ def create_run(
         InputError: something else is there, or the earlier run is being trained.
         OSError: it cannot be written.
     """
-    if not (replace and (path / CONFIG_FILE).is_file()):
+    replace = replace and (path / CONFIG_FILE).is_file()
+    if not replace:
         check_new(path)
     with new_folder(path, replace) as partial:
         (partial / "model").mkdir()
@@ -121,10 +104,8 @@ def create_run(
         if teacher is not None:
             (partial / "teacher").mkdir()
             for name in ("config.json", WEIGHTS_FILE):
-                # Not linked: who writes into the file there would change this one too. Not by shutil.copy, whose
-                # error on a full disk names the file that is read.
-                with (teacher / name).open("rb") as source, (partial / "teacher" / name).open("wb") as copy:
-                    shutil.copyfileobj(source, copy, 2**24)
+                # Not a link, through which a change of the file there would change this one too.
+                shutil.copyfile(teacher / name, partial / "teacher" / name)
 
 
 @contextmanager
@@ -133,40 +114,33 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: of the folder. What killed processes left beside it is removed, where the file system has locks.
-        replace: an earlier run there.
+        replace: put it in the place of an earlier run, which is there.
 
     Raises:
         InputError: the earlier run is being trained.
         OSError: it cannot be written, or there is something that is not to be replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial"):
         with suppress(InputError, OSError), RunLock(left) as is_locked:  # else another process is filling it
             if is_locked:
                 shutil.rmtree(left)
     partial, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.partial" for _ in range(2))
-    partial.mkdir()
-    try:
-        with RunLock(partial):
-            yield partial
-            for entry in (*partial.rglob("*"), partial):
-                if not entry.is_symlink():
-                    sync(entry)
-            if replace and path.exists():
-                with RunLock(path):
-                    path.rename(old)
-                    try:
-                        partial.rename(path)
-                    except BaseException:
-                        old.rename(path)
-                        raise
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                partial.rename(path)
+    with folder_beside(path, partial), RunLock(partial):
+        yield partial
+        for entry in (*partial.rglob("*"), partial):
+            if not entry.is_symlink():
+                sync(entry)
+        if replace:
+            with RunLock(path):
+                path.rename(old)
+        try:
+            partial.rename(path)
+        except BaseException:
+            if replace:
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
         sync(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
@@ -276,73 +250,48 @@ def recover_run(run: RunFolder) -> None:
     state = read_state(last)
     if 0 < state["step"] == state.get("skipped_steps"):
         return  # nothing is trained yet
-    measured = state.get("latent_statistics")
+    measured, provenance = state.get("latent_statistics"), state.get("provenance")
     with refused_as_damaged(last):
         statistics = None if measured is None else LatentStatistics(**measured)
         latent_stays = keeps_latent(state.get("settings", {}).get("training.train"))
-    provenance = state.get("provenance")
     if not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
         check_tensors(last, ["ema"])
         publish_model(run, last / "ema.safetensors", statistics, latent_stays, provenance)
         return
-    if statistics is not None and read_config(run.model).get("latents_mean") is None:
+    config = read_config(run.model)
+    if statistics is not None and config.get("latents_mean") is None:
         write_latent_statistics(run.model, statistics)
     if provenance is not None:
-        there = read_config(run.model).get("provenance") or {}
+        there = config.get("provenance") or {}
         # What belongs to these weights stays: figures may have been added to it since.
         note_provenance(run.model, there if there.get("steps") == provenance.get("steps") else provenance)
 
 
-def describe_environment(command: list[str], hardware: Mapping[str, Any]) -> dict[str, Any]:
-    """What to note when a run starts.
+def describe_environment(hardware: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe where, when and with what a run starts.
 
     Args:
-        command: the command line's words.
         hardware: what the trainer knows of devices and processes.
     """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command,
+        "command": sys.orig_argv,
         "folder": os.getcwd(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": {package.name: package.version for package in distributions()},
         "git": _git_state(Path(__file__).parent),
         "git_of_folder": _git_state(Path.cwd()),
         **hardware,
     }
 
 
-def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append one line of JSON to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def command_line() -> list[str]:
-    """The words that started this process, as one would type them."""
-    name = Path(sys.argv[0]).name
-    program = ["python", "-m", "dc_ssdae"] if name == "__main__.py" else [name]
-    return [*program, *sys.argv[1:]]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _git_state(folder: Path) -> dict[str, Any] | None:
     """The commit of a working tree and whether files differ from it; None where there is no git."""
-
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
-
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+    return {"commit": found.removesuffix("-dirty"), "changed": found.endswith("-dirty")}

@@ -23,13 +23,12 @@ from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import check_components, fetch_backbones
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.distributed import check_batch, processes_of, start_processes
-from dc_ssdae.training.logging import read_lines
+from dc_ssdae.training.logging import JsonLines, read_lines
 from dc_ssdae.training.origin import inherited
 from dc_ssdae.training.run import (
+    CONFIG_FILE,
     RunFolder,
     RunLock,
-    append_line,
-    command_line,
     create_run,
     describe_environment,
     is_finished,
@@ -106,7 +105,7 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
                 (run.model / "config.json").write_text(_model_config(config, model, teacher), encoding="utf-8")
             recover_run(run)
             if config_text is not None:
-                write_whole(run.config, config_text.encode())
+                write_whole(run.path / CONFIG_FILE, config_text.encode())
 
         with locked(path, processes):
             processes.on_main(restore)
@@ -183,7 +182,8 @@ def _trainer(
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
-    processes.on_main(lambda: append_line(run.environment, describe_environment(command_line(), hardware)))
+    lines = JsonLines(run.path / "environment.jsonl", partial(print, file=sys.stderr))
+    processes.on_main(lambda: lines.write(describe_environment(hardware)))
     note = slow_dtype_note(device, config.training.precision)
     if note and processes.is_main:
         print(f"{note}: try --training.precision float32", file=sys.stderr)

@@ -30,7 +30,7 @@ from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import load_step, place_step
 from dc_ssdae.training.changes import check_changes, check_images, names_sha256
-from dc_ssdae.training.checkpoint import STATE, Checkpoint, read_checkpoint, refused_as_damaged
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.logging import Loggers, read_lines
@@ -120,7 +120,7 @@ class Trainer:
 
         training, device = config.training, accelerator.device
         folder = run.checkpoints.last()
-        checkpoint = None if folder is None else read_checkpoint(folder, STATE)
+        checkpoint = None if folder is None else read_checkpoint(folder)
         module = load_step(config, run, checkpoint)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # an earlier phase's is not this run's
