@@ -4,8 +4,7 @@ from typing import Any
 
 from dc_ssdae.cli.parser import CommandParser
 from dc_ssdae.cli.run_config import read_run_config
-from dc_ssdae.cli.run_recipe import read_new_recipe
-from dc_ssdae.cli.train import Options
+from dc_ssdae.cli.train import Options, read_new_recipe
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.recipe import Recipe
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian
 from dc_ssdae.cli.run_config import config_yaml
-from dc_ssdae.cli.run_recipe import recipe_yaml
 from dc_ssdae.errors import InputError
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.training import recipe as recipe_module
@@ -32,6 +31,7 @@ from dc_ssdae.training.recipe import (
     Recipe,
     finished_phases,
     read_recipe,
+    recipe_yaml,
     resolved_recipe,
     resume_recipe,
     settled_phases,

@@ -6,16 +6,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain
-from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_run_config
-from dc_ssdae.cli.run_recipe import change_recipe, read_new_recipe, recipe_yaml
-from dc_ssdae.errors import InputError, ToldElsewhere, counted
-from dc_ssdae.presets import read_yaml
+from dc_ssdae.cli.run_config import (
+    RunOptions,
+    config_yaml,
+    print_text,
+    read_layer,
+    read_run_config,
+    read_settings,
+)
+from dc_ssdae.errors import InputError, ToldElsewhere, counted, unknown_name
+from dc_ssdae.presets import list_recipes, load_recipe, read_yaml
 from dc_ssdae.settings import setting
 from dc_ssdae.training.changes import check_changes, lasting_settings
-from dc_ssdae.training.config import RunConfig, TrainingConfig
+from dc_ssdae.training.config import RunConfig, TrainingConfig, lay_over, spell_weights
+from dc_ssdae.training.recipe import (
+    Recipe,
+    change_recipe,
+    check_phases,
+    make_recipe,
+    read_recipe,
+    recipe_yaml,
+    resolved_recipe,
+    resume_recipe,
+    settled_phases,
+    start_recipe,
+)
 from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -73,7 +91,6 @@ def run(options: Options) -> int:
 
 def run_recipe(options: Options) -> int:
     """Train in phases; gives the exit code."""
-    from dc_ssdae.training.recipe import read_recipe, resolved_recipe, resume_recipe, settled_phases, start_recipe
 
     def say(message: str) -> None:
         if is_main_process():
@@ -81,24 +98,85 @@ def run_recipe(options: Options) -> int:
 
     if options.resume is None:
         assert options.recipe is not None
-        recipe, name, output = read_new_recipe(options, options.recipe)
-        path = new_run_folder(output, name)
-        recipe = resolved_recipe(recipe)
-        outcome: Outcome | None = start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, say)
+        recipe, name = read_new_recipe(options, options.recipe)
+        output = recipe.phases[0].config.training.output
+        # The folder is the recipe's, and no part of its phases, so that a printed recipe can be used again.
+        recipe = Recipe([phase._replace(config=phase.config.with_training(output=None)) for phase in recipe.phases])
     else:
         path = options.resume
         before = recipe = read_recipe(path)
-        if options.config or options.settings or options.print_config:
-            recipe = change_recipe(before, options, settled_phases(before, path))
+        if options.config:
+            raise InputError("--config is for a new run; change single settings by --section.name VALUE")
+        flags = read_settings(options.settings)
+        if flags:
+            recipe = change_recipe(before, flags, flags.pop("phases", {}), settled_phases(before, path))
         for old, new in zip(before.phases, recipe.phases, strict=True):
             folder = before.folder(path, old.name)
             if (folder / "config.yaml").is_file():
                 check_changes(lasting_settings(old.config), lasting_settings(new.config), folder)
+    if options.print_config:
+        print_text(recipe_yaml(recipe))
+        return 0
+    if options.resume is None:
+        path = new_run_folder(output, name)
+        recipe = resolved_recipe(recipe)
+        outcome: Outcome | None = start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, say)
+    else:
         outcome = resume_recipe(recipe, recipe_yaml(recipe) if recipe != before else None, path, config_yaml, say)
     last = recipe.phases[-1].name
     spent = f"{counted(len(recipe.phases), 'phase')}, all budgets spent (--phases.{last}.training.steps N goes on to N)"
     tell_end(Options.program, outcome, path, spent)
     return 0
+
+
+def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
+    """Make a recipe of a command's words.
+
+    Args:
+        options: configurations and settings; settings under phases.PHASE go over everything else.
+        word: the recipe's name, or a file.
+
+    Returns:
+        The recipe, and the name for its folder.
+
+    Raises:
+        InputError: a file or a setting is wrong; one line that names it.
+    """
+    file = Path(word).expanduser()
+    if word not in list_recipes() and not file.exists():
+        raise InputError(f"--recipe: {unknown_name('recipe', word, list_recipes())}, or a YAML file")
+    name, content = (word, load_recipe(word)) if word in list_recipes() else (file.stem, read_yaml(file))
+    for section in content:
+        if section not in ("description", "phases"):
+            raise unknown_name(f"section of recipe {name}", section, ("description", "phases"))
+    phases = check_phases(spell_weights(content).get("phases"), f"recipe {name}")
+    settings, folder = _take_model(phases), name
+    if settings and options.config:
+        raise InputError(f"recipe {name} has the phases' section model: leave --config out, or take that section out")
+    for config in options.config:
+        config_name, layer = read_layer(config)
+        folder = f"{config_name}-{name}"
+        if "phases" in layer:
+            own = check_phases(layer.pop("phases"), config)
+            if _take_model(own):
+                raise InputError(f"phases of {config} have a section model; it belongs beside phases, for all of them")
+            phases = lay_over(phases, own)
+        settings = lay_over(settings, layer)
+    flags = read_settings(options.settings)
+    return make_recipe(settings, phases, flags, flags.pop("phases", {})), folder
+
+
+def _take_model(phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Take section model out of the phases of a printed recipe, or of RUN/recipe.yaml: they all have the same.
+
+    Raises:
+        InputError: they have not.
+    """
+    models = {name: layer.pop("model", None) for name, layer in phases.items()}
+    for name, model in models.items():
+        if model != next(iter(models.values())):
+            raise InputError(f"phases.{name} has another section model than the others; give it by --config, for all")
+    return {"model": model} if model is not None else {}
 
 
 @contextmanager

@@ -9,15 +9,15 @@ Reading and checking a recipe needs no torch; what trains imports it when it is 
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.errors import InputError, shown, unknown_name
 from dc_ssdae.files import replace_link, write_whole
-from dc_ssdae.presets import read_yaml
-from dc_ssdae.training.config import RunConfig
+from dc_ssdae.presets import dump_yaml, read_yaml
+from dc_ssdae.training.config import RunConfig, TrainingConfig, lay_over
 from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from dc_ssdae.training.trainer import Outcome
 
 RECIPE_FILE = "recipe.yaml"
+
+PHASE_SECTIONS = ("starts_from", "model", "data", "training", "losses")
+"""What a phase may change; `model` only in a recipe with all its settings, where all phases have the same."""
+
+IN_FOLDER = "the phases lie in the recipe's folder"
 
 LEARNING_TERMS = ("repa",)
 """The built-in loss terms with parameters of their own."""
@@ -59,26 +64,125 @@ class Recipe(NamedTuple):
         """The run of a phase in the folder of the recipe: RUN/1-NAME, RUN/2-NAME and so on."""
         return path / f"{1 + [phase.name for phase in self.phases].index(name)}-{name}"
 
+    def add(self, name: str, settings: Mapping[str, Any], starts_from: Any) -> None:
+        """Add a phase with its whole configuration.
 
-def check_phase_name(name: Any) -> None:
-    """Refuse what cannot be part of a flag and of a folder's name.
+        Raises:
+            InputError: it does not fit; or starts_from is no earlier phase, or beside training.init_from.
+        """
+        earlier = [phase.name for phase in self.phases]
+        if starts_from is not None and starts_from not in earlier:
+            raise unknown_name(f"earlier phase that phases.{name} starts_from", starts_from, earlier, f"phases.{name}")
+        try:
+            config = RunConfig.from_mapping(settings)
+        except InputError as error:
+            raise InputError(f"phase {name}: {error}", error.field) from None
+        if starts_from is not None and config.training.init_from is not None:
+            raise InputError(f"phases.{name} has both starts_from and training.init_from; give one of them")
+        self.phases.append(Phase(name, config, starts_from))
+
+
+def check_phases(phases: Any, source: str) -> dict[str, dict[str, Any]]:
+    """Check the form of section phases.
+
+    Args:
+        phases: sections of settings by the phases' names; in each also starts_from, the name of an earlier phase.
+        source: of the section, for messages.
 
     Raises:
-        InputError: says what a name is made of.
+        InputError: it has another form, or a name cannot be part of a setting's and of a folder's name.
     """
-    if not isinstance(name, str) or not (name.isidentifier() and name.isascii()):
-        raise InputError(f"a phase is called {shown(name)}; use letters, digits and underscores")
+    if not isinstance(phases, Mapping) or not phases:
+        raise InputError(f"section phases of {source} is {shown(phases)}; it must be a mapping of phases", "phases")
+    for name, layer in phases.items():
+        if not isinstance(name, str) or not (name.isidentifier() and name.isascii()):
+            raise InputError(f"a phase is called {shown(name)}; use letters, digits and underscores", "phases")
+        if not isinstance(layer, Mapping):
+            raise InputError(f"phases.{name} of {source} is {shown(layer)}; it must be a mapping", f"phases.{name}")
+        for section in layer:
+            if section not in PHASE_SECTIONS:
+                raise unknown_name(f"section of phases.{name}", section, PHASE_SECTIONS, f"phases.{name}.{section}")
+    return {name: dict(layer) for name, layer in phases.items()}
 
 
-def both_sources(name: str) -> InputError:
-    """Build the error for a phase that is told to start from two things."""
-    return InputError(f"phases.{name} has both starts_from and training.init_from; give one of them")
+def make_recipe(
+    settings: Mapping[str, Any],
+    phases: Mapping[str, Mapping[str, Any]],
+    flags: Mapping[str, Any],
+    phase_flags: Mapping[str, Mapping[str, Any]],
+) -> Recipe:
+    """Lay each phase over a configuration, and settings of the command line over it.
+
+    Args:
+        settings: the configuration.
+        phases: as `check_phases` gives them.
+        flags: settings of the command line for all phases.
+        phase_flags: settings of the command line for one phase, by the phase's name.
+
+    Raises:
+        InputError: a phase is not there, or its configuration does not fit.
+    """
+    _check_phase_flags(phase_flags, phases)
+    recipe = Recipe([])
+    for name, layer in phases.items():
+        own = lay_over(layer, phase_flags.get(name, {}))
+        starts_from = own.pop("starts_from", None)
+        training = own.get("training") or {}
+        if training.get("output") is not None:
+            raise InputError(f"phases.{name}.training.output: {IN_FOLDER}; name that by --training.output", name)
+        whole = lay_over(lay_over(lay_over(settings, own), flags), phase_flags.get(name, {}))
+        changed = dict(whole.get("training") or {})
+        seed = changed.get("seed", TrainingConfig.seed)
+        if "seed" not in training and isinstance(seed, int):
+            # With one seed for all, a later phase would see the crops and noise of the first again.
+            changed["seed"] = seed + len(recipe.phases)
+        if recipe.phases:
+            changed["init_from"] = training.get("init_from")  # what the first phase starts from is not for the others
+            if starts_from is None and changed["init_from"] is None:
+                starts_from = recipe.phases[-1].name
+        recipe.add(name, {**whole, "training": changed}, starts_from)
+    return recipe
 
 
-def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
-    """Plain data that `read_recipe` takes back, every setting of every phase spelt out."""
+def change_recipe(
+    recipe: Recipe,
+    flags: Mapping[str, Any],
+    phase_flags: Mapping[str, Mapping[str, Any]],
+    settled: Sequence[str] = (),
+) -> Recipe:
+    """Change the phases of a recipe that goes on.
+
+    Args:
+        recipe: as it was.
+        flags: settings for all phases.
+        phase_flags: settings for one phase, by the phase's name.
+        settled: names of the phases that stay as they are.
+
+    Raises:
+        InputError: a setting does not fit, or is of a settled phase.
+    """
+    _check_phase_flags(phase_flags, [phase.name for phase in recipe.phases])
+    changed = Recipe([])
+    for phase in recipe.phases:
+        own = phase_flags.get(phase.name, {})
+        if phase.name in settled:
+            if own:
+                raise InputError(f"phase {phase.name} is finished, and others have started from it: it cannot change")
+            changed.phases.append(phase)
+            continue
+        changed.add(phase.name, lay_over(lay_over(phase.config.to_mapping(), flags), own), phase.starts_from)
+        if changed.phases[-1].config.training.output != phase.config.training.output:
+            raise InputError(f"training.output: {IN_FOLDER}, which may be moved; it cannot change when they go on")
+    if settled and any(phase.config.model != recipe.phases[0].config.model for phase in changed.phases):
+        raise InputError(f"section model cannot change: phase {settled[0]} is finished, and the others go on from it")
+    return changed
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Spell a recipe out as YAML, every phase with all its settings, for `read_recipe`."""
     phases = {phase.name: {"starts_from": phase.starts_from, **phase.config.to_mapping()} for phase in recipe.phases}
-    return {"phases": phases}
+    head = "# A recipe's phases, each with all its settings; dc-ssdae train --resume goes on with it.\n"
+    return head + dump_yaml({"phases": phases})
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -91,26 +195,22 @@ def read_recipe(path: Path) -> Recipe:
         InputError: there is no recipe, or it is damaged.
     """
     file = path / RECIPE_FILE
-    phases = read_yaml(file, str(file)).get("phases")
-    if not isinstance(phases, Mapping) or not phases:
-        raise InputError(f"{file} has no phases")
     recipe = Recipe([])
-    for name, settings in phases.items():
-        check_phase_name(name)
-        if not isinstance(settings, Mapping):
-            raise InputError(f"phases.{name} of {file} is {shown(settings)}; it must be a mapping of sections")
-        sections = dict(settings)
-        starts_from = sections.pop("starts_from", None)
-        if starts_from is not None and starts_from not in [phase.name for phase in recipe.phases]:
-            raise InputError(f"phases.{name} of {file} starts from {shown(starts_from)}, which is no earlier phase")
-        try:
-            config = RunConfig.from_mapping(sections)
-        except InputError as error:
-            raise InputError(f"phase {name} of {file}: {error}") from None
-        if starts_from is not None and config.training.init_from is not None:
-            raise both_sources(name)
-        recipe.phases.append(Phase(name, config, starts_from))
+    for name, layer in check_phases(read_yaml(file).get("phases"), str(file)).items():
+        starts_from = layer.pop("starts_from", None)
+        recipe.add(name, layer, starts_from)
     return recipe
+
+
+def _check_phase_flags(given: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
+    for name, settings in given.items():
+        if name not in names:
+            raise unknown_name("phase of the recipe", name, names, f"phases.{name}")
+        if not isinstance(settings, Mapping):
+            raise InputError(f"--phases.{name} names no setting; write --phases.{name}.section.name VALUE")
+        for section in ("model", "distillation"):
+            if section in settings:
+                raise InputError(f"--phases.{name}.{section}: section {section} is of all phases; give --{section}")
 
 
 def resolved_recipe(recipe: Recipe) -> Recipe:
