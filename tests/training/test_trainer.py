@@ -710,7 +710,7 @@ def test_a_checkpoint_goes_before_the_weights_to_start_from(whole_run: Path, pho
 
 def test_weights_of_another_architecture_are_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
     other = run_config(images, model={"latent_channels": 6}, init_from=str(whole_run))
-    with pytest.raises(InputError, match=r"training\.init_from .*whole has tensor .* of shape") as caught:
+    with pytest.raises(InputError, match=r"training\.init_from .*whole does not fit; .* has shape") as caught:
         start(other, tmp_path / "run")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="nowhere"):
@@ -867,7 +867,7 @@ def test_another_optimisers_checkpoint_is_refused(whole_run: Path, images: Path,
 def test_another_architectures_checkpoint_is_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(whole_run, path, symlinks=True)
-    with pytest.raises(InputError, match=r"model\.safetensors has a tensor objective\.terms\.hooked"):
+    with pytest.raises(InputError, match=r"model\.safetensors does not fit; left over: objective\.terms\.hooked"):
         resume(run_config(images, steps=9), path)
 
 
