@@ -19,7 +19,6 @@ from tiny_models import TINY_DECODER, tiny, tiny_encoder
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.card import (
     MARKER,
-    as_code,
     is_ours,
     note_evaluation,
     render_model_card,
@@ -210,15 +209,6 @@ class TestInjection:
         assert all(str(link).startswith("https://arxiv.org/abs/") for link in links)
         assert sum(token.type == "heading_open" for token in tokens) == 6
         assert sum(token.type == "tr_open" for token in tokens) == 3
-
-    @settings(max_examples=100, deadline=None, derandomize=True)
-    @given(st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=30))
-    def test_a_code_span_is_its_text(self, text: str) -> None:
-        text = " ".join(text.split()) or "x"
-        (paragraph,) = (t for t in markdown_it.MarkdownIt().parse(f"a {as_code(text)} b") if t.type == "inline")
-        assert [child.type for child in paragraph.children or []] == ["text", "code_inline", "text"]
-        assert paragraph.children is not None
-        assert paragraph.children[1].content == text
 
 
 class TestSaving:

@@ -41,7 +41,7 @@ def read_safetensors(*paths: Path) -> dict[str, Tensor]:
         try:
             tensors |= load_file(path)
         except (SafetensorError, TypeError, RuntimeError) as error:
-            reason = _cut_off(path) or f"not a readable safetensors file: {str(error).splitlines()[0]}"
+            reason = _cut_off(path) or f"not a valid safetensors file: {str(error).splitlines()[0]}"
             raise InputError(f"{path} is {reason}") from None
     return tensors
 

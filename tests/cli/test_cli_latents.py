@@ -223,7 +223,7 @@ def test_photo_in_place_of_a_latent_and_the_other_way(
 ) -> None:
     outcome = decode(encoded.with_suffix(".png"))
     assert outcome.code == 2
-    assert "is not a safetensors file" in outcome.err[0]
+    assert "is not a valid safetensors file" in outcome.err[0]
     outcome = run("encode", encoded, "--model", model_dir, "--out", tmp_path / "latents")
     assert outcome.code == 2
     assert "cannot read image" in outcome.err[0]
