@@ -486,6 +486,19 @@ class DCSSDAE(PretrainedModel):
         self._tile = check_tiling(tile_size, overlap, self.config.downsample_factor)
         self.use_tiling = True
 
+    # diffusers' mixin of these names comes with all of its models, whose import takes longer than a decode.
+    def disable_tiling(self) -> None:
+        """Encode and decode images whole, whatever their size."""
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Encode and decode batches image by image, so that memory follows one image."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode the images of a batch together."""
+        self.use_slicing = False
+
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """Compute the activations of encoder and decoder again in the backward pass instead of keeping them.
 
