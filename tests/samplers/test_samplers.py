@@ -260,7 +260,7 @@ def test_what_is_no_count_of_steps_is_refused(name: str, num_steps: Any) -> None
 def test_a_field_of_another_shape_is_refused(name: str) -> None:
     with pytest.raises(InputError) as error:
         SAMPLERS[name](lambda x: x[:, :1], torch.zeros(2, 3), 2)
-    assert str(error.value) == "the field returned shape (2, 1) for an x of (2, 3)"
+    assert "the field returned shape (2, 1)" in str(error.value)
 
 
 @each_sampler
@@ -268,8 +268,7 @@ def test_a_field_of_another_shape_is_refused(name: str) -> None:
 def test_a_field_of_no_tensor_is_refused(name: str, value: Any) -> None:
     with pytest.raises(InputError) as error:
         SAMPLERS[name](lambda x: value, torch.zeros(2, 3), 2)
-    kind = type(value).__name__
-    assert str(error.value) == f"the field returned a {kind}; it must return a tensor of x's shape"
+    assert f"the field returned a {type(value).__name__}" in str(error.value)
 
 
 @each_descent
@@ -330,7 +329,7 @@ def test_schedules_that_are_not_one_a_step_are_refused(setting: str, count: int)
     with pytest.raises(InputError) as error:
         nesterov(lambda x: x, torch.zeros(1, 1), 3, **{setting: [0.5] * count})
     numbers = "1 number" if count == 1 else f"{count} numbers"
-    assert str(error.value) == f"{setting} lists {numbers} for num_steps 3; give one a step"
+    assert f"{setting} lists {numbers} for num_steps 3" in str(error.value)
 
 
 @each_variant
