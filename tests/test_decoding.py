@@ -625,7 +625,7 @@ class TestMistakes:
             ("flow", {"sampler": "eular"}, "'eular' (did you mean 'euler'?)"),
             ("linear", {"sampler": "euler"}, "sampler of EquilibriumMatching 'euler'; accepted: gradient_"),
             *[
-                ("flow", {"sampler": name}, f"sampler of FlowMatching '{name}' .* accepted: euler, midpoint, one_step")
+                ("flow", {"sampler": name}, f"sampler of FlowMatching '{name}'.*accepted: euler, midpoint, one_step")
                 for name in DESCENTS
             ],
             ("linear", {"sampler": "gradient_descent", "momentum": 0.3}, "momentum is for sampler 'nesterov' or"),
