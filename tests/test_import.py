@@ -22,6 +22,13 @@ def test_importing_the_package_and_its_presets_does_not_import_torch() -> None:
     assert not found & {"torch", "diffusers", "numpy", "torchvision"}
 
 
+def test_importing_the_autoencoder_does_not_import_diffusers_own_models() -> None:
+    """Which take longer than all the rest."""
+    found = modules_after("import dc_ssdae.autoencoder")
+    assert "diffusers.models.modeling_utils" in found
+    assert not found & {"diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.pipelines"}
+
+
 def test_public_names_are_there() -> None:
     assert set(dir(dc_ssdae)) == set(dc_ssdae.__all__)
     for name in dc_ssdae.__all__:

@@ -201,7 +201,7 @@ class TestBuilding:
 class TestSteps:
     def test_several_steps_of_a_dynamics_that_nobody_knows(self) -> None:
         model = build(dynamics={"class_path": f"{HERE}.SlowFlow"}).eval()
-        with pytest.raises(InputError, match=r"num_steps is 2; .* which SlowFlow is not"):
+        with pytest.raises(InputError, match="num_steps is 2"):
             model.decode(torch.zeros(1, 4, 2, 2), num_steps=2)
 
 

@@ -24,27 +24,28 @@ from dc_ssdae.components import (
 )
 from dc_ssdae.decoding import (
     DESCENTS,
+    INTEGRATORS,
+    ONE_STEP,
     DecoderOutput,
     Divergence,
-    check_latent,
-    noised_draft,
+    check_finite,
+    level_of,
     plan_decoding,
-    run_plan,
-    start_noise,
+    starting_image,
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
-from dc_ssdae.dynamics.corruption import field_of, predict
+from dc_ssdae.dynamics.corruption import field_of
 from dc_ssdae.dynamics.energy import as_normal, at_least_float32
 from dc_ssdae.errors import InputError, check_at_least, check_names, check_type, counted
 from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
 from dc_ssdae.networks import UViTDecoder
-from dc_ssdae.networks.blocks import check_image
+from dc_ssdae.networks.blocks import check_image, check_latent_shape
 from dc_ssdae.presets import load_preset
 from dc_ssdae.pretrained import PretrainedModel, build_on_meta
 from dc_ssdae.provenance import Provenance
-from dc_ssdae.samplers import Schedule
+from dc_ssdae.samplers import SamplerResult, Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
-from dc_ssdae.samplers.result import check_share
+from dc_ssdae.samplers.result import check_number, check_share, is_finite, root_mean_square
 from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
 
 __all__ = [
@@ -156,7 +157,14 @@ class DCSSDAE(PretrainedModel):
         check_type("latent_channels", latent_channels, int)
         check_type("downsample_factor", downsample_factor, int)
         check_at_least(1, latent_channels=latent_channels)
-        normalisation = _check_normalisation(latent_channels, scaling_factor, shift_factor, latents_mean, latents_std)
+        normalisation = {
+            "scaling_factor": check_number(
+                "scaling_factor", scaling_factor, lambda value: value > 0.0, "finite and above 0"
+            ),
+            "shift_factor": check_number("shift_factor", shift_factor, lambda value: True, "finite"),
+            "latents_mean": _check_channels("latents_mean", latents_mean, latent_channels, lowest=-math.inf),
+            "latents_std": _check_channels("latents_std", latents_std, latent_channels, lowest=0.0),
+        }
         classes = check_classes(classes)
         parts = {"encoder": encoder, "decoder": decoder, "dynamics": dynamics}
         resolved = {part: resolve_part(part, given, classes) for part, given in parts.items()}
@@ -193,14 +201,10 @@ class DCSSDAE(PretrainedModel):
         """
         config = dict(load_preset(name)["model"])
         for key, value in settings.items():
-            if key in COMPONENTS:
-                if not isinstance(value, Mapping):
-                    raise InputError(f"{key} is {value!r}; it must be a mapping of that part's settings")
-                part = dict(config.get(key) or {})
-                merged = {**part, "init_args": {**(part.get("init_args") or {}), **value}}
-                config[key] = value if "class_path" in value else merged
-            else:
-                config[key] = value
+            if key in COMPONENTS and isinstance(value, Mapping) and "class_path" not in value:
+                part = config.get(key) or {}
+                value = {**part, "init_args": {**(part.get("init_args") or {}), **value}}
+            config[key] = value
         check_names(f"setting of {cls.__name__}", config, cls._config_names())
         return cls(**config, classes=classes).eval()
 
@@ -329,37 +333,39 @@ class DCSSDAE(PretrainedModel):
         """
         if (draft is None) != (start is None):
             raise InputError("draft and start go together: start is the share of draft in what is decoded from")
-        begin = 0.0 if start is None else check_share("start", start)
-        plan = plan_decoding(self.dynamics, sampler, num_steps, step_size, momentum, tolerance, begin)
-        dtype = self.dtype  # once, because diffusers goes through all modules for it
-        z = _floats("latents", z).to(dtype)
-        check_latent(z, self.config.latent_channels)
+        share = 0.0 if start is None else check_share("start", start)
+        sampler, settings = plan_decoding(self.dynamics, sampler, num_steps, step_size, momentum, tolerance, share)
+        z = self._check_latents(z)
         factor = self.config.downsample_factor
-        x = start_noise(z, (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor), generator, noise)
-        if draft is not None:
-            x = noised_draft(self.dynamics, draft, x, begin)
-        bucket = plan.tolerance is not None and any(map(_is_compiled, self.decoder.modules()))
-        result = run_plan(
-            plan,
-            self.dynamics,
-            partial(self._predict, varying_batch=bucket),
-            x,
-            z,
-            begin,
-            bucket,
-            return_trajectory,
-            reports=return_dict,
-        )
-        # A GPU is waited for only where the sampler has waited for it anyway.
-        looks = plan.sampler in DESCENTS and (plan.tolerance is not None or z.device.type == "cpu")
-        if looks and not torch.compiler.is_compiling() and bool(result.diverged.any()):
-            lost = int(result.diverged.sum())
-            warnings.warn(
-                f"{lost} of {counted(len(z), 'image')} diverged; the best state is given: try a smaller step_size",
-                Divergence,
-                stacklevel=3,  # past diffusers' hook
-            )
-        sample = result.sample.to(dtype)
+        shape = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
+        x = starting_image(self.dynamics, z, shape, generator, noise, draft, share)
+        if sampler == ONE_STEP:
+            level = torch.full((x.shape[0],), level_of(self.dynamics, share), device=x.device)
+            time = level if self.dynamics.conditions_on_time else None
+            prediction = self._predict(x, z, time)
+            sample = self.dynamics.clean_estimate(x, prediction, level)
+            if not return_dict:
+                return (sample.to(z.dtype),)
+            rms = root_mean_square(field_of(self.dynamics, x, prediction, time))
+            states = torch.stack([x, sample]) if return_trajectory else None
+            result = SamplerResult(sample, torch.ones_like(level, dtype=torch.int64), rms, ~is_finite(sample), states)
+        elif sampler in INTEGRATORS:
+            velocity = partial(self._field, z)
+            result = INTEGRATORS[sampler](velocity, x, return_trajectory=return_trajectory, **settings)
+        else:
+            bucket = tolerance is not None and any(map(_is_compiled, self.decoder.modules()))
+            settings |= {"condition": z, "bucket": bucket, "return_trajectory": return_trajectory}
+            result = DESCENTS[sampler](lambda x, z: self._field(z, x, varying_batch=bucket), x, **settings)
+            # A GPU is waited for only where the sampler has waited for it anyway.
+            looks = tolerance is not None or z.device.type == "cpu"
+            if looks and not torch.compiler.is_compiling() and bool(result.diverged.any()):
+                lost = int(result.diverged.sum())
+                warnings.warn(
+                    f"{lost} of {counted(len(z), 'image')} diverged; the best state is given: try a smaller step_size",
+                    Divergence,
+                    stacklevel=3,  # past diffusers' hook
+                )
+        sample = result.sample.to(z.dtype)
         return DecoderOutput(sample, *result[1:]) if return_dict else (sample,)
 
     def field(self, x: Tensor, z: Tensor, time: Tensor | float | None = None) -> Tensor:
@@ -380,34 +386,37 @@ class DCSSDAE(PretrainedModel):
         if time is not None:
             time = torch.as_tensor(time, dtype=torch.float32, device=x.device)
             time = time.expand(len(x)) if time.ndim == 0 else time
-        prediction = self._predict(_floats("images", x), _floats("latents", z).to(self.dtype), time)
-        return field_of(self.dynamics, x, prediction, time)
+        return self._field(_floats("latents", z).to(self.dtype), _floats("images", x), time)
+
+    def _field(self, z: Tensor, x: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
+        return field_of(self.dynamics, x, self._predict(x, z, time, varying_batch), time)
 
     def _predict(self, x: Tensor, z: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
         """What the dynamics' methods take, of at least float32: image by image, tile by tile, where that is on."""
         if self.use_slicing and len(x) > 1:
             times = [None] * len(x) if time is None else time.split(1)
             return torch.cat([self._predict(*image) for image in zip(x.split(1), z.split(1), times, strict=True)])
-        if not self.use_tiling or max(z.shape[2:]) <= self._tile[0]:
-            return self._predict_whole(x, z, time, varying_batch)
-        factor = self.config.downsample_factor
+        if self.use_tiling and max(z.shape[2:]) > self._tile[0]:
+            factor = self.config.downsample_factor
 
-        def compute(rows: slice, columns: slice) -> Tensor:
-            x_tile = x[:, :, _times(rows, factor), _times(columns, factor)]
-            return self._predict_whole(x_tile, z[:, :, rows, columns], time, varying_batch)
+            def compute(rows: slice, columns: slice) -> Tensor:
+                x_tile = x[:, :, _times(rows, factor), _times(columns, factor)]
+                return self._predict(x_tile, z[:, :, rows, columns], time, varying_batch)
 
-        height, width = z.shape[2:]
-        return blend_tiles(compute, height, width, *self._tile, scale=factor)
+            return blend_tiles(compute, z.shape[2], z.shape[3], *self._tile, scale=factor)
 
-    def _predict_whole(self, x: Tensor, z: Tensor, time: Tensor | None, varying_batch: bool) -> Tensor:
-        def network(y: Tensor) -> Tensor:
-            y = as_normal(y.to(z.dtype))
+        def inputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            x = as_normal(x.to(z.dtype))
             if varying_batch:
-                mark_varying_batch(y)
-            at = None if time is None else as_normal(time)
-            return at_least_float32(self.decoder(y, as_normal(z), at))
+                mark_varying_batch(x)
+            return x, as_normal(z), None if time is None else as_normal(time)
 
-        return predict(self.dynamics, network, x).to(torch.promote_types(x.dtype, torch.float32))
+        predict = getattr(self.dynamics, "predict", None)
+        if predict is None:
+            prediction = self.decoder(*inputs(x))
+        else:
+            prediction = predict(lambda x: at_least_float32(self.decoder(*inputs(x))), x)
+        return prediction.to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
         """The explicit energy of images given latents (SPEC section 2, "Explicit energy"), which a decode lowers.
@@ -424,10 +433,16 @@ class DCSSDAE(PretrainedModel):
         """
         if not isinstance(self.dynamics, EquilibriumMatching):
             raise InputError(f"{type(self.dynamics).__name__} has no energy; EquilibriumMatching may have one")
-        z = _floats("latents", z).to(self.dtype)
-        check_latent(z, self.config.latent_channels)
+        z = self._check_latents(z)
         x = as_normal(x)
-        return self.dynamics.energy(x, self.decoder(x.to(self.dtype), as_normal(z)))
+        return self.dynamics.energy(x, self.decoder(x.to(z.dtype), as_normal(z)))
+
+    def _check_latents(self, z: Tensor) -> Tensor:
+        """Refuse what is no batch of finite latents, and cast it to the model's dtype."""
+        z = _floats("latents", z).to(self.dtype)
+        check_latent_shape(z, self.config.latent_channels)
+        check_finite("z", z)
+        return z
 
     def forward(
         self,
@@ -482,6 +497,19 @@ class DCSSDAE(PretrainedModel):
         self._tile = check_tiling(tile_size, overlap, self.config.downsample_factor)
         self.use_tiling = True
 
+    # diffusers' mixin of these names comes with all of its models, whose import takes longer than a decode.
+    def disable_tiling(self) -> None:
+        """Encode and decode images whole, whatever their size."""
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Encode and decode batches image by image, so that memory follows one image."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode the images of a batch together."""
+        self.use_slicing = False
+
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """Compute the activations of encoder and decoder again in the backward pass instead of keeping them.
 
@@ -519,52 +547,24 @@ def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = (
 
 def _warn_of_a_field(decoder: UViTDecoder) -> None:
     """Warn of a decoder that is made for the image as its answer."""
-    if decoder.patch > 1:
+    if decoder.patch > 1 or decoder.block_shortcut is not None:
         warnings.warn(
-            f"the decoder has patch {decoder.patch}, which wants prediction 'image' of the dynamics: a field carries "
-            "the noise of all pixels, too much for narrow layers",
+            "a decoder with a patch above 1 or a block_shortcut wants prediction 'image' of the dynamics: a field "
+            "carries the noise of all pixels, too much for narrow layers, and a shortcut begins as an image",
             stacklevel=1,  # always this line, so that Python shows it once
         )
-    if decoder.block_shortcut is not None:
-        warnings.warn(
-            "the decoder has a block_shortcut, which wants prediction 'image' of the dynamics: it begins as an image",
-            stacklevel=1,
-        )
 
 
-def _check_normalisation(
-    channels: int, scaling_factor: float, shift_factor: float, mean: list[float] | None, std: list[float] | None
-) -> dict[str, Any]:
-    """Check the settings that normalise latents, and list them with every number a float."""
-    scaling_factor = _finite("scaling_factor", scaling_factor)
-    if scaling_factor <= 0:
-        raise InputError(f"scaling_factor is {scaling_factor}; it must be above 0")
-    checked: dict[str, list[float] | None] = {}
-    for name, values in (("latents_mean", mean), ("latents_std", std)):
-        if values is None:
-            checked[name] = None
-            continue
-        check_type(name, values, list)
-        if len(values) != channels:
-            raise InputError(
-                f"{name} has {counted(len(values), 'number')}; latent_channels {channels} needs {channels}"
-            )
-        checked[name] = [_finite(f"{name}[{place}]", value) for place, value in enumerate(values)]
-    for place, value in enumerate(checked["latents_std"] or ()):
-        if value < 0:
-            raise InputError(f"latents_std[{place}] is {value}; a standard deviation is at least 0")
-    return {"scaling_factor": scaling_factor, "shift_factor": _finite("shift_factor", shift_factor), **checked}
-
-
-def _finite(name: str, value: Any) -> float:
-    check_type(name, value, float)
-    try:
-        number = float(value)
-    except OverflowError:  # of a whole number with hundreds of digits
-        number = math.inf
-    if not math.isfinite(number):
-        raise InputError(f"{name} is {number}; it must be finite")
-    return number
+def _check_channels(name: str, values: list[float] | None, channels: int, lowest: float) -> list[float] | None:
+    """Check a setting with a number per channel, and make every number a float."""
+    if values is None:
+        return None
+    check_type(name, values, list)
+    if len(values) != channels:
+        raise InputError(f"{name} has {counted(len(values), 'number')}; latent_channels {channels} needs {channels}")
+    wanted = "finite" if lowest < 0.0 else f"finite and at least {lowest}"
+    named = {f"{name}[{place}]": value for place, value in enumerate(values)}
+    return [check_number(key, value, lambda number: number >= lowest, wanted) for key, value in named.items()]
 
 
 def _floats(name: str, value: Any) -> Tensor:

@@ -1,26 +1,30 @@
 """Decoding as a choice of sampler: what `DCSSDAE.decode` does with a start, a field and its settings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
-from dc_ssdae.dynamics.corruption import field_of
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.latent import draw_noise
-from dc_ssdae.networks.blocks import check_latent_shape
 from dc_ssdae.samplers import SamplerResult, Schedule, euler, gradient_descent, midpoint, nesterov
-from dc_ssdae.samplers.descent import resolve_momenta, resolve_step_sizes
-from dc_ssdae.samplers.result import check_num_steps, check_tolerance, is_finite, root_mean_square
+from dc_ssdae.samplers.descent import resolve_schedule
+from dc_ssdae.samplers.result import check_num_steps, check_tolerance, is_finite
 
 ONE_STEP = "one_step"
-DESCENTS = ("gradient_descent", "nesterov", "nesterov_eqm")
-INTEGRATORS = {"euler": euler, "midpoint": midpoint}
+DESCENTS: Mapping[str, Callable[..., SamplerResult]] = {
+    "gradient_descent": gradient_descent,
+    "nesterov": nesterov,
+    "nesterov_eqm": partial(nesterov, variant="eqm"),
+}
+"""Of equilibrium matching, by name."""
+
+INTEGRATORS: Mapping[str, Callable[..., SamplerResult]] = {"euler": euler, "midpoint": midpoint}
 """Of flow matching, by name."""
 
 SAMPLERS = (ONE_STEP, *DESCENTS, *INTEGRATORS)
@@ -64,16 +68,6 @@ class DecoderOutput(BaseOutput):
     trajectory: Tensor | None = None
 
 
-class DecodingPlan(NamedTuple):
-    """A sampler and its settings; the last three are a descent's."""
-
-    sampler: str
-    num_steps: int
-    step_size: Sequence[float] = ()
-    momentum: Sequence[float] = ()
-    tolerance: float | None = None
-
-
 def plan_decoding(
     dynamics: Dynamics,
     sampler: str | None = None,
@@ -82,140 +76,67 @@ def plan_decoding(
     momentum: Schedule | None = None,
     tolerance: float | None = None,
     start: float = 0.0,
-) -> DecodingPlan:
+) -> tuple[str, dict[str, Any]]:
     """Choose what a decode leaves open, and check that what it gives fits the dynamics.
 
     Args:
         dynamics: of the model.
-        sampler: one of `SAMPLERS`. None is one_step, unless the other settings speak of several steps.
-        num_steps: at least 1; with a tolerance, the most that an image gets.
+        sampler: one of `SAMPLERS`. None is one_step, unless the other settings ask for several steps.
+        num_steps: at least 1; with a tolerance, the most per image.
         step_size: η of a descent. None follows from the decay, by `EquilibriumMatching.step_sizes`; with a tolerance
             the first is of these, and the others are `STOPPING_STEP`/L.
         momentum: μ of nesterov.
         tolerance: of a descent, for λ = 1; the field's root mean square is compared with λ times as much.
         start: γ of the state that the decode starts from.
 
+    Returns:
+        The sampler's name, and the settings that its function takes; one_step has none.
+
     Raises:
         InputError: a setting is unknown, out of range, or of another sampler or dynamics.
     """
     if num_steps is not None:
         check_num_steps(num_steps)
-    if sampler is not None and (not isinstance(sampler, str) or sampler not in SAMPLERS):
-        raise unknown_name("sampler", sampler, SAMPLERS)
     given = {"step_size": step_size, "momentum": momentum, "tolerance": tolerance}
     named = [name for name, value in given.items() if value is not None]
-    if sampler is None:
-        sampler = _default_sampler(dynamics, num_steps, named)
-    _check_fits(sampler, dynamics, num_steps)
-    if sampler not in DESCENTS:
-        if named:
-            raise InputError(f"{named[0]} is for a descent of equilibrium matching; sampler {sampler!r} has none")
-        return DecodingPlan(sampler, num_steps or (1 if sampler == ONE_STEP else DEFAULT_NUM_STEPS))
-    if sampler == "gradient_descent" and momentum is not None:
+    several = num_steps is not None and num_steps > 1
+    descends, integrates = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
+    fitting = (ONE_STEP, *(DESCENTS if descends else INTEGRATORS if integrates else ()))
+    if sampler is None and descends and (several or named):
+        sampler = "nesterov" if "momentum" in named else "gradient_descent"
+    elif sampler is None:
+        sampler = "euler" if integrates and several else ONE_STEP
+    if sampler not in fitting:
+        raise unknown_name(f"sampler of {type(dynamics).__name__}", sampler, fitting)
+    if sampler == ONE_STEP and several:
+        samplers = f"the samplers of {type(dynamics).__name__} are {', '.join(fitting)}"
+        raise InputError(f"num_steps is {num_steps}; sampler 'one_step' has one; {samplers}")
+    if named and sampler not in DESCENTS:
+        raise InputError(f"{named[0]} is for a descent of equilibrium matching; sampler {sampler!r} has none")
+    if "momentum" in named and sampler == "gradient_descent":
         raise InputError("momentum is for sampler 'nesterov' or 'nesterov_eqm'; gradient_descent has none")
-    assert isinstance(dynamics, EquilibriumMatching)
+    if sampler == ONE_STEP:
+        return sampler, {}
+    if not isinstance(dynamics, EquilibriumMatching):
+        return sampler, {"num_steps": num_steps or DEFAULT_NUM_STEPS, "start_time": 1.0 - start}
+
+    tolerance = check_tolerance(tolerance)
     num_steps = num_steps or (DEFAULT_NUM_STEPS if tolerance is None else DEFAULT_MOST_STEPS)
-    lands = step_size is None
+    lands = step_size is None and (momentum is None or isinstance(momentum, int | float))
     if step_size is None:
         step_size = dynamics.step_sizes(num_steps, start)
         if tolerance is not None:
             step_size = [step_size[0], *[STOPPING_STEP / dynamics.stiffness] * (num_steps - 1)]
-    lands = lands and (momentum is None or isinstance(momentum, int | float))
-    if momentum is None:
-        momentum = 0.0 if sampler == "gradient_descent" else DEFAULT_MOMENTUM
-    momenta = resolve_momenta(momentum, num_steps)
-    if lands:
-        # What the first step covers, from noise to the image, is no velocity to go on with.
-        momenta = [0.0, 0.0, *momenta[2:]][:num_steps]
-    tolerance = check_tolerance(tolerance)
-    if tolerance is not None:
-        tolerance *= dynamics.gradient_scale
-    return DecodingPlan(sampler, num_steps, resolve_step_sizes(step_size, num_steps), momenta, tolerance)
-
-
-def _default_sampler(dynamics: Dynamics, num_steps: int | None, named: Sequence[str]) -> str:
-    """The sampler that the other settings, of which `named` are given, ask for."""
-    several = num_steps is not None and num_steps > 1
-    if isinstance(dynamics, EquilibriumMatching) and (several or named):
-        return "nesterov" if "momentum" in named else "gradient_descent"
-    if several and not isinstance(dynamics, FlowMatching):
-        raise InputError(
-            f"num_steps is {num_steps}; several steps are for EquilibriumMatching, FlowMatching and classes "
-            f"derived from them, which {type(dynamics).__name__} is not"
-        )
-    return "euler" if several else ONE_STEP
-
-
-def _check_fits(sampler: str, dynamics: Dynamics, num_steps: int | None) -> None:
-    descends, integrates = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
-    if (sampler in DESCENTS and not descends) or (sampler in INTEGRATORS and not integrates):
-        fitting = (ONE_STEP, *DESCENTS) if descends else (ONE_STEP, *INTEGRATORS) if integrates else (ONE_STEP,)
-        kind = type(dynamics).__name__
-        raise InputError(f"this model's dynamics, {kind}, has no sampler {sampler!r}; it has {', '.join(fitting)}")
-    if sampler == ONE_STEP and num_steps is not None and num_steps > 1:
-        raise InputError(f"num_steps is {num_steps}; sampler 'one_step' has one")
-
-
-def run_plan(
-    plan: DecodingPlan,
-    dynamics: Dynamics,
-    predict: Callable[..., Tensor],
-    x: Tensor,
-    z: Tensor,
-    start: float = 0.0,
-    bucket: bool = False,
-    return_trajectory: bool = False,
-    reports: bool = True,
-) -> SamplerResult:
-    """Decode as planned.
-
-    Args:
-        plan: of `plan_decoding` for these dynamics.
-        dynamics: of the model.
-        predict: gives what the dynamics' methods take as prediction, of x (b, 3, H, W), z (b, c, h, w) and, where the
-            dynamics conditions on time, time (b,).
-        x: (B, 3, H, W), float32: to start from.
-        z: (B, c, h, w).
-        start: γ of x.
-        bucket: as the samplers'.
-        return_trajectory: keep every state.
-        reports: whether anything but the sample is wanted; one step gives empty tensors else.
-    """
-
-    def field(state: Tensor, z: Tensor, *time: Tensor) -> Tensor:
-        return field_of(dynamics, state, predict(state, z, *time), time[0] if time else None)
-
-    if plan.sampler == ONE_STEP:
-        level = torch.full((x.shape[0],), level_of(dynamics, start), device=x.device)
-        time = (level,) if dynamics.conditions_on_time else ()
-        prediction = predict(x, z, *time)
-        sample = dynamics.clean_estimate(x, prediction, level)
-        if not reports:
-            return SamplerResult(sample, *[sample.new_empty(0)] * 3)
-        count = torch.ones(x.shape[0], dtype=torch.int64, device=x.device)
-        residual = root_mean_square(field_of(dynamics, x, prediction, time[0] if time else None))
-        trajectory = torch.stack([x, sample]) if return_trajectory else None
-        return SamplerResult(sample, count, residual, ~is_finite(sample), trajectory)
-    if integrate := INTEGRATORS.get(plan.sampler):
-        return integrate(
-            lambda state, time: field(state, z, time),
-            x,
-            plan.num_steps,
-            start_time=1.0 - start,
-            return_trajectory=return_trajectory,
-        )
-    shared: dict[str, Any] = {
-        "num_steps": plan.num_steps,
-        "step_size": plan.step_size,
-        "tolerance": plan.tolerance,
-        "condition": z,
-        "bucket": bucket,
-        "return_trajectory": return_trajectory,
+    settings: dict[str, Any] = {
+        "num_steps": num_steps,
+        "step_size": resolve_schedule("step_size", step_size, num_steps),
+        "tolerance": None if tolerance is None else tolerance * dynamics.gradient_scale,
     }
-    if plan.sampler == "gradient_descent":
-        return gradient_descent(field, x, **shared)
-    variant = "eqm" if plan.sampler == "nesterov_eqm" else "standard"
-    return nesterov(field, x, momentum=plan.momentum, variant=variant, **shared)
+    if sampler != "gradient_descent":
+        momenta = resolve_schedule("momentum", DEFAULT_MOMENTUM if momentum is None else momentum, num_steps)
+        # What the first step covers, from noise to the image, is no velocity to go on with.
+        settings["momentum"] = [0.0, 0.0, *momenta[2:]][:num_steps] if lands else momenta
+    return sampler, settings
 
 
 def level_of(dynamics: Dynamics, start: float) -> float:
@@ -258,77 +179,66 @@ def _(height: int, width: int, device: torch.device) -> Tensor:
     return torch.empty(3, height, width, device=device, dtype=torch.float32)
 
 
-def start_noise(
+def starting_image(
+    dynamics: Dynamics,
     z: Tensor,
     shape: tuple[int, int, int, int],
     generator: torch.Generator | Sequence[torch.Generator] | None,
     noise: Tensor | None,
+    draft: Tensor | None,
+    start: float,
 ) -> Tensor:
-    """The noise that a decode of z starts from: given, drawn, or by default the same for every image.
+    """What a decode of z starts from: noise, which is given, drawn, or by default the same for every image; or a draft.
 
     Args:
+        dynamics: of the model.
         z: (B, c, h, w), for its device.
         shape: (B, 3, H, W).
-        generator: one for all images, or one for each.
+        generator: one for all images, or one per image.
         noise: of that shape, in place of a generator.
+        draft: images of that shape in [-1, 1], for γ · draft + (1 − γ) · noise.
+        start: γ.
 
     Returns:
         Float32, contiguous: strides that changed with the first step would make torch.compile compile twice.
 
     Raises:
-        InputError: noise and generator are both given, or one does not fit.
+        InputError: noise and generator are both given, or something does not fit.
     """
     if noise is not None:
         if generator is not None:
             raise InputError("give noise or generator, not both")
-        if tuple(noise.shape) != shape:
-            raise InputError(f"noise has shape {tuple(noise.shape)}; this latent needs {shape}")
-        _check_finite("noise", noise)
-        return noise.to(device=z.device, dtype=torch.float32).contiguous()
-    if generator is None:
-        return default_noise(*shape[2:], z.device).expand(shape).contiguous()
-    return draw_noise(shape, generator, z.device)
+        x = _as_start("noise", noise, z, shape).contiguous()
+    elif generator is None:
+        x = default_noise(*shape[2:], z.device).expand(shape).contiguous()
+    else:
+        x = draw_noise(shape, generator, z.device)
+    if draft is None:
+        return x
+    draft = _as_start("draft", draft, z, shape)
+    return dynamics.corrupt(draft, x, torch.full(shape[:1], level_of(dynamics, start), device=x.device)).x_level
 
 
-def noised_draft(dynamics: Dynamics, draft: Tensor, noise: Tensor, start: float) -> Tensor:
-    """γ · draft + (1 − γ) · noise, γ being `start`: (B, 3, H, W) float32, of images (B, 3, H, W) in [-1, 1].
-
-    Raises:
-        InputError: the draft does not fit.
-    """
-    if draft.shape != noise.shape or not draft.is_floating_point():
-        kind = str(draft.dtype).removeprefix("torch.")
+def _as_start(name: str, images: Tensor, z: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Images of that shape, as float32 on z's device."""
+    if tuple(images.shape) != shape or not images.is_floating_point():
+        kind = str(images.dtype).removeprefix("torch.")
         raise InputError(
-            f"draft is {kind} of shape {tuple(draft.shape)}; this latent needs floating-point images of "
-            f"{tuple(noise.shape)} in [-1, 1]"
+            f"{name} has shape {tuple(images.shape)} and is {kind}; this latent needs {shape}, floating-point numbers"
         )
-    _check_finite("draft", draft)
-    draft = draft.to(device=noise.device, dtype=torch.float32)
-    level = torch.full((len(noise),), level_of(dynamics, start), device=noise.device)
-    return dynamics.corrupt(draft, noise, level).x_level
+    check_finite(name, images)
+    return images.to(device=z.device, dtype=torch.float32)
 
 
-def _check_finite(name: str, images: Tensor) -> None:
-    if _can_look(images) and not bool(images.isfinite().all()):
-        raise InputError(f"{name} holds NaN or infinite values")
-
-
-def _can_look(tensor: Tensor) -> bool:
-    """Whether its values can be looked at without waiting for a device, or breaking a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def check_latent(z: Tensor, channels: int) -> None:
-    """Refuse latents that cannot be decoded.
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse values that are not finite, where looking at them neither waits for a device nor breaks a graph.
 
     Raises:
-        InputError: the shape is not (B, channels, h, w), or, on the CPU, values are not finite; names the images.
+        InputError: names the rows.
     """
-    check_latent_shape(z, channels)
-    if not _can_look(z):
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    finite = is_finite(z)
-    if not bool(finite.all()):
-        places = (~finite).nonzero().flatten().tolist()
-        shown = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")
-        raise InputError(f"z holds NaN or infinite values, in rows {shown} of 0 to {len(z) - 1}")
+    places = (~is_finite(tensor)).nonzero().flatten().tolist()
+    if places:
+        rows = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")
+        raise InputError(f"{name} holds NaN or infinite values, in rows {rows} of 0 to {len(tensor) - 1}")

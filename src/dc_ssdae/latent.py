@@ -1,6 +1,5 @@
 """The latent: a diagonal Gaussian per image, what may be asked of it, and statistics over many of them."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,11 +98,7 @@ class DiagonalGaussian:
 
     def bounded(self, logvar: float = LOGVAR_IN_TRAINING) -> "DiagonalGaussian":
         """With no log-variance above `logvar`; gradients pass through the bound, so that what is above comes back."""
-        if self.logvar is None:
-            return self
-        bounded = copy.copy(self)
-        bounded.logvar = _clamped(self.logvar, LOGVAR_RANGE[0], logvar)
-        return bounded
+        return self if self.logvar is None else DiagonalGaussian(self.mean, _clamped(self.logvar, -math.inf, logvar))
 
     def kl(self) -> Tensor:
         """KL divergence from N(0, I): (B,) float32, summed over c, h and w; in float32 under autocast too."""
@@ -143,17 +138,14 @@ def draw_noise(
         # At once: a graph for batches of any size cannot go through the images.
         return torch.randn(tuple(shape), device=device, dtype=torch.float32)
     batch, *rest = shape
-    generators: Sequence[torch.Generator | None]
-    if generator is None or isinstance(generator, torch.Generator):
-        generators = [generator] * batch
-    else:
-        generators = list(generator)
-        if len(generators) != batch:
-            raise InputError(
-                f"{counted(len(generators), 'generator')} for {counted(batch, 'image')}; give one, or one per image"
-            )
+    is_one = generator is None or isinstance(generator, torch.Generator)
+    generators: list[Any] = [generator] * batch if is_one else list(generator)  # type: ignore[arg-type]
+    if len(generators) != batch:
+        raise InputError(
+            f"{counted(len(generators), 'generator')} for {counted(batch, 'image')}; give one, or one per image"
+        )
     noise = [
-        torch.randn(rest, generator=g, device=g.device if g is not None else device, dtype=torch.float32).to(device)
+        torch.randn(rest, generator=g, device=device if g is None else g.device, dtype=torch.float32).to(device)
         for g in generators
     ]
     return torch.stack(noise) if noise else torch.empty(tuple(shape), device=device)
@@ -230,10 +222,8 @@ class LatentMoments:
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
-        self.images = 0
-        self._values = 0  # of each channel
-        self._mean = torch.zeros(channels, dtype=torch.float64)
-        self._spread = torch.zeros(channels, dtype=torch.float64)  # Σ (μ - mean)² + Σ σ²
+        self.images = self._values = 0  # values of each channel
+        self._mean = self._spread = torch.zeros(channels, dtype=torch.float64)  # spread: Σ (μ - mean)² + Σ σ²
 
     def add(self, posterior: DiagonalGaussian, weights: Tensor | None = None) -> None:
         """Take in a batch.
@@ -245,13 +235,9 @@ class LatentMoments:
             weights: (B,), 1 for images that count and 0 for those that fill the batch up; all count by default.
 
         Raises:
-            InputError: the shapes do not fit.
+            InputError: the number of channels is another.
         """
         mean = posterior.mean
-        if mean.ndim != 4 or mean.shape[1] != self.channels:
-            raise InputError(f"latents of shape (B, {self.channels}, h, w) are expected, not {tuple(mean.shape)}")
-        if weights is not None and weights.shape != mean.shape[:1]:
-            raise InputError(f"{mean.shape[0]} latents need as many weights, not {tuple(weights.shape)}")
         # Chosen, not multiplied by 0, which would keep a NaN; and on the CPU, because not every device has float64.
         chosen = torch.ones(mean.shape[0], dtype=torch.bool) if weights is None else weights.detach().cpu() != 0
         mu = _by_channel(mean, chosen)
@@ -271,8 +257,6 @@ class LatentMoments:
         Raises:
             InputError: the numbers of channels differ.
         """
-        if other.channels != self.channels:
-            raise InputError(f"latents of {self.channels} and {other.channels} channels have no common statistics")
         self._join(other.images, other._values, other._mean, other._spread)
 
     def state(self, process: int = 0, processes: int = 1) -> Tensor:
@@ -321,6 +305,8 @@ class LatentMoments:
     def _join(self, images: int, values: int, mean: Tensor, spread: Tensor) -> None:
         if values == 0:
             return
+        if len(mean) != self.channels:
+            raise InputError(f"the statistics are of {self.channels} channels; these latents have {len(mean)}")
         total = self._values + values
         apart = mean - self._mean
         self._spread = self._spread + spread + apart.square() * (self._values * values / total)

@@ -11,7 +11,6 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import OffloadedWeightsLoader
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
-from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -86,7 +85,7 @@ EMA_SETTINGS = (
 """What diffusers' `EMAModel` keeps in the config of the model whose averaged weights it saves."""
 
 
-class PretrainedModel(ModelMixin, AutoencoderMixin, ConfigMixin):
+class PretrainedModel(ModelMixin, ConfigMixin):
     """A model of diffusers whose files are checked before anything is made of them, and that tells where it is from.
 
     For classes with the settings `latent_channels` and `downsample_factor`, and the parts of `COMPONENTS`.

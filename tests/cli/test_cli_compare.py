@@ -348,7 +348,7 @@ class TestRefusals:
         [
             (["--protocol", "dcea"], "unknown protocol 'dcea' (did you mean 'dcae'?)"),
             (["--metrics", "psnr,lpisp"], "unknown metric 'lpisp' (did you mean 'lpips'?)"),
-            (["--sampler", "nestorov"], "unknown sampler 'nestorov' (did you mean 'nesterov'?)"),
+            (["--sampler", "nestorov"], "'nestorov' (did you mean 'nesterov'?)"),
             (["--sampler", "one_step", "--steps", "2"], "one_step"),
             (["--momentum", "x"], "argument --momentum: 'x' is not a number"),
             (["--size", "0"], "argument --size: '0' is not a whole number from 1 on"),

@@ -442,7 +442,7 @@ class TestRefusals:
             (["--protocol", "dcea"], "unknown protocol 'dcea' (did you mean 'dcae'?)"),
             (["--metrics", "psnr,lpisp"], "unknown metric 'lpisp' (did you mean 'lpips'?)"),
             (["--metrics", ""], "unknown metric ''"),
-            (["--sampler", "nestorov"], "unknown sampler 'nestorov' (did you mean 'nesterov'?)"),
+            (["--sampler", "nestorov"], "'nestorov' (did you mean 'nesterov'?)"),
             (["--sampler", "one_step", "--steps", "2"], "one_step"),
             (["--step_size", "x"], "argument --step_size: 'x' is not a number"),
             (["--size", "0"], "argument --size: '0' is not a whole number from 1 on"),

@@ -313,7 +313,7 @@ def test_an_image_that_diverges_is_told(reconstruct: Callable, tmp_path: Path, m
     ("words", "named"),
     [
         (["--sampler", "nestorov"], "did you mean 'nesterov'"),
-        (["--sampler", "euler"], "EquilibriumMatching, has no sampler 'euler'"),
+        (["--sampler", "euler"], "unknown sampler of EquilibriumMatching 'euler'"),
         (["--sampler", "one_step", "--steps", "2"], "reconstruct: --steps is 2; sampler 'one_step' has one"),
         (["--step_size", "x"], "argument --step_size: 'x' is not a number"),
         (["--step_size", "0.1,0.2", "--steps", "3"], "reconstruct: --step_size lists 2 numbers for --steps 3"),

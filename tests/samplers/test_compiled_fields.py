@@ -90,14 +90,6 @@ def test_a_shrinking_batch_is_compiled_once(name: str, batch: int) -> None:
 
 
 @each_batch
-def test_without_buckets_it_is_compiled_again_and_again(batch: int) -> None:
-    compiled = Compiled(Field())
-    result = descend(compiled, batch, bucket=False)
-    assert compiled.rows == images_left(result)
-    assert compiled.compilations > 1
-
-
-@each_batch
 @each_descent
 def test_the_field_meets_powers_of_two_from_two_on_or_the_whole_batch(name: str, batch: int) -> None:
     field = Field()
@@ -136,17 +128,6 @@ def test_compiled_and_padded_gives_what_plain_gives(name: str, batch: int) -> No
     assert all(torch.equal(one, other) for one, other in zip(elementwise[0][:4], elementwise[1][:4], strict=True))
 
 
-@each_batch
-def test_without_dynamic_shapes_it_is_compiled_for_few_sizes(batch: int) -> None:
-    compiled = Compiled(Field(), dynamic=False)
-    descend(compiled, batch)
-    assert compiled.compilations <= math.log2(batch) + 1
-    torch._dynamo.reset()
-    unpadded = Compiled(Field(), dynamic=False)
-    descend(unpadded, batch, bucket=False)
-    assert unpadded.compilations > math.log2(batch) + 1
-
-
 def test_other_batches_are_not_compiled_again() -> None:
     compiled = Compiled(Field())
     for batch in (8, 5, 2, 7, 3):
@@ -173,10 +154,3 @@ def test_however_the_tensors_were_made_it_is_compiled_once(layout: str, inferenc
         gradient_descent(compiled, start, 60, 0.5, tolerance=1e-2, condition=goal, bucket=True)
     assert set(compiled.rows) == {8, 4, 2}
     assert compiled.compilations == 1
-
-
-def test_a_batch_that_never_shrinks_is_not_padded() -> None:
-    compiled = Compiled(Field())
-    goal, start = images(5)
-    gradient_descent(compiled, start, 3, 0.5, tolerance=0.0, condition=goal, bucket=True)
-    assert compiled.rows == [5] * 3

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,29 +13,11 @@ from torch import Tensor
 
 from dc_ssdae.dynamics import EquilibriumMatching
 from dc_ssdae.errors import InputError
-from dc_ssdae.samplers import SamplerResult, Schedule, euler, gradient_descent, midpoint, nesterov
+from dc_ssdae.samplers import SamplerResult, euler, gradient_descent, midpoint, nesterov
 
 
 def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 6])
-@pytest.mark.parametrize("product", [0.1, 0.5, 1.0, 1.5, 1.9, 2.5])
-@pytest.mark.parametrize("slope", [0.5, 1.0, 5.0])
-def test_gradient_descent_contracts_by_one_minus_step_times_slope(slope: float, product: float, num_steps: int) -> None:
-    """On f = L (x − x*) the distance is (1 − ηL)^n of the first, above ηL = 2 it grows."""
-    start, goal = double(2, 3, 4), double(2, 3, 4)
-    result = gradient_descent(lambda x: slope * (x - goal), start, num_steps=num_steps, step_size=product / slope)
-    expected = goal + (1.0 - product) ** num_steps * (start - goal)
-    torch.testing.assert_close(result.sample, expected, atol=1e-10, rtol=1e-10)
-
-
-def test_gradient_descent_on_a_quadratic_with_several_slopes() -> None:
-    slopes = torch.tensor([0.2, 1.0, 1.9], dtype=torch.float64)
-    start = double(4, 3)
-    result = gradient_descent(lambda x: slopes * x, start, num_steps=5, step_size=1.0)
-    torch.testing.assert_close(result.sample, (1.0 - slopes) ** 5 * start)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
@@ -102,15 +83,6 @@ def test_midpoint_against_its_formula() -> None:
     torch.testing.assert_close(result.trajectory, torch.stack(states), atol=1e-12, rtol=0.0)
 
 
-def test_euler_converges_on_a_field_of_time() -> None:
-    """v = 3 (1 − t)² integrates to 1; the left sums of n uniform steps are short by 3/(2n) − 1/(2n²)."""
-    start = torch.zeros(1, 1)
-    for num_steps in (1, 4, 16):
-        result = euler(lambda y, time: 3.0 * (1.0 - time[:, None]) ** 2, start, num_steps, power=1.0)
-        expected = 1.0 - 3.0 / (2.0 * num_steps) + 1.0 / (2.0 * num_steps**2)
-        assert result.sample.item() == pytest.approx(expected, abs=1e-6)
-
-
 @pytest.mark.parametrize("power", [1.0, 4.0])
 @pytest.mark.parametrize("num_steps", [1, 3, 8])
 def test_euler_evaluates_on_its_time_grid(num_steps: int, power: float) -> None:
@@ -127,12 +99,6 @@ def test_euler_evaluates_on_its_time_grid(num_steps: int, power: float) -> None:
     torch.testing.assert_close(torch.stack(times), expected[:, None].expand(-1, 2))
 
 
-def test_euler_bends_the_grid_by_the_fourth_power() -> None:
-    times: list[float] = []
-    euler(lambda y, time: times.append(time[0].item()) or y, torch.zeros(1, 1), num_steps=2)
-    assert times == [1.0, 0.5**4]
-
-
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "gradient descent": lambda field, x, num_steps, **settings: gradient_descent(field, x, num_steps, 0.5, **settings),
     "nesterov": lambda field, x, num_steps, **settings: nesterov(field, x, num_steps, 0.5, 0.6, **settings),
@@ -142,14 +108,8 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
     "euler": lambda field, x, num_steps, **settings: euler(lambda y, time: field(y), x, num_steps, **settings),
     "midpoint": lambda field, x, num_steps, **settings: midpoint(lambda y, time: field(y), x, num_steps, **settings),
 }
-DESCENTS: dict[str, Callable[..., SamplerResult]] = {
-    "gradient descent": gradient_descent,
-    "nesterov": nesterov,
-    "nesterov eqm": partial(nesterov, variant="eqm"),
-}
 each_sampler = pytest.mark.parametrize("name", SAMPLERS)
 each_variant = pytest.mark.parametrize("variant", ["standard", "eqm"])
-each_descent = pytest.mark.parametrize("name", DESCENTS)
 
 
 @each_sampler
@@ -249,115 +209,44 @@ def test_no_images_give_no_images(name: str) -> None:
 
 
 @each_sampler
-@pytest.mark.parametrize("num_steps", [0, -3, 2.0, 2.5, True, "3", None, math.nan, [2]])
+@pytest.mark.parametrize("num_steps", [0, 2.0, True])
 def test_what_is_no_count_of_steps_is_refused(name: str, num_steps: Any) -> None:
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"num_steps is {num_steps}"):
         SAMPLERS[name](lambda x: x, torch.zeros(1, 1), num_steps)
-    assert str(error.value) == f"num_steps is {num_steps!r}; it must be a whole number from 1 on"
 
 
 @each_sampler
-def test_a_field_of_another_shape_is_refused(name: str) -> None:
-    with pytest.raises(InputError) as error:
-        SAMPLERS[name](lambda x: x[:, :1], torch.zeros(2, 3), 2)
-    assert str(error.value) == "the field returned shape (2, 1) for an x of (2, 3)"
-
-
-@each_sampler
-@pytest.mark.parametrize("value", [None, 1.0, (torch.zeros(2, 3),), [[0.0] * 3] * 2])
-def test_a_field_of_no_tensor_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(InputError) as error:
+@pytest.mark.parametrize("value", [None, torch.zeros(2, 1)])
+def test_a_field_of_another_shape_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match="the field returned"):
         SAMPLERS[name](lambda x: value, torch.zeros(2, 3), 2)
-    kind = type(value).__name__
-    assert str(error.value) == f"the field returned a {kind}; it must return a tensor of x's shape"
-
-
-@each_descent
-@pytest.mark.parametrize("slope", [0.5, 1.0, 8.0])
-def test_one_step_of_one_over_the_slope_lands_exactly(name: str, slope: float) -> None:
-    """Whole numbers and powers of two round nowhere."""
-    start, goal = torch.randint(-9, 9, (2, 3, 4, 5)).float()
-    result = DESCENTS[name](lambda x: slope * (x - goal), start, 1, 1.0 / slope)
-    assert torch.equal(result.sample, goal)
-
-
-@each_descent
-def test_step_sizes_may_be_a_number_a_sequence_or_a_function(name: str) -> None:
-    start = torch.randn(2, 3)
-    asked: list[int] = []
-
-    def constant(index: int) -> float:
-        asked.append(index)
-        return 0.25
-
-    forms: list[Schedule] = [0.25, [0.25] * 5, (0.25,) * 5, constant]
-    results = [DESCENTS[name](torch.sin, start, 5, form).sample for form in forms]
-    assert all(torch.equal(result, results[0]) for result in results)
-    assert asked == [0, 1, 2, 3, 4]
-    assert torch.equal(DESCENTS[name](torch.sin, start, 2, 1).sample, DESCENTS[name](torch.sin, start, 2, 1.0).sample)
-
-
-@pytest.mark.parametrize("as_function", [False, True])
-def test_every_step_has_its_own_size(as_function: bool) -> None:
-    sizes = [0.9, 0.1, 0.5, 1.7]
-    start = double(2, 3)
-    form: Schedule = sizes.__getitem__ if as_function else sizes
-    path = gradient_descent(lambda x: x, start, 4, form, return_trajectory=True).trajectory
-    assert path is not None
-    for step, size in enumerate(sizes):
-        torch.testing.assert_close(path[step + 1], (1.0 - size) * path[step])
-
-
-@each_descent
-@pytest.mark.parametrize("form", ["all", "a list", "a function"])
-@pytest.mark.parametrize(
-    "bad", [0, 0.0, -0.5, math.nan, math.inf, -math.inf, "0.5", True, False, None, torch.tensor(0.5), 0.5j]
-)
-def test_step_sizes_that_do_not_descend_are_refused(name: str, bad: Any, form: str) -> None:
-    """Also as the last of them, before the field is evaluated once."""
-    step_size = {"all": bad, "a list": [0.5, 0.5, bad], "a function": lambda index: bad if index == 2 else 0.5}[form]
-    called: list[Tensor] = []
-    with pytest.raises(InputError) as error:
-        DESCENTS[name](lambda x: called.append(x) or x, torch.zeros(1, 1), 3, step_size)
-    assert str(error.value).startswith(f"step_size is {bad!r}; it must be ")
-    assert "\n" not in str(error.value)
-    assert not called
-
-
-@pytest.mark.parametrize("setting", ["step_size", "momentum"])
-@pytest.mark.parametrize("count", [0, 1, 2, 4])
-def test_schedules_that_are_not_one_a_step_are_refused(setting: str, count: int) -> None:
-    with pytest.raises(InputError) as error:
-        nesterov(lambda x: x, torch.zeros(1, 1), 3, **{setting: [0.5] * count})
-    numbers = "1 number" if count == 1 else f"{count} numbers"
-    assert str(error.value) == f"{setting} lists {numbers} for num_steps 3; give one a step"
 
 
 @each_variant
-def test_momenta_may_be_a_number_a_sequence_or_a_function(variant: str) -> None:
-    start = torch.randn(2, 3)
-    asked: list[int] = []
+def test_every_step_has_its_own_size_and_momentum(variant: str) -> None:
+    """Listed or by a function; on f = x the next x is y or x, less η y. The first momentum has no effect."""
+    sizes, momenta = [0.9, 0.1, 0.5, 1.7], [0.8, 0.9, 0.0, 0.4]
+    start = double(2, 3)
+    states = [start, (1.0 - sizes[0]) * start]
+    for eta, mu in zip(sizes[1:], momenta[1:], strict=True):
+        y = states[-1] + mu * (states[-1] - states[-2])
+        states.append((y if variant == "standard" else states[-1]) - eta * y)
+    for forms in ((sizes, momenta), (tuple(sizes), tuple(momenta)), (sizes.__getitem__, momenta.__getitem__)):
+        result = nesterov(lambda x: x, start, 4, *forms, variant=variant, return_trajectory=True)
+        torch.testing.assert_close(result.trajectory, torch.stack(states))
 
-    def constant(index: int) -> float:
-        asked.append(index)
-        return 0.25
 
-    forms: list[Schedule] = [0.25, [0.25] * 5, (0.25,) * 5, constant, [0.9, *[0.25] * 4]]  # the first has no effect
-    results = [nesterov(torch.sin, start, 5, 0.5, form, variant=variant).sample for form in forms]
-    assert all(torch.equal(result, results[0]) for result in results)
-    assert asked == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize(("setting", "bad"), [("step_size", 0.0), ("step_size", math.nan), ("momentum", 1.0)])
+def test_a_bad_number_for_the_last_step_is_refused_before_the_first(setting: str, bad: float) -> None:
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError
 
-
-@pytest.mark.parametrize("as_function", [False, True])
-def test_every_step_has_its_own_momentum(as_function: bool) -> None:
-    """On f = x with η = ½ the next x is half of y."""
-    momenta = [0.0, 0.9, 0.0, 0.4]
-    form: Schedule = momenta.__getitem__ if as_function else momenta
-    path = nesterov(lambda x: x, double(2, 3), 4, 0.5, form, return_trajectory=True).trajectory
-    assert path is not None
-    for step in range(1, 4):
-        expected = 0.5 * (path[step] + momenta[step] * (path[step] - path[step - 1]))
-        torch.testing.assert_close(path[step + 1], expected)
+    for schedule in (bad, [0.5, 0.5, bad], lambda index: bad if index == 2 else 0.5):
+        with pytest.raises(InputError, match=f"{setting} is {bad}"):
+            nesterov(never, torch.zeros(1, 1), 3, **{setting: schedule})
+    for count in (0, 2, 4):
+        with pytest.raises(InputError, match=f"{setting} lists {count} numbers for num_steps 3"):
+            nesterov(never, torch.zeros(1, 1), 3, **{setting: [0.5] * count})
 
 
 # One-line values of any kind, of which a number may be a good one: those are sorted out below.
@@ -397,14 +286,6 @@ def test_any_bad_setting_is_named_in_one_line(setting: str, data: st.DataObject)
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("value", [b"\1\1\1", torch.eye(2), [torch.eye(2)] * 3, 10**400], ids=range(4))
-def test_step_sizes_of_odd_kinds_are_refused_in_one_line(value: Any) -> None:
-    with pytest.raises(InputError) as error:
-        gradient_descent(lambda x: x, torch.zeros(1, 1), 3, value)
-    assert "step_size" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_no_good_setting_is_refused(data: st.DataObject) -> None:
@@ -425,29 +306,6 @@ def test_no_good_setting_is_refused(data: st.DataObject) -> None:
     assert result.sample.isfinite().all()
     assert (result.num_evaluations >= 1).all()
     assert (result.num_evaluations <= num_steps).all()
-
-
-@pytest.mark.parametrize("setting", ["momentum", "tolerance"])
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "0.1", True, {}, 1j])
-def test_momenta_and_tolerances_out_of_range_are_named(setting: str, value: Any) -> None:
-    with pytest.raises(InputError) as error:
-        nesterov(lambda x: x, torch.zeros(1, 1), **{setting: value})
-    assert str(error.value).startswith(f"{setting} is {value!r}; it must be ")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("bad", [1, 1.0, 1.5, None, -0.1, "0.1"])
-@pytest.mark.parametrize("form", ["all", "a list", "a function"])
-def test_a_momentum_outside_of_0_to_1_is_refused(bad: Any, form: str) -> None:
-    momentum = {"all": bad, "a list": [0.5, 0.5, bad], "a function": lambda index: bad if index == 2 else 0.5}[form]
-    with pytest.raises(InputError) as error:
-        nesterov(lambda x: x, torch.zeros(1, 1), 3, momentum=momentum)
-    assert str(error.value).startswith(f"momentum is {bad!r}; it must be at least 0 and below 1")
-
-
-def test_an_unknown_variant_is_told_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"unknown variant of nesterov 'standart' \(did you mean 'standard'\?\)"):
-        nesterov(lambda x: x, torch.zeros(1, 1), variant="standart")
 
 
 @pytest.mark.parametrize("power", [0.0, -1.0, math.nan])

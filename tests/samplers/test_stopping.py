@@ -22,7 +22,6 @@ DESCENTS: dict[str, Callable[..., SamplerResult]] = {
     "nesterov": nesterov,
     "nesterov eqm": partial(nesterov, variant="eqm"),
 }
-MOMENTUM = 0.3  # nesterov's default
 BATCH = 6
 each_descent = pytest.mark.parametrize("name", DESCENTS)
 
@@ -74,45 +73,6 @@ def assert_same(one: SamplerResult, other: SamplerResult, places: list[int] | sl
         assert torch.equal(mine, theirs[places])
 
 
-def ideal(name: str, product: float, first_rms: float, tolerance: float) -> int:
-    """Evaluations until the first below the tolerance, itself included, on f = L (x − x*) with product = ηL."""
-    momentum = 0.0 if name == "gradient descent" else MOMENTUM
-    before = now = 1.0
-    for count in itertools.count(1):
-        looked_at = now + momentum * (now - before)
-        size = abs(looked_at) * first_rms
-        assert abs(size / tolerance - 1.0) > 1e-3, "too near to the tolerance for a test"
-        if size < tolerance:
-            return count
-        following = (now if name == "nesterov eqm" else looked_at) - product * looked_at
-        before, now = now, following
-    raise AssertionError
-
-
-@each_descent
-@pytest.mark.parametrize("product", [0.1, 0.5, 1.0, 1.2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_each_image_gets_the_evaluations_of_theory(name: str, product: float, dtype: torch.dtype) -> None:
-    """On f = L (x − x*), from the goal itself to far away: the ideal count, not one more or less."""
-    slope, tolerance = 4.0, 1e-3
-    distances = [0.0, 1e-5, 0.01, 0.1, 0.7, 3.0, 29.0]
-    goal, way = torch.randn(2, len(distances), 3, 4, 5, dtype=torch.float64)
-    way = way / rms(way).view(-1, 1, 1, 1) * torch.tensor(distances, dtype=torch.float64).view(-1, 1, 1, 1)
-    goal = goal.to(dtype)
-    result = DESCENTS[name](
-        lambda x, goal: slope * (x - goal),
-        goal + way.to(dtype),
-        num_steps=300,
-        step_size=product / slope,
-        tolerance=tolerance,
-        condition=goal,
-    )
-    expected = [ideal(name, product, slope * distance, tolerance) for distance in distances]
-    assert result.num_evaluations.tolist() == expected
-    assert (result.residual_rms < tolerance).all()
-    assert not result.diverged.any()
-
-
 @each_descent
 def test_settled_images_leave_the_batch(name: str) -> None:
     case = Case()
@@ -127,16 +87,6 @@ def test_settled_images_leave_the_batch(name: str) -> None:
 
 
 @each_descent
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_an_image_alone_gets_the_same_bits(name: str, dtype: torch.dtype) -> None:
-    case = Case(dtype)
-    together = case.run(name, num_steps=20)
-    assert together.num_evaluations.min() == 1
-    for place in range(BATCH):
-        assert_same(case.run(name, [place], num_steps=20), together, [place])
-
-
-@each_descent
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(order=st.permutations(range(BATCH)), cuts=st.sets(st.integers(1, BATCH - 1)))
 def test_any_order_and_any_split_gives_the_same_bits(name: str, order: list[int], cuts: set[int]) -> None:
@@ -147,7 +97,7 @@ def test_any_order_and_any_split_gives_the_same_bits(name: str, order: list[int]
 
 
 @each_descent
-@pytest.mark.parametrize("num_steps", [1, 2, 4, 7])
+@pytest.mark.parametrize("num_steps", [1, 4])
 def test_the_cap_on_steps_holds(name: str, num_steps: int) -> None:
     free = Case().run(name).num_evaluations
     case = Case()
@@ -195,30 +145,7 @@ def test_the_step_that_settles_an_image_is_still_applied(name: str) -> None:
 
 
 @each_descent
-def test_conditions_follow_their_images(name: str) -> None:
-    """The record's field checks that every row meets its own; here that each image reaches its own goal."""
-    case = Case()
-    result = case.run(name, [4, 2, 0, 5, 1, 3])
-    torch.testing.assert_close(result.sample, case.goal[[4, 2, 0, 5, 1, 3]], atol=0.1, rtol=0.0)
-    assert set(case.rows) > {1, BATCH}
-
-
-@each_descent
-def test_one_condition_needs_no_list(name: str) -> None:
-    goal = torch.randn(3, 2)
-    start = goal + torch.tensor([0.0, 1.0, 9.0])[:, None]
-    results = [
-        DESCENTS[name](lambda x, goal: x - goal, start, 20, tolerance=1e-2, condition=condition)
-        for condition in (goal, [goal], (goal,))
-    ]
-    assert results[0].num_evaluations.tolist() != [20] * 3
-    for result in results[1:]:
-        assert_same(result, results[0])
-
-
-@each_descent
-@pytest.mark.parametrize("settled", [1, 2])
-@pytest.mark.parametrize("bucket", [False, True])
+@pytest.mark.parametrize(("settled", "bucket"), [(1, False), (2, False), (2, True)])
 def test_a_field_that_holds_on_to_all_images_is_told_of_condition(name: str, settled: int, bucket: bool) -> None:
     """With one image left its tensor broadcasts, with two it does not fit."""
     goal = torch.randn(3, 2, 4)
@@ -258,25 +185,10 @@ def test_a_fields_own_error_is_left_as_it_is(name: str, at: int) -> None:
 
 
 @each_descent
-def test_a_fields_long_error_is_put_in_one_line(name: str) -> None:
-    def field(x: Tensor) -> Tensor:
-        if len(x) == 1:
-            raise RuntimeError("it goes on\n  for lines\n")
-        return x
-
-    with pytest.raises(InputError, match=r"\(it goes on for lines\); pass what belongs .* as condition$") as error:
-        DESCENTS[name](field, torch.tensor([[0.0], [1.0]]), 9, tolerance=1e-2)
-    assert isinstance(error.value.__cause__, RuntimeError)
-
-
-@each_descent
-@pytest.mark.parametrize("shape", [(2, 5), (4, 2), (1, 2), ()])
-@pytest.mark.parametrize("first", [True, False])
-def test_a_condition_with_another_number_of_rows_is_refused(name: str, shape: tuple[int, ...], first: bool) -> None:
-    condition = [torch.zeros(shape), torch.zeros(3, 1)]
-    with pytest.raises(InputError, match=r"condition has shape .* a row for each of 3 images") as error:
-        DESCENTS[name](lambda x, *rest: x, torch.zeros(3, 2), condition=condition if first else condition[::-1])
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("shape", [(1, 2), ()])
+def test_a_condition_with_another_number_of_rows_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"condition has shape .* a row for each of 3 images"):
+        DESCENTS[name](lambda x, *rest: x, torch.zeros(3, 2), condition=[torch.zeros(3, 1), torch.zeros(shape)])
 
 
 @each_descent
@@ -314,20 +226,6 @@ def test_gradients_pass_to_images_that_have_left() -> None:
     torch.testing.assert_close(slope.grad, by_hand)
 
 
-@each_descent
-def test_gradients_of_images_that_leave_are_those_of_each_alone(name: str) -> None:
-    case = Case(torch.float64)
-    case.start.requires_grad_()
-    case.run(name).sample.square().sum().backward()
-    together = case.start.grad
-    assert together is not None
-    assert together.flatten(1).any(dim=1).all()
-    for place in range(BATCH):
-        case.start.grad = None
-        case.run(name, [place]).sample.square().sum().backward()
-        torch.testing.assert_close(case.start.grad[place], together[place])
-
-
 # Giving up. The field of these follows a script: image by image the root mean square of every evaluation, in turn.
 
 INF, NAN = math.inf, math.nan
@@ -335,27 +233,23 @@ HEALTHY = [8.0, 6.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125]
 # The script, and at which evaluation the image is given up; what follows would tempt to take it back.
 LOST: dict[str, tuple[list[float], int]] = {
     "nan": ([4.0, 2.0, NAN, 0.5, 0.5, 0.5, 0.5, 0.5], 2),
-    "infinite": ([4.0, 2.0, 3.0, INF, 0.5, 0.5, 0.5, 0.5], 3),
     "minus infinite": ([4.0, -INF, 3.0, 0.5, 0.5, 0.5, 0.5, 0.5], 1),
     "grown": ([2.0, 1.0, 3.0, 15.0, 20.5, 0.5, 0.5, 0.5], 4),
-    "grown at once": ([2.0, 20.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 1),
     "grown from little": ([0.5, 0.375, 5.5, 0.5, 0.5, 0.5, 0.5, 0.5], 2),
     "nan at first": ([NAN, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 0),
-    "infinite at first": ([INF, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 0),
     "nan at last": ([8.0, 4.0, 6.0, 5.0, 5.0, 5.0, 5.0, NAN], 7),
 }
 each_loss = pytest.mark.parametrize("loss", LOST)
-either_tolerance = pytest.mark.parametrize("tolerance", [None, 0.01, 0.3])
+either_tolerance = pytest.mark.parametrize("tolerance", [None, 0.3])
 
 
 class Script:
-    """f of a script, of one sign or the other in each element; with `spot`, what is not finite is so in one alone."""
+    """f of a script, of one sign or the other in each element; what is not finite is so in one element alone."""
 
-    def __init__(self, *scripts: list[float], spot: bool = False) -> None:
+    def __init__(self, *scripts: list[float]) -> None:
         self.scripts = torch.tensor(scripts, dtype=torch.float32)
         self.start = torch.randn(len(scripts), 3, 4)
         self.sign = torch.where(torch.randn(3, 4) > 0.0, 1.0, -1.0)
-        self.spot = spot
         self.rows: list[int] = []
         self.states: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -365,8 +259,7 @@ class Script:
         sizes = self.scripts[place, len(self.rows)]
         self.rows.append(len(x))
         values = sizes.view(-1, 1, 1) * self.sign
-        if self.spot:
-            values[:, 1:] = values[:, 1:].nan_to_num(1.0, 1.0, 1.0)
+        values[:, 1:] = values[:, 1:].nan_to_num(1.0, 1.0, 1.0)
         return values
 
     def run(self, name: str, places: list[int] | None = None, **settings: Any) -> SamplerResult:
@@ -379,12 +272,9 @@ class Script:
 @each_descent
 @each_loss
 @either_tolerance
-@pytest.mark.parametrize("spot", [False, True])
-def test_an_image_that_diverges_falls_back_to_its_best_state(
-    name: str, loss: str, tolerance: float | None, spot: bool
-) -> None:
+def test_an_image_that_diverges_falls_back_to_its_best_state(name: str, loss: str, tolerance: float | None) -> None:
     sizes, when = LOST[loss]
-    script = Script(HEALTHY, sizes, HEALTHY, spot=spot)
+    script = Script(HEALTHY, sizes, HEALTHY)
     result = script.run(name, tolerance=tolerance, return_trajectory=True)
     assert result.diverged.tolist() == [False, True, False]
     assert result.num_evaluations[1] == when + 1
@@ -435,12 +325,6 @@ def test_growing_to_ten_times_the_first_is_not_yet_diverging(name: str, toleranc
 
 
 @each_descent
-def test_the_earlier_of_two_equally_good_states_is_the_best(name: str) -> None:
-    script = Script([4.0, 2.0, 3.0, 2.0, NAN, 0.5, 0.5, 0.5])
-    assert torch.equal(script.run(name).sample[0], script.states[0][1])
-
-
-@each_descent
 @either_tolerance
 def test_a_step_to_what_is_not_finite_is_taken_back(name: str, tolerance: float | None) -> None:
     """The field is finite, the state behind the step is not."""
@@ -462,13 +346,3 @@ def test_all_images_may_diverge(name: str) -> None:
     assert result.trajectory is not None
     assert result.trajectory.shape == (9, 2, 3, 4)
     assert torch.equal(result.trajectory[-1], result.sample)
-
-
-@each_descent
-def test_without_a_tolerance_no_value_is_looked_at(name: str) -> None:
-    """Tensors that have no values do: nothing on the way waits for the device."""
-    x = torch.zeros(3, 2, 4, device="meta")
-    result = DESCENTS[name](lambda x, goal: x - goal, x, 5, condition=x, return_trajectory=True)
-    assert all(part is not None and part.is_meta for part in result)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        DESCENTS[name](lambda x, goal: x - goal, x, 5, condition=x, tolerance=0.1)

@@ -26,8 +26,8 @@ class Dynamics(Protocol):
     """How an image is corrupted, what the network learns from it, and how its answer gives the image back.
 
     Two more methods are optional. `predict(network, x)` gives the prediction that the methods below take, from a
-    function `network` of x (B, …), where it is not simply the network's answer. `field_of(x_level, prediction, level)`
-    gives what samplers follow, where it is not simply the prediction.
+    function `network` of x (B, …); where it is None, or missing, the network's answer is the prediction.
+    `field_of(x_level, prediction, level)` gives what samplers follow, where it is not simply the prediction.
     """
 
     conditions_on_time: bool

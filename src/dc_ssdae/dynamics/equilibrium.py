@@ -6,12 +6,13 @@ Wang & Du 2025, "Equilibrium matching: generative modeling with implicit energy-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dc_ssdae.dynamics.corruption import Corruption, check_prediction, check_same_shape, draw_on, expand_level
+from dc_ssdae.dynamics.corruption import Corruption, check_prediction, check_same_shape, draw_on, expand_level, predict
 from dc_ssdae.dynamics.energy import ENERGIES, energy_gradient
 from dc_ssdae.errors import InputError, check_at_least, unknown_name
 
@@ -158,11 +159,10 @@ class EquilibriumMatching:
         if prediction == "image" and explicit_energy is not None:
             raise InputError("prediction 'image' and explicit_energy exclude each other: an energy gives the field")
 
-    def predict(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """What `loss` and `clean_estimate` take, at x (B, …): the answer, or the gradient of the explicit energy."""
-        if self.explicit_energy is None:
-            return network(x)
-        return energy_gradient(network, x, ENERGIES[self.explicit_energy])
+    @property
+    def predict(self) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None:
+        """Gives the gradient of the explicit energy of a network at x (B, …); None where there is no such energy."""
+        return None if self.explicit_energy is None else partial(energy_gradient, energy=ENERGIES[self.explicit_energy])
 
     def field_of(self, x_level: Tensor, prediction: Tensor, level: Tensor | None = None) -> Tensor:
         """The field at x_γ (B, …): the prediction, or λ (x_γ − D) where that is the image; no level is needed."""
@@ -170,7 +170,7 @@ class EquilibriumMatching:
 
     def field(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The field at x (B, …) of a network, whatever its answer stands for."""
-        return self.field_of(x, self.predict(network, x))
+        return self.field_of(x, predict(self, network, x))
 
     def energy(self, x: Tensor, answer: Tensor) -> Tensor:
         """The explicit energy of x (B, …) and the network's answer there: (B,), of at least float32.

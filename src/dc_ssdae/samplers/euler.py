@@ -29,7 +29,7 @@ def euler(
     return_trajectory: bool = False,
     in_the_middle: bool = False,
 ) -> SamplerResult:
-    """Integrate x ← x + (t_i − t_{i+1}) v(x, t_i) over t_i = (1 − i/n)^power (SPEC section 2, "Flow matching").
+    """Integrate x ← x + (t_i − t_{i+1}) v(x, t_i) over t_i = (1 − i/n)^power.
 
     Args:
         velocity: v of ((B, …), times (B,)) -> (B, …), pointing from noise to data.
@@ -48,13 +48,11 @@ def euler(
     power = check_number("power", power, lambda value: value > 0.0, "positive and finite")
     start_time = check_share("start_time", start_time)
     times = [start_time * (1.0 - index / num_steps) ** power for index in range(num_steps + 1)]
-    x = x_init
-    speed = x
+    x = speed = x_init
     states = [x]
 
     def evaluate(state: Tensor, time: float) -> Tensor:
-        dtype = torch.promote_types(state.dtype, torch.float32)
-        times = torch.full((state.shape[0],), time, dtype=dtype, device=state.device)
+        times = state.new_full(state.shape[:1], time, dtype=torch.promote_types(state.dtype, torch.float32))
         return check_field(velocity(state, times), state)
 
     for now, after in itertools.pairwise(times):
@@ -64,7 +62,7 @@ def euler(
             speed = evaluate(x + (now - middle) * speed, middle)
         x = x + (now - after) * speed
         states.append(x)
-    evaluations = torch.full((x.shape[0],), num_steps * (1 + in_the_middle), dtype=torch.int64, device=x.device)
+    evaluations = x.new_full(x.shape[:1], num_steps * (1 + in_the_middle), dtype=torch.int64)
     trajectory = torch.stack(states) if return_trajectory else None
     return SamplerResult(x, evaluations, root_mean_square(speed), ~is_finite(x), trajectory)
 

@@ -112,13 +112,12 @@ def check_start(x_init: Tensor) -> None:
 
 
 def check_field(value: Tensor, x: Tensor) -> Tensor:
-    """Pass on a field's value where it has x's shape.
+    """Refuse a field's value that has not x's shape.
 
     Raises:
         InputError: names both shapes.
     """
-    if not isinstance(value, Tensor):
-        raise InputError(f"the field returned a {type(value).__name__}; it must return a tensor of x's shape")
-    if value.shape != x.shape:
-        raise InputError(f"the field returned shape {tuple(value.shape)} for an x of {tuple(x.shape)}")
+    if not isinstance(value, Tensor) or value.shape != x.shape:
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InputError(f"the field returned {given}; it must return a tensor of x's shape, {tuple(x.shape)}")
     return value
