@@ -1,4 +1,4 @@
-"""Explicit energies whose gradient is the field (SPEC section 2, "Explicit energy")."""
+"""Explicit energies whose gradient is the field (Wang & Du 2025, "Equilibrium matching")."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext

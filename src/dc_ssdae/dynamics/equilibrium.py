@@ -1,4 +1,4 @@
-"""Equilibrium matching: a time-invariant gradient field whose zeros are the data (SPEC section 2).
+"""Equilibrium matching: a time-invariant gradient field whose zeros are the data.
 
 Wang & Du 2025, "Equilibrium matching: generative modeling with implicit energy-based models".
 """
@@ -106,7 +106,7 @@ def make_decay(name: str, kink: float | None = None, start: float | None = None)
 
 
 class EquilibriumMatching:
-    """x_γ = γ x + (1 − γ) ε; the network learns f = λ c(γ) (ε − x) without being told γ (SPEC section 2).
+    """x_γ = γ x + (1 − γ) ε; the network learns f = λ c(γ) (ε − x) without being told γ.
 
     f points uphill, from data to noise: descending it reaches the data.
 
@@ -244,7 +244,7 @@ class EquilibriumMatching:
         return Corruption(x, noise, level, x_level, target)
 
     def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
-        """x̂ = x_γ − (1 − γ) f / (λ c(γ)), exact for the true field at every γ, also at 1 (SPEC section 2).
+        """x̂ = x_γ − (1 − γ) f / (λ c(γ)), exact for the true field at every γ, also at 1.
 
         The EqM paper prints a plus sign, which its own definition of the target contradicts. A prediction of the image
         is the estimate already.

@@ -1,4 +1,4 @@
-"""Flow matching, the baseline: a velocity along straight lines between data and noise (SPEC section 2).
+"""Flow matching, the baseline: a velocity along straight lines between data and noise.
 
 Lipman et al. 2023, "Flow matching for generative modeling"; the logit-normal times of Esser et al. 2024.
 """
@@ -18,7 +18,7 @@ SMALLEST_TIME = 1e-12
 
 
 class FlowMatching:
-    """x_t = (1 − t) x + t ε; the network is told t and learns v = x − ε (SPEC section 2).
+    """x_t = (1 − t) x + t ε; the network is told t and learns v = x − ε.
 
     Args:
         prediction: what the network's answer is: "field", the velocity v; or "image", an estimate D of x, from which

@@ -18,7 +18,7 @@ MISSING_KEY = -30000.0
 
 
 class WindowedSelfAttention(nn.Module):
-    """Multi-head self-attention in a square window with learned relative positions (SPEC section 3, U-ViT).
+    """Multi-head self-attention in a square window with learned relative positions (Hassani et al. 2023).
 
     A query at (y, x) sees the keys within `radius` tokens on each axis. Its logits get `table[dy + r, dx + r, head]`
     with (dy, dx) = query - key. The table is read anew in every call: its gradient flows in every step.
@@ -105,7 +105,7 @@ class WindowedSelfAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """EfficientViT's multi-scale ReLU linear attention with its residual (SPEC section 3, EfficientViT block 1).
+    """EfficientViT's multi-scale ReLU linear attention with its residual (Cai et al. 2023).
 
     Args:
         channels: C, a multiple of 32 (the width of a head).
@@ -156,7 +156,7 @@ def _relu_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-1
 
 
 class SpatialSelfAttention(nn.Module):
-    """Residual single-head self-attention over all pixels (SPEC section 3, KL encoder): (B, C, H, W) -> same."""
+    """Residual single-head self-attention over all pixels: (B, C, H, W) -> same."""
 
     def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()

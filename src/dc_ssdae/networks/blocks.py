@@ -124,7 +124,7 @@ def average_channel_groups(x: Tensor, channels: int) -> Tensor:
 
 
 class SpaceToChannelDownsample(nn.Module):
-    """Halve both sides, with DC-AE's non-parametric shortcut (SPEC section 3, DC encoder).
+    """Halve both sides, with DC-AE's non-parametric shortcut (Chen et al. 2025, section 3).
 
     Args:
         in_channels: width before.
@@ -204,8 +204,7 @@ class AdaptiveGroupNorm(nn.Module):
 class ConditionedResidualBlock(nn.Module):
     """The U-ViT's residual block, conditioned on the latent's context and, for flow matching, on time.
 
-    AdaGN(context), SiLU, conv3, GroupNorm, [× (1 + s) + b from time], SiLU, conv3 (zero at start), + input
-    (SPEC section 3, U-ViT decoder).
+    AdaGN(context), SiLU, conv3, GroupNorm, [× (1 + s) + b from time], SiLU, conv3 (zero at start), + input.
 
     Shape: x (B, in_channels, H, W), context (B, K, h, w), time (B, time_channels) or None
     -> (B, out_channels, H, W).

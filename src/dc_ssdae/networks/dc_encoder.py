@@ -1,4 +1,4 @@
-"""The deep-compression encoder: DC-AE's stages with space-to-channel shortcuts (SPEC section 3)."""
+"""The deep-compression encoder: DC-AE's stages with space-to-channel shortcuts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 class DCEncoder(CheckpointedModule):
-    """Deep-compression encoder (Chen et al. 2025, "Deep compression autoencoder", section 3; SPEC section 3).
+    """Deep-compression encoder (Chen et al. 2025, "Deep compression autoencoder", section 3).
 
     Args:
         latent_channels: c.

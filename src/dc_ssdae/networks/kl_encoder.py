@@ -1,4 +1,4 @@
-"""The KL encoder: the encoder of Stable Diffusion's VAE, for any f = 2^k from 8 on (SPEC section 3)."""
+"""The KL encoder: the encoder of Stable Diffusion's VAE, for any f = 2^k from 8 on."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from dc_ssdae.networks.blocks import (
 
 class KLEncoder(CheckpointedModule):
     """Convolutional encoder to a diagonal Gaussian (Rombach et al. 2022, "High-resolution image synthesis with
-    latent diffusion models", appendix; SPEC section 3).
+    latent diffusion models", appendix).
 
     Args:
         latent_channels: c.

@@ -18,7 +18,7 @@ def full_precision(device_type: str) -> AbstractContextManager[None]:
 
 
 class ChannelRMSNorm(nn.Module):
-    """RMS normalisation over the channels of each pixel, with weight and bias (SPEC section 3, DC encoder).
+    """RMS normalisation over the channels of each pixel, with weight and bias (Zhang & Sennrich 2019).
 
     Computed in float32 and returned in the input's dtype: (B, C, H, W) -> (B, C, H, W).
     """

@@ -1,4 +1,4 @@
-"""The U-ViT decoder: a U-Net with windowed transformer blocks, conditioned on the latent (SPEC section 3)."""
+"""The U-ViT decoder: a U-Net with windowed transformer blocks, conditioned on the latent."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ OUTPUT_INIT_GAIN = 0.1
 
 @dataclass(frozen=True)
 class Size:
-    """A named size of the decoder: one row of SPEC section 3's table, or ours for speed, `fast`."""
+    """A named size of the decoder: XS to H as in the DC-SSDAE report, or `fast`, which is for speed."""
 
     channels: int
     multipliers: tuple[int, int, int, int]
@@ -65,7 +65,7 @@ class DecoderFeatures(NamedTuple):
 
 
 class UViTDecoder(CheckpointedModule):
-    """Answer of the dynamics' network to an image, given a latent (SPEC section 3, U-ViT decoder; sizes about SSDD's).
+    """Answer of the dynamics' network to an image, given a latent (the DC-SSDAE report; its sizes are about SSDD's).
 
     Args:
         latent_channels: c.
@@ -197,7 +197,7 @@ class UViTDecoder(CheckpointedModule):
             x: (B, 3, H, W).
             z: (B, c, H/f, W/f).
             time: (B,) in [0, 1] with time conditioning, else None.
-            layer: index of the block from 0; None is REPA's, min(4, ⌊n/2⌋) of n (SPEC section 2).
+            layer: index of the block from 0; None is REPA's, min(4, ⌊n/2⌋) of n.
 
         Raises:
             InputError: there is no such block, or the inputs do not fit together.
@@ -274,7 +274,7 @@ class UViTDecoder(CheckpointedModule):
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of 1000·t, then Linear, SiLU, Linear: (B,) in [0, 1] -> (B, 4·channels).
 
-    Frequencies 10000^(-i / (channels/2)), features [cos, sin] (SPEC section 3, "Time").
+    Frequencies 10000^(-i / (channels/2)), features [cos, sin] (Ho et al. 2020, "Denoising diffusion probabilistic models").
     """
 
     def __init__(self, channels: int) -> None:
