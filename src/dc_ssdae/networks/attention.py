@@ -18,7 +18,7 @@ MISSING_KEY = -30000.0
 
 
 class WindowedSelfAttention(nn.Module):
-    """Multi-head self-attention in a square window with learned relative positions (Hassani et al. 2023).
+    """Multi-head self-attention in a square window with learned relative positions.
 
     A query at (y, x) sees the keys within `radius` tokens on each axis. Its logits get `table[dy + r, dx + r, head]`
     with (dy, dx) = query - key. The table is read anew in every call: its gradient flows in every step.

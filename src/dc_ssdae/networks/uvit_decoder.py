@@ -274,7 +274,7 @@ class UViTDecoder(CheckpointedModule):
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of 1000·t, then Linear, SiLU, Linear: (B,) in [0, 1] -> (B, 4·channels).
 
-    Frequencies 10000^(-i / (channels/2)), features [cos, sin] (Ho et al. 2020, "Denoising diffusion probabilistic models").
+    Frequencies 10000^(-i / (channels/2)), features [cos, sin] (Ho et al. 2020).
     """
 
     def __init__(self, channels: int) -> None:
