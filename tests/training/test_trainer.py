@@ -436,7 +436,7 @@ def test_what_only_the_machine_can_tell_is_found_before_the_folder_is_made(
 
 def test_a_run_whose_first_step_fails_leaves_nothing(images: Path, tmp_path: Path) -> None:
     losses = {"wrong": {"weight": 1.0, "class_path": "test_trainer.WrongShape"}}
-    with pytest.raises(InputError, match=r"losses\.wrong gives \(2, 2\)"):
+    with pytest.raises(InputError, match=r"losses\.wrong returns \(2, 2\)"):
         start(run_config(images, losses=losses), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
