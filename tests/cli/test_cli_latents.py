@@ -68,7 +68,7 @@ def test_written_files_obey_the_umask(encoded: Path) -> None:
     assert sorted(path.name for path in encoded.parent.iterdir()) == ["photo.png", "photo.safetensors"]
 
 
-@pytest.mark.parametrize("words", [[], ["--seed", 7], ["--steps", 2, "--seed", 7], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("words", [["--steps", 2, "--seed", 7], ["--dtype", "bfloat16"]])
 def test_encode_then_decode_is_reconstruct(words: list[object], run: Callable, model_dir: Path, tmp_path: Path) -> None:
     photos = []
     for index, (height, width) in enumerate([(30, 17), (1, 1), (16, 24)]):
@@ -92,12 +92,6 @@ def test_seeds_differ(encoded: Path, decode: Callable, tmp_path: Path) -> None:
         results.append((tmp_path / "out" / "photo.png").read_bytes())
     assert results[0] == results[1]
     assert len(set(results)) == 3
-
-
-def test_latent_keeps_the_dtype(run: Callable, photo: Path, model_dir: Path, tmp_path: Path) -> None:
-    words = ("encode", photo, "--model", model_dir, "--out", tmp_path / "out", "--dtype", "bfloat16")
-    assert run(*words).code == 0
-    assert load_file(tmp_path / "out" / "photo.safetensors")["latent"].dtype == torch.bfloat16
 
 
 def test_sampling(run: Callable, photo: Path, model_dir: Path, tmp_path: Path) -> None:
@@ -130,54 +124,29 @@ def test_sampling_without_a_variance_is_refused(run: Callable, photo: Path, tmp_
     ]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"latent_channels": 6}, "latent_channels is 4, the model's 6"),
-        ({"downsample_factor": 16}, "downsample_factor is 8, the model's 16"),
-        (
-            {"latent_channels": 2, "downsample_factor": 32},
-            "latent_channels is 4, the model's 2; downsample_factor is 8, the model's 32",
-        ),
-    ],
-)
-def test_model_of_another_kind_is_refused(
-    changed: dict[str, int], message: str, encoded: Path, run: Callable, tmp_path: Path
-) -> None:
-    model = save_model(tmp_path / "model", **changed)
+def test_model_of_another_kind_is_refused(encoded: Path, run: Callable, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", latent_channels=2, downsample_factor=32)
     outcome = run("decode", encoded, "--model", model, "--out", tmp_path / "out")
-    assert outcome == (2, [], [f"dc-ssdae decode: {encoded}: the latent does not fit the model: {message}"])
+    differences = "latent_channels is 4, the model's 2; downsample_factor is 8, the model's 32"
+    assert outcome == (2, [], [f"dc-ssdae decode: {encoded}: the latent does not fit the model: {differences}"])
 
 
 LATENT, SIZE = torch.zeros(4, 2, 3), torch.tensor([13, 22])
 WHOLE = {"latent": LATENT, "original_size": SIZE}
-WITHOUT_SIZE = {"latent": LATENT}
 
 
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        (WHOLE, {"format": "pt"}, "not a latent file: dc-ssdae encode writes such files"),
-        (WHOLE, {"format_version": "2"}, "format version '2'; this version of dc-ssdae reads '1'"),
-        (WHOLE, {"latent_channels": "8"}, "latent_channels is 8, but latent is float32 of shape (4, 2, 3)"),
-        (WHOLE, {"downsample_factor": "x"}, "downsample_factor in its metadata is 'x'; it must be a positive"),
-        (WHOLE, {"downsample_factor": "0"}, "downsample_factor in its metadata is '0'; it must be a positive"),
-        (WITHOUT_SIZE, {}, "holds the tensors latent; needs latent and original_size"),
-        (
-            {**WHOLE, "x": SIZE.clone()},
-            {},
-            "holds the tensors latent, original_size, x; needs latent and original_size",
-        ),
-        ({**WHOLE, "latent": LATENT[None]}, {}, "latent is float32 of shape (1, 4, 2, 3); it must be floating point"),
-        ({**WHOLE, "latent": LATENT[:, :0]}, {}, "latent is float32 of shape (4, 0, 3); it must be floating point"),
-        ({**WHOLE, "latent": LATENT.int()}, {}, "latent is int32 of shape (4, 2, 3); it must be floating point"),
+        (WHOLE, {"format": "pt"}, "not a latent file"),
+        (WHOLE, {"format_version": "2"}, "format version '2'"),
+        (WHOLE, {"latent_channels": "8"}, "latent_channels is 8"),
+        (WHOLE, {"downsample_factor": "x"}, "downsample_factor in its metadata is 'x'"),
+        ({"latent": LATENT}, {}, "holds the tensors latent; needs latent and original_size"),
+        ({**WHOLE, "latent": LATENT.int()}, {}, "latent is int32 of shape (4, 2, 3)"),
         ({**WHOLE, "latent": LATENT / 0}, {}, "24 of 24 values of the latent are infinite or NaN"),
-        ({**WHOLE, "original_size": SIZE.float()}, {}, "original_size is float32 of shape (2,); it must be int64"),
-        ({**WHOLE, "original_size": SIZE[:1]}, {}, "original_size is int64 of shape (1,); it must be int64"),
-        ({**WHOLE, "original_size": SIZE * 0}, {}, "original_size is 0 by 0 pixels; a latent of 2 by 3 with"),
-        ({**WHOLE, "original_size": -SIZE}, {}, "original_size is -13 by -22 pixels; a latent of 2 by 3 with"),
-        ({**WHOLE, "original_size": SIZE + 8}, {}, "original_size is 21 by 30 pixels; a latent of 2 by 3 with"),
-        ({**WHOLE, "original_size": SIZE - 8}, {}, "original_size is 5 by 14 pixels; a latent of 2 by 3 with"),
+        ({**WHOLE, "original_size": SIZE[:1]}, {}, "original_size is int64 of shape (1,)"),
+        ({**WHOLE, "original_size": SIZE + 8}, {}, "original_size is 21 by 30 pixels"),
     ],
 )
 def test_file_with_wrong_parts_is_refused(
@@ -189,11 +158,6 @@ def test_file_with_wrong_parts_is_refused(
     assert outcome.code == 2
     assert len(outcome.err) == 1
     assert outcome.err[0].startswith(f"dc-ssdae decode: {path}: {message}")
-
-
-def test_the_undamaged_file_of_those_is_accepted(decode: Callable, tmp_path: Path) -> None:
-    save_file(WHOLE, tmp_path / "x.safetensors", METADATA)
-    assert decode(tmp_path / "x.safetensors").code == 0
 
 
 def test_truncated_file_names_the_tensor(encoded: Path, decode: Callable, tmp_path: Path) -> None:
@@ -211,25 +175,6 @@ def test_missing_and_pickled_files_are_one_line(name: str, decode: Callable, tmp
     assert outcome.code == 2
     assert len(outcome.err) == 1
     assert str(tmp_path / name) in outcome.err[0]
-
-
-def test_photo_in_place_of_a_latent_and_the_other_way(
-    encoded: Path, decode: Callable, run: Callable, model_dir: Path, tmp_path: Path
-) -> None:
-    outcome = decode(encoded.with_suffix(".png"))
-    assert outcome.code == 2
-    assert "is not a safetensors file" in outcome.err[0]
-    outcome = run("encode", encoded, "--model", model_dir, "--out", tmp_path / "latents")
-    assert outcome.code == 2
-    assert "cannot read image" in outcome.err[0]
-
-
-def test_one_bad_latent_among_three(encoded: Path, decode: Callable, tmp_path: Path) -> None:
-    first, last = (shutil.copy(encoded, tmp_path / f"{name}.safetensors") for name in ("first", "last"))
-    outcome = decode(first, tmp_path / "bad.safetensors", last)
-    assert outcome.code == 2
-    assert len(outcome.err) == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first.png", "last.png"]
 
 
 def test_latent_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
