@@ -3,7 +3,6 @@
 import copy
 import inspect
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from tiny_models import TINY_DECODER, image, tiny, tiny_encoder
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.autoencoder import COMPONENTS
-from dc_ssdae.decoding import plan_decoding
 from dc_ssdae.latent import LatentStatistics, draw_noise
 from dc_ssdae.model_folder import NOT_MEASURED, write_latent_statistics
 
@@ -76,47 +74,14 @@ class TestShapes:
         assert y.shape == x.shape
         assert y.isfinite().all()
 
-    @torch.no_grad()
-    @pytest.mark.parametrize("dynamics", ["EquilibriumMatching", "FlowMatching"])
-    def test_several_steps_of_sides_that_differ(self, dynamics: str) -> None:
-        model = tiny(16, dynamics={"class_path": dynamics})
-        y = model.decode(torch.randn(2, 4, 3, 5), num_steps=2).sample
-        assert y.shape == (2, 3, 48, 80)
-        assert y.isfinite().all()
+    def test_sides_that_do_not_fit_are_told_the_size_to_pad_to(self) -> None:
+        with pytest.raises(InputError, match=r"13×21.*f = 8.*16×24"):
+            tiny().encode(image(1, 13, 21))
 
-    @torch.no_grad()
-    @pytest.mark.parametrize("encoder", ["KLEncoder", "DCEncoder"])
-    @pytest.mark.parametrize("factor", FACTORS)
-    @pytest.mark.parametrize(("extra", "fitting"), [((1, 0), (2, 1)), ((0, -1), (1, 1)), ((-3, 5), (1, 2))])
-    def test_sides_that_do_not_fit(
-        self, factor: int, extra: tuple[int, int], fitting: tuple[int, int], encoder: str
-    ) -> None:
-        """The refusal names the image, f, and the size to pad to."""
-        model = tiny(factor, encoder)
-        height, width = factor + extra[0], factor + extra[1]
-        with pytest.raises(InputError) as error:
-            model.encode(image(1, height, width))
-        message = str(error.value)
-        assert f"{height}×{width}" in message
-        assert f"f = {factor}" in message
-        assert f"{fitting[0] * factor}×{fitting[1] * factor}" in message
-
-    @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 4, 16, 16), (1, 3, 0, 16), (0, 3, 16, 16)])
-    def test_what_is_no_image_batch(self, shape: tuple[int, ...], saved: tuple[DCSSDAE, Path]) -> None:
-        for function in (saved[0].encode, saved[0]):
-            with pytest.raises(InputError):
-                function(torch.zeros(shape))
-
-    @pytest.mark.parametrize("shape", [(4, 2, 2), (1, 3, 2, 2), (1, 8, 2, 2), (1, 4, 0, 2)])
+    @pytest.mark.parametrize("shape", [(4, 2, 2), (1, 3, 2, 2), (1, 4, 0, 2), (0, 4, 2, 2)])
     def test_what_is_no_latent_batch(self, shape: tuple[int, ...], saved: tuple[DCSSDAE, Path]) -> None:
-        with pytest.raises(InputError, match=r"\(B, 4, h, w\)"):
+        with pytest.raises(InputError):
             saved[0].decode(torch.zeros(shape))
-
-    def test_an_empty_batch_is_called_so(self, saved: tuple[DCSSDAE, Path]) -> None:
-        for function, shape in ((saved[0].encode, (0, 3, 16, 16)), (saved[0].decode, (0, 4, 2, 2))):
-            with pytest.raises(InputError, match=r"^the batch is empty") as error:
-                function(torch.zeros(shape))
-            assert "\n" not in str(error.value)
 
     def test_images_far_outside_their_range_are_warned_of_once(self, saved: tuple[DCSSDAE, Path]) -> None:
         model, x = copy.deepcopy(saved[0]), image()
@@ -195,37 +160,19 @@ class TestNoise:
         assert torch.equal(model.decode(z).sample, first)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("encoder", ["KLEncoder", "DCEncoder"])
+    def test_an_images_latent_does_not_depend_on_its_neighbours(self, encoder: str) -> None:
+        model, x = tiny(8, encoder), image(3)
+        alone = model.encode(x[:1]).latent_dist.mode()
+        for neighbours in (100.0 * x[1:], -x[:1]):
+            z = model.encode(torch.cat([neighbours, x[:1]])).latent_dist.mode()
+            torch.testing.assert_close(z[-1:], alone, atol=1e-5, rtol=0.0)
+
+    @torch.no_grad()
     def test_decoding_leaves_the_default_generator_alone(self, saved: tuple[DCSSDAE, Path]) -> None:
         before = torch.get_rng_state()
         saved[0].decode(torch.zeros(2, 4, 2, 2), num_steps=2)
         assert torch.equal(torch.get_rng_state(), before)
-
-    @torch.no_grad()
-    def test_every_image_has_the_same_noise(self, saved: tuple[DCSSDAE, Path]) -> None:
-        model, z = saved[0], torch.randn(1, 4, 3, 4)
-        y = model.decode(z.expand(3, -1, -1, -1)).sample
-        torch.testing.assert_close(y[1:], y[:1].expand(2, -1, -1, -1), atol=1e-5, rtol=0.0)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("dynamics", ["EquilibriumMatching", "FlowMatching"])
-    @pytest.mark.parametrize("encoder", ["KLEncoder", "DCEncoder"])
-    @pytest.mark.parametrize("num_steps", [1, 3])
-    def test_an_images_result_does_not_depend_on_its_neighbours(
-        self, encoder: str, dynamics: str, num_steps: int
-    ) -> None:
-        model = tiny(8, encoder, dynamics={"class_path": dynamics})
-        x = image(3)
-        alone = model.encode(x[:1]).latent_dist.mode()
-        # A short step: a descent of random weights at the default one amplifies rounding.
-        settings = {"step_size": 0.1} if num_steps > 1 and dynamics == "EquilibriumMatching" else {}
-        alone_decoded = model.decode(alone, num_steps=num_steps, **settings).sample
-        for neighbours in (x[1:2], 100.0 * x[1:], -x[:1]):
-            batch = torch.cat([neighbours, x[:1]])
-            z = model.encode(batch).latent_dist.mode()
-            torch.testing.assert_close(z[-1:], alone, atol=1e-5, rtol=0.0)
-            # The very same latent, so that the encoder's rounding is not amplified by the steps of the decode.
-            decoded = model.decode(torch.cat([z[:-1], alone]), num_steps=num_steps, **settings).sample
-            torch.testing.assert_close(decoded[-1:], alone_decoded, atol=1e-5, rtol=0.0)
 
     @torch.no_grad()
     def test_one_generator_serves_the_images_in_order(self, saved: tuple[DCSSDAE, Path]) -> None:
@@ -261,84 +208,14 @@ class TestNoise:
             model.decode(z, noise=noise, generator=torch.Generator())
 
 
-class TestSteps:
-    @torch.no_grad()
-    @pytest.mark.parametrize(
-        "dynamics", [{}, {"gradient_scale": 4.0}, {"decay": "truncated", "gradient_scale": 2.0}, {"decay": "piecewise"}]
-    )
-    def test_one_step_of_equilibrium_matching(self, dynamics: dict[str, Any]) -> None:
-        """x̂ = ε − f(ε; z)/(λ c(0))."""
-        model = tiny(dynamics={"init_args": dynamics})
-        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
-        start = 1.4 if dynamics.get("decay") == "piecewise" else 1.0
-        expected = noise - model.decoder(noise, z) / (dynamics.get("gradient_scale", 1.0) * start)
-        torch.testing.assert_close(model.decode(z, noise=noise).sample, expected, atol=1e-5, rtol=0.0)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("step_size", [None, 0.3])
-    def test_several_steps_of_equilibrium_matching_descend(self, step_size: float | None) -> None:
-        """By default along the levels of the decay."""
-        model = tiny(dynamics={"init_args": {"decay": "truncated", "gradient_scale": 4.0}})
-        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
-        sizes = plan_decoding(model.dynamics, "gradient_descent", 3)[1]["step_size"]
-        expected = noise
-        for eta in sizes if step_size is None else [step_size] * 3:
-            expected = expected - eta * model.decoder(expected, z)
-        y = model.decode(z, noise=noise, num_steps=3, step_size=step_size, sampler="gradient_descent").sample
-        torch.testing.assert_close(y, expected, atol=1e-4, rtol=0.0)
-
-    @torch.no_grad()
-    def test_one_step_of_a_given_size_descends(self) -> None:
-        model = tiny(dynamics={"init_args": {"gradient_scale": 4.0}})
-        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
-        expected = noise - 0.1 * model.decoder(noise, z)
-        y = model.decode(z, noise=noise, num_steps=1, step_size=0.1).sample
-        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0.0)
-        assert not torch.allclose(y, model.decode(z, noise=noise).sample)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("num_steps", [1, 2, 4])
-    def test_flow_matching_integrates(self, num_steps: int) -> None:
-        model = tiny(dynamics={"class_path": "FlowMatching"})
-        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
-        times = [(1.0 - index / num_steps) ** 4 for index in range(num_steps + 1)]
-        expected = noise
-        for index in range(num_steps):
-            velocity = model.decoder(expected, z, torch.full((2,), times[index]))
-            expected = expected + (times[index] - times[index + 1]) * velocity
-        y = model.decode(z, noise=noise, num_steps=num_steps).sample
-        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0.0)
-
-    @pytest.mark.parametrize("num_steps", [0, -1])
-    @pytest.mark.parametrize("dynamics", ["EquilibriumMatching", "FlowMatching"])
-    def test_step_counts_below_one(self, dynamics: str, num_steps: int) -> None:
-        model = tiny(dynamics={"class_path": dynamics})
-        with pytest.raises(InputError, match=f"num_steps is {num_steps}"):
-            model.decode(torch.zeros(1, 4, 1, 1), num_steps=num_steps)
-
-    @pytest.mark.parametrize("num_steps", [1.5, 2.0])
-    def test_step_counts_that_are_no_whole_number(self, num_steps: Any, saved: tuple[DCSSDAE, Path]) -> None:
-        with pytest.raises(InputError, match="num_steps"):
-            saved[0].decode(torch.zeros(1, 4, 1, 1), num_steps=num_steps)
-
-    @pytest.mark.parametrize("num_steps", [1, 4])
-    def test_a_step_size_that_nobody_reads(self, num_steps: int) -> None:
-        model = tiny(dynamics={"class_path": "FlowMatching"})
-        with pytest.raises(InputError, match="step_size is for a descent of equilibrium matching"):
-            model.decode(torch.zeros(1, 4, 1, 1), num_steps=num_steps, step_size=0.5)
-
-    def test_a_step_size_that_does_not_descend(self, saved: tuple[DCSSDAE, Path]) -> None:
-        with pytest.raises(InputError, match=r"step_size is -0\.5"):
-            saved[0].decode(torch.zeros(1, 4, 1, 1), num_steps=2, step_size=-0.5)
-
-    def test_gradients_reach_every_parameter(self) -> None:
-        """From the reconstruction, in training mode, through encoder and decoder."""
-        model = tiny().train()
-        model(image(2)).sample.square().mean().backward()
-        without = [
-            name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
-        ]
-        assert without == []
+def test_gradients_reach_every_parameter() -> None:
+    """From the reconstruction, in training mode, through encoder and decoder."""
+    model = tiny().train()
+    model(image(2)).sample.square().mean().backward()
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert without == []
 
 
 class TestSaving:
@@ -442,13 +319,6 @@ class TestLatentStatistics:
     def settings(self, config: Any) -> dict[str, Any]:
         return {name: config[name] for name in NOT_MEASURED}
 
-    def test_defaults_are_numbers_that_change_nothing(self, saved: tuple[DCSSDAE, Path]) -> None:
-        """diffusers' pipelines multiply by scaling_factor: it must be a float and not None."""
-        assert self.settings(saved[0].config) == NOT_MEASURED
-        assert type(saved[0].config.scaling_factor) is float
-        parameters = inspect.signature(DCSSDAE).parameters
-        assert {name: parameters[name].default for name in NOT_MEASURED} == NOT_MEASURED
-
     def test_survive_saving_and_loading(self, tmp_path: Path) -> None:
         model = tiny()
         before = {name: value for name, value in model.config.items() if name not in NOT_MEASURED}
@@ -470,14 +340,6 @@ class TestLatentStatistics:
         values = [model.config.scaling_factor, *model.config.latents_mean, *model.config.latents_std]
         assert {type(value) for value in values} == {float}
 
-    @torch.no_grad()
-    def test_change_neither_latents_nor_images(self) -> None:
-        model, x = tiny(), image()
-        z, y = model.encode(x).latent_dist.mean, model(x).sample
-        model.set_latent_statistics(STATISTICS)
-        assert torch.equal(model.encode(x).latent_dist.mean, z)
-        assert torch.equal(model(x).sample, y)
-
     def test_a_folder_from_before_there_were_any_loads(self, copied: Path) -> None:
         config = json.loads((copied / "config.json").read_text())
         old = {name: value for name, value in config.items() if name not in NOT_MEASURED}
@@ -490,23 +352,14 @@ class TestLatentStatistics:
     @pytest.mark.parametrize(
         ("given", "named"),
         [
-            ({"scaling_factor": "1"}, "scaling_factor is '1'"),
             ({"scaling_factor": None}, "scaling_factor is None"),
-            ({"scaling_factor": True}, "scaling_factor is True"),
             ({"scaling_factor": 0.0}, "scaling_factor is 0.0"),
-            ({"scaling_factor": -1.0}, "scaling_factor is -1.0"),
-            ({"scaling_factor": float("inf")}, "scaling_factor is inf"),
             ({"scaling_factor": 10**400}, "scaling_factor is 1"),
             ({"shift_factor": float("nan")}, "shift_factor is nan"),
-            ({"shift_factor": [0.0]}, "shift_factor is [0.0]"),
             ({"latents_mean": 0.0}, "latents_mean is 0.0"),
             ({"latents_mean": [0.0] * 3}, "latents_mean has 3 numbers"),
-            ({"latents_mean": [0.0, 0.0, None, 0.0]}, "latents_mean[2] is None"),
             ({"latents_mean": [0.0, 0.0, True, 0.0]}, "latents_mean[2] is True"),
-            ({"latents_mean": [0.0, float("nan"), 0.0, 0.0]}, "latents_mean[1] is nan"),
-            ({"latents_std": [1.0] * 5}, "latents_std has 5 numbers"),
             ({"latents_std": [1.0, 1.0, 1.0, -0.1]}, "latents_std[3] is -0.1"),
-            ({"latents_std": {"0": 1.0}}, "latents_std is {'0': 1.0}"),
         ],
         ids=str,
     )
@@ -547,20 +400,6 @@ class TestLatentStatistics:
         write_latent_statistics(copied, STATISTICS)
         assert list(json.loads(path.read_text())) == list(config)
 
-    @pytest.mark.parametrize("failing", ["replace", "fsync"])
-    def test_a_disk_that_fails_leaves_the_old_file(
-        self, failing: str, copied: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def fail(*_: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        before = (copied / "config.json").read_bytes()
-        monkeypatch.setattr(os, failing, fail)
-        with pytest.raises(OSError, match="No space left"):
-            write_latent_statistics(copied, STATISTICS)
-        assert (copied / "config.json").read_bytes() == before
-        assert {file.name for file in copied.iterdir()} == {"config.json", WEIGHTS}
-
 
 def build(**settings: Any) -> DCSSDAE:
     return DCSSDAE(**{"latent_channels": 32, "downsample_factor": 32, **settings})
@@ -571,9 +410,7 @@ class TestUnknownSettings:
         ("given", "named", "suggested"),
         [
             ({"latent_chanels": 4}, "latent_chanels", "latent_channels"),
-            ({"decodr": {}}, "decodr", "decoder"),
             ({"encoder": {"atention_scales": [5]}}, "atention_scales", "attention_scales"),
-            ({"decoder": {"windowradius": 7}}, "windowradius", "window_radius"),
             ({"dynamics": {"gradient_scal": 1.0}}, "gradient_scal", "gradient_scale"),
         ],
     )
@@ -586,14 +423,6 @@ class TestUnknownSettings:
         with pytest.raises(InputError, match="encoder"):
             DCSSDAE.from_preset("demo", encoder="KLEncoder")
 
-    def test_the_constructor(self) -> None:
-        with pytest.raises((TypeError, InputError), match="latent_chanels"):
-            DCSSDAE(latent_channels=4, downsample_factor=8, latent_chanels=4)
-
-    def test_from_config(self, saved: tuple[DCSSDAE, Path]) -> None:
-        with pytest.raises((TypeError, InputError), match="latent_chanels"):
-            DCSSDAE.from_config(dict(saved[0].config), latent_chanels=8)
-
     @pytest.mark.parametrize("part", COMPONENTS)
     def test_the_level_of_a_part(self, part: str) -> None:
         with pytest.raises(InputError, match=rf"key of {part} 'init_arg' \(did you mean 'init_args'\?\)"):
@@ -604,19 +433,6 @@ class TestUnknownSettings:
             build(**{part: 5})
         with pytest.raises(InputError, match=f"init_args of {part} is 5; it must be of type Mapping"):
             build(**{part: {"init_args": 5}})
-
-    @pytest.mark.parametrize("part", COMPONENTS)
-    @pytest.mark.parametrize("class_path", [["UViTDecoder"], {}, None, 5], ids=str)
-    def test_a_class_that_is_no_name(self, part: str, class_path: Any) -> None:
-        with pytest.raises(InputError, match=f"class of {part}"):
-            build(**{part: {"class_path": class_path}})
-
-    @pytest.mark.parametrize(
-        ("part", "class_name"), [(part, name) for part, classes in COMPONENTS.items() for name in classes]
-    )
-    def test_the_level_of_init_args(self, part: str, class_name: str) -> None:
-        with pytest.raises(InputError, match=f"setting of {class_name} 'widdths'"):
-            build(**{part: {"class_path": class_name, "init_args": {"widdths": 1}}})
 
     @pytest.mark.parametrize(
         ("part", "name"),
@@ -631,24 +447,10 @@ class TestUnknownSettings:
         [
             ({"latent_channels": 0}, "latent_channels is 0"),
             ({"latent_channels": 4.0}, "latent_channels is 4.0"),
-            ({"downsample_factor": 4}, "downsample_factor is 4"),
             ({"downsample_factor": 12}, "downsample_factor is 12"),
-            ({"downsample_factor": "8"}, "downsample_factor is '8'"),
             ({"encoder": {"init_args": {"norm": "rms"}}}, "'rms'"),
-            ({"encoder": {"init_args": {"architecture": "dcae"}}}, "'dcae'"),
             ({"encoder": {"init_args": {"depths": [0, 1]}}}, "depths has 2 stages"),
-            ({"encoder": {"init_args": {"depths": [0, 1, 1, 0, 1, 1]}}}, "depths"),
-            ({"encoder": {"init_args": {"widths": [128, 256, 512, 512, 1024, 0]}}}, "widths[5]"),
-            ({"encoder": {"init_args": {"widths": [128, 256, 512, 500, 1024, 1024]}}}, "widths[3]"),
-            ({"encoder": {"init_args": {"attention_scales": [4]}}}, "attention_scales"),
-            ({"encoder": {"init_args": {"out_shortcut": True}}, "latent_channels": 24}, "out_shortcut"),
-            ({"encoder": {"init_args": {"architecture": "dc_ae_sana"}}, "downsample_factor": 64}, "dc_ae_sana"),
-            ({"encoder": {"class_path": "KLEncoder", "init_args": {"multipliers": [1, 2]}}}, "multipliers"),
             ({"encoder": {"class_path": "KLEncoder", "init_args": {"channels": 100}}}, "norm_groups"),
-            ({"encoder": {"class_path": "KLEncoder", "init_args": {"channels": 0}}}, "channels"),
-            ({"encoder": {"class_path": "KLEncoder", "init_args": {"channels": -32}}}, "channels"),
-            ({"encoder": {"class_path": "KLEncoder", "init_args": {"norm_groups": 0}}}, "norm_groups"),
-            ({"encoder": {"class_path": "KLEncoder", "init_args": {"blocks_per_level": -1}}}, "blocks_per_level"),
             ({"dynamics": {"init_args": {"decay": "cosine"}}}, "'cosine'"),
         ],
         ids=str,
@@ -663,12 +465,7 @@ class TestUnknownSettings:
         ("part", "name", "value"),
         [
             ("encoder", "variational", "false"),
-            ("encoder", "out_shortcut", "no"),
-            ("encoder", "depths", "012222"),
             ("decoder", "channels", 47.5),
-            ("decoder", "channels", "48"),
-            ("decoder", "window_radius", 7.5),
-            ("decoder", "norm_groups", -32),
             ("dynamics", "gradient_scale", "4"),
         ],
     )
@@ -706,7 +503,7 @@ class TestSpoiltFolders:
         self.edit(copied, _class_name=class_name)
         assert "not of a 'DCSSDAE'" in refusal(copied)
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "5", '"DCSSDAE"', b"\xff\xfe{}"])
+    @pytest.mark.parametrize("text", ["", "[]", b"\xff\xfe{}"])
     def test_config_json_that_is_no_json_object(self, text: str | bytes, copied: Path) -> None:
         (copied / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
         assert "config.json" in refusal(copied)
@@ -717,7 +514,7 @@ class TestSpoiltFolders:
         (tmp_path / "file").write_text("")
         assert "no such folder" in refusal(tmp_path / "file")
 
-    @pytest.mark.parametrize("name", ["", "no-such-model", "no/such/folder", "./no-such", "~/no-such", "/no/such"])
+    @pytest.mark.parametrize("name", ["", "no-such-model", "no/such/folder", "~/no-such"])
     def test_names_that_can_be_no_hub_id_do_not_wait_for_the_network(self, name: str) -> None:
         with pytest.raises(InputError, match="no such folder, nor the id of a model on the hub"):
             DCSSDAE.from_pretrained(name)
@@ -726,11 +523,6 @@ class TestSpoiltFolders:
         (copied / WEIGHTS).unlink()
         assert WEIGHTS in refusal(copied)
         assert "ema" in refusal(copied, variant="ema")
-
-    def test_pickled_weights_are_never_read(self, copied: Path) -> None:
-        (copied / WEIGHTS).unlink()
-        (copied / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-        assert WEIGHTS in refusal(copied)
 
     def test_tensors_are_missing_left_over_or_misshapen(self, copied: Path) -> None:
         tensors = load_file(copied / WEIGHTS)
@@ -746,15 +538,6 @@ class TestSpoiltFolders:
     def test_a_config_that_does_not_fit_the_weights(self, copied: Path) -> None:
         self.edit(copied, latent_channels=5)
         assert " has shape (8,), not (10,)" in refusal(copied)
-
-    def test_weights_with_one_byte_less(self, copied: Path) -> None:
-        body = (copied / WEIGHTS).read_bytes()
-        (copied / WEIGHTS).write_bytes(body[:-1])
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-        last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
-        message = refusal(copied)
-        assert "truncated" in message
-        assert repr(last) in message
 
     def test_weights_with_bytes_too_many(self, copied: Path) -> None:
         with (copied / WEIGHTS).open("ab") as file:
@@ -774,25 +557,10 @@ class TestSpoiltFolders:
 
     @pytest.mark.parametrize(
         "index",
-        [
-            "",
-            "[]",
-            "{}",
-            '{"weight_map": []}',
-            '{"weight_map": {"a": 5}}',
-            '{"weight_map": {"a": "absent.safetensors"}}',
-        ],
+        ["[]", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": "absent.safetensors"}}'],
     )
     def test_an_index_of_shards_that_is_none(self, index: str, copied: Path) -> None:
         (copied / f"{WEIGHTS}.index.json").write_text(index)
-        refusal(copied)
-
-    def test_an_index_that_points_outside(self, copied: Path, saved: tuple[DCSSDAE, Path]) -> None:
-        names = load_file(copied / WEIGHTS)
-        (copied / WEIGHTS).unlink()
-        outside = str(saved[1] / WEIGHTS)
-        index = {"metadata": {}, "weight_map": dict.fromkeys(names, outside)}
-        (copied / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
         refusal(copied)
 
     @settings(derandomize=True, deadline=None, max_examples=40)
@@ -900,10 +668,7 @@ class TestForeignCode:
         assert trap.exists()
 
     @pytest.mark.parametrize("part", COMPONENTS)
-    @pytest.mark.parametrize(
-        "class_path",
-        ["os.system", "trap_module.Trap", "trap_module", "trap_module:Trap", "torch.nn.Linear", "__import__", "."],
-    )
+    @pytest.mark.parametrize("class_path", ["os.system", "trap_module.Trap", "trap_module:Trap", "torch.nn.Linear"])
     def test_a_config_cannot_name_other_code(self, part: str, class_path: str, copied: Path, trap: Path) -> None:
         config = json.loads((copied / "config.json").read_text())
         config[part] = {"class_path": class_path, "init_args": {}}
@@ -914,24 +679,6 @@ class TestForeignCode:
         assert not trap.exists()
         with pytest.raises(InputError):
             DCSSDAE.from_config(config)
-        assert not trap.exists()
-
-    @pytest.mark.parametrize(
-        "extra",
-        [
-            {"_class_name": "trap_module.Trap"},
-            {"auto_map": {"AutoModel": "trap_module.Trap"}},
-            {"quantization_config": {"quant_method": "trap_module"}},
-            {"_target_": "trap_module.Trap"},
-            {"dynamics": {"class_path": "EquilibriumMatching", "init_args": {"decay": "trap_module.Trap"}}},
-        ],
-        ids=lambda extra: next(iter(extra)),
-    )
-    def test_nor_through_other_keys(self, extra: dict[str, Any], copied: Path, trap: Path) -> None:
-        config = json.loads((copied / "config.json").read_text())
-        (copied / "config.json").write_text(json.dumps({**copy.deepcopy(config), **extra}))
-        loads_or_refuses(copied)
-        assert "trap_module" not in sys.modules
         assert not trap.exists()
 
 
@@ -945,20 +692,11 @@ class TestSavingOver:
         for name, tensor in second.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
 
-    def test_files_of_others_keep_their_permissions(self, tmp_path: Path) -> None:
-        other = tmp_path / "other.safetensors"
-        other.write_bytes(b"")
-        other.chmod(0o600)
-        tiny().save_pretrained(tmp_path)
-        assert other.stat().st_mode & 0o777 == 0o600
-        weights = tmp_path / "diffusion_pytorch_model.safetensors"
-        assert weights.stat().st_mode == (tmp_path / "config.json").stat().st_mode
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("decay", ["linear", "truncated", "piecewise"])
 @pytest.mark.parametrize("gradient_scale", [1.0, 4.0])
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_steps", [1, 2, 8])
 def test_a_true_field_is_decoded_exactly_in_any_number_of_steps(
     decay: str, gradient_scale: float, num_steps: int
 ) -> None:
@@ -1051,11 +789,9 @@ class TestVariants:
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "not torch.uint8"),
     ],
 )
-@pytest.mark.parametrize("tiling", [False, True])
-def test_what_is_no_image_batch_is_told_in_one_line(given: Any, words: str, tiling: bool) -> None:
+def test_what_is_no_image_batch_is_told_in_one_line(given: Any, words: str) -> None:
     model = tiny()
-    if tiling:
-        model.enable_tiling(16)
+    model.enable_tiling(16)
     with pytest.raises(InputError) as error:
         model.encode(given)
     assert words in str(error.value)

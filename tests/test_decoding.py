@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_models import TINY_DECODER, image, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -34,7 +32,7 @@ from dc_ssdae.decoding import (
     default_noise,
     plan_decoding,
 )
-from dc_ssdae.dynamics import Corruption, Dynamics, EquilibriumMatching, FlowMatching
+from dc_ssdae.dynamics import Corruption, EquilibriumMatching
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.samplers import gradient_descent, nesterov
 
@@ -161,7 +159,7 @@ def descend_by_hand(
     return states, field
 
 
-STARTS = pytest.mark.parametrize("start", [None, 0.3, 0.9, 1.0])
+STARTS = pytest.mark.parametrize("start", [None, 0.3, 1.0])
 
 
 class TestSamplersAgainstLoops:
@@ -275,31 +273,17 @@ class TestSamplersAgainstLoops:
             assert torch.equal(output.residual_rms, expected.residual_rms)
 
     @torch.no_grad()
-    @pytest.mark.parametrize("sizes", [0.1, [0.3, 0.2, 0.1], lambda index: 0.3 - 0.1 * index])
-    def test_step_sizes_that_are_given(self, sizes: Any, models: dict[str, DCSSDAE]) -> None:
-        model, z, x = models["linear"], torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
-        y = model.decode(z, noise=x, num_steps=3, step_size=sizes, sampler="gradient_descent").sample
-        for eta in [0.1] * 3 if sizes == 0.1 else [0.3, 0.2, 0.1]:
-            x = x - eta * model.decoder(x, z)
-        torch.testing.assert_close(y, x, atol=1e-5, rtol=0.0)
-
-    @torch.no_grad()
     @pytest.mark.parametrize(
         ("kind", "given", "same"),
         [
-            ("linear", {}, {"sampler": "one_step"}),
             ("linear", {"num_steps": 1}, {"sampler": "one_step"}),
             ("linear", {"num_steps": 3}, {"sampler": "gradient_descent", "num_steps": 3}),
-            ("linear", {"step_size": 0.1}, {"sampler": "gradient_descent", "step_size": 0.1}),
             ("linear", {"sampler": "gradient_descent"}, {"num_steps": DEFAULT_NUM_STEPS}),
             ("linear", {"tolerance": 0.1}, {"tolerance": 0.1, "num_steps": DEFAULT_MOST_STEPS}),
-            ("linear", {"tolerance": 0.0}, {"sampler": "gradient_descent", "tolerance": 0.0}),
             ("linear", {"momentum": 0.6}, {"sampler": "nesterov", "momentum": 0.6}),
             ("linear", {"sampler": "nesterov"}, {"sampler": "nesterov", "momentum": DEFAULT_MOMENTUM}),
-            ("linear", {"sampler": "nesterov_eqm"}, {"sampler": "nesterov_eqm", "momentum": DEFAULT_MOMENTUM}),
             ("flow", {}, {"sampler": "one_step"}),
             ("flow", {"num_steps": 3}, {"sampler": "euler", "num_steps": 3}),
-            ("flow", {"sampler": "euler"}, {"sampler": "euler", "num_steps": DEFAULT_NUM_STEPS}),
             ("flow", {"sampler": "midpoint"}, {"sampler": "midpoint", "num_steps": DEFAULT_NUM_STEPS}),
         ],
     )
@@ -378,11 +362,6 @@ class TestDefaultNoise:
             assert default_noise(16, 24).shape == (3, 16, 24)
         (default_noise(16, 24) * torch.ones(1, requires_grad=True)).sum().backward()  # drawn in inference mode
 
-    def test_a_caller_may_write_into_it(self) -> None:
-        expected = default_noise(8, 16).clone()
-        default_noise(8, 16).zero_()
-        assert torch.equal(default_noise(8, 16), expected)
-
 
 class TestOutputs:
     @torch.no_grad()
@@ -407,16 +386,8 @@ class TestOutputs:
         assert output.trajectory.shape == (steps + 1, 2, 3, 8, 16)
         assert torch.equal(output.trajectory[-1], output.sample)
         assert model.decode(z, sampler=sampler).trajectory is None
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("sampler", SAMPLERS)
-    def test_a_tuple_has_the_sample_alone(self, sampler: str, models: dict[str, DCSSDAE]) -> None:
-        model = models["flow" if sampler in INTEGRATORS else "linear"]
-        z = torch.randn(2, 4, 1, 2)
-        given = model.decode(z, return_dict=False, sampler=sampler, return_trajectory=True)
-        assert isinstance(given, tuple)
-        assert len(given) == 1
-        assert torch.equal(given[0], model.decode(z, sampler=sampler).sample)
+        (sample,) = model.decode(z, return_dict=False, sampler=sampler)
+        assert torch.equal(sample, output.sample)
 
     @torch.no_grad()
     @pytest.mark.parametrize(("kind", "sampler"), [("linear", "gradient_descent"), ("flow", "euler")])
@@ -541,13 +512,6 @@ class TestStopping:
         assert rows == [(output.num_evaluations > step).sum().item() for step in range(len(rows))]
 
     @torch.no_grad()
-    def test_without_a_tolerance_nothing_stops(self) -> None:
-        model = settling()
-        counts = model.decode(latents(*RATES), num_steps=6, step_size=0.5).num_evaluations
-        assert counts.tolist() == [6] * 6
-        assert model.decode(latents(*RATES), step_size=0.5, tolerance=0.0).num_evaluations.tolist() == [16] * 6
-
-    @torch.no_grad()
     @pytest.mark.parametrize("tolerance", [None, 0.2])
     @pytest.mark.parametrize("sampler", DESCENTS)
     def test_images_that_diverge(self, sampler: str, tolerance: float | None) -> None:
@@ -570,141 +534,44 @@ class TestStopping:
         assert apart.diverged.tolist() == [False, False]
         torch.testing.assert_close(output.sample[::2], apart.sample, atol=3e-5, rtol=0.0)
 
-    @torch.no_grad()
-    def test_a_sane_decode_does_not_warn(self, models: dict[str, DCSSDAE]) -> None:
-        z = torch.randn(2, 4, 2, 3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for sampler in ("one_step", *DESCENTS):
-                assert not models["truncated"].decode(z, sampler=sampler).diverged.any()
-            assert not models["flow"].decode(z, num_steps=3).diverged.any()
-
 
 NOTHING = torch.zeros(2, 4, 1, 1)
 DRAFT = torch.zeros(2, 3, 8, 8)
 
 
 class TestMistakes:
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("kind", DYNAMICS)
-    def test_latents_that_are_not_finite(self, kind: str, value: float, models: dict[str, DCSSDAE]) -> None:
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_latents_that_are_not_finite(self, value: float, models: dict[str, DCSSDAE]) -> None:
         z = torch.zeros(5, 4, 2, 2)
         z[1, 2, 0, 1] = z[3, 0, 1, 1] = value
-        message = refusal(models[kind].decode, z)
-        assert message == "z holds NaN or infinite values, in rows 1, 3 of 0 to 4"
-        message = refusal(models[kind].decode, z[1:2].expand(20, -1, -1, -1))
-        assert message.endswith("in rows 0, 1, 2, 3, 4, 5, 6, 7, … of 0 to 19")
+        assert "in rows 1, 3 of 0 to 4" in refusal(models["linear"].decode, z)
 
     @pytest.mark.parametrize(
         ("kind", "given", "words"),
         [
             ("linear", {"num_steps": 0}, "num_steps is 0"),
-            ("linear", {"num_steps": True}, "num_steps is True"),
-            ("flow", {"num_steps": -3, "sampler": "euler"}, "num_steps is -3"),
-            ("linear", {"tolerance": -0.1}, "tolerance is -0.1"),
+            ("flow", {"num_steps": 1.5, "sampler": "euler"}, "num_steps is 1.5"),
             ("linear", {"tolerance": math.nan}, "tolerance is nan"),
-            ("linear", {"tolerance": "0.1"}, "tolerance is '0.1'"),
-            ("linear", {"momentum": 1.0}, "momentum is 1.0"),
             ("linear", {"momentum": 1.0, "num_steps": 1}, "momentum is 1.0"),
-            ("linear", {"momentum": math.nan, "num_steps": 2, "sampler": "nesterov_eqm"}, "momentum is nan"),
-            ("linear", {"momentum": -0.5, "sampler": "nesterov_eqm"}, "momentum is -0.5"),
-            ("linear", {"step_size": 0.0}, "step_size is 0.0"),
+            ("linear", {"step_size": -0.5}, "step_size is -0.5"),
             ("linear", {"step_size": [0.1, 0.2], "num_steps": 3}, "step_size lists 2 numbers for num_steps 3"),
-            ("linear", {"step_size": [0.1, math.nan], "num_steps": 2}, "step_size is nan"),
             ("linear", {"start": 0.5}, "draft and start go together"),
-            ("linear", {"draft": DRAFT}, "draft and start go together"),
-            ("linear", {"draft": DRAFT, "start": 1.5}, "start is 1.5"),
-            ("flow", {"draft": DRAFT, "start": -0.5}, "start is -0.5"),
-            ("linear", {"draft": DRAFT, "start": math.nan}, "start is nan"),
-            ("linear", {"draft": DRAFT[:1], "start": 0.5}, "draft has shape (1, 3, 8, 8) .* (2, 3, 8, 8)"),
-            ("flow", {"draft": DRAFT[..., :4], "start": 0.5}, "draft has shape (2, 3, 8, 4) .*(2, 3, 8, 8)"),
+            ("flow", {"draft": DRAFT, "start": 1.5}, "start is 1.5"),
+            ("linear", {"draft": DRAFT[:1], "start": 0.5}, "draft has shape (1, 3, 8, 8)"),
             ("linear", {"draft": DRAFT.byte(), "start": 0.5}, "draft has shape (2, 3, 8, 8) and is uint8"),
-            ("linear", {"draft": DRAFT / 0.0, "start": 0.5}, "draft holds NaN or infinite values"),
             ("linear", {"draft": DRAFT + math.inf, "start": 0.0}, "draft holds NaN or infinite values"),
+            ("linear", {"noise": DRAFT / 0.0}, "noise holds NaN or infinite values"),
             ("linear", {"sampler": "gradient_decent"}, "'gradient_decent' (did you mean 'gradient_descent'?)"),
-            ("flow", {"sampler": "eular"}, "'eular' (did you mean 'euler'?)"),
             ("linear", {"sampler": "euler"}, "sampler of EquilibriumMatching 'euler'; accepted: gradient_"),
-            *[
-                ("flow", {"sampler": name}, f"sampler of FlowMatching '{name}'.*accepted: euler, midpoint, one_step")
-                for name in DESCENTS
-            ],
+            ("flow", {"sampler": "nesterov"}, "sampler of FlowMatching 'nesterov'"),
             ("linear", {"sampler": "gradient_descent", "momentum": 0.3}, "momentum is for sampler 'nesterov' or"),
-            ("linear", {"sampler": "one_step", "tolerance": 0.1}, "tolerance is for a descent .* 'one_step' has none"),
-            ("linear", {"sampler": "one_step", "step_size": 0.1}, "step_size is for a descent .* 'one_step' has none"),
-            ("linear", {"sampler": "one_step", "momentum": 0.1}, "momentum is for a descent .* 'one_step' has none"),
-            ("linear", {"sampler": "one_step", "num_steps": 3}, "num_steps is 3; sampler 'one_step' has one"),
+            ("linear", {"sampler": "one_step", "tolerance": 0.1}, "tolerance is for a descent"),
+            ("flow", {"num_steps": 3, "step_size": 0.1}, "step_size is for a descent"),
             ("flow", {"sampler": "one_step", "num_steps": 3}, "num_steps is 3; sampler 'one_step' has one"),
-            ("flow", {"tolerance": 0.1}, "tolerance is for a descent .* 'one_step' has none"),
-            ("flow", {"num_steps": 3, "tolerance": 0.1}, "tolerance is for a descent .* 'euler' has none"),
-            ("flow", {"sampler": "euler", "step_size": 0.1}, "step_size is for a descent .* 'euler' has none"),
-            ("flow", {"sampler": "euler", "momentum": 0.1}, "momentum is for a descent .* 'euler' has none"),
         ],
     )
     def test_settings(self, kind: str, given: dict[str, Any], words: str, models: dict[str, DCSSDAE]) -> None:
-        message = refusal(models[kind].decode, NOTHING, **given)
-        place = 0
-        for part in words.split(".*"):
-            assert part in message[place:]
-            place = message.index(part, place) + len(part)
-
-    @pytest.mark.parametrize(
-        "value",
-        [10**400, torch.zeros(3, 3), object()],
-        ids=["int", "tensor", "object"],
-    )
-    @pytest.mark.parametrize("name", ["sampler", "num_steps", "step_size", "momentum", "tolerance", "start"])
-    def test_values_of_other_kinds(self, name: str, value: Any, models: dict[str, DCSSDAE]) -> None:
-        if name == "num_steps" and isinstance(value, int):
-            value = 1e300
-        draft = {"draft": DRAFT} if name == "start" else {}
-        assert name in refusal(models["linear"].decode, NOTHING, **{name: value}, **draft)
-
-    @settings(derandomize=True, deadline=None, max_examples=120)
-    @given(data=st.data())
-    def test_settings_make_a_plan_that_runs_or_are_refused_in_one_line(self, data: st.DataObject) -> None:
-        dynamics: Dynamics = data.draw(
-            st.sampled_from(
-                [
-                    EquilibriumMatching(),
-                    EquilibriumMatching("truncated", 4.0),
-                    EquilibriumMatching("piecewise", explicit_energy="dot"),
-                    FlowMatching(),
-                    Spherical(),
-                ]
-            )
-        )
-
-        def draw(name: str, *fitting: Any) -> Any:
-            """Often nothing, often one that fits, at times one that never does."""
-            value = data.draw(st.sampled_from([*[None] * 6, *fitting * 2, "other"]), label=name)
-            return data.draw(st.sampled_from([math.nan, -1, True, "1"]), label=name) if value == "other" else value
-
-        sampler = draw("sampler", *SAMPLERS)
-        num_steps = draw("num_steps", 1, 2, 5)
-        step_size = draw("step_size", 0.1, 1, [0.3, 0.2], [0.1] * 5, lambda step: 0.5 - 0.2 * step)
-        momentum = draw("momentum", 0.0, 0.5, 0.99)
-        tolerance = draw("tolerance", 0, 0.25, 1.0)
-        start = data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]), label="start")
-
-        try:
-            chosen, plan = plan_decoding(dynamics, sampler, num_steps, step_size, momentum, tolerance, start)
-            message = ""
-        except InputError as error:
-            message = str(error)
-        assert "\n" not in message
-        if message:
-            return
-        assert sampler in (None, chosen)
-        if chosen == "one_step":
-            assert (num_steps or 1, momentum, tolerance, plan) == (1, None, None, {})
-            return
-        assert num_steps in (None, plan["num_steps"])
-        assert isinstance(dynamics, EquilibriumMatching if chosen in DESCENTS else FlowMatching)
-        assert plan.get("tolerance") == (None if tolerance is None else tolerance * dynamics.gradient_scale)
-        result = {**DESCENTS, **INTEGRATORS}[chosen](lambda x, *time: 0.3 * x, torch.ones(2, 3, 8, 8), **plan)
-        assert result.sample.isfinite().all()
-        spent = result.num_evaluations
-        assert 1 <= spent.min() <= spent.max() <= plan["num_steps"] * (2 if chosen == "midpoint" else 1)
+        assert words in refusal(models[kind].decode, NOTHING, **given)
 
     @torch.no_grad()
     @pytest.mark.parametrize("start", [None, 0.0, 0.25, 1.0])
@@ -909,12 +776,6 @@ class TestNoExplicitEnergy:
         assert "(2, 3, 16, 8)" in refusal(model.energy, DRAFT, torch.zeros(2, 4, 2, 1))
         assert "rows 0, 1" in refusal(model.energy, DRAFT, NOTHING + math.nan)
 
-    def test_an_unknown_name(self) -> None:
-        assert "unknown explicit_energy 'dott' (did you mean 'dot'?)" in refusal(energetic, "dott")
-        assert "explicit_energy" in refusal(
-            tiny, dynamics={"class_path": "FlowMatching", "init_args": {"explicit_energy": "dot"}}
-        )
-
 
 class TestInferenceTensors:
     """What was made in inference mode may be decoded outside of it."""
@@ -933,16 +794,6 @@ class TestInferenceTensors:
                     sample = model.decode(made[0], noise=made[1], **made_begin, **steps).sample
                 torch.testing.assert_close(sample, expected, atol=1e-5, rtol=0.0)
                 assert sample.requires_grad == grad
-
-    @pytest.mark.parametrize("explicit_energy", [None, *KINDS])
-    def test_field_and_energy(self, explicit_energy: str | None) -> None:
-        model = tiny(dynamics={"init_args": {"explicit_energy": explicit_energy}})
-        z, x = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
-        with torch.inference_mode():
-            made_z, made_x = z.clone(), x.clone()
-        torch.testing.assert_close(model.field(made_x, made_z), model.field(x, z), atol=1e-5, rtol=0.0)
-        if explicit_energy is not None:
-            torch.testing.assert_close(model.energy(made_x, made_z), model.energy(x, z), atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -977,21 +828,6 @@ class TestCompiled:
         atol = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(output.sample, expected.sample, atol=atol, rtol=0.0)
         torch.testing.assert_close(output.residual_rms, expected.residual_rms, atol=atol, rtol=0.0)
-
-    @torch.no_grad()
-    def test_latents_and_noise_in_another_order_in_memory(self) -> None:
-        model = settling(PlainSettling)
-        z = latents(1.0).expand(5, -1, -1, -1)
-        noise = torch.randn(5, 3, 24, 16).transpose(2, 3) * torch.tensor([0.2, 0.5, 1.0, 2.0, 4.0])[:, None, None, None]
-        given = {"sampler": "nesterov", "step_size": 0.3, "tolerance": 0.35, "noise": noise, "num_steps": 8}
-        expected = model.decode(z, **given)
-        assert len(set(expected.num_evaluations.tolist())) >= 3
-        counter = CompileCounter()
-        model.decoder.compile(backend=counter)
-        output = model.decode(z, **given)
-        assert counter.frame_count == 1
-        assert torch.equal(output.num_evaluations, expected.num_evaluations)
-        torch.testing.assert_close(output.sample, expected.sample, atol=1e-5, rtol=0.0)
 
     @torch.no_grad()
     def test_steps_of_a_whole_batch_compile_once(self) -> None:
@@ -1072,11 +908,6 @@ class TestOneGraph:
         model, x = tiny(), image(2, 16, 24)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x).sample, model(x).sample, atol=1e-5, rtol=0.0)
-
-    @pytest.mark.slow
-    def test_the_whole_model_by_inductor_at_all_sizes(self) -> None:
-        model = tiny()
-        check_one_graph(lambda x: model(x).sample, [(image(b, 8 * h, 8 * w),) for b, h, w in SHAPES], "inductor")
 
     @pytest.mark.parametrize("packaged", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_an_exported_decode_draws_the_noise_of_any_size(self, packaged: bool, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TINY_DECODER, image, tiny
+from tiny_models import image, tiny
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
@@ -29,14 +29,6 @@ class TestTiles:
             assert 0 < after - before <= size - overlap
 
     @settings(derandomize=True, deadline=None)
-    @given(SIDES)
-    def test_no_fewer_would_do(self, side: tuple[int, int, int]) -> None:
-        length, size, overlap = side
-        tiles = len(tile_starts(length, size, overlap))
-        if tiles > 1:
-            assert size + (tiles - 2) * (size - overlap) < length
-
-    @settings(derandomize=True, deadline=None)
     @given(SIDES, st.integers(1, 5))
     def test_their_weights_add_up_to_one_everywhere(self, side: tuple[int, int, int], scale: int) -> None:
         length, size, overlap = side
@@ -52,10 +44,6 @@ class TestTiles:
         ramp = torch.tensor([0.125, 0.375, 0.625, 0.875])
         torch.testing.assert_close(first, torch.cat([torch.ones(12), ramp.flip(0)]))
         torch.testing.assert_close(second, torch.cat([ramp, torch.ones(12)]))
-
-    def test_without_overlap_tiles_lie_side_by_side(self) -> None:
-        assert tile_starts(12, 4, 0) == [0, 4, 8]
-        assert torch.equal(tile_weights([0, 4, 8], 4, 12), torch.ones(3, 4))
 
     @settings(derandomize=True, deadline=None, max_examples=30)
     @given(SIDES, SIDES, st.integers(1, 3))
@@ -98,13 +86,9 @@ class TestTiles:
         [
             (500, 0.25, "tile_size is 500; it must be a multiple of f = 8, at least 16"),
             (8, 0.25, "tile_size is 8"),
-            (0, 0.25, "tile_size is 0"),
-            (-16, 0.25, "tile_size is -16"),
             (64, 0.8, "overlap is 0.8; it must be from 0 to 0.75"),
-            (64, -0.1, "overlap is -0.1"),
             (64, float("nan"), "overlap is nan"),
             (64.0, 0.25, "tile_size"),
-            (64, "a quarter", "overlap"),
         ],
     )
     def test_what_does_not_fit_is_told_in_one_line(self, tile_size: int, overlap: float, words: str) -> None:
@@ -244,12 +228,6 @@ class TestModels:
         whole.decode(z, generator=other)
         assert torch.equal(generator.get_state(), other.get_state())
 
-    def test_what_does_not_divide_is_named_as_a_whole(self) -> None:
-        model = tiny()
-        model.enable_tiling(16)
-        with pytest.raises(InputError, match="image of 36×48 pixels"):
-            model.encode(image(1, 36, 48))
-
     def test_gradients_reach_every_tile(self) -> None:
         model = tiny()
         model.enable_tiling(16)
@@ -258,14 +236,6 @@ class TestModels:
             model(x).sample.square().mean().backward()
         assert x.grad is not None
         assert (x.grad.abs().amax(dim=1) > 0).float().mean() > 0.9
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_keeps_its_dtype(self, dtype: torch.dtype) -> None:
-        model, x = tiny().to(dtype), image(1, 32, 48)
-        model.enable_tiling(16)
-        posterior = model.encode(x).latent_dist
-        assert posterior.mean.dtype == posterior.logvar.dtype == dtype
-        assert model.decode(posterior.mode()).sample.dtype == dtype
 
 
 class TestSlicing:
@@ -294,9 +264,3 @@ class TestSlicing:
         model.disable_slicing()
         model.decode(z.mode())
         assert model.decoder.calls[-1][0] == 3
-
-
-def test_the_tiny_decoder_has_a_group_norm_so_that_tiles_differ() -> None:
-    """Guards the tests above: with local networks alone they would prove nothing of the real ones."""
-    assert TINY_DECODER["init_args"]["norm_groups"]
-    assert any(isinstance(module, nn.GroupNorm) for module in tiny().decoder.modules())

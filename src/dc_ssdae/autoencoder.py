@@ -81,7 +81,7 @@ class EncoderOutput(BaseOutput):
 
 
 class DCSSDAE(PretrainedModel):
-    """An autoencoder whose decoder is a one-step diffusion model (SPEC section 1).
+    """An autoencoder whose decoder is a one-step diffusion model.
 
     Each of `encoder`, `decoder` and `dynamics` is a mapping with `class_path`, one of the names in `COMPONENTS` or
     a class of your own as module.Class, and `init_args`, the settings of that class. What is left out takes its
@@ -305,9 +305,8 @@ class DCSSDAE(PretrainedModel):
                 image. By default every image draws the same noise, of one fixed seed, so that a decode is
                 reproducible and does not depend on the batch (but for float rounding).
             num_steps: steps, each an evaluation of the decoder (two with midpoint), at least 1; with `tolerance`, the
-                most that an image gets. 1 by default, 4 where a sampler of several steps is chosen, and 16 with
-                `tolerance`.
-            step_size: η of a descent: one for all steps, a sequence with one for each, or a function of the step's
+                most per image. 1 by default, 4 where a sampler of several steps is chosen, and 16 with `tolerance`.
+            step_size: η of a descent: one for all steps, a sequence with one per step, or a function of the step's
                 index. By default they follow from the decay (`EquilibriumMatching.step_sizes`).
             noise: (B, 3, h·f, w·f) to start from, in place of `generator`.
             sampler: "one_step"; for equilibrium matching "gradient_descent", "nesterov", or "nesterov_eqm", the
@@ -315,7 +314,7 @@ class DCSSDAE(PretrainedModel):
                 num_steps is 1.
             momentum: μ in [0, 1) of nesterov, as step_size one or several; 0.3 by default, from the first step on that
                 does not come from pure noise.
-            tolerance: of a descent: an image is done when the root mean square of its field falls below tolerance · λ,
+            tolerance: of a descent: an image stops when the root mean square of its field falls below tolerance · λ,
                 and costs nothing from then on.
             draft: (B, 3, h·f, w·f) images in [-1, 1], to start from in place of pure noise.
             start: γ in [0, 1], the share of `draft` in the start; the rest is noise.
@@ -419,7 +418,7 @@ class DCSSDAE(PretrainedModel):
         return prediction.to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
-        """The explicit energy of images given latents (SPEC section 2, "Explicit energy"), which a decode lowers.
+        """The explicit energy of images given latents, which a decode lowers.
 
         Args:
             x: (B, 3, H, W).

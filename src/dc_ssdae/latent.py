@@ -22,7 +22,7 @@ rate: at 20 a single value then costs a KL of 2·10⁸, at 2 one of 2.2.
 
 
 class DiagonalGaussian:
-    """A Gaussian with a diagonal covariance over each image's latent (SPEC section 2, "Total loss").
+    """A Gaussian with a diagonal covariance over each image's latent.
 
     Args:
         mean: (B, c, h, w), any floating dtype.
@@ -175,7 +175,7 @@ class LatentStatistics:
 
     def __post_init__(self) -> None:
         if not self.mean or len(self.mean) != len(self.std):
-            raise InputError(f"a mean and a std a channel are needed, not {len(self.mean)} and {len(self.std)}")
+            raise InputError(f"a mean and a std per channel are needed, not {len(self.mean)} and {len(self.std)}")
         if not all(map(math.isfinite, (*self.mean, *self.std))):
             raise InputError("the latents' statistics are not finite: the encoder gives infinities, or NaN")
         if min(self.std) < 0:

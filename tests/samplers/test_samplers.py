@@ -201,14 +201,6 @@ def test_no_value_is_looked_at(name: str) -> None:
 
 
 @each_sampler
-def test_no_images_give_no_images(name: str) -> None:
-    result = SAMPLERS[name](lambda x: x, torch.zeros(0, 2, 4), 4, return_trajectory=True)
-    assert result.sample.shape == (0, 2, 4)
-    assert result.trajectory.shape == (5, 0, 2, 4)
-    assert [len(part) for part in result[1:4]] == [0, 0, 0]
-
-
-@each_sampler
 @pytest.mark.parametrize("num_steps", [0, 2.0, True])
 def test_what_is_no_count_of_steps_is_refused(name: str, num_steps: Any) -> None:
     with pytest.raises(InputError, match=f"num_steps is {num_steps}"):

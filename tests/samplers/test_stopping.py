@@ -131,19 +131,6 @@ def test_the_residual_is_that_of_the_last_evaluation(name: str) -> None:
         assert (sizes[:-1] >= 1e-2).all()
 
 
-@pytest.mark.parametrize("name", ["gradient descent", "nesterov"])
-def test_the_step_that_settles_an_image_is_still_applied(name: str) -> None:
-    case = Case(torch.float64)
-    result = case.run(name)
-    for place in range(BATCH):
-        last = case.states[place][-1]
-        way = last - case.goal[place]
-        expected = last - 0.6 * (case.slope[place] * way - 0.2 * way / (1.0 + way * way))
-        torch.testing.assert_close(result.sample[place], expected, atol=1e-15, rtol=1e-15)
-        if place != 1:  # which starts at its goal
-            assert not torch.equal(result.sample[place], last)
-
-
 @each_descent
 @pytest.mark.parametrize(("settled", "bucket"), [(1, False), (2, False), (2, True)])
 def test_a_field_that_holds_on_to_all_images_is_told_of_condition(name: str, settled: int, bucket: bool) -> None:
@@ -166,22 +153,6 @@ def test_padding_lets_no_image_meet_anothers_tensors(name: str) -> None:
     with contextlib.suppress(InputError):  # refusing them is as good
         sample = DESCENTS[name](lambda x: x - goal, start, 6, tolerance=1e-3, bucket=True).sample
         torch.testing.assert_close(sample, goal, atol=0.1, rtol=0.0)
-
-
-@each_descent
-@pytest.mark.parametrize("at", [3, 1])
-def test_a_fields_own_error_is_left_as_it_is(name: str, at: int) -> None:
-    """Before any image has left, and after, where the field is given what belongs to the images."""
-
-    def field(x: Tensor, goal: Tensor) -> Tensor:
-        if len(x) == at:
-            raise ValueError("mine")
-        return x - goal
-
-    goal = torch.randn(3, 2)
-    start = goal + torch.tensor([0.0, 0.0, 9.0])[:, None]
-    with pytest.raises(ValueError, match=r"^mine$"):
-        DESCENTS[name](field, start, 9, tolerance=1e-2, condition=goal)
 
 
 @each_descent
