@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from two_processes import TwoProcesses
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -68,6 +69,14 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    """Run a function in two processes of a group, which all tests of a worker share."""
+    group = TwoProcesses(tmp_path_factory.mktemp("processes"))
+    yield group
+    group.close()
 
 
 @pytest.fixture

@@ -257,6 +257,8 @@ class LatentMoments:
         Raises:
             InputError: the numbers of channels differ.
         """
+        if other.channels != self.channels:
+            raise InputError(f"latents of {self.channels} and {other.channels} channels have no common statistics")
         self._join(other.images, other._values, other._mean, other._spread)
 
     def state(self, process: int = 0, processes: int = 1) -> Tensor:

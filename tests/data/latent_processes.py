@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from latent_samples import SETTINGS, encoded_photos, pooled, pooling, write_photos
+from latent_samples import SETTINGS, encoded_photos, pooled, pooling
 from torch import Tensor
+from two_processes import PROCESSES
 
 from dc_ssdae.data.latent_shard import LatentSettings
 from dc_ssdae.distributed import Processes
 from dc_ssdae.latent import DiagonalGaussian
-
-PROCESSES = 2
 
 
 def scenario(folder: Path, processes: Processes) -> dict[str, Any]:
@@ -49,14 +46,4 @@ def scenario(folder: Path, processes: Processes) -> dict[str, Any]:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
-    try:
-        torch.save(scenario(Path(folder), Processes(rank, PROCESSES)), f"{folder}/record{rank}")
-    finally:
-        dist.destroy_process_group()
-
-
-def fill(folder: Path) -> None:
-    write_photos(folder / "photos")
-    mp.spawn(work, args=(str(folder),), nprocs=PROCESSES)
+    torch.save(scenario(Path(folder), Processes(rank, PROCESSES)), f"{folder}/record{rank}")

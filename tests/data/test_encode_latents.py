@@ -15,12 +15,13 @@ import pytest
 import torch
 from broken_samples import encoded, image_array, write_images, write_tar
 from filelock import FileLock
-from latent_processes import PROCESSES, fill
+from latent_processes import work
 from latent_samples import SETTINGS, constant, digests, encoded_photos, pooled, pooling, write_photos
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import tiny
 from torch import Tensor
+from two_processes import PROCESSES, TwoProcesses
 
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import read_image, to_model_range
@@ -379,7 +380,13 @@ def test_a_failure_leaves_no_lock_behind_and_two_do_not_both_enter(photos: Path,
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
-def test_several_processes_write_the_same_bytes_and_fail_together(made_once: Any, tmp_path: Path) -> None:
+def test_several_processes_write_the_same_bytes_and_fail_together(
+    made_once: Any, two_processes: TwoProcesses, tmp_path: Path
+) -> None:
+    def fill(folder: Path) -> None:
+        write_photos(folder / "photos")
+        two_processes(work, str(folder))
+
     folder = made_once("latents-processes", fill)
     [part], [line] = encoded_photos(folder / "photos", tmp_path / "out", replace(SETTINGS, store="sample"))
     assert digests(folder / "out") == digests(tmp_path / "out")

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from scipy.linalg import sqrtm
 from tiny_models import tiny
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.image import StructuralSimilarityIndexMeasure
+from two_processes import PROCESSES, TwoProcesses
 
 from dc_ssdae import DiagonalGaussian, InputError
 from dc_ssdae.distributed import Processes
@@ -53,7 +52,6 @@ from dc_ssdae.randomness import named_generator
 CPU = torch.device("cpu")
 SIDE = 32
 COUNT = 11
-PROCESSES = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -561,37 +559,32 @@ def without_order(found: dict[str, Any]) -> dict[str, Any]:
 
 def work(rank: int, folder: str) -> None:
     """What each of two processes does."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    processes = Processes(rank, PROCESSES)
+    found: dict[str, Any] = {
+        f"{name} {batch_size}": situation(name, processes=processes, batch_size=batch_size)
+        for name in SITUATIONS
+        for batch_size in (1, 3)
+    }
+    found["one image"] = record(measure(pooling(), Source([3]), processes=processes))
+    found["half broken"] = record(measure(pooling(), Source(broken=range(1, COUNT, 2)), processes=processes))
+    suite = suite_of(PROTOCOLS["dcae"])
+    for name, candidate in (("first", pooling()), ("second", BicubicCandidate(2))):
+        found[name] = record(measure(candidate, suite=suite, processes=processes))
     try:
-        processes = Processes(rank, PROCESSES)
-        found: dict[str, Any] = {
-            f"{name} {batch_size}": situation(name, processes=processes, batch_size=batch_size)
-            for name in SITUATIONS
-            for batch_size in (1, 3)
-        }
-        found["one image"] = record(measure(pooling(), Source([3]), processes=processes))
-        found["half broken"] = record(measure(pooling(), Source(broken=range(1, COUNT, 2)), processes=processes))
-        suite = suite_of(PROTOCOLS["dcae"])
-        for name, candidate in (("first", pooling()), ("second", BicubicCandidate(2))):
-            found[name] = record(measure(candidate, suite=suite, processes=processes))
-        try:
-            measure(pooling(), Source(broken=range(COUNT)), processes=processes)
-        except InputError as error:
-            found["all broken"] = str(error)
-        try:  # last, because processes that do not fail together have nothing more to say to each other
-            measure(PythonCandidate(with_one(math.nan) if rank == 1 else rippled, "mine"), processes=processes)
-        except Exception as error:
-            found["one fails"] = f"{type(error).__name__}: {error}"
-        torch.save(found, f"{folder}/record{rank}")
-    finally:
-        dist.destroy_process_group()
+        measure(pooling(), Source(broken=range(COUNT)), processes=processes)
+    except InputError as error:
+        found["all broken"] = str(error)
+    try:  # last, because processes that do not fail together have nothing more to say to each other
+        measure(PythonCandidate(with_one(math.nan) if rank == 1 else rippled, "mine"), processes=processes)
+    except Exception as error:
+        found["one fails"] = f"{type(error).__name__}: {error}"
+    torch.save(found, f"{folder}/record{rank}")
 
 
 @pytest.fixture(scope="module")
-def records(made_once: Any) -> list[dict[str, Any]]:
+def records(made_once: Any, two_processes: TwoProcesses) -> list[dict[str, Any]]:
     """What two processes have found, by each of them."""
-    folder = made_once("evaluation-processes", lambda folder: mp.spawn(work, args=(str(folder),), nprocs=PROCESSES))
+    folder = made_once("evaluation-processes", lambda folder: two_processes(work, str(folder)))
     return [torch.load(folder / f"record{rank}", weights_only=True) for rank in range(PROCESSES)]
 
 

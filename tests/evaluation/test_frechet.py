@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from scipy.linalg import sqrtm
 from scipy.stats import t
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from two_processes import PROCESSES, TwoProcesses
 
 from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation.estimates import Estimate
@@ -396,7 +395,6 @@ def test_of_two_images_some_replicates_are_left_out() -> None:
 
 # --- two processes ---
 
-PROCESSES = 2
 PASSES = (COUNT, 3, 1)
 """Images; of one image the second process has none."""
 
@@ -415,18 +413,13 @@ def passes(processes: Processes) -> Iterator[Estimate]:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
-    try:
-        found = [estimate.as_json() for estimate in passes(Processes(rank, PROCESSES))]
-        torch.save(found, f"{folder}/record{rank}")
-    finally:
-        dist.destroy_process_group()
+    found = [estimate.as_json() for estimate in passes(Processes(rank, PROCESSES))]
+    torch.save(found, f"{folder}/record{rank}")
 
 
 @pytest.fixture(scope="module")
-def records(made_once: Any) -> list[list[dict[str, Any]]]:
-    folder = made_once("frechet-processes", lambda folder: mp.spawn(work, args=(str(folder),), nprocs=PROCESSES))
+def records(made_once: Any, two_processes: TwoProcesses) -> list[list[dict[str, Any]]]:
+    folder = made_once("frechet-processes", lambda folder: two_processes(work, str(folder)))
     return [torch.load(folder / f"record{rank}", weights_only=True) for rank in range(PROCESSES)]
 
 

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from two_processes import PROCESSES, TwoProcesses
 
 from dc_ssdae.networks.norms import ChannelRMSNorm, GlobalBatchNorm2d
-
-PROCESSES = 2
 
 
 @torch.no_grad()
@@ -164,23 +161,21 @@ def steps(norm: nn.BatchNorm2d, share: slice, dtype: torch.dtype = torch.float32
 
 def work(rank: int, folder: str) -> None:
     """One process of the group: its half of every batch."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
-    try:
-        half = slice(2 * rank, 2 * rank + 2)
-        for name, (ours, _) in KINDS.items():
-            torch.save(steps(seeded_norm(ours), half), f"{folder}/{name}{rank}")
+    half = slice(2 * rank, 2 * rank + 2)
+    for name, (ours, _) in KINDS.items():
+        torch.save(steps(seeded_norm(ours), half), f"{folder}/{name}{rank}")
+    with warnings.catch_warnings():
         # In one graph, without a word: a break or a warning is an error.
         warnings.simplefilter("error")
         for name, (ours, _) in KINDS.items():
             whole_graph = torch.compile(seeded_norm(ours), backend="aot_eager", fullgraph=True)
             torch.save(steps(whole_graph, half), f"{folder}/compiled_{name}{rank}")
-    finally:
-        dist.destroy_process_group()
 
 
-def test_over_two_processes_it_is_the_batch_norm_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path),), nprocs=PROCESSES)
+def test_over_two_processes_it_is_the_batch_norm_of_the_whole_batch(
+    tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    two_processes(work, str(tmp_path))
     for name, (ours, reference) in KINDS.items():
         halves, compiled = (
             [torch.load(tmp_path / f"{kind}{name}{rank}", weights_only=True) for rank in range(PROCESSES)]

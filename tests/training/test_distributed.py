@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import yaml
 from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState
@@ -20,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import PROCESSES, TwoProcesses
 
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import to_model_range
@@ -44,7 +44,6 @@ from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.tensors import assign, whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PROCESSES = 2
 BEFORE, STEPS = 8, 11
 """Steps before the checkpoint, and all; RAdam moves the weights from the sixth on."""
 
@@ -216,26 +215,18 @@ def sharded_runs(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
-    # Accelerate wants an address, but takes the group that is there.
-    os.environ.update(ranks, ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
-    try:
-        processes = processes_of(start_processes(PROCESSES, cpu=True))
-        record: dict[str, Any] = {
-            "failures": failures(processes, rank),
-            "evaluations": evaluations(processes, Path(folder)),
-            "gradients": gradients(rank, PROCESSES),
-            "sharded": sharded_runs(Path(folder), rank),
-        }
-        torch.save(record, f"{folder}/record{rank}")
-    finally:
-        dist.destroy_process_group()
+    processes = processes_of(start_processes(PROCESSES, cpu=True))
+    record: dict[str, Any] = {
+        "failures": failures(processes, rank),
+        "evaluations": evaluations(processes, Path(folder)),
+        "gradients": gradients(rank, PROCESSES),
+        "sharded": sharded_runs(Path(folder), rank),
+    }
+    torch.save(record, f"{folder}/record{rank}")
 
 
 @pytest.fixture(scope="module")
-def folder(made_once: Any) -> Path:
+def folder(made_once: Any, two_processes: TwoProcesses) -> Path:
     """Everything that two processes have done, and what they did it with."""
 
     def run(folder: Path) -> None:
@@ -243,7 +234,7 @@ def folder(made_once: Any) -> Path:
             make_images(folder / f"images{count}", count, seed=count)
         (folder / "images7" / "image0005.png").write_bytes(b"no image")
         plain_runs(folder)
-        mp.spawn(work, args=(str(folder),), nprocs=PROCESSES)
+        two_processes(work, str(folder))
 
     return made_once("distributed", run)
 
