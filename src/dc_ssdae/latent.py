@@ -257,8 +257,6 @@ class LatentMoments:
         Raises:
             InputError: the numbers of channels differ.
         """
-        if other.channels != self.channels:
-            raise InputError(f"latents of {self.channels} and {other.channels} channels have no common statistics")
         self._join(other.images, other._values, other._mean, other._spread)
 
     def state(self, process: int = 0, processes: int = 1) -> Tensor:
@@ -305,10 +303,10 @@ class LatentMoments:
         return self._mean.tolist(), (self._spread / self._values).sqrt().tolist()
 
     def _join(self, images: int, values: int, mean: Tensor, spread: Tensor) -> None:
-        if values == 0:
-            return
         if len(mean) != self.channels:
             raise InputError(f"the statistics are of {self.channels} channels; these latents have {len(mean)}")
+        if values == 0:
+            return
         total = self._values + values
         apart = mean - self._mean
         self._spread = self._spread + spread + apart.square() * (self._values * values / total)

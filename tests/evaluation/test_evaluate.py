@@ -867,7 +867,7 @@ class TestProfile:
         profiler = LatentProfiler(4)
         with pytest.raises(InputError, match="4"):
             profiler.add(DiagonalGaussian(torch.zeros(1, 3, 2, 2)))
-        with pytest.raises(InputError, match="no common statistics"):
+        with pytest.raises(InputError, match="4 channels; these latents have 3"):
             profiler.merge(LatentProfiler(3))
 
     def test_what_is_not_finite_is_none_in_a_file(self) -> None:
