@@ -135,7 +135,11 @@ def test_where_all_fail_nothing_is_written(run: Run, words: tuple[object, ...]) 
     assert (outcome.code, outcome.out) == (2, [])
     assert any("peers.py" in line for line in outcome.err), "the traceback"
     told = [line for line in outcome.err if line.startswith("dc-ssdae compare: ")]
-    assert [line.split(": ")[1].partition(";")[0] for line in told] == ["nan failed", "bug failed", "every model failed"]
+    assert [line.split(": ")[1].partition(";")[0] for line in told] == [
+        "nan failed",
+        "bug failed",
+        "every model failed",
+    ]
     assert not Path("out").exists()
 
 

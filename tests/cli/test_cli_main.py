@@ -131,9 +131,7 @@ def test_expected_errors_are_one_line_and_debug_adds_the_traceback(
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), SystemExit(3)])
-def test_what_is_not_expected_is_left_to_python(
-    error: BaseException, command: Callable[[BaseException], None]
-) -> None:
+def test_what_is_not_expected_is_left_to_python(error: BaseException, command: Callable[[BaseException], None]) -> None:
     command(error)
     with pytest.raises(type(error)):
         main(["made"])

@@ -80,7 +80,9 @@ def test_normalised_latents_have_mean_0_and_deviation_1(stats: Run, model: Path,
 def test_table_json_and_card_say_what_is_written(stats: Run, model: Path, photos: Path) -> None:
     table = stats()
     config = config_of(model)
-    assert f"`scaling_factor` {config['scaling_factor']:.6g}, or channel by channel" in (model / "README.md").read_text()
+    assert (
+        f"`scaling_factor` {config['scaling_factor']:.6g}, or channel by channel" in (model / "README.md").read_text()
+    )
     rows = [line.split() for line in table.out]
     assert rows[0] == ["channel", "mean", "std"]
     for channel, (mean, std) in enumerate(zip(config["latents_mean"], config["latents_std"], strict=True)):
