@@ -1,12 +1,53 @@
-"""Pixels and models that the tests of several commands make."""
+"""What a command leaves, and the photos and models that the tests of several commands make."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dc_ssdae import DCSSDAE
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+PEERS = """
+from torch.nn import functional as F
+
+def nan(x):
+    return x / 0 * 0
+
+def bug(x):
+    return 1 // 0
+
+def greedy(x):
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+class Blocks:
+    def encode(self, x):
+        return F.avg_pool2d(x, 8)
+
+    def decode(self, z):
+        return F.interpolate(z, scale_factor=8)
+"""
+"""Autoencoders of a user's, for the fixture `workplace`."""
+
+
+class Outcome(NamedTuple):
+    """What a run of the command line left: its exit code, and the lines of standard output and error."""
+
+    code: int
+    out: list[str]
+    err: list[str]
+
+    def json(self) -> Any:
+        return json.loads("\n".join(self.out))
+
+
+Run = Callable[..., Outcome]
+Refusal = Callable[..., str]
 
 
 def random_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -17,6 +58,19 @@ def random_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> 
         for band in range(channels)
     ]
     return np.stack([np.array(band) for band in bands], axis=-1)
+
+
+def save_photo(path: Path, height: int, width: int, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(random_pixels(height, width, seed=seed)).save(path)
+    return path
+
+
+def save_photos(folder: Path, *names: str) -> Path:
+    """A folder with a PNG of 40 by 52 pixels (height by width) under each name."""
+    for seed, name in enumerate(names):
+        save_photo(folder / f"{name}.png", 40, 52, seed)
+    return folder
 
 
 def save_model(folder: Path, **settings: object) -> Path:

@@ -1,25 +1,13 @@
-"""A small saved model, a photo, and a way to run the command line in this process."""
+"""A small saved model, a photo, and ways to run the command line in this process."""
 
-from collections.abc import Callable
+import os
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from cli_samples import random_pixels, save_model
-from PIL import Image
+from cli_samples import PEERS, Outcome, Refusal, Run, save_model, save_photo
 
-from dc_ssdae.cli.main import main
-
-
-class Outcome(NamedTuple):
-    """What a run of the command line left: its exit code, and the lines of standard output and error."""
-
-    code: int
-    out: list[str]
-    err: list[str]
-
-
-Run = Callable[..., Outcome]
+from dc_ssdae.cli.main import COMMANDS, main
+from dc_ssdae.losses import backbones
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +29,48 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run_words
 
 
+@pytest.fixture
+def refusal(run: Run) -> Refusal:
+    """Run `dc-ssdae WORDS…`, which are refused; gives the one line that says why."""
+
+    def refused(*words: object) -> str:
+        outcome = run(*words)
+        assert (outcome.code, outcome.out) == (2, [])
+        (line,) = outcome.err
+        command = next((name for name in (" ".join(map(str, words[:2])), *words[:1]) if name in COMMANDS), None)
+        program = "dc-ssdae: " if command is None else f"dc-ssdae {command}: "
+        assert line.startswith(program)
+        return line.removeprefix(program)
+
+    return refused
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo preset (f8, c4) with random weights, saved."""
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_model(tmp_path_factory.mktemp("saved") / "small")
 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     """A PNG of 24 by 37 pixels (height by width)."""
-    path = tmp_path / "photo.png"
-    Image.fromarray(random_pixels(24, 37)).save(path)
-    return path
+    return save_photo(tmp_path / "photo.png", 24, 37)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder, with autoencoders in `peers.py`, on a machine without weights of metrics."""
+    (tmp_path / "peers.py").write_text(PEERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(backbones.FOLDER_VARIABLE, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are written whole cannot be put into their place."""
+
+    def fail(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(os, "replace", fail)

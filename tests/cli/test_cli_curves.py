@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli_samples import Refusal, Run
 from PIL import Image
 
 pytest.importorskip("matplotlib")
@@ -19,62 +19,40 @@ def write_run(folder: Path, steps: int = 12) -> Path:
     return folder
 
 
-def one_line(run: Callable, *words: object) -> str:
-    outcome = run("curves", *words)
-    assert outcome.code == 2
-    assert not outcome.out
-    (line,) = outcome.err
-    return line
-
-
-def test_writes_a_picture(run: Callable, tmp_path: Path) -> None:
+def test_it_writes_a_picture_in_the_format_that_the_name_tells(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [write_run(tmp_path / name) for name in ("one", "two")]
-    out = tmp_path / "new" / "curves.png"
-    outcome = run("curves", *folders, "--out", out)
-    assert outcome.code == 0
-    assert outcome.out == [f"one, two -> {out}"]
-    assert not outcome.err
-    with Image.open(out) as picture:
-        assert picture.format == "PNG"
-        assert picture.width == 1200
-        assert len(picture.convert("RGB").getcolors(10**6) or ()) > 10
-    assert os.listdir(out.parent) == ["curves.png"]
-
-
-def test_the_suffix_chooses_the_format(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_run(tmp_path / "one")
-    assert run("curves", folder, "--out", tmp_path / "a.svg").code == 0
-    assert "loss: total" in (tmp_path / "a.svg").read_text()
-    monkeypatch.chdir(tmp_path)
-    assert run("curves", "one").out == ["one -> curves.png"]
-    assert (tmp_path / "curves.png").is_file()
-
-
-def test_damaged_lines_are_told(run: Callable, tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "one")
-    with (folder / "metrics.jsonl").open("a") as file:
+    out = tmp_path / "new" / "curves.svg"
+    assert run("curves", *folders, "--out", out) == (0, [f"one, two -> {out}"], [])
+    assert "loss: total" in out.read_text()
+    assert os.listdir(out.parent) == ["curves.svg"]
+    with (folders[0] / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')
-    outcome = run("curves", folder, "--out", tmp_path / "a.png")
-    assert outcome.code == 0
-    assert outcome.err == [f"dc-ssdae curves: {folder / 'metrics.jsonl'}: 1 damaged line left out"]
+    monkeypatch.chdir(tmp_path)
+    outcome = run("curves", "one")
+    assert (outcome.code, outcome.out) == (0, ["one -> curves.png"])
+    assert outcome.err == ["dc-ssdae curves: one/metrics.jsonl: 1 damaged line left out"]
+    with Image.open("curves.png") as picture:
+        assert (picture.format, picture.width) == ("PNG", 1200)
 
 
-def test_what_cannot_be_drawn(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_run(tmp_path / "one")
-    out = tmp_path / "a.png"
-    assert f"there is no folder {tmp_path / 'absent'}" in one_line(run, tmp_path / "absent", "--out", out)
-    assert "metrics.jsonl is missing" in one_line(run, folder, tmp_path, "--out", out)
-    assert "no losses to draw yet" in one_line(run, write_run(tmp_path / "empty", 0), "--out", out)
-    assert "unknown kind of picture '.jpg'" in one_line(run, folder, "--out", tmp_path / "a.jpg")
-    assert "RUN" in one_line(run, "--out", out)
-    assert not out.exists()
-
-    def fail(source: object, target: object) -> None:
-        raise OSError(28, "No space left on device", str(target))
-
+def test_what_cannot_be_drawn(refusal: Refusal, tmp_path: Path) -> None:
+    folder, out = write_run(tmp_path / "one"), tmp_path / "a.png"
+    assert str(tmp_path / "absent") in refusal("curves", tmp_path / "absent", "--out", out)
+    assert "metrics.jsonl is missing" in refusal("curves", folder, tmp_path, "--out", out)
+    assert "no losses" in refusal("curves", write_run(tmp_path / "empty", 0), "--out", out)
+    assert "'.jpg'" in refusal("curves", folder, "--out", tmp_path / "a.jpg")
     out.write_bytes(b"old")
-    monkeypatch.setattr(os, "replace", fail)
-    assert one_line(run, folder, "--out", out, "--overwrite") == f"dc-ssdae curves: {out}: No space left on device"
+    assert "--overwrite" in refusal("curves", folder, "--out", out)
     assert out.read_bytes() == b"old"
-    assert not list(tmp_path.glob("*.partial"))
-    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_keeps_the_older_picture(refusal: Refusal, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    out.write_bytes(b"old")
+    line = refusal("curves", write_run(tmp_path / "one"), "--out", out, "--overwrite")
+    assert line == f"{out}: No space left on device"
+    assert out.read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "one"]

@@ -1,54 +1,47 @@
 """No command replaces a file that is there, and each says so before it starts."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli_samples import Refusal, Run
 from PIL import Image
 from safetensors import safe_open
 
-from dc_ssdae.cli import compare, eval, study
 from dc_ssdae.cli.common import table
 
 COMMANDS = {
-    "reconstruct": ("reconstruct photo.png --model absent --out out", "photo.png"),
-    "trajectory": ("reconstruct photo.png --model absent --out out --return_trajectory", "photo-trajectory.png"),
-    "encode": ("encode photo.png --model absent --out out", "photo.safetensors"),
-    "decode": ("decode photo.safetensors --model absent --out out", "photo.png"),
-    "curves": ("curves absent --out out/curves.png", "curves.png"),
-    "export": ("export --model absent --out out", "encoder.pt2"),
-    "original": ("convert original absent --preset demo --out out", "config.json"),
-    "diffusers": ("convert diffusers absent --out out", "config.json"),
-    **{f"eval-{name}": ("eval --model absent/x --data . --out out", name) for name in eval.FILES},
-    **{f"compare-{name}": ("compare bicubic:4 --data absent --out out", name) for name in compare.FILES},
-    **{f"study-{name}": ("study sampling --model absent --data . --out out", name) for name in study.FILES},
+    "reconstruct photo.png --model absent": "photo.png",
+    "reconstruct photo.png --model absent --return_trajectory": "photo-trajectory.png",
+    "encode photo.png --model absent": "photo.safetensors",
+    "decode photo.safetensors --model absent": "photo.png",
+    "export --model absent": "encoder.pt2",
+    "convert original absent --preset demo": "config.json",
+    "convert diffusers absent": "config.json",
+    "eval --model absent/x --data .": "images.csv",
+    "compare bicubic:4 --data absent": "pareto.png",
+    "study sampling --model absent --data .": "study.png",
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("words", COMMANDS)
 def test_a_file_that_is_there_is_kept(
-    run: Callable, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    words: str, refusal: Refusal, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    words, name = COMMANDS[command]
-    mine = tmp_path / "out" / name
+    mine = tmp_path / "out" / COMMANDS[words]
     mine.parent.mkdir()
     mine.write_text("mine")
-    outcome = run(*words.split())
-    assert outcome.code == 2
-    (line,) = outcome.err
+    line = refusal(*words.split(), "--out", "out")
     assert "--overwrite" in line
     assert "absent" not in line, "said before anything is opened"
     # With it, the next thing to be missed is an input.
-    outcome = run(*words.split(), "--overwrite")
-    assert outcome.code == 2
-    assert "--overwrite" not in outcome.err[0]
+    assert "--overwrite" not in refusal(*words.split(), "--out", "out", "--overwrite")
     assert mine.read_text() == "mine"
 
 
-def test_overwriting(run: Callable, model_dir: Path, photo: Path, tmp_path: Path) -> None:
+def test_overwriting(run: Run, model_dir: Path, photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name in ("photo.png", "photo.safetensors"):
@@ -63,23 +56,20 @@ def test_overwriting(run: Callable, model_dir: Path, photo: Path, tmp_path: Path
     assert (tmp_path / "mine").read_text() == "mine", "a link is replaced, not what it leads to"
 
 
-def test_a_demo_and_a_run_are_kept(run: Callable, tmp_path: Path) -> None:
+def test_a_demo_and_a_run_are_kept(refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(json.dumps({"dataset": "dc_ssdae.data.sample_photos.SamplePhotos"}))
-    outcome = run("demo", "--steps", 1, "--out", tmp_path)
-    assert outcome.code == 2
-    assert "--overwrite" in outcome.err[0]
+    assert "--overwrite" in refusal("demo", "--steps", 1, "--out", tmp_path)
     (tmp_path / "config.yaml").write_text("a run")
-    assert run("demo", "--steps", 1, "--out", tmp_path, "--overwrite", "--device", "cpu").code == 2
+    assert str(tmp_path) in refusal("demo", "--steps", 1, "--out", tmp_path, "--overwrite", "--device", "cpu")
     assert (tmp_path / "config.yaml").read_text() == "a run"
 
 
-@pytest.mark.parametrize("width", [80, 100])
-def test_a_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
+def test_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
     long = "a[red]b" * 20
     lines = table([("name", "n"), (long, "12,345,678"), ("a word, and others", "1")], "lr").splitlines()
-    assert max(map(len, lines)) <= width
+    assert max(map(len, lines)) <= 80
     assert "".join(line.split()[0] for line in lines[1:-1]) == long, "nothing is lost, nor taken for markup"
     assert lines[1].endswith("  12,345,678")
     assert lines[-1].split("  ")[0] == "a word, and others"

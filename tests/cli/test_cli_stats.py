@@ -1,14 +1,13 @@
 """`dc-ssdae stats`: what it measures, prints and writes, and what it refuses."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from cli_samples import random_pixels
+from cli_samples import WEIGHTS, Outcome, Refusal, Run, save_photos
 from PIL import Image
 
 from dc_ssdae import DCSSDAE
@@ -16,18 +15,14 @@ from dc_ssdae.data.images import read_image, to_model_range
 from dc_ssdae.data.transforms import center_crop, resize_shorter_side
 
 SETTINGS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with train/, which holds six PNG and one that is none, and validation/, which is not to be read."""
-    folder = tmp_path / "photos"
-    for part in ("train", "validation"):
-        (folder / part).mkdir(parents=True)
-    for number in range(6):
-        Image.fromarray(random_pixels(40 + number, 60, seed=number)).save(folder / "train" / f"{number}.png")
+    """A folder with train/, which holds four PNG and one that is none, and validation/, which is not to be read."""
+    folder = save_photos(tmp_path / "photos", *(f"train/{number}" for number in range(4)))
     (folder / "train" / "bad.png").write_bytes(b"no image")
+    (folder / "validation").mkdir()
     Image.new("RGB", (40, 40), "white").save(folder / "validation" / "white.png")
     return folder
 
@@ -38,35 +33,38 @@ def model(model_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
-def words(model: object, photos: Path, *more: object) -> tuple[object, ...]:
-    return ("stats", "--model", model, "--data", photos, "--device", "cpu", "--size", 32, "--workers", 0, *more)
+@pytest.fixture
+def words(model: Path, photos: Path) -> tuple[object, ...]:
+    return ("stats", "--model", model, "--data", photos, "--device", "cpu", "--size", 32, "--workers", 0)
 
 
-def one_line(run: Callable, *given: object) -> str:
-    outcome = run(*given)
-    assert outcome.code == 2
-    assert not outcome.out
-    (line,) = outcome.err
-    return line
+@pytest.fixture
+def stats(run: Run, words: tuple[object, ...]) -> Callable[..., Outcome]:
+    return lambda *more: run(*words, *more)
+
+
+def config_of(model: Path) -> dict:
+    return json.loads((model / "config.json").read_text())
 
 
 @torch.no_grad()
-def test_normalised_latents_have_mean_0_and_deviation_1(run: Callable, model: Path, photos: Path) -> None:
-    before, weights = json.loads((model / "config.json").read_text()), (model / WEIGHTS).read_bytes()
-    outcome = run(*words(model, photos, "--batch", 4))
+def test_normalised_latents_have_mean_0_and_deviation_1(stats: Run, model: Path, photos: Path) -> None:
+    before, weights = config_of(model), (model / WEIGHTS).read_bytes()
+    outcome = stats("--batch", 3)
     assert outcome.code == 0
     (line,) = outcome.err
     assert line.startswith("dc-ssdae stats: left out: cannot read image")
     assert "bad.png" in line
 
-    after = json.loads((model / "config.json").read_text())
+    after = config_of(model)
     assert {name for name in after if after[name] != before.get(name)} == set(SETTINGS)
+    assert {name: before[name] for name in before if name not in SETTINGS}.items() <= after.items()
     assert (model / WEIGHTS).read_bytes() == weights
     assert {file.name for file in model.iterdir()} == {"README.md", "config.json", WEIGHTS}
 
     loaded = DCSSDAE.from_pretrained(model)
     config = loaded.config
-    pixels = [read_image(photos / "train" / f"{number}.png").pixels for number in range(6)]
+    pixels = [read_image(photos / "train" / f"{number}.png").pixels for number in range(4)]
     x = torch.stack([center_crop(resize_shorter_side(image, 32), 32) for image in pixels])
     posterior = loaded.encode(to_model_range(x)).latent_dist
     z = torch.stack([posterior.sample(torch.Generator().manual_seed(seed)) for seed in range(200)])
@@ -79,95 +77,71 @@ def test_normalised_latents_have_mean_0_and_deviation_1(run: Callable, model: Pa
     assert abs(together.std().item() - 1.0) < 0.02
 
 
-def test_table_and_json_say_what_is_written(run: Callable, model: Path, photos: Path) -> None:
-    assert "of the latent are not known" in (model / "README.md").read_text()
-    table = run(*words(model, photos))
-    config = json.loads((model / "config.json").read_text())
-    card = (model / "README.md").read_text()
-    assert f"`scaling_factor` {config['scaling_factor']:.6g}, or channel by channel" in card
+def test_table_json_and_card_say_what_is_written(stats: Run, model: Path, photos: Path) -> None:
+    table = stats()
+    config = config_of(model)
+    assert (
+        f"`scaling_factor` {config['scaling_factor']:.6g}, or channel by channel" in (model / "README.md").read_text()
+    )
     rows = [line.split() for line in table.out]
     assert rows[0] == ["channel", "mean", "std"]
-    for channel in range(4):
-        mean, std = config["latents_mean"][channel], config["latents_std"][channel]
+    for channel, (mean, std) in enumerate(zip(config["latents_mean"], config["latents_std"], strict=True)):
         assert rows[1 + channel] == [str(channel), f"{mean:.5g}", f"{std:.5g}"]
     assert ["scaling_factor", f"{config['scaling_factor']:.5g}"] in rows
-    assert table.out[-1] == f"6 images of 32 x 32 pixels -> {model / 'config.json'}"
-
-    told = json.loads("\n".join(run(*words(model, photos, "--json")).out))
+    assert table.out[-1] == f"4 images of 32 x 32 pixels -> {model / 'config.json'}"
+    told = stats("--json").json()
     assert {name: told[name] for name in SETTINGS} == {name: config[name] for name in SETTINGS}
-    assert (told["images"], told["size"], told["broken"]) == (6, 32, [str(photos / "train" / "bad.png")])
+    assert (told["images"], told["size"]) == (4, 32)
+    assert told["broken"] == [str(photos / "train" / "bad.png")]
     assert told["written"] == str(model / "config.json")
 
 
-def test_no_write_only_prints(run: Callable, model: Path, photos: Path) -> None:
-    before = (model / "config.json").read_bytes()
-    outcome = run(*words(model, photos, "--no-write", "--images", 2, "--dtype", "bfloat16"))
-    assert outcome.code == 0
-    assert outcome.out[-1] == "2 images of 32 x 32 pixels not written"
-    assert (model / "config.json").read_bytes() == before
+def test_a_run_means_its_model_and_no_write_only_prints(stats: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    model.rename(tmp_path / "run" / "model")
+    before = config_of(tmp_path / "run" / "model")
+    more = ("--model", tmp_path / "run", "--images", 2)
+    outcome = stats(*more, "--no-write", "--size", 48, "--dtype", "bfloat16")
+    assert outcome.out[-1] == "2 images of 48 x 48 pixels not written"
+    assert outcome.err[-1].startswith("dc-ssdae stats: 2 of 2 images were smaller than 48 px")
+    assert config_of(tmp_path / "run" / "model") == before
+    assert stats(*more).code == 0
+    assert config_of(tmp_path / "run" / "model")["scaling_factor"] != 1.0
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.yaml", "model"}
 
 
-def test_a_run_means_its_model(run: Callable, model: Path, photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("")
-    model.rename(folder / "model")
-    assert run(*words(folder, photos)).code == 0
-    assert json.loads((folder / "model" / "config.json").read_text())["scaling_factor"] != 1.0
-    assert {file.name for file in folder.iterdir()} == {"config.yaml", "model"}
-
-
-def test_what_cannot_be_measured(run: Callable, model: Path, photos: Path, tmp_path: Path) -> None:
-    before = (model / "config.json").read_bytes()
-    assert "both sides must be multiples of f = 8; pad it to 32×32" in one_line(
-        run, *words(model, photos, "--size", 30)
-    )
-    assert "owner/model is no folder of a model" in one_line(run, *words("owner/model", photos))
-    assert "there is no folder" in one_line(run, *words(model, tmp_path / "absent"))
-    assert "config.json is missing" in one_line(run, *words(photos, photos))
-    assert "--images" in one_line(run, *words(model, photos, "--images", 0))
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for name in ("a.png", "b.png"):
-        (broken / name).write_bytes(b"no image")
-    line = one_line(run, *words(model, broken))
-    assert "none of 2 images can be read; the first: " in line
-    assert "a.png" in line
-    assert (model / "config.json").read_bytes() == before
-
-
-def test_a_model_that_gives_infinities(run: Callable, model: Path, photos: Path) -> None:
-    loaded = DCSSDAE.from_pretrained(model)
-    with torch.no_grad():
-        next(loaded.encoder.parameters()).fill_(float("inf"))
-    loaded.save_pretrained(model)
-    before = (model / "config.json").read_bytes()
-    outcome = run(*words(model, photos))
-    assert outcome.code == 2
-    assert outcome.err[-1] == (
-        "dc-ssdae stats: the latents' statistics are not finite: the encoder gives infinities, or NaN"
-    )
-    assert (model / "config.json").read_bytes() == before
-
-
-def test_a_disk_that_fails_leaves_the_old_file(
-    run: Callable, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_measured(
+    refusal: Refusal, stats: Run, words: tuple[object, ...], model: Path, photos: Path, tmp_path: Path
 ) -> None:
-    def fail(source: object, target: object) -> None:
-        raise OSError(28, "No space left on device", str(target))
-
     before = (model / "config.json").read_bytes()
-    monkeypatch.setattr(os, "replace", fail)
-    outcome = run(*words(model, photos))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    for more, named in (
+        (("--size", 30), "f = 8"),
+        (("--model", "owner/model"), "owner/model"),
+        (("--model", photos), "config.json is missing"),
+        (("--data", tmp_path / "absent"), "absent"),
+        (("--data", tmp_path / "broken"), "a.png"),
+    ):
+        assert named in refusal(*words, *more)
+    assert (model / "config.json").read_bytes() == before
+    loaded = DCSSDAE.from_pretrained(model)
+    torch.nn.init.constant_(next(loaded.encoder.parameters()), float("inf"))
+    loaded.save_pretrained(model)
+    outcome = stats()
+    assert outcome.code == 2
+    assert "not finite" in outcome.err[-1]
+    assert (model / "config.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_disk_that_fails_leaves_the_old_file(stats: Run, model: Path) -> None:
+    before = (model / "config.json").read_bytes()
+    outcome = stats()
     assert outcome.code == 2
     assert outcome.err[-1].endswith("config.json: No space left on device")
     assert (model / "config.json").read_bytes() == before
     assert {file.name for file in model.iterdir()} == {"README.md", "config.json", WEIGHTS}
     assert any(line.startswith("scaling_factor") for line in outcome.out), "the figures are lost"
     assert outcome.out[-1].endswith("not written")
-
-
-def test_images_that_were_enlarged_are_told(run: Callable, model: Path, photos: Path) -> None:
-    outcome = run(*words(model, photos, "--size", 48, "--no-write"))
-    assert outcome.code == 0
-    assert outcome.err[-1].startswith("dc-ssdae stats: 6 of 6 images were smaller than 48 px")
