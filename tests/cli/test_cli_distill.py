@@ -159,7 +159,7 @@ class TestMistakes:
             ("--teacher flow --data.root PHOTOS --distillation.step_size 0.5", "distillation.step_size"),
             ("--teacher TEACHER --training.train [encoder.latent_head,decoder]", "the decoder alone"),
             ("--teacher TEACHER --training.train [decoder.haed]", "decoder.head"),
-            ("--teacher TEACHER --model.latent_channels 6", "has tensor"),
+            ("--teacher TEACHER --model.latent_channels 6", "does not fit"),
             ("--teacher TEACHER --model.dynamics.init_args.gradient_scale 2", "another dynamics"),
             ("--resume TEACHER", "dc-ssdae train --resume"),
             ("--resume TEACHER --steps 3", "--steps"),
