@@ -48,6 +48,7 @@ class Outcome(NamedTuple):
 
 Run = Callable[..., Outcome]
 Refusal = Callable[..., str]
+Words = tuple[object, ...]
 
 
 def random_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:

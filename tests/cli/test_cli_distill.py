@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,21 @@ from safetensors.torch import load_file
 from dc_ssdae.presets import load_preset
 from dc_ssdae.training.config import RunConfig
 
-GROUPS = [
-    *("decoder.image_inputs", "decoder.down.0", "decoder.down.1"),
-    *("decoder.middle", "decoder.up.1", "decoder.head"),
-]
+GROUPS = [f"decoder.{name}" for name in ("image_inputs", "down.0", "down.1", "middle", "up.1", "head")]
+
+
+def forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accelerate keeps its state for a process's life."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for state in (partial(AcceleratorState._reset_state, reset_partial_state=True), GradientState._reset_state):
-        state()
+    forget()
     yield
-    for state in (partial(AcceleratorState._reset_state, reset_partial_state=True), GradientState._reset_state):
-        state()
+    forget()
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +154,7 @@ class TestMistakes:
             ("--teacher empty", "config.json is missing"),
             ("--teacher damaged", "latent_channels"),
             ("--teacher MODEL --losses.lpips 0", "data.root"),
-            ("--teacher TEACHER --steps 1 --distillation.step_size 0.5", "distillation.step_size is for several steps"),
-            ("--teacher flow --data.root PHOTOS --distillation.step_size 0.5", "distillation.step_size"),
-            ("--teacher TEACHER --training.train [encoder.latent_head,decoder]", "the decoder alone"),
             ("--teacher TEACHER --training.train [decoder.haed]", "decoder.head"),
-            ("--teacher TEACHER --model.latent_channels 6", "does not fit"),
-            ("--teacher TEACHER --model.dynamics.init_args.gradient_scale 2", "another dynamics"),
             ("--resume TEACHER", "dc-ssdae train --resume"),
             ("--resume TEACHER --steps 3", "--steps"),
             ("--resume missing", "missing"),
@@ -173,7 +167,6 @@ class TestMistakes:
         refusal: Refusal,
         model_dir: Path,
         teacher: Path,
-        photos: Path,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -181,10 +174,7 @@ class TestMistakes:
         Path("empty").mkdir()
         Path("damaged").mkdir()
         Path("damaged/config.json").write_text("{}")
-        if "flow" in words:
-            save_model(Path("flow"), dynamics={"class_path": "FlowMatching"})
-        for name, path in (("TEACHER", teacher), ("MODEL", model_dir), ("PHOTOS", photos)):
-            words = words.replace(name, str(path))
+        words = words.replace("TEACHER", str(teacher)).replace("MODEL", str(model_dir))
         output = () if "--resume" in words else ("--training.output", "out")
         assert named in refusal("distill", *words.split(), *output)
         assert not Path("out").exists()

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,45 +10,13 @@ import torch
 from cli_samples import WEIGHTS, Refusal, Run, save_model
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.classes import import_class, importing_from
 from dc_ssdae.parameter_groups import group_sizes
 from dc_ssdae.presets import list_presets, load_preset
-
-OWN_ENCODERS = """
-from torch import nn
-
-
-class NamingEncoder(nn.Module):
-    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 8, downsample_factor, downsample_factor)
-        self.out = nn.Conv2d(8, 2 * latent_channels, 1)
-
-    def parameter_groups(self):
-        return {"trunk": ["patch"], "latent_head": ["out"]}
-
-    def forward(self, x):
-        raise NotImplementedError
-"""
 
 
 @pytest.fixture(autouse=True)
 def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture
-def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A saved model with a class of a module in the current folder, which is not imported any more."""
-    (tmp_path / "naming_encoders.py").write_text(OWN_ENCODERS)
-    monkeypatch.chdir(tmp_path)
-    with importing_from(tmp_path):
-        kind = import_class("naming_encoders.NamingEncoder")
-    encoder = {"class_path": "naming_encoders.NamingEncoder"}
-    DCSSDAE.from_preset("demo", encoder=encoder, classes=[kind]).save_pretrained(tmp_path / "own")
-    del sys.modules["naming_encoders"]
-    yield tmp_path / "own"
-    sys.modules.pop("naming_encoders", None)
 
 
 def test_without_an_argument_it_lists_every_preset(run: Run) -> None:
@@ -164,12 +130,6 @@ class TestGroups:
         outcome = run("info", "demo", "--groups")
         assert [tuple(line.split()) for line in outcome.out] == [(group, str(size)) for group, size in sizes.items()]
         assert run("info", "demo", "--groups", "--json").json() == sizes
-
-    def test_users_classes(self, run: Run, refusal: Refusal, own_model: Path) -> None:
-        """Their forward would raise: nothing is computed."""
-        assert "naming_encoders" in refusal("info", own_model, "--groups")
-        sizes = run("info", own_model, "--groups", "--json", "--import", "naming_encoders").json()
-        assert list(sizes.items())[:2] == [("encoder.trunk", 3 * 8 * 8 * 8 + 8), ("encoder.latent_head", 8 * 8 + 8)]
 
     @pytest.mark.parametrize("words", ["", "demo --device cpu", "demo --dtype bfloat16"])
     def test_options_that_do_not_fit_are_one_line(self, words: str, refusal: Refusal) -> None:

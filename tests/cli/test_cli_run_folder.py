@@ -108,6 +108,8 @@ def test_a_class_of_the_current_folder(
     assert run(*words, "--import", "own_encoders").code == 0
     assert load_file(tmp_path / "out" / "photo.safetensors")["latent"].shape == (4, 3, 5)
     assert sys.path == before
+    sizes = run("info", own_model, "--groups", "--json", "--import", "own_encoders").json()
+    assert next(iter(sizes.items())) == ("encoder", 16 * (3 * 8 * 8 + 1) + 8 * (16 + 1)), "one group, as it names none"
     profile = run("info", own_model, "--import", "own_encoders", "--json", "--device", "cpu").json()
     assert profile["encoder"] == {"class_path": "own_encoders.OwnEncoder", "width": 16}
     assert profile["sizes"]["256"]["encode_flops"] > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_samples import WEIGHTS, Outcome, Refusal, Run, save_photos
+from cli_samples import WEIGHTS, Outcome, Refusal, Run, Words, save_photos
 from PIL import Image
 
 from dc_ssdae import DCSSDAE
@@ -34,12 +34,12 @@ def model(model_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def words(model: Path, photos: Path) -> tuple[object, ...]:
+def words(model: Path, photos: Path) -> Words:
     return ("stats", "--model", model, "--data", photos, "--device", "cpu", "--size", 32, "--workers", 0)
 
 
 @pytest.fixture
-def stats(run: Run, words: tuple[object, ...]) -> Callable[..., Outcome]:
+def stats(run: Run, words: Words) -> Callable[..., Outcome]:
     return lambda *more: run(*words, *more)
 
 
@@ -112,7 +112,7 @@ def test_a_run_means_its_model_and_no_write_only_prints(stats: Run, model: Path,
 
 
 def test_what_cannot_be_measured(
-    refusal: Refusal, stats: Run, words: tuple[object, ...], model: Path, photos: Path, tmp_path: Path
+    refusal: Refusal, stats: Run, words: Words, model: Path, photos: Path, tmp_path: Path
 ) -> None:
     before = (model / "config.json").read_bytes()
     (tmp_path / "broken").mkdir()

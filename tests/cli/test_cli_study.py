@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_samples import Run, save_model, save_photos
+from cli_samples import Run, Words, save_model, save_photos
 from PIL import Image
 
 
@@ -17,13 +17,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def words(model_dir: Path, photos: Path, tmp_path: Path) -> tuple[object, ...]:
+def words(model_dir: Path, photos: Path, tmp_path: Path) -> Words:
     given = ("--model", model_dir, "--data", photos, "--size", 16, "--out", tmp_path / "study", "--device", "cpu")
     grid = ("--steps", "1,2", "--step_sizes", "default,0.25", "--tolerances", "0.5", "--rounds", 1)
     return ("study", "sampling", *given, *grid)
 
 
-def test_two_models(run: Run, words: tuple[object, ...], tmp_path: Path) -> None:
+def test_two_models(run: Run, words: Words, tmp_path: Path) -> None:
     flow, out = save_model(tmp_path / "fm", dynamics={"class_path": "FlowMatching"}), tmp_path / "study"
     outcome = run(*words, "--baseline", flow)
     assert outcome.code == 0
@@ -42,7 +42,7 @@ def test_two_models(run: Run, words: tuple[object, ...], tmp_path: Path) -> None
         assert picture.width > 1000
 
 
-def test_one_model_of_chosen_samplers(run: Run, words: tuple[object, ...], model_dir: Path) -> None:
+def test_one_model_of_chosen_samplers(run: Run, words: Words, model_dir: Path) -> None:
     outcome = run(*words, "--model", f"mine={model_dir}", "--lpips", "none", "--samplers", "one_step,nesterov")
     assert outcome.code == 0
     rows = [line for line in outcome.out if line.startswith("| mine")]
@@ -62,7 +62,7 @@ def test_one_model_of_chosen_samplers(run: Run, words: tuple[object, ...], model
     ],
 )
 def test_what_is_wrong_is_told_and_writes_nothing(
-    run: Run, words: tuple[object, ...], model_dir: Path, tmp_path: Path, more: str, named: str
+    run: Run, words: Words, model_dir: Path, tmp_path: Path, more: str, named: str
 ) -> None:
     outcome = run(*words, *more.replace("MODEL", str(model_dir)).split())
     assert (outcome.code, outcome.out) == (2, [])
