@@ -3,7 +3,6 @@
 import html
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,6 @@ def test_it_writes_four_files_and_prints_the_table(run: Run, model_dir: Path, wo
     assert outcome.out[-1] == f"-> {', '.join(f'out/{name}' for name in FILES)}"
     printed = Path("out/table.md").read_text(encoding="utf-8")
     assert "\n".join(outcome.out[:-1]).strip() == printed.strip()
-    firsts = [line.split(" | ")[0].removeprefix("| ").split(" (")[0] for line in printed.splitlines()[2:7]]
-    assert firsts == labels
 
     rows, table = rows_of(), table_of()
     assert list(rows) == labels
@@ -62,7 +59,6 @@ def test_it_writes_four_files_and_prints_the_table(run: Run, model_dir: Path, wo
         assert "failed" not in row
         assert row["psnr"]["low"] < row["psnr"]["value"] < row["psnr"]["high"]
         assert row["ssim"] == {"value": None, "low": None, "high": None, "reason": "not asked for"}
-        assert row["encode"]["value"] > 0
         assert row["decode"]["value"] > 0
     assert (rows["small"]["latent_shape"]["value"], rows["small"]["tokens"]["value"]) == ([4, 4, 4], 16)
     assert rows["mine"]["compression"]["value"] == 64
@@ -71,9 +67,7 @@ def test_it_writes_four_files_and_prints_the_table(run: Run, model_dir: Path, wo
     assert (rows["small"]["evaluations"]["value"], rows["jpeg:50"]["evaluations"]["value"]) == (2, None)
     assert (table["protocol"]["images"], table["protocol"]["data"]) == (4, photos.name)
     assert (table["speed"]["batch"], table["speed"]["rounds"]) == (2, 2)
-    page = page_of()
-    assert len(re.findall(r"<h3>\d.png</h3>", page)) == 2
-    assert all(page.count(f"<b>{label}</b>") == 2 for label in labels)
+    assert all(page_of().count(f"<b>{label}</b>") == 2 for label in labels)
     with Image.open("out/pareto.png") as picture:
         assert picture.width > 800
 

@@ -57,7 +57,6 @@ def test_one_model_of_chosen_samplers(run: Run, words: Words, model_dir: Path) -
         ("--samplers euler", "EquilibriumMatching"),
         ("--tolerances -1", "tolerance is -1.0"),
         ("--step_sizes x", "--step_sizes holds 'x'"),
-        ("--size 20", "f = 8"),
         ("--baseline MODEL", "two models"),
     ],
 )
