@@ -28,10 +28,9 @@ from dc_ssdae.training.build import build_model, build_step, decoder_groups
 from dc_ssdae.training.checkpoint import read_checkpoint
 from dc_ssdae.training.config import DistillationConfig, RunConfig
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
-from dc_ssdae.training.distributed import processes_of, start_processes
 from dc_ssdae.training.logging import read_lines
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, create_run
-from dc_ssdae.training.start import resume_run, start_run
+from dc_ssdae.training.start import resume_run, start_processes, start_run
 from dc_ssdae.training.step import draw_noise
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer
@@ -174,8 +173,8 @@ def trainer_of(config: RunConfig, path: Path) -> Trainer:
         create_run(path, yaml_of(config), model, teacher=Path(config.distillation.teacher))
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    accelerator = start_processes(None, cpu=True)
-    return Trainer(config, RunFolder(path), accelerator, processes_of(accelerator), sources, StopRequest())
+    accelerator, processes = start_processes(None, cpu=True)
+    return Trainer(config, RunFolder(path), accelerator, processes, sources, StopRequest())
 
 
 def evaluations(trainer: Trainer) -> list[int]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ from dc_ssdae.training.checkpoint import Checkpoint
 from dc_ssdae.training.run import (
     WEIGHTS_FILE,
     RunFolder,
-    RunLock,
     create_run,
     describe_environment,
     is_finished,
     publish_model,
     recover_run,
+    run_lock,
 )
 from dc_ssdae.weights import read_safetensors
 
@@ -102,14 +103,17 @@ def test_what_is_no_run_is_never_overwritten(tmp_path: Path, there: str, replace
 def test_a_run_is_replaced_only_where_that_is_asked_for_and_nobody_trains_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose(lock: RunLock) -> None:
-        raise InputError("another process has it")
+    @contextmanager
+    def lose(folder: Path) -> Iterator[bool]:
+        if folder == path:
+            raise InputError("another process has it")
+        yield True
 
     path = tmp_path / "run"
     create(path, OLD)
     with pytest.raises(InputError, match=f"is a run already: go on with it by --resume {path}"):
         create(path, NEW)
-    monkeypatch.setattr(RunLock, "acquire", lose)
+    monkeypatch.setattr(run_module, "run_lock", lose)
     with pytest.raises(InputError, match="another process has it"):
         create(path, NEW, replace=True)
     assert contents(path) == OLD
@@ -133,7 +137,7 @@ def test_what_is_another_runs_or_may_be_alive_is_not_removed(tmp_path: Path, mon
     mine.mkdir()
     other.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(RunLock, "acquire", lambda lock: None)  # as on a file system without locks
+        patch.setattr(run_module, "run_lock", lambda path: nullcontext(False))  # as on a file system without locks
         create_run(tmp_path / "run", "new: 1\n", "{}")
     assert mine.is_dir()
     create_run(tmp_path / "run", "new: 1\n", "{}", replace=True)
@@ -150,11 +154,10 @@ def owner(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     program = (
         "import sys, subprocess\n"
         "from pathlib import Path\n"
-        "from dc_ssdae.training.run import RunLock\n"
-        "lock = RunLock(Path(sys.argv[1]))\n"
-        "lock.acquire()\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
+        "from dc_ssdae.training.run import run_lock\n"
+        "with run_lock(Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    sys.stdin.read()\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -167,19 +170,17 @@ def owner(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path, owner: "subprocess.Popen[str]") -> None:
-    lock = RunLock(tmp_path)
-    with pytest.raises(InputError, match=rf"is being trained by process {owner.pid} on .*; stop that first") as caught:
-        lock.acquire()
+    refusal = rf"is being trained by process {owner.pid} on .*; stop that first"
+    with pytest.raises(InputError, match=refusal) as caught, run_lock(tmp_path):
+        pass
     assert "\n" not in str(caught.value)
-    lock.release()  # nothing to give back
     owner.kill()
     owner.wait()
-    lock.acquire()
-    code = run_in_child(RunLock(tmp_path).acquire, 1000)
-    assert code == CRASHED, "a child took the lock too"
-    lock.release()
+    with run_lock(tmp_path):
+        code = run_in_child(lambda: run_lock(tmp_path).__enter__(), 1000)
+        assert code == CRASHED, "a child took the lock too"
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-    assert run_in_child(RunLock(tmp_path).acquire, 1000) == 0
+    assert run_in_child(lambda: run_lock(tmp_path).__enter__(), 1000) == 0
 
 
 # --- its model ---
@@ -264,7 +265,7 @@ def test_whether_the_budget_is_spent(run: RunFolder, budget: dict[str, float], f
 
 
 def test_the_environment_is_json() -> None:
-    found = describe_environment({"device": "cpu", "cuda": None})
+    found = describe_environment(torch.device("cpu"), 1, "NO")
     assert json.loads(json.dumps(found)) == found
     assert found["command"] == sys.orig_argv
     assert torch.__version__.startswith(found["versions"]["torch"])
@@ -285,6 +286,6 @@ def test_the_commit_of_a_working_tree(tmp_path: Path, monkeypatch: pytest.Monkey
             git("commit", "-m", text)
             git("tag", "v1")
         expected = {"commit": git("rev-parse", "HEAD"), "changed": changed}
-        assert describe_environment({})["git_of_folder"] == expected
+        assert describe_environment(torch.device("cpu"), 1, "NO")["git_of_folder"] == expected
     monkeypatch.setenv("PATH", "")
-    assert describe_environment({})["git_of_folder"] is None
+    assert describe_environment(torch.device("cpu"), 1, "NO")["git_of_folder"] is None
