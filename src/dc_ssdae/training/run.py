@@ -34,6 +34,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.files import folder_beside, sync, written_beside
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import read_config, write_latent_statistics
+from dc_ssdae.timing import describe_machine
 from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged
 from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
@@ -75,26 +76,21 @@ def check_new(path: Path) -> None:
         raise InputError(f"{path} exists already and is no run; choose another --training.output")
 
 
-def create_run(
-    path: Path, config_text: str, model_config_text: str, replace: bool = False, teacher: Path | None = None
-) -> None:
+def create_run(path: Path, config_text: str, model_config_text: str, teacher: Path | None = None) -> None:
     """Make a run's folder, with its configuration and the model's inside, by one rename.
 
     Args:
         path: of the run.
         config_text: of config.yaml.
         model_config_text: of model/config.json.
-        replace: put it in the place of an earlier run.
         teacher: the folder of a model to keep a copy of.
 
     Raises:
-        InputError: something else is there, or the earlier run is being trained.
+        InputError: something is there already.
         OSError: it cannot be written.
     """
-    replace = replace and (path / CONFIG_FILE).is_file()
-    if not replace:
-        check_new(path)
-    with new_folder(path, replace) as partial:
+    check_new(path)
+    with new_folder(path) as partial:
         (partial / "model").mkdir()
         (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         (partial / "model" / "config.json").write_text(model_config_text, encoding="utf-8")
@@ -106,38 +102,40 @@ def create_run(
 
 
 @contextmanager
-def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder to fill, which takes its place at the end of the block by one rename, unless something failed.
 
     Args:
         path: of the folder. What killed processes left beside it is removed, where the file system has locks.
-        replace: put it in the place of an earlier run, which is there.
 
     Raises:
-        InputError: the earlier run is being trained.
-        OSError: it cannot be written, or there is something that is not to be replaced.
+        OSError: it cannot be written, or something is there by now.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial"):
         with suppress(InputError, OSError), run_lock(left) as is_locked:  # else another process is filling it
             if is_locked:
                 shutil.rmtree(left)
-    partial, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.partial" for _ in range(2))
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     with folder_beside(path, partial), run_lock(partial):
         yield partial
         for entry in (*partial.rglob("*"), partial):
             if not entry.is_symlink():
                 sync(entry)
-        if replace:
-            with run_lock(path):
-                path.rename(old)
-        try:
-            partial.rename(path)
-        except BaseException:
-            if replace:
-                old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        partial.rename(path)
         sync(path.parent)
+
+
+def remove_run(path: Path) -> None:
+    """Remove a run's folder.
+
+    Raises:
+        InputError: the run is being trained.
+        OSError: it cannot be removed.
+    """
+    away = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    with run_lock(path):
+        path.rename(away)  # so that no part of it is left under its name
+    shutil.rmtree(away)
 
 
 def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
@@ -258,22 +256,18 @@ def describe_environment(device: torch.device, processes: int, distribution: str
         processes: how many train together.
         distribution: how they do, in Accelerate's words.
     """
-    on_gpu = device.type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.orig_argv,
         "folder": os.getcwd(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "python": platform.python_version(),
         "versions": {package.name: package.version for package in distributions()},
         "git": _git_state(Path(__file__).parent),
         "git_of_folder": _git_state(Path.cwd()),
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processes": processes,
         "distribution": distribution,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if on_gpu else None,
+        **describe_machine(device),
     }
 
 

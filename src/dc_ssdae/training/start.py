@@ -41,9 +41,7 @@ ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_
 
 
 @contextmanager
-def new_run(
-    config: RunConfig, config_text: str, path: Path, cpu: bool = False, replace: bool = False
-) -> Iterator[Trainer]:
+def new_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False) -> Iterator[Trainer]:
     """Begin a run in a new folder; the block trains.
 
     Args:
@@ -51,7 +49,6 @@ def new_run(
         config_text: the same as YAML, which is kept in the folder.
         path: of the run's folder.
         cpu: use no GPU.
-        replace: put it in the place of an earlier run.
 
     Raises:
         InputError: the configuration, the data, the processes or the folder do not fit.
@@ -63,7 +60,7 @@ def new_run(
         teacher = None if config.distillation is None else model_folder(config.distillation.teacher)
         source = teacher if config.training.init_from is None else model_folder(config.training.init_from)
         model_config = _model_config(config, model, source)
-        processes.on_main(partial(create_run, path, config_text, model_config, replace, teacher))
+        processes.on_main(partial(create_run, path, config_text, model_config, teacher))
         with locked(path, processes):
             try:
                 yield _trainer(config, run, accelerator, processes, sources, stop)
@@ -75,14 +72,14 @@ def new_run(
                 raise
 
 
-def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False, replace: bool = False) -> Outcome:
+def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False) -> Outcome:
     """Begin a run as `new_run` does, and train.
 
     Raises:
         InputError: as `new_run`.
         TrainingFailed: as `Trainer.run`.
     """
-    with new_run(config, config_text, path, cpu, replace) as trainer:
+    with new_run(config, config_text, path, cpu) as trainer:
         return trainer.run()
 
 

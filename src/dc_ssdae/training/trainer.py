@@ -47,9 +47,6 @@ from dc_ssdae.training.step import TrainingStep, draw_noise
 from dc_ssdae.training.stopping import Stopped, StopRequest
 from dc_ssdae.training.tensors import gathered, whole
 
-NOISE_FROM = "the step's device"
-"""Where levels and noise are drawn; before this was written into checkpoints, they came with the images."""
-
 
 class TrainingFailed(InputError):
     """A run that cannot go on; the message names what is left of it."""
@@ -111,7 +108,6 @@ class Trainer:
         self._saved_at: int | None = None
         self._mark = time.monotonic()
         self._is_first_step = True
-        self._had_other_noise = False
         self._batches: Iterator[Batch] = iter(())
         self._upcoming: list[Batch] = []
         self._unreadable: InputError | None = None
@@ -144,17 +140,9 @@ class Trainer:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
         self._workers = default_workers(here) if config.data.workers is None else config.data.workers
         model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
-        latent_is_known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-        self.measurements = Measurements(
-            config,
-            sources,
-            processes,
-            self._workers,
-            self.module,
-            self.ema,
-            training.keeps_latent and latent_is_known,
-            stop,
-        )
+        known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
+        watched = self.module, self.ema, training.keeps_latent and known
+        self.measurements = Measurements(config, sources, processes, self._workers, *watched, stop)
         names = getattr(sources.train, "names_sha256", None)
         self._names_sha256 = names() if callable(names) else None  # not every data set tells its images' names
         self._random = self.module.objective.random_backbones
@@ -182,7 +170,6 @@ class Trainer:
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "names_sha256": self._names_sha256,
-            "noise_from": NOISE_FROM,
             "processes": self.processes.count,
             "optimizer": {"class": type(self.optimizer).__name__, "groups": groups},
             "gradient_scaler": self.scaler.state_dict(),
@@ -217,7 +204,6 @@ class Trainer:
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.measurements.load_state_dict(state, self.is_finished())
-        self._had_other_noise = state.get("noise_from") != NOISE_FROM and not self.is_finished()
 
     def is_finished(self) -> bool:
         """Whether the budget is spent."""
@@ -236,11 +222,6 @@ class Trainer:
             if self._random:
                 names = ", ".join(f"losses.{name}" for name in self._random)
                 loggers.say(f"{names}: random weights in the backbone, whose values and whose training mean nothing")
-            if self._had_other_noise:
-                loggers.say(
-                    f"step {self.step}: this run was begun by an earlier version, which drew levels and noise with the "
-                    "images; from here on they are drawn in the training step, and are others"
-                )
             try:
                 if self.step and self._due():  # a signal came before it was done
                     self._measure(loggers)
