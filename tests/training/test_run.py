@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from dc_ssdae.training.run import (
     is_finished,
     publish_model,
     recover_run,
+    remove_run,
     run_lock,
 )
 from dc_ssdae.weights import read_safetensors
@@ -40,8 +41,8 @@ OLD = {"config.yaml": "old: 1\n", "model/config.json": "[]"}
 NEW = {"config.yaml": "new: 1\n", "model/config.json": "{}"}
 
 
-def create(path: Path, files: dict[str, str], replace: bool = False) -> None:
-    create_run(path, *files.values(), replace)
+def create(path: Path, files: dict[str, str]) -> None:
+    create_run(path, *files.values())
 
 
 def checkpoint(step: int, best: int | None = None) -> Checkpoint:
@@ -60,33 +61,30 @@ def published(run: RunFolder) -> float | None:
 
 
 @pytest.mark.parametrize("fail", [False, True])
-@pytest.mark.parametrize("replace", [False, True])
-def test_killed_at_any_operation_it_is_absent_or_complete(tmp_path: Path, replace: bool, fail: bool) -> None:
+def test_killed_at_any_operation_it_is_absent_or_complete(tmp_path: Path, fail: bool) -> None:
     seen = []
     for point in range(100):
         path = tmp_path / str(point) / "run"
         path.parent.mkdir()
-        if replace:
-            create(path, OLD)
-        code = run_in_child(lambda path=path: create(path, NEW, replace), point, fail)
+        code = run_in_child(lambda path=path: create(path, NEW), point, fail)
         assert code != CRASHED
         seen.append(contents(path) if path.exists() else None)
-        if fail and not replace:  # what was replaced may be impossible to delete
+        if fail:
             assert [entry.name for entry in path.parent.iterdir()] == ["run"] * path.exists(), "litter"
-        create(path, NEW, replace=path.exists())
+        if path.exists():
+            remove_run(path)
+        create(path, NEW)
         assert contents(path) == NEW
         assert [entry.name for entry in path.parent.iterdir()] == ["run"], "what the kill left is not removed"
         if code == 0 and point > 5:  # to make a folder that is there may fail
             break
     assert seen[-1] == NEW
-    assert all(found in (None, OLD, NEW) for found in seen)
-    assert (OLD in seen) == replace
-    assert (None in seen) == (not (replace and fail)), "a failure leaves the old one there"
+    assert all(found in (None, NEW) for found in seen)
+    assert None in seen
 
 
-@pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("there", ["folder", "file", "dangling link"])
-def test_what_is_no_run_is_never_overwritten(tmp_path: Path, there: str, replace: bool) -> None:
+def test_what_is_no_run_is_never_overwritten(tmp_path: Path, there: str) -> None:
     path = tmp_path / "there"
     if there == "folder":
         path.mkdir()
@@ -96,18 +94,13 @@ def test_what_is_no_run_is_never_overwritten(tmp_path: Path, there: str, replace
     else:
         path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="exists already and is no run"):
-        create_run(path, "new: 1\n", "{}", replace)
+        create(path, NEW)
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
 
 
-def test_a_run_is_replaced_only_where_that_is_asked_for_and_nobody_trains_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @contextmanager
-    def lose(folder: Path) -> Iterator[bool]:
-        if folder == path:
-            raise InputError("another process has it")
-        yield True
+def test_a_run_is_removed_only_where_nobody_trains_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(folder: Path) -> None:
+        raise InputError("another process has it")
 
     path = tmp_path / "run"
     create(path, OLD)
@@ -115,7 +108,7 @@ def test_a_run_is_replaced_only_where_that_is_asked_for_and_nobody_trains_it(
         create(path, NEW)
     monkeypatch.setattr(run_module, "run_lock", lose)
     with pytest.raises(InputError, match="another process has it"):
-        create(path, NEW, replace=True)
+        remove_run(path)
     assert contents(path) == OLD
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
@@ -140,7 +133,8 @@ def test_what_is_another_runs_or_may_be_alive_is_not_removed(tmp_path: Path, mon
         patch.setattr(run_module, "run_lock", lambda path: nullcontext(False))  # as on a file system without locks
         create_run(tmp_path / "run", "new: 1\n", "{}")
     assert mine.is_dir()
-    create_run(tmp_path / "run", "new: 1\n", "{}", replace=True)
+    remove_run(tmp_path / "run")
+    create(tmp_path / "run", NEW)
     assert not mine.exists()
     assert other.is_dir()
 
@@ -269,7 +263,7 @@ def test_the_environment_is_json() -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["command"] == sys.orig_argv
     assert torch.__version__.startswith(found["versions"]["torch"])
-    assert {"time", "folder", "host", "platform", "python", "git", "device", "cuda"} <= found.keys()
+    assert {"time", "folder", "host", "platform", "python", "git", "device", "cuda", "threads"} <= found.keys()
 
 
 def test_the_commit_of_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dc_ssdae.training.tensors import like, local_part
+from dc_ssdae.training.tensors import like, local_parts
 from dc_ssdae.weights import check_same_tensors
 
 Evaluated = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -46,10 +46,12 @@ class ExponentialMovingAverage:
         tensors = model.state_dict()
         parameters = {name: tensor for name, tensor in tensors.items() if name in self._parameters}
         tensors |= parameters if evaluated is None else evaluated(parameters)
+        averaged = [name for name, tensor in parameters.items() if tensor.is_floating_point()]
         if step > self.start:
-            averaged = [name for name, tensor in parameters.items() if tensor.is_floating_point()]
-            values = [local_part(tensors.pop(name)) for name in averaged]
-            torch._foreach_lerp_([local_part(self._tensors[name]) for name in averaged], values, 1.0 - self.decay)
+            share = 1.0 - self.decay
+            torch._foreach_lerp_(local_parts(self._tensors, averaged), local_parts(tensors, averaged), share)
+            for name in averaged:
+                del tensors[name]
         self._copy(self._tensors, tensors)
 
     @contextmanager
@@ -79,8 +81,5 @@ class ExponentialMovingAverage:
     @staticmethod
     @torch.no_grad()
     def _copy(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        names = list(values)
-        if names:
-            torch._foreach_copy_(
-                [local_part(targets[name]) for name in names], [local_part(values[name]) for name in names]
-            )
+        if values:
+            torch._foreach_copy_(local_parts(targets, values), local_parts(values, values))

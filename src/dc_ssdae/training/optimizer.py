@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.config import TrainingConfig
-from dc_ssdae.training.tensors import like, local_part
+from dc_ssdae.training.tensors import like, local_parts
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -46,8 +46,8 @@ def evaluated_weights(
         if not moving:
             return parameters
         (beta1,) = {group["betas"][0] for group in optimizer.param_groups}
-        points = [local_part(parameters[name]) for name in moving]
-        values = torch._foreach_lerp(points, [local_part(z) for z in moving.values()], 1.0 - 1.0 / beta1)
+        points = local_parts(parameters, moving), local_parts(moving, moving)
+        values = torch._foreach_lerp(*points, 1.0 - 1.0 / beta1)
         return {**parameters, **dict(zip(moving, values, strict=True))}
 
     return evaluated

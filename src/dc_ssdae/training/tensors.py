@@ -1,6 +1,6 @@
 """Tensors that may be sharded over processes (FSDP2's `DTensor`): the local part, the whole, a copy like another."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds, sharing its memory; a plain tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+def local_parts(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
+    """The parts of sharded tensors that this process holds, sharing their memory; plain tensors themselves."""
+    chosen = (tensors[name] for name in names)
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in chosen]  # type: ignore[attr-defined]
 
 
 def gathered(tensor: Tensor) -> Tensor:
