@@ -116,21 +116,6 @@ def test_one_step_comes_closer_to_several(
     assert [float(number) for number in found[:3]] == pytest.approx([one, several, student], abs=1e-6)
 
 
-def test_a_teacher_of_one_step_teaches_nothing(teacher: Path, data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "student"
-    words = ["--teacher", str(teacher), "--steps", "1", "--training.output", str(run), "--training.steps", "30"]
-    assert distil(words) == 0
-    one, same, student = distances(run)
-    _, other_student = elsewhere(teacher, run, data, 1)
-    report = json.loads((run / "distillation.json").read_text())["decodings"]
-    psnr = [entry["psnr"] for entry in report]
-    losses = [line["loss/dynamics"] for line in metrics(run)]
-    assert one == same == 0.0
-    assert losses[0] < 1e-11
-    assert max(student, other_student) < 1e-4
-    assert psnr[2] == pytest.approx(psnr[0], abs=0.05)
-
-
 def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
         return subprocess.Popen(

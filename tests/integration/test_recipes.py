@@ -93,17 +93,3 @@ def test_mistakes_are_one_line_and_leave_nothing(config, tmp_path, capsys):
         assert message.count("\n") == 1, message
         assert expected in message
         assert list(tmp_path.iterdir()) == []
-
-
-def test_what_cannot_change_is_one_line(whole, capsys):
-    before = (whole / "recipe.yaml").read_bytes()
-    for more, expected in (
-        (["--phases.low_resolution.training.steps", "50"], "phase low_resolution is finished"),
-        (["--config", "demo"], "--config is for a new run"),
-        (["--phases.low.training.steps", "50"], "unknown phase of the recipe 'low'"),
-    ):
-        assert main(["train", "--resume", str(whole), *more]) == 2
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1, message
-        assert expected in message
-    assert (whole / "recipe.yaml").read_bytes() == before

@@ -1,15 +1,12 @@
 """Runs whose objective looks through frozen backbones: what is saved, said, resumed, and refused before training."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from terms import Hooked
 from tiny import make_images, run_config, yaml_of
 
 from dc_ssdae import DCSSDAE
@@ -68,29 +65,6 @@ def test_the_head_is_saved_backbones_are_not_and_random_weights_are_said(
             assert line["random_backbones"] == ["lpips", "repa"]
     plain = train(run_config(images, steps=2, evaluate_every=1), tmp_path / "plain")
     assert "random" not in (plain / "metrics.jsonl").read_text() + (plain / "evaluations.jsonl").read_text()
-
-
-def test_a_stopped_run_ends_with_the_same_bits(images: Path, tmp_path: Path) -> None:
-    losses = {**LOSSES, "hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
-    config = run_config(images, losses=losses, steps=5)
-    whole = train(config, tmp_path / "whole")
-
-    def stop(call: int, value: torch.Tensor) -> torch.Tensor:
-        if call == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return value
-
-    Hooked.hook = stop
-    try:
-        part = train(config, tmp_path / "part")
-    finally:
-        Hooked.hook = None
-    assert len(read_lines(part / "metrics.jsonl")) == 3
-    resume_run(config, None, part, cpu=True)
-    first, second = tensors(whole), tensors(part)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 def test_every_parameter_that_trains_gets_a_gradient(images: Path) -> None:

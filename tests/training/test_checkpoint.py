@@ -97,15 +97,6 @@ def test_last_best_and_those_kept_for_good(tmp_path: Path) -> None:
     assert steps_of(CheckpointFolder(tmp_path / "moved")) == (60, 50)
 
 
-def test_a_step_that_is_saved_already_may_still_become_the_best(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
-    folder.save(checkpoint(10))
-    before = os.stat(tmp_path / "last" / "state.json").st_ino
-    folder.save(checkpoint(10), is_best=True)
-    assert steps_of(folder) == (10, 10)
-    assert os.stat(tmp_path / "last" / "state.json").st_ino == before, "written twice"
-
-
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

@@ -27,21 +27,20 @@ from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.distributed import PATIENCE, Processes, sum_over_processes
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import list_presets, load_preset
-from dc_ssdae.training.build import build_model, build_step, place_step
+from dc_ssdae.training.build import build_model, build_step, check_components, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import OptimizerName, RunConfig
-from dc_ssdae.training.distributed import check_batch, processes_of, start_processes
 from dc_ssdae.training.ema import ExponentialMovingAverage
-from dc_ssdae.training.evaluation import evaluate
+from dc_ssdae.training.measurements import evaluate
 from dc_ssdae.training.optimizer import (
-    OptimizerState,
     build_optimizer,
     evaluated_weights,
     load_optimizer_state,
     optimizer_state,
 )
+from dc_ssdae.training.start import start_processes
 from dc_ssdae.training.step import TrainingStep
-from dc_ssdae.training.tensors import assign, whole
+from dc_ssdae.training.tensors import like, whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BEFORE, STEPS = 8, 11
@@ -80,10 +79,9 @@ class Run:
         self._evaluated = evaluated_weights(self.optimizer, module.model)
         if checkpoint is not None:
             for name_, tensor in module.state_dict().items():
-                assign(tensor, checkpoint.tensors["model"][name_])
+                tensor.copy_(like(checkpoint.tensors["model"][name_], tensor))
             self.average.load_state_dict(checkpoint.tensors["ema"])
-            state = OptimizerState(dict(checkpoint.tensors["optimizer"]), checkpoint.state["groups"])
-            load_optimizer_state(self.optimizer, module, state)
+            load_optimizer_state(self.optimizer, module, checkpoint.tensors["optimizer"], checkpoint.state["groups"])
 
     def train(self, steps: range, rank: int = 0, processes: int = 1) -> None:
         for step in steps:
@@ -95,21 +93,16 @@ class Run:
     def reconstructed(self) -> Tensor:
         """By the averaged weights; leaves no trace."""
         self.module.eval()
-        with self.average.swapped_into(self.module.model):
+        with self.average.applied_to(self.module.model):
             images = self.module.reconstruct(batch(99)[0])
         self.module.train()
         return images
 
     def checkpoint(self, step: int) -> Checkpoint:
-        optimizer = optimizer_state(self.optimizer, self.module)
-        groups = {
-            "model": self.module.state_dict(),
-            "ema": self.average.state_dict(),
-            "optimizer": optimizer.tensors,
-        }
-        tensors = {file: {name: whole(tensor) for name, tensor in group.items()} for file, group in groups.items()}
-        groups_read = json.loads(json.dumps(optimizer.groups))
-        return Checkpoint(tensors, {"step": step, "groups": groups_read})
+        optimizer, groups = optimizer_state(self.optimizer, self.module)
+        files = {"model": self.module.state_dict(), "ema": self.average.state_dict(), "optimizer": optimizer}
+        tensors = {file: whole(group) for file, group in files.items()}
+        return Checkpoint(tensors, {"step": step, "groups": json.loads(json.dumps(groups))})
 
 
 def shard(module: TrainingStep, reshard: bool) -> TrainingStep:
@@ -215,7 +208,7 @@ def sharded_runs(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def work(rank: int, folder: str) -> None:
-    processes = processes_of(start_processes(PROCESSES, cpu=True))
+    _, processes = start_processes(PROCESSES, cpu=True)
     record: dict[str, Any] = {
         "failures": failures(processes, rank),
         "evaluations": evaluations(processes, Path(folder)),
@@ -276,7 +269,7 @@ def test_gradients_and_statistics_are_those_of_the_global_batch(records: list[di
 
 
 def test_evaluation_is_the_same_in_one_and_in_two_processes(folder: Path, records: list[dict[str, Any]]) -> None:
-    expected = evaluations(processes_of(start_processes(None, cpu=True)), folder)
+    expected = evaluations(Processes(), folder)
     assert [(count, images, len(broken)) for count, _, images, broken in expected] == [
         (count, images, broken) for count, images, broken in ((1, 1, 0), (2, 2, 0), (7, 6, 1)) for _ in range(2)
     ]
@@ -406,12 +399,12 @@ def test_processes_wait_for_each_other_for_days(launched: Callable[..., None], m
 def test_another_number_of_processes_is_refused() -> None:
     with pytest.raises(InputError, match=r"training\.processes is 2, but the launcher started 1"):
         start_processes(2, cpu=True)
-    assert start_processes(1, cpu=True).num_processes == 1
-    assert start_processes(None, cpu=True).num_processes == 1
+    assert start_processes(1, cpu=True)[1].count == 1
+    assert start_processes(None, cpu=True)[1].count == 1
 
 
 def test_in_one_process_errors_stay_what_they_are() -> None:
-    processes = processes_of(start_processes(None, cpu=True))
+    _, processes = start_processes(None, cpu=True)
 
     def fail() -> None:
         raise FileNotFoundError(2, "No such file", "x")
@@ -422,10 +415,8 @@ def test_in_one_process_errors_stay_what_they_are() -> None:
             function(fail)
 
 
-@pytest.mark.parametrize(("parts", "processes", "multiple"), [(3, 4, None), (1, 5, 5), (2, 4, 8)])
-def test_a_batch_must_divide_evenly(parts: int, processes: int, multiple: int | None) -> None:
-    if multiple is None:
-        check_batch(12, parts, processes)
-    else:
-        with pytest.raises(InputError, match=rf"batch_size is 12; .* multiple of {multiple}$"):
-            check_batch(12, parts, processes)
+def test_a_batch_must_divide_evenly() -> None:
+    config = run_config(batch_size=12, accumulation_steps=2)
+    check_components(config, processes=3)
+    with pytest.raises(InputError, match=r"batch_size is 12; .* multiple of 8$"):
+        check_components(config, processes=4)

@@ -159,7 +159,7 @@ def test_a_training_step_waits_once(
         assert waits.by == ["_exchange"]
     assert (trainer.step, trainer.skipped_steps) == (3, 1)
     trainer.module.eval()
-    with Waits() as waits, trainer.ema.swapped_into(trainer.module.model):
+    with Waits() as waits, trainer.ema.applied_to(trainer.module.model):
         images = trainer.module.reconstruct(pixels.to(CUDA))
         posterior = trainer.module.posterior(pixels.to(CUDA))
     assert images.device == posterior.mean.device == CUDA

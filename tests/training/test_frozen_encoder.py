@@ -13,7 +13,7 @@ from dc_ssdae import DiagonalGaussian
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
-from dc_ssdae.training.build import build_model, build_step, check_encoder_is_trained
+from dc_ssdae.training.build import build_model, build_step, check_components
 from dc_ssdae.training.config import RunConfig, keeps_latent
 from dc_ssdae.training.run import RunFolder, recover_run
 from dc_ssdae.training.start import resume_run, start_run
@@ -108,9 +108,8 @@ def test_a_random_encoder_that_would_stay_so_is_refused(images: Path, source: Pa
     with pytest.raises(InputError, match=r"training\.train leaves the encoder out"):
         start(frozen(images), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    check_encoder_is_trained(frozen(images, init_from=str(source)))
-    check_encoder_is_trained(frozen(images, train=["encoder.latent_head", "decoder"]))
-    check_encoder_is_trained(run_config(images))
+    check_components(frozen(images, init_from=str(source)))
+    check_components(frozen(images, train=["encoder.latent_head", "decoder"]))
 
 
 class Pretrained(nn.Module):
@@ -125,9 +124,7 @@ class Pretrained(nn.Module):
 
 
 def test_a_users_encoder_may_bring_its_own_weights(images: Path) -> None:
-    check_encoder_is_trained(
-        run_config(images, model={"encoder": {"class_path": f"{__name__}.Pretrained"}}, train=["decoder"])
-    )
+    check_components(run_config(images, model={"encoder": {"class_path": f"{__name__}.Pretrained"}}, train=["decoder"]))
 
 
 def test_a_term_that_is_left_out_may_be_named(images: Path) -> None:

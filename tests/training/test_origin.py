@@ -10,8 +10,7 @@ from tiny import MODEL, run_config
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import load_preset
 from dc_ssdae.training.config import DataConfig, RunConfig
-from dc_ssdae.training.evaluation import Evaluation
-from dc_ssdae.training.origin import changed_settings, data_name, evaluation_entry, inherited, origin
+from dc_ssdae.training.origin import changed_settings, data_name, inherited, origin
 
 
 def demo(training: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
@@ -67,7 +66,7 @@ def test_what_stays_true_is_inherited(tmp_path: Path) -> None:
     known = {"source": "AutoencoderKL owner/name", "untrained": ["decoder"], "license": "mit", "steps": 3, "data": "x"}
     (folder / "config.json").write_text(json.dumps({"provenance": known}))
     config = run_config(init_from=str(folder), train=["decoder"])
-    before = inherited(config, None)
+    before = inherited(config, folder)
     assert before == {"source": "AutoencoderKL owner/name", "untrained": ["decoder"], "license": "mit"}
     found = origin(config, before, 9, ["lpips"])
     assert found.items() >= {"source": "AutoencoderKL owner/name", "license": "mit", "images": 9}.items()
@@ -75,24 +74,13 @@ def test_what_stays_true_is_inherited(tmp_path: Path) -> None:
     assert found["random_backbones"] == ["lpips"]
     assert not found.keys() & {"untrained", "data", "steps"}
     assert origin(config, found, 9, ["lpips"]) == found, "as a run that goes on finds it"
-    assert inherited(config, folder) == before, "of a distillation's teacher"
     (folder / "config.json").unlink()
-    assert inherited(config, None) == {}
+    assert inherited(config, folder) == {}
     (folder / "config.json").write_text(json.dumps({"provenance": {"x": 1}}))
     with pytest.raises(InputError, match="unknown key of provenance 'x'"):
-        inherited(config, None)
+        inherited(config, folder)
 
 
 def test_a_distillation_names_its_teacher() -> None:
     config = RunConfig.from_mapping({**run_config().to_mapping(), "distillation": {"teacher": "/runs/first/model"}})
     assert origin(config, None, 9, [])["teacher"] == "first"
-
-
-def test_an_evaluation_that_measured_nothing_is_none() -> None:
-    nan = float("nan")
-    data = DataConfig(root="/data/photos", image_size=32)
-    assert evaluation_entry(Evaluation({"psnr": nan, "ssim": nan, "mse": nan}, 0, []), data, 3) is None
-    entry = evaluation_entry(Evaluation({"psnr": float("inf"), "ssim": 1.0, "mse": 0.0}, 4, []), data, 3)
-    assert entry is not None
-    assert entry["metrics"] == {"ssim": {"value": 1.0}, "mse": {"value": 0.0}}
-    assert (entry["protocol"], entry["step"], entry["data"]) == ("training", 3, "photos/validation")

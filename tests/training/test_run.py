@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,13 @@ from dc_ssdae.training.checkpoint import Checkpoint
 from dc_ssdae.training.run import (
     WEIGHTS_FILE,
     RunFolder,
-    RunLock,
     create_run,
     describe_environment,
     is_finished,
     publish_model,
     recover_run,
+    remove_run,
+    run_lock,
 )
 from dc_ssdae.weights import read_safetensors
 
@@ -39,8 +41,8 @@ OLD = {"config.yaml": "old: 1\n", "model/config.json": "[]"}
 NEW = {"config.yaml": "new: 1\n", "model/config.json": "{}"}
 
 
-def create(path: Path, files: dict[str, str], replace: bool = False) -> None:
-    create_run(path, *files.values(), replace)
+def create(path: Path, files: dict[str, str]) -> None:
+    create_run(path, *files.values())
 
 
 def checkpoint(step: int, best: int | None = None) -> Checkpoint:
@@ -59,33 +61,30 @@ def published(run: RunFolder) -> float | None:
 
 
 @pytest.mark.parametrize("fail", [False, True])
-@pytest.mark.parametrize("replace", [False, True])
-def test_killed_at_any_operation_it_is_absent_or_complete(tmp_path: Path, replace: bool, fail: bool) -> None:
+def test_killed_at_any_operation_it_is_absent_or_complete(tmp_path: Path, fail: bool) -> None:
     seen = []
     for point in range(100):
         path = tmp_path / str(point) / "run"
         path.parent.mkdir()
-        if replace:
-            create(path, OLD)
-        code = run_in_child(lambda path=path: create(path, NEW, replace), point, fail)
+        code = run_in_child(lambda path=path: create(path, NEW), point, fail)
         assert code != CRASHED
         seen.append(contents(path) if path.exists() else None)
-        if fail and not replace:  # what was replaced may be impossible to delete
+        if fail:
             assert [entry.name for entry in path.parent.iterdir()] == ["run"] * path.exists(), "litter"
-        create(path, NEW, replace=path.exists())
+        if path.exists():
+            remove_run(path)
+        create(path, NEW)
         assert contents(path) == NEW
         assert [entry.name for entry in path.parent.iterdir()] == ["run"], "what the kill left is not removed"
         if code == 0 and point > 5:  # to make a folder that is there may fail
             break
     assert seen[-1] == NEW
-    assert all(found in (None, OLD, NEW) for found in seen)
-    assert (OLD in seen) == replace
-    assert (None in seen) == (not (replace and fail)), "a failure leaves the old one there"
+    assert all(found in (None, NEW) for found in seen)
+    assert None in seen
 
 
-@pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("there", ["folder", "file", "dangling link"])
-def test_what_is_no_run_is_never_overwritten(tmp_path: Path, there: str, replace: bool) -> None:
+def test_what_is_no_run_is_never_overwritten(tmp_path: Path, there: str) -> None:
     path = tmp_path / "there"
     if there == "folder":
         path.mkdir()
@@ -95,23 +94,21 @@ def test_what_is_no_run_is_never_overwritten(tmp_path: Path, there: str, replace
     else:
         path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="exists already and is no run"):
-        create_run(path, "new: 1\n", "{}", replace)
+        create(path, NEW)
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
 
 
-def test_a_run_is_replaced_only_where_that_is_asked_for_and_nobody_trains_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lose(lock: RunLock) -> None:
+def test_a_run_is_removed_only_where_nobody_trains_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(folder: Path) -> None:
         raise InputError("another process has it")
 
     path = tmp_path / "run"
     create(path, OLD)
     with pytest.raises(InputError, match=f"is a run already: go on with it by --resume {path}"):
         create(path, NEW)
-    monkeypatch.setattr(RunLock, "acquire", lose)
+    monkeypatch.setattr(run_module, "run_lock", lose)
     with pytest.raises(InputError, match="another process has it"):
-        create(path, NEW, replace=True)
+        remove_run(path)
     assert contents(path) == OLD
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
@@ -133,10 +130,11 @@ def test_what_is_another_runs_or_may_be_alive_is_not_removed(tmp_path: Path, mon
     mine.mkdir()
     other.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(RunLock, "acquire", lambda lock: None)  # as on a file system without locks
+        patch.setattr(run_module, "run_lock", lambda path: nullcontext(False))  # as on a file system without locks
         create_run(tmp_path / "run", "new: 1\n", "{}")
     assert mine.is_dir()
-    create_run(tmp_path / "run", "new: 1\n", "{}", replace=True)
+    remove_run(tmp_path / "run")
+    create(tmp_path / "run", NEW)
     assert not mine.exists()
     assert other.is_dir()
 
@@ -150,11 +148,10 @@ def owner(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     program = (
         "import sys, subprocess\n"
         "from pathlib import Path\n"
-        "from dc_ssdae.training.run import RunLock\n"
-        "lock = RunLock(Path(sys.argv[1]))\n"
-        "lock.acquire()\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
+        "from dc_ssdae.training.run import run_lock\n"
+        "with run_lock(Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    sys.stdin.read()\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -167,19 +164,17 @@ def owner(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path, owner: "subprocess.Popen[str]") -> None:
-    lock = RunLock(tmp_path)
-    with pytest.raises(InputError, match=rf"is being trained by process {owner.pid} on .*; stop that first") as caught:
-        lock.acquire()
+    refusal = rf"is being trained by process {owner.pid} on .*; stop that first"
+    with pytest.raises(InputError, match=refusal) as caught, run_lock(tmp_path):
+        pass
     assert "\n" not in str(caught.value)
-    lock.release()  # nothing to give back
     owner.kill()
     owner.wait()
-    lock.acquire()
-    code = run_in_child(RunLock(tmp_path).acquire, 1000)
-    assert code == CRASHED, "a child took the lock too"
-    lock.release()
+    with run_lock(tmp_path):
+        code = run_in_child(lambda: run_lock(tmp_path).__enter__(), 1000)
+        assert code == CRASHED, "a child took the lock too"
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-    assert run_in_child(RunLock(tmp_path).acquire, 1000) == 0
+    assert run_in_child(lambda: run_lock(tmp_path).__enter__(), 1000) == 0
 
 
 # --- its model ---
@@ -264,11 +259,11 @@ def test_whether_the_budget_is_spent(run: RunFolder, budget: dict[str, float], f
 
 
 def test_the_environment_is_json() -> None:
-    found = describe_environment({"device": "cpu", "cuda": None})
+    found = describe_environment(torch.device("cpu"), 1, "NO")
     assert json.loads(json.dumps(found)) == found
     assert found["command"] == sys.orig_argv
     assert torch.__version__.startswith(found["versions"]["torch"])
-    assert {"time", "folder", "host", "platform", "python", "git", "device", "cuda"} <= found.keys()
+    assert {"time", "folder", "host", "platform", "python", "git", "device", "cuda", "threads"} <= found.keys()
 
 
 def test_the_commit_of_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +280,6 @@ def test_the_commit_of_a_working_tree(tmp_path: Path, monkeypatch: pytest.Monkey
             git("commit", "-m", text)
             git("tag", "v1")
         expected = {"commit": git("rev-parse", "HEAD"), "changed": changed}
-        assert describe_environment({})["git_of_folder"] == expected
+        assert describe_environment(torch.device("cpu"), 1, "NO")["git_of_folder"] == expected
     monkeypatch.setenv("PATH", "")
-    assert describe_environment({})["git_of_folder"] is None
+    assert describe_environment(torch.device("cpu"), 1, "NO")["git_of_folder"] is None

@@ -29,15 +29,15 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.training import build as build_module
 from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import measurements as measurements_module
+from dc_ssdae.training import start as start_module
 from dc_ssdae.training import trainer as trainer_module
 from dc_ssdae.training.build import build_model
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.distributed import processes_of, start_processes
-from dc_ssdae.training.evaluation import Evaluation
 from dc_ssdae.training.logging import Loggers, read_lines
-from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, RunLock, create_run, recover_run
-from dc_ssdae.training.start import resume_run, start_run
+from dc_ssdae.training.measurements import Evaluation
+from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, create_run, recover_run
+from dc_ssdae.training.start import resume_run, start_processes, start_run
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
@@ -63,8 +63,8 @@ def trainer_of(config: RunConfig, path: Path) -> Trainer:
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
     run = RunFolder(path, config.training.keep_every)
-    accelerator = start_processes(None, cpu=True)
-    return Trainer(config, run, accelerator, processes_of(accelerator), sources, StopRequest())
+    accelerator, processes = start_processes(None, cpu=True)
+    return Trainer(config, run, accelerator, processes, sources, StopRequest())
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -190,9 +190,7 @@ def test_the_same_again_is_the_same(
     assert lines(tmp_path / "run") == lines(whole_run)
 
 
-def test_a_finished_run_is_not_gone_on_with(
-    whole_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_not_gone_on_with(whole_run: Path, images: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(whole_run, path, symlinks=True)
     before = (path / "metrics.jsonl").read_bytes()
@@ -203,16 +201,6 @@ def test_a_finished_run_is_not_gone_on_with(
     assert (path / "metrics.jsonl").read_bytes() == before
     DCSSDAE.from_pretrained(path / "model")
     assert not list((path / "checkpoints").glob("*.partial"))
-    # A run of a version that drew noise elsewhere says so, once.
-    state = path / "checkpoints" / "last" / "state.json"
-    content = json.loads(state.read_text())
-    del content["noise_from"]
-    state.write_text(json.dumps(content))
-    told = []
-    for steps in (9, 10):
-        assert resume(run_config(images, losses=HOOKED, steps=steps), path) == Outcome(steps, None)
-        told.append("drawn in the training step" in capsys.readouterr().err)
-    assert told == [True, False]
 
 
 # --- steps that are not finite ---
@@ -314,14 +302,10 @@ def test_a_run_that_skipped_every_step_fails_without_a_model(images: Path, tmp_p
 def test_who_loses_the_race_for_the_lock_leaves_the_winners_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    acquire = RunLock.acquire
+    def lose(path: Path) -> None:
+        raise InputError("another process has it")
 
-    def lose(lock: RunLock) -> None:
-        if lock._path.name == "run":
-            raise InputError("another process has it")
-        acquire(lock)
-
-    monkeypatch.setattr(RunLock, "acquire", lose)
+    monkeypatch.setattr(start_module, "run_lock", lose)
     with pytest.raises(InputError, match="another process has it"):
         start(run_config(images), tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").is_file()
@@ -677,8 +661,8 @@ def half_way(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tr
     start(config, path)
     data = config.data
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    accelerator = start_processes(None, cpu=True)
-    trainer = Trainer(config, RunFolder(path), accelerator, processes_of(accelerator), sources, StopRequest())
+    accelerator, processes = start_processes(None, cpu=True)
+    trainer = Trainer(config, RunFolder(path), accelerator, processes, sources, StopRequest())
     return trainer, json.loads((path / "checkpoints" / "last" / "state.json").read_text())
 
 

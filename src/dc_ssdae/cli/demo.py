@@ -53,8 +53,8 @@ def run(options: Options) -> int:
     device = select_device(options.device)
     from dc_ssdae.training.run import check_new
 
-    replace = _is_demo(options.out)
-    if replace:
+    replaces = _is_demo(options.out)
+    if replaces:
         check_outputs(options, [options.out / "config.yaml"])
     else:
         check_new(options.out)  # before the seconds that the shipped model takes
@@ -65,6 +65,7 @@ def run(options: Options) -> int:
     from dc_ssdae.data.sample_photos import sample_photos
     from dc_ssdae.timing import keeping_threads
     from dc_ssdae.training.logging import read_lines
+    from dc_ssdae.training.run import remove_run
     from dc_ssdae.training.start import start_run
 
     config = _configuration(options)
@@ -80,7 +81,9 @@ def run(options: Options) -> int:
             _choose_threads(config, threads)  # not for a run of steps, which is reproducible for a number of threads
         budget = f"{training.minutes:g} minutes" if training.steps is None else counted(training.steps, "step")
         say(f"Training preset {PRESET!r} on {_device_name(device)}, {budget}, on {counted(len(names), 'photo')}")
-        start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu", replace=replace)
+        if replaces:
+            remove_run(options.out)
+        start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu")
         model = DCSSDAE.from_pretrained(options.out / "model")
         say("Reconstructing the same photos, which the new model has not seen")
         results = _evaluate(model, held_out, device)

@@ -20,8 +20,7 @@ from dc_ssdae.cli.run_config import (
 from dc_ssdae.errors import InputError, ToldElsewhere, counted, unknown_name
 from dc_ssdae.presets import list_recipes, load_recipe, read_yaml
 from dc_ssdae.settings import setting
-from dc_ssdae.training.changes import check_changes, lasting_settings
-from dc_ssdae.training.config import RunConfig, TrainingConfig, lay_over, spell_weights
+from dc_ssdae.training.config import RunConfig, TrainingConfig, check_changes, lay_over, spell_weights
 from dc_ssdae.training.recipe import (
     Recipe,
     change_recipe,
@@ -72,7 +71,7 @@ def run(options: Options) -> int:
         if options.recipe is not None or (options.resume is not None and (options.resume / "recipe.yaml").is_file()):
             return run_recipe(options)
         from dc_ssdae.training.build import resolved
-        from dc_ssdae.training.start import resume_run, start_run
+        from dc_ssdae.training.start import new_run, resume_run
 
         if options.resume is None:
             config, name = read_run_config(options)
@@ -80,7 +79,8 @@ def run(options: Options) -> int:
                 raise InputError("which configuration? --config PRESET (dc-ssdae info lists them) or --config FILE")
             path = new_run_folder(config.training.output, name)
             config = resolved(config)
-            outcome: Outcome | None = start_run(config, config_yaml(config), path)
+            with new_run(config, config_yaml(config), path) as trainer:
+                outcome: Outcome | None = trainer.run()
         else:
             path, before = options.resume, read_run(options.resume)
             config = read_changes(options, before, path)
@@ -113,16 +113,16 @@ def run_recipe(options: Options) -> int:
         for old, new in zip(before.phases, recipe.phases, strict=True):
             folder = before.folder(path, old.name)
             if (folder / "config.yaml").is_file():
-                check_changes(lasting_settings(old.config), lasting_settings(new.config), folder)
+                check_changes(old.config.fixed_settings(True), new.config.fixed_settings(True), folder)
     if options.print_config:
         print_text(recipe_yaml(recipe))
         return 0
     if options.resume is None:
         path = new_run_folder(output, name)
         recipe = resolved_recipe(recipe)
-        outcome: Outcome | None = start_recipe(recipe, recipe_yaml(recipe), path, config_yaml, say)
+        outcome: Outcome | None = start_recipe(recipe, path, config_yaml, say)
     else:
-        outcome = resume_recipe(recipe, recipe_yaml(recipe) if recipe != before else None, path, config_yaml, say)
+        outcome = resume_recipe(recipe, path, config_yaml, say)
     last = recipe.phases[-1].name
     spent = f"{counted(len(recipe.phases), 'phase')}, all budgets spent (--phases.{last}.training.steps N goes on to N)"
     tell_end(Options.program, outcome, path, spent)
@@ -252,7 +252,7 @@ def read_changes(options: RunOptions, before: RunConfig, path: Path) -> RunConfi
         InputError: as `read_run_config`; or a change would make it another run.
     """
     after, _ = read_run_config(options, before.to_mapping())
-    check_changes(lasting_settings(before), lasting_settings(after), path)
+    check_changes(before.fixed_settings(True), after.fixed_settings(True), path)
     return after
 
 

@@ -1,7 +1,6 @@
 """From a configuration to the model and the objective; a user's own classes are imported by the names given there."""
 
 import inspect
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import import_class
@@ -25,7 +24,7 @@ from dc_ssdae.model_folder import model_folder, read_config
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.training.checkpoint import Checkpoint
-from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
+from dc_ssdae.training.config import DistillationConfig, LossConfig, ModelConfig, RunConfig
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
@@ -50,8 +49,8 @@ def resolved(config: RunConfig) -> RunConfig:
         InputError: a class or a setting is unknown or does not fit.
     """
     classes = own_classes(config.model)
-    parts = {part: resolve_part(part, getattr(config.model, part), classes) for part in COMPONENTS}
-    return replace(config, model=replace(config.model, **_as_yaml(parts)))
+    parts: dict[str, Any] = {part: resolve_part(part, getattr(config.model, part), classes) for part in COMPONENTS}
+    return replace(config, model=replace(config.model, **parts))
 
 
 def build_model(config: ModelConfig) -> DCSSDAE:
@@ -104,29 +103,12 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
         step = DistillationStep(model, objective, loaded, given.steps, given.step_size, *settings)
     chosen = config.trained_groups()
     if chosen is not None:
-        step.freeze_all_but(trained_tensors(step, chosen))
+        groups = {group: [f"model.{name}" for name in names] for group, names in parameter_groups(model).items()}
+        for term, module in objective.terms.items():
+            if names := [f"objective.terms.{term}.{name}" for name in module.state_dict()]:
+                groups[f"losses.{term}"] = names
+        step.freeze_all_but({name for group in _select(groups, chosen) for name in groups[group]})
     return step
-
-
-def trained_tensors(step: TrainingStep, selectors: Sequence[str]) -> set[str]:
-    """Find what trains where only some groups do.
-
-    Args:
-        step: with the model and the objective.
-        selectors: names of groups as `dc_ssdae.parameter_groups.select_groups` takes them; losses.NAME is what a loss
-            term has learnt.
-
-    Returns:
-        Names of tensors of the step's state dict.
-
-    Raises:
-        InputError: a selector matches nothing.
-    """
-    groups = {group: [f"model.{name}" for name in names] for group, names in parameter_groups(step.model).items()}
-    for term, module in step.objective.terms.items():
-        if names := [f"objective.terms.{term}.{name}" for name in module.state_dict()]:
-            groups[f"losses.{term}"] = names
-    return {name for group in _select(groups, selectors) for name in groups[group]}
 
 
 def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) -> TrainingStep:
@@ -138,20 +120,28 @@ def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) 
         checkpoint: to go on from; None begins.
 
     Raises:
-        InputError: as `build_step`; or the weights are not there, or are of another architecture.
+        InputError: as `build_step`; the weights are of another architecture; or a loss term's own parameters are random
+            and would stay so.
     """
     torch.manual_seed(config.training.seed)
+    distillation, training = config.distillation, config.training
     step = build_step(config, run.teacher if run.teacher.is_dir() else None)
-    cache_steps = None if config.distillation is None else config.distillation.cache_steps
-    if isinstance(step, DistillationStep) and cache_steps is not None:
-        step.cache = TeacherCache(run.teacher_cache, cache_steps * config.training.batch_size)
+    if isinstance(step, DistillationStep) and distillation is not None and distillation.cache_steps is not None:
+        step.cache = TeacherCache(run.teacher_cache, distillation.cache_steps * training.batch_size)
     if checkpoint is not None:
         weights = checkpoint.tensors["model"]
         check_same_tensors(f"{run.checkpoints.last()}/model.safetensors", step.state_dict(), weights)
         step.load_state_dict(dict(weights))
         return step
-    source = config.training.init_from if config.distillation is None else str(run.teacher)
-    check_terms_are_trained(step, set() if source is None else load_initial_weights(step, source))
+    source = training.init_from if distillation is None else str(run.teacher)
+    loaded = set() if source is None else load_initial_weights(step, source)
+    for name in sorted(step.held_back - loaded):
+        if name.startswith("objective."):
+            term = name.split(".")[2]
+            raise InputError(
+                f"losses.{term} has parameters of its own, which are new and would not train: add losses.{term} to "
+                f"training.train, start from a run that has trained them, or leave the term out: --losses.{term} 0"
+            )
     return step
 
 
@@ -170,9 +160,7 @@ def load_initial_weights(step: TrainingStep, source: str) -> set[str]:
     Raises:
         InputError: there are no weights, or the model's are of another architecture.
     """
-    weights = read_safetensors(model_folder(source) / WEIGHTS_FILE)
-    check_same_tensors(f"training.init_from {source}", step.model.state_dict(), weights)
-    step.model.load_state_dict(weights)
+    step.model.load_state_dict(_read_source("training.init_from", source, step.model))
     run = Path(source)
     if (run / RECIPE_FILE).is_file():
         run = model_folder(run).resolve().parent  # RUN/model is a link into a phase
@@ -190,28 +178,9 @@ def load_initial_weights(step: TrainingStep, source: str) -> set[str]:
         except InputError as error:
             print(f"losses.{name} starts anew: {error}", file=sys.stderr)
             continue
-        term.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in given.items()})
+        term.load_state_dict({key.removeprefix(prefix): given[key] for key in expected})
         loaded |= expected.keys()
     return loaded
-
-
-def check_terms_are_trained(step: TrainingStep, loaded: set[str]) -> None:
-    """Refuse a loss term whose own parameters are random and stay so.
-
-    Args:
-        step: with what trains marked.
-        loaded: names of tensors that are not random.
-
-    Raises:
-        InputError: names the term.
-    """
-    for name in sorted(step.held_back - loaded):
-        if name.startswith("objective."):
-            term = name.split(".")[2]
-            raise InputError(
-                f"losses.{term} has parameters of its own, which are new and would not train: add losses.{term} to "
-                f"training.train, start from a run that has trained them, or leave the term out: --losses.{term} 0"
-            )
 
 
 def place_step(step: TrainingStep, config: RunConfig, device: torch.device, sharded: bool = False) -> None:
@@ -247,7 +216,7 @@ def decoder_groups(config: ModelConfig) -> list[str]:
 
 
 def check_components(
-    config: RunConfig, starts: bool = True, teacher: Path | None = None, sharded: bool = False
+    config: RunConfig, starts: bool = True, teacher: Path | None = None, processes: int = 1, sharded: bool = False
 ) -> DCSSDAE:
     """Find mistakes in the model's and the losses' settings before anything heavy is built.
 
@@ -255,21 +224,28 @@ def check_components(
         config: of the run.
         starts: False for a run that goes on, which no longer needs the weights it started from.
         teacher: where a run keeps its copy of a distillation's teacher; None where it is yet to be copied.
-        sharded: whether the parameters are sharded over processes.
+        processes: number of processes that train together.
+        sharded: whether the parameters are sharded over them.
 
     Returns:
         The model, without weights.
 
     Raises:
-        InputError: as `build_model` and `build_objective`.
+        InputError: as `build_model` and `build_objective`; or the run would train, or keep, nothing but random weights.
     """
     training = config.training
+    parts = processes * training.accumulation_steps
+    if training.batch_size % parts:
+        raise InputError(
+            f"training.batch_size is {training.batch_size}; with {processes} processes and "
+            f"training.accumulation_steps {training.accumulation_steps} it must be a multiple of {parts}"
+        )
     with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
         model = _build_for_training(config, sharded)
     if config.distillation is not None:
-        _check_teacher(model, config, teacher)
+        _check_teacher(model, config, config.distillation, teacher)
     if starts and training.init_from is not None:
-        _check_source("training.init_from", training.init_from, model)
+        _read_source("training.init_from", training.init_from, model)
     # Groups of loss terms are known when those are built, with their backbones.
     if own := [name for name in training.train or () if name.partition(".")[0] != "losses"]:
         _select(parameter_groups(model), own)
@@ -278,27 +254,15 @@ def check_components(
     for name, loss in config.losses.items():
         if loss.weight:
             _check_term(name, loss)
-    if starts:
-        check_encoder_is_trained(config)
-    return model
-
-
-def check_encoder_is_trained(config: RunConfig) -> None:
-    """Refuse an encoder whose weights are random and stay so; a class of the user's may bring its own.
-
-    Args:
-        config: of a run that begins.
-
-    Raises:
-        InputError: the run has nothing to start from and trains no group of the encoder.
-    """
-    class_path = (config.model.encoder or {}).get("class_path", DEFAULT_CLASSES["encoder"])
-    has_source = config.training.init_from is not None or config.distillation is not None
-    if config.training.keeps_latent and class_path in COMPONENTS["encoder"] and not has_source:
+    encoder = (config.model.encoder or {}).get("class_path", DEFAULT_CLASSES["encoder"])
+    has_source = training.init_from is not None or config.distillation is not None
+    # A class of the user's may bring its own weights.
+    if starts and training.keeps_latent and not has_source and encoder in COMPONENTS["encoder"]:
         raise InputError(
             "training.train leaves the encoder out, whose weights would be random and stay so: start from a model by "
             "--training.init_from DIR (dc-ssdae convert diffusers makes one of a published encoder), or train it too"
         )
+    return model
 
 
 def fetch_backbones(losses: Mapping[str, LossConfig]) -> None:
@@ -356,22 +320,22 @@ def _select(groups: Mapping[str, list[str]], selectors: Sequence[str]) -> list[s
         raise InputError(f"training.train: {error}") from None
 
 
-def _check_source(name: str, source: str, model: DCSSDAE) -> None:
-    """Compare the weights' headers with the model."""
+def _read_source(name: str, source: str, model: DCSSDAE) -> dict[str, Tensor]:
+    """Read the weights that a setting names, which must be the model's."""
     try:
         given = read_safetensors(model_folder(source) / WEIGHTS_FILE)
     except InputError as error:
         raise InputError(f"{name} {source}: {error}") from None
     check_same_tensors(f"{name} {source}", model.state_dict(), given)
+    return given
 
 
-def _check_teacher(model: DCSSDAE, config: RunConfig, kept: Path | None) -> None:
-    assert config.distillation is not None
-    teacher = config.distillation.teacher if kept is None else str(kept)
+def _check_teacher(model: DCSSDAE, config: RunConfig, distillation: DistillationConfig, kept: Path | None) -> None:
+    teacher = distillation.teacher if kept is None else str(kept)
     if config.training.init_from is not None:
         raise InputError("training.init_from is not for a distillation: its student starts as the teacher")
-    descends = config.distillation.steps > 1 and isinstance(model.dynamics, EquilibriumMatching)
-    if config.distillation.step_size is not None and not descends:
+    descends = distillation.steps > 1 and isinstance(model.dynamics, EquilibriumMatching)
+    if distillation.step_size is not None and not descends:
         raise InputError("distillation.step_size is for several steps of equilibrium matching; leave it out here")
     chosen = config.training.train
     if chosen is None or any(name.partition(".")[0] not in ("decoder", "losses") for name in chosen):
@@ -379,17 +343,11 @@ def _check_teacher(model: DCSSDAE, config: RunConfig, kept: Path | None) -> None
             f"training.train is {shown(chosen)}; a distillation trains the decoder alone, from the teacher's latent: "
             "name groups of the decoder"
         )
-    _check_source("distillation.teacher", teacher, model)
+    _read_source("distillation.teacher", teacher, model)
     config_there = read_config(model_folder(teacher))
     for part in COMPONENTS:
-        theirs = resolve_part(part, config_there.get(part), own_classes(config.model))
-        if _as_yaml(theirs) != _as_yaml(model.config[part]):
+        if resolve_part(part, config_there.get(part), own_classes(config.model)) != model.config[part]:
             raise InputError(f"distillation.teacher {teacher} has another {part} than section model; take the same")
-
-
-def _as_yaml(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as YAML gives them back: lists for tuples."""
-    return dict(json.loads(json.dumps(settings)))
 
 
 def _term_class(name: str, loss: LossConfig) -> type[nn.Module]:

@@ -26,6 +26,7 @@ from dc_ssdae.files import folder_beside, replace_link, sha256, sync, temporary_
 from dc_ssdae.weights import read_safetensors
 
 FORMAT = 1
+STATE_FILE = "state.json"
 TENSOR_FILES = ("model", "ema", "optimizer")
 LAST, BEST = "last", "best"
 
@@ -33,7 +34,6 @@ _MAPPINGS = ("best", "latent_statistics", "provenance", "settings", "optimizer",
 """The parts of a state that are JSON objects, or null."""
 
 _FOLDER = re.compile(r"step-(\d{8,})")
-_PARTIAL = ".partial"
 
 
 class Checkpoint(NamedTuple):
@@ -73,10 +73,11 @@ class CheckpointFolder:
         Raises:
             OSError: it cannot be written, for instance because the disk is full. What was there before stays.
         """
-        target = self.path / f"step-{checkpoint.state['step']:08d}"
+        target = self.of_step(checkpoint.state["step"])
         if not checkpoint.tensors:
-            write_state(target, checkpoint.state, read_state(target).get("sha256"))
-        elif self._linked(LAST) != target.resolve():
+            state = {"format": FORMAT, **checkpoint.state, "sha256": read_state(target).get("sha256")}
+            write_json(target / STATE_FILE, state)
+        else:
             with folder_beside(target) as beside:
                 write_checkpoint(beside, checkpoint)
                 if target.exists():  # from a run that was killed before the link followed
@@ -88,6 +89,10 @@ class CheckpointFolder:
             self._link(BEST, target)
         self.clean()
         return target
+
+    def of_step(self, step: int) -> Path:
+        """The folder of the checkpoint after a number of steps, whether it is there or not."""
+        return self.path / f"step-{step:08d}"
 
     def last(self) -> Path | None:
         """Find the newest checkpoint's folder; None before the first.
@@ -117,11 +122,11 @@ class CheckpointFolder:
         for name in (LAST, BEST):
             folder = self.path / name
             if folder.is_dir() and not folder.is_symlink():
-                target = self.path / f"step-{read_state(folder)['step']:08d}"
+                target = self.of_step(read_state(folder)["step"])
                 folder.rename(temporary_name(target) if target.exists() else target)
                 self._link(name, target)
-        if not (self.path / LAST).is_symlink() and (folders := self._folders()):
-            self._link(LAST, folders[max(folders)])  # whole, since it has its name
+        if not (self.path / LAST).is_symlink() and (steps := self._steps()):
+            self._link(LAST, self.of_step(max(steps)))  # whole, since it has its name
         last = self.last()
         if last is not None:
             state = read_state(last)
@@ -132,20 +137,19 @@ class CheckpointFolder:
     def clean(self) -> None:
         """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
         last = self._linked(LAST)
-        for step, folder in self._folders().items():
+        for step in self._steps() if last is not None else ():
             lasting = self.keep_every is not None and step % self.keep_every == 0
-            if last is not None and not lasting and folder.resolve() not in (last, self.best()):
-                shutil.rmtree(folder, ignore_errors=True)
+            if not lasting and self.of_step(step).resolve() not in (last, self.best()):
+                shutil.rmtree(self.of_step(step), ignore_errors=True)
         for entry in self.path.glob("*.partial"):
             if entry.is_symlink():
                 entry.unlink(missing_ok=True)
             else:
                 shutil.rmtree(entry, ignore_errors=True)
 
-    def _folders(self) -> dict[int, Path]:
-        """The checkpoints by their steps."""
-        matches = {entry: _FOLDER.fullmatch(entry.name) for entry in self.path.glob("step-*")}
-        return {int(match[1]): entry for entry, match in matches.items() if match}
+    def _steps(self) -> list[int]:
+        """The steps of the checkpoints that are there."""
+        return [int(match[1]) for entry in self.path.glob("step-*") if (match := _FOLDER.fullmatch(entry.name))]
 
     def _link(self, name: str, target: Path) -> None:
         # A link's target is given by its name alone, so that the run's folder may be moved.
@@ -160,40 +164,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's files into a folder, made if need be, and flush them to the disk.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: they cannot be written; safetensors' own kind of error becomes this.
     """
     folder.mkdir(exist_ok=True)
     checksums = {}
     for name in TENSOR_FILES:
         path = folder / f"{name}.safetensors"
-        write_tensors(path, checkpoint.tensors[name])
+        path.touch()  # with the umask's permissions, which safetensors does not heed
+        mode = path.stat().st_mode
+        try:
+            save_file(dict(checkpoint.tensors[name]), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
+        path.chmod(mode)
+        sync(path)
         checksums[name] = sha256(path)
-    write_state(folder, checkpoint.state, checksums)
-
-
-def write_state(folder: Path, state: Mapping[str, Any], checksums: Mapping[str, str] | None) -> None:
-    """Write a checkpoint's state.json, with the checksums of its files of tensors.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    write_json(folder / "state.json", {"format": FORMAT, **state, "sha256": checksums})
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file and flush it to the disk; readable for whom new files here are.
-
-    Raises:
-        OSError: it cannot be written; safetensors' own kind of error becomes this.
-    """
-    path.touch()  # with the umask's permissions, which safetensors does not heed
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    path.chmod(mode)
-    sync(path)
+    write_json(folder / STATE_FILE, {"format": FORMAT, **checkpoint.state, "sha256": checksums})
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -232,7 +218,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: as `read_checkpoint`.
     """
-    path = folder / "state.json"
+    path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -259,4 +245,4 @@ def refused_as_damaged(folder: Path) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{folder / 'state.json'} is damaged ({line})") from error
+        raise InputError(f"{folder / STATE_FILE} is damaged ({line})") from error

@@ -17,7 +17,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.files import write_json, written_beside
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.evaluation import measure
+from dc_ssdae.training.measurements import measure
 from dc_ssdae.training.run import RunFolder
 
 BATCH = 8

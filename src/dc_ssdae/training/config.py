@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from dc_ssdae.errors import InputError, shown, unknown_name
@@ -338,13 +339,17 @@ class RunConfig:
             del plain["distillation"]
         return plain
 
-    def fixed_settings(self) -> dict[str, Any]:
-        """The settings that a run keeps when it goes on, by their dotted names."""
+    def fixed_settings(self, with_paths: bool = False) -> dict[str, Any]:
+        """The settings that a run keeps when it goes on, by their dotted names.
+
+        Args:
+            with_paths: also those that name folders. They may have been moved, but no flag may change them.
+        """
         return {
             f"{section}.{name}": value
             for section, settings in self.to_mapping().items()
             for name, value in settings.items()
-            if name not in MAY_CHANGE.get(section, ()) and name not in ("output", "init_from", "teacher")
+            if name not in MAY_CHANGE.get(section, ()) and (with_paths or name not in PATHS)
         }
 
     def trained_groups(self) -> list[str] | None:
@@ -371,6 +376,33 @@ MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
     for section, kind in SECTIONS.items()
 }
 """What may be set anew when a run goes on. The rest would make it another run."""
+
+PATHS = ("output", "init_from", "teacher")
+"""Settings that name the folder of a run or of a model."""
+
+
+def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Path) -> None:
+    """Refuse changed settings that would make it another run.
+
+    Args:
+        before: settings of the run by their dotted names, as `RunConfig.fixed_settings` gives them. A setting that one
+            side alone has is another version's, and passed over; a loss term is not.
+        after: the settings with which it is to go on.
+        path: of the run's folder.
+
+    Raises:
+        InputError: names the first setting that differs.
+    """
+    for name in {**before, **after}:
+        is_term = name.startswith("losses.")
+        if is_term and name not in before and after[name]["weight"]:
+            raise InputError(f"{name} is not part of {path}; start a new run with --training.init_from {path}")
+        old, new = before.get(name), after.get(name)
+        if old != new and name in before and (is_term or name in after):
+            raise InputError(
+                f"{name} is {shown(old)} in {path} and cannot become {shown(new)} when the run goes on; a new run can "
+                f"start from its weights: --training.init_from {path}"
+            )
 
 
 def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = True, path: str = "") -> dict[str, Any]:

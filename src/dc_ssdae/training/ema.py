@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dc_ssdae.training.tensors import assign, local_part
+from dc_ssdae.training.tensors import like, local_parts
 from dc_ssdae.weights import check_same_tensors
 
 Evaluated = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -24,16 +24,16 @@ class ExponentialMovingAverage:
     Args:
         model: whose tensors to average, sharded or not; it is copied.
         decay: of the average, per step, in [0, 1).
-        start: step from which on to average; up to it the average is a copy, which is made when it is wanted.
+        start: step from which on to average; up to it the average is a copy.
     """
 
     def __init__(self, model: nn.Module, decay: float, start: int = 0) -> None:
         self.decay = decay
         self.start = start
-        self._uncopied: tuple[nn.Module, Evaluated | None] | None = None
         self._tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
+    @torch.no_grad()
     def update(self, model: nn.Module, step: int, evaluated: Evaluated | None = None) -> None:
         """Take in the model after a step.
 
@@ -43,59 +43,30 @@ class ExponentialMovingAverage:
             evaluated: gives the values of parameters, by name, at which they are to be evaluated; by default as they
                 are.
         """
-        if step > self.start:
-            self._take_in(model, evaluated, 1.0 - self.decay)
-            return
-        self._uncopied = (model, evaluated)
-        if step == self.start:
-            self.catch_up()
-
-    def catch_up(self) -> None:
-        """Copy the model of the last update, if that was put off; the model must not have moved since."""
-        if self._uncopied is not None:
-            self._take_in(*self._uncopied, 1.0)
-            self._uncopied = None
-
-    @torch.no_grad()
-    def _take_in(self, model: nn.Module, evaluated: Evaluated | None, share: float) -> None:
-        """Move the averages by a share of the way to the model's parameters; buffers are copied."""
-        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        tensors = model.state_dict()
         parameters = {name: tensor for name, tensor in tensors.items() if name in self._parameters}
         tensors |= parameters if evaluated is None else evaluated(parameters)
-        averages, values = [], []
-        for name, tensor in tensors.items():
-            mine, theirs = local_part(self._tensors[name]), local_part(tensor)
-            if share < 1.0 and name in parameters and tensor.is_floating_point():
-                averages.append(mine)
-                values.append(theirs)
-            else:
-                mine.copy_(theirs)
-        if averages:
-            torch._foreach_lerp_(averages, values, share)
+        averaged = [name for name, tensor in parameters.items() if tensor.is_floating_point()]
+        if step > self.start:
+            share = 1.0 - self.decay
+            torch._foreach_lerp_(local_parts(self._tensors, averaged), local_parts(tensors, averaged), share)
+            for name in averaged:
+                del tensors[name]
+        self._copy(self._tensors, tensors)
 
     @contextmanager
-    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Give the model the average for a while; afterwards it holds the very bits that it held before."""
-        self.catch_up()
-        self._swap(model)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self._copy(model.state_dict(), self._tensors)
         try:
             yield
         finally:
-            # Backwards, because one tensor may have two names, and is then exchanged twice.
-            self._swap(model, backwards=True)
-
-    @torch.no_grad()
-    def _swap(self, model: nn.Module, backwards: bool = False) -> None:
-        tensors = list(model.state_dict().items())
-        for name, tensor in reversed(tensors) if backwards else tensors:
-            mine, theirs = local_part(self._tensors[name]), local_part(tensor.detach())
-            kept = theirs.clone()
-            theirs.copy_(mine)
-            mine.copy_(kept)
+            # Asked for anew, because FSDP then shards again what it had gathered of the average.
+            self._copy(model.state_dict(), before)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by the names of the model's state dict; the tensors themselves, not copies."""
-        self.catch_up()
         return dict(self._tensors)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -105,6 +76,10 @@ class ExponentialMovingAverage:
             InputError: a tensor is missing, left over or of another shape.
         """
         check_same_tensors("the average", self._tensors, state)
-        self._uncopied = None
-        for name, tensor in state.items():
-            assign(self._tensors[name], tensor)
+        self._copy(self._tensors, {name: like(tensor, self._tensors[name]) for name, tensor in state.items()})
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        if values:
+            torch._foreach_copy_(local_parts(targets, values), local_parts(values, values))

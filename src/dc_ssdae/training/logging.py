@@ -45,7 +45,7 @@ class JsonLines:
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append an object; numbers that are not finite become null."""
         was_failing = self._pending != b""
-        self._pending += json.dumps(finite(entry), allow_nan=False).encode() + b"\n"
+        self._pending += _line(entry)
         try:
             self.flush()
         except OSError as error:
@@ -73,12 +73,12 @@ class JsonLines:
         Raises:
             OSError: the shorter file cannot be written; the longer one stays.
         """
-        if not self.path.is_file():
-            return
-        content = self.path.read_bytes()
-        kept = b"".join(line for line in content.splitlines(keepends=True) if _is_before(step, line))
-        if kept != content:
-            write_whole(self.path, kept)
+        kept = [
+            entry for entry in read_lines(self.path) if isinstance(found := entry.get("step"), int) and found < step
+        ]
+        content = b"".join(map(_line, kept))
+        if self.path.is_file() and content != self.path.read_bytes():
+            write_whole(self.path, content)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -87,9 +87,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Args:
         path: of the file; a missing one has no lines.
     """
-    if not path.is_file():
-        return []
-    return [entry for line in path.read_bytes().split(b"\n") if (entry := _parse(line))]
+    entries = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(finite(entry), allow_nan=False).encode() + b"\n"
 
 
 class Loggers:
@@ -102,9 +108,6 @@ class Loggers:
         first_step: steps done before this start of the run; later lines of an earlier start are cut.
         seconds: of training that earlier starts took.
         evaluated_at: step of the last evaluation that counts; None is `first_step`.
-
-    Raises:
-        InputError: Weights & Biases is asked for and not installed.
     """
 
     def __init__(
@@ -242,10 +245,8 @@ class Loggers:
 
 
 def _start_wandb(run: RunFolder, config: RunConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("training.wandb is true, but Weights & Biases is not installed: pip install wandb") from None
+    import wandb
+
     name, file = run.path.name, run.path / "wandb-id"
     if not file.is_file():  # folders of the same name are different runs
         file.write_text(f"{name}-{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
@@ -258,16 +259,3 @@ def _start_wandb(run: RunFolder, config: RunConfig) -> Any:
         resume="allow",
     )
     return wandb
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
-def _is_before(step: float, line: bytes) -> bool:
-    found = _parse(line).get("step")
-    return line.endswith(b"\n") and isinstance(found, int) and found < step

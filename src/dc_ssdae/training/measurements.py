@@ -4,26 +4,33 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dc_ssdae.data.images import to_uint8
-from dc_ssdae.data.loader import ValidationImages, enlarged_caveat
+from dc_ssdae.data.loader import BrokenImage, ValidationImages, enlarged_caveat, validation_loader
 from dc_ssdae.data.sources import ImageSource, ImageSources
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError
-from dc_ssdae.latent import LatentStatistics
-from dc_ssdae.training.config import RunConfig
+from dc_ssdae.evaluation.latent_statistics import latent_statistics
+from dc_ssdae.evaluation.metrics import mse, psnr, ssim
+from dc_ssdae.latent import LatentMoments, LatentStatistics
+from dc_ssdae.provenance import IN_TRAINING
+from dc_ssdae.training.config import METRICS, RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
-from dc_ssdae.training.evaluation import evaluate, measure_latent
 from dc_ssdae.training.logging import Loggers
-from dc_ssdae.training.origin import evaluation_entry
+from dc_ssdae.training.origin import data_name
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import Stopped, StopRequest
 
 T = TypeVar("T")
+
+MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
+assert MEASURES.keys() == METRICS.keys()
 
 EVALUATION_BATCH = 16
 
@@ -102,15 +109,15 @@ class Measurements:
     def _measure_latent(self, step: int, loggers: Loggers) -> bool:
         """Find the mean and standard deviation of the averaged model's latent over training images."""
         images = self._images(self.sources.train, self.config.training.latent_statistics)
+        channels, share = self.config.model.latent_channels, (self.processes.index, self.processes.count)
+        encode = partial(self._run, self.module.posterior)
         with self._averaged():
-            encode = self._unless_stopped(self.module.posterior)
-            survey = measure_latent(
-                encode, images, self.config.model.latent_channels, self.processes, self._batch_size(), self.workers
-            )
-        loggers.broken(survey.broken, step, "train")
+            survey = latent_statistics(encode, images, channels, self._batch_size(), self.workers, *share)
+        loggers.broken([image for part in self.processes.gather(survey.broken) for image in part], step, "train")
+        moments = LatentMoments.from_state(self.processes.sum(survey.moments.state(*share)))
         self.latent, self.measured_at = None, step
         try:
-            self.latent = survey.moments.statistics()
+            self.latent = moments.statistics()
         except InputError as error:
             loggers.say(f"step {step}: the latent's statistics cannot be measured: {error}")
         return False
@@ -118,10 +125,10 @@ class Measurements:
     def _evaluate(self, step: int, loggers: Loggers) -> bool:
         """Measure the averaged model on validation images; says whether it is the best so far."""
         assert self.sources.validation is not None
-        data = self.config.data
+        data, random = self.config.data, self.module.objective.random_backbones
         images = self._images(self.sources.validation, data.validation_images)
+        reconstruct = partial(self._run, self.module.reconstruct)
         with self._averaged():
-            reconstruct = self._unless_stopped(self.module.reconstruct)
             result = evaluate(reconstruct, images, self.processes, self._batch_size(), self.workers)
             if self.config.training.sample_images:
                 self._log_pictures(images, step, loggers)
@@ -130,9 +137,16 @@ class Measurements:
             for line in enlarged_caveat(result.enlarged, result.images, data.image_size):
                 loggers.say(f"step {step}: validation: {line}")
         self.evaluated_at = step
-        entry = evaluation_entry(result, data, step)
-        self.evaluations = [] if entry is None else [entry]
-        random = self.module.objective.random_backbones
+        metrics = {name: {"value": value} for name, value in result.values.items() if math.isfinite(value)}
+        entry = {
+            "protocol": IN_TRAINING,
+            "data": data_name(data, validation=True) or "validation images",
+            "images": result.images,
+            "image_size": data.image_size,
+            "step": step,
+            "metrics": metrics,
+        }
+        self.evaluations = [entry] if metrics else []
         remark = {"random_backbones": random} if random else {}
         loggers.evaluation({"step": step, **result.values, "images": result.images, **remark})
         if not result.images:
@@ -165,20 +179,73 @@ class Measurements:
         """Lend the module the averaged weights, in evaluation mode."""
         self.module.eval()
         try:
-            with self.average.swapped_into(self.module.model):
+            with self.average.applied_to(self.module.model):
                 yield
         finally:
             self.module.train()
 
-    def _unless_stopped(self, work: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
-        """Make a function of a batch that raises `Stopped` where some process has been asked to stop.
+    def _run(self, work: Callable[[Tensor], T], pixels: Tensor) -> T:
+        """Call a function of a batch, unless some process has been asked to stop: then all of them raise `Stopped`."""
+        if self.processes.sum(torch.tensor(float(self.stop.name is not None))) > 0.0:
+            raise Stopped
+        return work(pixels.to(self.processes.device))
 
-        All processes call it equally often.
-        """
 
-        def run(pixels: Tensor) -> T:
-            if self.processes.sum(torch.tensor(float(self.stop.name is not None))) > 0.0:
-                raise Stopped
-            return work(pixels)
+class Evaluation(NamedTuple):
+    """Means over the images, how many there were, what could not be read, and how many were enlarged."""
 
-        return run
+    values: dict[str, float]
+    images: int
+    broken: list[BrokenImage]
+    enlarged: int = 0
+
+
+def evaluate(
+    reconstruct: Callable[[Tensor], Tensor],
+    images: ValidationImages,
+    processes: Processes,
+    batch_size: int,
+    workers: int,
+) -> Evaluation:
+    """Measure reconstructions; every process does its share, and all get the same result.
+
+    Args:
+        reconstruct: uint8 (B, 3, S, S) on the CPU to (B, 3, S, S) in [-1, 1], on any device.
+        images: what to measure.
+        processes: of the run.
+        batch_size: images at a time in each process.
+        workers: that read images.
+    """
+    count = len(images)
+    # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
+    places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
+    # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
+    results = torch.zeros(count, len(MEASURES) + 2, dtype=torch.float64)
+    broken: list[BrokenImage] = []
+    unread = iter(places)
+    for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
+        pixels = torch.stack([image.pixels for image in batch])
+        reconstructed = reconstruct(pixels).cpu()
+        for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
+            if place < count and image.broken is not None:
+                broken.append(image.broken)
+            elif place < count:
+                results[place] = results.new_tensor([*measure(image.pixels, output), image.enlarged, 1.0])
+    total = processes.sum(results)
+    broken = [image for part in processes.gather(broken) for image in part]
+    measured = int(total[:, -1].sum())
+    means = total[:, :-2].sum(dim=0) / measured
+    return Evaluation(dict(zip(MEASURES, means.tolist(), strict=True)), measured, broken, int(total[:, -2].sum()))
+
+
+def measure(pixels: Tensor, output: Tensor) -> list[float]:
+    """Compute `MEASURES` of an image.
+
+    Args:
+        pixels: the original, uint8 (3, S, S).
+        output: its reconstruction (3, S, S), about [-1, 1]; one that is not finite has no values but NaN.
+    """
+    if not output.isfinite().all():
+        return [float("nan")] * len(MEASURES)
+    image = to_uint8(output)
+    return [metric(pixels, image) for metric in MEASURES.values()]

@@ -1,7 +1,7 @@
 """The optimisers, and their state as named tensors and plain numbers."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from schedulefree import RAdamScheduleFree
@@ -9,18 +9,7 @@ from torch import Tensor, nn
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.config import TrainingConfig
-from dc_ssdae.training.tensors import like, local_part
-
-
-class OptimizerState(NamedTuple):
-    """What an optimiser holds: `tensors` named PARAMETER/KEY, and `groups`, JSON's numbers and words by group.
-
-    `names` are the tensors that there were when the state was saved; None where that was not written down.
-    """
-
-    tensors: dict[str, Tensor]
-    groups: list[dict[str, Any]]
-    names: list[str] | None = None
+from dc_ssdae.training.tensors import like, local_parts
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -57,59 +46,66 @@ def evaluated_weights(
         if not moving:
             return parameters
         (beta1,) = {group["betas"][0] for group in optimizer.param_groups}
-        points = [local_part(parameters[name]) for name in moving]
-        values = torch._foreach_lerp(points, [local_part(z) for z in moving.values()], 1.0 - 1.0 / beta1)
+        points = local_parts(parameters, moving), local_parts(moving, moving)
+        values = torch._foreach_lerp(*points, 1.0 - 1.0 / beta1)
         return {**parameters, **dict(zip(moving, values, strict=True))}
 
     return evaluated
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> OptimizerState:
-    """Take an optimiser's state apart; the tensors themselves, sharded as they are, not copies.
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Take an optimiser's state apart.
 
     Args:
         optimizer: PyTorch's own, not a wrapper of it.
         module: whose parameters it trains; they give the names.
+
+    Returns:
+        The tensors themselves, named PARAMETER/KEY, sharded as they are, not copies; and the settings of each group.
     """
     tensors = {}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return OptimizerState(tensors, groups, sorted(tensors))
+    return tensors, groups
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: OptimizerState) -> None:
-    """Put a state of whole tensors into a fresh optimiser of the same kind.
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Put a state into a fresh optimiser of the same kind, for the same parameters.
+
+    Args:
+        optimizer: PyTorch's own, not a wrapper of it.
+        module: whose parameters it trains.
+        tensors: as `optimizer_state` gives them, but whole.
+        groups: as `optimizer_state` gives them.
 
     Raises:
-        InputError: a tensor is missing, belongs to no parameter or has another shape; or the groups are others.
+        InputError: the settings are those of another kind of optimiser, or of another version.
     """
     parameters = dict(module.named_parameters())
-    if len(state.groups) != len(optimizer.param_groups):
-        raise InputError(f"the optimiser's state has {len(state.groups)} groups, not {len(optimizer.param_groups)}")
-    for group, saved in zip(optimizer.param_groups, state.groups, strict=True):
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
         if missing := sorted(set(group) - {"params"} ^ set(saved)):
             raise InputError(f"the optimiser's state is of another kind or version: {', '.join(missing)} do not match")
         for key, value in saved.items():
             if key != "fused":
                 group[key] = tuple(value) if isinstance(group[key], tuple) else value
-    for name, tensor in state.tensors.items():
+    for name, tensor in tensors.items():
         owner, _, key = name.rpartition("/")
-        if owner not in parameters:
-            raise InputError(f"the optimiser's state has a tensor {name} that belongs to no parameter of this model")
         parameter = parameters[owner]
         if key == "step":  # a fused optimiser keeps its counts beside the parameters, the others on the CPU
             beside = parameter.device if optimizer.param_groups[0].get("fused") else "cpu"
             optimizer.state[parameter][key] = tensor.to(beside, copy=True)
-        elif tensor.shape != parameter.shape:
-            shapes = tuple(tensor.shape), tuple(parameter.shape)
-            raise InputError(f"the optimiser's state has {name} of shape {shapes[0]}; the parameter has {shapes[1]}")
         else:
             optimizer.state[parameter][key] = like(tensor, parameter)
-    if missing := sorted(set(state.names or ()) - set(state.tensors)):
-        raise InputError(f"the optimiser's state lacks {len(missing)} tensors, {missing[0]} among them; it is damaged")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,18 +1,16 @@
 """What a run's model says of its own origin, in config.json and in its card: preset, data, steps, evaluations."""
 
-import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dc_ssdae.errors import InputError, as_json
-from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config
+from dc_ssdae.model_folder import may_be_on_the_hub, read_config
 from dc_ssdae.presets import list_presets, load_preset
-from dc_ssdae.provenance import IN_TRAINING, PARTS, Provenance, name_of_path, short_name
+from dc_ssdae.provenance import PARTS, Provenance, name_of_path, short_name
 from dc_ssdae.training.build import resolved
 from dc_ssdae.training.config import DataConfig, RunConfig
-from dc_ssdae.training.evaluation import Evaluation
 
 INHERITED = ("source", "license", "untrained")
 """What stays true of a model that starts from another one's weights."""
@@ -21,19 +19,16 @@ NO_CHANGES = ("data.dataset", "data.validation", "training.seed")
 """Settings that every run has its own of."""
 
 
-def inherited(config: RunConfig, teacher: Path | None) -> dict[str, Any]:
+def inherited(config: RunConfig, source: Path | None) -> dict[str, Any]:
     """What a new run's model knows of its origin before the first step.
 
     Args:
         config: of the run.
-        teacher: folder of a distillation's teacher.
+        source: folder of the model whose weights it starts from; None for random ones.
 
     Raises:
-        InputError: the model that it starts from has a provenance that cannot be used.
+        InputError: the source has a provenance that cannot be used.
     """
-    source = teacher
-    if teacher is None and config.training.init_from is not None:
-        source = model_folder(config.training.init_from)
     if source is None:
         paths = {part: (getattr(config.model, part) or {}).get("class_path") or "" for part in PARTS}
         return {"untrained": [part for part in PARTS if "." not in paths[part]]}  # a user's may bring its own weights
@@ -99,27 +94,6 @@ def data_name(data: DataConfig, validation: bool = False) -> str | None:
     whole = data.root if data.dataset is None else data.dataset
     name = None if whole is None else _source_name(whole)
     return f"{name}/validation" if validation and name is not None else name
-
-
-def evaluation_entry(evaluation: Evaluation, data: DataConfig, step: int) -> dict[str, Any] | None:
-    """An evaluation as the provenance has it; None where nothing was measured.
-
-    Args:
-        evaluation: what `training.evaluation.evaluate` found.
-        data: whose validation images were measured.
-        step: number of steps done.
-    """
-    metrics = {name: {"value": value} for name, value in evaluation.values.items() if math.isfinite(value)}
-    if not metrics:
-        return None
-    return {
-        "protocol": IN_TRAINING,
-        "data": data_name(data, validation=True) or "validation images",
-        "images": evaluation.images,
-        "image_size": data.image_size,
-        "step": step,
-        "metrics": metrics,
-    }
 
 
 def _source_name(source: str | Mapping[str, Any]) -> str | None:

@@ -9,7 +9,8 @@ Reading and checking a recipe needs no torch; what trains imports it when it is 
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,13 +74,20 @@ class Recipe(NamedTuple):
         earlier = [phase.name for phase in self.phases]
         if starts_from is not None and starts_from not in earlier:
             raise unknown_name(f"earlier phase that phases.{name} starts_from", starts_from, earlier, f"phases.{name}")
-        try:
+        with _naming_phase(name):
             config = RunConfig.from_mapping(settings)
-        except InputError as error:
-            raise InputError(f"phase {name}: {error}", error.field) from None
         if starts_from is not None and config.training.init_from is not None:
             raise InputError(f"phases.{name} has both starts_from and training.init_from; give one of them")
         self.phases.append(Phase(name, config, starts_from))
+
+
+@contextmanager
+def _naming_phase(name: str) -> Iterator[None]:
+    """Let an error say which phase it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"phase {name}: {error}", error.field) from None
 
 
 def check_phases(phases: Any, source: str) -> dict[str, dict[str, Any]]:
@@ -224,12 +232,11 @@ def resolved_recipe(recipe: Recipe) -> Recipe:
     return Recipe([phase._replace(config=resolved(phase.config)) for phase in recipe.phases])
 
 
-def start_recipe(recipe: Recipe, text: str, path: Path, spell: Spell, tell: Tell, cpu: bool = False) -> "Outcome":
+def start_recipe(recipe: Recipe, path: Path, spell: Spell, tell: Tell, cpu: bool = False) -> "Outcome":
     """Begin a recipe in a new folder and train its phases.
 
     Args:
         recipe: with all settings resolved.
-        text: the same as YAML, which is kept in the folder.
         path: of the folder.
         spell: writes a phase's configuration.
         tell: is told where each phase begins.
@@ -247,7 +254,7 @@ def start_recipe(recipe: Recipe, text: str, path: Path, spell: Spell, tell: Tell
     def create() -> None:
         check_new(path)
         with new_folder(path) as partial:
-            (partial / RECIPE_FILE).write_text(text, encoding="utf-8")
+            (partial / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
             replace_link(partial / "model", Path(first.name, "model"))
 
     processes.on_main(create)
@@ -262,14 +269,11 @@ def start_recipe(recipe: Recipe, text: str, path: Path, spell: Spell, tell: Tell
     return outcome
 
 
-def resume_recipe(
-    recipe: Recipe, text: str | None, path: Path, spell: Spell, tell: Tell, cpu: bool = False
-) -> "Outcome | None":
+def resume_recipe(recipe: Recipe, path: Path, spell: Spell, tell: Tell, cpu: bool = False) -> "Outcome | None":
     """Go on with a recipe in the phase where it stopped.
 
     Args:
-        recipe: perhaps with other budgets.
-        text: the same as YAML, to replace the folder's own; None keeps that.
+        recipe: perhaps with other budgets; the folder then keeps it in place of its own.
         path: of the folder.
         spell: writes a phase's configuration.
         tell: is told where each phase begins.
@@ -282,7 +286,7 @@ def resume_recipe(
         InputError: as `start_recipe`; or a checkpoint is damaged.
         TrainingFailed: as `Trainer.run`.
     """
-    return _train(recipe, path, spell, tell, _check(recipe, cpu, path), cpu, text)
+    return _train(recipe, path, spell, tell, _check(recipe, cpu, path), cpu)
 
 
 def finished_phases(recipe: Recipe, path: Path) -> list[str]:
@@ -293,9 +297,11 @@ def finished_phases(recipe: Recipe, path: Path) -> list[str]:
     """
     from dc_ssdae.training.run import RunFolder, is_finished
 
-    folders = [RunFolder(recipe.folder(path, phase.name)) for phase in recipe.phases]
-    pairs = zip(recipe.phases, folders, strict=True)
-    return [phase.name for phase, folder in pairs if is_finished(folder, phase.config.training)]
+    return [
+        phase.name
+        for phase in recipe.phases
+        if is_finished(RunFolder(recipe.folder(path, phase.name)), phase.config.training)
+    ]
 
 
 def settled_phases(recipe: Recipe, path: Path) -> list[str]:
@@ -314,13 +320,14 @@ def _has_begun(folder: Path) -> bool:
 
 def _check(recipe: Recipe, cpu: bool, path: Path | None = None) -> "Processes":
     """Find mistakes of a late phase now, and not after days; where `path` is given, in what is left of it."""
-    from dc_ssdae.data.sources import open_sources
-    from dc_ssdae.training.build import fetch_backbones
-    from dc_ssdae.training.distributed import processes_of, start_processes
-    from dc_ssdae.training.start import check_config
+    from accelerate.utils import DistributedType
 
-    accelerator = start_processes(recipe.phases[0].config.training.processes, cpu)
-    processes = processes_of(accelerator)
+    from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.training.build import check_components, fetch_backbones
+    from dc_ssdae.training.start import start_processes
+
+    accelerator, processes = start_processes(recipe.phases[0].config.training.processes, cpu)
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
 
     def check() -> None:
         finished = [] if path is None else finished_phases(recipe, path)
@@ -331,22 +338,19 @@ def _check(recipe: Recipe, cpu: bool, path: Path | None = None) -> "Processes":
             data = phase.config.data
             begun = path is not None and _has_begun(recipe.folder(path, phase.name))
             images = (data.root, data.dataset, data.validation, data.cache)
-            try:
+            with _naming_phase(phase.name):
                 start_processes(phase.config.training.processes, cpu)
                 _check_trained_terms(recipe, phase)
-                check_config(phase.config, accelerator, starts=phase.starts_from is None and not begun)
+                starts = phase.starts_from is None and not begun
+                check_components(phase.config, starts, processes=processes.count, sharded=is_sharded)
                 if images not in opened:
                     open_sources(*images)
                     opened.append(images)
-            except InputError as error:
-                raise InputError(f"phase {phase.name}: {error}") from None
 
     def fetch() -> None:
         for phase in recipe.phases if accelerator.is_local_main_process else ():
-            try:
+            with _naming_phase(phase.name):
                 fetch_backbones(phase.config.losses)
-            except InputError as error:
-                raise InputError(f"phase {phase.name}: {error}") from None
 
     processes.together(check)
     if path is None:  # after everything that can be found out without a download
@@ -379,26 +383,29 @@ def _check_trained_terms(recipe: Recipe, phase: Phase) -> None:
             )
 
 
-def _train(
-    recipe: Recipe, path: Path, spell: Spell, tell: Tell, processes: "Processes", cpu: bool, text: str | None = None
-) -> "Outcome | None":
+def _train(recipe: Recipe, path: Path, spell: Spell, tell: Tell, processes: "Processes", cpu: bool) -> "Outcome | None":
     """Train the phases that are left, one after the other, from where each of them stopped."""
     from accelerate.utils.memory import clear_device_cache
 
     from dc_ssdae.training.start import locked, resume_run, start_run
     from dc_ssdae.training.trainer import Outcome
 
+    def keep() -> None:
+        if read_recipe(path) != recipe:
+            write_whole(path / RECIPE_FILE, recipe_yaml(recipe).encode())
+
     outcome = None
     # Each phase listens for signals itself; this is for one that comes between two phases.
     with locked(path, processes), StopRequest() as stop:
-        if text is not None:
-            processes.on_main(partial(write_whole, path / RECIPE_FILE, text.encode()))
+        processes.on_main(keep)
         for place, phase in enumerate(recipe.phases, 1):
             signal = processes.on_main(lambda: stop.name)
             if signal is not None:
                 return Outcome(0 if outcome is None else outcome.step, signal)
             folder = recipe.folder(path, phase.name)
-            config = _with_source(recipe, phase, path)
+            config = phase.config.with_training(output=str(folder))
+            if phase.starts_from is not None:
+                config = config.with_training(init_from=str(recipe.folder(path, phase.starts_from)))
             # One process decides for all: the folder appears while others look.
             if processes.on_main(partial(_has_begun, folder)):
                 outcome = resume_run(config, spell(config), folder, cpu) or outcome
@@ -409,26 +416,13 @@ def _train(
             clear_device_cache(garbage_collection=True)
             if outcome is not None and outcome.stopped_by is not None:
                 return outcome
-            processes.on_main(partial(_link_later_model, path, folder))
+            processes.on_main(partial(_link_model, recipe, path, phase.name))
     return outcome
 
 
-def _with_source(recipe: Recipe, phase: Phase, path: Path) -> RunConfig:
-    """The phase's configuration, with what it starts from and where it lies."""
-    settings = {"output": str(recipe.folder(path, phase.name))}
-    if phase.starts_from is not None:
-        settings["init_from"] = str(recipe.folder(path, phase.starts_from))
-    return phase.config.with_training(**settings)
-
-
-def _link_later_model(path: Path, folder: Path) -> None:
+def _link_model(recipe: Recipe, path: Path, name: str) -> None:
     """Let RUN/model lead to the model of a phase, if it does not lead to a later one's already."""
-    link = path / "model"
-    if not link.is_symlink() or _number(Path(os.readlink(link)).parts[0]) < _number(folder.name):
-        replace_link(link, Path(folder.name, "model"))
-
-
-def _number(name: str) -> int:
-    """The number with which the folder of a phase begins."""
-    number = name.partition("-")[0]
-    return int(number) if number.isdecimal() else 0
+    link, names = path / "model", [phase.name for phase in recipe.phases]
+    later = [recipe.folder(path, later).name for later in names[names.index(name) :]]
+    if not (link.is_symlink() and Path(os.readlink(link)).parts[0] in later):
+        replace_link(link, Path(later[0], "model"))

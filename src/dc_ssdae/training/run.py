@@ -27,11 +27,14 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dc_ssdae.card import note_provenance
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import folder_beside, sync, written_beside
 from dc_ssdae.latent import LatentStatistics
-from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
+from dc_ssdae.model_folder import read_config, write_latent_statistics
+from dc_ssdae.timing import describe_machine
 from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged
 from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
@@ -58,11 +61,6 @@ class RunFolder:
         self.teacher = path / "teacher"
         self.teacher_cache = path / "teacher_cache"
 
-    def latent_is_known(self) -> bool:
-        """Whether the model's config has statistics of the latent, its own or those of what the run started from."""
-        config = read_config(self.model)
-        return any(config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-
 
 def check_new(path: Path) -> None:
     """Refuse a place where a run cannot begin.
@@ -78,26 +76,21 @@ def check_new(path: Path) -> None:
         raise InputError(f"{path} exists already and is no run; choose another --training.output")
 
 
-def create_run(
-    path: Path, config_text: str, model_config_text: str, replace: bool = False, teacher: Path | None = None
-) -> None:
+def create_run(path: Path, config_text: str, model_config_text: str, teacher: Path | None = None) -> None:
     """Make a run's folder, with its configuration and the model's inside, by one rename.
 
     Args:
         path: of the run.
         config_text: of config.yaml.
         model_config_text: of model/config.json.
-        replace: put it in the place of an earlier run.
         teacher: the folder of a model to keep a copy of.
 
     Raises:
-        InputError: something else is there, or the earlier run is being trained.
+        InputError: something is there already.
         OSError: it cannot be written.
     """
-    replace = replace and (path / CONFIG_FILE).is_file()
-    if not replace:
-        check_new(path)
-    with new_folder(path, replace) as partial:
+    check_new(path)
+    with new_folder(path) as partial:
         (partial / "model").mkdir()
         (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         (partial / "model" / "config.json").write_text(model_config_text, encoding="utf-8")
@@ -109,38 +102,40 @@ def create_run(
 
 
 @contextmanager
-def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder to fill, which takes its place at the end of the block by one rename, unless something failed.
 
     Args:
         path: of the folder. What killed processes left beside it is removed, where the file system has locks.
-        replace: put it in the place of an earlier run, which is there.
 
     Raises:
-        InputError: the earlier run is being trained.
-        OSError: it cannot be written, or there is something that is not to be replaced.
+        OSError: it cannot be written, or something is there by now.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial"):
-        with suppress(InputError, OSError), RunLock(left) as is_locked:  # else another process is filling it
+        with suppress(InputError, OSError), run_lock(left) as is_locked:  # else another process is filling it
             if is_locked:
                 shutil.rmtree(left)
-    partial, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.partial" for _ in range(2))
-    with folder_beside(path, partial), RunLock(partial):
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    with folder_beside(path, partial), run_lock(partial):
         yield partial
         for entry in (*partial.rglob("*"), partial):
             if not entry.is_symlink():
                 sync(entry)
-        if replace:
-            with RunLock(path):
-                path.rename(old)
-        try:
-            partial.rename(path)
-        except BaseException:
-            if replace:
-                old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        partial.rename(path)
         sync(path.parent)
+
+
+def remove_run(path: Path) -> None:
+    """Remove a run's folder.
+
+    Raises:
+        InputError: the run is being trained.
+        OSError: it cannot be removed.
+    """
+    away = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    with run_lock(path):
+        path.rename(away)  # so that no part of it is left under its name
+    shutil.rmtree(away)
 
 
 def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
@@ -156,50 +151,36 @@ def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
     return training.progress(state["step"], state["seconds"]) >= 1.0 and not state.get("incomplete")
 
 
-class RunLock:
-    """Keeps a second process from writing into a run; the system takes it away when this process ends, however.
+@contextmanager
+def run_lock(path: Path) -> Iterator[bool]:
+    """Keep other processes from writing into a folder; the system ends the lock with this process, however that ends.
 
     Args:
-        path: of the run's folder.
+        path: of the folder of a run or of a recipe.
+
+    Yields:
+        Whether the folder is locked: some file systems have no locks.
+
+    Raises:
+        InputError: another process has the lock.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._handle: int | None = None
-
-    def acquire(self) -> None:
-        """Take the lock.
-
-        Raises:
-            InputError: another process has it.
-        """
-        handle = os.open(self._path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
             # Not flock, which the processes that read images would inherit, and hold for seconds after a kill.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             owner = os.read(handle, 200).decode("utf-8", "replace") or "another process"
-            os.close(handle)
-            raise InputError(f"{self._path} is being trained by {owner}; stop that first") from None
-        except OSError:  # a file system without locks
-            os.close(handle)
-            return
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        self._handle = handle
-
-    def release(self) -> None:
-        """Give the lock back, if this has it."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def __enter__(self) -> bool:
-        self.acquire()
-        return self._handle is not None
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+            raise InputError(f"{path} is being trained by {owner}; stop that first") from None
+        except OSError:
+            is_locked = False
+        else:
+            is_locked = True
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield is_locked
+    finally:
+        os.close(handle)
 
 
 def publish_model(
@@ -267,11 +248,13 @@ def recover_run(run: RunFolder) -> None:
         note_provenance(run.model, there if there.get("steps") == provenance.get("steps") else provenance)
 
 
-def describe_environment(hardware: Mapping[str, Any]) -> dict[str, Any]:
+def describe_environment(device: torch.device, processes: int, distribution: str) -> dict[str, Any]:
     """Describe where, when and with what a run starts.
 
     Args:
-        hardware: what the trainer knows of devices and processes.
+        device: of this process.
+        processes: how many train together.
+        distribution: how they do, in Accelerate's words.
     """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -279,11 +262,12 @@ def describe_environment(hardware: Mapping[str, Any]) -> dict[str, Any]:
         "folder": os.getcwd(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "python": platform.python_version(),
         "versions": {package.name: package.version for package in distributions()},
         "git": _git_state(Path(__file__).parent),
         "git_of_folder": _git_state(Path.cwd()),
-        **hardware,
+        "processes": processes,
+        "distribution": distribution,
+        **describe_machine(device),
     }
 
 

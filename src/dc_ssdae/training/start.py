@@ -5,70 +5,82 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.sources import ImageSources, open_sources
-from dc_ssdae.distributed import Processes
+from dc_ssdae.distributed import PATIENCE, Processes
 from dc_ssdae.errors import InputError, lenient_stderr
 from dc_ssdae.files import naming, write_whole
 from dc_ssdae.machine import slow_dtype_note
 from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import check_components, fetch_backbones
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.distributed import check_batch, processes_of, start_processes
 from dc_ssdae.training.logging import JsonLines, read_lines
 from dc_ssdae.training.origin import inherited
 from dc_ssdae.training.run import (
     CONFIG_FILE,
     RunFolder,
-    RunLock,
     create_run,
     describe_environment,
     is_finished,
     recover_run,
+    run_lock,
 )
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer
 
+ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+"""What the checkpoints and the batch norm over processes are made for."""
 
-def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False, replace: bool = False) -> Outcome:
-    """Begin a run in a new folder and train.
+
+@contextmanager
+def new_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False) -> Iterator[Trainer]:
+    """Begin a run in a new folder; the block trains.
 
     Args:
         config: of the run.
         config_text: the same as YAML, which is kept in the folder.
         path: of the run's folder.
         cpu: use no GPU.
-        replace: put it in the place of an earlier run.
 
     Raises:
         InputError: the configuration, the data, the processes or the folder do not fit.
-        TrainingFailed: as `Trainer.run`.
     """
     run = RunFolder(path, config.training.keep_every)
     with StopRequest() as stop, lenient_stderr(), naming(path):
-        accelerator = start_processes(config.training.processes, cpu)
-        processes = processes_of(accelerator)
+        accelerator, processes = start_processes(config.training.processes, cpu)
         model, sources = _check(config, accelerator, processes, starts=True)
         teacher = None if config.distillation is None else model_folder(config.distillation.teacher)
-        model_config = _model_config(config, model, teacher)
-        processes.on_main(partial(create_run, path, config_text, model_config, replace, teacher))
+        source = teacher if config.training.init_from is None else model_folder(config.training.init_from)
+        model_config = _model_config(config, model, source)
+        processes.on_main(partial(create_run, path, config_text, model_config, teacher))
         with locked(path, processes):
             try:
-                return _trainer(config, run, accelerator, processes, sources, stop).run()
+                yield _trainer(config, run, accelerator, processes, sources, stop)
             except Exception:
                 # A mistake that only the first step shows: what is mended begins anew, under the same name. Within the
                 # lock, because whoever does not hold it would delete another process's run.
                 if processes.is_main and run.checkpoints.last() is None and not read_lines(run.metrics):
                     shutil.rmtree(path, ignore_errors=True)
                 raise
+
+
+def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False) -> Outcome:
+    """Begin a run as `new_run` does, and train.
+
+    Raises:
+        InputError: as `new_run`.
+        TrainingFailed: as `Trainer.run`.
+    """
+    with new_run(config, config_text, path, cpu) as trainer:
+        return trainer.run()
 
 
 def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool = False) -> Outcome | None:
@@ -84,78 +96,99 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
         How it ended; None where the run was finished already.
 
     Raises:
-        InputError: as `start_run`; or the checkpoint is damaged.
+        InputError: as `new_run`; or the checkpoint is damaged.
         TrainingFailed: as `Trainer.run`.
     """
     run = RunFolder(path, config.training.keep_every)
     if is_finished(run, config.training):
         if os.environ.get("RANK", "0") == "0":
-            with suppress(InputError, OSError), RunLock(path):  # else another process is at it, or the disk is full
+            with suppress(InputError, OSError), run_lock(path):  # else another process is at it, or the disk is full
                 recover_run(run)
         return None
     with StopRequest() as stop, lenient_stderr(), naming(path):
-        accelerator = start_processes(config.training.processes, cpu)
-        processes = processes_of(accelerator)
+        accelerator, processes = start_processes(config.training.processes, cpu)
         teacher = run.teacher if run.teacher.is_dir() else None
-        model, sources = _check(config, accelerator, processes, run.checkpoints.last() is None, teacher)
-
-        def restore() -> None:
-            if not (run.model / "config.json").is_file():
-                run.model.mkdir(exist_ok=True)
-                (run.model / "config.json").write_text(_model_config(config, model, teacher), encoding="utf-8")
-            recover_run(run)
-            if config_text is not None:
-                write_whole(run.path / CONFIG_FILE, config_text.encode())
-
+        _, sources = _check(config, accelerator, processes, run.checkpoints.last() is None, teacher)
         with locked(path, processes):
-            processes.on_main(restore)
+            processes.on_main(partial(recover_run, run))
+            if config_text is not None:
+                processes.on_main(partial(write_whole, path / CONFIG_FILE, config_text.encode()))
             return _trainer(config, run, accelerator, processes, sources, stop).run()
 
 
-def check_config(config: RunConfig, accelerator: Accelerator, starts: bool, teacher: Path | None = None) -> DCSSDAE:
-    """Find what does not fit in a run's configuration, before anything is read or downloaded.
+def start_processes(wanted: int | None, cpu: bool = False) -> tuple[Accelerator, Processes]:
+    """Join the process group that the launcher set up, and check that it is what was asked for.
+
+    Precision is not Accelerate's business here: the loop casts the networks itself.
 
     Args:
-        config: of the run.
-        accelerator: of its processes.
-        starts: whether it begins with random weights, those of `training.init_from` or its teacher's.
-        teacher: the run's copy of its teacher, where there is one.
+        wanted: number of processes; None takes what there is.
+        cpu: use no GPU.
 
     Returns:
-        The model, without weights.
+        The process group as Accelerate has it; and its processes, for what they exchange besides gradients.
 
     Raises:
-        InputError: says what does not fit.
+        InputError: the engine does not give what was asked for; says how to get it.
     """
-    check_batch(config.training.batch_size, config.training.accumulation_steps, accelerator.num_processes)
-    model = check_components(config, starts, teacher, accelerator.distributed_type == DistributedType.FSDP)
-    if config.data.root is None and config.data.dataset is None:
-        raise InputError("data.root is not given; name a folder of images, tar shards, or a pattern of shards")
-    return model
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(
+        mixed_precision="no", cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=[patience]
+    )
+    engine, count = accelerator.distributed_type, accelerator.num_processes
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"Accelerate was told to accumulate gradients over {accelerator.gradient_accumulation_steps} steps; "
+            "leave that out, and set training.accumulation_steps"
+        )
+    if engine not in ENGINES:
+        accepted = ", ".join(accepted.value for accepted in ENGINES)
+        raise InputError(f"Accelerate was told to use {engine.value}; this trainer runs on {accepted}")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError("Accelerate was told to compile; leave --dynamo_backend out, and set training.compile")
+    if wanted not in (None, count):
+        raise InputError(f"training.processes is {wanted}, but the launcher started {count}")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        right = DistributedType.FSDP, "2"
+        if accelerator.device.type == "cpu" or (engine, os.environ.get("FSDP_VERSION", "1")) != right:
+            raise InputError(
+                f"FSDP was asked for, but Accelerate runs {engine.value} on {accelerator.device.type}; "
+                "this trainer shards on GPUs alone, started by accelerate launch --use_fsdp --fsdp_version 2"
+            )
+        # On by default, and made for models whose every tensor is sharded: it trips over batch statistics.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    # For several processes on the CPU the launcher sets these, starts one process, and says nothing.
+    launched_several = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and (
+        "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "KMP_BLOCKTIME" in os.environ
+    )
+    if count == 1 and launched_several:
+        raise InputError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu; "
+            "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m dc_ssdae train …"
+        )
+    return accelerator, Processes(accelerator.process_index, count, accelerator.device)
 
 
 @contextmanager
 def locked(path: Path, processes: Processes) -> Iterator[None]:
-    """Keep others from writing into the folder of a run or of a recipe for a while.
+    """Keep others from writing into the folder of a run or of a recipe, as `run_lock` does, in the main process.
 
     Raises:
-        InputError: another process is at it.
+        InputError: another process has the lock.
     """
-    lock = RunLock(path)
-    processes.on_main(lock.acquire)
-    try:
+    with ExitStack() as stack:
+        processes.on_main(lambda: stack.enter_context(run_lock(path)))
         yield
-    finally:
-        lock.release()
 
 
 def _check(
     config: RunConfig, accelerator: Accelerator, processes: Processes, starts: bool, teacher: Path | None = None
 ) -> tuple[DCSSDAE, ImageSources]:
-    data = config.data
+    """Find what does not fit in a run's configuration; gives the model, without weights, and the images."""
 
     def check() -> tuple[DCSSDAE, ImageSources]:
-        model = check_config(config, accelerator, starts, teacher)
+        data, is_sharded = config.data, accelerator.distributed_type == DistributedType.FSDP
+        model = check_components(config, starts, teacher, processes.count, is_sharded)
         return model, open_sources(data.root, data.dataset, data.validation, data.cache)
 
     checked = processes.together(check)
@@ -175,35 +208,24 @@ def _trainer(
 ) -> Trainer:
     """Note what the run is started with, and set everything up for its first step."""
     device = accelerator.device
-    hardware = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": processes.count,
-        "distribution": accelerator.distributed_type.value,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-    }
-    lines = JsonLines(run.path / "environment.jsonl", partial(print, file=sys.stderr))
-    processes.on_main(lambda: lines.write(describe_environment(hardware)))
-    note = slow_dtype_note(device, config.training.precision)
-    if note and processes.is_main:
-        print(f"{note}: try --training.precision float32", file=sys.stderr)
+    if processes.is_main:
+        environment = describe_environment(device, processes.count, accelerator.distributed_type.value)
+        JsonLines(run.path / "environment.jsonl", partial(print, file=sys.stderr)).write(environment)
+        if note := slow_dtype_note(device, config.training.precision):
+            print(f"{note}: try --training.precision float32", file=sys.stderr)
+        if sources.validation is None and config.data.root is not None:
+            missing = f"{config.data.root} has no validation/"
+            print(f"{missing}: nothing is evaluated, no checkpoint is the best", file=sys.stderr)
     # cuDNN tries its algorithms once on the batches, which are alike in size, and takes the fastest.
     torch.backends.cudnn.benchmark = True
-    trainer = Trainer(config, run, accelerator, processes, sources, stop)
-    if sources.validation is None and config.data.root is not None and processes.is_main:
-        print(
-            f"{config.data.root} has no validation/: nothing is evaluated, no checkpoint is the best", file=sys.stderr
-        )
-    return trainer
+    return Trainer(config, run, accelerator, processes, sources, stop)
 
 
-def _model_config(config: RunConfig, model: DCSSDAE, teacher: Path | None) -> str:
+def _model_config(config: RunConfig, model: DCSSDAE, source: Path | None) -> str:
     """The model's config.json; its latent is normalised as the latent of the model whose encoder the run keeps."""
     settings = json.loads(model.to_json_string())
-    source = teacher
-    if teacher is None and config.training.init_from is not None and config.training.keeps_latent:
-        source = model_folder(config.training.init_from)
-    given = {} if source is None else read_config(source)
-    settings |= {name: given[name] for name in NOT_MEASURED if name in given}
-    settings["provenance"] = inherited(config, teacher)
+    if source is not None and config.training.keeps_latent:
+        given = read_config(source)
+        settings |= {name: given[name] for name in NOT_MEASURED if name in given}
+    settings["provenance"] = inherited(config, source)
     return json.dumps(settings, indent=2, sort_keys=True) + "\n"

@@ -1,20 +1,20 @@
-"""Tensors that may be sharded over processes (FSDP2's `DTensor`): the local part, the whole, and assigning it."""
+"""Tensors that may be sharded over processes (FSDP2's `DTensor`): the local part, the whole, a copy like another."""
 
-import sys
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a `DTensor`; where nobody has imported that module, which takes seconds, nothing is."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Whether this is a `DTensor`, whose module takes seconds to import."""
+    return hasattr(tensor, "full_tensor")
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds, sharing its memory; a plain tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+def local_parts(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
+    """The parts of sharded tensors that this process holds, sharing their memory; plain tensors themselves."""
+    chosen = (tensors[name] for name in names)
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in chosen]  # type: ignore[attr-defined]
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -22,24 +22,15 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
-def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
-    """Gather a sharded tensor to the CPU; every process must take part. A plain tensor is copied to the CPU.
+def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, whole; every process must take part where they are sharded.
 
     Args:
-        tensor: sharded or not.
-        keep: False gives None; for the processes that only take part.
+        tensors: by name.
+        keep: False gives nothing; for the processes that only take part.
     """
-    full = gathered(tensor)
-    if not keep:
-        return None
-    return full.detach().to("cpu", copy=True).contiguous()
-
-
-@torch.no_grad()
-def assign(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a plain or sharded one of the same shape; every process must hold the same value."""
-    target.copy_(like(value, target))
+    full = ((name, gathered(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in full if keep}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -25,18 +25,16 @@ from dc_ssdae.data.loader import (
 from dc_ssdae.data.sources import ImageSources
 from dc_ssdae.distributed import Processes, sum_over_processes
 from dc_ssdae.errors import InputError
-from dc_ssdae.model_folder import read_config
+from dc_ssdae.model_folder import NOT_MEASURED, read_config
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import load_step, place_step
-from dc_ssdae.training.changes import check_changes, check_images, names_sha256
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
-from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.config import RunConfig, check_changes
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.measurements import Measurements
 from dc_ssdae.training.optimizer import (
-    OptimizerState,
     build_optimizer,
     evaluated_weights,
     load_optimizer_state,
@@ -48,9 +46,6 @@ from dc_ssdae.training.run import RunFolder, publish_model
 from dc_ssdae.training.step import TrainingStep, draw_noise
 from dc_ssdae.training.stopping import Stopped, StopRequest
 from dc_ssdae.training.tensors import gathered, whole
-
-NOISE_FROM = "the step's device"
-"""Where levels and noise are drawn; before this was written into checkpoints, they came with the images."""
 
 
 class TrainingFailed(InputError):
@@ -144,18 +139,14 @@ class Trainer:
         self._loss_names = ("total", *self.module.objective.terms)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
         self._workers = default_workers(here) if config.data.workers is None else config.data.workers
-        latent_is_known = training.keeps_latent and run.latent_is_known()
-        self.measurements = Measurements(
-            config, sources, processes, self._workers, self.module, self.ema, latent_is_known, stop
-        )
-        self._notes: list[str] = []
-        self._remark: dict[str, Any] = {}
-        if random := self.module.objective.random_backbones:
-            self._remark["random_backbones"] = random
-            names = ", ".join(f"losses.{name}" for name in random)
-            self._notes.append(f"{names}: random weights in the backbone, whose values and whose training mean nothing")
-        before = read_config(run.model).get("provenance") if (run.model / "config.json").is_file() else None
-        self._origin = origin(config, before, len(sources.train), random)
+        model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
+        known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
+        watched = self.module, self.ema, training.keeps_latent and known
+        self.measurements = Measurements(config, sources, processes, self._workers, *watched, stop)
+        names = getattr(sources.train, "names_sha256", None)
+        self._names_sha256 = names() if callable(names) else None  # not every data set tells its images' names
+        self._random = self.module.objective.random_backbones
+        self._origin = origin(config, model_config.get("provenance"), len(sources.train), self._random)
         if checkpoint is not None:
             assert folder is not None
             with refused_as_damaged(folder):
@@ -163,10 +154,9 @@ class Trainer:
 
     def state_dict(self, with_tensors: bool = True) -> Checkpoint:
         """The whole state; every process must take part in gathering it, and the main one alone has the tensors."""
-        kind, optimizer = type(self.optimizer).__name__, optimizer_state(self.optimizer, self.module)
-        groups = {"model": self.module.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer.tensors}
-        length = len(self.sources.train)
-        drawn = self.step * self.config.training.batch_size
+        optimizer_tensors, groups = optimizer_state(self.optimizer, self.module)
+        length, drawn = len(self.sources.train), self.step * self.config.training.batch_size
+        evaluations = self.measurements.evaluations
         state = {
             "step": self.step,
             "images_drawn": drawn,
@@ -176,23 +166,19 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             **self.measurements.state_dict(self.step, self.is_finished()),
-            "provenance": self._provenance(),
+            "provenance": {**self._origin, "steps": self.step, **({"evaluations": evaluations} if evaluations else {})},
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
-            "names_sha256": names_sha256(self.sources.train),
-            "noise_from": NOISE_FROM,
+            "names_sha256": self._names_sha256,
             "processes": self.processes.count,
-            "optimizer": {"class": kind, "groups": optimizer.groups, "tensors": optimizer.names},
+            "optimizer": {"class": type(self.optimizer).__name__, "groups": groups},
             "gradient_scaler": self.scaler.state_dict(),
         }
+        if not with_tensors:
+            return Checkpoint({}, state)
+        files = {"model": self.module.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer_tensors}
         # Every process gathers what is sharded; eight whole copies would be too much for many a node.
-        is_main = self.processes.is_main
-        tensors = {
-            file: {name: full for name, tensor in group.items() if (full := whole(tensor, is_main)) is not None}
-            for file, group in groups.items()
-            if with_tensors
-        }
-        return Checkpoint(tensors, state)
+        return Checkpoint({file: whole(tensors, self.processes.is_main) for file, tensors in files.items()}, state)
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Go on from a state, whatever number of processes it comes from; the module's weights are loaded before.
@@ -200,12 +186,16 @@ class Trainer:
         Raises:
             InputError: it does not fit the configuration or the data.
         """
-        state, saved = checkpoint.state, checkpoint.state["optimizer"]
+        state, tensors = checkpoint.state, checkpoint.tensors
         check_changes(state["settings"], self.config.fixed_settings(), self.run_folder.path)
-        check_images(state, self.sources.train)
-        self.ema.load_state_dict(checkpoint.tensors["ema"])
-        optimizer = OptimizerState(dict(checkpoint.tensors["optimizer"]), saved["groups"], saved.get("tensors"))
-        load_optimizer_state(self.optimizer, self.module, optimizer)
+        began_with, count = state["images_in_data_set"], len(self.sources.train)
+        if began_with != count:
+            raise InputError(f"the run began with {began_with} training images and the data set now has {count}")
+        names = state.get("names_sha256")
+        if None not in (names, self._names_sha256) and names != self._names_sha256:
+            raise InputError(f"the {count} training images have other names than when the run began; put those back")
+        self.ema.load_state_dict(tensors["ema"])
+        load_optimizer_state(self.optimizer, self.module, tensors["optimizer"], state["optimizer"]["groups"])
         if self.scaler.is_enabled():
             scale = float(state["gradient_scaler"]["scale"])
             self.scaler.load_state_dict({**state["gradient_scaler"], "scale": scale})
@@ -214,11 +204,6 @@ class Trainer:
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.measurements.load_state_dict(state, self.is_finished())
-        if state.get("noise_from") != NOISE_FROM and not self.is_finished():
-            self._notes.append(
-                f"step {self.step}: this run was begun by an earlier version, which drew levels and noise with the "
-                "images; from here on they are drawn in the training step, and are others"
-            )
 
     def is_finished(self) -> bool:
         """Whether the budget is spent."""
@@ -234,13 +219,18 @@ class Trainer:
         stopped = False
         logged = self.processes.is_main, self.step, self.seconds, self.measurements.evaluated_at or 0
         with closing(Loggers(self.run_folder, self.config, *logged)) as loggers:
-            for note in self._notes:
-                loggers.say(note)
+            if self._random:
+                names = ", ".join(f"losses.{name}" for name in self._random)
+                loggers.say(f"{names}: random weights in the backbone, whose values and whose training mean nothing")
             try:
-                self._begin(loggers)
+                if self.step and self._due():  # a signal came before it was done
+                    self._measure(loggers)
+                self._batches = self._loader()
+                self._mark = time.monotonic()
+                self._upcoming = self._fetch()
+                self._check_exchanged(self._exchange(torch.zeros(0, device=self.accelerator.device))[1], loggers)
                 while not self.is_finished():
-                    exchanged = self._train_step(loggers)
-                    self._check_exchanged(exchanged, loggers)
+                    self._check_exchanged(self._train_step(loggers), loggers)
                     # A run of skipped steps may end in failure, which is to name what was before it; at the end it has
                     # not.
                     if not self._skipped_in_a_row or self.is_finished():
@@ -252,16 +242,6 @@ class Trainer:
         is_done = self.is_finished() and not self._due()
         stopped_by = self.stop.name or "a signal to another process"
         return Outcome(self.step, stopped_by if stopped and not is_done else None)
-
-    def _begin(self, loggers: Loggers) -> None:
-        """Do what a signal came before, and read the first batches."""
-        if self.step and self._due():
-            self._measure(loggers)
-        self._batches = self._loader()
-        self._mark = time.monotonic()
-        self._upcoming = self._fetch()
-        _, exchanged = self._exchange(torch.zeros(0, device=self.accelerator.device))
-        self._check_exchanged(exchanged, loggers)
 
     def _loader(self) -> Iterator[Batch]:
         data, training, processes = self.config.data, self.config.training, self.processes
@@ -326,7 +306,7 @@ class Trainer:
                 "gradient_norm": gradient_norm,
                 "lr": lr,
                 **({"skipped": not_finite} if not_finite else {}),
-                **self._remark,
+                **({"random_backbones": self._random} if self._random else {}),
                 "images_per_second": training.batch_size / max(exchanged.lap, 1e-9),
                 "seconds": self.seconds,
                 "memory_gib": peak / 2**30,
@@ -375,7 +355,6 @@ class Trainer:
         if not_finite:
             for buffer, kept in zip(self._buffers, statistics, strict=True):
                 buffer.copy_(kept)
-            self.ema.catch_up()
             self.skipped_steps += 1
             self._skipped_in_a_row += not overflow
         else:
@@ -474,7 +453,7 @@ class Trainer:
                 return False, f"the checkpoint cannot be written ({' '.join(str(error).split())})"
             try:
                 if not untrained:
-                    publish_model(run, folder / "ema.safetensors", latent, latent_stays, self._provenance())
+                    publish_model(run, folder / "ema.safetensors", latent, latent_stays, checkpoint.state["provenance"])
             except OSError as error:
                 return True, f"{run.model} cannot be written ({' '.join(str(error).split())})"
             return True, None
@@ -489,14 +468,7 @@ class Trainer:
             loggers.say(message)
         return written
 
-    def _provenance(self) -> dict[str, Any]:
-        """What the model that is saved now says of its origin."""
-        evaluations = self.measurements.evaluations
-        return {**self._origin, "steps": self.step, **({"evaluations": evaluations} if evaluations else {})}
-
     def _last_good(self) -> str:
-        try:
-            last = self.run_folder.checkpoints.last()
-        except InputError as error:  # somebody has taken it away
-            return str(error)
-        return f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
+        if self._saved_at is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.run_folder.checkpoints.of_step(self._saved_at)}"
