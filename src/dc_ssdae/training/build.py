@@ -50,7 +50,7 @@ def resolved(config: RunConfig) -> RunConfig:
         InputError: a class or a setting is unknown or does not fit.
     """
     classes = own_classes(config.model)
-    parts = {part: resolve_part(part, getattr(config.model, part), classes) for part in COMPONENTS}
+    parts = {part: resolve_part(part, getattr(config.model, part), classes).config for part in COMPONENTS}
     return replace(config, model=replace(config.model, **_as_yaml(parts)))
 
 
@@ -383,7 +383,7 @@ def _check_teacher(model: DCSSDAE, config: RunConfig, kept: Path | None) -> None
     config_there = read_config(model_folder(teacher))
     for part in COMPONENTS:
         theirs = resolve_part(part, config_there.get(part), own_classes(config.model))
-        if _as_yaml(theirs) != _as_yaml(model.config[part]):
+        if _as_yaml(theirs.config) != _as_yaml(model.config[part]):
             raise InputError(f"distillation.teacher {teacher} has another {part} than section model; take the same")
 
 
