@@ -55,7 +55,7 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
     if before is not None and not is_ours(before):
         return False
     files = weight_files(folder)
-    variant = min(files, key=lambda name: name or "", default=None)
+    variant = next(iter(files), None)
     parameters: Counter[str] = Counter()
     for name, tensor in read_safetensors(*files.get(variant, ())).items():
         if name.rpartition(".")[2] not in BATCH_STATISTICS:

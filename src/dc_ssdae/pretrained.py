@@ -19,7 +19,7 @@ from dc_ssdae.classes import check_classes
 from dc_ssdae.components import COMPONENTS
 from dc_ssdae.errors import InputError, MissingInputError, check_names, shown
 from dc_ssdae.hub import fetch_model
-from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config, weight_variants
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config, weight_files
 from dc_ssdae.presets import SHIPPED_MODEL
 from dc_ssdae.weights import (
     PICKLE_SUFFIXES,
@@ -395,7 +395,7 @@ def _no_weights(wanted: Path) -> InputError:
     pickles = [file for file in sorted(wanted.parent.glob("*")) if file.suffix in PICKLE_SUFFIXES]
     if pickles:
         return pickle_refused(min(pickles, key=lambda file: file.stem != wanted.stem), wanted)
-    found = [f"the variant {name!r}" if name else "one without a variant" for name in weight_variants(wanted.parent)]
+    found = [f"the variant {name!r}" if name else "one without a variant" for name in weight_files(wanted.parent)]
     there = f"there is {' and '.join(found)}" if found else "there are no safetensors, and a pickle is never loaded"
     return MissingInputError(f"{wanted}: no such file; {there}")
 
