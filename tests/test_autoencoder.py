@@ -322,7 +322,7 @@ class TestLatentStatistics:
     def test_survive_saving_and_loading(self, tmp_path: Path) -> None:
         model = tiny()
         before = {name: value for name, value in model.config.items() if name not in NOT_MEASURED}
-        model.set_latent_statistics(STATISTICS)
+        model.register_to_config(**STATISTICS.settings())
         assert self.settings(model.config) == STATISTICS.settings()
         assert {name: value for name, value in model.config.items() if name not in NOT_MEASURED} == before
         model.save_pretrained(tmp_path / "first")
@@ -339,6 +339,14 @@ class TestLatentStatistics:
         assert model.config.scaling_factor == 2.0
         values = [model.config.scaling_factor, *model.config.latents_mean, *model.config.latents_std]
         assert {type(value) for value in values} == {float}
+
+    @torch.no_grad()
+    def test_change_neither_latents_nor_images(self) -> None:
+        model, x = tiny(), image()
+        z, y = model.encode(x).latent_dist.mean, model(x).sample
+        model.register_to_config(**STATISTICS.settings())
+        assert torch.equal(model.encode(x).latent_dist.mean, z)
+        assert torch.equal(model(x).sample, y)
 
     def test_a_folder_from_before_there_were_any_loads(self, copied: Path) -> None:
         config = json.loads((copied / "config.json").read_text())
@@ -375,7 +383,7 @@ class TestLatentStatistics:
     def test_of_another_number_of_channels(self, copied: Path) -> None:
         statistics = LatentStatistics([0.0] * 3, [1.0] * 3, 5)
         with pytest.raises(InputError, match="latents_mean has 3 numbers"):
-            tiny().set_latent_statistics(statistics)
+            tiny().register_to_config(**statistics.settings())
         with pytest.raises(InputError, match=r"config\.json is missing"):
             write_latent_statistics(copied.parent, STATISTICS)
 

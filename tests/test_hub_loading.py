@@ -120,7 +120,7 @@ NAME = "encoder.conv_in.bias"
         (change(more=torch.zeros(3)), "left over: more"),
         (write_config("{"), "me/model/config.json is not JSON"),
         (add_to_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quantised"),
-        (add_to_config(latent_channels=10**12), "its settings are too large"),
+        (add_to_config(latent_channels=10**6), "its settings are too large"),
         (add_to_config(_class_name="AutoencoderKL"), "is of a 'AutoencoderKL'"),
         (lambda folder: (folder / f"{STEM}.safetensors").unlink(), f"me/model/{STEM}.safetensors: no such file"),
         (lambda folder: (folder / "config.json").unlink(), "me/model holds no model: config.json is missing"),

@@ -258,11 +258,8 @@ class TestStatistics:
     @pytest.mark.parametrize(
         ("mean", "std", "named"),
         [
-            ([], [], "0 and 0"),
-            ([0.0], [1.0, 1.0], "1 and 2"),
             ([float("nan")], [1.0], "not finite"),
             ([0.0], [float("inf")], "not finite"),
-            ([0.0, 0.0], [1.0, -0.5], "-0.5"),
             ([2.0, 2.0], [0.0, 0.0], "collapsed"),
             ([0.0], [1e-320], "collapsed"),
         ],

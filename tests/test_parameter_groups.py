@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
-from dc_ssdae.autoencoder import build_without_weights
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import ConditionedResidualBlock
 from dc_ssdae.networks.dc_encoder import EfficientViTBlock, ResBlock
@@ -182,7 +181,7 @@ def test_numbers_are_the_levels_that_blocks_work_at(encoder: Mapping[str, Any]) 
 
 def test_meta_device_and_float16_change_nothing() -> None:
     model = build()
-    twin = build_without_weights(model.config)
+    twin = DCSSDAE.without_weights(model.config)
     assert next(twin.parameters()).is_meta
     assert parameter_groups(twin) == parameter_groups(model) == parameter_groups(build().half())
     assert group_sizes(twin) == group_sizes(model)

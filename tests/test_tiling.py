@@ -74,13 +74,6 @@ class TestTiles:
         assert check_tiling(64, 0.0, 8) == (8, 0)
         assert check_tiling(16, 0.75, 8) == (2, 1)
 
-    def test_names_of_diffusers_are_told_what_to_use_instead(self) -> None:
-        with pytest.raises(
-            InputError, match=r"tile_sample_min_height.*tile_sample_stride_width.*tile_size.*overlap"
-        ) as e:
-            tiny().enable_tiling(tile_sample_min_height=256, tile_sample_stride_width=192)
-        assert "\n" not in str(e.value)
-
     @pytest.mark.parametrize(
         ("tile_size", "overlap", "words"),
         [

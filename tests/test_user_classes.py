@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
-from dc_ssdae.autoencoder import COMPONENTS, build_without_weights
+from dc_ssdae.autoencoder import COMPONENTS
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.model_folder import read_config
 from dc_ssdae.networks import KLEncoder, UViTDecoder
@@ -247,7 +247,7 @@ class TestSaving:
             DCSSDAE.from_pretrained(tmp_path, classes=others)
 
     def test_without_weights(self) -> None:
-        model = build_without_weights(build().config)
+        model = DCSSDAE.without_weights(build().config)
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
         assert model.encoder.rates == [0.0, 0.5, 1.0]
 

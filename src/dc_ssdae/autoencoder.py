@@ -14,14 +14,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dc_ssdae.components import (
-    COMPONENTS,
-    HANDED_OVER,
-    build_part,
-    check_classes,
-    check_posterior,
-    resolve_part,
-)
+from dc_ssdae.classes import check_classes
+from dc_ssdae.components import COMPONENTS, resolve_part
 from dc_ssdae.decoding import (
     DESCENTS,
     INTEGRATORS,
@@ -37,24 +31,18 @@ from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.corruption import field_of
 from dc_ssdae.dynamics.energy import as_normal, at_least_float32
 from dc_ssdae.errors import InputError, check_at_least, check_names, check_type, counted
-from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
+from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import check_image, check_latent_shape
 from dc_ssdae.presets import load_preset
-from dc_ssdae.pretrained import PretrainedModel, build_on_meta
+from dc_ssdae.pretrained import PretrainedModel
 from dc_ssdae.provenance import Provenance
 from dc_ssdae.samplers import SamplerResult, Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_number, check_share, is_finite, root_mean_square
 from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
 
-__all__ = [
-    "COMPONENTS",
-    "DCSSDAE",
-    "EncoderOutput",
-    "build_without_weights",
-]
-
+__all__ = ["COMPONENTS", "DCSSDAE", "EncoderOutput"]
 
 FAR_OUTSIDE = 2.0
 """What `encode` warns of larger values than; resampling and noise leave [-1, 1] by less."""
@@ -171,19 +159,21 @@ class DCSSDAE(PretrainedModel):
         # diffusers would drop on reload what it lists as left at its default; the resolved settings are to stay.
         registered = {key: value for key, value in self._internal_dict.items() if key != "_use_default_values"}
         known = None if provenance is None else Provenance.from_mapping(provenance).to_mapping()
-        self._internal_dict = FrozenDict({**registered, **resolved, **normalisation, "provenance": known})
+        configs = {part: found.config for part, found in resolved.items()}
+        self._internal_dict = FrozenDict({**registered, **configs, **normalisation, "provenance": known})
 
-        self.dynamics: Dynamics = build_part("dynamics", resolved["dynamics"], {}, classes)
-        following = {
-            "latent_channels": latent_channels,
-            "downsample_factor": downsample_factor,
-            "time_conditioning": self.dynamics.conditions_on_time,
-        }
-        for part in ("encoder", "decoder"):
-            handed_over = {name: following[name] for name in HANDED_OVER[part]}
-            setattr(self, part, build_part(part, resolved[part], handed_over, classes))
-        if isinstance(self.decoder, UViTDecoder) and getattr(self.dynamics, "prediction", "image") == "field":
-            _warn_of_a_field(self.decoder)
+        sizes = {"latent_channels": latent_channels, "downsample_factor": downsample_factor}
+        self.dynamics: Dynamics = resolved["dynamics"].build()
+        self.encoder = resolved["encoder"].build(**sizes)
+        self.decoder = resolved["decoder"].build(**sizes, time_conditioning=self.dynamics.conditions_on_time)
+        is_ours = isinstance(self.decoder, UViTDecoder)
+        is_for_images = is_ours and (self.decoder.patch > 1 or self.decoder.block_shortcut is not None)
+        if is_for_images and getattr(self.dynamics, "prediction", "image") == "field":
+            warnings.warn(
+                "a decoder with a patch above 1 or a block_shortcut wants prediction 'image' of the dynamics: a field "
+                "carries the noise of all pixels, too much for narrow layers, and a shortcut begins as an image",
+                stacklevel=1,  # always this line, so that Python shows it once
+            )
         self._tile = check_tiling(None, DEFAULT_OVERLAP, downsample_factor)
 
     @classmethod
@@ -214,9 +204,15 @@ class DCSSDAE(PretrainedModel):
         Raises:
             InputError: a user's encoder gives something else than a Gaussian over (B, c, H/f, W/f).
         """
-        config = self.config
-        return check_posterior(
-            self.encoder(x), config.encoder["class_path"], x, config.latent_channels, config.downsample_factor
+        posterior, config = self.encoder(x), self.config
+        expected = (len(x), config.latent_channels, *(side // config.downsample_factor for side in x.shape[2:]))
+        is_gaussian = isinstance(posterior, DiagonalGaussian)
+        if is_gaussian and tuple(posterior.mean.shape) == expected:
+            return posterior
+        given = f"a latent of shape {tuple(posterior.mean.shape)}" if is_gaussian else f"a {type(posterior).__name__}"
+        raise InputError(
+            f"encoder {config.encoder['class_path']} gives {given} for images of shape {tuple(x.shape)}; its forward "
+            f"must give a DiagonalGaussian of shape {expected}"
         )
 
     @apply_forward_hook
@@ -263,16 +259,13 @@ class DCSSDAE(PretrainedModel):
         if not self.use_tiling or max(x.shape[2:]) <= self._tile[0] * factor:
             return self.posterior(x)
         height, width = (side // factor for side in x.shape[2:])
-        has_variance = False
 
         def compute(rows: slice, columns: slice) -> Tensor:
-            nonlocal has_variance
             posterior = self.posterior(x[:, :, _times(rows, factor), _times(columns, factor)])
-            has_variance = posterior.logvar is not None
-            return posterior.mean if posterior.logvar is None else torch.cat([posterior.mean, posterior.logvar], dim=1)
+            return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
 
         moments = blend_tiles(compute, height, width, *self._tile).to(x.dtype)
-        return DiagonalGaussian.from_moments(moments) if has_variance else DiagonalGaussian(moments)
+        return DiagonalGaussian(*moments.split(self.config.latent_channels, dim=1))
 
     @apply_forward_hook
     def decode(
@@ -465,15 +458,7 @@ class DCSSDAE(PretrainedModel):
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
-    def set_latent_statistics(self, statistics: LatentStatistics) -> None:
-        """Put the latents' statistics into the config, to be saved with it.
-
-        Raises:
-            InputError: they are of another number of channels.
-        """
-        self.register_to_config(**statistics.settings())
-
-    def enable_tiling(self, tile_size: int | None = None, overlap: float = DEFAULT_OVERLAP, **others: Any) -> None:
+    def enable_tiling(self, tile_size: int | None = None, overlap: float = DEFAULT_OVERLAP) -> None:
         """Encode and decode images that are larger than a tile in overlapping tiles, blended; memory follows the tile.
 
         The noise of a decode is drawn once, for the whole image; each step of a sampler blends the field, so that all
@@ -483,16 +468,10 @@ class DCSSDAE(PretrainedModel):
         Args:
             tile_size: side in pixels, a multiple of f and at least 2 f; None is 512, or 4 f where that is more.
             overlap: share of a tile's side that neighbours have in common, from 0 to 0.75; at least one latent.
-            others: none; the names that diffusers' autoencoders have here are refused.
 
         Raises:
-            InputError: one of them is out of range, or has another name.
+            InputError: one of them is out of range.
         """
-        if others:
-            raise InputError(
-                f"enable_tiling has no {' and no '.join(others)}: give tile_size, the side of a square tile in pixels, "
-                f"and overlap, the share of it that neighbours have in common ({DEFAULT_OVERLAP} by default)"
-            )
         self._tile = check_tiling(tile_size, overlap, self.config.downsample_factor)
         self.use_tiling = True
 
@@ -529,29 +508,6 @@ class DCSSDAE(PretrainedModel):
 
 # diffusers writes a class's module into a pipeline's model_index.json and imports nothing more to find it there.
 DCSSDAE.__module__ = "dc_ssdae"
-
-
-def build_without_weights(config: Mapping[str, Any], classes: Iterable[type] = ()) -> DCSSDAE:
-    """Build a model on the meta device, for its shapes and costs.
-
-    Args:
-        config: as `read_config` gives it.
-        classes: as the constructor's.
-
-    Raises:
-        InputError: the config does not fit.
-    """
-    return build_on_meta(DCSSDAE, config, classes)
-
-
-def _warn_of_a_field(decoder: UViTDecoder) -> None:
-    """Warn of a decoder that is made for the image as its answer."""
-    if decoder.patch > 1 or decoder.block_shortcut is not None:
-        warnings.warn(
-            "a decoder with a patch above 1 or a block_shortcut wants prediction 'image' of the dynamics: a field "
-            "carries the noise of all pixels, too much for narrow layers, and a shortcut begins as an image",
-            stacklevel=1,  # always this line, so that Python shows it once
-        )
 
 
 def _check_channels(name: str, values: list[float] | None, channels: int, lowest: float) -> list[float] | None:

@@ -55,7 +55,7 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
     if before is not None and not is_ours(before):
         return False
     files = weight_files(folder)
-    variant = min(files, key=lambda name: name or "", default=None)
+    variant = next(iter(files), None)
     parameters: Counter[str] = Counter()
     for name, tensor in read_safetensors(*files.get(variant, ())).items():
         if name.rpartition(".")[2] not in BATCH_STATISTICS:
@@ -106,6 +106,7 @@ def upload_model(
     folder: Path,
     repo_id: str,
     commit_message: str | None = None,
+    private: bool | None = None,
     token: str | None = None,
     create_pr: bool = False,
     subfolder: str | None = None,
@@ -116,15 +117,23 @@ def upload_model(
 
     Args:
         folder: of the model; its card, if it is ours, is written anew.
-        repo_id: of a repository that is there.
+        repo_id: of the repository, which is made if it is not there.
         commit_message: of the commit.
+        private: whether a new repository is private; None is its owner's default.
         token: of the hub; None is the one that is logged in with.
         create_pr: propose the files, and leave the repository as it is.
         subfolder: where in the repository.
 
     Returns:
         As `huggingface_hub.upload_folder`.
+
+    Raises:
+        InputError: the repository cannot be called so.
     """
+    try:
+        repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    except HFValidationError as error:
+        raise InputError(f"no repository can be called {repo_id!r}: {' '.join(str(error).split())}") from None
     if subfolder is None:
         write_model_card(folder, repo_id)
     without_card = subfolder is not None or _has_card_of_its_own(repo_id, token)
@@ -137,18 +146,6 @@ def upload_model(
         create_pr=create_pr,
         ignore_patterns=[CARD_FILE] if without_card else None,
     )
-
-
-def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Make a repository on the hub, if it is not there; gives its whole id.
-
-    Raises:
-        InputError: it cannot be called so.
-    """
-    try:
-        return huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    except HFValidationError as error:
-        raise InputError(f"no repository can be called {repo_id!r}: {' '.join(str(error).split())}") from None
 
 
 def render_model_card(

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,19 @@ from dc_ssdae.errors import InputError, unknown_name
 def full_name(kind: type) -> str:
     """Give a class's module and name in it, module.Class, by which a configuration names it."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_classes(classes: Iterable[type]) -> list[type]:
+    """List the classes that a user has passed.
+
+    Raises:
+        InputError: it is no list, or holds something else.
+    """
+    if isinstance(classes, Iterable) and not isinstance(classes, type):
+        listed = list(classes)
+        if all(isinstance(kind, type) for kind in listed):
+            return listed
+    raise InputError(f"classes is {classes!r}; it must be a list of classes, such as classes=[MyEncoder]")
 
 
 @contextmanager

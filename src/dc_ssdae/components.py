@@ -1,21 +1,17 @@
 """The parts of a model, encoder, decoder and dynamics: their classes, built-in and users', and their settings."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from dc_ssdae.classes import find_imported, full_name
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, as_json, check_names, check_type, unknown_name
-from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.presets import DEFAULT_CLASSES
 
@@ -40,7 +36,85 @@ DYNAMICS_METHODS = ("sample_level", "corrupt", "clean_estimate", "loss")
 DYNAMICS_ATTRIBUTES = ("conditions_on_time", "noise_level")
 
 
-def find_class(part: str, class_path: object, classes: Iterable[type] = ()) -> type:
+@dataclass(frozen=True)
+class ResolvedPart:
+    """A part of a model before it is built: its class and all its settings.
+
+    Args:
+        part: "encoder", "decoder" or "dynamics".
+        kind: the class.
+        config: as config.json holds it: class_path, bare for a class of this package and module.Class for a user's;
+            and init_args with every setting.
+        arguments: the same settings as the constructor takes them, with tuples where it asks for tuples.
+    """
+
+    part: str
+    kind: type
+    config: dict[str, Any]
+    arguments: dict[str, Any]
+
+    def build(self, **handed_over: Any) -> Any:
+        """Construct the part.
+
+        Args:
+            handed_over: the settings that follow from the model's others, those in `HANDED_OVER`.
+
+        Raises:
+            InputError: the class refuses its settings, or they make it too large.
+        """
+        name = self.config["class_path"]
+        try:
+            with bounded_size(name):
+                built = self.kind(**handed_over, **self.arguments)
+        except InputError:
+            raise
+        except Exception as error:
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(
+                f"{self.part} {name} cannot be built with its settings; its constructor raised {message}"
+            ) from error
+        for attribute in DYNAMICS_ATTRIBUTES if self.part == "dynamics" else ():
+            if not hasattr(built, attribute):
+                raise InputError(f"dynamics {name} has no attribute {attribute}")
+        return built
+
+
+def resolve_part(part: str, given: Mapping[str, Any] | None, classes: Sequence[type] = ()) -> ResolvedPart:
+    """Find a part's class and complete its settings with the class's defaults.
+
+    Args:
+        part: "encoder", "decoder" or "dynamics".
+        given: class_path and init_args, either of which may be left out.
+        classes: users' classes that class_path may name.
+
+    Raises:
+        InputError: the class or a setting is unknown, missing or of the wrong type.
+    """
+    given = {} if given is None else given
+    check_type(part, given, Mapping)
+    check_names(f"key of {part}", given, ("class_path", "init_args"))
+    kind = find_class(part, given.get("class_path", DEFAULT_CLASSES[part]), classes)
+    name = kind.__name__ if kind in COMPONENTS[part].values() else full_name(kind)
+    settings = {} if given.get("init_args") is None else given["init_args"]
+    check_type(f"init_args of {part}", settings, Mapping)
+    parameters, takes_any = _constructor(kind)
+    defaults = {key: value.default for key, value in parameters.items() if key not in HANDED_OVER[part]}
+    if not takes_any:
+        check_names(f"setting of {name}", settings, defaults)
+    hints, stored, arguments = _type_hints(kind), {}, {}
+    for key, value in {**defaults, **settings}.items():
+        if value is inspect.Parameter.empty:
+            raise InputError(f"{name} needs its setting {key!r}: give it in init_args of {part}")
+        hint = hints.get(key, tuple if isinstance(defaults.get(key), tuple) else Any)
+        stored[key] = as_json(f"{key} of {name}", value)
+        # Made from what config.json will hold, so that what is accepted here can also be loaded.
+        arguments[key] = _as_hinted(stored[key], hint)
+        if key in settings and key in hints:
+            check_type(f"{key} of {name}", arguments[key], hint)
+    return ResolvedPart(part, kind, {"class_path": name, "init_args": stored}, arguments)
+
+
+def find_class(part: str, class_path: object, classes: Sequence[type] = ()) -> type:
     """Find the class that a config names for a part, without ever importing it.
 
     In this order: a class of this package by its bare name; one of `classes`, by its full name or, because a class
@@ -56,7 +130,7 @@ def find_class(part: str, class_path: object, classes: Iterable[type] = ()) -> t
     """
     if isinstance(class_path, str) and class_path in COMPONENTS[part]:
         return COMPONENTS[part][class_path]
-    kind = _users_class(part, class_path, check_classes(classes))
+    kind = _users_class(part, class_path, classes)
     named = f"{part} class {class_path!r}"
     if part == "dynamics":
         missing = [name for name in DYNAMICS_METHODS if not callable(getattr(kind, name, None))]
@@ -74,29 +148,16 @@ def find_class(part: str, class_path: object, classes: Iterable[type] = ()) -> t
     return kind
 
 
-def check_classes(classes: Iterable[type]) -> list[type]:
-    """List the classes that a user has passed.
-
-    Raises:
-        InputError: it is no list, or holds something else.
-    """
-    if isinstance(classes, Iterable) and not isinstance(classes, type):
-        listed = list(classes)
-        if all(isinstance(kind, type) for kind in listed):
-            return listed
-    raise InputError(f"classes is {classes!r}; it must be a list of classes, such as classes=[MyEncoder]")
-
-
 def _users_class(part: str, class_path: object, classes: Sequence[type]) -> type:
     """Find a class of the user's among those passed, or else among the imported ones."""
-    steps = class_path.split(".") if isinstance(class_path, str) else []
-    passed = [kind for kind in classes if full_name(kind) == class_path]
-    passed = passed or [kind for kind in classes if steps and kind.__name__ == steps[-1]]
-    if len(set(passed)) > 1:
-        names = ", ".join(map(full_name, passed))
+    steps = class_path.split(".") if isinstance(class_path, str) else [""]
+    passed = {kind for kind in classes if full_name(kind) == class_path}
+    passed = passed or {kind for kind in classes if kind.__name__ == steps[-1]}
+    if len(passed) > 1:
+        names = ", ".join(sorted(map(full_name, passed)))
         raise InputError(f"{part} class {class_path!r} could be several of classes: {names}; pass one of them")
     if passed:
-        return passed[0]
+        return passed.pop()
     if len(steps) < 2 or not all(step.isidentifier() or step == "<locals>" for step in steps):
         raise unknown_name(f"class of {part}", class_path, COMPONENTS[part])
     kind = find_imported(".".join(steps))
@@ -108,85 +169,6 @@ def _users_class(part: str, class_path: object, classes: Sequence[type]) -> type
     return kind
 
 
-def resolve_part(part: str, given: Mapping[str, Any] | None, classes: Iterable[type] = ()) -> dict[str, Any]:
-    """Fill a part's settings up with its class's defaults.
-
-    Args:
-        part: "encoder", "decoder" or "dynamics".
-        given: class_path and init_args, either of which may be left out.
-        classes: users' classes that class_path may name.
-
-    Returns:
-        class_path, bare for a class of this package and module.Class for a user's; and init_args with every
-        setting, those of a user's class as config.json will give them back.
-
-    Raises:
-        InputError: the class or a setting is unknown, missing or of the wrong type.
-    """
-    given = {} if given is None else given
-    check_type(part, given, Mapping)
-    check_names(f"key of {part}", given, ("class_path", "init_args"))
-    kind = find_class(part, given.get("class_path", DEFAULT_CLASSES[part]), classes)
-    name = kind.__name__ if kind in COMPONENTS[part].values() else full_name(kind)
-    settings = {} if given.get("init_args") is None else given["init_args"]
-    check_type(f"init_args of {part}", settings, Mapping)
-    parameters, takes_any = _constructor(kind)
-    defaults = {key: value.default for key, value in parameters.items() if key not in HANDED_OVER[part]}
-    if not takes_any:
-        check_names(f"setting of {name}", settings, defaults)
-    hints, stored = _type_hints(kind), {}
-    for key, value in {**defaults, **settings}.items():
-        if value is inspect.Parameter.empty:
-            raise InputError(f"{name} needs its setting {key!r}: give it in init_args of {part}")
-        stored[key] = as_json(f"{key} of {name}", value)
-        if key in settings:
-            # As it will come back from config.json, so that what is accepted here can also be loaded.
-            hint = hints.get(key, Any)
-            check_type(f"{key} of {name}", _as_hinted(stored[key], hint), hint)
-    return {"class_path": name, "init_args": stored}
-
-
-def build_part(
-    part: str, resolved: Mapping[str, Any], handed_over: Mapping[str, Any], classes: Iterable[type] = ()
-) -> Any:
-    """Construct a part from what `resolve_part` gave.
-
-    Args:
-        part: "encoder", "decoder" or "dynamics".
-        resolved: class_path and init_args.
-        handed_over: the part's settings that follow from the model's others.
-        classes: users' classes that class_path may name.
-
-    Raises:
-        InputError: the class refuses its settings.
-    """
-    name = resolved["class_path"]
-    kind = find_class(part, name, classes)
-    hints, settings = _type_hints(kind), {}
-    for key, value in resolved["init_args"].items():
-        parameter = _constructor(kind)[0].get(key)
-        had_tuple = parameter is not None and isinstance(parameter.default, tuple)
-        settings[key] = _as_hinted(value, hints.get(key, tuple if had_tuple else Any))
-    is_built_in = kind in COMPONENTS[part].values()
-    try:
-        # Of this package's classes the size is known before memory is taken; a user's may read numbers off tensors.
-        with bounded_size(name), torch.device("meta") if is_built_in else nullcontext():
-            built = kind(**handed_over, **settings)
-        if is_built_in and torch.get_default_device().type != "meta":
-            built = kind(**handed_over, **settings)
-    except InputError:
-        raise
-    except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(
-            f"{part} {name} cannot be built with its settings; its constructor raised {message}"
-        ) from error
-    for attribute in DYNAMICS_ATTRIBUTES if part == "dynamics" else ():
-        if not hasattr(built, attribute):
-            raise InputError(f"dynamics {name} has no attribute {attribute}")
-    return built
-
-
 @contextmanager
 def bounded_size(name: str) -> Iterator[None]:
     """Stop the building of a network that gets larger than any autoencoder.
@@ -194,57 +176,29 @@ def bounded_size(name: str) -> Iterator[None]:
     Raises:
         InputError: it has more than 10 billion parameters or 5,000 modules.
     """
-    counts = {"parameters": 0, "modules": 0}
+    counts = dict.fromkeys(LARGEST, 0)
 
-    def count(what: str, more: int) -> None:
-        counts[what] += more
-        if counts[what] > LARGEST[what]:
-            raise InputError(f"{name} has more than {LARGEST[what]:,} {what}: its settings are too large")
+    def count(_: nn.Module, __: str, added: nn.Module | None) -> None:
+        if added is not None:
+            counts["modules"] += 1
+            counts["parameters"] += sum(parameter.numel() for parameter in added.parameters(recurse=False))
+        for what, largest in LARGEST.items():
+            if counts[what] > largest:
+                raise InputError(f"{name} has more than {largest:,} {what}: its settings are too large")
 
-    hooks = (
-        register_module_module_registration_hook(lambda *_: count("modules", 1)),
-        register_module_parameter_registration_hook(
-            lambda *given: count("parameters", 0 if given[2] is None else given[2].numel())
-        ),
-    )
+    hook = register_module_module_registration_hook(count)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def check_posterior(
-    posterior: object, class_path: str, x: Tensor, latent_channels: int, downsample_factor: int
-) -> DiagonalGaussian:
-    """Check what an encoder gives for images x (B, 3, H, W), and return it.
-
-    Raises:
-        InputError: it is no DiagonalGaussian over (B, c, H/f, W/f).
-    """
-    expected = (len(x), latent_channels, *(side // downsample_factor for side in x.shape[2:]))
-    given = f"a {type(posterior).__name__}"
-    if isinstance(posterior, DiagonalGaussian):
-        if tuple(posterior.mean.shape) == expected:
-            return posterior
-        given = f"a latent of shape {tuple(posterior.mean.shape)}"
-    raise InputError(
-        f"encoder {class_path} gives {given} for images of shape {tuple(x.shape)}; its forward must give a "
-        f"DiagonalGaussian of shape {expected}"
-    )
+        hook.remove()
 
 
 def _constructor(kind: type) -> tuple[dict[str, inspect.Parameter], bool]:
     """The parameters of a class's constructor by name, and whether it takes any others."""
-    if issubclass(kind, nn.Module) and kind.__init__ is nn.Module.__init__:
-        return {}, False  # PyTorch's own takes any, to refuse them
-    try:
-        parameters = inspect.signature(kind).parameters
-    except ValueError:  # some classes written in C tell nothing
-        return {}, False
-    takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    parameters = inspect.signature(kind).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}, takes_any
+    named = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}
+    return named, any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def _type_hints(kind: type) -> dict[str, Any]:

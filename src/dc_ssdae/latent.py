@@ -165,8 +165,8 @@ class LatentStatistics:
         count: of images.
 
     Raises:
-        InputError: a number is missing, not finite or negative; or every value of every latent is the same number, so
-            that no scaling gives a standard deviation of 1.
+        InputError: a number is not finite; or every value of every latent is the same number, so that no scaling gives
+            a standard deviation of 1.
     """
 
     mean: list[float]
@@ -178,8 +178,6 @@ class LatentStatistics:
             raise InputError(f"a mean and a std per channel are needed, not {len(self.mean)} and {len(self.std)}")
         if not all(map(math.isfinite, (*self.mean, *self.std))):
             raise InputError("the latents' statistics are not finite: the encoder gives infinities, or NaN")
-        if min(self.std) < 0:
-            raise InputError(f"a channel's standard deviation is {min(self.std)}; it cannot be negative")
         if not (self._total_std > 0 and math.isfinite(self.scaling_factor)):
             raise InputError("every value of every latent is the same, which nothing scales: the encoder has collapsed")
 

@@ -90,22 +90,13 @@ def model_folder(path: str | Path) -> Path:
     return model if (model / "config.json").exists() else path
 
 
-def weight_variants(folder: Path) -> list[str | None]:
-    """The variants of the weights in a model's folder; None stands for those without one.
-
-    Args:
-        folder: of a saved model.
-    """
-    return sorted(weight_files(folder), key=lambda variant: variant or "")
-
-
 def weight_files(folder: Path) -> dict[str | None, list[Path]]:
-    """The weight files in a model's folder, by variant."""
+    """The weight files in a saved model's folder, by variant; None stands for those without one, and comes first."""
     found: dict[str | None, list[Path]] = {}
     for file in sorted(folder.glob(f"{WEIGHTS}*.safetensors")):
         middle = file.name.removeprefix(WEIGHTS).removesuffix(".safetensors")
         found.setdefault(re.sub(r"-\d+-of-\d+", "", middle).removeprefix(".") or None, []).append(file)
-    return found
+    return dict(sorted(found.items(), key=lambda entry: entry[0] or ""))
 
 
 def may_be_on_the_hub(name: str) -> bool:

@@ -81,13 +81,14 @@ def select_groups(groups: Mapping[str, list[str]], wanted: Sequence[str]) -> lis
     """
     if isinstance(wanted, str):
         raise InputError(f"parameter groups are given as a list, such as [{wanted!r}]")
+    selectors = {".".join(name.split(".")[:count]) for name in groups for count in range(1, name.count(".") + 2)}
     if not wanted:
-        raise InputError(f"no parameter group is named; name at least one of {', '.join(_selectors(groups))}")
+        raise InputError(f"no parameter group is named; name at least one of {', '.join(sorted(selectors))}")
     chosen: set[str] = set()
     for selector in wanted:
         meant = _meant_by(selector, groups)
         if not meant:
-            raise unknown_name("parameter group", selector, _selectors(groups))
+            raise unknown_name("parameter group", selector, selectors)
         chosen.update(meant)
     return [name for name in groups if name in chosen]
 
@@ -128,12 +129,3 @@ def _meant_by(selector: str, names: Iterable[str]) -> list[str]:
         resolved.append(step)
     # A name of its own means that group alone, also where others begin with it.
     return [".".join(steps) for steps in candidates if steps == resolved] or [".".join(steps) for steps in candidates]
-
-
-def _selectors(groups: Iterable[str]) -> list[str]:
-    """Every selector without an index from the end: the groups' names and what they begin with."""
-    selectors: dict[str, None] = {}
-    for name in groups:
-        steps = name.split(".")
-        selectors.update(dict.fromkeys(".".join(steps[:count]) for count in range(1, len(steps) + 1)))
-    return list(selectors)

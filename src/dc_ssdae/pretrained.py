@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from accelerate import init_empty_weights
@@ -14,11 +14,12 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from dc_ssdae.card import create_repository, upload_model, write_model_card
-from dc_ssdae.components import COMPONENTS, check_classes
+from dc_ssdae.card import upload_model, write_model_card
+from dc_ssdae.classes import check_classes
+from dc_ssdae.components import COMPONENTS
 from dc_ssdae.errors import InputError, MissingInputError, check_names, shown
 from dc_ssdae.hub import fetch_model
-from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config, weight_variants
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config, weight_files
 from dc_ssdae.presets import SHIPPED_MODEL
 from dc_ssdae.weights import (
     PICKLE_SUFFIXES,
@@ -70,8 +71,8 @@ FIXED_ARGUMENTS: Mapping[str, tuple[object, str]] = {
 }
 """Arguments of diffusers that have one value here besides None, and why."""
 
-UPLOAD_ARGUMENTS = ("commit_message", "token", "create_pr", "subfolder")
-"""What `upload_model` takes of a model that is saved and uploaded."""
+UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
+"""What `save_pretrained` hands on to `upload_model` where it also uploads."""
 
 EMA_SETTINGS = (
     "decay",
@@ -126,7 +127,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         settings = {name: value for name, value in kwargs.items() if not name.startswith("_")}
         if settings and "decoder" in self.__dict__.get("_modules", {}):  # once it is built
             parts = [type(getattr(self, part)) for part in COMPONENTS]
-            built = build_on_meta(type(self), {**self._internal_dict, **settings}, parts)._internal_dict
+            built = self.without_weights({**self._internal_dict, **settings}, parts)._internal_dict
             for name in ("latent_channels", "downsample_factor", *COMPONENTS):
                 if built[name] != self._internal_dict[name]:
                     raise InputError(f"{name} cannot be changed once the model is built; build one with from_config")
@@ -156,6 +157,26 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         return built
 
     @classmethod
+    def without_weights(cls, config: Mapping[str, Any], classes: Iterable[type] = ()) -> Self:
+        """Build a model on the meta device, for its shapes and costs.
+
+        Args:
+            config: as `read_config` gives it.
+            classes: as the constructor's.
+
+        Raises:
+            InputError: the config does not fit.
+        """
+        named = [given.get("class_path") for part in COMPONENTS if isinstance(given := config.get(part), Mapping)]
+        # A user's constructor could read no number off a meta tensor; without it, each tensor is made and dropped at
+        # once. A stranger's file that asks for terabytes names no class of the user's.
+        has_own = any(isinstance(path, str) and "." in path for path in named)
+        with init_empty_weights() if has_own else torch.device("meta"):
+            model = cls.from_config(dict(config), classes=classes)
+        # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
+        return nn.Module.to(model, "meta")
+
+    @classmethod
     def extract_init_dict(
         cls, config_dict: Mapping[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -163,7 +184,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
 
         `from_config` calls it with its arguments; among them `classes`, as the constructor's.
         """
-        classes = check_classes(kwargs.pop("classes", ()))
+        classes = kwargs.pop("classes", ())
         class_name = config_dict.get("_class_name", cls.__name__)
         if class_name not in [kind.__name__ for kind in cls._own_classes()]:
             raise InputError(f"config.json is of a {class_name!r}, not of a {cls.__name__!r}")
@@ -218,25 +239,22 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         # Named parameters, because a pipeline that is saved hands on only what it finds in the signature.
         if not safe_serialization or kwargs.get("use_flashpack"):
             raise InputError("models are saved as safetensors only: leave safe_serialization and use_flashpack out")
-        folder = Path(save_directory)
-        is_main, push = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
-        private, repo_id = kwargs.pop("private", None), kwargs.pop("repo_id", None)
-        upload = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
-        if push and is_main:  # before the time that saving takes
-            repo_id = create_repository(repo_id or folder.resolve().name, private, upload.get("token"))
+        folder, push = Path(save_directory), kwargs.pop("push_to_hub", False)
+        upload: dict[str, Any] = {"repo_id": folder.resolve().name}
+        upload |= {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
         suffix = f".{variant}" if variant else ""
         # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
         Path(folder, f"{WEIGHTS}.safetensors.index{suffix}.json").unlink(missing_ok=True)
         with self._not_wrapped():
             super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
-        if not is_main:
+        if not kwargs.get("is_main_process", True):
             return None
         # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
         mode = Path(folder, "config.json").stat().st_mode
         for file in folder.glob(f"{WEIGHTS}*.safetensors"):
             file.chmod(mode)
         if push:
-            return upload_model(folder, repo_id, **upload)
+            return upload_model(folder, **upload)
         write_model_card(folder)
         return None
 
@@ -281,17 +299,9 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: the repository cannot be called so; or another format is asked for.
         """
-        upload: dict[str, Any] = {
-            "push_to_hub": True,
-            "repo_id": repo_id,
-            "private": private,
-            "commit_message": commit_message,
-            "token": token,
-            "create_pr": create_pr,
-            "subfolder": subfolder,
-        }
         with TemporaryDirectory() as folder:
-            return self.save_pretrained(folder, variant=variant, safe_serialization=safe_serialization, **upload)
+            self.save_pretrained(folder, variant=variant, safe_serialization=safe_serialization)
+            return upload_model(Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
 
     @classmethod
     def from_pretrained(
@@ -356,7 +366,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         config = {**read_config(folder), **changed}
         if "quantization_config" in config:
             raise InputError(f"{folder}: its weights are quantised; take those in float32, float16 or bfloat16")
-        expected = build_on_meta(cls, config, classes).state_dict()
+        expected = cls.without_weights(config, classes).state_dict()
         suffix = f".{variant}" if variant else ""
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
         single = folder / f"{WEIGHTS}{suffix}.safetensors"
@@ -366,30 +376,6 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             raise _no_weights(single)
         files = shard_files(index) if index.is_file() else [single]
         check_same_tensors(f"{files[0] if len(files) == 1 else folder}", expected, read_safetensors(*files))
-
-
-T = TypeVar("T", bound=PretrainedModel)
-
-
-def build_on_meta(kind: type[T], config: Mapping[str, Any], classes: Iterable[type] = ()) -> T:
-    """Build a model on the meta device, for its shapes and costs.
-
-    Args:
-        kind: the class to build.
-        config: as `read_config` gives it.
-        classes: as the constructor's.
-
-    Raises:
-        InputError: the config does not fit.
-    """
-    named = [given.get("class_path") for part in COMPONENTS if isinstance(given := config.get(part), Mapping)]
-    # A user's constructor could read no number off a meta tensor; without it, each tensor is made and dropped at once.
-    # A stranger's file that asks for terabytes names no class of the user's.
-    has_own = any(isinstance(path, str) and "." in path for path in named)
-    with init_empty_weights() if has_own else torch.device("meta"):
-        model = kind.from_config(dict(config), classes=classes)
-    # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
-    return nn.Module.to(model, "meta")
 
 
 def _refuse_old_index(folder: Path, variant: str) -> None:
@@ -409,7 +395,7 @@ def _no_weights(wanted: Path) -> InputError:
     pickles = [file for file in sorted(wanted.parent.glob("*")) if file.suffix in PICKLE_SUFFIXES]
     if pickles:
         return pickle_refused(min(pickles, key=lambda file: file.stem != wanted.stem), wanted)
-    found = [f"the variant {name!r}" if name else "one without a variant" for name in weight_variants(wanted.parent)]
+    found = [f"the variant {name!r}" if name else "one without a variant" for name in weight_files(wanted.parent)]
     there = f"there is {' and '.join(found)}" if found else "there are no safetensors, and a pickle is never loaded"
     return MissingInputError(f"{wanted}: no such file; {there}")
 

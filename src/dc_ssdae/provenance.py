@@ -8,11 +8,12 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
-from dc_ssdae.errors import InputError, as_json, check_at_least, check_names, check_type, counted
+from dc_ssdae.errors import InputError, as_json, check_names, check_type, counted
+from dc_ssdae.settings import check_value, is_required, setting
 
 PARTS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 """What may be untrained."""
@@ -59,24 +60,21 @@ class _Record:
         known, hints = {entry.name: entry for entry in fields(cls)}, get_type_hints(cls)
         check_names(f"key of {name}", given, known)
         for key, entry in known.items():
-            if key not in given and entry.default is MISSING:
+            if key not in given and is_required(entry):
                 raise InputError(f"{name} lacks {key}")
         values = {}
         for key, value in given.items():
-            label, kind = f"{name}.{key}", known[key].metadata.get("kind")
-            if kind is None:
-                values[key] = as_json(label, value)
-                _check_short(label, values[key])
-            elif isinstance(value, Mapping):
+            label, limits = f"{name}.{key}", known[key].metadata
+            records = limits.get("records")
+            if records is not None and isinstance(value, Mapping):
                 _check_short(label, list(value))
-                values[key] = {item: kind.from_mapping(value[item], f"{label}.{item}") for item in value}
-            elif isinstance(value, list | tuple):
-                values[key] = [kind.from_mapping(item, f"{label}[{place}]") for place, item in enumerate(value)]
-            check_type(label, values[key], hints[key])
-            if isinstance(value, int) and hints[key] in (float, float | None):
-                values[key] = float(value)
-            elif isinstance(value, int):
-                check_at_least(0, **{label: value})
+                value = {item: records.from_mapping(value[item], f"{label}.{item}") for item in value}
+            elif records is not None and isinstance(value, list | tuple):
+                value = [records.from_mapping(item, f"{label}[{place}]") for place, item in enumerate(value)]
+            else:
+                value = as_json(label, value)
+                _check_short(label, value)
+            values[key] = check_value(label, value, hints[key], limits)
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -123,17 +121,16 @@ class Evaluation(_Record):
 
     protocol: str
     data: str
-    images: int
-    image_size: int | None = None
-    step: int | None = None
+    images: int = setting(at_least=0)
+    image_size: int | None = setting(None, at_least=0)
+    step: int | None = setting(None, at_least=0)
     dtype: str | None = None
     decoding: dict[str, str | float | list[float]] | None = None
-    metrics: dict[str, Metric] = field(metadata={"kind": Metric})
+    metrics: dict[str, Metric] = setting(records=Metric)
 
     def __post_init__(self) -> None:
-        known = [name for name in TITLES if name in self.metrics]
-        ordered = dict.fromkeys([*known, *self.metrics])
-        object.__setattr__(self, "metrics", {name: self.metrics[name] for name in ordered})
+        known = {name: self.metrics[name] for name in TITLES if name in self.metrics}
+        object.__setattr__(self, "metrics", {**known, **self.metrics})
 
     @property
     def has_intervals(self) -> bool:
@@ -159,12 +156,11 @@ class Evaluation(_Record):
             parts.append(f"{self.image_size}×{self.image_size} px")
         if self.dtype is not None:
             parts.append(quote(self.dtype))
-        texts = {
-            name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            for name, value in (self.decoding or {}).items()
-        }
-        settings = ", ".join(f"{quote(name)} {quote(text)}" for name, text in texts.items())
-        return ", ".join([*parts, f"decoded with {settings}" if settings else "decoded in one step"])
+        settings = []
+        for name, value in (self.decoding or {}).items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            settings.append(f"{quote(name)} {quote(text)}")
+        return ", ".join([*parts, f"decoded with {', '.join(settings)}" if settings else "decoded in one step"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +188,10 @@ class Provenance(_Record):
     preset: str | None = None
     changes: list[str] | None = None
     data: str | None = None
-    images: int | None = None
-    image_size: int | None = None
-    steps: int | None = None
-    batch_size: int | None = None
+    images: int | None = setting(None, at_least=0)
+    image_size: int | None = setting(None, at_least=0)
+    steps: int | None = setting(None, at_least=0)
+    batch_size: int | None = setting(None, at_least=0)
     initialised_from: str | None = None
     teacher: str | None = None
     source: str | None = None
@@ -203,7 +199,7 @@ class Provenance(_Record):
     random_backbones: list[str] | None = None
     license: str | None = None
     version: str | None = None
-    evaluations: list[Evaluation] | None = field(default=None, metadata={"kind": Evaluation})
+    evaluations: list[Evaluation] | None = setting(None, records=Evaluation)
 
     @property
     def is_untrained(self) -> bool:

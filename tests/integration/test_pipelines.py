@@ -183,7 +183,7 @@ class Case:
     def make(self) -> Any:
         torch.manual_seed(1)
         vae = tiny(self.factor, self.encoder)
-        vae.set_latent_statistics(STATISTICS)
+        vae.register_to_config(**STATISTICS.settings())
         pipeline = self.build(vae, self.kind)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

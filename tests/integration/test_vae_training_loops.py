@@ -50,7 +50,7 @@ def make_vae(factor: int = 8, encoder: str = "KLEncoder") -> DCSSDAE:
     moments = LatentMoments(4)
     for pixels in batches(factor):
         moments.add(vae.encode(pixels).latent_dist)
-    vae.set_latent_statistics(moments.statistics())
+    vae.register_to_config(**moments.statistics().settings())
     return vae
 
 

@@ -106,7 +106,7 @@ def _open(name: str, classes: Sequence[type]) -> "tuple[DCSSDAE, Path | None, li
     """
     import torch
 
-    from dc_ssdae.autoencoder import DCSSDAE, build_without_weights
+    from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.model_folder import model_folder, read_config
     from dc_ssdae.weights import check_same_tensors, read_safetensors
 
@@ -118,7 +118,7 @@ def _open(name: str, classes: Sequence[type]) -> "tuple[DCSSDAE, Path | None, li
             raise InputError(f"{name} is a file; info takes a preset's name or a saved model's folder")
         raise unknown_name("preset or folder", name, list_presets())
     folder = model_folder(name)
-    model = build_without_weights(read_config(folder), classes)
+    model = DCSSDAE.without_weights(read_config(folder), classes)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} holds no weights: there is no safetensors file")

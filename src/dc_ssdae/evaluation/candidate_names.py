@@ -30,7 +30,7 @@ from dc_ssdae.interop.diffusers_models import (
     load_diffusers_model,
     message_of,
 )
-from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, weight_variants
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, weight_files
 from dc_ssdae.presets import SHIPPED_MODEL, list_presets
 
 _SANA_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
@@ -209,7 +209,7 @@ def load_saved_model(value: str, dtype: torch.dtype, classes: Sequence[type]) ->
     """
     is_folder = os.path.isdir(value) or value == SHIPPED_MODEL
     name = model_folder(value) if is_folder else value
-    variants = weight_variants(Path(name)) if is_folder else []
+    variants = list(weight_files(Path(name))) if is_folder else []
     # A model that was saved as a variant alone leaves no choice.
     variant = variants[0] if len(variants) == 1 else None
     return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype, variant=variant)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.errors import InputError, check_type, shown, unknown_name
 from dc_ssdae.interop.diffusers_models import DiffusersSource, find_diffusers_model, load_diffusers_model
-from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config, weight_files, weight_variants
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config, weight_files
 from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder
 from dc_ssdae.networks.attention import LinearAttention
 from dc_ssdae.networks.dc_encoder import ARCHITECTURES, Architecture
@@ -264,7 +264,7 @@ def _load_decoder(model: DCSSDAE, folder: Path, source: str) -> None:
     files = weight_files(folder)
     if not files:
         raise InputError(f"{folder} holds no {WEIGHTS}.safetensors")
-    given = read_safetensors(*files[weight_variants(folder)[0]])
+    given = read_safetensors(*next(iter(files.values())))
     config, state = read_config(folder), model.state_dict()
     of_encoder = [name for name in given if name.startswith("encoder.")]
     if not of_encoder:

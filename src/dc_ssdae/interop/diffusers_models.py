@@ -15,7 +15,7 @@ import torch
 
 from dc_ssdae.errors import InputError, shown
 from dc_ssdae.hub import fetch_model
-from dc_ssdae.model_folder import weight_variants
+from dc_ssdae.model_folder import weight_files
 from dc_ssdae.weights import PICKLE_SUFFIXES, WEIGHTS, pickle_refused, shard_files
 
 SINGLE = f"{WEIGHTS}.safetensors"
@@ -185,7 +185,7 @@ def _weight_files(source: DiffusersSource, folder: Path, variant: str | None) ->
         raise _not_on_the_hub(source, single.name, [file.name for file in meant])
     if meant:
         raise pickle_refused(min(meant, key=lambda file: file.stem != single.stem), single)
-    others = [repr(other) for other in weight_variants(folder) if other and other != variant]
+    others = [repr(other) for other in weight_files(folder) if other and other != variant]
     there = f"; there is the variant {' and '.join(others)}" if others else ""
     raise InputError(f"{source.label}: there is no {single.name}{there}")
 

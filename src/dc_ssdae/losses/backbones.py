@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dc_ssdae.errors import InputError, unknown_name
-from dc_ssdae.weights import read_safetensors
+from dc_ssdae.weights import check_same_tensors, read_safetensors
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 
@@ -229,12 +229,10 @@ def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
     """Load a network's weights in place; `path`, where they come from, is for messages.
 
     Raises:
-        InputError: a tensor is missing, left over or of another shape.
+        InputError: a tensor is missing, left over, or of another shape or type.
     """
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise InputError(f"{path} does not hold the weights that are wanted: {_in_one_line(error)}") from None
+    check_same_tensors(str(path), network.state_dict(), tensors)
+    network.load_state_dict(tensors)
 
 
 @contextmanager

@@ -39,10 +39,7 @@ def gradient_descent(
     num_steps: int = 8,
     step_size: Schedule = 0.5,
     tolerance: float | None = None,
-    *,
-    condition: Tensor | Sequence[Tensor] = (),
-    bucket: bool = False,
-    return_trajectory: bool = False,
+    **settings: Any,
 ) -> SamplerResult:
     """Descend x ← x − η f(x).
 
@@ -58,26 +55,12 @@ def gradient_descent(
         tolerance: an image stops when the root mean square of its f is below it; that step is still applied. It
             leaves the batch, so that later steps cost less, and the field meets fewer rows. None does all steps, and
             looks at no values on the way, for which a GPU would have to be waited for.
-        condition: one or several tensors (B, …) that belong to the images, such as their latents: the field gets the
-            rows of the images that are left, after x.
-        bucket: for a compiled field: fill up the shrinking batch to powers of two, at least two, by repeating images,
-            and mark it as varying, so that torch.compile compiles once.
-        return_trajectory: keep every state.
+        settings: condition, bucket and return_trajectory, as `nesterov`'s.
 
     Raises:
         InputError: a setting is out of range, or the field returns another shape.
     """
-    return nesterov(
-        field,
-        x_init,
-        num_steps,
-        step_size,
-        0.0,
-        tolerance,
-        condition=condition,
-        bucket=bucket,
-        return_trajectory=return_trajectory,
-    )
+    return nesterov(field, x_init, num_steps, step_size, 0.0, tolerance, **settings)
 
 
 def nesterov(
@@ -108,8 +91,10 @@ def nesterov(
         tolerance: as `gradient_descent`'s; of f at y, where it is evaluated.
         variant: "standard", or "eqm", the sampler that the authors of equilibrium matching released: it evaluates f
             at y and steps from x, x ← x − η f(y), so that no velocity builds up; it is stable for η L < 2/(1 + 2 μ).
-        condition: as `gradient_descent`'s.
-        bucket: as `gradient_descent`'s.
+        condition: one or several tensors (B, …) that belong to the images, such as their latents: the field gets the
+            rows of the images that are left, after x.
+        bucket: for a compiled field: fill up the shrinking batch to powers of two, at least two, by repeating images,
+            and mark it as varying, so that torch.compile compiles once.
         return_trajectory: keep every x.
 
     Raises:

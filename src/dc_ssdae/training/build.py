@@ -49,7 +49,9 @@ def resolved(config: RunConfig) -> RunConfig:
         InputError: a class or a setting is unknown or does not fit.
     """
     classes = own_classes(config.model)
-    parts: dict[str, Any] = {part: resolve_part(part, getattr(config.model, part), classes) for part in COMPONENTS}
+    parts: dict[str, Any] = {
+        part: resolve_part(part, getattr(config.model, part), classes).config for part in COMPONENTS
+    }
     return replace(config, model=replace(config.model, **parts))
 
 
@@ -346,7 +348,8 @@ def _check_teacher(model: DCSSDAE, config: RunConfig, distillation: Distillation
     _read_source("distillation.teacher", teacher, model)
     config_there = read_config(model_folder(teacher))
     for part in COMPONENTS:
-        if resolve_part(part, config_there.get(part), own_classes(config.model)) != model.config[part]:
+        theirs = resolve_part(part, config_there.get(part), own_classes(config.model))
+        if theirs.config != model.config[part]:
             raise InputError(f"distillation.teacher {teacher} has another {part} than section model; take the same")
 
 
