@@ -66,11 +66,12 @@ def check_value(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> 
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if choices and isinstance(value, str) and value not in choices and str not in kinds:
         raise unknown_name(name, value, choices, name)
+    parts = value if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(part, str) and not part.strip() for part in parts):
+        # A script's unset variable would stand for the current folder.
+        raise InputError(f"{name} is empty; give it a value, or leave it out", name)
     check_type(name, value, hint)
-    for part in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(part, str) and not part.strip():
-            # A script's unset variable would stand for the current folder.
-            raise InputError(f"{name} is empty; give it a value, or leave it out", name)
+    for part in parts:
         if isinstance(part, int | float) and not isinstance(part, bool):
             check_limits(name, part, limits)
     return value

@@ -38,7 +38,8 @@ class Options(EvaluationOptions):
     install 'dc-ssdae[eval]'.
 
     Args:
-        model: what to measure, as dc-ssdae compare takes it; by default the trained model that comes with this package.
+        model: what to measure, as dc-ssdae compare takes it; photos_f8c16 is the trained model that comes with this
+            package.
         show: worst and best images on the page.
         add_to_model: also write the figures into config.json and README.md of the model's folder, in place of earlier
             ones of the same protocol, data, size and decoding.

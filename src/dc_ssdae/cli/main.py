@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, Command] = {
     "study sampling": Command("study", "sweep samplers, steps and tolerances of a model, or of two"),
     "info": Command("info", "list the presets, or describe a preset or a saved model"),
     "convert original": Command(
-        "convert", "make a model of a checkpoint of the DC-SSDAE authors' own code", "OriginalOptions", "run_original"
+        "convert", "convert a checkpoint of the DC-SSDAE authors' own code", "OriginalOptions", "run_original"
     ),
     "convert diffusers": Command(
         "convert", "join a published encoder of diffusers with a new decoder", "DiffusersOptions", "run_diffusers"
@@ -79,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.modules["dc_ssdae.distributed"].leave_group()
             sys.stdout.flush()
             return code
-        except SystemExit:  # how argparse ends --help, which has printed by now
-            return 0
+        except SystemExit as end:
+            if end.code:  # from a user's own class
+                raise
+            return 0  # after --help and the like, which have printed by now
         except BrokenPipeError:
             # As in `dc-ssdae info | head -1`. What the interpreter flushes at its end goes nowhere instead of failing.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,27 +114,26 @@ def choose_command(words: Sequence[str]) -> tuple[str, list[str]]:
     group = [name for name in COMMANDS if words and name.partition(" ")[0] == words[0]]
     program, rest = (f"{PROGRAM} {words[0]}", words[1:]) if group else (PROGRAM, words)
     if rest[:1] in (["-h"], ["--help"]):
-        print_commands(group or list(COMMANDS))
+        print_commands(program, group or list(COMMANDS))
         raise SystemExit(0)
+    names = sorted({name.split()[bool(group)] for name in group or COMMANDS})
     if not rest:
-        raise InputError(f"which command? {program} --help lists them")
+        raise InputError(f"which command of {', '.join(names)}? {program} --help describes them")
     if rest[0].startswith("-"):
-        raise unknown_name("option", rest[0], ["--help", "--version", "--debug"])
-    raise unknown_name(
-        f"{words[0]} command" if group else "command",
-        rest[0],
-        {name.split()[bool(group)] for name in group or COMMANDS},
-    )
+        raise unknown_name("option", rest[0], ["--help"] if group else ["--help", "--version", "--debug"])
+    raise unknown_name(f"{words[0]} command" if group else "command", rest[0], names)
 
 
-def print_commands(names: Sequence[str]) -> None:
+def print_commands(program: str, names: Sequence[str]) -> None:
     """Print what each command does, in a line."""
-    width = max(map(len, names))
-    print(f"usage: {PROGRAM} [--version] [--debug] COMMAND ...\n")
-    print("Deep-compression image autoencoders whose decoder is a one-step diffusion model.\n\ncommands:")
+    width, whole = max(map(len, names)), program == PROGRAM
+    print(f"usage: {program} COMMAND ... [--debug]\n       {program} --help{' | --version' * whole}\n")
+    if whole:
+        print("Deep-compression image autoencoders whose decoder is a one-step diffusion model.\n")
+    print("commands:")
     for name in names:
         print(f"  {name:{width}}  {COMMANDS[name].help}")
-    print(f"\n{PROGRAM} COMMAND --help describes a command.")
+    print(f"\n{program} COMMAND --help describes a command.")
 
 
 def prepare_command(name: str, words: Sequence[str], debug: bool) -> tuple[Callable[[Any], int], Any]:

@@ -41,7 +41,7 @@ class ModelOptions(DeviceOptions, ImportOptions):
     """Which model.
 
     Args:
-        model: the folder of a saved model or of a training run, or a model's id on the hub; by default the trained
+        model: the folder of a saved model or of a training run, or a model's id on the hub; photos_f8c16 is the trained
             model that comes with this package.
     """
 

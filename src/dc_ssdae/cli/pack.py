@@ -31,7 +31,7 @@ class Options(ShardOptions):
     program = "dc-ssdae pack"
     source: str = setting(positional=True, metavar="SRC")
     destination: Path = setting(positional=True, metavar="DST")
-    size: str = setting("256", metavar="N")
+    size: str = setting("256", metavar="N|none")
     format: Literal["jpg", "png", "webp"] = "jpg"
     quality: int | None = setting(None, at_least=1, at_most=100, metavar="Q")
     keep_order: bool = setting(False, name="--keep-order")

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -58,10 +59,16 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, options: type[Options]) -> None:
         description, documented = documentation(options)
         required = sorted(filter(is_required, fields(options)), key=lambda entry: "positional" not in entry.metadata)
-        needed = " ".join(map(_usage, required))
-        usage = options.usage or f"{options.program} {needed} [options]".replace("  ", " ")
-        super().__init__(prog=options.program, usage=usage, description=description, allow_abbrev=False)
-        self._options = options
+        usage = options.usage or " ".join([options.program, *map(_usage, required), "[options]"])
+        super().__init__(
+            prog=options.program,
+            usage=usage,
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+        self._options, self._required = options, required
         hints = get_type_hints(options)
         # The command's own options before those that it shares.
         entries = {entry.name: entry for entry in fields(options) if option_name(entry) is not None}
@@ -77,14 +84,17 @@ class CommandParser(argparse.ArgumentParser):
             InputError: a word is wrong or missing; one line that names it.
             SystemExit: after --help, with 0.
         """
-        namespace, rest = self.parse_known_args(words)
+        try:
+            # Intermixed, so that options may stand between the words without a name: pack SRC --size 512 DST.
+            namespace, rest = self.parse_known_intermixed_args(words)
+        except argparse.ArgumentError as error:
+            option = str(error.argument_name).partition("/")[0]
+            raise InputError(f"{option}: {error.message}", option) from error
         given = vars(namespace)
         if rest:
             given |= self._options.read_rest(rest, given, self)
-        for entry in fields(self._options):
-            if is_required(entry) and given.get(entry.name) in (None, []):
-                meaning = documentation(self._options)[1][entry.name]
-                raise InputError(f"{option_name(entry)} is missing: {meaning}")
+        if missing := [option_name(entry) for entry in self._required if given[entry.name] in (None, [])]:
+            raise InputError(f"missing: {', '.join(missing)}; usage: {self.usage}", missing[0])
         return self._options(**{name: value for name, value in given.items() if value is not None})
 
     def refuse(self, word: str) -> NoReturn:
@@ -98,7 +108,8 @@ class CommandParser(argparse.ArgumentParser):
         # argparse keeps no public list of its options; this one has those of groups too.
         options = [option for option in self._option_string_actions if option.startswith("--")]
         name = word.partition("=")[0]
-        raise InputError(f"unknown option {name!r}{did_you_mean(name, options)}; {self.prog} --help lists the options")
+        hint = did_you_mean(name, options)
+        raise InputError(f"unknown option {name!r}{hint}; {self.prog} --help lists the options", name)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as an `InputError`."""
@@ -113,10 +124,7 @@ class CommandParser(argparse.ArgumentParser):
             group.add_argument(*names, dest=entry.name, action="store_true", default=None, **details)
             return
         details["metavar"] = entry.metadata.get("metavar", metavar(hint))
-        if get_origin(kind) is Literal:
-            details["metavar"] = "|".join(get_args(kind))
-            details["choices"] = get_args(kind)
-        elif "positional" in entry.metadata:
+        if "positional" in entry.metadata:
             several = get_origin(kind) is list
             of = get_args(kind)[0] if several else kind
             group.add_argument(entry.name, nargs="*" if several else "?", type=reader(of), default=None, **details)
@@ -138,19 +146,35 @@ def option_name(entry: Field[Any]) -> Any:
 
 
 def reader(hint: Any) -> Callable[[str], Any]:
-    """Make the function that reads an option's word: of a list or tuple, the values have commas between them."""
+    """Make the function that reads an option's word; a list's values have commas between them.
+
+    What is no such value stays text, which the check of the options refuses.
+    """
     kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
     several = next((kind for kind in kinds if get_origin(kind) in (list, tuple)), None)
     of = kinds[0] if several is None else get_args(several)[0]
+    convert = str if get_origin(of) is Literal else of
 
     def read(text: str) -> Any:
-        if not text.strip():  # a script's unset variable
-            raise argparse.ArgumentTypeError("its value is empty")
-        parts = [of(part.strip()) for part in text.split(",")] if several is not None else [of(text)]
-        return parts if len(parts) > 1 or several in kinds[:1] else parts[0]
+        parts = [text] if several is None else [part.strip() for part in text.split(",")]
+        try:
+            # Path("") would be the current folder.
+            values = [convert(part) if part.strip() else part for part in parts]
+        except ValueError:
+            return text
+        return values if len(values) > 1 or several in kinds[:1] else values[0]
 
-    read.__name__ = of.__name__
     return read
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Breaks no line at a hyphen, so that pip install 'dc-ssdae[eval]' can be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.indent("\n".join(self._split_lines(text, width - len(indent))), indent)
 
 
 def _usage(entry: Field[Any]) -> str:
