@@ -70,8 +70,8 @@ class DiffusersOptions(ConvertOptions, SeedOptions):
     dynamics: str | None = setting(None, metavar="NAME")
 
 
-def run_original(options: OriginalOptions) -> int:
-    """Convert a checkpoint; gives the exit code."""
+def run_original(options: OriginalOptions) -> None:
+    """Convert a checkpoint."""
     check_output_folder(options)
     import torch
 
@@ -91,11 +91,10 @@ def run_original(options: OriginalOptions) -> int:
                 say(f"{part} {name}: {theirs[name]}, as the checkpoint shows (preset: {ours[name]})")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{options.checkpoint}: {parameters:,} parameters -> {options.out}")
-    return 0
 
 
-def run_diffusers(options: DiffusersOptions) -> int:
-    """Join a published encoder with a decoder; gives the exit code."""
+def run_diffusers(options: DiffusersOptions) -> None:
+    """Join a published encoder with a decoder."""
     check_output_folder(options)
     import torch
 
@@ -137,7 +136,6 @@ def run_diffusers(options: DiffusersOptions) -> int:
         say(remark)
     if options.decoder is not None:
         say(f"the decoder is that of {options.decoder}")
-        return 0
+        return
     command = shlex.join(["--config", str(options.out / TRAINING_FILE), "--training.init_from", str(options.out)])
     say(f"the decoder is untrained: train it with dc-ssdae train {command} --data.root PHOTOS")
-    return 0

@@ -25,8 +25,8 @@ class Options(OverwriteOptions):
     out: Path = setting(Path("curves.png"), metavar="FILE")
 
 
-def run(options: Options) -> int:
-    """Draw the runs; gives the exit code."""
+def run(options: Options) -> None:
+    """Draw the runs."""
     from dc_ssdae.evaluation.curves import draw_curves, picture_format, read_runs
 
     kind = picture_format(options.out)
@@ -36,4 +36,3 @@ def run(options: Options) -> int:
         complain(options.program, note)
     write_whole(options.out, draw_curves(runs, kind))
     say(f"{', '.join(run.name for run in runs)} -> {options.out}")
-    return 0

@@ -46,8 +46,8 @@ class Options(OutputOptions, SeedOptions, DeviceOptions):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def run(options: Options) -> int:
-    """Train, evaluate, save and report; gives the exit code."""
+def run(options: Options) -> None:
+    """Train, evaluate, save and report."""
     if options.minutes is not None and options.steps is not None:
         raise InputError("--minutes and --steps are both given; one of them ends the training")
     device = select_device(options.device)
@@ -83,7 +83,6 @@ def run(options: Options) -> int:
         history = read_lines(options.out / "metrics.jsonl")
         _report(options.out / "report.html", shipped, results, history, config, model, names)
     say(f"Model:  {options.out / 'model'}\nReport: {options.out / 'report.html'}")
-    return 0
 
 
 def _configuration(options: Options) -> "RunConfig":

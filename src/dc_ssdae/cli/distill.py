@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain, say
-from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_run_config
-from dc_ssdae.cli.train import is_main_process, new_run_folder, read_changes, read_run, tell_end, watching_training
-from dc_ssdae.errors import InputError
+from dc_ssdae.cli.common import complain, is_main_process, say, table
+from dc_ssdae.cli.run_config import RunOptions, read_run_config
+from dc_ssdae.cli.train import new_run_folder, read_run, resume, start, tell_end, watching_training
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.presets import read_yaml
 from dc_ssdae.settings import setting
 from dc_ssdae.training.config import ModelConfig, RunConfig
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DEFAULT_STEPS = 8
 """The teacher's number of steps where none is given."""
+
+PREVIEWED = 16
+"""Images that show, before a distillation, what the teacher's steps are worth."""
 
 CHANGED: Mapping[str, Any] = {
     "steps": 20_000,
@@ -60,37 +63,28 @@ class Options(RunOptions):
     resume: Path | None = setting(None, metavar="RUN")
 
 
-def run(options: Options) -> int:
-    """Train the student, then compare; gives the exit code, 0 also where a signal asked for the end."""
+def run(options: Options) -> None:
+    """Train the student, then compare it with its teacher, unless a signal asked for the end."""
     with watching_training(options.resume is not None):
-        from dc_ssdae.training.build import resolved
-        from dc_ssdae.training.start import resume_run, start_run
-
         if options.resume is None:
-            config = resolved(_new_config(options))
-            assert config.distillation is not None
-            teacher = Path(config.distillation.teacher).absolute()
-            name = teacher.parent.name if teacher.name == "model" else teacher.name
-            path = new_run_folder(config.training.output, f"{name}-distilled")
+            config, path = _new_config(options)
             _preview(config)
-            outcome: Outcome | None = start_run(config, config_yaml(config), path)
+            outcome: Outcome | None = start(config, path)
         else:
             if options.teacher is not None or options.steps is not None:
                 raise InputError("--resume goes on with the run's own teacher; leave --teacher and --steps out")
             path, before = options.resume, read_run(options.resume)
             if before.distillation is None:
                 raise InputError(f"--resume {path} is no distillation; go on with it by dc-ssdae train --resume {path}")
-            config = read_changes(options, before, path)
-            outcome = resume_run(config, config_yaml(config) if config != before else None, path)
+            config, outcome = resume(options, before, path)
         if outcome is not None:
-            tell_end(Options.program, outcome, path, "")
+            tell_end(Options.program, outcome, path)
     if is_main_process() and (outcome is None or outcome.stopped_by is None):
         _compare(path, config)
-    return 0
 
 
-def _new_config(options: Options) -> RunConfig:
-    """The configuration of a new distillation.
+def _new_config(options: Options) -> tuple[RunConfig, Path]:
+    """The configuration of a new distillation, and its folder.
 
     Raises:
         InputError: no teacher is given; or its run reads images by a class of its author, who may not be trusted.
@@ -113,7 +107,11 @@ def _new_config(options: Options) -> RunConfig:
     options.settings.append(("distillation.teacher", options.teacher))
     if options.steps is not None:
         options.settings.append(("distillation.steps", str(options.steps)))
-    return read_run_config(options, base)[0]
+    config, _ = read_run_config(options, base)
+    assert config.distillation is not None
+    teacher = Path(config.distillation.teacher).absolute()
+    name = teacher.parent.name if teacher.name == "model" else teacher.name
+    return config, new_run_folder(config.training.output, f"{name}-distilled")
 
 
 def _base(teacher: str, steps: int) -> dict[str, Any]:
@@ -157,28 +155,46 @@ def _run_of(folder: Path) -> dict[str, Any]:
 
 def _preview(config: RunConfig) -> None:
     """Say what the teacher's steps are worth, and what the cache may take, before the time is spent."""
-    from dc_ssdae.training.build import check_components
-    from dc_ssdae.training.comparison import preview_teacher
+    from dc_ssdae.training.build import check_components, load_teacher, own_classes
+    from dc_ssdae.training.comparison import report_on
 
-    if not is_main_process() or (config.data.root is None and config.data.dataset is None):
+    distillation, data = config.distillation, config.data
+    assert distillation is not None
+    if not is_main_process() or (data.root is None and data.dataset is None):
         return
     with suppress(InputError):  # the run itself finds the mistake, for all processes
         check_components(config)
-        complain(Options.program, preview_teacher(config))
-    assert config.distillation is not None
-    if config.distillation.cache_steps is not None:
-        images = config.distillation.cache_steps * config.training.batch_size
-        gibibytes = images * 3 * config.data.image_size**2 * 4 / 2**30
+        teacher = load_teacher(Path(distillation.teacher), own_classes(config.model))
+        report = report_on(config, teacher, teacher, min(PREVIEWED, data.validation_images))
+        one, several = (entry["psnr"] for entry in report["decodings"][:2])
+        found = f"the teacher on {report['images']} {report['split']} images: 1 step {one:.2f} dB, "
+        found += f"{counted(distillation.steps, 'step')} {several:.2f} dB PSNR"
+        if several < one:
+            found += "; these steps make it worse: perhaps fewer --steps, or another --distillation.step_size"
+        complain(Options.program, found)
+    if distillation.cache_steps is not None:
+        images = distillation.cache_steps * config.training.batch_size
+        size = images * 3 * data.image_size**2 * 4 / 2**30
         complain(
-            Options.program,
-            f"the teacher's results of {images} draws will take {gibibytes:.2g} GiB in the run's folder",
+            Options.program, f"the teacher's results of {images} draws will take {size:.2g} GiB in the run's folder"
         )
 
 
 def _compare(path: Path, config: RunConfig) -> None:
+    """Compare student and teacher, and print a table."""
     from accelerate.utils.memory import clear_device_cache
 
-    from dc_ssdae.training.comparison import compare_distilled
+    from dc_ssdae.training.comparison import PICTURE_FILE, REPORT_FILE, compare_distilled
 
     clear_device_cache(garbage_collection=True)  # what the training's cycles of references still hold
-    say(compare_distilled(config, path))
+    report = compare_distilled(config, path)
+    decodings = report["decodings"]
+    rows = [("", "PSNR, dB", "SSIM", "MSE", "MSE to the teacher's result")]
+    forms = {"psnr": ".2f", "ssim": ".4f", "mse": ".6f", "to_target": ".6f"}
+    rows += [(entry["name"], *(f"{entry[name]:{form}}" for name, form in forms.items())) for entry in decodings]
+    say(table(rows, "lrrrr"))
+    say(f"Means over {report['images']} {report['split']} images of {report['image_size']} px, cut from the centre.")
+    if report["random_backbones"]:
+        names = ", ".join(f"losses.{name}" for name in report["random_backbones"])
+        say(f"{names} had random weights in the backbone: the student's numbers mean nothing.")
+    say(f"{path / REPORT_FILE}, {path / PICTURE_FILE}")

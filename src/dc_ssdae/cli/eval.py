@@ -52,9 +52,9 @@ class Options(EvaluationOptions):
     add_to_model: bool = setting(False, name="--add-to-model")
 
 
-@told_by_one_process
-def run(options: Options) -> int:
-    """Measure, write and print; gives the exit code."""
+@told_by_one_process()
+def run(options: Options) -> None:
+    """Measure, write and print."""
     (spec,) = parse_models([options.model])
     check_outputs(options, [options.out / name for name in FILES])
     folder = None
@@ -83,11 +83,10 @@ def run(options: Options) -> int:
     with advising_on_batches(options), tqdm(total=count, unit="image", leave=False, disable=hidden) as bar:
         evaluation = evaluate(candidate, opened.images, suite, opened.settings, opened.device, processes, bar.update)
     if not processes.is_main:
-        return 0
+        return
     figures = _write(options, spec.label, opened, candidate, suite, evaluation)
     if folder is not None:
         _add_to_model(folder, figures, before == _weights_in(folder))
-    return 0
 
 
 def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:

@@ -38,8 +38,8 @@ class Options(ModelOptions, OutputOptions):
     noise_size: int | None = setting(None, at_least=1, metavar="PIXELS")
 
 
-def run(options: Options) -> int:
-    """Export a model; gives the exit code."""
+def run(options: Options) -> None:
+    """Export a model."""
     if options.size is not None and len(options.size) > 2:
         raise InputError(f"--size takes a height and a width, or one number for both, not {len(options.size)} numbers")
     if options.size is not None and options.noise_size is not None:
@@ -68,4 +68,3 @@ def run(options: Options) -> int:
     say(f"batch from 1 on{any_size}")
     total = sum((options.out / name).stat().st_size for name in export.files)
     say(f"{', '.join(export.files)}: {total / 1e6:.1f} MB -> {options.out}")
-    return 0

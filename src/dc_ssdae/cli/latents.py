@@ -60,9 +60,9 @@ class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
     images: int | None = setting(None, at_least=1, metavar="N")
 
 
-@told_by_one_process
-def run(options: Options) -> int:
-    """Encode the images; gives the exit code."""
+@told_by_one_process()
+def run(options: Options) -> None:
+    """Encode the images."""
     if options.seed is not None and options.store != "sample":
         raise InputError(f"--seed is for --store sample; {options.store} is not random")
     device = select_device(options.device)
@@ -99,7 +99,6 @@ def run(options: Options) -> int:
     )
     for part in done if processes.is_main else ():
         say_part(part, f"; {part.unlabelled} without a label (-1)" if part.unlabelled else "")
-    return 0
 
 
 def _load(options: Options, processes: "Processes") -> "DCSSDAE":

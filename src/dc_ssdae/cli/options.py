@@ -25,6 +25,17 @@ class DeviceOptions(Options):
 
 
 @dataclass(kw_only=True)
+class JsonOptions(Options):
+    """How figures are printed.
+
+    Args:
+        json: print the same as JSON.
+    """
+
+    json: bool = False
+
+
+@dataclass(kw_only=True)
 class ImportOptions(Options):
     """Users' own classes.
 

@@ -38,8 +38,8 @@ class Options(ShardOptions):
     workers: int | None = setting(None, at_least=1, metavar="N")
 
 
-def run(options: Options) -> int:
-    """Pack the images; gives the exit code."""
+def run(options: Options) -> None:
+    """Pack the images."""
     if options.format == "png" and options.quality is not None:
         raise InputError("--quality is for jpg and webp; png is lossless")
     if options.size != "none" and not (options.size.isdecimal() and int(options.size) > 0):
@@ -64,4 +64,3 @@ def run(options: Options) -> int:
         small = "" if size is None else f" (at most {size} pixels)"
         kept = f"; {part.kept} kept byte by byte{small}, colour profiles included" if part.kept else ""
         say_part(part, kept)
-    return 0

@@ -2,13 +2,13 @@
 
 import argparse
 import os
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from dc_ssdae.cli.common import say
 from dc_ssdae.cli.parser import CommandParser, Options
 from dc_ssdae.errors import InputError, did_you_mean, shown, unknown_name
 from dc_ssdae.presets import dump_yaml, list_presets, load_preset, parse_yaml, read_yaml
@@ -110,7 +110,7 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
         raise InputError("phases are a recipe's: give it by --recipe NAME")
     config = RunConfig.from_mapping(settings)
     if options.print_config:
-        print_text(config_yaml(config))
+        say(config_yaml(config).rstrip())
         raise SystemExit(0)
     return config, name
 
@@ -173,12 +173,6 @@ def config_yaml(config: RunConfig) -> str:
                 ]
     lines += ["", *_comment(documentation(RunConfig)[1]["losses"]), dump_yaml({"losses": plain["losses"]})]
     return "\n".join(lines)
-
-
-def print_text(text: str) -> None:
-    """Print text to standard output; what its encoding lacks is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _comment(text: str, indent: str = "") -> list[str]:

@@ -40,8 +40,8 @@ class Options(ModelOptions, SizeOptions, BatchOptions):
     json: bool = False
 
 
-def run(options: Options) -> int:
-    """Measure, print and write the statistics; gives the exit code."""
+def run(options: Options) -> None:
+    """Measure, print and write the statistics."""
     from dc_ssdae.card import write_model_card
     from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
@@ -63,7 +63,6 @@ def run(options: Options) -> int:
             say(json.dumps({**measured, **statistics.settings(), "written": written}, indent=2))
         else:
             say(_as_text(statistics, options.size, written))
-    return 0
 
 
 def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> "tuple[LatentStatistics, list[str]]":

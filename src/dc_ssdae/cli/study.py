@@ -60,8 +60,8 @@ class Options(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
     lpips: Literal["vgg", "alex", "squeeze", "none"] = "vgg"
 
 
-def run(options: Options) -> int:
-    """Measure, write and print; gives the exit code."""
+def run(options: Options) -> None:
+    """Measure, write and print."""
     import torch
     from tqdm import tqdm
 
@@ -103,7 +103,6 @@ def run(options: Options) -> int:
     text = study.as_markdown()
     say(text)
     write_outputs(options, dict(zip(FILES, (study.as_json().encode(), text.encode(), study.as_picture()), strict=True)))
-    return 0
 
 
 def _read_images(options: Options) -> "Tensor":

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from dc_ssdae.errors import InputError, shown, unknown_name
+from dc_ssdae.errors import InputError, check_names, shown, unknown_name, wrong_value
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.settings import LARGEST_SEED, check_settings, is_required, setting
 
@@ -52,9 +52,7 @@ class ModelConfig:
         check_settings(self, "model.")
         factor = self.downsample_factor
         if factor < 8 or factor & (factor - 1):
-            raise InputError(
-                f"model.downsample_factor is {factor}; it must be a power of two from 8 on", "model.downsample_factor"
-            )
+            raise wrong_value("model.downsample_factor", factor, "a power of two from 8 on")
         for name in ("encoder", "decoder", "dynamics"):
             object.__setattr__(self, name, check_component(f"model.{name}", getattr(self, name)))
 
@@ -181,27 +179,17 @@ class TrainingConfig:
         object.__setattr__(self, "precision", PRECISION_ALIASES.get(self.precision, self.precision))
         check_settings(self, "training.")
         if self.steps is None and self.minutes is None:
-            raise InputError(
-                "training.steps and training.minutes are both null; one must end the run", "training.steps"
-            )
+            raise InputError("training.steps and training.minutes are null; one must end the run", "training.steps")
         if self.optimizer == "schedule_free_radam" and self.betas[0] == 0.0:
-            raise InputError(
-                "training.betas is [0.0, …]; schedule_free_radam needs a first beta above 0", "training.betas"
-            )
+            raise wrong_value("training.betas", list(self.betas), "above 0 first, for schedule_free_radam")
         if self.batch_size % self.accumulation_steps:
-            raise InputError(
-                f"training.batch_size is {self.batch_size}; it must be a multiple of "
-                f"training.accumulation_steps, {self.accumulation_steps}",
-                "training.batch_size",
-            )
+            wanted = f"a multiple of training.accumulation_steps, {self.accumulation_steps}"
+            raise wrong_value("training.batch_size", self.batch_size, wanted)
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            raise InputError(
-                f"training.keep_every is {self.keep_every}; it must be a multiple of "
-                f"training.checkpoint_every, {self.checkpoint_every}",
-                "training.keep_every",
-            )
-        if self.train is not None and not self.train:
-            raise InputError("training.train is []; name the groups that train, or null for all", "training.train")
+            wanted = f"a multiple of training.checkpoint_every, {self.checkpoint_every}"
+            raise wrong_value("training.keep_every", self.keep_every, wanted)
+        if self.train == []:
+            raise wrong_value("training.train", [], "names of the groups that train, or null for all")
         _ = self.best
 
     @property
@@ -303,8 +291,7 @@ class RunConfig:
                 "data.image_size",
             )
         if size % factor:
-            wanted = f"a multiple of model.downsample_factor, {factor}"
-            raise InputError(f"data.image_size is {size}; it must be {wanted}", "data.image_size")
+            raise wrong_value("data.image_size", size, f"a multiple of model.downsample_factor, {factor}")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "RunConfig":
@@ -316,18 +303,14 @@ class RunConfig:
         Raises:
             InputError: a section or setting is unknown, of the wrong type or out of range; one line that names it.
         """
-        for name, section in settings.items():
-            if name not in (*SECTIONS, "losses", "description"):
-                raise unknown_name("section of the configuration", name, (*SECTIONS, "losses", "description"), name)
-            if not isinstance(section, Mapping | None) and name != "description":
-                raise InputError(f"section {name} is {shown(section)}; it must be a mapping of settings", name)
+        check_names("section of the configuration", settings, (*SECTIONS, "losses", "description"), "")
+        for name in (*SECTIONS, "losses"):
+            if not isinstance(settings.get(name), Mapping | None):
+                raise InputError(f"section {name} is {shown(settings[name])}; it must be a mapping of settings", name)
         if settings.get("model") is None:
             raise InputError("the configuration has no section model; start from a preset: --config PRESET", "model")
-        built: dict[str, Any] = {
-            name: _build(name, section, settings[name])
-            for name, section in SECTIONS.items()
-            if settings.get(name) is not None
-        }
+        given = {name: section for name, section in settings.items() if section is not None and name in SECTIONS}
+        built = {name: _build(name, SECTIONS[name], section) for name, section in given.items()}
         return cls(**built, losses=settings.get("losses") or {})
 
     def to_mapping(self) -> dict[str, Any]:
@@ -401,14 +384,10 @@ def spell_weights(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(section: str, kind: type, settings: Mapping[str, Any]) -> Any:
-    names = [entry.name for entry in fields(kind)]
-    for name in settings:
-        if name not in names:
-            raise unknown_name(f"setting of {section}", name, names, f"{section}.{name}")
+    check_names(f"setting of {section}", settings, [entry.name for entry in fields(kind)], f"{section}.")
     for entry in fields(kind):
         if is_required(entry) and settings.get(entry.name) is None:
-            hint = "; start from a preset, or set it" if section == "model" else ""
-            raise InputError(f"{section}.{entry.name} is not given{hint}", f"{section}.{entry.name}")
+            raise InputError(f"{section}.{entry.name} is not given", f"{section}.{entry.name}")
     return kind(**settings)
 
 
@@ -421,8 +400,7 @@ def _loss(name: Any, given: Any) -> LossConfig:
     if isinstance(given, int | float) and not isinstance(given, bool):
         settings = {"weight": given}
     if not isinstance(settings, Mapping):
-        wanted = "a weight, or a mapping with weight, class_path and init_args"
-        raise InputError(f"{path} is {shown(given)}; it must be {wanted}", path)
+        raise wrong_value(path, given, "a weight, or a mapping with weight, class_path and init_args")
     component = check_component(path, settings, others=("weight",)) or {}
     if "class_path" not in component and name not in BUILT_IN_LOSSES:
         error = unknown_name("loss term", name, BUILT_IN_LOSSES)
@@ -450,19 +428,12 @@ def check_component(
         InputError: it has another form.
     """
     component = {key: value for key, value in (given or {}).items() if value is not None}
-    for key in component:
-        if key not in ("class_path", "init_args", *others):
-            raise unknown_name(f"key of {path}", key, ("class_path", "init_args", *others), f"{path}.{key}")
+    check_names(f"key of {path}", component, ("class_path", "init_args", *others), f"{path}.")
     name, settings = component.get("class_path"), component.get("init_args", {})
     if name is None and needs_class:
         raise InputError(f"{path} has no class_path; name the class as module.Class", path)
     if name is not None and not (isinstance(name, str) and all(part.isidentifier() for part in name.split("."))):
-        raise InputError(
-            f"{path}.class_path is {shown(name)}; it must be a class name, your own as module.Class",
-            f"{path}.class_path",
-        )
+        raise wrong_value(f"{path}.class_path", name, "a class name, your own as module.Class")
     if not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
-        raise InputError(
-            f"{path}.init_args is {shown(settings)}; it must be a mapping from the settings' names", f"{path}.init_args"
-        )
+        raise wrong_value(f"{path}.init_args", settings, "a mapping from the settings' names")
     return component or None
