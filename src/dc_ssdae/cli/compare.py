@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
-from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, say, write_outputs
+from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, write_outputs
 from dc_ssdae.cli.decoding import naming_options
-from dc_ssdae.cli.evaluation import load_suite, open_evaluation, parse_models, report_settings
+from dc_ssdae.cli.evaluation import load_suite, open_evaluation, parse_models, report_settings, tell_report
 from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import setting
@@ -79,10 +79,7 @@ def run(options: Options) -> int:
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
     report = ArenaReport(entries=entries, rounds=options.rounds, **report_settings(options, opened, suite))
-    for image in report.broken:
-        complain(options.program, f"left out: {image.reason}")
-    text = report.as_markdown()
-    say(text)  # before anything that can fail: hours may have gone into the figures
+    text = tell_report(options, report, report.broken)
     pareto = report.as_picture()
     contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
     write_outputs(options, dict(zip(FILES, contents, strict=True)))

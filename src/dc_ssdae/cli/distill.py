@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain, is_main_process, say, table
-from dc_ssdae.cli.run_config import RunOptions, read_run_config
+from dc_ssdae.cli.run_config import RunOptions, read_config_of, read_run_config
 from dc_ssdae.cli.train import new_run_folder, read_run, resume, start, tell_end, watching_training
 from dc_ssdae.errors import InputError, counted
-from dc_ssdae.presets import read_yaml
 from dc_ssdae.settings import setting
 from dc_ssdae.training.config import ModelConfig, RunConfig
 
@@ -124,33 +123,22 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"--teacher {teacher}: no such folder")
     config = read_config(folder)
-    try:
-        model = {name: config[name] for name in ("latent_channels", "downsample_factor", *COMPONENTS)}
-    except KeyError as error:
-        raise InputError(f"--teacher {teacher}: its config.json lacks {error.args[0]}") from None
-    base = _run_of(folder)
-    losses = {name: term for name, term in base.get("losses", {}).items() if name in TERMS}
+    names = ("latent_channels", "downsample_factor", *COMPONENTS)
+    if missing := [name for name in names if name not in config]:
+        raise InputError(f"--teacher {teacher}: its config.json lacks {', '.join(missing)}")
+    model = {name: config[name] for name in names}
+    base = read_config_of(folder)
+    training, losses = base.get("training", {}), base.get("losses", {})
+    # The latent's batch norm has seen all latents there are: the encoder no longer changes.
+    groups = [name for name in decoder_groups(ModelConfig(**model)) if name != "decoder.latent_inputs"]
+    seed = training.get("seed", 0) + 1  # not the crops and noise of the teacher's run
     return {
         **base,
         "model": model,
-        # The latent's batch norm has seen all latents there are: the encoder no longer changes.
-        "training": {
-            **base.get("training", {}),
-            **CHANGED,
-            "seed": base.get("training", {}).get("seed", 0) + 1,  # not the crops and noise of the teacher's run
-            "train": [name for name in decoder_groups(ModelConfig(**model)) if name != "decoder.latent_inputs"],
-        },
-        "losses": {**losses, "repa": {"weight": 0.0}, "kl": {"weight": 0.0}},
+        "training": {**training, **CHANGED, "seed": seed, "train": groups},
+        "losses": {**{name: losses[name] for name in TERMS if name in losses}, "repa": 0.0, "kl": 0.0},
         "distillation": {"teacher": teacher, "steps": steps},
     }
-
-
-def _run_of(folder: Path) -> dict[str, Any]:
-    """The configuration of the run that a model's folder belongs to; nothing for a model alone."""
-    file = folder.resolve().parent / "config.yaml"  # RUN/model of a recipe leads to that of its last phase
-    if folder.name != "model" or not file.is_file():
-        return {}
-    return RunConfig.from_mapping(read_yaml(file)).to_mapping()
 
 
 def _preview(config: RunConfig) -> None:
@@ -166,18 +154,19 @@ def _preview(config: RunConfig) -> None:
         check_components(config)
         teacher = load_teacher(Path(distillation.teacher), own_classes(config.model))
         report = report_on(config, teacher, teacher, min(PREVIEWED, data.validation_images))
-        one, several = (entry["psnr"] for entry in report["decodings"][:2])
-        found = f"the teacher on {report['images']} {report['split']} images: 1 step {one:.2f} dB, "
-        found += f"{counted(distillation.steps, 'step')} {several:.2f} dB PSNR"
-        if several < one:
-            found += "; these steps make it worse: perhaps fewer --steps, or another --distillation.step_size"
-        complain(Options.program, found)
+        one, several, _ = (entry["psnr"] for entry in report["decodings"])
+        steps = counted(distillation.steps, "step")
+        worse = "; these steps make it worse: perhaps fewer --steps, or another --distillation.step_size"
+        complain(
+            Options.program,
+            f"PSNR of the teacher on {report['images']} {report['split']} images: 1 step {one:.2f} dB, "
+            f"{steps} {several:.2f} dB{worse if several < one else ''}",
+        )
     if distillation.cache_steps is not None:
         images = distillation.cache_steps * config.training.batch_size
-        size = images * 3 * data.image_size**2 * 4 / 2**30
-        complain(
-            Options.program, f"the teacher's results of {images} draws will take {size:.2g} GiB in the run's folder"
-        )
+        gibibytes = images * 3 * data.image_size**2 * 4 / 2**30
+        taken = f"the teacher's results of {images} draws will take {gibibytes:.2g} GiB in the run's folder"
+        complain(Options.program, taken)
 
 
 def _compare(path: Path, config: RunConfig) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from dc_ssdae.cli.common import (
     advising_on_batches,
     check_outputs,
-    complain,
     import_classes,
     say,
     told_by_one_process,
@@ -15,7 +14,14 @@ from dc_ssdae.cli.common import (
     write_outputs,
 )
 from dc_ssdae.cli.decoding import naming_options
-from dc_ssdae.cli.evaluation import OpenEvaluation, load_suite, open_evaluation, parse_models, report_settings
+from dc_ssdae.cli.evaluation import (
+    OpenEvaluation,
+    load_suite,
+    open_evaluation,
+    parse_models,
+    report_settings,
+    tell_report,
+)
 from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import SHIPPED_MODEL
@@ -23,8 +29,7 @@ from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     from dc_ssdae.evaluation.candidates import Candidate
-    from dc_ssdae.evaluation.evaluate import Evaluation
-    from dc_ssdae.evaluation.metric_networks import MetricSuite
+    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
 
 FILES = ("report.html", "report.md", "report.json", "images.csv")
 
@@ -68,7 +73,9 @@ def run(options: Options) -> None:
 
     from dc_ssdae.distributed import Processes
     from dc_ssdae.evaluation.candidate_names import open_candidate
+    from dc_ssdae.evaluation.candidates import OurCandidate
     from dc_ssdae.evaluation.evaluate import evaluate
+    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
 
     processes = Processes.join(opened.device)
     if processes.count > 1 and opened.device.type == "cuda":
@@ -84,9 +91,13 @@ def run(options: Options) -> None:
         evaluation = evaluate(candidate, opened.images, suite, opened.settings, opened.device, processes, bar.update)
     if not processes.is_main:
         return
-    figures = _write(options, spec.label, opened, candidate, suite, evaluation)
+    if not isinstance(candidate, OurCandidate):
+        opened = opened._replace(decoding={})
+    settings = report_settings(options, opened, suite)
+    report = EvaluationReport(label=spec.label, remarks=candidate.remarks, evaluation=evaluation, **settings)
+    _write(options, report, candidate, opened)
     if folder is not None:
-        _add_to_model(folder, figures, before == _weights_in(folder))
+        _add_to_model(folder, report.as_provenance(), before == _weights_in(folder))
 
 
 def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:
@@ -106,27 +117,11 @@ def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
     say(f"-> {folder / 'config.json'}, {folder / CARD_FILE}")
 
 
-def _write(
-    options: Options,
-    label: str,
-    opened: OpenEvaluation,
-    candidate: "Candidate",
-    suite: "MetricSuite",
-    evaluation: "Evaluation",
-) -> dict[str, Any]:
-    """Look at the worst and best images again, and write everything; gives the figures for the model's config."""
-    from dc_ssdae.evaluation.candidates import OurCandidate
+def _write(options: Options, report: "EvaluationReport", candidate: "Candidate", opened: OpenEvaluation) -> None:
+    """Write everything; the worst and best images are reconstructed again."""
     from dc_ssdae.evaluation.evaluate import reconstruct_places
-    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
 
-    if not isinstance(candidate, OurCandidate):
-        opened = opened._replace(decoding={})
-    settings = report_settings(options, opened, suite)
-    report = EvaluationReport(label=label, remarks=candidate.remarks, evaluation=evaluation, **settings)
-    for image in evaluation.broken:
-        complain(options.program, f"left out: {image.reason}")
-    text = report.as_markdown()
-    say(text)  # before anything that can fail: hours may have gone into the figures
+    text = tell_report(options, report, report.evaluation.broken)
     ranked = report.ranked()
     worst, best = (
         reconstruct_places(candidate, opened.images, places[: options.show], opened.settings, opened.device)
@@ -139,4 +134,3 @@ def _write(
         report.as_csv().encode("utf-8", "backslashreplace"),
     )
     write_outputs(options, dict(zip(FILES, contents, strict=True)))
-    return report.as_provenance()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dc_ssdae.cli.common import complain, load_model, say_part, select_device, told_by_one_process
 from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions, SizeOptions
-from dc_ssdae.errors import InputError, check_type
+from dc_ssdae.errors import InputError
 from dc_ssdae.settings import LARGEST_SEED, setting
 
 if TYPE_CHECKING:
@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from dc_ssdae.distributed import Processes
 
 _YAML_SUFFIXES = (".yaml", ".yml")
-
-_DATA_TYPES = {
-    "root": str | None,
-    "dataset": dict[str, Any] | None,
-    "validation": str | dict[str, Any] | None,
-    "cache": str | None,
-}
 
 
 @dataclass(kw_only=True)
@@ -124,19 +117,20 @@ def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSour
         check_places(root, out)
         return {name: open_path(folder, cache) for name, folder in (split_folders(root) or {"": root}).items()}
     from dc_ssdae.classes import importing_from
-    from dc_ssdae.presets.plain_yaml import read_yaml
+    from dc_ssdae.presets import read_yaml
+    from dc_ssdae.training.config import DataConfig
 
-    section: Any = read_yaml(Path(data)).get("data")
+    section = read_yaml(Path(data)).get("data")
     if not isinstance(section, dict):
         raise InputError(f"{data} has no section data; it names images by root or dataset, as a run's config.yaml does")
-    named = {name: section.get(name) for name in _DATA_TYPES}
-    for name, hint in _DATA_TYPES.items():
-        check_type(f"data.{name} in {data}", named[name], hint)
-        check_runs_nothing(named[name], Path(data))
-    if named["root"] is not None:
-        check_places(named["root"], out)
+    given: dict[str, Any] = {name: section.get(name) for name in ("root", "dataset", "validation", "cache")}
+    named = DataConfig(**given)
+    for value in (named.root, named.dataset, named.validation):
+        check_runs_nothing(value, Path(data))
+    if named.root is not None:
+        check_places(named.root, out)
     with importing_from(Path.cwd()):
-        sources = open_sources(named["root"], named["dataset"], named["validation"], cache or named["cache"])
+        sources = open_sources(named.root, named.dataset, named.validation, cache or named.cache)
     if sources.validation is None:
         return {"": sources.train}
     return {"train": sources.train, "validation": sources.validation}

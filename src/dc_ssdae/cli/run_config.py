@@ -15,12 +15,6 @@ from dc_ssdae.presets import dump_yaml, list_presets, load_preset, parse_yaml, r
 from dc_ssdae.settings import alternatives, documentation, is_required, metavar, setting
 from dc_ssdae.training.config import BUILT_IN_LOSSES, SECTIONS, RunConfig, lay_over, spell_weights
 
-_INSIDE = {
-    "model": "One setting of a part: --model.encoder.init_args.norm none.",
-    "data": "One setting of a data set: --data.dataset.init_args.path PATH.",
-    "distillation": "dc-ssdae distill fills it in.",
-}
-
 
 @dataclass(kw_only=True)
 class RunOptions(Options):
@@ -43,7 +37,7 @@ class RunOptions(Options):
         parser.set_defaults(settings=[])
         for section, kind in SECTIONS.items():
             summary, described = documentation(kind)
-            group = parser.add_argument_group(section, f"{summary} {_INSIDE.get(section, '')}")
+            group = parser.add_argument_group(section, summary)
             hints = get_type_hints(kind)
             for entry in fields(kind):
                 name, text = f"{section}.{entry.name}", f"{described[entry.name].rstrip('.')} ({_default(entry)})"
@@ -113,6 +107,12 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
         say(config_yaml(config).rstrip())
         raise SystemExit(0)
     return config, name
+
+
+def read_config_of(folder: Path) -> dict[str, Any]:
+    """Read the configuration of the run that a model's folder belongs to; nothing for a model alone."""
+    file = folder.resolve().parent / "config.yaml"  # RUN/model of a recipe leads to the model of its last phase
+    return RunConfig.from_mapping(read_yaml(file)).to_mapping() if folder.name == "model" and file.is_file() else {}
 
 
 def read_layer(word: str) -> tuple[str, dict[str, Any]]:

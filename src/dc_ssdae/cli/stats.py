@@ -1,11 +1,10 @@
 """`dc-ssdae stats`: mean and standard deviation of a model's latents, into its config.json."""
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import advising_on_batches, load_model, say, table, tell_of_images, writable_model
-from dc_ssdae.cli.options import BatchOptions, ModelOptions, SizeOptions
+from dc_ssdae.cli.common import advising_on_batches, load_model, show, table, tell_of_images, writable_model
+from dc_ssdae.cli.options import BatchOptions, JsonOptions, ModelOptions, SizeOptions
 from dc_ssdae.errors import counted
 from dc_ssdae.settings import setting
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, SizeOptions, BatchOptions):
+class Options(ModelOptions, SizeOptions, BatchOptions, JsonOptions):
     """Measure mean and standard deviation of a model's latents, per channel, and write them into its config.json.
 
     There latent diffusion finds them: latents_mean and latents_std, for (z - latents_mean) / latents_std, and
@@ -30,14 +29,12 @@ class Options(ModelOptions, SizeOptions, BatchOptions):
             pattern of shards.
         images: how many to measure, at most, evenly spread over the data set.
         no_write: leave config.json as it is.
-        json: print the same as JSON.
     """
 
     program = "dc-ssdae stats"
     data: str = setting(metavar="ROOT")
     images: int = setting(10_000, at_least=1, metavar="N")
     no_write: bool = setting(False, name="--no-write")
-    json: bool = False
 
 
 def run(options: Options) -> None:
@@ -58,11 +55,9 @@ def run(options: Options) -> None:
             written = str(folder / "config.json")
             write_model_card(folder)
     finally:  # also where they cannot be written: long work may have gone into them
-        if options.json:
-            measured: dict[str, Any] = {"images": statistics.count, "broken": broken, "size": options.size}
-            say(json.dumps({**measured, **statistics.settings(), "written": written}, indent=2))
-        else:
-            say(_as_text(statistics, options.size, written))
+        measured = {"images": statistics.count, "broken": broken, "size": options.size}
+        found = {**measured, **statistics.settings(), "written": written}
+        show(found, options.json, lambda: _as_text(statistics, options.size, written))
 
 
 def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> "tuple[LatentStatistics, list[str]]":
@@ -87,9 +82,8 @@ def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> 
 
 
 def _as_text(statistics: "LatentStatistics", size: int, written: str | None) -> str:
-    rows = [("channel", "mean", "std")]
-    for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
-        rows.append((str(channel), f"{mean:.5g}", f"{std:.5g}"))
+    channels = enumerate(zip(statistics.mean, statistics.std, strict=True))
+    rows = [("channel", "mean", "std"), *((str(c), f"{mean:.5g}", f"{std:.5g}") for c, (mean, std) in channels)]
     whole = [(name, f"{getattr(statistics, name):.5g}") for name in ("shift_factor", "scaling_factor")]
     where = "not written" if written is None else f"-> {written}"
     images = f"{counted(statistics.count, 'image')} of {size} x {size} pixels {where}"

@@ -1,12 +1,13 @@
 """`dc-ssdae study sampling`: samplers, steps and tolerances of one model, or of two."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dc_ssdae.cli.common import advising_on_batches, check_outputs, load_model, say, tell_of_images, write_outputs
 from dc_ssdae.cli.options import BatchOptions, ModelOptions, OutputOptions, SizeOptions
+from dc_ssdae.cli.run_config import read_config_of
 from dc_ssdae.errors import InputError, counted, unknown_name
 from dc_ssdae.settings import setting
 
@@ -84,7 +85,9 @@ def run(options: Options) -> None:
     labels = [spec.label for spec in name_apart([parse_candidate(path) for path in paths])]
     models = {label: load_model(replace(options, model=path)) for label, path in zip(labels, paths, strict=True)}
     count = options.rounds * sum(len(grid.settings(model.dynamics)) for model in models.values())
-    lpips, lpips_note = _lpips(options, models[labels[0]])
+    lpips, notes = _lpips(options, models[labels[0]])
+    if options.baseline is not None:
+        notes.append(_differences(paths))
     pixels = _read_images(options)
     with (
         advising_on_batches(options),
@@ -98,8 +101,7 @@ def run(options: Options) -> None:
         f"uint8; means over images. Times: medians of "
         f"{counted(options.rounds, 'round')} in alternating order, of decode alone."
     )
-    notes = [protocol, *lpips_note, *([] if options.baseline is None else [_differences(paths)])]
-    study = SamplingStudy(measurements, labels, notes, describe_machine(models[labels[0]].device))
+    study = SamplingStudy(measurements, labels, [protocol, *notes], describe_machine(models[labels[0]].device))
     text = study.as_markdown()
     say(text)
     write_outputs(options, dict(zip(FILES, (study.as_json().encode(), text.encode(), study.as_picture()), strict=True)))
@@ -132,16 +134,13 @@ def _lpips(options: Options, model: "DCSSDAE") -> "tuple[Callable[[Tensor, Tenso
 
 def _differences(paths: Sequence[str]) -> str:
     """Where the models come from runs, say in what the runs' configurations differ."""
-    from dc_ssdae.presets import read_yaml
+    from dc_ssdae.model_folder import model_folder
 
     configs = []
     for path in paths:
-        folder = Path(path)
-        files = [folder / "config.yaml", folder.resolve().parent / "config.yaml"]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
+        sections = read_config_of(model_folder(path))
+        if not sections:
             return f"{path} is no run: whether the models were trained equally is not known here."
-        sections = {name: section for name, section in read_yaml(file).items() if isinstance(section, Mapping)}
         configs.append({f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()})
     names = {name for config in configs for name in config} - {"training.output"}
     differing = sorted(name for name in names if configs[0].get(name) != configs[1].get(name))

@@ -108,7 +108,9 @@ def start_phases(options: RunOptions, word: str) -> None:
     output = recipe.phases[0].config.training.output
     # The folder is the recipe's, and no part of its phases, so that a printed recipe can be used again.
     recipe = Recipe([phase._replace(config=phase.config.with_training(output=None)) for phase in recipe.phases])
-    _print_if_asked(options, recipe)
+    if options.print_config:
+        say(recipe_yaml(recipe).rstrip())
+        return
     path = new_run_folder(output, name)
     recipe = resolved_recipe(recipe)
     tell = partial(complain_once, Options.program)
@@ -126,16 +128,12 @@ def resume_phases(options: RunOptions, path: Path) -> None:
         folder = before.folder(path, old.name)
         if (folder / "config.yaml").is_file():
             check_changes(lasting_settings(old.config), lasting_settings(new.config), folder)
-    _print_if_asked(options, recipe)
+    if options.print_config:
+        say(recipe_yaml(recipe).rstrip())
+        return
     text = recipe_yaml(recipe) if recipe != before else None
     outcome = resume_recipe(recipe, text, path, config_yaml, partial(complain_once, Options.program))
     tell_end(Options.program, outcome, path, f"phases.{recipe.phases[-1].name}.")
-
-
-def _print_if_asked(options: RunOptions, recipe: Recipe) -> None:
-    if options.print_config:
-        say(recipe_yaml(recipe).rstrip())
-        raise SystemExit(0)
 
 
 def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
@@ -228,9 +226,7 @@ def read_run(path: Path) -> RunConfig:
     Raises:
         InputError: it is no run, or its configuration is damaged.
     """
-    if not path.is_dir():
-        raise InputError(f"--resume {path}: no such folder")
     file = path / "config.yaml"
     if not file.is_file():
-        raise InputError(f"--resume {path}: it holds no config.yaml, so it is no run")
+        raise InputError(f"--resume {path}: no such folder, or it holds no config.yaml and so it is no run")
     return RunConfig.from_mapping(read_yaml(file))

@@ -34,6 +34,8 @@ def keeps_latent(train: Sequence[str] | None) -> bool:
 class ModelConfig:
     """Which autoencoder. A class is named by class_path, its settings by init_args.
 
+    One setting of a part is set by --model.encoder.init_args.norm none.
+
     Args:
         latent_channels: c, channels of the latent.
         downsample_factor: f, a power of two from 8 on.
@@ -60,6 +62,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and how they are cut.
+
+    One setting of a data set is set by --data.dataset.init_args.path PATH.
 
     Args:
         root: a folder of images or of tar shards, or a pattern of shards such as
@@ -240,7 +244,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Learning to land in one step where a teacher lands in several.
+    """Learning to land in one step where a teacher lands in several; dc-ssdae distill fills it in.
 
     Args:
         teacher: the model or run to learn from, of the same model; the run keeps a copy of it.
