@@ -51,9 +51,13 @@ def run(options: Options) -> None:
     if options.minutes is not None and options.steps is not None:
         raise InputError("--minutes and --steps are both given; one of them ends the training")
     device = select_device(options.device)
+    from dc_ssdae.training.run import check_new
+
     replace = _is_demo(options.out)
     if replace:
         check_outputs(options, [options.out / "config.yaml"])
+    else:
+        check_new(options.out)  # before the seconds that the shipped model takes
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE

@@ -32,7 +32,7 @@ COMMANDS: Mapping[str, Command] = {
     "decode": Command("decode", "decode latents to PNG images"),
     "train": Command("train", "train a model, or go on with a run"),
     "stats": Command("stats", "measure the mean and standard deviation of latents"),
-    "eval": Command("eval", "measure an autoencoder: quality, latents, worst and best images"),
+    "eval": Command("eval", "measure an autoencoder, and show its worst and best images"),
     "compare": Command("compare", "measure many autoencoders alike, with pictures and costs"),
     "curves": Command("curves", "draw the losses and the evaluations of runs"),
     "distill": Command("distill", "teach a model to do in one step what it does in several"),

@@ -81,8 +81,10 @@ def run(options: Options) -> None:
     if options.step_sizes is not None:
         given["step_sizes"] = [_step_size(text) for text in options.step_sizes]
     grid = Grid(**given)
-    paths = [path for path in (options.baseline, options.model) if path is not None]
-    labels = [spec.label for spec in name_apart([parse_candidate(path) for path in paths])]
+    texts = [text for text in (options.baseline, options.model) if text is not None]
+    specs = name_apart([parse_candidate(text) for text in texts])
+    labels = [spec.label for spec in specs]
+    paths = [spec.value if spec.kind == "ours" else text for spec, text in zip(specs, texts, strict=True)]
     models = {label: load_model(replace(options, model=path)) for label, path in zip(labels, paths, strict=True)}
     count = options.rounds * sum(len(grid.settings(model.dynamics)) for model in models.values())
     lpips, notes = _lpips(options, models[labels[0]])
