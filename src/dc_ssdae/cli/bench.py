@@ -24,13 +24,13 @@ class ModelBenchOptions(DeviceOptions, JsonOptions):
     """For benchmarks of models.
 
     Args:
-        model: as dc-ssdae compare takes it: a folder or hub id, preset:NAME, diffusers:FOLDER_OR_ID, or
-            diffusers:CLASS as published, with random weights.
-        against: another model; may be repeated.
-        size: sides of the images in pixels; by default 256.
-        batch_size: images at once.
-        rounds: rounds in which all models alternate.
-        threads: threads of the CPU.
+        model: model to time, named as in dc-ssdae compare: a folder or hub id, preset:NAME, diffusers:FOLDER_OR_ID, or
+            diffusers:CLASS for a published architecture with random weights.
+        against: another model to compare with; may be given several times.
+        size: side of the images in pixels, or several sides; by default 256.
+        batch_size: images per batch.
+        rounds: number of rounds; in each, every model is timed once.
+        threads: number of CPU threads.
         compile: compile the networks with torch.compile.
     """
 
@@ -45,9 +45,9 @@ class ModelBenchOptions(DeviceOptions, JsonOptions):
 
 @dataclass(kw_only=True)
 class EncodeOptions(ModelBenchOptions):
-    """Time how long models take to encode random images, in rounds that alternate between them, in one process.
+    """Time how long models take to encode random images; several models take turns in one process.
 
-    Times on a CPU are processor time, which other work on the machine changes little.
+    On a CPU, processor time is measured, which depends little on other work on the machine.
     """
 
     program = "dc-ssdae bench encode"
@@ -55,9 +55,9 @@ class EncodeOptions(ModelBenchOptions):
 
 @dataclass(kw_only=True)
 class DecodeOptions(ModelBenchOptions):
-    """Time how long models take to decode random images, in rounds that alternate between them, in one process.
+    """Time how long models take to decode random images; several models take turns in one process.
 
-    Times on a CPU are processor time, which other work on the machine changes little.
+    On a CPU, processor time is measured, which depends little on other work on the machine.
     """
 
     program = "dc-ssdae bench decode"
@@ -65,19 +65,18 @@ class DecodeOptions(ModelBenchOptions):
 
 @dataclass(kw_only=True)
 class DataOptions(JsonOptions):
-    """Time the input pipeline of data sets, in one process with one thread: its stages and all together.
+    """Time how fast images are read and cropped for training, stage by stage and as a whole, in one thread.
 
-    The same positions of each data set are read, in rounds that alternate between them.
+    Several data sets take turns, and the same positions are read from each.
 
     Args:
-        sources: folders of images or shards, shards, or patterns of shards; of a folder with train/, that is measured.
-            Ratios are to the first.
+        sources: folder of images or shards, a shard, or a pattern of shards; if a folder has a subfolder train/, its
+            images are read. Ratios are relative to the first SOURCE.
         image_size: side of the crops in pixels.
-        aug_scale: largest random enlargement.
-        seconds: time for each source, and for each number of workers.
-        workers: also time the loader with these numbers of worker processes.
-        packed: also pack the first SOURCE, a folder, into temporary shards, in the system's folder for such files or in
-            $TMPDIR, and measure those.
+        aug_scale: largest random enlargement before the crop.
+        seconds: time to measure each SOURCE, and again for each number of workers.
+        workers: also time the data loader with these numbers of worker processes.
+        packed: also pack the first SOURCE, a folder of images, into temporary shards in $TMPDIR, and measure those.
     """
 
     program = "dc-ssdae bench data"
@@ -91,16 +90,16 @@ class DataOptions(JsonOptions):
 
 @dataclass(kw_only=True)
 class TrainOptions(RunOptions, JsonOptions):
-    """Time training steps in one process, on random images that are on the device already.
+    """Time training steps in one process, on random images that are already on the device.
 
-    Measured are networks, losses, optimiser and average. Configurations are given as to dc-ssdae train;
-    training.batch_size is this process's.
+    A step covers the networks, the losses, the optimiser and the weight average, not the reading of images. The
+    configuration is given as for dc-ssdae train; training.batch_size is the batch of this one process.
 
     Args:
-        steps: timed steps.
-        device: auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.
-        compare: also measure the same with this setting, such as training.compile=true, in alternation with the plain
-            configuration; may be given several times.
+        steps: number of timed steps.
+        device: auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one.
+        compare: also time the configuration with this setting changed, such as training.compile=true. All
+            configurations take turns, and are in memory together. May be given several times.
     """
 
     program = "dc-ssdae bench train"

@@ -16,19 +16,19 @@ FILES = ("index.html", "table.md", "table.json", "pareto.png")
 
 @dataclass(kw_only=True)
 class Options(EvaluationOptions):
-    """Reconstruct the same images with any number of autoencoders, and measure all of them under one protocol.
+    """Measure any number of autoencoders on the same images under one protocol.
 
-    Measured are quality with its intervals, latent, parameters, speed and memory. Writes DIR/index.html, table.md,
-    table.json and pareto.png. A model that fails is reported in its row, the others finish, and the exit code is 2.
-    Needs the extra eval: pip install 'dc-ssdae[eval]'.
+    Reports quality with intervals, latent shape, parameters, speed and memory. Writes DIR/index.html, table.md,
+    table.json and pareto.png. If a model fails, its row says so, the others are still measured, and the exit code is 2.
+    Requires pip install 'dc-ssdae[eval]'.
 
     Args:
-        models: each the folder or hub id of a saved model or a run of this package; photos_f8c16, which comes with it;
-            preset:NAME (random weights); diffusers:FOLDER_OR_HUB_ID; python:MODULE.NAME, an object with encode and
-            decode or a function from images to images, (B, 3, H, W) in [-1, 1]; jpeg:QUALITY; webp:QUALITY;
-            bicubic:FACTOR. LABEL=MODEL names it in the reports.
-        rounds: rounds in which speed is measured.
-        show: images on the page.
+        models: folder or hub id of a model of this package, or folder of a training run; photos_f8c16, the model that
+            comes with this package; preset:NAME (random weights); diffusers:FOLDER_OR_HUB_ID; python:MODULE.NAME (an
+            object with encode and decode, or a function from images to images, (B, 3, H, W) in [-1, 1]); jpeg:QUALITY;
+            webp:QUALITY; or bicubic:FACTOR. LABEL=MODEL sets the name in the reports.
+        rounds: number of rounds in which speed is measured.
+        show: number of images in index.html.
     """
 
     program = "dc-ssdae compare"

@@ -11,13 +11,13 @@ from dc_ssdae.settings import setting
 
 @dataclass(kw_only=True)
 class Options(OverwriteOptions):
-    """Draw the losses and the evaluations of one or several runs, a panel per loss term and per measure.
+    """Plot the losses and evaluations of one or several training runs, with a panel per loss term and per metric.
 
-    The phases of a recipe are drawn one after the other. Needs matplotlib: pip install 'dc-ssdae[eval]'.
+    The phases of a recipe follow each other. Requires pip install 'dc-ssdae[eval]'.
 
     Args:
-        runs: folders of training runs.
-        out: picture to write: .png, .svg or .pdf.
+        runs: folder of a training run.
+        out: file to write: .png, .svg or .pdf.
     """
 
     program = "dc-ssdae curves"

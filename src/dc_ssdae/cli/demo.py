@@ -28,15 +28,15 @@ EVALUATION_SIDE = 256
 
 @dataclass(kw_only=True)
 class Options(OutputOptions, SeedOptions, DeviceOptions):
-    """Reconstruct photos with the model that comes with this package; then train a small one, and write a report.
+    """Reconstruct photos with the model that comes with this package, train a small model, and write a report.
 
-    The small equilibrium-matching autoencoder is trained on photos that come with scikit-image. Needs no GPU and
-    downloads nothing.
+    The small model is trained by equilibrium matching on photos that come with scikit-image. Needs no GPU and downloads
+    nothing.
 
     Args:
         minutes: training time in minutes; by default 3.
-        steps: train this many steps instead, which is reproducible.
-        dtype: what the networks compute in while they train.
+        steps: number of training steps, instead of --minutes; such a run is reproducible.
+        dtype: precision in which the networks compute during training.
     """
 
     program = "dc-ssdae demo"
@@ -49,7 +49,7 @@ class Options(OutputOptions, SeedOptions, DeviceOptions):
 def run(options: Options) -> None:
     """Train, evaluate, save and report."""
     if options.minutes is not None and options.steps is not None:
-        raise InputError("--minutes and --steps are both given; one of them ends the training")
+        raise InputError("--minutes and --steps are both given; give one of them")
     device = select_device(options.device)
     from dc_ssdae.training.run import check_new
 

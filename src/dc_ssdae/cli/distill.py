@@ -40,16 +40,16 @@ TERMS = ("dynamics", "lpips")
 
 @dataclass(kw_only=True)
 class Options(RunOptions):
-    """Train a copy of a model so that it lands in one step where the teacher lands in several, from the same noise and
-    latent; then compare the two on validation images.
+    """Train a copy of a model to decode in one step what the model, its teacher, decodes in several.
 
-    It is a run like any other: it saves, resumes and logs as dc-ssdae train does. Where the teacher comes from a run,
-    data and loop are that run's by default.
+    Student and teacher start from the same noise and latent; at the end they are compared on validation images. The run
+    saves, resumes and logs as dc-ssdae train does. If the teacher comes from a training run, the settings of that run
+    are the defaults.
 
     Args:
-        teacher: the folder of a saved model or of a run, or the name of the trained model that comes with this package.
-        steps: steps of the teacher, 8 by default; its step size is --distillation.step_size.
-        resume: go on with a distillation, or compare again.
+        teacher: folder of a saved model or of a training run, or photos_f8c16, which comes with this package.
+        steps: number of steps of the teacher, by default 8; its step size is --distillation.step_size.
+        resume: continue the distillation in this folder; if it is finished, compare again.
     """
 
     program = "dc-ssdae distill"
@@ -91,7 +91,7 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
     from dc_ssdae.data.sources import check_runs_nothing
 
     if options.teacher is None:
-        raise InputError("which model is to be taught from? --teacher DIR, a saved model's folder or a run's")
+        raise InputError("which model is the teacher? give --teacher DIR, the folder of a saved model or of a run")
     base = _base(options.teacher, options.steps or DEFAULT_STEPS)
     for name, value in base.get("data", {}).items():
         if any(key.startswith(f"data.{name}") for key, _ in options.settings):

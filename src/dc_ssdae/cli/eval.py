@@ -36,18 +36,17 @@ FILES = ("report.html", "report.md", "report.json", "images.csv")
 
 @dataclass(kw_only=True)
 class Options(EvaluationOptions):
-    """Reconstruct images and measure rFID, PSNR, SSIM, LPIPS, DreamSim and rFDD with 95 % intervals, and the latents.
+    """Measure an autoencoder: rFID, PSNR, SSIM, LPIPS, DreamSim and rFDD with 95 % intervals, and its latents.
 
-    Writes DIR/report.html with the worst and the best images, report.md, report.json and images.csv with a line per
-    image. Several processes share the work: torchrun --nproc_per_node N -m dc_ssdae eval ... Needs the extra eval: pip
-    install 'dc-ssdae[eval]'.
+    Writes DIR/report.html with the worst and best images, report.md, report.json, and images.csv with a line per image.
+    To use several processes: torchrun --nproc_per_node N -m dc_ssdae eval ... Requires pip install 'dc-ssdae[eval]'.
 
     Args:
-        model: what to measure, as dc-ssdae compare takes it; photos_f8c16 is the trained model that comes with this
+        model: model to measure, named as in dc-ssdae compare; photos_f8c16 is the trained model that comes with this
             package.
-        show: worst and best images on the page.
-        add_to_model: also write the figures into config.json and README.md of the model's folder, in place of earlier
-            ones of the same protocol, data, size and decoding.
+        show: number of worst and of best images in report.html.
+        add_to_model: also write the results into config.json and README.md of the model's folder, replacing earlier
+            results for the same protocol, data, size and decoding.
     """
 
     program = "dc-ssdae eval"

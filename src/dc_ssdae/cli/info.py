@@ -21,14 +21,13 @@ SIZES = (256, 512)
 
 @dataclass(kw_only=True)
 class Options(ImportOptions, JsonOptions):
-    """List the presets; or tell a model's parameters, latent shape, compression ratio and FLOPs.
+    """List the presets, or describe a model: parameters, latent shape, compression ratio and FLOPs.
 
     Args:
-        model: a preset's name, or the folder of a saved model or of a training run.
-        device: also time encode and one decode step there: auto, cpu, cuda, cuda:N or mps.
-        dtype: dtype of the weights whose memory is told, and of what is timed; by default float32.
-        groups: print the model's parameter groups, which a phase of training can choose, with their numbers of
-            parameters, and nothing else.
+        model: name of a preset, or folder of a saved model or of a training run; by default all presets are listed.
+        device: also time encoding and one decoding step on this device: auto, cpu, cuda, cuda:N or mps.
+        dtype: dtype for which the memory of the weights is given, and in which times are measured; by default float32.
+        groups: print only the names and sizes of the model's parameter groups, which training.train can choose from.
     """
 
     program = "dc-ssdae info"

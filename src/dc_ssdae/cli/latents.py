@@ -20,26 +20,27 @@ _YAML_SUFFIXES = (".yaml", ".yml")
 
 @dataclass(kw_only=True)
 class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
-    """Encode a data set once, to shards of latents for training loops.
+    """Encode a data set once into shards of latents, for training on latents.
 
-    Writes OUT/000000.safetensors and so on, with the tensors latents (N, c, h, w), as the encoder gives them, and
-    labels (N,), and a manifest.json with their statistics. dc_ssdae.data.latents.LatentDataset reads them, and so does
-    whatever reads LightningDiT's features. Interrupted at any time, the same command goes on where it stopped. Several
-    processes share the shards: torchrun --nproc_per_node N -m dc_ssdae latents ...
+    Writes OUT/000000.safetensors and so on, with the tensors latents (N, c, h, w), not normalised, and labels (N,), and
+    manifest.json with latent statistics. Read them by dc_ssdae.data.latents.LatentDataset, or by code that reads
+    LightningDiT's features. If interrupted, the same command continues where it stopped. To use several processes:
+    torchrun --nproc_per_node N -m dc_ssdae latents ...
 
     Args:
-        data: images, named as data.root of a training run: a folder, perhaps with train/ and validation/, of images or
-            shards; or a pattern of shards; or a YAML file whose section data names them, such as a run's config.yaml.
-        out: folder to write to; made if need be. Data with train/ and validation/ go to OUT/train and OUT/validation.
-        store: the mean of the encoder's Gaussian, one sample of it, or its mean and standard deviation, from which a
-            reader samples anew each epoch, at twice the size.
-        flip: store the mirrored image's latent too, at twice the size.
+        data: images to encode: a folder of images or shards, which may have subfolders train/ and validation/; a
+            pattern of shards; or a YAML file with a section data, such as the config.yaml of a training run.
+        out: folder to write to; it is created if it does not exist. If the data have train/ and validation/, the shards
+            go to OUT/train and OUT/validation.
+        store: what to store of the encoder's Gaussian: its mean, one sample, or its mean and standard deviation, which
+            take twice the space and let a reader draw new samples in each epoch.
+        flip: also store the latent of the mirrored image, which takes twice the space.
         seed: seed of --store sample; by default 0.
-        store_dtype: dtype of the latents in the shards; by default what --dtype computes in.
-        split: encode this part of the data alone.
-        images: how many to encode of each part, at most, evenly spread over it; by default all.
-        workers: processes that read images, for each process that encodes; by default one for each core but one, at
-            most 8.
+        store_dtype: dtype of the stored latents; by default the same as --dtype.
+        split: encode only this part of the data.
+        images: largest number of images per part, spread evenly over it; by default all.
+        workers: number of processes that read images, per encoding process; by default one per core except one, at most
+            8.
     """
 
     program = "dc-ssdae latents"

@@ -21,8 +21,8 @@ class RunOptions(Options):
     """For commands that take a run's configuration.
 
     Args:
-        config: a YAML file, or a preset, which dc-ssdae info lists. Of mappings, what a later configuration leaves out
-            stays as it was; the init_args of another class_path are dropped.
+        config: a YAML file, or the name of a preset (see dc-ssdae info). Give it several times to override single
+            settings of an earlier one; a new class_path also drops the init_args of the old class.
         print_config: print the resulting configuration and exit.
         settings: the other words, as pairs such as ("training.lr", "1e-4").
     """
@@ -46,7 +46,7 @@ class RunOptions(Options):
         defaults = ", ".join(f"{name} {weight:g}" for name, weight in BUILT_IN_LOSSES.items())
         parser.add_argument_group(
             "losses",
-            f"{documentation(RunConfig)[1]['losses']} --losses.NAME X sets a weight, 0 leaves the term out (default: "
+            f"{documentation(RunConfig)[1]['losses']} --losses.NAME X sets a weight; 0 removes the term (default: "
             f"{defaults}); --losses.NAME.class_path module.Class and --losses.NAME.init_args.SETTING VALUE add your "
             "own.",
         )

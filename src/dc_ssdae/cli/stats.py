@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Options(ModelOptions, SizeOptions, BatchOptions, JsonOptions):
-    """Measure mean and standard deviation of a model's latents, per channel, and write them into its config.json.
+    """Measure the mean and standard deviation of a model's latents, and write them into its config.json.
 
-    There latent diffusion finds them: latents_mean and latents_std, for (z - latents_mean) / latents_std, and
-    shift_factor and scaling_factor, for (z - shift_factor) * scaling_factor. They are statistics of samples of the
-    encoder's Gaussian, computed from its moments.
+    A latent diffusion model normalises latents z by them: per channel as (z - latents_mean) / latents_std, or overall
+    as (z - shift_factor) * scaling_factor. They are the statistics of samples from the encoder's Gaussian, computed
+    from its moments.
 
     Args:
-        data: images, named as data.root of a training run: a folder, perhaps with train/, of images or shards; or a
-            pattern of shards.
-        images: how many to measure, at most, evenly spread over the data set.
-        no_write: leave config.json as it is.
+        data: images to measure on: a folder of images or shards, or a pattern of shards. If the folder has a subfolder
+            train/, its images are used.
+        images: largest number of images, spread evenly over the data set.
+        no_write: do not change config.json.
     """
 
     program = "dc-ssdae stats"

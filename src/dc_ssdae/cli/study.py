@@ -23,27 +23,29 @@ FILES = ("study.json", "table.md", "study.png")
 
 @dataclass(kw_only=True)
 class Options(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
-    """Decode images with each sampler, number of steps, step size and tolerance, and write what they are worth.
+    """Measure how quality and time depend on sampler, number of steps, step size and tolerance.
 
-    Quality against evaluations of the decoder and against time goes to DIR/study.json, table.md and study.png. With
-    --baseline, also the evaluations that each of the two models needs for the same quality. Every decode starts from
-    the mode of the image's latent and from decode's default noise. Lists have commas between their values. Needs
-    matplotlib: pip install 'dc-ssdae[eval]'.
+    Writes quality against evaluations of the decoder and against time to DIR/study.json, table.md and study.png; with
+    --baseline also how many evaluations each of the two models needs for the same quality. Every image is decoded from
+    the mode of its latent and from the default noise. Values of a list are separated by commas. Requires pip install
+    'dc-ssdae[eval]'.
 
     Args:
-        baseline: another model to compare with, such as a flow-matching model.
-        data: images, named as data.root of a training run; where there is a validation/ folder, that is measured.
-        images: how many to measure, at most.
-        rounds: rounds in which everything is timed.
-        samplers: names of samplers; by default all that each model has.
+        baseline: another model to compare with, such as one trained by flow matching.
+        data: images to measure on: a folder of images or shards, or a pattern of shards, as in data.root of a training
+            run. If the folder has a subfolder validation/, its images are used.
+        images: largest number of images.
+        rounds: number of rounds in which every setting is timed.
+        samplers: names of samplers; by default all that suit each model.
         steps: numbers of steps; by default 1,2,4,8,16.
-        step_sizes: step sizes of descents, in units of 1/L, L being the field's slope near the data; the word default
-            is what decode takes by itself. By default default,0.5.
+        step_sizes: step sizes of descents, in units of 1/L, where L is the slope of the field near the data. The word
+            default stands for the step size that decoding uses by default. By default default,0.5.
         momenta: momenta of nesterov; by default 0.3.
-        tolerances: tolerances at which descents of a given step size stop, at the largest of --steps; by default
+        tolerances: tolerances at which descents stop, with at most the largest number in --steps; by default
             0.2,0.1,0.05,0.025.
-        descents: other ways, in units of 1/L, that gradient descent's steps after the first share; by default none.
-        lpips: network of LPIPS, which is left out where its weights are not on this machine.
+        descents: other total distances, in units of 1/L, that the steps of gradient descent after the first cover
+            together; by default none.
+        lpips: network of LPIPS; LPIPS is left out if the weights are not on this machine.
     """
 
     program = "dc-ssdae study sampling"

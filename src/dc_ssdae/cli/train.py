@@ -39,14 +39,13 @@ if TYPE_CHECKING:
 class Options(RunOptions):
     """Train an autoencoder.
 
-    Configurations are laid over each other in their order, settings over all of them; what is given twice counts as
-    given last.
+    A later --config overrides an earlier one, and settings such as --training.lr override every --config.
 
     Args:
-        recipe: train in phases, one after the other: a YAML file with section phases, or a recipe of this package such
-            as three_phase. Its phases go over the configurations, settings over all phases, and
-            --phases.PHASE.section.name VALUE over one.
-        resume: go on with the run in this folder, exactly where it stopped.
+        recipe: train in phases, one after the other: a YAML file with a section phases, or a recipe of this package
+            such as three_phase. A phase overrides every --config, a setting overrides all phases, and
+            --phases.PHASE.section.name VALUE overrides one phase.
+        resume: continue the run in this folder exactly where it stopped.
     """
 
     program = "dc-ssdae train"
