@@ -10,7 +10,6 @@ CPU = torch.device("cpu")
 def test_spread_is_median_and_quartiles() -> None:
     assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3.0, 2.0, 4.0)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
-    assert Spread(3.0, 2.0, 4.0).times(2.0) == Spread(6.0, 4.0, 8.0)
 
 
 def test_machine_is_described() -> None:

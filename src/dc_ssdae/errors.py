@@ -149,16 +149,27 @@ def check_at_least(smallest: int, **values: int) -> None:
             raise InputError(f"{name} is {value}; it must be at least {smallest}")
 
 
-def check_names(kind: str, given: Iterable[Any], accepted: Iterable[str]) -> None:
+def check_names(kind: str, given: Iterable[Any], accepted: Iterable[str], prefix: str | None = None) -> None:
     """Refuse the first of the given names that is not accepted.
 
+    Args:
+        kind: what the names stand for, as a reader would say it.
+        given: the names.
+        accepted: every name that would be right.
+        prefix: with the name behind it, the field of the error, such as "training."; None leaves the field out.
+
     Raises:
-        InputError: names it and the accepted ones; `kind` says what it stands for.
+        InputError: names it and the accepted ones.
     """
     accepted = list(accepted)
     for name in given:
         if name not in accepted:
-            raise unknown_name(kind, name, accepted)
+            raise unknown_name(kind, name, accepted, None if prefix is None else f"{prefix}{name}")
+
+
+def wrong_value(name: str, value: object, wanted: str) -> InputError:
+    """Build the error for a setting's value that does not fit: `name` is `value`; it must be `wanted`."""
+    return InputError(f"{name} is {shown(value)}; it must be {wanted}", name)
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
@@ -182,7 +193,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         wrong = True
     if wrong:
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-        raise InputError(f"{name} is {shown(value)}; it must be of type {re.sub(r'[a-z_]+[.]', '', wanted)}", name)
+        raise wrong_value(name, value, f"of type {re.sub(r'[a-z_]+[.]', '', wanted)}")
 
 
 def as_json(name: str, value: Any) -> Any:

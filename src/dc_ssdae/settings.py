@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
-from dc_ssdae.errors import InputError, check_type, shown, unknown_name
+from dc_ssdae.errors import InputError, check_type, unknown_name, wrong_value
 
 LARGEST_SEED = 2**32 - 1
 """PyTorch's CPU generator reads no more than 32 bits of a seed: a larger one would repeat a smaller one's noise."""
@@ -86,7 +86,7 @@ def check_limits(name: str, value: float, limits: Mapping[str, Any]) -> None:
     known = {word: (text, holds, limits[word]) for word, (text, holds) in _LIMITS.items() if word in limits}
     if not all(holds(value, limit) for _, holds, limit in known.values()) or not math.isfinite(value):
         wanted = " and ".join(f"{text} {limit}" for text, _, limit in known.values()) or "a finite number"
-        raise InputError(f"{name} is {shown(value)}; it must be {wanted}", name)
+        raise wrong_value(name, value, wanted)
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
@@ -111,15 +111,7 @@ def documentation(kind: type) -> tuple[str, dict[str, str]]:
 
 def metavar(hint: Any) -> str:
     """What stands for a value in help, such as N for a whole number."""
-    names = {
-        int: "N",
-        float: "X",
-        bool: "true|false",
-        str: "TEXT",
-        tuple: "[X, X]",
-        dict: "MAPPING",
-        list: "[TEXT, ...]",
-    }
+    names = {int: "N", float: "X", bool: "true|false", tuple: "[X, X]", dict: "MAPPING", list: "[TEXT, ...]"}
     kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
     return "|".join(
         "|".join(get_args(kind)) if get_origin(kind) is Literal else names.get(get_origin(kind) or kind, "TEXT")

@@ -32,10 +32,6 @@ class Spread:
         low, median, high = np.percentile(values, [25, 50, 75]).tolist()
         return cls(median, low, high)
 
-    def times(self, factor: float) -> "Spread":
-        """Convert to another unit; `factor` is positive."""
-        return Spread(self.median * factor, self.low * factor, self.high * factor)
-
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
     """Describe the processor, the cores this process may use, the threads, the versions, and the device if given."""

@@ -178,7 +178,7 @@ def test_a_recipe_that_is_not_there(write: Write) -> None:
 def test_a_printed_recipe_gives_the_same_phases_again(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--training.output=run", "--training.seed=5", "--phases.head.training.seed=50", "--data.root", "写真"]
     assert of(make(*words), "training.seed") == [5, 6, 50]
-    assert run(options(*WORDS, *words, "--print_config")) == 0
+    assert run(options(*WORDS, *words, "--print_config")) is None
     text = capsys.readouterr().out
     write("printed.yaml", text)
     again = parse_recipe("--recipe", "printed.yaml", "--training.output", "other", "--phases.low.training.steps", "3")
@@ -252,7 +252,7 @@ def test_a_begun_phase_stays_what_it_is(begun: Path, words: str, told: str) -> N
 
 
 def test_the_configuration_to_go_on_with_is_printed(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(options("--resume", str(begun), "--training.steps", "25", "--print_config")) == 0
+    assert run(options("--resume", str(begun), "--training.steps", "25", "--print_config")) is None
     assert read_yaml(capsys.readouterr().out)["phases"]["latent"]["training"]["steps"] == 25
     assert of(read_recipe(begun), "training.steps") == [30, 20, 1000]
 

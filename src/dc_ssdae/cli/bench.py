@@ -1,16 +1,14 @@
 """`dc-ssdae bench`: how fast models encode and decode, images are read, and steps are done; a sub-command each."""
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain, say, select_device, table, wrapped
-from dc_ssdae.cli.options import DeviceOptions
-from dc_ssdae.cli.parser import Options
+from dc_ssdae.cli.common import complain, select_device, show, table, wrapped
+from dc_ssdae.cli.options import DeviceOptions, JsonOptions
 from dc_ssdae.cli.run_config import RunOptions, read_run_config
 from dc_ssdae.errors import InputError, counted
 from dc_ssdae.settings import setting
@@ -22,28 +20,17 @@ _STAGES = {"read": "read+decode", "crop": "crop+flip", "sample": "whole sample"}
 
 
 @dataclass(kw_only=True)
-class JsonOptions(Options):
-    """How figures are printed.
-
-    Args:
-        json: print the same figures as JSON.
-    """
-
-    json: bool = False
-
-
-@dataclass(kw_only=True)
 class ModelBenchOptions(DeviceOptions, JsonOptions):
     """For benchmarks of models.
 
     Args:
-        model: as dc-ssdae compare takes it: a folder or hub id, preset:NAME, diffusers:FOLDER_OR_ID, or
-            diffusers:CLASS as published, with random weights.
-        against: another model; may be repeated.
-        size: sides of the images in pixels; by default 256.
-        batch_size: images at once.
-        rounds: rounds in which all models alternate.
-        threads: threads of the CPU.
+        model: model to time, named as in dc-ssdae compare: a folder or hub id, preset:NAME, diffusers:FOLDER_OR_ID, or
+            diffusers:CLASS for a published architecture with random weights.
+        against: another model to compare with; may be given several times.
+        size: side of the images in pixels, or several sides; by default 256.
+        batch_size: images per batch.
+        rounds: number of rounds; in each, every model is timed once.
+        threads: number of CPU threads.
         compile: compile the networks with torch.compile.
     """
 
@@ -58,9 +45,9 @@ class ModelBenchOptions(DeviceOptions, JsonOptions):
 
 @dataclass(kw_only=True)
 class EncodeOptions(ModelBenchOptions):
-    """Time how long models take to encode random images, in rounds that alternate between them, in one process.
+    """Time how long models take to encode random images; several models take turns in one process.
 
-    Times on a CPU are processor time, which other work on the machine changes little.
+    On a CPU, processor time is measured, which depends little on other work on the machine.
     """
 
     program = "dc-ssdae bench encode"
@@ -68,9 +55,9 @@ class EncodeOptions(ModelBenchOptions):
 
 @dataclass(kw_only=True)
 class DecodeOptions(ModelBenchOptions):
-    """Time how long models take to decode random images, in rounds that alternate between them, in one process.
+    """Time how long models take to decode random images; several models take turns in one process.
 
-    Times on a CPU are processor time, which other work on the machine changes little.
+    On a CPU, processor time is measured, which depends little on other work on the machine.
     """
 
     program = "dc-ssdae bench decode"
@@ -78,19 +65,18 @@ class DecodeOptions(ModelBenchOptions):
 
 @dataclass(kw_only=True)
 class DataOptions(JsonOptions):
-    """Time the input pipeline of data sets, in one process with one thread: its stages and all together.
+    """Time how fast images are read and cropped for training, stage by stage and as a whole, in one thread.
 
-    The same positions of each data set are read, in rounds that alternate between them.
+    Several data sets take turns, and the same positions are read from each.
 
     Args:
-        sources: folders of images or shards, shards, or patterns of shards; of a folder with train/, that is measured.
-            Ratios are to the first.
+        sources: folder of images or shards, a shard, or a pattern of shards; if a folder has a subfolder train/, its
+            images are read. Ratios are relative to the first SOURCE.
         image_size: side of the crops in pixels.
-        aug_scale: largest random enlargement.
-        seconds: time for each source, and for each number of workers.
-        workers: also time the loader with these numbers of worker processes.
-        packed: also pack the first SOURCE, a folder, into temporary shards, in the system's folder for such files or in
-            $TMPDIR, and measure those.
+        aug_scale: largest random enlargement before the crop.
+        seconds: time to measure each SOURCE, and again for each number of workers.
+        workers: also time the data loader with these numbers of worker processes.
+        packed: also pack the first SOURCE, a folder of images, into temporary shards in $TMPDIR, and measure those.
     """
 
     program = "dc-ssdae bench data"
@@ -104,16 +90,16 @@ class DataOptions(JsonOptions):
 
 @dataclass(kw_only=True)
 class TrainOptions(RunOptions, JsonOptions):
-    """Time training steps in one process, on random images that are on the device already.
+    """Time training steps in one process, on random images that are already on the device.
 
-    Measured are networks, losses, optimiser and average. Configurations are given as to dc-ssdae train;
-    training.batch_size is this process's.
+    A step covers the networks, the losses, the optimiser and the weight average, not the reading of images. The
+    configuration is given as for dc-ssdae train; training.batch_size is the batch of this one process.
 
     Args:
-        steps: timed steps.
-        device: auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.
-        compare: also measure the same with this setting, such as training.compile=true, in alternation with the plain
-            configuration; may be given several times.
+        steps: number of timed steps.
+        device: auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one.
+        compare: also time the configuration with this setting changed, such as training.compile=true. All
+            configurations take turns, and are in memory together. May be given several times.
     """
 
     program = "dc-ssdae bench train"
@@ -123,17 +109,8 @@ class TrainOptions(RunOptions, JsonOptions):
     compare: list[str] = setting([], repeated=True, metavar="SETTING=VALUE")
 
 
-def run_encode(options: EncodeOptions) -> int:
-    """Time encoding, and print; gives the exit code."""
-    return _measure_model(options, "encode")
-
-
-def run_decode(options: DecodeOptions) -> int:
-    """Time decoding, and print; gives the exit code."""
-    return _measure_model(options, "decode")
-
-
-def _measure_model(options: ModelBenchOptions, work: str) -> int:
+def run_models(options: ModelBenchOptions) -> None:
+    """Time encoding or decoding, and print."""
     import torch
 
     # PyTorch's timer imports it; it warns where CUDA is installed and there is no GPU.
@@ -142,62 +119,64 @@ def _measure_model(options: ModelBenchOptions, work: str) -> int:
     from dc_ssdae.evaluation.speed import measure_speed
     from dc_ssdae.timing import describe_machine
 
+    work = options.program.split()[-1]
     specs = name_apart([parse_candidate(text) for text in (options.model, *options.against)])
     device, dtype = select_device(options.device), getattr(torch, options.dtype)
     candidates = {}
     for spec in specs:
         candidates[spec.label] = candidate = open_candidate(spec, dtype).to(device)
-        if candidate.module() is None or not candidate.splits:
+        module = candidate.module()
+        if module is None or not candidate.splits:
             raise InputError(f"{spec.label} has no networks that encode and decode apart")
         if options.compile:
             for part in ("encoder", "decoder"):
-                getattr(candidate.module(), part).compile()
-    settings = (options.batch_size, device, dtype, options.rounds, options.threads)
-    figures = [
-        entry for size in dict.fromkeys(options.size) for entry in measure_speed(work, candidates, size, *settings)
-    ]
-    rows: list[Sequence[str]] = [
-        ("model", "px", "ms", "quartiles", "times as fast", "GFLOPs", "of peak", "peak GiB"),
-    ]
+                getattr(module, part).compile()
+    figures = []
+    for size in dict.fromkeys(options.size):
+        figures += measure_speed(
+            work, candidates, size, options.batch_size, device, dtype, options.rounds, options.threads
+        )
+    rows = [("model", "px", "ms", "quartiles", "times as fast", "GFLOPs", "of peak", "peak GiB")]
     for entry in figures:
         ratio = "-" if entry.ratio is None else f"{entry.ratio.median:.3g}"
         costs = (f"{entry.flops / 1e9:,.1f}", f"{entry.share_of_peak:.0%}", _gibibytes(entry.peak_memory_bytes))
-        rows.append((entry.label, str(entry.size), *_spread(entry.seconds.times(1000.0), ",.1f"), ratio, *costs))
+        rows.append((entry.label, str(entry.size), *_spread(entry.seconds, ",.1f", 1000.0), ratio, *costs))
     clock = "processor time of all threads" if device.type == "cpu" else "time that passes"
     note = (
         f"{work} of {counted(options.batch_size, 'image')} in {options.dtype}: medians of "
         f"{counted(options.rounds, 'round')} in alternation, {clock}. Times as fast: as {specs[0].label}. Of peak: "
         "FLOPs per second against this machine's fastest 3×3 convolution. Peak: memory in use, weights included."
     )
-    plain: dict[str, Any] = {"dtype": options.dtype, "compile": options.compile, "rounds": options.rounds}
-    plain["figures"] = [asdict(entry) for entry in figures]
-    machine = {**describe_machine(device), "threads": options.threads}
-    _show(options, {"benchmark": work, **plain, "machine": machine}, [table(rows, "lrrrrrrr")], [note])
-    return 0
+    found = {
+        "benchmark": work,
+        **{name: getattr(options, name) for name in ("dtype", "compile", "rounds")},
+        "figures": figures,
+        "machine": {**describe_machine(device), "threads": options.threads},
+    }
+    show(found, options.json, lambda: _as_text(found, [table(rows, "lrrrrrrr")], [note]))
 
 
-def run_data(options: DataOptions) -> int:
-    """Time the input pipeline, and print; gives the exit code."""
+def run_data(options: DataOptions) -> None:
+    """Time the input pipeline, and print."""
     from dc_ssdae.data.benchmark import measure_data, packed, training_images
     from dc_ssdae.data.sources import open_path
     from dc_ssdae.timing import describe_machine
 
-    workers = [count for count in dict.fromkeys(options.workers) if count]
     paths = [training_images(name) for name in options.sources]
     sources = [(name, open_path(path, None)) for name, path in zip(options.sources, paths, strict=True)]
+    workers = [count for count in dict.fromkeys(options.workers) if count]
     with ExitStack() as stack:
         if options.packed:
             shards = stack.enter_context(packed(paths[0], lambda line: complain(options.program, line)))
             sources.append((f"{options.sources[0]} (packed)", shards))
         figures = measure_data(sources, options.image_size, options.aug_scale, options.seconds, workers)
-    rows: list[Sequence[str]] = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
-    for source in figures.sources:
-        named = [(_STAGES[stage], rate) for stage, rate in source.stages.items()]
-        named += [(counted(int(count), "worker"), rate) for count, rate in source.loader.items()]
-        rows += [
-            (source.name, label, *_spread(rate.images_per_second, ",.1f"), *_spread(rate.ratio, ".3f"))
-            for label, rate in named
-        ]
+    found = {
+        "benchmark": "data",
+        **{name: getattr(options, name) for name in ("image_size", "aug_scale")},
+        **vars(figures),
+        "machine": {**describe_machine(), "threads": 1},
+    }
+    rows = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
     notes = [
         f"Images per second of one process with one thread: medians of {counted(figures.rounds, 'round')} of "
         f"{figures.images} images in alternation, and their ratios to the first source's.",
@@ -205,89 +184,88 @@ def run_data(options: DataOptions) -> int:
     ]
     if workers:
         notes.append("Lines of workers: the loader with so many processes, which share the cores.")
-    counts = [source.images for source in figures.sources]
-    if len(set(counts)) > 1:
-        told = ", ".join(f"{source.name} {source.images:,}" for source in figures.sources)
-        notes.append(f"The sources differ in their number of images ({told}): the first {min(counts):,} were used.")
-    notes += [
-        f"{source.name}: {len(source.broken)} broken among the images measured, replaced by others as in training; the "
-        f"first: {source.broken[0]['reason']}"
-        for source in figures.sources
-        if source.broken
-    ]
-    settings = {"image_size": options.image_size, "aug_scale": options.aug_scale}
-    plain = {"benchmark": "data", **settings, **asdict(figures), "machine": {**describe_machine(), "threads": 1}}
-    _show(options, plain, [table(rows, "llrrrr")], notes)
-    return 0
+    shortest = min(source.images for source in figures.sources)
+    for source in figures.sources:
+        rates = {_STAGES[stage]: rate for stage, rate in source.stages.items()}
+        rates |= {counted(int(count), "worker"): rate for count, rate in source.loader.items()}
+        for label, rate in rates.items():
+            rows.append((source.name, label, *_spread(rate.images_per_second, ",.1f"), *_spread(rate.ratio, ".3f")))
+        if source.images > shortest:
+            notes.append(f"{source.name} has {source.images:,} images, of which the first {shortest:,} were used.")
+        if source.broken:
+            notes.append(
+                f"{source.name}: {len(source.broken)} broken among the images measured, replaced by others as in "
+                f"training; the first: {source.broken[0]['reason']}"
+            )
+    show(found, options.json, lambda: _as_text(found, [table(rows, "llrrrr")], notes))
 
 
-def run_train(options: TrainOptions) -> int:
-    """Time training steps, and print; gives the exit code."""
+def run_train(options: TrainOptions) -> None:
+    """Time training steps, and print."""
     config, name = read_run_config(options)
-    compared = {}
+    configs = {name: config}
     for text in options.compare:
         key, _, value = text.partition("=")
         if not value or "." not in key or key.startswith("-"):
             raise InputError(f"--compare {text!r} is no setting with a value; write it as training.compile=true")
-        compared[text], _ = read_run_config(replace(options, settings=[*options.settings, (key, value)]))
+        configs[text], _ = read_run_config(replace(options, settings=[*options.settings, (key, value)]))
     device = select_device(options.device)
     import torch
 
     from dc_ssdae.classes import importing_from
     from dc_ssdae.timing import describe_machine
-    from dc_ssdae.training.benchmark import frozen_backbones, measure_training
+    from dc_ssdae.training.benchmark import measure_training, random_backbones
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with importing_from(Path.cwd()):
-        figures = measure_training(name, config, compared, device, options.steps)
-        frozen = frozen_backbones(config)
-    speeds: list[Sequence[str]] = [("configuration", "images/s", "ms/step", "quartiles", "ratio", "quartiles")]
-    costs: list[Sequence[str]] = [
-        ("configuration", "forward ms", "backward ms", "update ms", "peak GiB", "TFLOP/s"),
-    ]
-    for entry in figures:
-        ratio = ("1", "-") if entry.ratio is None else _spread(entry.ratio, ".3f")
-        rate = f"{entry.images_per_second.median:,.2f}"
-        speeds.append((entry.name, rate, *_spread(entry.seconds.times(1000.0), ",.2f"), *ratio))
-        spent = [f"{1000.0 * spread.median:,.2f}" for spread in (entry.phases or {}).values()] or ["-"] * 3
-        throughput = "-" if entry.tflops_per_second is None else f"{entry.tflops_per_second:.3f}"
-        costs.append((entry.name, *spent, _gibibytes(entry.peak_memory_bytes), throughput))
-    alternating = ", compared in alternation with the first; ratios are of images/s" if compared else ""
+        figures = measure_training(configs, device, options.steps)
+        random = random_backbones(config)
+    speeds = [("configuration", "images/s", "ms/step", "quartiles", "ratio", "quartiles")]
+    costs = [("configuration", "forward ms", "backward ms", "update ms", "peak GiB", "TFLOP/s")]
+    alternating = ", in alternation; ratios of images/s are to the first" if options.compare else ""
     notes = [
         f"{counted(options.steps, 'step')} of {counted(config.training.batch_size, 'random image')} of "
         f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; medians{alternating}.",
         f"Memory: {'allocated on the device' if device.type == 'cuda' else 'resident set of this process'}.",
     ]
-    if figures[0].flops is not None:
-        notes.append(f"{figures[0].flops / 1e12:.4g} TFLOPs per step: 3 times the forward pass's.")
-    if frozen:
-        names = ", ".join(f"losses.{name}" for name in frozen)
+    if figures[0]["flops"] is not None:
+        notes.append(f"{figures[0]['flops'] / 1e12:.4g} TFLOPs per step: 3 times the forward pass's.")
+    if random:
+        names = ", ".join(f"losses.{name}" for name in random)
         notes.append(f"{names}: random weights in the backbone, which take as long as real ones; values mean nothing.")
-    notes += [
-        f"{entry.name}: {entry.not_finite} of the steps were not finite, and may have cost less."
-        for entry in figures
-        if entry.not_finite
-    ]
-    plain = {"benchmark": "train", "steps": options.steps, "config": config.to_mapping(), "random_backbones": frozen}
-    plain |= {"configurations": [asdict(entry) for entry in figures], "machine": describe_machine(device)}
-    _show(options, plain, [table(speeds, "lrrrrr"), table(costs, "lrrrrr")], notes)
-    return 0
+    for entry in figures:
+        ratio = ("1", "-") if entry["ratio"] is None else _spread(entry["ratio"], ".3f")
+        rate = f"{entry['images_per_second'].median:,.2f}"
+        speeds.append((entry["name"], rate, *_spread(entry["seconds"], ",.2f", 1000.0), *ratio))
+        phases = [f"{1000.0 * spread.median:,.2f}" for spread in (entry["phases"] or {}).values()] or ["-"] * 3
+        throughput = "-" if entry["tflops_per_second"] is None else f"{entry['tflops_per_second']:.3f}"
+        costs.append((entry["name"], *phases, _gibibytes(entry["peak_memory_bytes"]), throughput))
+        if entry["not_finite"]:
+            notes.append(
+                f"{entry['name']}: {entry['not_finite']} of the steps were not finite, and may have cost less."
+            )
+    found = {
+        "benchmark": "train",
+        "steps": options.steps,
+        "config": config.to_mapping(),
+        "random_backbones": random,
+        "configurations": figures,
+        "machine": describe_machine(device),
+    }
+    show(found, options.json, lambda: _as_text(found, [table(speeds, "lrrrrr"), table(costs, "lrrrrr")], notes))
 
 
-def _show(options: JsonOptions, figures: dict[str, Any], tables: Sequence[str], notes: Sequence[str]) -> None:
-    """Print the figures as JSON, or as tables with notes below."""
+def _as_text(found: dict[str, Any], tables: Sequence[str], notes: Sequence[str]) -> str:
+    """Put tables and, below them, notes and the machine into one text."""
     from dc_ssdae.timing import machine_line
 
-    if options.json:
-        say(json.dumps(figures, indent=2))
-    else:
-        say("\n\n".join([*tables, "\n".join(map(wrapped, [*notes, machine_line(figures["machine"])]))]))
+    return "\n\n".join([*tables, "\n".join(map(wrapped, [*notes, machine_line(found["machine"])]))])
 
 
-def _spread(spread: "Spread", form: str) -> tuple[str, str]:
-    """Two cells: the median, and the quartiles."""
-    return f"{spread.median:{form}}", f"{spread.low:{form}}..{spread.high:{form}}"
+def _spread(spread: "Spread", form: str, unit: float = 1.0) -> tuple[str, str]:
+    """Two cells: the median and the quartiles, times `unit`."""
+    return f"{unit * spread.median:{form}}", f"{unit * spread.low:{form}}..{unit * spread.high:{form}}"
 
 
 def _gibibytes(count: int | None) -> str:

@@ -3,16 +3,17 @@
 Nothing heavy is imported until a function needs it, so that help is quick.
 """
 
+import json
 import os
 import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.errors import InputError, ToldElsewhere, advising_on_memory, counted
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from dc_ssdae.data.loader import BrokenImage
     from dc_ssdae.data.pack import PackedPart
     from dc_ssdae.latent import DiagonalGaussian
-
-T = TypeVar("T")
 
 
 class Job(NamedTuple):
@@ -51,6 +50,11 @@ def say(line: str) -> None:
 
     encoding = sys.stdout.encoding or "utf-8"
     tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+
+
+def show(found: Any, as_json: bool, as_text: Callable[[], str]) -> None:
+    """Print what a command has found, as JSON or as text for people."""
+    say(json.dumps(found, indent=2, default=asdict) if as_json else as_text())
 
 
 def wrapped(text: str) -> str:
@@ -98,6 +102,12 @@ def complain(program: str, message: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(f"{program}: {message}", file=sys.stderr)
+
+
+def complain_once(program: str, message: str) -> None:
+    """Complain in the main process alone."""
+    if is_main_process():
+        complain(program, message)
 
 
 def describe(error: BaseException) -> str:
@@ -223,19 +233,24 @@ def writable_model(model: str, instead: str) -> Path:
     return folder
 
 
-def told_by_one_process(run: "Callable[[T], int]") -> "Callable[[T], int]":
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def told_by_one_process() -> Iterator[None]:
     """Let an error that all processes of a command meet be told by one of them."""
+    try:
+        yield
+    except InputError as error:
+        if is_main_process():
+            raise
+        from dc_ssdae.data.loader import ReadingFailed
 
-    @wraps(run)
-    def run_and_tell(options: T) -> int:
-        try:
-            return run(options)
-        except (InputError, OSError) as error:
-            if os.environ.get("RANK", "0") == "0":
-                raise
-            raise ToldElsewhere(describe(error)) from error
-
-    return run_and_tell
+        if isinstance(error, ReadingFailed):  # which this process alone may know
+            raise
+        raise ToldElsewhere(str(error)) from error
 
 
 def for_each_file(options: "Options", jobs: Sequence[Job], process: Callable[[Job], Done]) -> int:
@@ -252,7 +267,7 @@ def for_each_file(options: "Options", jobs: Sequence[Job], process: Callable[[Jo
     """
     from tqdm import tqdm
 
-    failed = False
+    code = 0
     for job in tqdm(jobs, unit="file", leave=False, disable=True if len(jobs) == 1 else None):
         try:
             with advising_on_memory("; try a smaller image, --tile_size 512, --dtype bfloat16 or another --device"):
@@ -262,12 +277,12 @@ def for_each_file(options: "Options", jobs: Sequence[Job], process: Callable[[Jo
                 traceback.print_exception(error)
             message = describe(error)
             complain(options.program, message if str(job.source) in message else f"{job.source}: {message}")
-            failed = True
+            code = 2
         else:
             if done.notes:
                 complain(options.program, f"{job.source}: {'; '.join(done.notes)}")
             say(done.line)
-    return 2 if failed else 0
+    return code
 
 
 def shape_line(job: Job, size: tuple[int, int], latent: "Tensor") -> str:

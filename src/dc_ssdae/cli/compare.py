@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
-from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, say, write_outputs
+from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, write_outputs
 from dc_ssdae.cli.decoding import naming_options
-from dc_ssdae.cli.evaluation import load_suite, open_evaluation, parse_models, report_settings
+from dc_ssdae.cli.evaluation import load_suite, open_evaluation, parse_models, report_settings, tell_report
 from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import setting
@@ -16,19 +16,19 @@ FILES = ("index.html", "table.md", "table.json", "pareto.png")
 
 @dataclass(kw_only=True)
 class Options(EvaluationOptions):
-    """Reconstruct the same images with any number of autoencoders, and measure all of them under one protocol.
+    """Measure any number of autoencoders on the same images under one protocol.
 
-    Measured are quality with its intervals, latent, parameters, speed and memory. Writes DIR/index.html, table.md,
-    table.json and pareto.png. A model that fails is reported in its row, the others finish, and the exit code is 2.
-    Needs the extra eval: pip install 'dc-ssdae[eval]'.
+    Reports quality with intervals, latent shape, parameters, speed and memory. Writes DIR/index.html, table.md,
+    table.json and pareto.png. If a model fails, its row says so, the others are still measured, and the exit code is 2.
+    Requires pip install 'dc-ssdae[eval]'.
 
     Args:
-        models: each the folder or hub id of a saved model or a run of this package; photos_f8c16, which comes with it;
-            preset:NAME (random weights); diffusers:FOLDER_OR_HUB_ID; python:MODULE.NAME, an object with encode and
-            decode or a function from images to images, (B, 3, H, W) in [-1, 1]; jpeg:QUALITY; webp:QUALITY;
-            bicubic:FACTOR. LABEL=MODEL names it in the reports.
-        rounds: rounds in which speed is measured.
-        show: images on the page.
+        models: folder or hub id of a model of this package, or folder of a training run; photos_f8c16, the model that
+            comes with this package; preset:NAME (random weights); diffusers:FOLDER_OR_HUB_ID; python:MODULE.NAME (an
+            object with encode and decode, or a function from images to images, (B, 3, H, W) in [-1, 1]); jpeg:QUALITY;
+            webp:QUALITY; or bicubic:FACTOR. LABEL=MODEL sets the name in the reports.
+        rounds: number of rounds in which speed is measured.
+        show: number of images in index.html.
     """
 
     program = "dc-ssdae compare"
@@ -79,10 +79,7 @@ def run(options: Options) -> int:
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
     report = ArenaReport(entries=entries, rounds=options.rounds, **report_settings(options, opened, suite))
-    for image in report.broken:
-        complain(options.program, f"left out: {image.reason}")
-    text = report.as_markdown()
-    say(text)  # before anything that can fail: hours may have gone into the figures
+    text = tell_report(options, report, report.broken)
     pareto = report.as_picture()
     contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
     write_outputs(options, dict(zip(FILES, contents, strict=True)))

@@ -20,8 +20,8 @@ class ConvertOptions(OutputOptions):
     """For commands that make a model.
 
     Args:
-        out: folder to make, absent or empty.
-        dtype: what to store the weights in.
+        out: folder to write the model to; it must be empty or not exist.
+        dtype: precision in which the weights are stored.
     """
 
     dtype: DType = "float32"
@@ -29,13 +29,13 @@ class ConvertOptions(OutputOptions):
 
 @dataclass(kw_only=True)
 class OriginalOptions(ConvertOptions):
-    """Convert a checkpoint of the DC-SSDAE authors' own code.
+    """Convert a checkpoint of the DC-SSDAE authors' own code to a model of this package.
 
-    Every tensor must have its place; the file overrides the preset's norm and window radius.
+    Every tensor of the checkpoint must fit the preset, whose norm and window radius are taken from the checkpoint.
 
     Args:
         checkpoint: safetensors file.
-        preset: its architecture; dc-ssdae info lists the presets.
+        preset: preset with the checkpoint's architecture; dc-ssdae info lists the presets.
     """
 
     program = "dc-ssdae convert original"
@@ -45,19 +45,19 @@ class OriginalOptions(ConvertOptions):
 
 @dataclass(kw_only=True)
 class DiffusersOptions(ConvertOptions, SeedOptions):
-    """Take the encoder of a published AutoencoderKL, AutoencoderDC or AutoencoderTiny of diffusers, with a decoder.
+    """Join the encoder of a published AutoencoderKL, AutoencoderDC or AutoencoderTiny of diffusers with a new decoder.
 
-    The encoder is joined with a new, untrained decoder, or with a trained one. The latent's scaling_factor,
-    shift_factor, mean and standard deviation stay as published.
+    The decoder is untrained, or taken from a trained model. The scaling_factor, shift_factor, mean and standard
+    deviation of the latent stay as published.
 
     Args:
-        source: the folder of a model or of a pipeline, or its id on the hub.
-        subfolder: where in SOURCE the autoencoder is; by default the top, or vae.
-        variant: which weight files, such as fp16.
-        decoder: a model or a run with this encoder whose trained decoder to take; by default a new one is made, as
-            --decoder-size, --dynamics and --seed say.
-        decoder_size: XS, S, B, M, L, XL or H, or fast; by default S.
-        dynamics: EquilibriumMatching, which is the default, or FlowMatching.
+        source: folder or hub id of the autoencoder, or of a pipeline that has one.
+        subfolder: subfolder of SOURCE with the autoencoder; by default SOURCE itself, or its subfolder vae.
+        variant: variant of the weight files, such as fp16.
+        decoder: folder of a model or run with the same encoder, whose trained decoder to use; by default a new decoder
+            is made according to --decoder-size, --dynamics and --seed.
+        decoder_size: size of the new decoder: XS, S, B, M, L, XL, H or fast; by default S.
+        dynamics: EquilibriumMatching or FlowMatching; by default EquilibriumMatching.
         seed: seed of the decoder's random weights.
     """
 
@@ -70,8 +70,8 @@ class DiffusersOptions(ConvertOptions, SeedOptions):
     dynamics: str | None = setting(None, metavar="NAME")
 
 
-def run_original(options: OriginalOptions) -> int:
-    """Convert a checkpoint; gives the exit code."""
+def run_original(options: OriginalOptions) -> None:
+    """Convert a checkpoint."""
     check_output_folder(options)
     import torch
 
@@ -91,11 +91,10 @@ def run_original(options: OriginalOptions) -> int:
                 say(f"{part} {name}: {theirs[name]}, as the checkpoint shows (preset: {ours[name]})")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{options.checkpoint}: {parameters:,} parameters -> {options.out}")
-    return 0
 
 
-def run_diffusers(options: DiffusersOptions) -> int:
-    """Join a published encoder with a decoder; gives the exit code."""
+def run_diffusers(options: DiffusersOptions) -> None:
+    """Join a published encoder with a decoder."""
     check_output_folder(options)
     import torch
 
@@ -137,7 +136,6 @@ def run_diffusers(options: DiffusersOptions) -> int:
         say(remark)
     if options.decoder is not None:
         say(f"the decoder is that of {options.decoder}")
-        return 0
+        return
     command = shlex.join(["--config", str(options.out / TRAINING_FILE), "--training.init_from", str(options.out)])
     say(f"the decoder is untrained: train it with dc-ssdae train {command} --data.root PHOTOS")
-    return 0

@@ -11,13 +11,13 @@ from dc_ssdae.settings import setting
 
 @dataclass(kw_only=True)
 class Options(OverwriteOptions):
-    """Draw the losses and the evaluations of one or several runs, a panel per loss term and per measure.
+    """Plot the losses and evaluations of one or several training runs, with a panel per loss term and per metric.
 
-    The phases of a recipe are drawn one after the other. Needs matplotlib: pip install 'dc-ssdae[eval]'.
+    The phases of a recipe follow each other. Requires pip install 'dc-ssdae[eval]'.
 
     Args:
-        runs: folders of training runs.
-        out: picture to write: .png, .svg or .pdf.
+        runs: folder of a training run.
+        out: file to write: .png, .svg or .pdf.
     """
 
     program = "dc-ssdae curves"
@@ -25,8 +25,8 @@ class Options(OverwriteOptions):
     out: Path = setting(Path("curves.png"), metavar="FILE")
 
 
-def run(options: Options) -> int:
-    """Draw the runs; gives the exit code."""
+def run(options: Options) -> None:
+    """Draw the runs."""
     from dc_ssdae.evaluation.curves import draw_curves, picture_format, read_runs
 
     kind = picture_format(options.out)
@@ -36,4 +36,3 @@ def run(options: Options) -> int:
         complain(options.program, note)
     write_whole(options.out, draw_curves(runs, kind))
     say(f"{', '.join(run.name for run in runs)} -> {options.out}")
-    return 0

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Options(DecodeFilesOptions):
-    """Decode the latents that dc-ssdae encode wrote; writes DIR/STEM.png for each, at the image's original size.
+    """Decode latents written by dc-ssdae encode, to DIR/STEM.png for each, at the image's original size.
 
     Args:
-        latents: safetensors files.
+        latents: safetensors file.
     """
 
     program = "dc-ssdae decode"

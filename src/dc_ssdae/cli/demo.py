@@ -28,15 +28,15 @@ EVALUATION_SIDE = 256
 
 @dataclass(kw_only=True)
 class Options(OutputOptions, SeedOptions, DeviceOptions):
-    """Reconstruct photos with the model that comes with this package; then train a small one, and write a report.
+    """Reconstruct photos with the model that comes with this package, train a small model, and write a report.
 
-    The small equilibrium-matching autoencoder is trained on photos that come with scikit-image. Needs no GPU and
-    downloads nothing.
+    The small model is trained by equilibrium matching on photos that come with scikit-image. Needs no GPU and downloads
+    nothing.
 
     Args:
         minutes: training time in minutes; by default 3.
-        steps: train this many steps instead, which is reproducible.
-        dtype: what the networks compute in while they train.
+        steps: number of training steps, instead of --minutes; such a run is reproducible.
+        dtype: precision in which the networks compute during training.
     """
 
     program = "dc-ssdae demo"
@@ -46,10 +46,10 @@ class Options(OutputOptions, SeedOptions, DeviceOptions):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def run(options: Options) -> int:
-    """Train, evaluate, save and report; gives the exit code."""
+def run(options: Options) -> None:
+    """Train, evaluate, save and report."""
     if options.minutes is not None and options.steps is not None:
-        raise InputError("--minutes and --steps are both given; one of them ends the training")
+        raise InputError("--minutes and --steps are both given; give one of them")
     device = select_device(options.device)
     from dc_ssdae.training.run import check_new
 
@@ -64,14 +64,12 @@ def run(options: Options) -> int:
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.data.sample_photos import sample_photos
     from dc_ssdae.timing import keeping_threads
-    from dc_ssdae.training.logging import read_lines
     from dc_ssdae.training.run import remove_run
     from dc_ssdae.training.start import start_run
 
     config = _configuration(options)
     training = config.training
     held_out = sample_photos("held_out")
-    names = [photo.name for photo in sample_photos("train")]
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with keeping_threads() as threads:
@@ -80,35 +78,34 @@ def run(options: Options) -> int:
         if training.steps is None and device.type == "cpu" and threads > 1:
             _choose_threads(config, threads)  # not for a run of steps, which is reproducible for a number of threads
         budget = f"{training.minutes:g} minutes" if training.steps is None else counted(training.steps, "step")
-        say(f"Training preset {PRESET!r} on {_device_name(device)}, {budget}, on {counted(len(names), 'photo')}")
+        say(f"Training preset {PRESET!r} on {device} for {budget}")
         if replaces:
             remove_run(options.out)
         start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu")
         model = DCSSDAE.from_pretrained(options.out / "model")
         say("Reconstructing the same photos, which the new model has not seen")
         results = _evaluate(model, held_out, device)
-        history = read_lines(options.out / "metrics.jsonl")
-        _report(options.out / "report.html", shipped, results, history, config, model, names)
+        _report(options.out, shipped, results, config, model)
     say(f"Model:  {options.out / 'model'}\nReport: {options.out / 'report.html'}")
-    return 0
 
 
 def _configuration(options: Options) -> "RunConfig":
     from dc_ssdae.presets import load_preset
-    from dc_ssdae.training.config import RunConfig
+    from dc_ssdae.training.config import RunConfig, lay_over
 
-    preset = load_preset(PRESET)
-    budget = (
-        {"minutes": None, "steps": options.steps}
-        if options.steps
-        else {"minutes": options.minutes or 3.0, "steps": None}
-    )
-    given = {**budget, "preset": PRESET, "seed": options.seed, "precision": options.dtype, "output": str(options.out)}
-    # Nothing to save on the way of a few minutes; the end is always saved.
-    training = {**preset.get("training", {}), **given, "checkpoint_every": 10**9, "evaluate_every": 10**9}
-    photos = {"class_path": SAMPLE_PHOTOS, "init_args": {"split": "train"}}
-    data = {**preset.get("data", {}), "dataset": photos, "workers": 0}
-    return RunConfig.from_mapping({**preset, "data": data, "training": training})
+    training = {
+        "preset": PRESET,
+        "steps": options.steps,
+        "minutes": None if options.steps else options.minutes or 3.0,
+        "seed": options.seed,
+        "precision": options.dtype,
+        "output": str(options.out),
+        # Nothing to save on the way of a few minutes; the end is always saved.
+        "checkpoint_every": 10**9,
+        "evaluate_every": 10**9,
+    }
+    data = {"dataset": {"class_path": SAMPLE_PHOTOS, "init_args": {"split": "train"}}, "workers": 0}
+    return RunConfig.from_mapping(lay_over(load_preset(PRESET), {"training": training, "data": data}))
 
 
 def _is_demo(path: Path) -> bool:
@@ -159,40 +156,33 @@ def _evaluate(model: "DCSSDAE", photos: list[Any], device: "torch.device") -> "l
 
 
 def _report(
-    path: Path,
-    shipped: "list[PhotoResult]",
-    results: "list[PhotoResult]",
-    history: list[dict[str, Any]],
-    config: "RunConfig",
-    model: "DCSSDAE",
-    trained_on: list[str],
+    run: Path, shipped: "list[PhotoResult]", results: "list[PhotoResult]", config: "RunConfig", model: "DCSSDAE"
 ) -> None:
+    """Write the report of a run: the photos by the shipped and by its own model, its losses, and facts."""
     from dc_ssdae import __version__
+    from dc_ssdae.data.sample_photos import sample_photos
     from dc_ssdae.evaluation.profile import count_parameters
     from dc_ssdae.evaluation.report import write_demo_report
     from dc_ssdae.timing import describe_machine, machine_line
+    from dc_ssdae.training.logging import read_lines
 
-    training, factor, channels = config.training, model.config.downsample_factor, model.config.latent_channels
+    training, history = config.training, read_lines(run / "metrics.jsonl")
+    seconds, names = history[-1]["seconds"], [photo.name for photo in sample_photos("train")]
     sizes = ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
-    seconds, crops = history[-1]["seconds"], counted(training.batch_size, "crop")
+    terms = " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items())
     curves = {
         "error of the image, L_dynamics": [record["loss/dynamics"] for record in history],
         "KL of the latent, summed per image": [record["loss/kl"] for record in history],
     }
-    terms = " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items())
     facts = {
-        "model": f"preset {PRESET!r}: f{factor}c{channels}, equilibrium matching; parameters: {sizes}",
-        "trained on": f"{config.data.image_size} px random crops of {', '.join(trained_on)}, colours also exchanged",
-        "training": f"{counted(len(history), 'step')} of {crops} in {seconds / 60:.1f} minutes, "
-        f"{len(history) * training.batch_size / seconds:.1f} images/s, {training.precision}, seed {training.seed}",
+        "model": f"preset {PRESET!r}: f{config.model.downsample_factor}c{config.model.latent_channels}, "
+        f"equilibrium matching; parameters: {sizes}",
+        "trained on": f"{config.data.image_size} px random crops of {', '.join(names)}, colours also exchanged",
+        "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} in "
+        f"{seconds / 60:.1f} minutes, {len(history) * training.batch_size / seconds:.1f} images/s, "
+        f"{training.precision}, seed {training.seed}",
         "objective": f"{terms}; no perceptual loss, no GAN",
         "evaluated on": f"photos resized to a shorter side of {EVALUATION_SIDE} px (bicubic, antialiased), one step",
         "machine": f"{machine_line(describe_machine(model.device))} dc-ssdae {__version__}.",
     }
-    write_demo_report(path, shipped, results, curves, facts)
-
-
-def _device_name(device: "torch.device") -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    write_demo_report(run / "report.html", shipped, results, curves, facts)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain, say
-from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_run_config
-from dc_ssdae.cli.train import is_main_process, new_run_folder, read_changes, read_run, tell_end, watching_training
-from dc_ssdae.errors import InputError
-from dc_ssdae.presets import read_yaml
+from dc_ssdae.cli.common import complain, is_main_process, say, table
+from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_config_of, read_run_config
+from dc_ssdae.cli.train import new_run_folder, read_run, resume, tell_end, watching_training
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.settings import setting
 from dc_ssdae.training.config import ModelConfig, RunConfig
 
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
 
 DEFAULT_STEPS = 8
 """The teacher's number of steps where none is given."""
+
+PREVIEWED = 16
+"""Images that show, before a distillation, what the teacher's steps are worth."""
 
 CHANGED: Mapping[str, Any] = {
     "steps": 20_000,
@@ -38,16 +40,16 @@ TERMS = ("dynamics", "lpips")
 
 @dataclass(kw_only=True)
 class Options(RunOptions):
-    """Train a copy of a model so that it lands in one step where the teacher lands in several, from the same noise and
-    latent; then compare the two on validation images.
+    """Train a copy of a model to decode in one step what the model, its teacher, decodes in several.
 
-    It is a run like any other: it saves, resumes and logs as dc-ssdae train does. Where the teacher comes from a run,
-    data and loop are that run's by default.
+    Student and teacher start from the same noise and latent; at the end they are compared on validation images. The run
+    saves, resumes and logs as dc-ssdae train does. If the teacher comes from a training run, the settings of that run
+    are the defaults.
 
     Args:
-        teacher: the folder of a saved model or of a run, or the name of the trained model that comes with this package.
-        steps: steps of the teacher, 8 by default; its step size is --distillation.step_size.
-        resume: go on with a distillation, or compare again.
+        teacher: folder of a saved model or of a training run, or photos_f8c16, which comes with this package.
+        steps: number of steps of the teacher, by default 8; its step size is --distillation.step_size.
+        resume: continue the distillation in this folder; if it is finished, compare again.
     """
 
     program = "dc-ssdae distill"
@@ -60,18 +62,15 @@ class Options(RunOptions):
     resume: Path | None = setting(None, metavar="RUN")
 
 
-def run(options: Options) -> int:
-    """Train the student, then compare; gives the exit code, 0 also where a signal asked for the end."""
+def run(options: Options) -> None:
+    """Train the student, then compare it with its teacher, unless a signal asked for the end."""
     with watching_training(options.resume is not None):
-        from dc_ssdae.training.build import resolved
-        from dc_ssdae.training.start import resume_run, start_run
-
         if options.resume is None:
-            config = resolved(_new_config(options))
-            assert config.distillation is not None
-            teacher = Path(config.distillation.teacher).absolute()
-            name = teacher.parent.name if teacher.name == "model" else teacher.name
-            path = new_run_folder(config.training.output, f"{name}-distilled")
+            from dc_ssdae.training.build import resolved
+            from dc_ssdae.training.start import start_run
+
+            config, path = _new_config(options)
+            config = resolved(config)
             _preview(config)
             outcome: Outcome | None = start_run(config, config_yaml(config), path)
         else:
@@ -80,17 +79,15 @@ def run(options: Options) -> int:
             path, before = options.resume, read_run(options.resume)
             if before.distillation is None:
                 raise InputError(f"--resume {path} is no distillation; go on with it by dc-ssdae train --resume {path}")
-            config = read_changes(options, before, path)
-            outcome = resume_run(config, config_yaml(config) if config != before else None, path)
+            config, outcome = resume(options, before, path)
         if outcome is not None:
-            tell_end(Options.program, outcome, path, "")
+            tell_end(Options.program, outcome, path)
     if is_main_process() and (outcome is None or outcome.stopped_by is None):
         _compare(path, config)
-    return 0
 
 
-def _new_config(options: Options) -> RunConfig:
-    """The configuration of a new distillation.
+def _new_config(options: Options) -> tuple[RunConfig, Path]:
+    """The configuration of a new distillation, and its folder.
 
     Raises:
         InputError: no teacher is given; or its run reads images by a class of its author, who may not be trusted.
@@ -98,7 +95,7 @@ def _new_config(options: Options) -> RunConfig:
     from dc_ssdae.data.sources import check_runs_nothing
 
     if options.teacher is None:
-        raise InputError("which model is to be taught from? --teacher DIR, a saved model's folder or a run's")
+        raise InputError("which model is the teacher? give --teacher DIR, the folder of a saved model or of a run")
     base = _base(options.teacher, options.steps or DEFAULT_STEPS)
     for name, value in base.get("data", {}).items():
         if any(key.startswith(f"data.{name}") for key, _ in options.settings):
@@ -113,7 +110,11 @@ def _new_config(options: Options) -> RunConfig:
     options.settings.append(("distillation.teacher", options.teacher))
     if options.steps is not None:
         options.settings.append(("distillation.steps", str(options.steps)))
-    return read_run_config(options, base)[0]
+    config, _ = read_run_config(options, base)
+    assert config.distillation is not None
+    teacher = Path(config.distillation.teacher).absolute()
+    name = teacher.parent.name if teacher.name == "model" else teacher.name
+    return config, new_run_folder(config.training.output, f"{name}-distilled")
 
 
 def _base(teacher: str, steps: int) -> dict[str, Any]:
@@ -126,59 +127,67 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"--teacher {teacher}: no such folder")
     config = read_config(folder)
-    try:
-        model = {name: config[name] for name in ("latent_channels", "downsample_factor", *COMPONENTS)}
-    except KeyError as error:
-        raise InputError(f"--teacher {teacher}: its config.json lacks {error.args[0]}") from None
-    base = _run_of(folder)
-    losses = {name: term for name, term in base.get("losses", {}).items() if name in TERMS}
+    names = ("latent_channels", "downsample_factor", *COMPONENTS)
+    if missing := [name for name in names if name not in config]:
+        raise InputError(f"--teacher {teacher}: its config.json lacks {', '.join(missing)}")
+    model = {name: config[name] for name in names}
+    base = read_config_of(folder)
+    training, losses = base.get("training", {}), base.get("losses", {})
+    # The latent's batch norm has seen all latents there are: the encoder no longer changes.
+    groups = [name for name in decoder_groups(ModelConfig(**model)) if name != "decoder.latent_inputs"]
+    seed = training.get("seed", 0) + 1  # not the crops and noise of the teacher's run
     return {
         **base,
         "model": model,
-        # The latent's batch norm has seen all latents there are: the encoder no longer changes.
-        "training": {
-            **base.get("training", {}),
-            **CHANGED,
-            "seed": base.get("training", {}).get("seed", 0) + 1,  # not the crops and noise of the teacher's run
-            "train": [name for name in decoder_groups(ModelConfig(**model)) if name != "decoder.latent_inputs"],
-        },
-        "losses": {**losses, "repa": {"weight": 0.0}, "kl": {"weight": 0.0}},
+        "training": {**training, **CHANGED, "seed": seed, "train": groups},
+        "losses": {**{name: losses[name] for name in TERMS if name in losses}, "repa": 0.0, "kl": 0.0},
         "distillation": {"teacher": teacher, "steps": steps},
     }
 
 
-def _run_of(folder: Path) -> dict[str, Any]:
-    """The configuration of the run that a model's folder belongs to; nothing for a model alone."""
-    file = folder.resolve().parent / "config.yaml"  # RUN/model of a recipe leads to that of its last phase
-    if folder.name != "model" or not file.is_file():
-        return {}
-    return RunConfig.from_mapping(read_yaml(file)).to_mapping()
-
-
 def _preview(config: RunConfig) -> None:
     """Say what the teacher's steps are worth, and what the cache may take, before the time is spent."""
-    from dc_ssdae.training.build import check_components
-    from dc_ssdae.training.comparison import preview_teacher
+    from dc_ssdae.training.build import check_components, load_teacher, own_classes
+    from dc_ssdae.training.comparison import report_on
 
-    if not is_main_process() or (config.data.root is None and config.data.dataset is None):
+    distillation, data = config.distillation, config.data
+    assert distillation is not None
+    if not is_main_process() or (data.root is None and data.dataset is None):
         return
     with suppress(InputError):  # the run itself finds the mistake, for all processes
         check_components(config)
-        complain(Options.program, preview_teacher(config))
-    assert config.distillation is not None
-    if config.distillation.cache_steps is not None:
-        images = config.distillation.cache_steps * config.training.batch_size
-        gibibytes = images * 3 * config.data.image_size**2 * 4 / 2**30
+        teacher = load_teacher(Path(distillation.teacher), own_classes(config.model))
+        report = report_on(config, teacher, teacher, min(PREVIEWED, data.validation_images))
+        one, several, _ = (entry["psnr"] for entry in report["decodings"])
+        steps = counted(distillation.steps, "step")
+        worse = "; these steps make it worse: perhaps fewer --steps, or another --distillation.step_size"
         complain(
             Options.program,
-            f"the teacher's results of {images} draws will take {gibibytes:.2g} GiB in the run's folder",
+            f"PSNR of the teacher on {report['images']} {report['split']} images: 1 step {one:.2f} dB, "
+            f"{steps} {several:.2f} dB{worse if several < one else ''}",
         )
+    if distillation.cache_steps is not None:
+        images = distillation.cache_steps * config.training.batch_size
+        gibibytes = images * 3 * data.image_size**2 * 4 / 2**30
+        taken = f"the teacher's results of {images} draws will take {gibibytes:.2g} GiB in the run's folder"
+        complain(Options.program, taken)
 
 
 def _compare(path: Path, config: RunConfig) -> None:
+    """Compare student and teacher, and print a table."""
     from accelerate.utils.memory import clear_device_cache
 
-    from dc_ssdae.training.comparison import compare_distilled
+    from dc_ssdae.training.comparison import PICTURE_FILE, REPORT_FILE, compare_distilled
 
     clear_device_cache(garbage_collection=True)  # what the training's cycles of references still hold
-    say(compare_distilled(config, path))
+    report = compare_distilled(config, path)
+    decodings = report["decodings"]
+    rows = [("", "PSNR, dB", "SSIM", "MSE", "MSE to the teacher's result")]
+    forms = {"psnr": ".2f", "ssim": ".4f", "mse": ".6f", "to_target": ".6f"}
+    rows += [(entry["name"], *(f"{entry[name]:{form}}" for name, form in forms.items())) for entry in decodings]
+    say(table(rows, "lrrrr"))
+    say(f"Means over {report['images']} {report['split']} images of {report['image_size']} px, cut from the centre.")
+    if report["random_backbones"]:
+        names = ", ".join(f"losses.{name}" for name in report["random_backbones"])
+        say(f"{names} had random weights in the backbone: the student's numbers mean nothing.")
+    say(f"{path / REPORT_FILE}, {path / PICTURE_FILE}")

@@ -11,14 +11,14 @@ from dc_ssdae.settings import LARGEST_SEED, setting
 
 @dataclass(kw_only=True)
 class Options(FileOptions):
-    """Encode images; writes DIR/STEM.safetensors for each, with the tensors latent (c, h, w) and original_size (H, W).
+    """Encode images, to DIR/STEM.safetensors for each, with the tensors latent (c, h, w) and original_size (H, W).
 
-    Any image size: padded by reflection to a multiple of the model's f.
+    Images may have any size: they are padded by reflection to a multiple of the model's downsampling factor f.
 
     Args:
-        images: image files.
+        images: image file.
         sample: sample from the encoder's Gaussian instead of taking its mode.
-        seed: seed of --sample, for each image; by default 0.
+        seed: seed of --sample, the same for each image; by default 0.
     """
 
     program = "dc-ssdae encode"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from dc_ssdae.cli.common import (
     advising_on_batches,
     check_outputs,
-    complain,
     import_classes,
     say,
     told_by_one_process,
@@ -15,7 +14,14 @@ from dc_ssdae.cli.common import (
     write_outputs,
 )
 from dc_ssdae.cli.decoding import naming_options
-from dc_ssdae.cli.evaluation import OpenEvaluation, load_suite, open_evaluation, parse_models, report_settings
+from dc_ssdae.cli.evaluation import (
+    OpenEvaluation,
+    load_suite,
+    open_evaluation,
+    parse_models,
+    report_settings,
+    tell_report,
+)
 from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import SHIPPED_MODEL
@@ -23,26 +29,24 @@ from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     from dc_ssdae.evaluation.candidates import Candidate
-    from dc_ssdae.evaluation.evaluate import Evaluation
-    from dc_ssdae.evaluation.metric_networks import MetricSuite
+    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
 
 FILES = ("report.html", "report.md", "report.json", "images.csv")
 
 
 @dataclass(kw_only=True)
 class Options(EvaluationOptions):
-    """Reconstruct images and measure rFID, PSNR, SSIM, LPIPS, DreamSim and rFDD with 95 % intervals, and the latents.
+    """Measure an autoencoder: rFID, PSNR, SSIM, LPIPS, DreamSim and rFDD with 95 % intervals, and its latents.
 
-    Writes DIR/report.html with the worst and the best images, report.md, report.json and images.csv with a line per
-    image. Several processes share the work: torchrun --nproc_per_node N -m dc_ssdae eval ... Needs the extra eval: pip
-    install 'dc-ssdae[eval]'.
+    Writes DIR/report.html with the worst and best images, report.md, report.json, and images.csv with a line per image.
+    To use several processes: torchrun --nproc_per_node N -m dc_ssdae eval ... Requires pip install 'dc-ssdae[eval]'.
 
     Args:
-        model: what to measure, as dc-ssdae compare takes it; photos_f8c16 is the trained model that comes with this
+        model: model to measure, named as in dc-ssdae compare; photos_f8c16 is the trained model that comes with this
             package.
-        show: worst and best images on the page.
-        add_to_model: also write the figures into config.json and README.md of the model's folder, in place of earlier
-            ones of the same protocol, data, size and decoding.
+        show: number of worst and of best images in report.html.
+        add_to_model: also write the results into config.json and README.md of the model's folder, replacing earlier
+            results for the same protocol, data, size and decoding.
     """
 
     program = "dc-ssdae eval"
@@ -52,9 +56,9 @@ class Options(EvaluationOptions):
     add_to_model: bool = setting(False, name="--add-to-model")
 
 
-@told_by_one_process
-def run(options: Options) -> int:
-    """Measure, write and print; gives the exit code."""
+@told_by_one_process()
+def run(options: Options) -> None:
+    """Measure, write and print."""
     (spec,) = parse_models([options.model])
     check_outputs(options, [options.out / name for name in FILES])
     folder = None
@@ -68,7 +72,9 @@ def run(options: Options) -> int:
 
     from dc_ssdae.distributed import Processes
     from dc_ssdae.evaluation.candidate_names import open_candidate
+    from dc_ssdae.evaluation.candidates import OurCandidate
     from dc_ssdae.evaluation.evaluate import evaluate
+    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
 
     processes = Processes.join(opened.device)
     if processes.count > 1 and opened.device.type == "cuda":
@@ -83,11 +89,14 @@ def run(options: Options) -> int:
     with advising_on_batches(options), tqdm(total=count, unit="image", leave=False, disable=hidden) as bar:
         evaluation = evaluate(candidate, opened.images, suite, opened.settings, opened.device, processes, bar.update)
     if not processes.is_main:
-        return 0
-    figures = _write(options, spec.label, opened, candidate, suite, evaluation)
+        return
+    if not isinstance(candidate, OurCandidate):
+        opened = opened._replace(decoding={})
+    settings = report_settings(options, opened, suite)
+    report = EvaluationReport(label=spec.label, remarks=candidate.remarks, evaluation=evaluation, **settings)
+    _write(options, report, candidate, opened)
     if folder is not None:
-        _add_to_model(folder, figures, before == _weights_in(folder))
-    return 0
+        _add_to_model(folder, report.as_provenance(), before == _weights_in(folder))
 
 
 def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:
@@ -107,27 +116,11 @@ def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
     say(f"-> {folder / 'config.json'}, {folder / CARD_FILE}")
 
 
-def _write(
-    options: Options,
-    label: str,
-    opened: OpenEvaluation,
-    candidate: "Candidate",
-    suite: "MetricSuite",
-    evaluation: "Evaluation",
-) -> dict[str, Any]:
-    """Look at the worst and best images again, and write everything; gives the figures for the model's config."""
-    from dc_ssdae.evaluation.candidates import OurCandidate
+def _write(options: Options, report: "EvaluationReport", candidate: "Candidate", opened: OpenEvaluation) -> None:
+    """Write everything; the worst and best images are reconstructed again."""
     from dc_ssdae.evaluation.evaluate import reconstruct_places
-    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
 
-    if not isinstance(candidate, OurCandidate):
-        opened = opened._replace(decoding={})
-    settings = report_settings(options, opened, suite)
-    report = EvaluationReport(label=label, remarks=candidate.remarks, evaluation=evaluation, **settings)
-    for image in evaluation.broken:
-        complain(options.program, f"left out: {image.reason}")
-    text = report.as_markdown()
-    say(text)  # before anything that can fail: hours may have gone into the figures
+    text = tell_report(options, report, report.evaluation.broken)
     ranked = report.ranked()
     worst, best = (
         reconstruct_places(candidate, opened.images, places[: options.show], opened.settings, opened.device)
@@ -140,4 +133,3 @@ def _write(
         report.as_csv().encode("utf-8", "backslashreplace"),
     )
     write_outputs(options, dict(zip(FILES, contents, strict=True)))
-    return report.as_provenance()

@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dc_ssdae.cli.common import select_device
+from dc_ssdae.cli.common import complain, say, select_device
 from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import unknown_name
 
 if TYPE_CHECKING:
     import torch
 
-    from dc_ssdae.data.loader import ValidationImages
+    from dc_ssdae.data.loader import BrokenImage, ValidationImages
     from dc_ssdae.evaluation.candidate_names import CandidateSpec
     from dc_ssdae.evaluation.evaluate import EvaluationSettings
     from dc_ssdae.evaluation.metric_networks import MetricSuite
@@ -84,6 +84,15 @@ def report_settings(options: EvaluationOptions, opened: OpenEvaluation, suite: "
         "command": shlex.join(["dc-ssdae", *sys.argv[1:]]),
         "dtype": options.dtype,
     }
+
+
+def tell_report(options: EvaluationOptions, report: Any, broken: "Sequence[BrokenImage]") -> str:
+    """Print a report as Markdown, which it gives, and what was left out of it."""
+    for image in broken:
+        complain(options.program, f"left out: {image.reason}")
+    text: str = report.as_markdown()
+    say(text)  # before anything that can fail: hours may have gone into the figures
+    return text
 
 
 def load_suite(options: EvaluationOptions, opened: OpenEvaluation) -> "MetricSuite":

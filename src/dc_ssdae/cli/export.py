@@ -14,21 +14,21 @@ DEFAULT_NOISE_SIZE = 1024
 
 @dataclass(kw_only=True)
 class Options(ModelOptions, OutputOptions):
-    """Write a model's encoder and one-step decoder as programs that run without this package.
+    """Export a model's encoder and one-step decoder as programs that run without this package.
 
-    DIR/encoder.FORMAT (x -> mean, logvar), DIR/decoder.FORMAT (z, noise -> image), DIR/noise.safetensors (the noise
-    that decode starts from by default) and DIR/export.json (shapes, f, c, the latents' statistics). Each program is
-    loaded again and compared with the model; one that differs is an error, and nothing is written.
+    Writes DIR/encoder.FORMAT (x -> mean, logvar), DIR/decoder.FORMAT (z, noise -> image), DIR/noise.safetensors (the
+    default noise of decoding) and DIR/export.json (shapes, f, c and latent statistics). Each program is loaded again
+    and compared with the model; if one differs, nothing is written.
 
     Args:
-        out: folder to make, absent or empty.
-        format: pt2 is torch.export, for PyTorch in Python and, compiled, C++; onnx is one file per part, in float32,
-            for ONNX Runtime and others (needs pip install 'dc-ssdae[onnx]').
-        size: height and width to fix, or one number for both, multiples of f; by default the programs take any size
-            from 2 f on. The batch is always free.
-        bake_noise: put decode's default noise into the decoder, which takes z alone.
-        noise_size: side of the largest square image that the default noise is kept for, by default 1024; with --size,
-            it is kept for that size.
+        out: folder to write to; it must be empty or not exist.
+        format: pt2 is torch.export's format, for PyTorch in Python and, once compiled, C++; onnx is a float32 file per
+            program, for ONNX Runtime and others (requires pip install 'dc-ssdae[onnx]').
+        size: fixed height and width of the images, or one number for both, multiples of f; by default the programs
+            accept any size from 2 f on. The batch size is always free.
+        bake_noise: make the default noise part of the decoder, whose only input is then z.
+        noise_size: side of the largest square image for which the default noise is saved, by default 1024; with --size
+            the noise has that size.
     """
 
     program = "dc-ssdae export"
@@ -38,8 +38,8 @@ class Options(ModelOptions, OutputOptions):
     noise_size: int | None = setting(None, at_least=1, metavar="PIXELS")
 
 
-def run(options: Options) -> int:
-    """Export a model; gives the exit code."""
+def run(options: Options) -> None:
+    """Export a model."""
     if options.size is not None and len(options.size) > 2:
         raise InputError(f"--size takes a height and a width, or one number for both, not {len(options.size)} numbers")
     if options.size is not None and options.noise_size is not None:
@@ -68,4 +68,3 @@ def run(options: Options) -> int:
     say(f"batch from 1 on{any_size}")
     total = sum((options.out / name).stat().st_size for name in export.files)
     say(f"{', '.join(export.files)}: {total / 1e6:.1f} MB -> {options.out}")
-    return 0

@@ -1,13 +1,12 @@
 """`dc-ssdae info`: what presets there are, and what a preset or a saved model costs."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import import_classes, say, select_device, table, wrapped
-from dc_ssdae.cli.options import DType, ImportOptions
+from dc_ssdae.cli.common import import_classes, select_device, show, table, wrapped
+from dc_ssdae.cli.options import DType, ImportOptions, JsonOptions
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.presets import SHIPPED_MODEL, list_presets, load_preset
 from dc_ssdae.settings import setting
@@ -21,16 +20,14 @@ SIZES = (256, 512)
 
 
 @dataclass(kw_only=True)
-class Options(ImportOptions):
-    """List the presets; or tell a model's parameters, latent shape, compression ratio and FLOPs.
+class Options(ImportOptions, JsonOptions):
+    """List the presets, or describe a model: parameters, latent shape, compression ratio and FLOPs.
 
     Args:
-        model: a preset's name, or the folder of a saved model or of a training run.
-        device: also time encode and one decode step there: auto, cpu, cuda, cuda:N or mps.
-        dtype: dtype of the weights whose memory is told, and of what is timed; by default float32.
-        groups: print the model's parameter groups, which a phase of training can choose, with their numbers of
-            parameters, and nothing else.
-        json: print the same as JSON.
+        model: name of a preset, or folder of a saved model or of a training run; by default all presets are listed.
+        device: also time encoding and one decoding step on this device: auto, cpu, cuda, cuda:N or mps.
+        dtype: dtype for which the memory of the weights is given, and in which times are measured; by default float32.
+        groups: print only the names and sizes of the model's parameter groups, which training.train can choose from.
     """
 
     program = "dc-ssdae info"
@@ -39,47 +36,55 @@ class Options(ImportOptions):
     device: str | None = setting(None, metavar="DEVICE")
     dtype: DType | None = None
     groups: bool = False
-    json: bool = False
 
 
-def run(options: Options) -> int:
-    """Print the presets or a model's profile; gives the exit code."""
+def run(options: Options) -> None:
+    """Print the presets, or a model's groups or profile."""
     if options.groups and options.model is None:
         raise InputError("--groups needs a model: a preset's name, or the folder of a saved model or a training run")
     if options.groups and (options.device is not None or options.dtype is not None):
         raise InputError("--groups counts parameters, which no device or dtype changes: leave --device and --dtype out")
     classes = import_classes(options.modules)
-    found: Any
-    as_text: Callable[[Any], str]
     if options.model is None:
-        found, as_text = _presets(), _presets_as_text
+        presets = [_preset(name) for name in list_presets()]
+        rows = [("preset", "f", "c", "description"), *(tuple(map(str, entry.values())) for entry in presets)]
+        show(presets, options.json, lambda: table(rows, "lrrl"))
     elif options.groups:
         from dc_ssdae.parameter_groups import group_sizes
 
-        found, as_text = group_sizes(_open(options.model, classes)[0]), _groups_as_text
+        sizes = group_sizes(_open(options.model, classes)[0])
+        # For other programs to read too: plain digits, and not wrapped to the terminal.
+        show(sizes, options.json, lambda: table([(name, str(size)) for name, size in sizes.items()], "lr", width=500))
     else:
-        found, as_text = _profile(options.model, options.dtype or "float32", options.device, classes), _profile_as_text
-    say(json.dumps(found, indent=2) if options.json else as_text(found))
-    return 0
+        profile = _profile(options.model, options.dtype or "float32", options.device, classes)
+        show(profile, options.json, lambda: _profile_as_text(profile))
 
 
-def _presets() -> list[dict[str, Any]]:
-    listing = []
-    for name in list_presets():
-        preset = load_preset(name)
-        sizes = {key: preset["model"][key] for key in ("downsample_factor", "latent_channels")}
-        listing.append({"name": name, **sizes, "description": preset["description"]})
-    return listing
+def _preset(name: str) -> dict[str, Any]:
+    preset = load_preset(name)
+    sizes = {key: preset["model"][key] for key in ("downsample_factor", "latent_channels")}
+    return {"name": name, **sizes, "description": preset["description"]}
 
 
 def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type]) -> dict[str, Any]:
     import torch
 
-    from dc_ssdae.evaluation.profile import compression_ratio, count_parameters
+    from dc_ssdae.evaluation.profile import compression_ratio, count_flops, count_parameters, latent_shape
 
     model, folder, weights = _open(name, classes)
     wide, state = getattr(torch, dtype), model.state_dict().values()
-    size = sum(t.numel() * (wide if t.is_floating_point() else t.dtype).itemsize for t in state)
+    total = sum(t.numel() * (wide if t.is_floating_point() else t.dtype).itemsize for t in state)
+    sizes: dict[str, Any] = dict.fromkeys(map(str, SIZES))  # None where f does not divide the side
+    for size in SIZES:
+        if size % model.config.downsample_factor == 0:
+            flops = count_flops(model, size)._asdict()
+            costs = {f"{work}_flops": count for work, count in flops.items()}
+            sizes[str(size)] = {"latent_shape": latent_shape(model, size, size), **costs}
+    parts = {}
+    for part in PARTS:
+        # A setting that is None follows from the others.
+        settings = {key: value for key, value in model.config[part]["init_args"].items() if value is not None}
+        parts[part] = {"class_path": model.config[part]["class_path"], **settings}
     return {
         "name": name,
         "description": load_preset(name)["description"] if folder is None else "a saved model",
@@ -87,11 +92,11 @@ def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type])
         "latent_channels": model.config.latent_channels,
         "compression_ratio": compression_ratio(model),
         "parameters": count_parameters(model),
-        "weights_mebibytes": size / 2**20,
+        "weights_mebibytes": total / 2**20,
         "dtype": dtype,
-        "sizes": {str(size): _at_size(model, size) for size in SIZES},
+        "sizes": sizes,
         "seconds": None if device is None else _seconds(folder or name, dtype, device, classes),
-        **{part: _settings(model.config[part]) for part in PARTS},
+        **parts,
         **{name: model.config[name] for name in ("shift_factor", "scaling_factor", "latents_mean", "latents_std")},
         "provenance": model.config.provenance,
         "weights": weights,
@@ -141,31 +146,6 @@ def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type
     factor = model.config.downsample_factor
     size = next((size for size in SIZES if size % factor == 0), factor)
     return {"device": str(where), "size": size, **measure_seconds(model, size)._asdict()}
-
-
-def _at_size(model: "DCSSDAE", size: int) -> dict[str, Any] | None:
-    from dc_ssdae.evaluation.profile import count_flops, latent_shape
-
-    if size % model.config.downsample_factor:
-        return None
-    flops = count_flops(model, size)
-    shape = latent_shape(model, size, size)
-    return {"latent_shape": shape, "encode_flops": flops.encode, "decode_step_flops": flops.decode_step}
-
-
-def _settings(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten a part's class and settings; those that are None follow from the others."""
-    settings = {name: value for name, value in part["init_args"].items() if value is not None}
-    return {"class_path": part["class_path"], **settings}
-
-
-def _presets_as_text(presets: Sequence[Mapping[str, Any]]) -> str:
-    return table([("preset", "f", "c", "description"), *(tuple(map(str, entry.values())) for entry in presets)], "lrrl")
-
-
-def _groups_as_text(sizes: Mapping[str, int]) -> str:
-    """One line per group, for other programs to read too: plain digits, and not wrapped to the terminal."""
-    return table([(group, str(size)) for group, size in sizes.items()], "lr", width=500)
 
 
 def _profile_as_text(profile: Mapping[str, Any]) -> str:

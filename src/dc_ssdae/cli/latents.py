@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dc_ssdae.cli.common import complain, load_model, say_part, select_device, told_by_one_process
 from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions, SizeOptions
-from dc_ssdae.errors import InputError, check_type
+from dc_ssdae.errors import InputError
 from dc_ssdae.settings import LARGEST_SEED, setting
 
 if TYPE_CHECKING:
@@ -17,36 +17,30 @@ if TYPE_CHECKING:
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
-_DATA_TYPES = {
-    "root": str | None,
-    "dataset": dict[str, Any] | None,
-    "validation": str | dict[str, Any] | None,
-    "cache": str | None,
-}
-
 
 @dataclass(kw_only=True)
 class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
-    """Encode a data set once, to shards of latents for training loops.
+    """Encode a data set once into shards of latents, for training on latents.
 
-    Writes OUT/000000.safetensors and so on, with the tensors latents (N, c, h, w), as the encoder gives them, and
-    labels (N,), and a manifest.json with their statistics. dc_ssdae.data.latents.LatentDataset reads them, and so does
-    whatever reads LightningDiT's features. Interrupted at any time, the same command goes on where it stopped. Several
-    processes share the shards: torchrun --nproc_per_node N -m dc_ssdae latents ...
+    Writes OUT/000000.safetensors and so on, with the tensors latents (N, c, h, w), not normalised, and labels (N,), and
+    manifest.json with latent statistics. Read them by dc_ssdae.data.latents.LatentDataset, or by code that reads
+    LightningDiT's features. If interrupted, the same command continues where it stopped. To use several processes:
+    torchrun --nproc_per_node N -m dc_ssdae latents ...
 
     Args:
-        data: images, named as data.root of a training run: a folder, perhaps with train/ and validation/, of images or
-            shards; or a pattern of shards; or a YAML file whose section data names them, such as a run's config.yaml.
-        out: folder to write to; made if need be. Data with train/ and validation/ go to OUT/train and OUT/validation.
-        store: the mean of the encoder's Gaussian, one sample of it, or its mean and standard deviation, from which a
-            reader samples anew each epoch, at twice the size.
-        flip: store the mirrored image's latent too, at twice the size.
+        data: images to encode: a folder of images or shards, which may have subfolders train/ and validation/; a
+            pattern of shards; or a YAML file with a section data, such as the config.yaml of a training run.
+        out: folder to write to; it is created if it does not exist. If the data have train/ and validation/, the shards
+            go to OUT/train and OUT/validation.
+        store: what to store of the encoder's Gaussian: its mean, one sample, or its mean and standard deviation, which
+            take twice the space and let a reader draw new samples in each epoch.
+        flip: also store the latent of the mirrored image, which takes twice the space.
         seed: seed of --store sample; by default 0.
-        store_dtype: dtype of the latents in the shards; by default what --dtype computes in.
-        split: encode this part of the data alone.
-        images: how many to encode of each part, at most, evenly spread over it; by default all.
-        workers: processes that read images, for each process that encodes; by default one for each core but one, at
-            most 8.
+        store_dtype: dtype of the stored latents; by default the same as --dtype.
+        split: encode only this part of the data.
+        images: largest number of images per part, spread evenly over it; by default all.
+        workers: number of processes that read images, per encoding process; by default one per core except one, at most
+            8.
     """
 
     program = "dc-ssdae latents"
@@ -60,9 +54,9 @@ class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
     images: int | None = setting(None, at_least=1, metavar="N")
 
 
-@told_by_one_process
-def run(options: Options) -> int:
-    """Encode the images; gives the exit code."""
+@told_by_one_process()
+def run(options: Options) -> None:
+    """Encode the images."""
     if options.seed is not None and options.store != "sample":
         raise InputError(f"--seed is for --store sample; {options.store} is not random")
     device = select_device(options.device)
@@ -99,7 +93,6 @@ def run(options: Options) -> int:
     )
     for part in done if processes.is_main else ():
         say_part(part, f"; {part.unlabelled} without a label (-1)" if part.unlabelled else "")
-    return 0
 
 
 def _load(options: Options, processes: "Processes") -> "DCSSDAE":
@@ -125,19 +118,20 @@ def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSour
         check_places(root, out)
         return {name: open_path(folder, cache) for name, folder in (split_folders(root) or {"": root}).items()}
     from dc_ssdae.classes import importing_from
-    from dc_ssdae.presets.plain_yaml import read_yaml
+    from dc_ssdae.presets import read_yaml
+    from dc_ssdae.training.config import DataConfig
 
-    section: Any = read_yaml(Path(data)).get("data")
+    section = read_yaml(Path(data)).get("data")
     if not isinstance(section, dict):
         raise InputError(f"{data} has no section data; it names images by root or dataset, as a run's config.yaml does")
-    named = {name: section.get(name) for name in _DATA_TYPES}
-    for name, hint in _DATA_TYPES.items():
-        check_type(f"data.{name} in {data}", named[name], hint)
-        check_runs_nothing(named[name], Path(data))
-    if named["root"] is not None:
-        check_places(named["root"], out)
+    given: dict[str, Any] = {name: section.get(name) for name in ("root", "dataset", "validation", "cache")}
+    named = DataConfig(**given)
+    for value in (named.root, named.dataset, named.validation):
+        check_runs_nothing(value, Path(data))
+    if named.root is not None:
+        check_places(named.root, out)
     with importing_from(Path.cwd()):
-        sources = open_sources(named["root"], named["dataset"], named["validation"], cache or named["cache"])
+        sources = open_sources(named.root, named.dataset, named.validation, cache or named.cache)
     if sources.validation is None:
         return {"": sources.train}
     return {"train": sources.train, "validation": sources.validation}

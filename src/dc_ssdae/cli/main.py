@@ -47,8 +47,8 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command("export", "write a model as programs for torch.export, C++ and ONNX"),
     "pack": Command("pack", "turn a folder of images into tar shards"),
     "latents": Command("latents", "encode a data set once, to shards of latents"),
-    "bench encode": Command("bench", "time encoding with one or several models", "EncodeOptions", "run_encode"),
-    "bench decode": Command("bench", "time decoding with one or several models", "DecodeOptions", "run_decode"),
+    "bench encode": Command("bench", "time encoding with one or several models", "EncodeOptions", "run_models"),
+    "bench decode": Command("bench", "time decoding with one or several models", "DecodeOptions", "run_models"),
     "bench train": Command("bench", "time training steps, on random images", "TrainOptions", "run_train"),
     "bench data": Command("bench", "time the input pipeline of one or several data sets", "DataOptions", "run_data"),
     "demo": Command("demo", "train a small model on real photos and write a report"),
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, rest = choose_command([word for word in words if word != "--debug"])
             program = f"{PROGRAM} {name}"
             function, options = prepare_command(name, rest, debug)
-            code = int(function(options))
+            code = function(options) or 0
             if "dc_ssdae.distributed" in sys.modules:
                 # Here, because a recipe's phases share the group; a failure leaves it, where closing it could hang.
                 sys.modules["dc_ssdae.distributed"].leave_group()
@@ -136,7 +136,7 @@ def print_commands(program: str, names: Sequence[str]) -> None:
     print(f"\n{program} COMMAND --help describes a command.")
 
 
-def prepare_command(name: str, words: Sequence[str], debug: bool) -> tuple[Callable[[Any], int], Any]:
+def prepare_command(name: str, words: Sequence[str], debug: bool) -> tuple[Callable[[Any], int | None], Any]:
     """Import a command and read its words; gives its function and the options for it.
 
     Raises:

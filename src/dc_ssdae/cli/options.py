@@ -16,8 +16,8 @@ class DeviceOptions(Options):
     """Where and in what the networks compute.
 
     Args:
-        device: auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.
-        dtype: what the networks compute in.
+        device: auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one.
+        dtype: precision in which the networks compute.
     """
 
     device: str = setting("auto", metavar="DEVICE")
@@ -25,12 +25,23 @@ class DeviceOptions(Options):
 
 
 @dataclass(kw_only=True)
+class JsonOptions(Options):
+    """How figures are printed.
+
+    Args:
+        json: print the same as JSON.
+    """
+
+    json: bool = False
+
+
+@dataclass(kw_only=True)
 class ImportOptions(Options):
     """Users' own classes.
 
     Args:
-        modules: import a Python module with classes of your own that the model names, from the current folder or where
-            it is installed; may be given several times.
+        modules: Python module to import, with classes of your own that the model is made of; it is looked up in the
+            current folder and among the installed packages. May be given several times.
     """
 
     modules: list[str] = setting([], name="--import", repeated=True, metavar="MODULE")
@@ -41,8 +52,8 @@ class ModelOptions(DeviceOptions, ImportOptions):
     """Which model.
 
     Args:
-        model: the folder of a saved model or of a training run, or a model's id on the hub; photos_f8c16 is the trained
-            model that comes with this package.
+        model: folder of a saved model or of a training run, or id of a model on the Hugging Face hub; photos_f8c16 is
+            the trained model that comes with this package.
     """
 
     model: str = setting(SHIPPED_MODEL, metavar="DIR")
@@ -53,7 +64,7 @@ class OverwriteOptions(Options):
     """Whether files may be replaced.
 
     Args:
-        overwrite: replace files that are there already.
+        overwrite: replace existing files.
     """
 
     overwrite: bool = False
@@ -64,7 +75,7 @@ class OutputOptions(OverwriteOptions):
     """Where to write.
 
     Args:
-        out: folder to write to; made if need be.
+        out: folder to write to; it is created if it does not exist.
     """
 
     out: Path = setting(metavar="DIR")
@@ -75,8 +86,8 @@ class FileOptions(ModelOptions, OutputOptions):
     """For commands that go through files of any image size.
 
     Args:
-        tile_size: go through images with a side above S pixels in overlapping tiles of S by S, a multiple of the
-            model's f (512 is a good one): memory follows the tile.
+        tile_size: process images larger than S pixels in overlapping tiles of S x S pixels, which bounds the memory
+            needed. S is a multiple of the model's downsampling factor f; 512 is a good choice.
     """
 
     tile_size: int | None = setting(None, at_least=1, metavar="S")
@@ -87,8 +98,8 @@ class SizeOptions(Options):
     """For commands that encode squares cut from images.
 
     Args:
-        size: side in pixels of the square that is cut from an image's centre, after resizing by the shorter side; a
-            multiple of the model's f.
+        size: images are resized so that the shorter side has S pixels, and cropped to the central square; a multiple
+            of the model's downsampling factor f.
     """
 
     size: int = setting(256, at_least=1, metavar="S")
@@ -99,8 +110,8 @@ class BatchOptions(Options):
     """How images are read and computed on.
 
     Args:
-        batch: images at a time.
-        workers: processes that read images; by default one for each core but one, at most 8.
+        batch: images per batch.
+        workers: number of processes that read images; by default one per core except one, at most 8.
     """
 
     batch: int = setting(16, at_least=1, metavar="B")
@@ -112,7 +123,7 @@ class SeedOptions(Options):
     """What is random.
 
     Args:
-        seed: of everything that is random.
+        seed: seed of everything random.
     """
 
     seed: int = setting(0, at_least=0, at_most=LARGEST_SEED, metavar="S")
@@ -124,8 +135,8 @@ class ShardOptions(Options):
 
     Args:
         shard_size: images per shard.
-        max_broken_share: fail if more than this share of the images cannot be read; up to there they are left out.
-        cache: folder for shards that come from a URL; by default ~/.cache/dc_ssdae/shards.
+        max_broken_share: images that cannot be read are left out; fail if they are more than this share of all.
+        cache: folder to keep shards in that are downloaded from a URL; by default ~/.cache/dc_ssdae/shards.
     """
 
     shard_size: int = setting(1000, at_least=1, name="--shard-size", metavar="N")
@@ -138,15 +149,16 @@ class SamplerOptions(Options):
     """How models of this package decode.
 
     Args:
-        sampler: one_step; for equilibrium matching gradient_descent, nesterov or nesterov_eqm (the variant of its
-            authors' code); for flow matching euler or midpoint. By default one_step, and where other options ask for
-            several steps gradient_descent or euler.
-        num_steps: steps, each an evaluation of the decoder (two with midpoint), with --tolerance at most; by default
-            1, 4 for a sampler of several steps, and 16 with --tolerance.
-        step_size: step size of a descent, one for all steps or one per step; by default it follows from the decay.
+        sampler: one_step; gradient_descent, nesterov or nesterov_eqm (the variant in its authors' code) for models
+            trained by equilibrium matching; euler or midpoint for flow matching. By default one_step, or
+            gradient_descent or euler if other options ask for several steps.
+        num_steps: number of steps, or the largest number with --tolerance. A step evaluates the decoder once, or twice
+            with midpoint. By default 1; 4 for a sampler of several steps; 16 with --tolerance.
+        step_size: step size of a descent: one for all steps, or one per step; by default derived from the model's
+            decay.
         momentum: momentum of nesterov, at least 0 and below 1; by default 0.3.
-        tolerance: a descent is done with an image when the root mean square of its field falls below this, for a
-            gradient scale of 1.
+        tolerance: stop the descent of each image once the root mean square of its field, for a gradient scale of 1, is
+            below this.
     """
 
     sampler: str | None = setting(None, metavar="NAME")
@@ -161,10 +173,11 @@ class DecodingOptions(SamplerOptions, SeedOptions):
     """How single latents are decoded.
 
     Args:
-        draft: start from this image, noised, in place of pure noise; or from DIR/STEM.png of each input.
-        start: share of --draft in the start, from 0 to 1; the rest is noise.
-        return_trajectory: also write DIR/STEM-trajectory.png, all states side by side.
-        seed: seed of the noise that each image starts from; 0 is also what DCSSDAE.decode takes by default.
+        draft: start from this image mixed with noise, instead of from pure noise; if it is a folder, from the image
+            STEM.png in it for each input.
+        start: share of --draft in the starting point, from 0 to 1; the rest is noise.
+        return_trajectory: also write DIR/STEM-trajectory.png with the states after all steps, side by side.
+        seed: seed of the noise that each image starts from; 0 is also the default of DCSSDAE.decode.
     """
 
     draft: Path | None = setting(None, metavar="PATH")
@@ -177,17 +190,20 @@ class EvaluationOptions(SamplerOptions, DeviceOptions, ImportOptions, BatchOptio
     """For commands that measure autoencoders.
 
     Args:
-        data: images, named as data.root of a training run; where there is a validation/ folder, that is measured.
+        data: images to measure on: a folder of images or shards, or a pattern of shards, as in data.root of a training
+            run. If the folder has a subfolder validation/, its images are used.
         protocol: how images are prepared and measured: dcae, lightningdit, rae or original; see docs/evaluation.md.
         size: side of the images in pixels; by default the protocol's.
-        limit: images at most, evenly spread; by default all.
-        metrics: of psnr, ssim, lpips, dreamsim, rfid and rfdd; by default all whose weights are on this machine.
+        limit: largest number of images, spread evenly over the data set; by default all.
+        metrics: which of psnr, ssim, lpips, dreamsim, rfid and rfdd to compute; by default all whose weights are on
+            this machine.
         lpips: network of LPIPS; by default the protocol's.
-        random_backbones: take networks with random weights for metrics whose weights are missing, to try things out.
-        download: fetch weights that metrics need and this machine lacks.
-        replicates: number of replicates of the bootstrap of rFID and rFDD; 0 gives no intervals.
+        random_backbones: use random weights for metrics whose weights are missing, to try things out; the values mean
+            nothing.
+        download: download weights of metrics that are missing on this machine.
+        replicates: number of bootstrap replicates for the intervals of rFID and rFDD; 0 computes no intervals.
         seed: seed of sampled latents and of the bootstrap.
-        dtype: what the models compute in; metrics are always float32 or float64.
+        dtype: precision in which the models compute; metrics are always float32 or float64.
     """
 
     data: str = setting(metavar="ROOT")

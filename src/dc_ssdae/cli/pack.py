@@ -12,20 +12,20 @@ from dc_ssdae.settings import setting
 
 @dataclass(kw_only=True)
 class Options(ShardOptions):
-    """Pack images into WebDataset tar shards, with a manifest and an index that make opening quick.
+    """Pack images into WebDataset tar shards, with a manifest and an index so that they open quickly.
 
-    Images larger than --size are made smaller (bicubic, antialiased); the others keep their bytes if they are JPEG,
-    PNG or WebP. Interrupted at any time, the same command goes on where it stopped.
+    Images larger than --size are shrunk (bicubic, antialiased); other JPEG, PNG and WebP files are copied byte by byte.
+    If interrupted, the same command continues where it stopped.
 
     Args:
-        source: folder of images, perhaps with train/ and validation/ (or val/); or shards.
-        destination: folder to write to; made if need be.
-        size: shorter side in pixels, or none.
-        format: format of images that are written anew.
+        source: folder of images, which may have subfolders train/ and validation/ (or val/); or shards.
+        destination: folder to write to; it is created if it does not exist.
+        size: largest shorter side in pixels, or none to keep every image's size.
+        format: format of images that are encoded again.
         quality: quality of jpg and webp, 1 to 100; by default 95.
-        keep_order: leave the images in the order of their names; by default they are spread over the shards, so that
-            each shard has images of every class.
-        workers: processes; by default one for each core, at most 16.
+        keep_order: keep the images in the order of their names; by default they are shuffled, so that each shard has
+            images of every class.
+        workers: number of processes; by default one per core, at most 16.
     """
 
     program = "dc-ssdae pack"
@@ -38,8 +38,8 @@ class Options(ShardOptions):
     workers: int | None = setting(None, at_least=1, metavar="N")
 
 
-def run(options: Options) -> int:
-    """Pack the images; gives the exit code."""
+def run(options: Options) -> None:
+    """Pack the images."""
     if options.format == "png" and options.quality is not None:
         raise InputError("--quality is for jpg and webp; png is lossless")
     if options.size != "none" and not (options.size.isdecimal() and int(options.size) > 0):
@@ -64,4 +64,3 @@ def run(options: Options) -> int:
         small = "" if size is None else f" (at most {size} pixels)"
         kept = f"; {part.kept} kept byte by byte{small}, colour profiles included" if part.kept else ""
         say_part(part, kept)
-    return 0

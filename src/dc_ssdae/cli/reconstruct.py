@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Options(DecodeFilesOptions):
-    """Encode images and decode them again; writes DIR/STEM.png for each.
+    """Encode images and decode them again, to DIR/STEM.png for each.
 
-    Any image size: padded by reflection to a multiple of the model's f, and cropped back.
+    Images may have any size: they are padded by reflection to a multiple of the model's downsampling factor f, and the
+    results are cropped.
 
     Args:
-        images: image files.
+        images: image file.
     """
 
     program = "dc-ssdae reconstruct"

@@ -2,24 +2,18 @@
 
 import argparse
 import os
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from dc_ssdae.cli.common import say
 from dc_ssdae.cli.parser import CommandParser, Options
 from dc_ssdae.errors import InputError, did_you_mean, shown, unknown_name
 from dc_ssdae.presets import dump_yaml, list_presets, load_preset, parse_yaml, read_yaml
 from dc_ssdae.settings import alternatives, documentation, is_required, metavar, setting
 from dc_ssdae.training.config import BUILT_IN_LOSSES, SECTIONS, RunConfig, lay_over, spell_weights
-
-_INSIDE = {
-    "model": "One setting of a part: --model.encoder.init_args.norm none.",
-    "data": "One setting of a data set: --data.dataset.init_args.path PATH.",
-    "distillation": "dc-ssdae distill fills it in.",
-}
 
 
 @dataclass(kw_only=True)
@@ -27,8 +21,8 @@ class RunOptions(Options):
     """For commands that take a run's configuration.
 
     Args:
-        config: a YAML file, or a preset, which dc-ssdae info lists. Of mappings, what a later configuration leaves out
-            stays as it was; the init_args of another class_path are dropped.
+        config: a YAML file, or the name of a preset (see dc-ssdae info). Give it several times to override single
+            settings of an earlier one; a new class_path also drops the init_args of the old class.
         print_config: print the resulting configuration and exit.
         settings: the other words, as pairs such as ("training.lr", "1e-4").
     """
@@ -43,7 +37,7 @@ class RunOptions(Options):
         parser.set_defaults(settings=[])
         for section, kind in SECTIONS.items():
             summary, described = documentation(kind)
-            group = parser.add_argument_group(section, f"{summary} {_INSIDE.get(section, '')}")
+            group = parser.add_argument_group(section, summary)
             hints = get_type_hints(kind)
             for entry in fields(kind):
                 name, text = f"{section}.{entry.name}", f"{described[entry.name].rstrip('.')} ({_default(entry)})"
@@ -52,7 +46,7 @@ class RunOptions(Options):
         defaults = ", ".join(f"{name} {weight:g}" for name, weight in BUILT_IN_LOSSES.items())
         parser.add_argument_group(
             "losses",
-            f"{documentation(RunConfig)[1]['losses']} --losses.NAME X sets a weight, 0 leaves the term out (default: "
+            f"{documentation(RunConfig)[1]['losses']} --losses.NAME X sets a weight; 0 removes the term (default: "
             f"{defaults}); --losses.NAME.class_path module.Class and --losses.NAME.init_args.SETTING VALUE add your "
             "own.",
         )
@@ -110,9 +104,15 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
         raise InputError("phases are a recipe's: give it by --recipe NAME")
     config = RunConfig.from_mapping(settings)
     if options.print_config:
-        print_text(config_yaml(config))
+        say(config_yaml(config).rstrip())
         raise SystemExit(0)
     return config, name
+
+
+def read_config_of(folder: Path) -> dict[str, Any]:
+    """Read the configuration of the run that a model's folder belongs to; nothing for a model alone."""
+    file = folder.resolve().parent / "config.yaml"  # RUN/model of a recipe leads to the model of its last phase
+    return RunConfig.from_mapping(read_yaml(file)).to_mapping() if folder.name == "model" and file.is_file() else {}
 
 
 def read_layer(word: str) -> tuple[str, dict[str, Any]]:
@@ -173,12 +173,6 @@ def config_yaml(config: RunConfig) -> str:
                 ]
     lines += ["", *_comment(documentation(RunConfig)[1]["losses"]), dump_yaml({"losses": plain["losses"]})]
     return "\n".join(lines)
-
-
-def print_text(text: str) -> None:
-    """Print text to standard output; what its encoding lacks is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _comment(text: str, indent: str = "") -> list[str]:

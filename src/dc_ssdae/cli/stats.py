@@ -1,11 +1,10 @@
 """`dc-ssdae stats`: mean and standard deviation of a model's latents, into its config.json."""
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import advising_on_batches, load_model, say, table, tell_of_images, writable_model
-from dc_ssdae.cli.options import BatchOptions, ModelOptions, SizeOptions
+from dc_ssdae.cli.common import advising_on_batches, load_model, show, table, tell_of_images, writable_model
+from dc_ssdae.cli.options import BatchOptions, JsonOptions, ModelOptions, SizeOptions
 from dc_ssdae.errors import counted
 from dc_ssdae.settings import setting
 
@@ -18,30 +17,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, SizeOptions, BatchOptions):
-    """Measure mean and standard deviation of a model's latents, per channel, and write them into its config.json.
+class Options(ModelOptions, SizeOptions, BatchOptions, JsonOptions):
+    """Measure the mean and standard deviation of a model's latents, and write them into its config.json.
 
-    There latent diffusion finds them: latents_mean and latents_std, for (z - latents_mean) / latents_std, and
-    shift_factor and scaling_factor, for (z - shift_factor) * scaling_factor. They are statistics of samples of the
-    encoder's Gaussian, computed from its moments.
+    A latent diffusion model normalises latents z by them: per channel as (z - latents_mean) / latents_std, or overall
+    as (z - shift_factor) * scaling_factor. They are the statistics of samples from the encoder's Gaussian, computed
+    from its moments.
 
     Args:
-        data: images, named as data.root of a training run: a folder, perhaps with train/, of images or shards; or a
-            pattern of shards.
-        images: how many to measure, at most, evenly spread over the data set.
-        no_write: leave config.json as it is.
-        json: print the same as JSON.
+        data: images to measure on: a folder of images or shards, or a pattern of shards. If the folder has a subfolder
+            train/, its images are used.
+        images: largest number of images, spread evenly over the data set.
+        no_write: do not change config.json.
     """
 
     program = "dc-ssdae stats"
     data: str = setting(metavar="ROOT")
     images: int = setting(10_000, at_least=1, metavar="N")
     no_write: bool = setting(False, name="--no-write")
-    json: bool = False
 
 
-def run(options: Options) -> int:
-    """Measure, print and write the statistics; gives the exit code."""
+def run(options: Options) -> None:
+    """Measure, print and write the statistics."""
     from dc_ssdae.card import write_model_card
     from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
@@ -58,12 +55,9 @@ def run(options: Options) -> int:
             written = str(folder / "config.json")
             write_model_card(folder)
     finally:  # also where they cannot be written: long work may have gone into them
-        if options.json:
-            measured: dict[str, Any] = {"images": statistics.count, "broken": broken, "size": options.size}
-            say(json.dumps({**measured, **statistics.settings(), "written": written}, indent=2))
-        else:
-            say(_as_text(statistics, options.size, written))
-    return 0
+        measured = {"images": statistics.count, "broken": broken, "size": options.size}
+        found = {**measured, **statistics.settings(), "written": written}
+        show(found, options.json, lambda: _as_text(statistics, options.size, written))
 
 
 def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> "tuple[LatentStatistics, list[str]]":
@@ -88,9 +82,8 @@ def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> 
 
 
 def _as_text(statistics: "LatentStatistics", size: int, written: str | None) -> str:
-    rows = [("channel", "mean", "std")]
-    for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
-        rows.append((str(channel), f"{mean:.5g}", f"{std:.5g}"))
+    channels = enumerate(zip(statistics.mean, statistics.std, strict=True))
+    rows = [("channel", "mean", "std"), *((str(c), f"{mean:.5g}", f"{std:.5g}") for c, (mean, std) in channels)]
     whole = [(name, f"{getattr(statistics, name):.5g}") for name in ("shift_factor", "scaling_factor")]
     where = "not written" if written is None else f"-> {written}"
     images = f"{counted(statistics.count, 'image')} of {size} x {size} pixels {where}"

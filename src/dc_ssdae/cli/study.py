@@ -1,12 +1,13 @@
 """`dc-ssdae study sampling`: samplers, steps and tolerances of one model, or of two."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dc_ssdae.cli.common import advising_on_batches, check_outputs, load_model, say, tell_of_images, write_outputs
 from dc_ssdae.cli.options import BatchOptions, ModelOptions, OutputOptions, SizeOptions
+from dc_ssdae.cli.run_config import read_config_of
 from dc_ssdae.errors import InputError, counted, unknown_name
 from dc_ssdae.settings import setting
 
@@ -22,27 +23,29 @@ FILES = ("study.json", "table.md", "study.png")
 
 @dataclass(kw_only=True)
 class Options(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
-    """Decode images with each sampler, number of steps, step size and tolerance, and write what they are worth.
+    """Measure how quality and time depend on sampler, number of steps, step size and tolerance.
 
-    Quality against evaluations of the decoder and against time goes to DIR/study.json, table.md and study.png. With
-    --baseline, also the evaluations that each of the two models needs for the same quality. Every decode starts from
-    the mode of the image's latent and from decode's default noise. Lists have commas between their values. Needs
-    matplotlib: pip install 'dc-ssdae[eval]'.
+    Writes quality against evaluations of the decoder and against time to DIR/study.json, table.md and study.png; with
+    --baseline also how many evaluations each of the two models needs for the same quality. Every image is decoded from
+    the mode of its latent and from the default noise. Values of a list are separated by commas. Requires pip install
+    'dc-ssdae[eval]'.
 
     Args:
-        baseline: another model to compare with, such as a flow-matching model.
-        data: images, named as data.root of a training run; where there is a validation/ folder, that is measured.
-        images: how many to measure, at most.
-        rounds: rounds in which everything is timed.
-        samplers: names of samplers; by default all that each model has.
+        baseline: another model to compare with, such as one trained by flow matching.
+        data: images to measure on: a folder of images or shards, or a pattern of shards, as in data.root of a training
+            run. If the folder has a subfolder validation/, its images are used.
+        images: largest number of images.
+        rounds: number of rounds in which every setting is timed.
+        samplers: names of samplers; by default all that suit each model.
         steps: numbers of steps; by default 1,2,4,8,16.
-        step_sizes: step sizes of descents, in units of 1/L, L being the field's slope near the data; the word default
-            is what decode takes by itself. By default default,0.5.
+        step_sizes: step sizes of descents, in units of 1/L, where L is the slope of the field near the data. The word
+            default stands for the step size that decoding uses by default. By default default,0.5.
         momenta: momenta of nesterov; by default 0.3.
-        tolerances: tolerances at which descents of a given step size stop, at the largest of --steps; by default
+        tolerances: tolerances at which descents stop, with at most the largest number in --steps; by default
             0.2,0.1,0.05,0.025.
-        descents: other ways, in units of 1/L, that gradient descent's steps after the first share; by default none.
-        lpips: network of LPIPS, which is left out where its weights are not on this machine.
+        descents: other total distances, in units of 1/L, that the steps of gradient descent after the first cover
+            together; by default none.
+        lpips: network of LPIPS; LPIPS is left out if the weights are not on this machine.
     """
 
     program = "dc-ssdae study sampling"
@@ -60,8 +63,8 @@ class Options(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
     lpips: Literal["vgg", "alex", "squeeze", "none"] = "vgg"
 
 
-def run(options: Options) -> int:
-    """Measure, write and print; gives the exit code."""
+def run(options: Options) -> None:
+    """Measure, write and print."""
     import torch
     from tqdm import tqdm
 
@@ -86,7 +89,9 @@ def run(options: Options) -> int:
     paths = [spec.value if spec.kind == "ours" else text for spec, text in zip(specs, texts, strict=True)]
     models = {label: load_model(replace(options, model=path)) for label, path in zip(labels, paths, strict=True)}
     count = options.rounds * sum(len(grid.settings(model.dynamics)) for model in models.values())
-    lpips, lpips_note = _lpips(options, models[labels[0]])
+    lpips, notes = _lpips(options, models[labels[0]])
+    if options.baseline is not None:
+        notes.append(_differences(paths))
     pixels = _read_images(options)
     with (
         advising_on_batches(options),
@@ -100,12 +105,10 @@ def run(options: Options) -> int:
         f"uint8; means over images. Times: medians of "
         f"{counted(options.rounds, 'round')} in alternating order, of decode alone."
     )
-    notes = [protocol, *lpips_note, *([] if options.baseline is None else [_differences(paths)])]
-    study = SamplingStudy(measurements, labels, notes, describe_machine(models[labels[0]].device))
+    study = SamplingStudy(measurements, labels, [protocol, *notes], describe_machine(models[labels[0]].device))
     text = study.as_markdown()
     say(text)
     write_outputs(options, dict(zip(FILES, (study.as_json().encode(), text.encode(), study.as_picture()), strict=True)))
-    return 0
 
 
 def _read_images(options: Options) -> "Tensor":
@@ -135,16 +138,13 @@ def _lpips(options: Options, model: "DCSSDAE") -> "tuple[Callable[[Tensor, Tenso
 
 def _differences(paths: Sequence[str]) -> str:
     """Where the models come from runs, say in what the runs' configurations differ."""
-    from dc_ssdae.presets import read_yaml
+    from dc_ssdae.model_folder import model_folder
 
     configs = []
     for path in paths:
-        folder = Path(path)
-        files = [folder / "config.yaml", folder.resolve().parent / "config.yaml"]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
+        sections = read_config_of(model_folder(path))
+        if not sections:
             return f"{path} is no run: whether the models were trained equally is not known here."
-        sections = {name: section for name, section in read_yaml(file).items() if isinstance(section, Mapping)}
         configs.append({f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()})
     names = {name for config in configs for name in config} - {"training.output"}
     differing = sorted(name for name in names if configs[0].get(name) != configs[1].get(name))

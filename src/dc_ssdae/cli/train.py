@@ -5,23 +5,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain
-from dc_ssdae.cli.run_config import (
-    RunOptions,
-    config_yaml,
-    print_text,
-    read_layer,
-    read_run_config,
-    read_settings,
-)
-from dc_ssdae.errors import InputError, ToldElsewhere, counted, unknown_name
+from dc_ssdae.cli.common import complain_once, is_main_process, say, told_by_one_process
+from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_layer, read_run_config, read_settings
+from dc_ssdae.errors import InputError, check_names, unknown_name
 from dc_ssdae.presets import list_recipes, load_recipe, read_yaml
 from dc_ssdae.settings import setting
-from dc_ssdae.training.config import RunConfig, TrainingConfig, check_changes, lay_over, spell_weights
+from dc_ssdae.training.config import RunConfig, check_changes, lay_over, spell_weights
 from dc_ssdae.training.recipe import (
+    RECIPE_FILE,
     Recipe,
     change_recipe,
     check_phases,
@@ -43,14 +38,13 @@ if TYPE_CHECKING:
 class Options(RunOptions):
     """Train an autoencoder.
 
-    Configurations are laid over each other in their order, settings over all of them; what is given twice counts as
-    given last.
+    A later --config overrides an earlier one, and settings such as --training.lr override every --config.
 
     Args:
-        recipe: train in phases, one after the other: a YAML file with section phases, or a recipe of this package such
-            as three_phase. Its phases go over the configurations, settings over all phases, and
-            --phases.PHASE.section.name VALUE over one.
-        resume: go on with the run in this folder, exactly where it stopped.
+        recipe: train in phases, one after the other: a YAML file with a section phases, or a recipe of this package
+            such as three_phase. A phase overrides every --config, a setting overrides all phases, and
+            --phases.PHASE.section.name VALUE overrides one phase.
+        resume: continue the run in this folder exactly where it stopped.
     """
 
     program = "dc-ssdae train"
@@ -63,17 +57,17 @@ class Options(RunOptions):
     resume: Path | None = setting(None, metavar="RUN")
 
 
-def run(options: Options) -> int:
-    """Train; gives the exit code, 0 also where a signal asked for the end."""
+def run(options: Options) -> None:
+    """Train until the budget is spent or a signal asks for the end."""
     with watching_training(options.resume is not None):
         if options.resume is not None and options.recipe is not None:
             raise InputError("--recipe is for a new run; --resume goes on with the recipe in its folder")
-        if options.recipe is not None or (options.resume is not None and (options.resume / "recipe.yaml").is_file()):
-            return run_recipe(options)
         from dc_ssdae.training.build import resolved
-        from dc_ssdae.training.start import new_run, resume_run
+        from dc_ssdae.training.start import new_run
 
-        if options.resume is None:
+        if options.recipe is not None:
+            start_phases(options, options.recipe)
+        elif options.resume is None:
             config, name = read_run_config(options)
             if not name and config.training.output is None:
                 raise InputError("which configuration? --config PRESET (dc-ssdae info lists them) or --config FILE")
@@ -81,52 +75,59 @@ def run(options: Options) -> int:
             config = resolved(config)
             with new_run(config, config_yaml(config), path) as trainer:
                 outcome: Outcome | None = trainer.run()
+            tell_end(Options.program, outcome, path)
+        elif (options.resume / RECIPE_FILE).is_file():
+            resume_phases(options, options.resume)
         else:
             path, before = options.resume, read_run(options.resume)
-            config = read_changes(options, before, path)
-            outcome = resume_run(config, config_yaml(config) if config != before else None, path)
-        tell_end(Options.program, outcome, path, _spent(config.training))
-    return 0
+            _, outcome = resume(options, before, path)
+            tell_end(Options.program, outcome, path)
 
 
-def run_recipe(options: Options) -> int:
-    """Train in phases; gives the exit code."""
+def resume(options: RunOptions, before: RunConfig, path: Path) -> "tuple[RunConfig, Outcome | None]":
+    """Go on with the run at `path`, a command's configurations and settings laid over its configuration `before`.
 
-    def say(message: str) -> None:
-        if is_main_process():
-            complain(Options.program, message)
+    Raises:
+        InputError: as `read_run_config`; or a change would make it another run.
+    """
+    from dc_ssdae.training.start import resume_run
 
-    if options.resume is None:
-        assert options.recipe is not None
-        recipe, name = read_new_recipe(options, options.recipe)
-        output = recipe.phases[0].config.training.output
-        # The folder is the recipe's, and no part of its phases, so that a printed recipe can be used again.
-        recipe = Recipe([phase._replace(config=phase.config.with_training(output=None)) for phase in recipe.phases])
-    else:
-        path = options.resume
-        before = recipe = read_recipe(path)
-        if options.config:
-            raise InputError("--config is for a new run; change single settings by --section.name VALUE")
-        flags = read_settings(options.settings)
-        if flags:
-            recipe = change_recipe(before, flags, flags.pop("phases", {}), settled_phases(before, path))
-        for old, new in zip(before.phases, recipe.phases, strict=True):
-            folder = before.folder(path, old.name)
-            if (folder / "config.yaml").is_file():
-                check_changes(old.config.fixed_settings(True), new.config.fixed_settings(True), folder)
+    config, _ = read_run_config(options, before.to_mapping())
+    check_changes(before.fixed_settings(True), config.fixed_settings(True), path)
+    return config, resume_run(config, config_yaml(config) if config != before else None, path)
+
+
+def start_phases(options: RunOptions, word: str) -> None:
+    """Train the phases of the recipe that `word` names, in a new folder."""
+    recipe, name = read_new_recipe(options, word)
+    output = recipe.phases[0].config.training.output
+    # The folder is the recipe's, and no part of its phases, so that a printed recipe can be used again.
+    recipe = Recipe([phase._replace(config=phase.config.with_training(output=None)) for phase in recipe.phases])
     if options.print_config:
-        print_text(recipe_yaml(recipe))
-        return 0
-    if options.resume is None:
-        path = new_run_folder(output, name)
-        recipe = resolved_recipe(recipe)
-        outcome: Outcome | None = start_recipe(recipe, path, config_yaml, say)
-    else:
-        outcome = resume_recipe(recipe, path, config_yaml, say)
-    last = recipe.phases[-1].name
-    spent = f"{counted(len(recipe.phases), 'phase')}, all budgets spent (--phases.{last}.training.steps N goes on to N)"
-    tell_end(Options.program, outcome, path, spent)
-    return 0
+        say(recipe_yaml(recipe).rstrip())
+        return
+    path = new_run_folder(output, name)
+    recipe = resolved_recipe(recipe)
+    tell = partial(complain_once, Options.program)
+    tell_end(Options.program, start_recipe(recipe, path, config_yaml, tell), path)
+
+
+def resume_phases(options: RunOptions, path: Path) -> None:
+    """Go on with the recipe in a folder."""
+    before = recipe = read_recipe(path)
+    if options.config:
+        raise InputError("--config is for a new run; change single settings by --section.name VALUE")
+    if flags := read_settings(options.settings):
+        recipe = change_recipe(before, flags, flags.pop("phases", {}), settled_phases(before, path))
+    for old, new in zip(before.phases, recipe.phases, strict=True):
+        folder = before.folder(path, old.name)
+        if (folder / "config.yaml").is_file():
+            check_changes(old.config.fixed_settings(True), new.config.fixed_settings(True), folder)
+    if options.print_config:
+        say(recipe_yaml(recipe).rstrip())
+        return
+    outcome = resume_recipe(recipe, path, config_yaml, partial(complain_once, Options.program))
+    tell_end(Options.program, outcome, path, f"phases.{recipe.phases[-1].name}.")
 
 
 def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
@@ -146,9 +147,7 @@ def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
     if word not in list_recipes() and not file.exists():
         raise InputError(f"--recipe: {unknown_name('recipe', word, list_recipes())}, or a YAML file")
     name, content = (word, load_recipe(word)) if word in list_recipes() else (file.stem, read_yaml(file))
-    for section in content:
-        if section not in ("description", "phases"):
-            raise unknown_name(f"section of recipe {name}", section, ("description", "phases"))
+    check_names(f"section of recipe {name}", content, ("description", "phases"))
     phases = check_phases(spell_weights(content).get("phases"), f"recipe {name}")
     settings, folder = _take_model(phases), name
     if settings and options.config:
@@ -184,16 +183,9 @@ def watching_training(resumes: bool) -> Iterator[None]:
     """Find a user's own classes where the command is given, heed signals, and let one process tell what all meet."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        # From here on, not only once the trainer is built: a run that is resumed ends well whenever a signal comes.
-        with StopRequest() if resumes else nullcontext():
-            yield
-    except InputError as error:
-        from dc_ssdae.data.loader import ReadingFailed
-
-        if isinstance(error, ReadingFailed | ToldElsewhere) or is_main_process():
-            raise
-        raise ToldElsewhere(str(error)) from error
+    # Signals not only once the trainer is built: a run that is resumed ends well whenever one comes.
+    with told_by_one_process(), StopRequest() if resumes else nullcontext():
+        yield
 
 
 def new_run_folder(output: str | None, name: str) -> Path:
@@ -210,25 +202,16 @@ def new_run_folder(output: str | None, name: str) -> Path:
     return path
 
 
-def tell_end(program: str, outcome: "Outcome | None", path: Path, spent: str) -> None:
-    """Say how a run ended, and what to do next; `spent` is said of a run that was finished before."""
+def tell_end(program: str, outcome: "Outcome | None", path: Path, prefix: str = "") -> None:
+    """Say how a run ended, and what to do next; `prefix` leads to the settings whose budget can be made longer."""
     if outcome is None:
-        message = f"{path} is finished: {spent}"
+        more = f"--{prefix}training.steps N or --{prefix}training.minutes M"
+        message = f"{path} is finished: its budget is spent; go on by a larger one, {more}"
     elif outcome.stopped_by is not None:
         message = f"stopped by {outcome.stopped_by} after step {outcome.step}; go on with: {program} --resume {path}"
     else:
         message = f"done after step {outcome.step}: the model is {path / 'model'}"
-    if is_main_process():
-        complain(program, message)
-
-
-def _spent(training: TrainingConfig) -> str:
-    budgets = []
-    if training.steps is not None:
-        budgets.append(f"{counted(training.steps, 'step')} (--training.steps N goes on to N)")
-    if training.minutes is not None:
-        budgets.append(f"{training.minutes:g} minutes (--training.minutes M goes on to M)")
-    return "its budget is spent: " + " or ".join(budgets)
+    complain_once(program, message)
 
 
 def read_run(path: Path) -> RunConfig:
@@ -237,25 +220,7 @@ def read_run(path: Path) -> RunConfig:
     Raises:
         InputError: it is no run, or its configuration is damaged.
     """
-    if not path.is_dir():
-        raise InputError(f"--resume {path}: no such folder")
     file = path / "config.yaml"
     if not file.is_file():
-        raise InputError(f"--resume {path}: it holds no config.yaml, so it is no run")
+        raise InputError(f"--resume {path}: no such folder, or it holds no config.yaml and so it is no run")
     return RunConfig.from_mapping(read_yaml(file))
-
-
-def read_changes(options: RunOptions, before: RunConfig, path: Path) -> RunConfig:
-    """Lay a command's configurations and settings over those of the run at `path`.
-
-    Raises:
-        InputError: as `read_run_config`; or a change would make it another run.
-    """
-    after, _ = read_run_config(options, before.to_mapping())
-    check_changes(before.fixed_settings(True), after.fixed_settings(True), path)
-    return after
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"

@@ -4,12 +4,11 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import check_names
 from dc_ssdae.presets.plain_yaml import dump_yaml, parse_yaml, read_yaml
 
 __all__ = [
     "DEFAULT_CLASSES",
-    "SECTIONS",
     "SHIPPED_MODEL",
     "dump_yaml",
     "list_presets",
@@ -26,21 +25,15 @@ DEFAULT_CLASSES = {"encoder": "DCEncoder", "decoder": "UViTDecoder", "dynamics":
 SHIPPED_MODEL = "photos_f8c16"
 """Name of the trained model that comes with this package, which is taken where none is named."""
 
-SECTIONS = ("description", "model", "data", "training", "losses")
-
 
 def list_presets() -> list[str]:
     """Names of all presets, sorted."""
-    return _yaml_names(resources.files(__name__))
+    return _names(resources.files(__name__))
 
 
 def list_recipes() -> list[str]:
     """Names of all recipes, sorted."""
-    return _yaml_names(resources.files(__name__) / "recipes")
-
-
-def _yaml_names(folder: Traversable) -> list[str]:
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return _names(resources.files(__name__) / "recipes")
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -54,20 +47,9 @@ def load_preset(name: str) -> dict[str, Any]:
         `losses` (settings of a run, see `dc_ssdae.training.config`).
 
     Raises:
-        InputError: there is no such preset, or its file has a section that none should have.
+        InputError: there is no such preset.
     """
-    names = list_presets()
-    if name not in names:
-        raise unknown_name("preset", name, names)
-    text = (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
-    preset = read_yaml(text, f"preset {name}")
-    for section in preset:
-        if section not in SECTIONS:
-            raise unknown_name(f"section of preset {name!r}", section, SECTIONS)
-    for section in ("description", "model"):
-        if section not in preset:
-            raise InputError(f"preset {name!r} lacks its section {section!r}")
-    return preset
+    return _load("preset", name, resources.files(__name__))
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -83,8 +65,13 @@ def load_recipe(name: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such recipe.
     """
-    names = list_recipes()
-    if name not in names:
-        raise unknown_name("recipe", name, names)
-    text = (resources.files(__name__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return read_yaml(text, f"recipe {name}")
+    return _load("recipe", name, resources.files(__name__) / "recipes")
+
+
+def _names(folder: Traversable) -> list[str]:
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _load(kind: str, name: str, folder: Traversable) -> dict[str, Any]:
+    check_names(kind, [name], _names(folder))
+    return read_yaml((folder / f"{name}.yaml").read_text(encoding="utf-8"), f"{kind} {name}")

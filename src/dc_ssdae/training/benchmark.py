@@ -1,12 +1,11 @@
 """How fast training steps are: configurations are measured in alternation, in one process."""
 
-import gc
 import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
@@ -23,187 +22,156 @@ from dc_ssdae.training.optimizer import build_optimizer, evaluated_weights
 from dc_ssdae.training.step import draw_noise
 
 STEP_ROUNDS = 5
-"""Rounds in which two configurations alternate."""
+"""Rounds in which the configurations alternate."""
 
 WARM_UP_STEPS = 3
 """Steps that are not timed: torch.compile compiles, cuDNN chooses, memory is taken from the system."""
 
 
-@dataclass(frozen=True)
-class StepFigures:
-    """What was measured of a configuration's steps, in one process.
-
-    name: of the configuration.
-    batch_size: images per step.
-    seconds: per step.
-    images_per_second: the same as a rate.
-    phases: seconds of "forward", "backward" (with the gradient's norm) and "update" (optimiser and average); None
-        where the device does not tell.
-    peak_memory_bytes: allocated on a CUDA device; else this process's resident set, None for what was compared.
-    flops: of the networks per step, three times the forward pass's; None with a user's own classes.
-    tflops_per_second: flops by seconds.
-    ratio: of images per second to the plain configuration's, round by round; None for the plain one itself.
-    not_finite: timed steps whose loss or gradient was not finite.
-    """
-
-    name: str
-    batch_size: int
-    seconds: Spread
-    images_per_second: Spread
-    phases: dict[str, Spread] | None
-    peak_memory_bytes: int | None
-    flops: int | None
-    tflops_per_second: float | None
-    ratio: Spread | None
-    not_finite: int
-
-
-def measure_training(
-    name: str, config: RunConfig, compared: Mapping[str, RunConfig], device: torch.device, steps: int
-) -> list[StepFigures]:
+def measure_training(configs: Mapping[str, RunConfig], device: torch.device, steps: int) -> list[dict[str, Any]]:
     """Time training steps on random images that are on the device already: networks, objective, optimiser, average.
 
     Args:
-        name: of the configuration.
-        config: of a run; its batch is this process's.
-        compared: other configurations by name; each is measured in alternation with the first.
+        configs: configurations of runs by name, all of which are held in memory and alternate; `batch_size` is that of
+            this process.
         device: to train on.
-        steps: timed steps of each.
+        steps: timed steps of each configuration.
 
     Returns:
-        The figures of the configuration, then of each compared.
+        For each configuration:
+
+        - name.
+        - batch_size: images per step.
+        - seconds: per step, a `Spread`.
+        - images_per_second: the same as a rate.
+        - phases: seconds of "forward", "backward" (with the gradient's norm) and "update" (optimiser and average), a
+          `Spread` each; None where the device does not tell.
+        - peak_memory_bytes: allocated on a CUDA device; elsewhere this process's resident set, for the first
+          configuration alone.
+        - flops: of the networks per step, three times those of the forward pass; None with a user's own classes.
+        - tflops_per_second: FLOPs per second, in 10¹².
+        - ratio: images per second relative to the first configuration, round by round; None for the first itself.
+        - not_finite: number of timed steps whose loss or gradient was not finite.
 
     Raises:
         InputError: a configuration cannot be built, or does not fit into the memory.
     """
-
-    def out_of_memory(name: str, config: RunConfig) -> str:
-        return (
-            f" on {device}: {name} with training.batch_size {config.training.batch_size}; make it smaller, or set "
-            "training.accumulation_steps, training.gradient_checkpointing or training.precision"
-        )
-
-    with advising_on_memory(out_of_memory(name, config)):
-        plain = _Stepper(config, device)
-        plain_peak = plain.peak_memory() or resident_set()
-        plain_steps = [] if compared else plain.run(steps)
     rounds = min(STEP_ROUNDS, steps)
-    counts = [steps // rounds + (round_ < steps % rounds) for round_ in range(rounds)]
+    counts = [len(range(round_, steps, rounds)) for round_ in range(rounds)]
+    steppers = [_Stepper(name, config, device) for name, config in configs.items()]
+    measured = measure_alternately([partial(next, map(stepper.run, counts)) for stepper in steppers], rounds)
     figures = []
-    for other_name, other_config in compared.items():
-        with advising_on_memory(out_of_memory(other_name, other_config)):
-            other = _Stepper(other_config, device)
-            other_peak = other.peak_memory()
-            measurements = [partial(next, map(stepper.run, counts)) for stepper in (plain, other)]
-            plain_rounds, other_rounds = measure_alternately(measurements, rounds)
-        share = other_config.training.batch_size / config.training.batch_size
-        pairs = zip(plain_rounds, other_rounds, strict=True)
-        ratio = Spread.of([share * _median_seconds(before) / _median_seconds(after) for before, after in pairs])
-        plain_steps += chain(*plain_rounds)
-        figures.append(other.figures(other_name, list(chain(*other_rounds)), other_peak, ratio))
-        del other, measurements
-        gc.collect()
-        if other_config.training.compile and not config.training.compile:
-            torch.compiler.reset()  # it stops compiling a function after the eighth time
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return [plain.figures(name, plain_steps, plain_peak, None), *figures]
+    for number, (stepper, taken) in enumerate(zip(steppers, measured, strict=True)):
+        share = stepper.batch_size / steppers[0].batch_size
+        pairs = zip(measured[0], taken, strict=True)
+        ratio = Spread.of([share * _median_seconds(first) / _median_seconds(own) for first, own in pairs])
+        entry = {**stepper.figures(list(chain(*taken))), "ratio": ratio if number else None}
+        if number and device.type != "cuda":
+            entry["peak_memory_bytes"] = None  # a process has but one resident set
+        figures.append(entry)
+    return figures
 
 
-def frozen_backbones(config: RunConfig) -> list[str]:
+def random_backbones(config: RunConfig) -> list[str]:
     """Name the built-in loss terms that look through a backbone, whose weights are random in a benchmark."""
     return [name for name, loss in config.losses.items() if loss.class_path is None and has_backbone(name, loss)]
 
 
 class _Step(NamedTuple):
-    """Seconds of a step, from its wait for the device to the next step's, and of its phases; whether all is finite."""
+    """A step's seconds by phase, and whether its loss and gradient are finite."""
 
-    seconds: float
     phases: dict[str, float]
     finite: bool
 
 
-def _median_seconds(steps: Sequence[_Step]) -> float:
-    return statistics.median(step.seconds for step in steps)
+def _seconds(step: _Step) -> float:
+    return sum(step.phases.values())
+
+
+def _median_seconds(steps: Iterable[_Step]) -> float:
+    return statistics.median(map(_seconds, steps))
 
 
 class _Stepper:
     """A configuration's model, objective, optimiser and average, set up and warmed up, with a batch of random images.
 
     Args:
+        name: of the configuration.
         config: of the run.
         device: to train on.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self._config, self._device, training = config, device, config.training
+    def __init__(self, name: str, config: RunConfig, device: torch.device) -> None:
+        self._name, self._config, self._device, training = name, config, device, config.training
+        self.batch_size = training.batch_size
+        self._advice = (
+            f" on {device}: {name} with training.batch_size {self.batch_size}; make it smaller, or set "
+            "training.accumulation_steps, training.gradient_checkpointing or training.precision"
+        )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-            self._allocated = torch.cuda.memory_allocated(device)
+            allocated = torch.cuda.memory_allocated(device)
         torch.manual_seed(training.seed)
         # How fast a backbone is does not depend on its weights, which would have to come from somewhere.
         losses = dict(config.losses)
-        for name in frozen_backbones(config):
-            losses[name] = replace(losses[name], init_args={**losses[name].init_args, "weights": "random"})
-        self._module = build_step(replace(config, losses=losses))
-        place_step(self._module, config, device)
-        self._optimizer = build_optimizer(self._module, training)
+        for term in random_backbones(config):
+            losses[term] = replace(losses[term], init_args={**losses[term].init_args, "weights": "random"})
+        with advising_on_memory(self._advice):
+            self._module = build_step(replace(config, losses=losses))
+            place_step(self._module, config, device)
+            self._optimizer = build_optimizer(self._module, training)
+            self._ema = ExponentialMovingAverage(self._module.model, training.ema_decay, training.ema_start)
         self._scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
-        self._ema = ExponentialMovingAverage(self._module.model, training.ema_decay, training.ema_start)
         self._evaluated = evaluated_weights(self._optimizer, self._module.model)
         self._step = training.ema_start  # from where on there is something to average
         self._finite = True
         size, parts = config.data.image_size, training.accumulation_steps
-        shape = (parts, training.batch_size // parts, 3, size, size)
+        shape = (parts, self.batch_size // parts, 3, size, size)
         self._parts = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
         self.run(WARM_UP_STEPS)
+        is_cuda = device.type == "cuda"
+        self._peak_memory = torch.cuda.max_memory_allocated(device) - allocated if is_cuda else resident_set()
 
     def run(self, steps: int) -> list[_Step]:
         """Do one untimed step, and then `steps` timed ones."""
         done = []
         wait_for(self._device)
-        for _ in range(steps + 1):
-            marks = [("start", self._mark()), *((phase, self._mark()) for phase in self._do_step())]
-            done.append((marks, self._finite))
-        wait_for(self._device)
-        timed = []
-        for (before, _), (marks, finite) in pairwise(done):
+        last = self._mark()
+        with advising_on_memory(self._advice):
+            for _ in range(steps + 1):
+                marks = [("start", last), *((phase, self._mark()) for phase in self._do_step())]
+                last = marks[-1][1]
+                done.append((marks, self._finite))
+        wait_for(self._device)  # before events are read
+        timed, is_cuda = [], self._device.type == "cuda"
+        for marks, finite in done[1:]:
             phases: dict[str, float] = defaultdict(float)
             for (_, start), (phase, end) in pairwise(marks):
-                phases[phase] += self._seconds(start, end)
-            timed.append(_Step(self._seconds(before[-2][1], marks[-2][1]), phases, finite))
+                phases[phase] += start.elapsed_time(end) / 1000.0 if is_cuda else end - start
+            timed.append(_Step(phases, finite))
         return timed
 
-    def peak_memory(self) -> int | None:
-        """Bytes allocated on a CUDA device at most since this was built, less what was there before."""
-        return torch.cuda.max_memory_allocated(self._device) - self._allocated if self._device.type == "cuda" else None
-
-    def figures(self, name: str, steps: Sequence[_Step], peak_memory: int | None, ratio: Spread | None) -> StepFigures:
+    def figures(self, steps: list[_Step]) -> dict[str, Any]:
         """Summarise timed steps."""
-        batch_size = self._config.training.batch_size
-        seconds = Spread.of([step.seconds for step in steps])
-        rates = (batch_size / value for value in (seconds.median, seconds.high, seconds.low))
+        seconds = Spread.of(list(map(_seconds, steps)))
+        rates = (self.batch_size / value for value in (seconds.median, seconds.high, seconds.low))
         phases = {phase: Spread.of([step.phases[phase] for step in steps]) for phase in steps[0].phases}
-        tells = self._device.type in ("cpu", "cuda")
         flops = None
         if not own_classes(self._config.model):
             # A backward pass has two products for each one of the forward pass.
-            flops = 3 * batch_size * sum(count_flops(self._module.model, self._config.data.image_size))
-        speed = None if flops is None else flops / seconds.median / 1e12
-        broken = sum(not step.finite for step in steps)
-        return StepFigures(
-            name,
-            batch_size,
-            seconds,
-            Spread(*rates),
-            phases if tells else None,
-            peak_memory,
-            flops,
-            speed,
-            ratio,
-            broken,
-        )
+            flops = 3 * self.batch_size * sum(count_flops(self._module.model, self._config.data.image_size))
+        return {
+            "name": self._name,
+            "batch_size": self.batch_size,
+            "seconds": seconds,
+            "images_per_second": Spread(*rates),
+            "phases": phases if self._device.type in ("cpu", "cuda") else None,
+            "peak_memory_bytes": self._peak_memory,
+            "flops": flops,
+            "tflops_per_second": None if flops is None else flops / seconds.median / 1e12,
+            "not_finite": sum(not step.finite for step in steps),
+        }
 
     def _do_step(self) -> Iterator[str]:
         """Do a step as the trainer does; gives the name of each phase at its end."""
@@ -238,6 +206,3 @@ class _Stepper:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-    def _seconds(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) / 1000.0 if self._device.type == "cuda" else end - start

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -13,20 +13,17 @@ from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.files import write_json, written_beside
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.measurements import measure
+from dc_ssdae.training.measurements import MEASURES, measure
 from dc_ssdae.training.run import RunFolder
 
 BATCH = 8
 
 REPORT_FILE = "distillation.json"
 PICTURE_FILE = "distillation.png"
-PREVIEWED = 16
-"""Images that show, before a distillation, what the teacher's steps are worth."""
-
 PICTURED = 6
 """Images in the picture."""
 
@@ -37,90 +34,65 @@ LABEL_SIZE, LABEL_WIDTH = 16, 192
 """Of the rows' names in the picture, in pixels."""
 
 
-class Decoding(NamedTuple):
-    """One way to decode: means over the images.
-
-    psnr (dB), ssim and mse (of the full range, squared) are against the originals; `to_target` is the mean squared
-    difference from the teacher's K steps in [-1, 1], before any rounding.
-    """
-
-    name: str
-    steps: int
-    psnr: float
-    ssim: float
-    mse: float
-    to_target: float
-
-
-def compare_distilled(config: RunConfig, path: Path) -> str:
-    """Compare a run's student with its teacher, write RUN/distillation.json and .png, and give a table to print.
+def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
+    """Compare a run's student with its teacher, and write RUN/distillation.json and .png.
 
     Args:
         config: of the run, with its distillation.
         path: of the run.
 
+    Returns:
+        What distillation.json holds, see `report_on`.
+
     Raises:
         InputError: a model or the images cannot be read.
     """
-    assert config.distillation is not None
-    run, size = RunFolder(path), config.data.image_size
-    classes = own_classes(config.model)
-    teacher = load_teacher(run.teacher, classes).to(_device())
-    student = DCSSDAE.from_pretrained(run.model, classes=classes).to(_device())
-    images, kind = _images(config, config.data.validation_images)
-    steps, step_size = config.distillation.steps, config.distillation.step_size
-    decodings, count = compare(teacher, student, images, steps, step_size, path / PICTURE_FILE)
-    random = [name for name, term in config.losses.items() if term.weight and term.init_args.get("weights") == "random"]
-    report = {
-        "images": count,
-        "split": kind,
-        "image_size": size,
-        "teacher_steps": steps,
-        "step_size": step_size,
-        "random_backbones": random,
-        "decodings": [decoding._asdict() for decoding in decodings],
-    }
+    run, classes = RunFolder(path), own_classes(config.model)
+    teacher, student = load_teacher(run.teacher, classes), DCSSDAE.from_pretrained(run.model, classes=classes)
+    report = report_on(config, teacher, student, config.data.validation_images, path / PICTURE_FILE)
     write_json(path / REPORT_FILE, report)
-    header = ("", "PSNR, dB", "SSIM", "MSE", "MSE to the teacher's result")
-    lines = ["{:<20}{:>10}{:>10}{:>12}{:>30}".format(*header)]
-    lines += ["{:<20}{:>10.2f}{:>10.4f}{:>12.6f}{:>30.6f}".format(name, *values) for name, _, *values in decodings]
-    lines.append(f"Means over {count} {kind} images of {size} px, cut from the centre.")
-    if random:
-        names = ", ".join(f"losses.{name}" for name in random)
-        lines.append(f"{names} had random weights in the backbone: the student's numbers mean nothing.")
-    return "\n".join([*lines, f"{path / REPORT_FILE}, {path / PICTURE_FILE}"])
+    return report
 
 
-def preview_teacher(config: RunConfig) -> str:
-    """Say, before a student is trained, what the teacher's steps are worth on a few images.
+def report_on(
+    config: RunConfig, teacher: DCSSDAE, student: DCSSDAE, limit: int, picture: Path | None = None
+) -> dict[str, Any]:
+    """Compare two models on a run's validation images, or on training images where there are none.
 
     Args:
         config: of the run, with its distillation.
+        teacher: in eval mode.
+        student: in eval mode.
+        limit: largest number of images.
+        picture: as `compare` takes it.
+
+    Returns:
+        Numbers of images and steps, split, losses whose backbone had random weights, and "decodings" of `compare`.
 
     Raises:
-        InputError: the teacher or the images cannot be read.
+        InputError: the images cannot be read.
     """
-    assert config.distillation is not None
-    steps, step_size = config.distillation.steps, config.distillation.step_size
-    teacher = load_teacher(Path(config.distillation.teacher), own_classes(config.model)).to(_device())
-    images, kind = _images(config, min(PREVIEWED, config.data.validation_images))
-    (one, several, _), count = compare(teacher, teacher, images, steps, step_size)
-    found = f"the teacher on {count} {kind} images: 1 step {one.psnr:.2f} dB, {steps} steps {several.psnr:.2f} dB PSNR"
-    if several.psnr < one.psnr:
-        return f"{found}; these steps make it worse: perhaps fewer --steps, or another --distillation.step_size"
-    return found
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _images(config: RunConfig, limit: int) -> tuple[ValidationImages, str]:
-    """Validation images, or training images where there are none; and which."""
-    data = config.data
+    data, distillation = config.data, config.distillation
+    assert distillation is not None
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    source, kind = (sources.train, "training") if sources.validation is None else (sources.validation, "validation")
-    return ValidationImages(source, data.image_size, limit, workers_option="data.workers"), kind
+    images = ValidationImages(
+        sources.validation or sources.train, data.image_size, limit, workers_option="data.workers"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steps, step_size = distillation.steps, distillation.step_size
+    decodings, count = compare(teacher.to(device), student.to(device), images, steps, step_size, picture)
+    losses = config.losses.items()
+    return {
+        "images": count,
+        "split": "validation" if sources.validation else "training",
+        "image_size": data.image_size,
+        "teacher_steps": steps,
+        "step_size": step_size,
+        "random_backbones": [
+            name for name, term in losses if term.weight and term.init_args.get("weights") == "random"
+        ],
+        "decodings": decodings,
+    }
 
 
 @torch.inference_mode()
@@ -131,7 +103,7 @@ def compare(
     steps: int,
     step_size: float | None,
     picture: Path | None = None,
-) -> tuple[list[Decoding], int]:
+) -> tuple[list[dict[str, Any]], int]:
     """Measure the teacher's one step, its K steps and the student's one step.
 
     Every image starts from the noise that `DCSSDAE.decode` takes by default; the latent is the mode.
@@ -145,12 +117,16 @@ def compare(
         picture: where to write a PNG of some; a row each for the originals and the three.
 
     Returns:
-        The three, and the number of images.
+        For each of the three its name, its number of steps, and means over the images: psnr (dB), ssim and mse (of the
+        full range, squared) against the originals, and to_target, the mean squared difference from the teacher's K
+        steps in [-1, 1], before any rounding. And the number of images.
 
     Raises:
         InputError: no image can be read.
     """
-    names = ("teacher, 1 step", f"teacher, {steps} step{'s' * (steps > 1)}", "student, 1 step")
+    counts = (1, steps, 1)
+    who = zip(("teacher", "teacher", "student"), counts, strict=True)
+    names = [f"{model}, {counted(count, 'step')}" for model, count in who]
     measured: list[list[list[float]]] = []  # by image, by decoding
     pictured: list[list[Tensor]] = []
     for start in range(0, len(images), BATCH):
@@ -173,8 +149,11 @@ def compare(
     if picture is not None:
         _draw(pictured, ("original", *names), picture)
     means = torch.tensor(measured, dtype=torch.float64).mean(dim=0).tolist()
-    counts = (1, steps, 1)
-    return [Decoding(name, n, *mean) for name, n, mean in zip(names, counts, means, strict=True)], len(measured)
+    decodings = [
+        {"name": name, "steps": count, **dict(zip((*MEASURES, "to_target"), mean, strict=True))}
+        for name, count, mean in zip(names, counts, means, strict=True)
+    ]
+    return decodings, len(measured)
 
 
 def _draw(columns: Sequence[Sequence[Tensor]], names: Sequence[str], file: Path) -> None:

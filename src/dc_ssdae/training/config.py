@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dc_ssdae.errors import InputError, shown, unknown_name
+from dc_ssdae.errors import InputError, check_names, shown, unknown_name, wrong_value
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.settings import LARGEST_SEED, check_settings, is_required, setting
 
@@ -35,9 +35,11 @@ def keeps_latent(train: Sequence[str] | None) -> bool:
 class ModelConfig:
     """Which autoencoder. A class is named by class_path, its settings by init_args.
 
+    One setting of a part is set by --model.encoder.init_args.norm none.
+
     Args:
         latent_channels: c, channels of the latent.
-        downsample_factor: f, a power of two from 8 on.
+        downsample_factor: f, a power of two of at least 8.
         encoder: class_path (DCEncoder, KLEncoder, or your own as module.Class) and init_args.
         decoder: class_path (UViTDecoder, or your own) and init_args.
         dynamics: class_path (EquilibriumMatching, FlowMatching, or your own) and init_args.
@@ -53,31 +55,31 @@ class ModelConfig:
         check_settings(self, "model.")
         factor = self.downsample_factor
         if factor < 8 or factor & (factor - 1):
-            raise InputError(
-                f"model.downsample_factor is {factor}; it must be a power of two from 8 on", "model.downsample_factor"
-            )
+            raise wrong_value("model.downsample_factor", factor, "a power of two from 8 on")
         for name in ("encoder", "decoder", "dynamics"):
             object.__setattr__(self, name, check_component(f"model.{name}", getattr(self, name)))
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are cut.
+    """Which images to train on, and how they are cropped.
+
+    One setting of a data set is set by --data.dataset.init_args.path PATH.
 
     Args:
-        root: a folder of images or of tar shards, or a pattern of shards such as
-            https://host/train-{000..127}.tar. It may hold train/ and validation/ (or val/).
-        dataset: in place of root, a data set by class_path (ImageFolder, Shards, HubDataset, or your own
-            as module.Class) and init_args.
-        validation: where the validation images are, if not in root: a folder or pattern, or class_path and init_args.
-        validation_images: how many of them an evaluation uses, at most.
-        image_size: side of the training crops in pixels, a multiple of the model's f.
-        aug_scale: largest random enlargement; the shorter side becomes image_size times a number from 1 to this,
-            and the crop is cut from that.
+        root: a folder of images or of tar shards, which may have subfolders train/ and validation/ (or val/); or a
+            pattern of shards such as https://host/train-{000..127}.tar.
+        dataset: a data set instead of root, by class_path (ImageFolder, Shards, HubDataset, or your own as
+            module.Class) and init_args.
+        validation: validation images, if they are not in root: a folder or pattern, or class_path and init_args.
+        validation_images: largest number of validation images per evaluation.
+        image_size: side of the training crops in pixels, a multiple of the model's downsampling factor f.
+        aug_scale: largest random enlargement; before the crop, the shorter side is resized to image_size times a random
+            number from 1 to this.
         flip: mirror half of the crops left to right.
-        workers: processes that read images, for each training process; null chooses by the number of cores.
-        max_broken_share: the run ends when more than this share of the data set turns out unreadable.
-        cache: folder for shards that come from a URL; null is ~/.cache/dc_ssdae/shards.
+        workers: number of processes that read images, per training process; null chooses it by the number of cores.
+        max_broken_share: stop the run if more than this share of the data set cannot be read.
+        cache: folder to keep shards in that are downloaded from a URL; null is ~/.cache/dc_ssdae/shards.
     """
 
     root: str | None = setting(None, may_change=True)
@@ -102,48 +104,49 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop.
+    """How to train.
 
     Args:
-        steps: optimiser steps; null where minutes alone decide.
-        minutes: end after this much training time; null for no limit. The budget that ends first counts, and a run
-            that the clock ends cannot be repeated bit by bit.
-        batch_size: images a step, over all processes and accumulation_steps.
-        accumulation_steps: parts into which each process cuts its share of the batch, to save memory.
-        optimizer: schedule_free_radam (no schedule), or adamw with warm-up and a cosine to 0.
-        lr: learning rate; adamw's peak.
-        betas: decay rates of the gradient's first and second moment.
-        weight_decay: of the optimiser.
-        warmup: share of the budget in which adamw's learning rate rises.
-        gradient_clip: largest norm of the whole gradient; null does not clip.
-        ema_decay: of the averaged weights, per step.
-        ema_start: step from which on the weights are averaged; before it the average is a copy.
+        steps: number of optimiser steps; null leaves the end to minutes.
+        minutes: training time in minutes; null sets no limit. Training ends when steps or minutes are used up,
+            whichever comes first; a run that ends by minutes cannot be repeated bit by bit.
+        batch_size: images per step, over all processes and accumulation_steps.
+        accumulation_steps: number of parts in which each process computes its share of a batch, to save memory.
+        optimizer: schedule_free_radam, with a constant learning rate; or adamw, with warm-up and cosine decay to 0.
+        lr: learning rate; for adamw, its peak.
+        betas: decay rates of the first and second moment of the gradient.
+        weight_decay: weight decay of the optimiser.
+        warmup: share of the training over which adamw's learning rate rises.
+        gradient_clip: largest norm of the gradient, above which it is scaled down; null does not clip.
+        ema_decay: decay of the averaged weights per step.
+        ema_start: step at which averaging starts; until then the average is a copy of the weights.
         precision: float32, or autocast of the networks to bfloat16 or float16; weights and losses stay float32.
         compile: compile encoder and decoder with torch.compile.
-        channels_last: keep images and convolutions in channels-last memory order. null does so on a GPU alone: on a
-            CPU the gradients of convolutions take up to four times as long in it.
+        channels_last: keep images and convolutions in channels-last memory order. null does so only on a GPU: on a
+            CPU the gradients of convolutions then take up to four times as long.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
-        seed: of weights, data order, crops, levels and noise.
-        output: the run's folder, which must not exist yet; null is runs/NAME of the configuration.
-        init_from: a model or run whose weights to start from; of a run, also what its loss terms have learnt.
-        train: names of the parameter groups that train, such as [encoder.latent_head, decoder]; encoder.stages.-1 is
-            the last stage, losses.NAME what a loss term has learnt. The others keep every bit, batch statistics
-            included. null trains everything; dc-ssdae info PRESET --groups lists the names. losses.NAME of a term
-            that is left out by its weight 0 is passed over.
-        checkpoint_every: steps between checkpoints.
-        keep_every: steps between checkpoints that are kept for good, a multiple of checkpoint_every; null keeps
-            only the last and the best.
-        evaluate_every: steps between evaluations on validation images, with the averaged weights.
-        best_metric: what makes a checkpoint the best, psnr, ssim or mse; NAME:max or NAME:min gives the direction.
-        sample_images: validation images whose reconstructions are logged at an evaluation.
-        latent_statistics: training images, at most, over which the latent's mean and standard deviation are measured
-            at the end, for the model's config; 0 measures nothing. Those of an encoder that does not train stay
-            as they are known.
-        max_skipped_steps: the run stops after this many non-finite steps in a row.
-        processes: how many processes the run must have; null takes what the launcher started.
-        preset: which preset this configuration began as, for the model's card; --config PRESET fills it in.
+        seed: seed of weights, data order, crops, levels and noise.
+        output: folder of the run, which must not exist yet; null is runs/NAME, by the name of the configuration.
+        init_from: model or run whose weights to start from; from a run, what its loss terms have learnt is taken too.
+        train: names of the parameter groups to train, such as [encoder.latent_head, decoder]; null trains everything.
+            dc-ssdae info PRESET --groups lists the names; encoder.stages.-1 is the last stage, and losses.NAME the
+            parameters of a loss term, ignored if its weight is 0. Everything else stays unchanged to the bit,
+            batch statistics included.
+        checkpoint_every: number of steps between checkpoints.
+        keep_every: number of steps between checkpoints that are kept for good, a multiple of checkpoint_every; null
+            keeps only the last and the best.
+        evaluate_every: number of steps between evaluations of the averaged weights on validation images.
+        best_metric: metric that decides which checkpoint is best: psnr, ssim or mse, with NAME:max or NAME:min to set
+            the direction.
+        sample_images: number of validation images whose reconstructions are logged at each evaluation.
+        latent_statistics: largest number of training images on which the mean and standard deviation of the latent are
+            measured at the end, for the model's config.json; 0 measures nothing. If the encoder does not train, its
+            known statistics are kept.
+        max_skipped_steps: number of consecutive non-finite steps after which the run stops.
+        processes: number of processes that the run must have; null accepts any.
+        preset: preset that this configuration started from, for the model card; --config PRESET fills it in.
         wandb: also log to Weights & Biases, which must be installed.
-        wandb_project: the project there.
+        wandb_project: name of the Weights & Biases project.
     """
 
     steps: int | None = setting(300_000, at_least=1, may_change=True)
@@ -182,27 +185,17 @@ class TrainingConfig:
         object.__setattr__(self, "precision", PRECISION_ALIASES.get(self.precision, self.precision))
         check_settings(self, "training.")
         if self.steps is None and self.minutes is None:
-            raise InputError(
-                "training.steps and training.minutes are both null; one must end the run", "training.steps"
-            )
+            raise InputError("training.steps and training.minutes are null; one must end the run", "training.steps")
         if self.optimizer == "schedule_free_radam" and self.betas[0] == 0.0:
-            raise InputError(
-                "training.betas is [0.0, …]; schedule_free_radam needs a first beta above 0", "training.betas"
-            )
+            raise wrong_value("training.betas", list(self.betas), "above 0 first, for schedule_free_radam")
         if self.batch_size % self.accumulation_steps:
-            raise InputError(
-                f"training.batch_size is {self.batch_size}; it must be a multiple of "
-                f"training.accumulation_steps, {self.accumulation_steps}",
-                "training.batch_size",
-            )
+            wanted = f"a multiple of training.accumulation_steps, {self.accumulation_steps}"
+            raise wrong_value("training.batch_size", self.batch_size, wanted)
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            raise InputError(
-                f"training.keep_every is {self.keep_every}; it must be a multiple of "
-                f"training.checkpoint_every, {self.checkpoint_every}",
-                "training.keep_every",
-            )
-        if self.train is not None and not self.train:
-            raise InputError("training.train is []; name the groups that train, or null for all", "training.train")
+            wanted = f"a multiple of training.checkpoint_every, {self.checkpoint_every}"
+            raise wrong_value("training.keep_every", self.keep_every, wanted)
+        if self.train == []:
+            raise wrong_value("training.train", [], "names of the groups that train, or null for all")
         _ = self.best
 
     @property
@@ -241,7 +234,7 @@ class LossConfig:
     """One term of the objective.
 
     Args:
-        weight: factor of the term; 0 leaves it out.
+        weight: factor of the term; 0 removes it.
         class_path: module.Class of your own term; null for a built-in one.
         init_args: its settings.
     """
@@ -253,14 +246,14 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Learning to land in one step where a teacher lands in several.
+    """Training to decode in one step what a teacher decodes in several; dc-ssdae distill fills this section in.
 
     Args:
-        teacher: the model or run to learn from, of the same model; the run keeps a copy of it.
-        steps: the teacher's, K.
-        step_size: of the teacher's descent, as of DCSSDAE.decode; null is decode's own default.
-        cache_steps: draw crops and noise for this many steps only, again and again, and keep the teacher's results of
-            them on disk; null draws anew at every step and keeps nothing.
+        teacher: model or run to learn from, with the same architecture; the new run keeps a copy of it.
+        steps: number of steps of the teacher, K.
+        step_size: step size of the teacher's descent, as in DCSSDAE.decode; null is the default of decoding.
+        cache_steps: repeat the crops and noise of this many first steps, and keep the teacher's results for them
+            on disk; null draws new ones at every step and keeps nothing.
     """
 
     teacher: str
@@ -280,8 +273,8 @@ class RunConfig:
         model: which autoencoder.
         data: which images.
         training: the loop.
-        losses: terms of the objective by name, each with weight and, where it takes any, class_path and init_args.
-        distillation: whom to learn from; None learns from the images.
+        losses: loss terms by name, each a weight, or a mapping with weight, class_path and init_args.
+        distillation: teacher to learn from; None learns from the images.
     """
 
     model: ModelConfig
@@ -304,8 +297,7 @@ class RunConfig:
                 "data.image_size",
             )
         if size % factor:
-            wanted = f"a multiple of model.downsample_factor, {factor}"
-            raise InputError(f"data.image_size is {size}; it must be {wanted}", "data.image_size")
+            raise wrong_value("data.image_size", size, f"a multiple of model.downsample_factor, {factor}")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "RunConfig":
@@ -317,18 +309,14 @@ class RunConfig:
         Raises:
             InputError: a section or setting is unknown, of the wrong type or out of range; one line that names it.
         """
-        for name, section in settings.items():
-            if name not in (*SECTIONS, "losses", "description"):
-                raise unknown_name("section of the configuration", name, (*SECTIONS, "losses", "description"), name)
-            if not isinstance(section, Mapping | None) and name != "description":
-                raise InputError(f"section {name} is {shown(section)}; it must be a mapping of settings", name)
+        check_names("section of the configuration", settings, (*SECTIONS, "losses", "description"), "")
+        for name in (*SECTIONS, "losses"):
+            if not isinstance(settings.get(name), Mapping | None):
+                raise InputError(f"section {name} is {shown(settings[name])}; it must be a mapping of settings", name)
         if settings.get("model") is None:
             raise InputError("the configuration has no section model; start from a preset: --config PRESET", "model")
-        built: dict[str, Any] = {
-            name: _build(name, section, settings[name])
-            for name, section in SECTIONS.items()
-            if settings.get(name) is not None
-        }
+        given = {name: section for name, section in settings.items() if section is not None and name in SECTIONS}
+        built = {name: _build(name, SECTIONS[name], section) for name, section in given.items()}
         return cls(**built, losses=settings.get("losses") or {})
 
     def to_mapping(self) -> dict[str, Any]:
@@ -433,14 +421,10 @@ def spell_weights(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(section: str, kind: type, settings: Mapping[str, Any]) -> Any:
-    names = [entry.name for entry in fields(kind)]
-    for name in settings:
-        if name not in names:
-            raise unknown_name(f"setting of {section}", name, names, f"{section}.{name}")
+    check_names(f"setting of {section}", settings, [entry.name for entry in fields(kind)], f"{section}.")
     for entry in fields(kind):
         if is_required(entry) and settings.get(entry.name) is None:
-            hint = "; start from a preset, or set it" if section == "model" else ""
-            raise InputError(f"{section}.{entry.name} is not given{hint}", f"{section}.{entry.name}")
+            raise InputError(f"{section}.{entry.name} is not given", f"{section}.{entry.name}")
     return kind(**settings)
 
 
@@ -453,8 +437,7 @@ def _loss(name: Any, given: Any) -> LossConfig:
     if isinstance(given, int | float) and not isinstance(given, bool):
         settings = {"weight": given}
     if not isinstance(settings, Mapping):
-        wanted = "a weight, or a mapping with weight, class_path and init_args"
-        raise InputError(f"{path} is {shown(given)}; it must be {wanted}", path)
+        raise wrong_value(path, given, "a weight, or a mapping with weight, class_path and init_args")
     component = check_component(path, settings, others=("weight",)) or {}
     if "class_path" not in component and name not in BUILT_IN_LOSSES:
         error = unknown_name("loss term", name, BUILT_IN_LOSSES)
@@ -482,19 +465,12 @@ def check_component(
         InputError: it has another form.
     """
     component = {key: value for key, value in (given or {}).items() if value is not None}
-    for key in component:
-        if key not in ("class_path", "init_args", *others):
-            raise unknown_name(f"key of {path}", key, ("class_path", "init_args", *others), f"{path}.{key}")
+    check_names(f"key of {path}", component, ("class_path", "init_args", *others), f"{path}.")
     name, settings = component.get("class_path"), component.get("init_args", {})
     if name is None and needs_class:
         raise InputError(f"{path} has no class_path; name the class as module.Class", path)
     if name is not None and not (isinstance(name, str) and all(part.isidentifier() for part in name.split("."))):
-        raise InputError(
-            f"{path}.class_path is {shown(name)}; it must be a class name, your own as module.Class",
-            f"{path}.class_path",
-        )
+        raise wrong_value(f"{path}.class_path", name, "a class name, your own as module.Class")
     if not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
-        raise InputError(
-            f"{path}.init_args is {shown(settings)}; it must be a mapping from the settings' names", f"{path}.init_args"
-        )
+        raise wrong_value(f"{path}.init_args", settings, "a mapping from the settings' names")
     return component or None
