@@ -13,7 +13,7 @@ from dc_ssdae.cli.parser import CommandParser, Options
 from dc_ssdae.errors import InputError, did_you_mean, shown, unknown_name
 from dc_ssdae.presets import dump_yaml, list_presets, load_preset, parse_yaml, read_yaml
 from dc_ssdae.settings import alternatives, documentation, is_required, metavar, setting
-from dc_ssdae.training.config import BUILT_IN_LOSSES, SECTIONS, RunConfig, lay_over, spell_weights
+from dc_ssdae.training.config import BUILT_IN_LOSSES, SECTIONS, RunConfig, lay_over
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,7 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
         InputError: a file or a setting is wrong; one line that names it.
         SystemExit: after --print_config, with 0.
     """
-    name, settings = "", spell_weights(base or {})
+    name, settings = "", dict(base or {})
     for word in options.config:
         name, layer = read_layer(word)
         settings = lay_over(settings, layer)
@@ -124,14 +124,14 @@ def read_layer(word: str) -> tuple[str, dict[str, Any]]:
     presets = list_presets()
     if word in presets:
         layer = load_preset(word)
-        return word, spell_weights({**layer, "training": {**layer.get("training", {}), "preset": word}})
+        return word, {**layer, "training": {**layer.get("training", {}), "preset": word}}
     path = Path(os.path.expanduser(word))  # Path.expanduser raises where there is no such user
     if not path.exists():
         if os.sep not in word and path.suffix not in (".yaml", ".yml"):
             raise InputError(f"--config: {unknown_name('preset', word, presets)}, or a YAML file")
         raise InputError(f"--config: no such file {shown(word)}{did_you_mean(path.stem, presets)}")
     # A section without a value is one whose lines are all comments.
-    return path.stem, spell_weights({name: value for name, value in read_yaml(path).items() if value is not None})
+    return path.stem, {name: value for name, value in read_yaml(path).items() if value is not None}
 
 
 def read_settings(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def read_settings(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         for part in reversed(key.split(".")):
             value = {part: value}
         # Here a class_path drops nothing: its init_args may stand before it on the line.
-        nested = lay_over(nested, spell_weights(value), drops=False)
+        nested = lay_over(nested, value, drops=False)
     return nested
 
 

@@ -14,7 +14,7 @@ from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_layer, read_ru
 from dc_ssdae.errors import InputError, check_names, unknown_name
 from dc_ssdae.presets import list_recipes, load_recipe, read_yaml
 from dc_ssdae.settings import setting
-from dc_ssdae.training.config import RunConfig, check_changes, lay_over, spell_weights
+from dc_ssdae.training.config import RunConfig, check_changes, lay_over
 from dc_ssdae.training.recipe import (
     RECIPE_FILE,
     Recipe,
@@ -148,7 +148,7 @@ def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
         raise InputError(f"--recipe: {unknown_name('recipe', word, list_recipes())}, or a YAML file")
     name, content = (word, load_recipe(word)) if word in list_recipes() else (file.stem, read_yaml(file))
     check_names(f"section of recipe {name}", content, ("description", "phases"))
-    phases = check_phases(spell_weights(content).get("phases"), f"recipe {name}")
+    phases = check_phases(content.get("phases"), f"recipe {name}")
     settings, folder = _take_model(phases), name
     if settings and options.config:
         raise InputError(f"recipe {name} has the phases' section model: leave --config out, or take that section out")

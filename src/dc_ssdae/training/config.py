@@ -394,7 +394,10 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Pat
 
 
 def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = True, path: str = "") -> dict[str, Any]:
-    """Merge two mappings, the one above winning; where `drops`, another class_path drops the init_args below it."""
+    """Merge two mappings, the one above winning; where `drops`, another class_path drops the init_args below it.
+
+    A number among the losses is the weight of a term, whose other settings stay as they are below.
+    """
     merged = dict(below)
     if drops and "class_path" in above:
         default = DEFAULT_CLASSES.get(path.rpartition(".")[2])
@@ -402,22 +405,12 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = T
             merged.pop("init_args", None)
     for key, value in above.items():
         under = merged.get(key)
+        if path.endswith(".losses") and "init_args" not in path:
+            under, value = ({"weight": term} if type(term) in (int, float) else term for term in (under, value))
         if isinstance(value, Mapping) and isinstance(under, Mapping):
             value = lay_over(under, value, drops, f"{path}.{key}")
         merged[key] = value
     return merged
-
-
-def spell_weights(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell `losses: {kl: 1e-6}` as `losses: {kl: {weight: 1e-6}}`, so that it leaves the term's class as it was."""
-    spelt = dict(layer)
-    if isinstance(losses := layer.get("losses"), Mapping):
-        numbers = {name: {"weight": term} for name, term in losses.items() if type(term) in (int, float)}
-        spelt["losses"] = {**losses, **numbers}
-    if isinstance(phases := layer.get("phases"), Mapping):
-        mappings = {name: spell_weights(phase) for name, phase in phases.items() if isinstance(phase, Mapping)}
-        spelt["phases"] = {**phases, **mappings}
-    return spelt
 
 
 def _build(section: str, kind: type, settings: Mapping[str, Any]) -> Any:
