@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict, register_to_config
@@ -62,10 +62,7 @@ class EncoderOutput(BaseOutput):
         """The mode of the Gaussian, as autoencoders without one call their latents."""
         return self.latent_dist.mode()
 
-    @property
-    def latent(self) -> Tensor:
-        """The same under the name that `AutoencoderDC` gives it."""
-        return self.latent_dist.mode()
+    latent = latents  # as `AutoencoderDC` calls them
 
 
 class DCSSDAE(PretrainedModel):
@@ -105,8 +102,6 @@ class DCSSDAE(PretrainedModel):
         InputError: a class or setting is unknown or does not fit the others; names it and what would be right.
     """
 
-    _internal_dict: FrozenDict
-    encoder: nn.Module
     decoder: UViTDecoder
     _supports_gradient_checkpointing = True
     _range_checked = False
@@ -121,7 +116,6 @@ class DCSSDAE(PretrainedModel):
         "UpLevel",
         "TransformerBlock",
     )
-    ignore_for_config: ClassVar[list[str]] = ["classes"]
 
     @register_to_config
     def __init__(

@@ -164,13 +164,12 @@ def render_model_card(
     """
     provenance = Provenance.from_mapping(config.get("provenance") or {})
     classes = {part: config[part]["class_path"] for part in ("encoder", "decoder", "dynamics")}
-    latent = {name: config.get(name, unknown) for name, unknown in NOT_MEASURED.items()}
+    config = {**NOT_MEASURED, **config}
     card = ModelCard.from_template(
         _metadata(config, provenance),
         template_path=str(TEMPLATE),
         marker=MARKER,
-        factor=config["downsample_factor"],
-        channels=config["latent_channels"],
+        config=config,
         size=max(256, config["downsample_factor"]),
         classes=classes,
         own_classes=[as_code(name) for name in classes.values() if "." in name],
@@ -180,8 +179,7 @@ def render_model_card(
         titles=TITLES,
         source=repo_id or PLACEHOLDER,
         variant=variant,
-        latent=latent,
-        is_measured=latent != NOT_MEASURED,
+        is_measured=any(config[name] != unknown for name, unknown in NOT_MEASURED.items()),
         as_code=as_code,
         as_json=json.dumps,
     )

@@ -103,15 +103,13 @@ class PretrainedModel(ModelMixin, ConfigMixin):
     @property
     def config(self) -> FrozenDict:
         """The settings, and what diffusers' pipelines look for besides, which follows from them and is not saved."""
-        return FrozenDict({**self._internal_dict, **self._following_settings()})
-
-    def _following_settings(self) -> dict[str, Any]:
         channels, factor = self._internal_dict["latent_channels"], self._internal_dict["downsample_factor"]
         stages = factor.bit_length()  # pipelines take 2^(stages - 1) for f
         widths = getattr(self.encoder, "widths", None)
         if not (isinstance(widths, list | tuple) and len(widths) == stages):
             widths = [channels] * stages
-        return dict(zip(FOLLOWING_SETTINGS, (list(widths), list(widths), factor, 3, 3, False), strict=True))
+        following = zip(FOLLOWING_SETTINGS, (list(widths), list(widths), factor, 3, 3, False), strict=True)
+        return FrozenDict({**self._internal_dict, **dict(following)})
 
     @property
     def spatial_compression_ratio(self) -> int:

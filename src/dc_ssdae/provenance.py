@@ -4,13 +4,13 @@ It may come from a stranger's config.json and goes into model cards and terminal
 """
 
 import os
-import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
+from urllib.parse import urlsplit
 
 from dc_ssdae.errors import InputError, as_json, check_names, check_type, counted
 from dc_ssdae.settings import check_value, is_required, setting
@@ -256,11 +256,8 @@ def name_of_path(path: str | Path) -> str | None:
         path: of any kind; of a folder that is called like anybody's train/ or model/, the part above tells more.
     """
     text = str(path)
-    if "://" in text:
-        text = re.split(r"[?#]", text.partition("://")[2])[0].partition("/")[2]
-        parts = [part for part in text.split("/") if part]
-    else:
-        parts = [part for part in Path(os.path.abspath(os.path.expanduser(text))).parts if part != os.sep]
+    text = urlsplit(text).path if "://" in text else os.path.abspath(os.path.expanduser(text))
+    parts = [part for part in text.split("/") if part]
     if len(parts) > 1 and parts[-1] == "model":
         parts.pop()
     return short_name("/".join(parts[-2:] if parts[-1:] and parts[-1] in SPLITS else parts[-1:]))
