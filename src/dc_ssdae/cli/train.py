@@ -29,9 +29,8 @@ from dc_ssdae.training.recipe import (
     read_recipe,
     recipe_yaml,
     resolved_recipe,
-    resume_recipe,
     settled_phases,
-    start_recipe,
+    train_recipe,
 )
 from dc_ssdae.training.stopping import StopRequest
 
@@ -120,9 +119,7 @@ def run_recipe(options: Options) -> int:
     if options.resume is None:
         path = new_run_folder(output, name)
         recipe = resolved_recipe(recipe)
-        outcome: Outcome | None = start_recipe(recipe, path, config_yaml, say)
-    else:
-        outcome = resume_recipe(recipe, path, config_yaml, say)
+    outcome = train_recipe(recipe, path, config_yaml, say, resumes=options.resume is not None)
     last = recipe.phases[-1].name
     spent = f"{counted(len(recipe.phases), 'phase')}, all budgets spent (--phases.{last}.training.steps N goes on to N)"
     tell_end(Options.program, outcome, path, spent)
