@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from killed import EVENTS, KILLED
-from terms import Hooked
+from terms import HOOKED, Hooked, send
 from tiny import last, run_config
 from torch import Tensor, nn
 
@@ -287,7 +287,6 @@ class Still(nn.Module):
 # --- stopping and going on ---
 
 
-HOOKED = {"hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
 STOPPED = {
     "one": {},
     "two": {"train": ["decoder", "losses.hooked"]},
@@ -321,8 +320,7 @@ def at_call(number: int, work: Callable[[], object]) -> Callable[[int, Tensor], 
     return hook
 
 
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+interrupt = send(signal.SIGTERM)
 
 
 def test_a_finished_recipe_is_left_as_it_is(photos: Path, whole: Path) -> None:
