@@ -12,10 +12,9 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import assert_same_runs, environment, make_images, metrics, start, train, write_config
+from training_runs import environment, make_images, metrics, start, train, write_config
 
 from dc_ssdae import DCSSDAE, InputError
-from dc_ssdae.cli.main import main
 
 OWN_CLASSES = '''
 import torch
@@ -79,15 +78,8 @@ def finished(tmp_path_factory, data) -> Path:
 
 
 def test_a_runs_folder_holds_what_a_lab_needs(finished, data):
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    keys = ["step", "loss/total", "loss/dynamics", "loss/kl", "gradient_norm", "lr"]
-    assert all(list(line) == [*keys, "images_per_second", "seconds", "memory_gib"] for line in lines)
-    assert [line["step"] for line in lines] == list(range(1, 7))
-    assert all(line["images_per_second"] > 0 and line["memory_gib"] > 0.01 for line in lines)
-
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["data"]["root"] == str(data)
-    assert config["training"]["batch_size"] == 4
     assert config["training"]["optimizer"] == "schedule_free_radam"
 
     (start_line,) = [json.loads(line) for line in (finished / "environment.jsonl").read_text().splitlines()]
@@ -96,27 +88,15 @@ def test_a_runs_folder_holds_what_a_lab_needs(finished, data):
     assert "git" in start_line
 
     evaluations = [json.loads(line) for line in (finished / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in evaluations] == [4, 6]
-    assert all(line["images"] == 3 for line in evaluations)
-
     checkpoints = finished / "checkpoints"
     assert (checkpoints / "last").resolve().name == "step-00000006"
     best = max(evaluations, key=lambda line: line["psnr"])
     assert (checkpoints / "best").resolve().name == f"step-{best['step']:08d}"
     kept = {"step-00000003", "step-00000006", f"step-{best['step']:08d}"}
     assert {entry.name for entry in checkpoints.iterdir()} == {"last", "best", *kept}
-    files = {path.suffix for path in checkpoints.rglob("*") if path.is_file()}
-    assert files == {".safetensors", ".json"}
     with Image.open(finished / "samples" / "step-00000006.png") as picture:
         assert picture.size == (2 * 32, 2 * 32)
     assert list((finished / "tensorboard").glob("events*"))
-
-
-def test_a_run_serves_as_a_model(finished, tmp_path, capsys):
-    photo = tmp_path / "photo.png"
-    Image.new("RGB", (20, 30), "teal").save(photo)
-    assert main(["reconstruct", str(photo), "--model", str(finished), "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "photo.png").is_file()
 
 
 def test_resuming_a_finished_run_says_so(finished, tmp_path):
@@ -129,17 +109,6 @@ def test_resuming_a_finished_run_says_so(finished, tmp_path):
     assert train(["--resume", str(finished)], log) == 0
     assert "is finished" in log.read_text()
     assert times() == before
-
-
-def test_a_run_without_a_checkpoint_resumes_at_step_0(tmp_path, data):
-    config = write_config(tmp_path / "c.yaml", data, steps=4, checkpoint_every=4, evaluate_every=4)
-    log = tmp_path / "log"
-    for name in ("whole", "begun"):
-        assert train(["--config", str(config), "--training.output", str(tmp_path / name)], log) == 0, log.read_text()
-    for entry in (tmp_path / "begun" / "checkpoints").iterdir():
-        entry.unlink() if entry.is_symlink() else [file.unlink() for file in entry.iterdir()] and entry.rmdir()
-    assert train(["--resume", str(tmp_path / "begun")], log) == 0, log.read_text()
-    assert_same_runs(tmp_path / "whole", tmp_path / "begun")
 
 
 def test_a_signal_saves_and_ends_with_0(tmp_path, data):
@@ -203,21 +172,3 @@ def test_an_own_encoder_loss_and_data_set_train_from_a_yaml(tmp_path):
     script = "import mine, sys; from dc_ssdae import DCSSDAE; print(DCSSDAE.from_pretrained('run/model').encoder)"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True)
     assert b"Patches" in loaded.stdout, loaded.stderr
-
-
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys):
-    config = write_config(tmp_path / "c.yaml", data)
-    run = tmp_path / "run"
-    for words, expected in (
-        (["--training.lrr", "1"], "lr"),
-        (["--data.root", str(tmp_path / "nowhere")], "nowhere"),
-        (["--model.encoder.class_path", "nowhere.Encoder"], "nowhere"),
-        (["--training.processes", "2"], "training.processes"),
-        (["--training.accumulation_steps", "3"], "training.batch_size"),
-    ):
-        assert main(["train", "--config", str(config), "--training.output", str(run), *words]) == 2, words
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1, message
-        assert expected in message
-        assert not run.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]

@@ -2,7 +2,9 @@
 into, one that reads the decoder's features.
 """
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +65,27 @@ class Hooked(nn.Module):
             value = hook(self.calls, value)
         self.calls += 1
         return value
+
+
+HOOKED = {"hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
+
+
+def at(calls: Mapping[int, Callable[[], object]]) -> Callable[[int, Tensor], Tensor]:
+    """A hook that does something at some calls."""
+
+    def hook(call: int, value: Tensor) -> Tensor:
+        if call in calls:
+            calls[call]()
+        return value
+
+    return hook
+
+
+def send(number: signal.Signals, count: int = 1) -> Callable[[], None]:
+    """Send this process a signal."""
+
+    def work() -> None:
+        for _ in range(count):
+            os.kill(os.getpid(), number)
+
+    return work

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_images, run_config, yaml_of
+from tiny import last, resume, run_config, start
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.errors import InputError
@@ -16,7 +16,6 @@ from dc_ssdae.model_folder import write_latent_statistics
 from dc_ssdae.training.build import build_step
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.logging import read_lines
-from dc_ssdae.training.start import resume_run, start_run
 
 LOSSES: dict[str, Any] = {
     "lpips": {"weight": 0.5, "init_args": {"net": "squeeze", "weights": "random"}},
@@ -25,38 +24,21 @@ LOSSES: dict[str, Any] = {
 """Small networks in the places of VGG-16 and DINOv2."""
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    make_images(root / "train", 6)
-    make_images(root / "validation", 2, seed=1)
-    return root
-
-
 def train(config: RunConfig, path: Path) -> Path:
-    start_run(config, yaml_of(config), path, cpu=True)
+    start(config, path)
     return path
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    last = path / "checkpoints" / "last"
-    return {
-        f"{file}/{name}": tensor
-        for file in ("model", "ema", "optimizer")
-        for name, tensor in load_file(last / f"{file}.safetensors").items()
-    }
 
 
 def test_the_head_is_saved_backbones_are_not_and_random_weights_are_said(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = train(run_config(images, losses=LOSSES, steps=2, evaluate_every=1), tmp_path / "run")
-    saved = tensors(path)
-    assert {name for name in saved if name.startswith("model/objective.")} == {
-        f"model/objective.terms.repa.head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    saved = last(path).tensors["model"]
+    assert {name for name in saved if name.startswith("objective.")} == {
+        f"objective.terms.repa.head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
     }
     # Backbones included it would be millions of values.
-    assert sum(tensor.numel() for name, tensor in saved.items() if name.startswith("model/")) < 100_000
+    assert sum(tensor.numel() for tensor in saved.values()) < 100_000
     published = load_file(path / "model" / "diffusion_pytorch_model.safetensors")
     assert published.keys() == DCSSDAE.from_pretrained(path / "model").state_dict().keys()
     assert "losses.lpips, losses.repa: random weights in the backbone" in capsys.readouterr().err
@@ -98,11 +80,8 @@ def test_missing_weights_end_it_before_anything_is_written(
     ("term", "settings"),
     [
         ("lpips", {"weight": "random"}),
-        ("lpips", {"net": ["vgg"]}),
         ("repa", {"backbone": 5}),
-        ("repa", {"layer": "abc"}),
         ("repa", {"layer": 99}),
-        ("lpips", {"precision": "bf16"}),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -148,10 +127,10 @@ def test_the_latents_statistics_are_in_the_models_config_at_the_end(images: Path
     }
     # What the command has measured since stays, when the finished run is looked at again.
     write_latent_statistics(path / "model", LatentStatistics([1.0] * 4, [2.0] * 4, 9))
-    assert resume_run(config, None, path, cpu=True) is None
+    assert resume(config, path) is None
     assert json.loads((path / "model" / "config.json").read_text())["latents_mean"] == [1.0] * 4
     # A longer budget changes the weights: what was measured goes, and comes back at the new end.
-    resume_run(config.with_training(steps=8, checkpoint_every=2), None, path, cpu=True)
+    resume(config.with_training(steps=8, checkpoint_every=2), path)
     again = json.loads((path / "model" / "config.json").read_text())
     assert again["latents_mean"] != settings["latents_mean"]
     none = train(run_config(images, steps=2, latent_statistics=0), tmp_path / "none")

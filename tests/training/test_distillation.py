@@ -1,9 +1,8 @@
 """Distillation: the target by hand, what stays as it was, the cache on disk, stopping and going on, what is refused."""
 
-import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import batch, make_images, run_config, yaml_of
+from terms import HOOKED, Hooked, at, send
+from tiny import VARIABLE, batch, metrics, resume, run_config, start, trainer_of
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import sha256
 from dc_ssdae.latent import LatentStatistics
@@ -28,15 +27,11 @@ from dc_ssdae.training.checkpoint import read_checkpoint
 from dc_ssdae.training.config import DistillationConfig, RunConfig
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.logging import read_lines
-from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, create_run
-from dc_ssdae.training.start import resume_run, start_processes, start_run
-from dc_ssdae.training.stopping import StopRequest
+from dc_ssdae.training.run import WEIGHTS_FILE
 from dc_ssdae.training.trainer import Outcome, Trainer
 
 DISK_KIB = 256
 """Of the file system that `small_disk` gives."""
-
-VARIABLE = {"images_per_second", "seconds", "memory_gib"}
 
 DYNAMICS: dict[str, dict[str, Any]] = {
     "linear": {"class_path": "EquilibriumMatching"},
@@ -60,20 +55,6 @@ class LooksAtTheImage(nn.Module):
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         return outputs.record.x.flatten(1).mean(dim=1) + 0.0 * outputs.prediction.mean()
-
-
-class EndsTheRun(nn.Module):
-    """A user's term that changes nothing, and sends a signal when it has counted down."""
-
-    countdown: int | None = None
-    """Of all objects of the class, because the loop builds them."""
-
-    def forward(self, outputs: StepOutputs) -> Tensor:
-        if EndsTheRun.countdown is not None:
-            EndsTheRun.countdown -= 1
-            if EndsTheRun.countdown == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return 0.0 * outputs.prediction.mean()
 
 
 def random_model(dynamics: str = "linear", seed: int = 1) -> DCSSDAE:
@@ -138,12 +119,6 @@ def distillation_step(teacher: Path, perturbed: bool = True, **settings: Any) ->
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine training images; nothing is evaluated."""
-    return make_images(tmp_path_factory.mktemp("images") / "train", 9)
-
-
-@pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("models") / "teacher")
 
@@ -153,26 +128,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A teacher of each dynamics."""
     folder = tmp_path_factory.mktemp("teachers")
     return {name: save_teacher(folder / name, name) for name in DYNAMICS}
-
-
-def start(config: RunConfig, path: Path) -> Outcome:
-    return start_run(config, yaml_of(config), path, cpu=True)
-
-
-def resume(config: RunConfig, path: Path) -> Outcome | None:
-    return resume_run(config, None, path, cpu=True)
-
-
-def trainer_of(config: RunConfig, path: Path) -> Trainer:
-    """A trainer before its first step, in a new run's folder or in one that is there."""
-    assert config.distillation is not None
-    if not path.exists():
-        model = build_model(config.model).to_json_string()
-        create_run(path, yaml_of(config), model, teacher=Path(config.distillation.teacher))
-    data = config.data
-    sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    accelerator, processes = start_processes(None, cpu=True)
-    return Trainer(config, RunFolder(path), accelerator, processes, sources, StopRequest())
 
 
 def evaluations(trainer: Trainer) -> list[int]:
@@ -185,11 +140,7 @@ def evaluations(trainer: Trainer) -> list[int]:
 
 def outcome(path: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """What equal runs have in common: the losses of each step; weights, average and optimiser state to the bit."""
-    lines = [
-        {key: value for key, value in line.items() if key not in VARIABLE}
-        for line in read_lines(path / "metrics.jsonl")
-    ]
-    return lines, {file.name: sha256(file) for file in (path / "checkpoints" / "last").glob("*.safetensors")}
+    return metrics(path), {file.name: sha256(file) for file in (path / "checkpoints" / "last").glob("*.safetensors")}
 
 
 # --- the target ---
@@ -318,10 +269,10 @@ def test_the_teacher_is_no_part_of_the_module_but_moves_along(teacher: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def whole_run(images: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(photos: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps that nothing disturbed."""
     path = tmp_path_factory.mktemp("runs") / "whole"
-    start(distillation(teacher, images), path)
+    start(distillation(teacher, photos), path)
     return path
 
 
@@ -353,17 +304,17 @@ def test_what_a_run_leaves_behind(whole_run: Path, teacher: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cached_run(images: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cached_run(photos: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps over a cache of three, which nothing disturbed."""
     path = tmp_path_factory.mktemp("runs") / "cached"
-    start(distillation(teacher, images, cache_steps=3), path)
+    start(distillation(teacher, photos, cache_steps=3), path)
     return path
 
 
 def test_the_cache_spares_the_teacher_and_changes_nothing(
-    images: Path, teacher: Path, tmp_path: Path, cached_run: Path
+    photos: Path, teacher: Path, tmp_path: Path, cached_run: Path
 ) -> None:
-    config = distillation(teacher, images, cache_steps=3)
+    config = distillation(teacher, photos, cache_steps=3)
     with_cache = trainer_of(config, tmp_path / "with")
     spared = evaluations(with_cache)
     with_cache.run()
@@ -381,42 +332,16 @@ def test_the_cache_spares_the_teacher_and_changes_nothing(
     assert outcome(tmp_path / "with") == outcome(cached_run)
 
 
-def test_a_missing_file_is_made_again(images: Path, teacher: Path, tmp_path: Path, cached_run: Path) -> None:
-    path = tmp_path / "run"
-    trainer = trainer_of(distillation(teacher, images, cache_steps=3), path)
-    shutil.copytree(cached_run / "teacher_cache", path / "teacher_cache")
-    file = path / "teacher_cache" / "00000006.safetensors"
-    expected = file.read_bytes()
-    file.unlink()
-    made = evaluations(trainer)
-    trainer.run()
-    assert made == [4] * 3, "the batch of the missing file, once"
-    assert file.read_bytes() == expected
-    assert outcome(path) == outcome(cached_run)
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
-
-
-def exchange(change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    return lambda file: save_file({**(entry := load_file(file)), "image": change(entry["image"])}, file)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
         Path.unlink,
-        flip_bit,
+        lambda file: file.write_bytes(
+            (content := file.read_bytes())[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+        ),
         lambda file: file.write_bytes(file.read_bytes()[:200]),
-        lambda file: file.write_bytes(bytes(file.stat().st_size)),
-        lambda file: save_file({"picture": load_file(file)["image"]}, file),
         lambda file: shutil.copy(file.with_name("00000001.safetensors"), file),  # the result of another draw
-        exchange(lambda image: image.half()),
-        exchange(lambda image: image.view(torch.int32)),
-        exchange(lambda image: image.flatten()),
+        lambda file: save_file({**load_file(file), "image": load_file(file)["image"].half()}, file),
     ],
 )
 def test_a_result_that_is_not_what_was_written_is_not_read(tmp_path: Path, damage: Callable[[Path], None]) -> None:
@@ -456,43 +381,31 @@ def test_draws_count_modulo(tmp_path: Path) -> None:
 # --- stopping and going on ---
 
 
-@pytest.fixture
-def stop_after() -> Iterator[Callable[[int | None], None]]:
-    """Says after how many more steps the runs of a test get a signal."""
-
-    def count(steps: int | None) -> None:
-        EndsTheRun.countdown = steps
-
-    yield count
-    EndsTheRun.countdown = None
-
-
-ENDS = {"ends": {"weight": 1.0, "class_path": f"{__name__}.EndsTheRun"}}
-
-
 @pytest.mark.parametrize(("cache_steps", "optimizer"), [(None, "schedule_free_radam"), (3, "adamw")])
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
-    images: Path,
+    photos: Path,
     teacher: Path,
     tmp_path: Path,
-    stop_after: Callable[[int | None], None],
     cache_steps: int | None,
     optimizer: str,
 ) -> None:
     """Whatever becomes of the teacher's own folder: the run has a copy."""
     own = tmp_path / "original"
     shutil.copytree(teacher, own)
-    config = distillation(own, images, cache_steps=cache_steps, optimizer=optimizer, checkpoint_every=100, losses=ENDS)
+    config = distillation(
+        own, photos, cache_steps=cache_steps, optimizer=optimizer, checkpoint_every=100, losses=HOOKED
+    )
+    config = config.with_training(train=[*student_groups(config), "losses.hooked"])
     start(config, tmp_path / "whole")
     path = tmp_path / "stopped"
-    stop_after(4)
+    Hooked.hook = at({3: send(signal.SIGTERM)})
     assert start(config, path) == Outcome(4, "SIGTERM")
     save_teacher(own, seed=9)  # in its place
-    stop_after(3)
+    Hooked.hook = at({2: send(signal.SIGTERM)})
     assert resume(config, path) == Outcome(7, "SIGTERM")
     shutil.rmtree(own)
     shutil.rmtree(path / "teacher_cache", ignore_errors=True)
-    stop_after(None)
+    Hooked.hook = None
     assert resume(config, path) == Outcome(8, None)
     assert outcome(path) == outcome(tmp_path / "whole")
 
@@ -508,50 +421,50 @@ def refused(config: RunConfig, path: Path, match: str) -> None:
     assert not list(path.parent.glob(".*partial"))
 
 
-def test_mistakes_leave_no_run(teachers: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_mistakes_leave_no_run(teachers: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     teacher, run = teachers["linear"], tmp_path / "run"
     damaged = tmp_path / "damaged"
     shutil.copytree(teacher, damaged)
     (damaged / WEIGHTS_FILE).write_bytes((damaged / WEIGHTS_FILE).read_bytes()[:1000])
-    refused(distillation(damaged, images), run, r"distillation\.teacher .*damaged")
+    refused(distillation(damaged, photos), run, r"distillation\.teacher .*damaged")
     (damaged / WEIGHTS_FILE).unlink()
-    refused(distillation(damaged, images), run, r"distillation\.teacher .*damaged")
-    refused(distillation(tmp_path / "nowhere", images), run, r"distillation\.teacher .*nowhere")
-    refused(distillation(teacher, images, teacher_steps=1, step_size=0.1), run, r"distillation\.step_size")
-    flow = distillation(teachers["flow"], images, dynamics="flow", step_size=0.1)
+    refused(distillation(damaged, photos), run, r"distillation\.teacher .*damaged")
+    refused(distillation(tmp_path / "nowhere", photos), run, r"distillation\.teacher .*nowhere")
+    refused(distillation(teacher, photos, teacher_steps=1, step_size=0.1), run, r"distillation\.step_size")
+    flow = distillation(teachers["flow"], photos, dynamics="flow", step_size=0.1)
     refused(flow, run, r"distillation\.step_size")
     for train in (None, ["encoder.latent_head", "decoder"]):
-        refused(distillation(teacher, images, train=train), run, r"training\.train is .* the decoder alone")
-    refused(distillation(teacher, images, train=["decoder.haed"]), run, r"training\.train: .*decoder\.head")
-    refused(distillation(teacher, images, init_from=str(teacher)), run, r"training\.init_from")
-    good = distillation(teacher, images)
+        refused(distillation(teacher, photos, train=train), run, r"training\.train is .* the decoder alone")
+    refused(distillation(teacher, photos, train=["decoder.haed"]), run, r"training\.train: .*decoder\.head")
+    refused(distillation(teacher, photos, init_from=str(teacher)), run, r"training\.init_from")
+    good = distillation(teacher, photos)
     refused(replace(good, model=replace(good.model, latent_channels=6)), run, "linear does not fit; .* has shape")
     # The same tensors, and yet another model.
-    refused(distillation(teachers["truncated"], images), run, "has another dynamics than section model")
+    refused(distillation(teachers["truncated"], photos), run, "has another dynamics than section model")
 
 
 def test_before_its_first_checkpoint_a_run_goes_on_without_the_original_teacher(
-    images: Path, teacher: Path, tmp_path: Path, whole_run: Path
+    photos: Path, teacher: Path, tmp_path: Path, whole_run: Path
 ) -> None:
     original = tmp_path / "original"
     shutil.copytree(teacher, original)
-    config = distillation(original, images)
+    config = distillation(original, photos)
     trainer_of(config, tmp_path / "run")  # made and killed before the first step
     shutil.rmtree(original)
     assert resume(config, tmp_path / "run") == Outcome(8, None)
     assert outcome(whole_run) == outcome(tmp_path / "run")
 
 
-def test_the_latent_is_normalised_as_the_teachers(images: Path, tmp_path: Path) -> None:
+def test_the_latent_is_normalised_as_the_teachers(photos: Path, tmp_path: Path) -> None:
     measured = save_teacher(tmp_path / "teacher")
     write_latent_statistics(measured, LatentStatistics([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0], 10))
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     expected = {name: read_config(measured)[name] for name in names}
-    config = distillation(measured, images, latent_statistics=4, steps=1)
+    config = distillation(measured, photos, latent_statistics=4, steps=1)
     start(config, tmp_path / "run")
     resume(config.with_training(steps=2), tmp_path / "run")
     assert {name: read_config(tmp_path / "run" / "model")[name] for name in names} == expected
     # A teacher that knows none leaves them to be measured.
     unknown = save_teacher(tmp_path / "unknown")
-    start(distillation(unknown, images, latent_statistics=4, steps=2), tmp_path / "other")
+    start(distillation(unknown, photos, latent_statistics=4, steps=2), tmp_path / "other")
     assert read_config(tmp_path / "other" / "model")["latents_mean"] is not None

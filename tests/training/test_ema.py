@@ -148,25 +148,12 @@ def test_a_state_put_into_a_fresh_one_goes_on_with_the_same_bits() -> None:
     assert_same_bits(again.state_dict(), average.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop("1.running_var"), "missing: 1.running_var"),
-        (lambda state: state.update({"9.weight": torch.zeros(1)}), "left over: 9.weight"),
-        (
-            lambda state: state.update({"0.bias": torch.zeros(6)}),
-            r"0.bias has shape \(6,\), not \(5,\)",
-        ),
-    ],
-)
-def test_another_models_state_is_refused(change, message) -> None:
+def test_another_models_state_is_refused() -> None:
     average = ExponentialMovingAverage(network(), DECAY)
     before = copy_of(average.state_dict())
-    state = {name: torch.ones_like(tensor) for name, tensor in before.items()}
-    change(state)
-    with pytest.raises(InputError, match=message) as caught:
+    state = {name: torch.ones_like(tensor) for name, tensor in before.items()} | {"0.bias": torch.zeros(6)}
+    with pytest.raises(InputError, match=r"0.bias has shape \(6,\), not \(5,\)"):
         average.load_state_dict(state)
-    assert "\n" not in str(caught.value)
     assert_same_bits(average.state_dict(), before)
 
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SIZE, batch, run_config, yaml_of
+from tiny import SIZE, batch, metrics, run_config, start
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.training.build import build_step, check_components
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.start import start_run
 from dc_ssdae.training.step import TrainingStep
 
 
@@ -60,9 +59,8 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 def test_a_run_learns_evaluates_and_decodes(images: Path, tmp_path: Path) -> None:
     wanted = config("dot", images, steps=40, lr=3e-3, checkpoint_every=40)
-    start_run(wanted, yaml_of(wanted), tmp_path / "run", cpu=True)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = torch.tensor([float(line.split('"loss/dynamics": ')[1].split(",")[0]) for line in lines])
+    start(wanted, tmp_path / "run")
+    losses = torch.tensor([line["loss/dynamics"] for line in metrics(tmp_path / "run")])
     assert losses.isfinite().all()
     assert losses[-10:].mean() < 0.8 * losses[:10].mean()
     assert (tmp_path / "run" / "evaluations.jsonl").exists()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import run_config
+from tiny import resume, run_config, start
 from torch import Tensor, nn
 
 from dc_ssdae import DiagonalGaussian
@@ -16,7 +16,6 @@ from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statis
 from dc_ssdae.training.build import build_model, build_step, check_components
 from dc_ssdae.training.config import RunConfig, keeps_latent
 from dc_ssdae.training.run import RunFolder, recover_run
-from dc_ssdae.training.start import resume_run, start_run
 
 PUBLISHED = {"scaling_factor": 0.41407, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 
@@ -35,11 +34,6 @@ def frozen(images: Path | None, **given: Any) -> RunConfig:
     return run_config(images, losses={"kl": 0.0}, **{"train": ["decoder"], "latent_statistics": 4, **given})
 
 
-def start(config: RunConfig, path: Path) -> dict[str, Any]:
-    start_run(config, "", path, cpu=True)
-    return statistics(path)
-
-
 def statistics(path: Path) -> dict[str, Any]:
     config = read_config(path / "model")
     return {name: config[name] for name in NOT_MEASURED}
@@ -51,9 +45,10 @@ def test_the_published_statistics_stay(images: Path, source: Path, tmp_path: Pat
         write_latent_statistics(source, LatentStatistics([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0], 9))
     expected = {name: read_config(source)[name] for name in NOT_MEASURED}
     config = frozen(images, steps=2, init_from=str(source))
-    assert start(config, tmp_path / "run") == expected
+    start(config, tmp_path / "run")
+    assert statistics(tmp_path / "run") == expected
     longer = frozen(images, steps=4, init_from=str(tmp_path / "taken away"))
-    resume_run(longer, None, tmp_path / "run", cpu=True)
+    resume(longer, tmp_path / "run")
     assert statistics(tmp_path / "run") == expected
     # As after a kill between the checkpoint and the model's publication.
     (tmp_path / "run" / "model" / "diffusion_pytorch_model.safetensors").unlink()
@@ -64,9 +59,10 @@ def test_the_published_statistics_stay(images: Path, source: Path, tmp_path: Pat
 def test_statistics_that_nobody_knew_are_measured_once(images: Path, source: Path, tmp_path: Path) -> None:
     write_latent_statistics(source, None)
     config = frozen(images, steps=2, init_from=str(source))
-    found = start(config, tmp_path / "run")
+    start(config, tmp_path / "run")
+    found = statistics(tmp_path / "run")
     assert found["latents_mean"] is not None
-    resume_run(frozen(images, steps=4), None, tmp_path / "run", cpu=True)
+    resume(frozen(images, steps=4), tmp_path / "run")
     assert statistics(tmp_path / "run") == found
 
 

@@ -142,15 +142,6 @@ def test_the_evaluated_weight_is_that_of_schedulefrees_own_eval_mode(steps: int)
         assert not torch.equal(found["vector"], held["vector"])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_settings_reach_the_optimiser(name: OptimizerName) -> None:
-    optimizer = build_optimizer(Layers(), config(name, betas=(0.7, 0.8)))
-    (group,) = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (0.05, 0.02, (0.7, 0.8))
-    assert len(group["params"]) == 6, "the frozen parameter is left out"
-    assert group.get("train_mode", True)
-
-
 def test_nothing_to_train_is_refused() -> None:
     module = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(InputError, match="no parameter of the model trains"):

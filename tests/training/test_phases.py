@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from killed import EVENTS, KILLED
-from terms import Hooked
+from terms import HOOKED, Hooked, send
 from tiny import last, run_config
 from torch import Tensor, nn
 
@@ -25,18 +25,16 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.training import recipe as recipe_module
 from dc_ssdae.training import start as start_module
-from dc_ssdae.training.build import build_model
+from dc_ssdae.training.build import build_model, build_step
 from dc_ssdae.training.recipe import (
     Phase,
     Recipe,
     finished_phases,
     read_recipe,
     resolved_recipe,
-    resume_recipe,
     settled_phases,
-    start_recipe,
+    train_recipe,
 )
-from dc_ssdae.training.run import run_lock
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
 
@@ -65,12 +63,14 @@ def recipe_of(root: Path, phases: Mapping[str, Mapping[str, Any]] = PHASES, **tr
 
 def start(recipe: Recipe, path: Path, told: list[str] | None = None) -> Outcome:
     tell = [].append if told is None else told.append
-    return start_recipe(recipe, path, config_yaml, tell, cpu=True)
+    outcome = train_recipe(recipe, path, config_yaml, tell, cpu=True)
+    assert outcome is not None
+    return outcome
 
 
 def resume(recipe: Recipe, path: Path, told: list[str] | None = None) -> Outcome | None:
     tell = [].append if told is None else told.append
-    return resume_recipe(recipe, path, config_yaml, tell, cpu=True)
+    return train_recipe(recipe, path, config_yaml, tell, resumes=True, cpu=True)
 
 
 def refusal(recipe: Recipe, path: Path) -> str:
@@ -208,10 +208,7 @@ def test_no_phase_keeps_the_one_before_in_memory(trained: Trained) -> None:
 
 
 class Dropping(nn.Module):
-    """An encoder in two parts, with dropout in each: `mixed` says how often it has had any effect."""
-
-    effects: dict[str, int]
-    """Of all objects of the class, because the loop builds them."""
+    """An encoder in two parts, with dropout in each."""
 
     def __init__(self, latent_channels: int, downsample_factor: int) -> None:
         super().__init__()
@@ -223,29 +220,17 @@ class Dropping(nn.Module):
         return {"body": ["body"], "tail": ["tail"]}
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
-        if torch.is_grad_enabled():  # in a step, not in an evaluation
-            for name in ("body", "tail"):
-                Dropping.effects[name] += getattr(self, name)[1].training
         return DiagonalGaussian.from_moments(self.tail(self.body(x)))
 
 
-def test_a_users_frozen_dropout_is_inactive_and_its_batch_norm_stands_still(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("train", "works"), [(None, (True, True)), (["encoder.tail"], (False, True)), (["decoder"], (False, False))]
+)
+def test_a_users_frozen_dropout_and_batch_norm_stand_still(train: list[str] | None, works: tuple[bool, bool]) -> None:
     model = {"encoder": {"class_path": f"{__name__}.Dropping"}}
-    phases = {
-        "whole": {"steps": 2},
-        "tail": {"steps": 3, "train": ["encoder.tail"]},
-        "decoder": {"steps": 4, "train": ["decoder"], "losses": {"kl": 0.0}},
-    }
-    Dropping.effects = {"body": 0, "tail": 0}
-    path = tmp_path / "run"
-    start(recipe_of(images, phases, model=model, evaluate_every=1), path)
-    assert Dropping.effects == {"body": 2, "tail": 5}
-    whole, tail, decoder = (last(path / name).tensors["model"] for name in ("1-whole", "2-tail", "3-decoder"))
-    average = {f"model.{name}": tensor for name, tensor in last(path / "1-whole").tensors["ema"].items()}
-    assert int(whole["model.encoder.body.2.num_batches_tracked"]) == 2
-    assert different(average, tail) == {f"model.encoder.tail.0.{kind}" for kind in ("weight", "bias")}
-    average = {f"model.{name}": tensor for name, tensor in last(path / "2-tail").tensors["ema"].items()}
-    assert {name.split(".")[1] for name in different(average, decoder)} == {"decoder"}
+    encoder = build_step(run_config(model=model, train=train)).train().model.encoder
+    assert (encoder.body[1].training, encoder.tail[1].training) == works
+    assert encoder.body[2].training == works[0]
 
 
 # --- mistakes, found before the first phase ---
@@ -302,7 +287,6 @@ class Still(nn.Module):
 # --- stopping and going on ---
 
 
-HOOKED = {"hooked": {"weight": 0.1, "class_path": "terms.Hooked"}}
 STOPPED = {
     "one": {},
     "two": {"train": ["decoder", "losses.hooked"]},
@@ -336,8 +320,7 @@ def at_call(number: int, work: Callable[[], object]) -> Callable[[int, Tensor], 
     return hook
 
 
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+interrupt = send(signal.SIGTERM)
 
 
 def test_a_finished_recipe_is_left_as_it_is(photos: Path, whole: Path) -> None:
@@ -421,7 +404,7 @@ def test_a_signal_between_two_phases_ends_it(photos: Path, whole: Path, tmp_path
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(recipe_module, "_link_model", link)
-        outcome = start_recipe(recipe, path, config_yaml, tell, cpu=True)
+        outcome = train_recipe(recipe, path, config_yaml, tell, cpu=True)
     assert outcome == Outcome(3, "SIGTERM")
     assert len(told) == 1
     assert not (path / "2-two").exists()
@@ -536,27 +519,21 @@ def test_what_is_left_is_checked_before_it_goes_on(photos: Path, whole: Path, tm
         assert not (path / "2-two").exists()
 
 
-def test_a_recipe_that_is_being_trained_is_left_alone(photos: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_is_being_trained_is_left_alone(
+    photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run"
     shutil.copytree(whole, path, symlinks=True)
     shutil.rmtree(path / "3-three")
     before = (path / "recipe.yaml").read_bytes()
     recipe = stopped_recipe(photos, steps=5)
-    read_end, write_end = os.pipe()
-    done_read, done_write = os.pipe()
-    child = os.fork()  # this process would get its own lock
-    if child == 0:
-        with run_lock(path):
-            os.write(write_end, b".")
-            os.read(done_read, 1)
-        os._exit(0)
-    os.read(read_end, 1)
-    try:
-        with pytest.raises(InputError, match=f"is being trained by process {child}"):
-            resume(recipe, path)
-    finally:
-        os.write(done_write, b".")
-        os.waitpid(child, 0)
+
+    def lose(folder: Path) -> None:
+        raise InputError(f"{folder} is being trained")
+
+    monkeypatch.setattr(start_module, "run_lock", lose)
+    with pytest.raises(InputError, match=f"{path} is being trained"):
+        resume(recipe, path)
     assert (path / "recipe.yaml").read_bytes() == before
     assert not (path / "3-three").exists()
 

@@ -131,14 +131,11 @@ def test_what_phases_start_from(write: Write) -> None:
     [
         ("--phases.lo.training.steps 5", "did you mean 'low'?"),
         ("--phases.low.training.stpes 5", "did you mean 'steps'?"),
-        ("--phases.low.training.steps no", "phase low: training.steps"),
         ("--phases.low 5", "--phases.low"),
         ("--phases.low.model.latent_channels 8", "--phases.low.model"),
         ("--phases.low.training.output x", "phases.low.training.output"),
         ("--phases.head.training.init_from x", "phases.head has both"),
-        ("--training.lr -1.0", "phase low: training.lr"),
         ("--phases.head.data.image_size 60", "phase head: data.image_size"),
-        ("--phases.latent.losses {dynamics: 0, kl: 0}", "phase latent: losses"),
     ],
 )
 def test_a_mistake_in_a_setting_is_one_line(words: str, told: str, write: Write) -> None:
@@ -148,21 +145,16 @@ def test_a_mistake_in_a_setting_is_one_line(words: str, told: str, write: Write)
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("phases: {}", "section phases"),
         ("phases: [low]", "section phases"),
         ("description: none", "section phases"),
         ("phases: {low: {}}\ntraining: {lr: 1.0}", "'training'"),
         ("phases: {low: }", "phases.low"),
-        ("phases: {low: {losses: 5}}", "section losses is 5"),
         ("phases: {low: {model: {latent_channels: 4}}}", "section model"),
         ("phases: {low: {trainin: {}}}", "did you mean 'training'?"),
         ("phases: {low: {training: {train: decoder}}}", "phase low: training.train"),
         ("phases: {low-res: {}}", "'low-res'"),
-        ("phases: {1: {}}", "a phase is called 1"),
-        ("phases: {low: {}, low: {}}", "duplicate key"),
         ("phases: {low: {starts_from: low}}", "'low'"),
         ("phases: {low: {}, mid: {}, head: {starts_from: mit}}", "did you mean 'mid'?"),
-        ("phases: {low: {}, head: {starts_from: [low]}}", "['low']"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_one_line(text: str, told: str, write: Write) -> None:
@@ -257,23 +249,11 @@ def test_the_configuration_to_go_on_with_is_printed(begun: Path, capsys: pytest.
     assert of(read_recipe(begun), "training.steps") == [30, 20, 1000]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "told"),
-    [
-        ("phases:", "phase:", "section phases"),
-        ("  latent:", "  a b:", "'a b'"),
-        ("lr: 0.001", "lr: -1.0", "phase low: training.lr"),
-        ("    starts_from: low", "    starts_from: head", "'head'"),
-        ("    training:", "    traning:", "did you mean 'training'?"),
-    ],
-)
-def test_a_damaged_recipe_is_refused(old: str, new: str, told: str, begun: Path) -> None:
+def test_a_damaged_recipe_is_refused(begun: Path) -> None:
     file = begun / "recipe.yaml"
-    assert old in file.read_text()
-    file.write_text(file.read_text().replace(old, new, 1))
-    with pytest.raises(InputError) as caught:
+    file.write_text(file.read_text().replace("lr: 0.001", "lr: -1.0", 1))
+    with pytest.raises(InputError, match=r"phase low: training\.lr"):
         read_recipe(begun)
-    assert told in str(caught.value)
 
 
 @st.composite
@@ -358,8 +338,6 @@ def test_three_phase_is_what_it_says() -> None:
         ["encoder.stages.5", "encoder.latent_head", "decoder.latent_inputs"],
         ["decoder.head"],
     ]
-    rates = [phase.config.training.lr for phase in recipe.phases]
-    assert [rate / rates[0] for rate in rates] == pytest.approx([1.0, 1.6 / 6.4, 5.4 / 6.4], rel=0.02)
     # What a loss term has learnt in the first phase is used by the second; nothing changes it there.
     assert low.config.losses["repa"] == latent.config.losses["repa"]
     assert head.config.losses["repa"].weight == head.config.losses["kl"].weight == 0.0

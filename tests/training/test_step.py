@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from terms import Hooked
 from tiny import SIZE, batch, run_config
 from torch import Tensor
 
@@ -67,21 +66,6 @@ def test_the_total_by_hand(dynamics: str) -> None:
     for name, gradient in gradients(step, losses).items():
         assert gradient.isfinite().all(), name
         assert gradient.any(), f"no gradient reaches {name}"
-
-
-def test_nothing_random_is_left_in_it() -> None:
-    step = training_step().eval()
-    torch.manual_seed(1)
-    first = step(*batch(0)).total
-    torch.manual_seed(2)
-    assert torch.equal(first, step(*batch(0)).total)
-
-
-def test_terms_with_parameters_train_with_the_model() -> None:
-    step = training_step(hooked={"weight": 1.0, "class_path": "terms.Hooked"})
-    assert isinstance(step.objective.terms["hooked"], Hooked)
-    assert "objective.terms.hooked.value" in gradients(step, step(*batch(0)))
-    assert not any("hooked" in name for name in step.model.state_dict())
 
 
 def test_half_precision_is_close() -> None:

@@ -10,11 +10,18 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from dc_ssdae.data.sources import open_sources
+from dc_ssdae.training.build import build_model
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.run import RunFolder
+from dc_ssdae.training.logging import read_lines
+from dc_ssdae.training.run import RunFolder, create_run
+from dc_ssdae.training.start import resume_run, start_processes, start_run
+from dc_ssdae.training.stopping import StopRequest
+from dc_ssdae.training.trainer import Outcome, Trainer
 
 SIZE = 32
+VARIABLE = {"images_per_second", "seconds", "memory_gib"}
 
 MODEL: dict[str, Any] = {
     "latent_channels": 4,
@@ -87,8 +94,29 @@ def run_config(
     )
 
 
-def yaml_of(config: RunConfig) -> str:
-    return yaml.safe_dump(config.to_mapping())
+def start(config: RunConfig, path: Path) -> Outcome:
+    return start_run(config, yaml.safe_dump(config.to_mapping()), path, cpu=True)
+
+
+def resume(config: RunConfig, path: Path) -> Outcome | None:
+    return resume_run(config, None, path, cpu=True)
+
+
+def trainer_of(config: RunConfig, path: Path) -> Trainer:
+    """A trainer before its first step, in a new run's folder or in one that is there."""
+    if not path.exists():
+        teacher = None if config.distillation is None else Path(config.distillation.teacher)
+        create_run(path, yaml.safe_dump(config.to_mapping()), build_model(config.model).to_json_string(), teacher)
+    data = config.data
+    sources = open_sources(data.root, data.dataset, data.validation, data.cache)
+    accelerator, processes = start_processes(None, cpu=True)
+    return Trainer(config, RunFolder(path, config.training.keep_every), accelerator, processes, sources, StopRequest())
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's steps, without what differs between equal runs."""
+    entries = read_lines(path / "metrics.jsonl")
+    return [{key: value for key, value in entry.items() if key not in VARIABLE} for entry in entries]
 
 
 def batch(step: int, size: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:

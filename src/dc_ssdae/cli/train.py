@@ -24,9 +24,8 @@ from dc_ssdae.training.recipe import (
     read_recipe,
     recipe_yaml,
     resolved_recipe,
-    resume_recipe,
     settled_phases,
-    start_recipe,
+    train_recipe,
 )
 from dc_ssdae.training.stopping import StopRequest
 
@@ -109,7 +108,7 @@ def start_phases(options: RunOptions, word: str) -> None:
     path = new_run_folder(output, name)
     recipe = resolved_recipe(recipe)
     tell = partial(complain_once, Options.program)
-    tell_end(Options.program, start_recipe(recipe, path, config_yaml, tell), path)
+    tell_end(Options.program, train_recipe(recipe, path, config_yaml, tell), path)
 
 
 def resume_phases(options: RunOptions, path: Path) -> None:
@@ -126,7 +125,8 @@ def resume_phases(options: RunOptions, path: Path) -> None:
     if options.print_config:
         say(recipe_yaml(recipe).rstrip())
         return
-    outcome = resume_recipe(recipe, path, config_yaml, partial(complain_once, Options.program))
+    tell = partial(complain_once, Options.program)
+    outcome = train_recipe(recipe, path, config_yaml, tell, resumes=True)
     tell_end(Options.program, outcome, path, f"phases.{recipe.phases[-1].name}.")
 
 

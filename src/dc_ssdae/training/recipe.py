@@ -232,23 +232,30 @@ def resolved_recipe(recipe: Recipe) -> Recipe:
     return Recipe([phase._replace(config=resolved(phase.config)) for phase in recipe.phases])
 
 
-def start_recipe(recipe: Recipe, path: Path, spell: Spell, tell: Tell, cpu: bool = False) -> "Outcome":
-    """Begin a recipe in a new folder and train its phases.
+def train_recipe(
+    recipe: Recipe, path: Path, spell: Spell, tell: Tell, resumes: bool = False, cpu: bool = False
+) -> "Outcome | None":
+    """Train the phases of a recipe in a new folder, or go on in the phase where that stopped.
 
     Args:
-        recipe: with all settings resolved.
+        recipe: with all settings resolved. Where it goes on, budgets may have changed: the folder keeps this one.
         path: of the folder.
         spell: writes a phase's configuration.
         tell: is told where each phase begins.
+        resumes: whether the folder is there.
         cpu: use no GPU.
 
+    Returns:
+        How it ended; None where all phases were finished already.
+
     Raises:
-        InputError: a phase, the data, the processes or the folder do not fit; all phases are checked before the first.
+        InputError: a phase, the data, the processes or the folder do not fit, or a checkpoint is damaged; all phases
+            are checked before the first.
         TrainingFailed: as `Trainer.run`.
     """
     from dc_ssdae.training.run import check_new, new_folder
 
-    processes = _check(recipe, cpu)
+    processes = _check(recipe, cpu, path if resumes else None)
     first = recipe.folder(path, recipe.phases[0].name)
 
     def create() -> None:
@@ -257,36 +264,15 @@ def start_recipe(recipe: Recipe, path: Path, spell: Spell, tell: Tell, cpu: bool
             (partial / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
             replace_link(partial / "model", Path(first.name, "model"))
 
-    processes.on_main(create)
+    if not resumes:
+        processes.on_main(create)
     try:
-        outcome = _train(recipe, path, spell, tell, processes, cpu)
+        return _train(recipe, path, spell, tell, processes, cpu)
     except Exception:
         # A mistake that only the first step shows has removed the phase: what is mended begins anew, under this name.
-        if processes.is_main and not first.exists():
+        if not resumes and processes.is_main and not first.exists():
             shutil.rmtree(path, ignore_errors=True)
         raise
-    assert outcome is not None
-    return outcome
-
-
-def resume_recipe(recipe: Recipe, path: Path, spell: Spell, tell: Tell, cpu: bool = False) -> "Outcome | None":
-    """Go on with a recipe in the phase where it stopped.
-
-    Args:
-        recipe: perhaps with other budgets; the folder then keeps it in place of its own.
-        path: of the folder.
-        spell: writes a phase's configuration.
-        tell: is told where each phase begins.
-        cpu: use no GPU.
-
-    Returns:
-        How it ended; None where all phases were finished already.
-
-    Raises:
-        InputError: as `start_recipe`; or a checkpoint is damaged.
-        TrainingFailed: as `Trainer.run`.
-    """
-    return _train(recipe, path, spell, tell, _check(recipe, cpu, path), cpu)
 
 
 def finished_phases(recipe: Recipe, path: Path) -> list[str]:
