@@ -174,7 +174,7 @@ class _Stepper:
         }
 
     def _do_step(self) -> Iterator[str]:
-        """Do a step as the trainer does; gives the name of each phase at its end."""
+        """Do a step as the trainer does; yields the name of each phase at its end."""
         training, model = self._config.training, self._module.model
         total = torch.zeros((), device=self._device)
         for pixels in self._parts:
@@ -200,7 +200,7 @@ class _Stepper:
         yield "update"
 
     def _mark(self) -> Any:
-        """A point in the device's time: an event in CUDA's queue, which is read later, or the clock."""
+        """Mark a point in the device's time: by an event in CUDA's queue, which is read later, or by the clock."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
