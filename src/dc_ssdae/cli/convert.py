@@ -135,7 +135,7 @@ def run_diffusers(options: DiffusersOptions) -> None:
     for remark in remarks:
         say(remark)
     if options.decoder is not None:
-        say(f"the decoder comes from {options.decoder}")
+        say(f"the decoder is that of {options.decoder}")
         return
     command = shlex.join(["--config", str(options.out / TRAINING_FILE), "--training.init_from", str(options.out)])
     say(f"the decoder is untrained: train it with dc-ssdae train {command} --data.root PHOTOS")

@@ -74,7 +74,7 @@ def run(options: Options) -> None:
                 raise InputError("--resume continues with the run's own teacher; leave --teacher and --steps out")
             path, before = options.resume, read_run(options.resume)
             if before.distillation is None:
-                raise InputError(f"--resume {path} is not a distillation; continue it with dc-ssdae train")
+                raise InputError(f"--resume {path} is not a distillation; continue it with dc-ssdae train --resume")
             config, outcome = resume(options, before, path)
         if outcome is not None:
             tell_end(Options.program, outcome, path)
