@@ -99,7 +99,7 @@ def test_what_cannot_change_is_one_line(whole, capsys):
     before = (whole / "recipe.yaml").read_bytes()
     for more, expected in (
         (["--phases.low_resolution.training.steps", "50"], "phase low_resolution is finished"),
-        (["--config", "demo"], "--config and --recipe are for a new run"),
+        (["--config", "demo"], "--config is for a new run"),
         (["--phases.low.training.steps", "50"], "unknown phase of the recipe 'low'"),
     ):
         assert main(["train", "--resume", str(whole), *more]) == 2

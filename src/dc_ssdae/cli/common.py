@@ -169,9 +169,7 @@ def plan_outputs(options: "OutputOptions", sources: Sequence[Path], suffix: str,
         for ending in (suffix, *others):
             target = options.out / f"{source.stem}{ending}"
             if target in writers:
-                raise InputError(
-                    f"{writers[target]} and {source} would both be written to {target}; rename one of them"
-                )
+                raise InputError(f"{writers[target]} and {source} would both be written to {target}; rename one")
             if target.resolve() in inputs:
                 raise InputError(f"{target} is one of the inputs and would be overwritten; choose another --out")
             writers[target] = source
