@@ -1,4 +1,4 @@
-"""Typed settings: a dataclass whose fields say what is right and whose docstring says what it means. Needs no torch."""
+"""Typed settings: dataclasses whose fields state their limits and whose docstrings describe them. Needs no torch."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def setting(default: Any = MISSING, **metadata: Any) -> Any:
 
 
 def check_settings(settings: Any, names: Mapping[str, str] | str) -> None:
-    """Check each field of a dataclass against its type and limits; a whole number becomes a float where one is meant.
+    """Check each field of a dataclass against its type and limits; a whole number becomes a float if the type is float.
 
     Args:
         settings: an object of the dataclass, which may be frozen.
@@ -53,7 +53,7 @@ def check_settings(settings: Any, names: Mapping[str, str] | str) -> None:
 
 
 def check_value(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
-    """Check a value against a type hint and limits, and give it as the hint's type where it only resembles that.
+    """Check a value against a type hint and limits; gives it, converted from int to float or list to tuple if need be.
 
     Raises:
         InputError: it does not fit; names it and what would.
@@ -100,7 +100,7 @@ def is_required(entry: Field[Any]) -> bool:
 
 
 def documentation(kind: type) -> tuple[str, dict[str, str]]:
-    """A dataclass's description and its fields', each in one line, from its docstring and its base classes'."""
+    """Read the description of a dataclass and of each field, one line each, from its and its bases' docstrings."""
     described: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         found = docstring_parser.parse(base.__doc__ or "" if base is not object else "")
@@ -110,7 +110,7 @@ def documentation(kind: type) -> tuple[str, dict[str, str]]:
 
 
 def metavar(hint: Any) -> str:
-    """What stands for a value in help, such as N for a whole number."""
+    """Choose what stands for a value in help, such as N for a whole number."""
     names = {int: "N", float: "X", bool: "true|false", tuple: "[X, X]", dict: "MAPPING", list: "[TEXT, ...]"}
     kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
     return "|".join(

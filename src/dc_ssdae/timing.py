@@ -50,7 +50,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """Put what `describe_machine` gives into a sentence."""
+    """Describe a machine, as `describe_machine` gives it, in a sentence."""
     device = machine.get("device_name") or machine.get("device", "cpu")
     on = "" if device == "cpu" else f"{device}, "
     cores, threads = counted(machine["cores"], "core"), counted(machine["threads"], "thread")
@@ -65,7 +65,7 @@ def alternating(count: int, round_: int) -> Sequence[int]:
 
 
 def measure_alternately(measurements: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
-    """Take every measurement once per round, in alternating order; gives each one's results, round by round."""
+    """Take every measurement once per round, in alternating order; gives the results of each, round by round."""
     results: list[list[T]] = [[] for _ in measurements]
     for round_ in range(rounds):
         for index in alternating(len(measurements), round_):
@@ -75,7 +75,7 @@ def measure_alternately(measurements: Sequence[Callable[[], T]], rounds: int) ->
 
 @contextmanager
 def keeping_threads() -> Iterator[int]:
-    """Put PyTorch's number of threads, which it yields, back at the end of the block."""
+    """Yield PyTorch's number of threads, and restore it at the end of the block."""
     threads = torch.get_num_threads()
     try:
         yield threads

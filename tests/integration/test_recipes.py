@@ -56,5 +56,5 @@ def test_its_folder_serves_as_a_model(whole, tmp_path):
 def test_resuming_a_finished_recipe_says_so(whole, capsys):
     assert main(["train", "--resume", str(whole)]) == 0
     message = capsys.readouterr().err.strip()
-    longer = "--phases.decoder_refinement.training.steps N goes on to N"
-    assert message == f"dc-ssdae train: {whole} is finished: 3 phases, all budgets spent ({longer})"
+    assert message.startswith(f"dc-ssdae train: {whole} is finished: ")
+    assert "--phases.decoder_refinement.training.steps N" in message

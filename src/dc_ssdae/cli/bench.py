@@ -1,4 +1,4 @@
-"""`dc-ssdae bench`: how fast models encode and decode, images are read, and steps are done; a sub-command each."""
+"""`dc-ssdae bench`: times encoding, decoding, reading images and training steps, with a sub-command for each."""
 
 import logging
 from collections.abc import Sequence
@@ -127,7 +127,7 @@ def run_models(options: ModelBenchOptions) -> None:
         candidates[spec.label] = candidate = open_candidate(spec, dtype).to(device)
         module = candidate.module()
         if module is None or not candidate.splits:
-            raise InputError(f"{spec.label} has no networks that encode and decode apart")
+            raise InputError(f"{spec.label} has no separate networks for encoding and decoding")
         if options.compile:
             for part in ("encoder", "decoder"):
                 getattr(module, part).compile()
@@ -143,7 +143,7 @@ def run_models(options: ModelBenchOptions) -> None:
         rows.append((entry.label, str(entry.size), *_spread(entry.seconds, ",.1f", 1000.0), ratio, *costs))
     clock = "processor time of all threads" if device.type == "cpu" else "time that passes"
     note = (
-        f"{work} of {counted(options.batch_size, 'image')} in {options.dtype}: medians of "
+        f"{work} of {counted(options.batch_size, 'image')} in {options.dtype}: medians over "
         f"{counted(options.rounds, 'round')} in alternation, {clock}. Times as fast: as {specs[0].label}. Of peak: "
         "FLOPs per second against this machine's fastest 3×3 convolution. Peak: memory in use, weights included."
     )
@@ -183,7 +183,7 @@ def run_data(options: DataOptions) -> None:
         f"Crops of {options.image_size} px, aug_scale {options.aug_scale:g}.",
     ]
     if workers:
-        notes.append("Lines of workers: the loader with so many processes, which share the cores.")
+        notes.append("Lines with workers: the data loader with that many processes, which share the cores.")
     shortest = min(source.images for source in figures.sources)
     for source in figures.sources:
         rates = {_STAGES[stage]: rate for stage, rate in source.stages.items()}
@@ -207,7 +207,7 @@ def run_train(options: TrainOptions) -> None:
     for text in options.compare:
         key, _, value = text.partition("=")
         if not value or "." not in key or key.startswith("-"):
-            raise InputError(f"--compare {text!r} is no setting with a value; write it as training.compile=true")
+            raise InputError(f"--compare {text!r} is not a setting with a value; write it as training.compile=true")
         configs[text], _ = read_run_config(replace(options, settings=[*options.settings, (key, value)]))
     device = select_device(options.device)
     import torch
@@ -257,14 +257,14 @@ def run_train(options: TrainOptions) -> None:
 
 
 def _as_text(found: dict[str, Any], tables: Sequence[str], notes: Sequence[str]) -> str:
-    """Put tables and, below them, notes and the machine into one text."""
+    """Join tables, and notes and the machine below them, to one text."""
     from dc_ssdae.timing import machine_line
 
     return "\n\n".join([*tables, "\n".join(map(wrapped, [*notes, machine_line(found["machine"])]))])
 
 
 def _spread(spread: "Spread", form: str, unit: float = 1.0) -> tuple[str, str]:
-    """Two cells: the median and the quartiles, times `unit`."""
+    """Format a spread, times `unit`, as two cells: the median and the quartiles."""
     return f"{unit * spread.median:{form}}", f"{unit * spread.low:{form}}..{unit * spread.high:{form}}"
 
 

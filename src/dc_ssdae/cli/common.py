@@ -1,4 +1,4 @@
-"""What the commands share: options, messages, outputs, the model, and going through files one by one.
+"""What the commands share: messages, checks of outputs, loading the model, and processing files one by one.
 
 Nothing heavy is imported until a function needs it, so that help is quick.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dc_ssdae.errors import InputError, ToldElsewhere, advising_on_memory, counted
 
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from dc_ssdae.data.encode_latents import EncodedPart
     from dc_ssdae.data.loader import BrokenImage
     from dc_ssdae.data.pack import PackedPart
+    from dc_ssdae.distributed import Processes
     from dc_ssdae.latent import DiagonalGaussian
+
+
+T = TypeVar("T")
 
 
 class Job(NamedTuple):
@@ -45,7 +49,7 @@ class Done(NamedTuple):
 
 
 def say(line: str) -> None:
-    """Print a line to standard output, above a progress bar; what its encoding lacks is escaped."""
+    """Print a line to standard output, above a progress bar; characters that its encoding lacks are escaped."""
     from tqdm import tqdm
 
     encoding = sys.stdout.encoding or "utf-8"
@@ -90,7 +94,7 @@ def _columns() -> int:
 
 
 def say_part(part: "PackedPart | EncodedPart", remark: str) -> None:
-    """Say what became of a part of a data set that was made into shards."""
+    """Report a part of a data set that was made into shards."""
     label = f"{part.name}: " if part.name else ""
     broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
     size = f"{counted(part.images, 'image')} in {counted(part.shards, 'shard')}"
@@ -105,7 +109,7 @@ def complain(program: str, message: str) -> None:
 
 
 def complain_once(program: str, message: str) -> None:
-    """Complain in the main process alone."""
+    """Complain, but only in the main process."""
     if is_main_process():
         complain(program, message)
 
@@ -119,7 +123,7 @@ def describe(error: BaseException) -> str:
 
 
 def check_outputs(options: "OverwriteOptions", files: Sequence[Path]) -> None:
-    """Refuse to replace files, before the work that makes them, unless `--overwrite` is given.
+    """Refuse to replace existing files, before the work that makes them, unless `--overwrite` is given.
 
     Args:
         options: of the command.
@@ -136,7 +140,7 @@ def check_outputs(options: "OverwriteOptions", files: Sequence[Path]) -> None:
 
 
 def check_output_folder(options: "OutputOptions") -> None:
-    """Refuse an `--out` that holds something, before the work that fills it, unless `--overwrite` is given.
+    """Refuse an `--out` that is not empty, before the work that fills it, unless `--overwrite` is given.
 
     Raises:
         InputError: names it.
@@ -147,7 +151,7 @@ def check_output_folder(options: "OutputOptions") -> None:
 
 
 def plan_outputs(options: "OutputOptions", sources: Sequence[Path], suffix: str, *others: str) -> list[Job]:
-    """Decide which file is written from which, `--out`/STEM.suffix, and make the folder.
+    """Choose the output of each input, `--out`/STEM.suffix, and make the folder.
 
     Args:
         options: of the command.
@@ -165,9 +169,7 @@ def plan_outputs(options: "OutputOptions", sources: Sequence[Path], suffix: str,
         for ending in (suffix, *others):
             target = options.out / f"{source.stem}{ending}"
             if target in writers:
-                raise InputError(
-                    f"{writers[target]} and {source} would both be written to {target}; rename one of them"
-                )
+                raise InputError(f"{writers[target]} and {source} would both be written to {target}; rename one")
             if target.resolve() in inputs:
                 raise InputError(f"{target} is one of the inputs and would be overwritten; choose another --out")
             writers[target] = source
@@ -191,7 +193,7 @@ def advising_on_batches(options: "BatchOptions") -> AbstractContextManager[None]
 
 
 def tell_of_images(program: str, size: int, broken: "Sequence[BrokenImage]", enlarged: int, total: int) -> None:
-    """Complain of images that cannot be read, and of those that were enlarged.
+    """Report images that cannot be read, and how many were enlarged.
 
     Args:
         program: name of the command.
@@ -213,7 +215,7 @@ def tell_of_images(program: str, size: int, broken: "Sequence[BrokenImage]", enl
 
 
 def writable_model(model: str, instead: str) -> Path:
-    """Find the folder of a model that is to be written into, before the time that measuring takes.
+    """Find a model's folder and check that it can be written to, before the time that measuring takes.
 
     Args:
         model: a saved model or a run of this package.
@@ -225,7 +227,7 @@ def writable_model(model: str, instead: str) -> Path:
     from dc_ssdae.model_folder import model_folder, read_config
 
     if not os.path.isdir(model):
-        raise InputError(f"{model} is no folder of a model or a run of this package to write into; {instead}")
+        raise InputError(f"{model} is not the folder of a model or run of this package to write to; {instead}")
     folder = model_folder(model)
     read_config(folder)
     if not os.access(folder, os.W_OK):
@@ -234,13 +236,13 @@ def writable_model(model: str, instead: str) -> Path:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks."""
+    """Whether this is the main process, which prints messages."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def told_by_one_process() -> Iterator[None]:
-    """Let an error that all processes of a command meet be told by one of them."""
+    """Let only the main process report an error that all processes of a command raise."""
     try:
         yield
     except InputError as error:
@@ -251,6 +253,16 @@ def told_by_one_process() -> Iterator[None]:
         if isinstance(error, ReadingFailed):  # which this process alone may know
             raise
         raise ToldElsewhere(str(error)) from error
+
+
+def main_first(processes: "Processes", load: Callable[[], T]) -> T:
+    """Load in the main process, which downloads what is missing, and then in the others, which find it.
+
+    Raises:
+        InputError: as `load`, in all processes.
+    """
+    first = processes.together(lambda: load() if processes.is_main else None)
+    return processes.together(lambda: first or load())
 
 
 def for_each_file(options: "Options", jobs: Sequence[Job], process: Callable[[Job], Done]) -> int:
@@ -286,7 +298,7 @@ def for_each_file(options: "Options", jobs: Sequence[Job], process: Callable[[Jo
 
 
 def shape_line(job: Job, size: tuple[int, int], latent: "Tensor") -> str:
-    """Tell an image's size, its latent's shape (1, c, h, w) and where the outcome went."""
+    """Describe what was done: size of the image, shape of the latent (1, c, h, w) and output file."""
     shape = "x".join(map(str, latent.shape[1:]))
     return f"{job.source.name}: height {size[0]}, width {size[1]}, latent {shape} -> {job.target}"
 
@@ -312,7 +324,7 @@ def select_device(name: str) -> "torch.device":
 
 
 def import_classes(modules: Sequence[str]) -> list[type]:
-    """Import what `--import` names, and list the classes in there, for a model to be loaded with.
+    """Import the modules named by `--import`, and list their classes, to load a model with.
 
     Raises:
         InputError: a module is not to be found, or raised an exception.

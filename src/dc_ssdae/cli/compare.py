@@ -1,4 +1,4 @@
-"""`dc-ssdae compare`: any number of autoencoders through one protocol, with pictures, figures and costs."""
+"""`dc-ssdae compare`: measures any number of autoencoders under one protocol, with pictures and costs."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`dc-ssdae convert`: other people's checkpoints to models of this package; one sub-command a source."""
+"""`dc-ssdae convert`: makes models of this package from other checkpoints, with a sub-command per source."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from dc_ssdae.files import naming, write_whole
 from dc_ssdae.settings import setting
 
 TRAINING_FILE = "frozen_encoder.yaml"
-"""Beside a model with a published encoder: the configuration of a run that trains its decoder."""
+"""File written beside a model with a published encoder: the configuration of a run that trains its decoder."""
 
 
 @dataclass(kw_only=True)
@@ -104,7 +104,7 @@ def run_diffusers(options: DiffusersOptions) -> None:
 
     for option in ("decoder_size", "dynamics"):
         if options.decoder is not None and getattr(options, option) is not None:
-            raise InputError(f"--{option.replace('_', '-')} is of a new decoder: leave it or --decoder out")
+            raise InputError(f"--{option.replace('_', '-')} is for a new decoder; it cannot be given with --decoder")
     remarks: list[str] = []
     model = convert_diffusers(
         options.source,

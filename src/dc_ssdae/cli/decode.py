@@ -35,5 +35,5 @@ def _read(path: Path, model: "DCSSDAE") -> ToDecode:
     config, content = model.config, read_latent(path)
     theirs, own = (len(content.latent), content.downsample_factor), (config.latent_channels, config.downsample_factor)
     if theirs != own:
-        raise InputError(f"the latent's (c, f) are {theirs} and do not fit the model, whose are {own}")
+        raise InputError(f"the latent has (c, f) = {theirs}, which does not fit the model, which has {own}")
     return ToDecode(content.latent[None], content.original_size)

@@ -1,4 +1,4 @@
-"""What the commands that decode share: the check of their options, and what is made of each file.
+"""What the commands that decode share: the check of their options, and decoding each file.
 
 Nothing heavy is imported until a function needs it, so that help is quick.
 """
@@ -30,7 +30,7 @@ class DecodeFilesOptions(DecodingOptions, FileOptions):
 
 
 class ToDecode(NamedTuple):
-    """What a file gives: a latent (1, c, h, w), the image's (H, W) in pixels, and notes on what was converted."""
+    """What is read from a file: a latent (1, c, h, w), the image's (H, W) in pixels, and notes on conversions."""
 
     latent: "Tensor"
     size: tuple[int, int]
@@ -50,7 +50,7 @@ def naming_options() -> Iterator[None]:
 def decode_files(
     options: DecodeFilesOptions, files: Sequence[Path], read: "Callable[[Path, DCSSDAE], ToDecode]"
 ) -> int:
-    """Decode what `read` makes of each file, write the images, and the trajectories beside them; gives the exit code.
+    """Decode the latent that `read` makes of each file, and write images and trajectories; gives the exit code.
 
     Raises:
         InputError: an option is out of range, or does not fit the model or the others; or as `plan_outputs` and
@@ -58,7 +58,7 @@ def decode_files(
     """
     jobs = plan_outputs(options, files, ".png", *([TRAJECTORY] if options.return_trajectory else []))
     if (options.draft is None) != (options.start is None):
-        raise InputError("--draft and --start go together: start is the share of the draft in what is decoded from")
+        raise InputError("--draft and --start need each other: --start is the share of the draft in the starting point")
     model = load_model(options)
     import torch
 

@@ -49,7 +49,7 @@ class Options(OutputOptions, SeedOptions, DeviceOptions):
 def run(options: Options) -> None:
     """Train, evaluate, save and report."""
     if options.minutes is not None and options.steps is not None:
-        raise InputError("--minutes and --steps are both given; give one of them")
+        raise InputError("--minutes and --steps cannot be given together")
     device = select_device(options.device)
     from dc_ssdae.training.run import check_new
 
@@ -109,13 +109,13 @@ def _configuration(options: Options) -> "RunConfig":
 
 
 def _is_demo(path: Path) -> bool:
-    """Tell an earlier demo, which --overwrite replaces, from a run that somebody needs."""
+    """Whether a folder holds an earlier demo, which --overwrite may replace, and not another run."""
     config = path / "config.yaml"
     return config.is_file() and SAMPLE_PHOTOS in config.read_text(encoding="utf-8", errors="replace")
 
 
 def _choose_threads(config: "RunConfig", every: int) -> None:
-    """Use one thread on a CPU that other work keeps busy: threads that wait for each other there slow down manyfold."""
+    """Use one thread if that is faster, as on a busy CPU, where threads spend their time waiting for each other."""
     import torch
 
     from dc_ssdae.timing import measure_alternately

@@ -1,4 +1,4 @@
-"""`dc-ssdae distill`: teach a model to do in one step what it does in several, and compare."""
+"""`dc-ssdae distill`: trains a model to decode in one step what a teacher decodes in several, and compares them."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from dc_ssdae.training.trainer import Outcome
 
 DEFAULT_STEPS = 8
-"""The teacher's number of steps where none is given."""
+"""Number of steps of the teacher by default."""
 
 PREVIEWED = 16
-"""Images that show, before a distillation, what the teacher's steps are worth."""
+"""Number of images on which the teacher is measured before a distillation."""
 
 CHANGED: Mapping[str, Any] = {
     "steps": 20_000,
@@ -35,7 +35,7 @@ CHANGED: Mapping[str, Any] = {
 """Settings of a distillation that differ from those of the teacher's run, unless they are given."""
 
 TERMS = ("dynamics", "lpips")
-"""The loss terms of the teacher's run that a student keeps."""
+"""Loss terms that a student takes over from the teacher's run."""
 
 
 @dataclass(kw_only=True)
@@ -75,10 +75,10 @@ def run(options: Options) -> None:
             outcome: Outcome | None = start_run(config, config_yaml(config), path)
         else:
             if options.teacher is not None or options.steps is not None:
-                raise InputError("--resume goes on with the run's own teacher; leave --teacher and --steps out")
+                raise InputError("--resume continues with the run's own teacher; leave --teacher and --steps out")
             path, before = options.resume, read_run(options.resume)
             if before.distillation is None:
-                raise InputError(f"--resume {path} is no distillation; go on with it by dc-ssdae train --resume {path}")
+                raise InputError(f"--resume {path} is not a distillation; continue it with dc-ssdae train --resume")
             config, outcome = resume(options, before, path)
         if outcome is not None:
             tell_end(Options.program, outcome, path)
@@ -87,10 +87,10 @@ def run(options: Options) -> None:
 
 
 def _new_config(options: Options) -> tuple[RunConfig, Path]:
-    """The configuration of a new distillation, and its folder.
+    """Make the configuration of a new distillation, and choose its folder.
 
     Raises:
-        InputError: no teacher is given; or its run reads images by a class of its author, who may not be trusted.
+        InputError: no teacher is given; or its run reads images by a class that is not of this package.
     """
     from dc_ssdae.data.sources import check_runs_nothing
 
@@ -104,7 +104,7 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
         class_path = str(value.get("class_path")) if isinstance(value, Mapping) else ""
         if "." in class_path and not class_path.startswith("dc_ssdae."):
             raise InputError(
-                f"--teacher {options.teacher} reads images by {class_path}; if you trust it, give --data.{name}"
+                f"--teacher {options.teacher} reads images by {class_path}; if you trust it, give it as --data.{name}"
             )
     # Also as settings, which go over what a file says, such as the config.yaml of an earlier distillation.
     options.settings.append(("distillation.teacher", options.teacher))
@@ -118,7 +118,7 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
 
 
 def _base(teacher: str, steps: int) -> dict[str, Any]:
-    """What a student starts from: the teacher's model, and the data and the loop of its run, if it comes from one."""
+    """Make the default configuration of a student: the teacher's model, and the settings of its run, if it has one."""
     from dc_ssdae.autoencoder import COMPONENTS
     from dc_ssdae.model_folder import model_folder, read_config
     from dc_ssdae.training.build import decoder_groups
@@ -146,7 +146,7 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
 
 
 def _preview(config: RunConfig) -> None:
-    """Say what the teacher's steps are worth, and what the cache may take, before the time is spent."""
+    """Report the quality of the teacher's steps and the size of the cache, before the time is spent."""
     from dc_ssdae.training.build import check_components, load_teacher, own_classes
     from dc_ssdae.training.comparison import report_on
 
@@ -160,7 +160,7 @@ def _preview(config: RunConfig) -> None:
         report = report_on(config, teacher, teacher, min(PREVIEWED, data.validation_images))
         one, several, _ = (entry["psnr"] for entry in report["decodings"])
         steps = counted(distillation.steps, "step")
-        worse = "; these steps make it worse: perhaps fewer --steps, or another --distillation.step_size"
+        worse = "; these steps make it worse: try fewer --steps or another --distillation.step_size"
         complain(
             Options.program,
             f"PSNR of the teacher on {report['images']} {report['split']} images: 1 step {one:.2f} dB, "
@@ -189,5 +189,5 @@ def _compare(path: Path, config: RunConfig) -> None:
     say(f"Means over {report['images']} {report['split']} images of {report['image_size']} px, cut from the centre.")
     if report["random_backbones"]:
         names = ", ".join(f"losses.{name}" for name in report["random_backbones"])
-        say(f"{names} had random weights in the backbone: the student's numbers mean nothing.")
+        say(f"{names} had a backbone with random weights: the student's figures mean nothing.")
     say(f"{path / REPORT_FILE}, {path / PICTURE_FILE}")

@@ -1,4 +1,4 @@
-"""`dc-ssdae eval`: one autoencoder under a named protocol, with intervals, latents, and its worst and best images."""
+"""`dc-ssdae eval`: measures one autoencoder under a named protocol, and shows its worst and best images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from dc_ssdae.cli.common import (
     advising_on_batches,
     check_outputs,
     import_classes,
+    main_first,
     say,
     told_by_one_process,
     writable_model,
@@ -79,10 +80,7 @@ def run(options: Options) -> None:
     processes = Processes.join(opened.device)
     if processes.count > 1 and opened.device.type == "cuda":
         opened = opened._replace(device=torch.device(processes.device))
-    for turn in (True, False):  # what is to be downloaded, the main process downloads, and the others find
-        if processes.is_main is turn:
-            suite = load_suite(options, opened)
-        processes.gather(None)
+    suite = main_first(processes, lambda: load_suite(options, opened))
     with naming_options():
         candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
     count, hidden = len(processes.share(len(opened.images))), None if processes.is_main else True
@@ -100,7 +98,7 @@ def run(options: Options) -> None:
 
 
 def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:
-    """What tells whether a model's weights are still those that were measured: a run replaces them as it goes on."""
+    """Identify the weights of a model by their files: a run that continues replaces them."""
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
     return [(file, file.stat().st_mtime_ns) for file in files]
 
@@ -109,9 +107,9 @@ def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
     from dc_ssdae.card import CARD_FILE, note_evaluation
 
     if not is_same:
-        raise InputError(f"the weights in {folder} have changed while they were measured: nothing is added to them")
+        raise InputError(f"the weights in {folder} have changed while they were measured; nothing is written there")
     if not figures["metrics"]:
-        raise InputError(f"no metric has a value: nothing is added to {folder}")
+        raise InputError(f"no metric has a value; nothing is written to {folder}")
     note_evaluation(folder, figures)
     say(f"-> {folder / 'config.json'}, {folder / CARD_FILE}")
 

@@ -1,4 +1,4 @@
-"""What `eval` and `compare` share: the options of an evaluation, and what is made of them.
+"""What `eval` and `compare` share: checking the options, opening the data and loading the metrics.
 
 Nothing heavy is imported until a function needs it, so that help is quick.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.cli.common import complain, say, select_device
 from dc_ssdae.cli.options import EvaluationOptions
-from dc_ssdae.errors import unknown_name
+from dc_ssdae.errors import check_names
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class OpenEvaluation(NamedTuple):
-    """What the options ask for: images, their data set and how many it has, settings, device, precision, decoding."""
+    """What an evaluation works on: images, their data set and its size, settings, device, precision, decoding."""
 
     data: str
     images: "ValidationImages"
@@ -49,9 +49,7 @@ def open_evaluation(options: EvaluationOptions) -> OpenEvaluation:
     if options.lpips not in (None, protocol.lpips):
         # Another name too: its figures may not be taken for the protocol's own.
         protocol = replace(protocol, name=f"{protocol.name}, LPIPS of {options.lpips}", lpips=options.lpips)
-    for name in options.metrics or ():
-        if name not in METRICS:
-            raise unknown_name("metric", name, METRICS)
+    check_names("metric", options.metrics or (), METRICS)
     import torch
 
     from dc_ssdae.data.loader import default_workers
@@ -60,8 +58,7 @@ def open_evaluation(options: EvaluationOptions) -> OpenEvaluation:
     from dc_ssdae.evaluation.candidates import DECODING
     from dc_ssdae.evaluation.evaluate import EvaluationSettings
 
-    if options.sampler is not None and options.sampler not in SAMPLERS:
-        raise unknown_name("sampler", options.sampler, SAMPLERS)
+    check_names("sampler", [options.sampler] if options.sampler is not None else [], SAMPLERS)
     workers = default_workers(1) if options.workers is None else options.workers
     settings = EvaluationSettings(protocol, options.size or protocol.size, options.batch, workers, options.seed)
     sources = open_sources(options.data, None, None, None)
@@ -74,7 +71,7 @@ def open_evaluation(options: EvaluationOptions) -> OpenEvaluation:
 
 
 def report_settings(options: EvaluationOptions, opened: OpenEvaluation, suite: "MetricSuite") -> dict[str, Any]:
-    """What `dc_ssdae.evaluation.caveats.Report` takes."""
+    """Collect the arguments of `dc_ssdae.evaluation.caveats.Report`."""
     from dc_ssdae.timing import describe_machine
 
     return {
@@ -87,7 +84,7 @@ def report_settings(options: EvaluationOptions, opened: OpenEvaluation, suite: "
 
 
 def tell_report(options: EvaluationOptions, report: Any, broken: "Sequence[BrokenImage]") -> str:
-    """Print a report as Markdown, which it gives, and what was left out of it."""
+    """Print a report as Markdown, and the images left out of it; gives the Markdown."""
     for image in broken:
         complain(options.program, f"left out: {image.reason}")
     text: str = report.as_markdown()
@@ -96,7 +93,7 @@ def tell_report(options: EvaluationOptions, report: Any, broken: "Sequence[Broke
 
 
 def load_suite(options: EvaluationOptions, opened: OpenEvaluation) -> "MetricSuite":
-    """Load the metrics that the options ask for.
+    """Load the chosen metrics.
 
     Raises:
         InputError: a file of weights is damaged, or could not be downloaded.
@@ -116,14 +113,14 @@ def load_suite(options: EvaluationOptions, opened: OpenEvaluation) -> "MetricSui
 
 
 def data_name(root: str) -> str:
-    """What reports call a data set: its last folder, not where it lies; of a folder like any other's, two."""
+    """Name a data set for reports by its last folder, or the last two where that has a common name."""
     from dc_ssdae.provenance import name_of_path
 
     return root if "://" in root or "{" in root else name_of_path(Path(root).expanduser().resolve()) or root
 
 
 def parse_models(texts: Sequence[str]) -> "list[CandidateSpec]":
-    """Read the words that name models.
+    """Parse the words that name models.
 
     Raises:
         InputError: one of them names nothing, or two have the same name.

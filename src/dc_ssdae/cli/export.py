@@ -1,4 +1,4 @@
-"""`dc-ssdae export`: encoder and one-step decoder as programs for torch.export, C++ and ONNX."""
+"""`dc-ssdae export`: writes encoder and one-step decoder as programs for torch.export, C++ and ONNX."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -43,7 +43,7 @@ def run(options: Options) -> None:
     if options.size is not None and len(options.size) > 2:
         raise InputError(f"--size takes a height and a width, or one number for both, not {len(options.size)} numbers")
     if options.size is not None and options.noise_size is not None:
-        raise InputError("--noise_size is for programs of any size; with --size the noise is of that size")
+        raise InputError("--noise_size cannot be given with --size, which also sets the size of the noise")
     if options.format == "onnx":
         if options.device not in ("auto", "cpu") or options.dtype != "float32":
             raise InputError("--device and --dtype are for --format pt2; ONNX is written from float32 on the CPU")

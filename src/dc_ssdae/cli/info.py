@@ -1,4 +1,4 @@
-"""`dc-ssdae info`: what presets there are, and what a preset or a saved model costs."""
+"""`dc-ssdae info`: lists the presets, and describes a preset or a saved model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PARTS = ("encoder", "decoder", "dynamics")
 SIZES = (256, 512)
-"""Sides, in pixels, of the square images that models are measured at."""
+"""Sides, in pixels, of the square images for which costs are computed."""
 
 
 @dataclass(kw_only=True)
@@ -104,7 +104,7 @@ def _profile(name: str, dtype: str, device: str | None, classes: Sequence[type])
 
 
 def _open(name: str, classes: Sequence[type]) -> "tuple[DCSSDAE, Path | None, list[str]]":
-    """Build the model of a preset or a folder on the meta device; also gives the folder and its files of weights.
+    """Build the model of a preset or folder on the meta device; also gives the folder and its weight files.
 
     Raises:
         InputError: there is no such preset or model, or the weights do not fit it by their headers.
@@ -186,7 +186,7 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
 
 
 def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where the model comes from and what it measures, where that is known."""
+    """Describe how the model was trained and how it was evaluated, as far as that is known."""
     from dc_ssdae.provenance import TITLES, Provenance
 
     known = Provenance.from_mapping(provenance)

@@ -1,19 +1,17 @@
-"""`dc-ssdae latents`: a data set to safetensors shards of its latents, for training loops."""
+"""`dc-ssdae latents`: encodes a data set into safetensors shards of latents."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dc_ssdae.cli.common import complain, load_model, say_part, select_device, told_by_one_process
+from dc_ssdae.cli.common import complain, load_model, main_first, say_part, select_device, told_by_one_process
 from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions, SizeOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import LARGEST_SEED, setting
 
 if TYPE_CHECKING:
-    from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.data.sources import ImageSource
-    from dc_ssdae.distributed import Processes
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -81,7 +79,7 @@ def run(options: Options) -> None:
     done = encode_latents(
         parts,
         options.out,
-        LatentEncoder.of(_load(options, processes), _model_name(options.model)),
+        LatentEncoder.of(main_first(processes, lambda: load_model(options)), _model_name(options.model)),
         settings,
         only=options.split,
         limit=options.images,
@@ -95,21 +93,15 @@ def run(options: Options) -> None:
         say_part(part, f"; {part.unlabelled} without a label (-1)" if part.unlabelled else "")
 
 
-def _load(options: Options, processes: "Processes") -> "DCSSDAE":
-    """The model; what is to be downloaded, the main process downloads, and the others find."""
-    first = processes.together(lambda: load_model(options) if processes.is_main else None)
-    return processes.together(lambda: first or load_model(options))
-
-
 def _model_name(model: str) -> str:
-    """What to call the model where others read it: no local path."""
+    """Name the model for files that others read, without a local path."""
     from dc_ssdae.provenance import name_of_path
 
     return (name_of_path(model) or "model") if Path(model).is_dir() else model
 
 
 def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSource]":
-    """The images of each part, by its name; "" where the data is not divided."""
+    """Open the images of each part, by its name, which is "" if the data has no parts."""
     from dc_ssdae.data.resumable import check_places
     from dc_ssdae.data.sources import check_runs_nothing, open_path, open_sources, split_folders
 

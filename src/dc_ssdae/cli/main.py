@@ -15,7 +15,7 @@ USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 class Command(NamedTuple):
-    """A command: its `module`, one line of `help`, and what the module calls its options and its function.
+    """A command: its `module`, one line of `help`, and the names of its class of options and its function.
 
     The options are a dataclass (see `dc_ssdae.cli.parser`); the function takes one and gives the exit code.
     """
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; None takes them from `sys.argv`.
 
     Returns:
-        The exit code: 0, or 2 where what the user gave cannot be used, 130 after Ctrl-C, 141 where the reader
-        of the output has gone. A bug leaves its exception.
+        The exit code: 0; 2 if the user's input cannot be used; 130 after Ctrl-C; 141 if the reader of the output has
+        gone. A bug raises its exception.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def choose_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Part the command's name, of one word or two, from the words that belong to it.
+    """Split words into the command's name, of one or two words, and the words after it.
 
     Raises:
         InputError: there is no such command.
@@ -125,7 +125,7 @@ def choose_command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def print_commands(program: str, names: Sequence[str]) -> None:
-    """Print what each command does, in a line."""
+    """Print a line of help for each command."""
     width, whole = max(map(len, names)), program == PROGRAM
     print(f"usage: {program} COMMAND ... [--debug]\n       {program} --help{' | --version' * whole}\n")
     if whole:
@@ -137,7 +137,7 @@ def print_commands(program: str, names: Sequence[str]) -> None:
 
 
 def prepare_command(name: str, words: Sequence[str], debug: bool) -> tuple[Callable[[Any], int | None], Any]:
-    """Import a command and read its words; gives its function and the options for it.
+    """Import a command and parse its words; gives its function and the options to call it with.
 
     Raises:
         InputError: a word is wrong.

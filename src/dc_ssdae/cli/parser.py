@@ -1,4 +1,4 @@
-"""The parser of every command: a dataclass of options in, an object of it out. Imports nothing heavy."""
+"""The parser of every command: makes an object of the command's dataclass of options. Imports nothing heavy."""
 
 import argparse
 import inspect
@@ -15,7 +15,7 @@ from dc_ssdae.settings import alternatives, check_settings, documentation, is_re
 
 @dataclass(kw_only=True)
 class Options:
-    """What every command takes. A command adds its own as fields; their names are the options'.
+    """Options of every command; a command adds its own as fields, which have the names of the options.
 
     A field's `setting` may have, besides limits: name, the option's spelling where it is not "--" and the field's name;
     alias, another spelling; positional, for words without a name; repeated, for a list whose option is given several
@@ -35,11 +35,11 @@ class Options:
 
     @classmethod
     def extend(cls, parser: "CommandParser") -> None:
-        """Add to the parser what is no field."""
+        """Add options to the parser that are not fields."""
 
     @classmethod
     def read_rest(cls, words: Sequence[str], given: dict[str, Any], parser: "CommandParser") -> dict[str, Any]:
-        """Make values of fields, to go over those `given`, of the words that the parser does not know.
+        """Turn words that the parser does not know into values of fields, which override those `given`.
 
         Raises:
             InputError: they mean nothing.
@@ -98,7 +98,7 @@ class CommandParser(argparse.ArgumentParser):
         return self._options(**{name: value for name, value in given.items() if value is not None})
 
     def refuse(self, word: str) -> NoReturn:
-        """Refuse a word that is no option of the command.
+        """Refuse a word that is not an option of the command.
 
         Raises:
             InputError: suggests what was meant.
@@ -139,16 +139,16 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def option_name(entry: Field[Any]) -> Any:
-    """How a field's option is spelt; None for a field that is no option."""
+    """Spell a field's option; None for a field that is not an option."""
     if "positional" in entry.metadata:
         return entry.metadata["metavar"]
     return entry.metadata.get("name", f"--{entry.name}")
 
 
 def reader(hint: Any) -> Callable[[str], Any]:
-    """Make the function that reads an option's word; a list's values have commas between them.
+    """Make the function that reads an option's word; the values of a list are separated by commas.
 
-    What is no such value stays text, which the check of the options refuses.
+    A word that is not such a value stays text, which the check of the options then refuses.
     """
     kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
     several = next((kind for kind in kinds if get_origin(kind) in (list, tuple)), None)
@@ -178,14 +178,14 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _usage(entry: Field[Any]) -> str:
-    """How a required option stands in the usage."""
+    """Spell a required option for the usage line."""
     several = "positional" in entry.metadata and "list" in str(entry.type)
     value = "" if "positional" in entry.metadata else f" {entry.metadata.get('metavar', 'VALUE')}"
     return f"{option_name(entry)}{value}{' ...' * several}"
 
 
 def _with_default(entry: Field[Any], text: str) -> str:
-    """The help of an option, with the default where that says something."""
+    """Append the default to an option's help, where it is a plain value."""
     default = None if is_required(entry) else entry.default
     told = isinstance(default, int | float | str | Path | tuple) and not isinstance(default, bool)
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default

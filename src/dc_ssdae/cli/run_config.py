@@ -33,7 +33,7 @@ class RunOptions(Options):
 
     @classmethod
     def extend(cls, parser: CommandParser) -> None:
-        """Describe the settings of a run; what is inside a free-form mapping is read by `read_rest`."""
+        """Add the settings of a run; settings inside a free-form mapping are read by `read_rest`."""
         parser.set_defaults(settings=[])
         for section, kind in SECTIONS.items():
             summary, described = documentation(kind)
@@ -82,7 +82,7 @@ def _filled(name: str, text: str) -> str:
 
 
 def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) -> tuple[RunConfig, str]:
-    """Make a run's configuration of a command's words.
+    """Make a run's configuration from a command's options.
 
     Args:
         options: configurations, which are laid over each other in their order, and settings, which go over all of them.
@@ -101,7 +101,7 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
         settings = lay_over(settings, layer)
     settings = lay_over(settings, read_settings(options.settings))
     if "phases" in settings:
-        raise InputError("phases are a recipe's: give it by --recipe NAME")
+        raise InputError("section phases belongs to a recipe; give the recipe with --recipe NAME")
     config = RunConfig.from_mapping(settings)
     if options.print_config:
         say(config_yaml(config).rstrip())
@@ -110,7 +110,7 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
 
 
 def read_config_of(folder: Path) -> dict[str, Any]:
-    """Read the configuration of the run that a model's folder belongs to; nothing for a model alone."""
+    """Read the configuration of the run that a model's folder belongs to; empty for a model without a run."""
     file = folder.resolve().parent / "config.yaml"  # RUN/model of a recipe leads to the model of its last phase
     return RunConfig.from_mapping(read_yaml(file)).to_mapping() if folder.name == "model" and file.is_file() else {}
 
@@ -135,7 +135,7 @@ def read_layer(word: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_settings(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Nest the settings of a command's words; of two values for one setting the later one counts."""
+    """Nest dotted settings; of two values for one setting the later one counts."""
     nested: dict[str, Any] = {}
     for key, text in pairs:
         value = read_value(key, text)
@@ -147,7 +147,7 @@ def read_settings(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 def read_value(key: str, text: str) -> Any:
-    """Read a setting's word as YAML, unless it is text that is meant; what its value may be is checked later."""
+    """Read a setting's word as YAML, unless the setting is text; whether the value fits is checked later."""
     section, _, name = key.rpartition(".")
     hints = get_type_hints(SECTIONS.get(section.rpartition(".")[2], type(None)))
     kinds = alternatives(hints.get(name))

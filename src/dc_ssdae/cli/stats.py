@@ -1,4 +1,4 @@
-"""`dc-ssdae stats`: mean and standard deviation of a model's latents, into its config.json."""
+"""`dc-ssdae stats`: measures the mean and standard deviation of a model's latents, for its config.json."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -61,7 +61,7 @@ def run(options: Options) -> None:
 
 
 def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> "tuple[LatentStatistics, list[str]]":
-    """The statistics, and the names of the images that cannot be read."""
+    """Measure the statistics; also gives the names of images that cannot be read."""
     import torch
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""`dc-ssdae study sampling`: samplers, steps and tolerances of one model, or of two."""
+"""`dc-ssdae study sampling`: measures samplers, steps and tolerances of one or two models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from dc_ssdae.cli.common import advising_on_batches, check_outputs, load_model, say, tell_of_images, write_outputs
 from dc_ssdae.cli.options import BatchOptions, ModelOptions, OutputOptions, SizeOptions
 from dc_ssdae.cli.run_config import read_config_of
-from dc_ssdae.errors import InputError, counted, unknown_name
+from dc_ssdae.errors import InputError, check_names, counted
 from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ def run(options: Options) -> None:
     from dc_ssdae.evaluation.sampling_study import Grid, measure_sampling
     from dc_ssdae.timing import describe_machine
 
-    for name in options.samplers or ():
-        if name not in SAMPLERS:
-            raise unknown_name("sampler", name, SAMPLERS)
+    check_names("sampler", options.samplers or (), SAMPLERS)
     check_outputs(options, [options.out / name for name in FILES])
     names = ("steps", "samplers", "momenta", "tolerances", "descents")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -126,7 +124,7 @@ def _read_images(options: Options) -> "Tensor":
 
 
 def _lpips(options: Options, model: "DCSSDAE") -> "tuple[Callable[[Tensor, Tensor], Tensor] | None, list[str]]":
-    """The distance, or why there is none."""
+    """Load the LPIPS distance, or say why there is none."""
     from dc_ssdae.losses.perceptual import LPIPSLoss
 
     if options.lpips == "none":
@@ -137,7 +135,7 @@ def _lpips(options: Options, model: "DCSSDAE") -> "tuple[Callable[[Tensor, Tenso
 
 
 def _differences(paths: Sequence[str]) -> str:
-    """Where the models come from runs, say in what the runs' configurations differ."""
+    """Say how the configurations of the models' runs differ."""
     from dc_ssdae.model_folder import model_folder
 
     configs = []

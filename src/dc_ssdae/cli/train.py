@@ -1,4 +1,4 @@
-"""`dc-ssdae train`: start a run from a configuration, or go on with one."""
+"""`dc-ssdae train`: starts a run from a configuration, or continues one."""
 
 import os
 import sys
@@ -60,7 +60,7 @@ def run(options: Options) -> None:
     """Train until the budget is spent or a signal asks for the end."""
     with watching_training(options.resume is not None):
         if options.resume is not None and options.recipe is not None:
-            raise InputError("--recipe is for a new run; --resume goes on with the recipe in its folder")
+            raise InputError("--recipe is for a new run; --resume continues with the recipe in its folder")
         from dc_ssdae.training.build import resolved
         from dc_ssdae.training.start import new_run
 
@@ -69,7 +69,9 @@ def run(options: Options) -> None:
         elif options.resume is None:
             config, name = read_run_config(options)
             if not name and config.training.output is None:
-                raise InputError("which configuration? --config PRESET (dc-ssdae info lists them) or --config FILE")
+                raise InputError(
+                    "no configuration is given; use --config with a preset (see dc-ssdae info) or a YAML file"
+                )
             path = new_run_folder(config.training.output, name)
             config = resolved(config)
             with new_run(config, config_yaml(config), path) as trainer:
@@ -84,10 +86,10 @@ def run(options: Options) -> None:
 
 
 def resume(options: RunOptions, before: RunConfig, path: Path) -> "tuple[RunConfig, Outcome | None]":
-    """Go on with the run at `path`, a command's configurations and settings laid over its configuration `before`.
+    """Continue the run at `path`, whose configuration `before` the command's configurations and settings override.
 
     Raises:
-        InputError: as `read_run_config`; or a change would make it another run.
+        InputError: as `read_run_config`; or a setting is changed that cannot change within a run.
     """
     from dc_ssdae.training.start import resume_run
 
@@ -112,10 +114,10 @@ def start_phases(options: RunOptions, word: str) -> None:
 
 
 def resume_phases(options: RunOptions, path: Path) -> None:
-    """Go on with the recipe in a folder."""
+    """Continue the recipe in a folder."""
     before = recipe = read_recipe(path)
     if options.config:
-        raise InputError("--config is for a new run; change single settings by --section.name VALUE")
+        raise InputError("--config is for a new run; change single settings with --section.name VALUE")
     if flags := read_settings(options.settings):
         recipe = change_recipe(before, flags, flags.pop("phases", {}), settled_phases(before, path))
     for old, new in zip(before.phases, recipe.phases, strict=True):
@@ -131,7 +133,7 @@ def resume_phases(options: RunOptions, path: Path) -> None:
 
 
 def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
-    """Make a recipe of a command's words.
+    """Make a recipe from a command's options.
 
     Args:
         options: configurations and settings; settings under phases.PHASE go over everything else.
@@ -151,14 +153,14 @@ def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
     phases = check_phases(content.get("phases"), f"recipe {name}")
     settings, folder = _take_model(phases), name
     if settings and options.config:
-        raise InputError(f"recipe {name} has the phases' section model: leave --config out, or take that section out")
+        raise InputError(f"recipe {name} has a section model in its phases: remove that section, or leave --config out")
     for config in options.config:
         config_name, layer = read_layer(config)
         folder = f"{config_name}-{name}"
         if "phases" in layer:
             own = check_phases(layer.pop("phases"), config)
             if _take_model(own):
-                raise InputError(f"phases of {config} have a section model; it belongs beside phases, for all of them")
+                raise InputError(f"phases of {config} have a section model; move it beside phases, for all of them")
             phases = lay_over(phases, own)
         settings = lay_over(settings, layer)
     flags = read_settings(options.settings)
@@ -166,21 +168,21 @@ def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
 
 
 def _take_model(phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Take section model out of the phases of a printed recipe, or of RUN/recipe.yaml: they all have the same.
+    """Take section model, which must be the same in all, out of the phases of a printed recipe or of RUN/recipe.yaml.
 
     Raises:
-        InputError: they have not.
+        InputError: the phases have different ones.
     """
     models = {name: layer.pop("model", None) for name, layer in phases.items()}
     for name, model in models.items():
         if model != next(iter(models.values())):
-            raise InputError(f"phases.{name} has another section model than the others; give it by --config, for all")
+            raise InputError(f"phases.{name} has another section model than the others; give one for all with --config")
     return {"model": model} if model is not None else {}
 
 
 @contextmanager
 def watching_training(resumes: bool) -> Iterator[None]:
-    """Find a user's own classes where the command is given, heed signals, and let one process tell what all meet."""
+    """Import users' classes from the current folder, heed signals, and report an error of all processes once."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     # Signals not only once the trainer is built: a run that is resumed ends well whenever one comes.
@@ -189,7 +191,7 @@ def watching_training(resumes: bool) -> Iterator[None]:
 
 
 def new_run_folder(output: str | None, name: str) -> Path:
-    """The folder of a new run: what is given, else runs/NAME.
+    """Choose the folder of a new run: `output` if it is given, else runs/NAME.
 
     Raises:
         InputError: something is there already.
@@ -203,10 +205,10 @@ def new_run_folder(output: str | None, name: str) -> Path:
 
 
 def tell_end(program: str, outcome: "Outcome | None", path: Path, prefix: str = "") -> None:
-    """Say how a run ended, and what to do next; `prefix` leads to the settings whose budget can be made longer."""
+    """Say how a run ended and how to continue it; `prefix` stands before the names of the settings to change."""
     if outcome is None:
-        more = f"--{prefix}training.steps N or --{prefix}training.minutes M"
-        message = f"{path} is finished: its budget is spent; go on by a larger one, {more}"
+        settings = f"--{prefix}training.steps N or --{prefix}training.minutes M"
+        message = f"{path} is finished: its budget is used up; to continue, set a larger one with {settings}"
     elif outcome.stopped_by is not None:
         message = f"stopped by {outcome.stopped_by} after step {outcome.step}; go on with: {program} --resume {path}"
     else:

@@ -117,7 +117,10 @@ class _Stepper:
         losses = dict(config.losses)
         for term in random_backbones(config):
             losses[term] = replace(losses[term], init_args={**losses[term].init_args, "weights": "random"})
+        size, parts = config.data.image_size, training.accumulation_steps
+        images = torch.randint(0, 256, (parts, self.batch_size // parts, 3, size, size), dtype=torch.uint8)
         with advising_on_memory(self._advice):
+            self._parts = images.to(device)
             self._module = build_step(replace(config, losses=losses))
             place_step(self._module, config, device)
             self._optimizer = build_optimizer(self._module, training)
@@ -126,9 +129,6 @@ class _Stepper:
         self._evaluated = evaluated_weights(self._optimizer, self._module.model)
         self._step = training.ema_start  # from where on there is something to average
         self._finite = True
-        size, parts = config.data.image_size, training.accumulation_steps
-        shape = (parts, self.batch_size // parts, 3, size, size)
-        self._parts = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
         self.run(WARM_UP_STEPS)
         is_cuda = device.type == "cuda"
         self._peak_memory = torch.cuda.max_memory_allocated(device) - allocated if is_cuda else resident_set()
@@ -174,7 +174,7 @@ class _Stepper:
         }
 
     def _do_step(self) -> Iterator[str]:
-        """Do a step as the trainer does; gives the name of each phase at its end."""
+        """Do a step as the trainer does; yields the name of each phase at its end."""
         training, model = self._config.training, self._module.model
         total = torch.zeros((), device=self._device)
         for pixels in self._parts:
@@ -200,7 +200,7 @@ class _Stepper:
         yield "update"
 
     def _mark(self) -> Any:
-        """A point in the device's time: an event in CUDA's queue, which is read later, or the clock."""
+        """Mark a point in the device's time: by an event in CUDA's queue, which is read later, or by the clock."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""What a distillation has come to: teacher and student side by side on the same images, latents and noise."""
+"""The result of a distillation: teacher and student compared on the same images, latents and noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +25,13 @@ BATCH = 8
 REPORT_FILE = "distillation.json"
 PICTURE_FILE = "distillation.png"
 PICTURED = 6
-"""Images in the picture."""
+"""Number of images in the picture."""
 
 SMALLEST_TILE = 128
-"""Smaller images are shown larger, by a whole number."""
+"""Side in pixels up to which smaller images are enlarged in the picture, by a whole factor."""
 
 LABEL_SIZE, LABEL_WIDTH = 16, 192
-"""Of the rows' names in the picture, in pixels."""
+"""Font size and width of the rows' names in the picture, in pixels."""
 
 
 def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
