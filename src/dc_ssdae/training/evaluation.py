@@ -88,7 +88,7 @@ def measure_latent(
     survey = latent_statistics(
         lambda pixels: encode(pixels.to(processes.device)), images, channels, batch_size, workers, *share
     )
-    moments = LatentMoments.from_state(processes.sum(survey.moments.state(*share)))
+    moments = LatentMoments.from_states(torch.stack(processes.gather(survey.moments.state())))
     return LatentSurvey(moments, [image for part in processes.gather(survey.broken) for image in part])
 
 
