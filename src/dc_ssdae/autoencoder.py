@@ -66,7 +66,7 @@ class EncoderOutput(BaseOutput):
 
 
 class DCSSDAE(PretrainedModel):
-    """An autoencoder whose decoder is a one-step diffusion model (SPEC section 1).
+    """An autoencoder whose decoder is a one-step diffusion model.
 
     Each of `encoder`, `decoder` and `dynamics` is a mapping with `class_path`, one of the names in `COMPONENTS` or
     a class of your own as module.Class, and `init_args`, the settings of that class. What is left out takes its
@@ -406,7 +406,7 @@ class DCSSDAE(PretrainedModel):
         return prediction.to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
-        """The explicit energy of images given latents (SPEC section 2, "Explicit energy"), which a decode lowers.
+        """The explicit energy of images given latents, which a decode lowers (Wang and Du 2025, Equilibrium Matching).
 
         Args:
             x: (B, 3, H, W).

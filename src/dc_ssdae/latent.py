@@ -22,7 +22,7 @@ rate: at 20 a single value then costs a KL of 2·10⁸, at 2 one of 2.2.
 
 
 class DiagonalGaussian:
-    """A Gaussian with a diagonal covariance over each image's latent (SPEC section 2, "Total loss").
+    """A Gaussian with a diagonal covariance over each image's latent.
 
     Args:
         mean: (B, c, h, w), any floating dtype.
