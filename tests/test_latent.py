@@ -208,17 +208,15 @@ class TestStatistics:
             assert_same(total.statistics(), whole)
 
     @pytest.mark.parametrize("processes", [1, 2, 5])
-    def test_the_sum_of_all_states_is_the_state_of_all(self, processes: int) -> None:
+    def test_the_states_of_all_processes_make_the_whole(self, processes: int) -> None:
         """Also of a process without an image, as of the fifth here."""
         posterior = gaussians(batch=4, mean=1e4)
         states = []
         for process in range(processes):
             moments = LatentMoments(3)
             moments.add(part(posterior, slice(process, None, processes)))
-            states.append(moments.state(process, processes))
-        total = torch.stack(states).sum(dim=0)
-        assert total.dtype == torch.float64
-        assert_same(LatentMoments.from_state(total).statistics(), measured(posterior).statistics())
+            states.append(moments.state())
+        assert_same(LatentMoments.from_states(torch.stack(states)).statistics(), measured(posterior).statistics())
 
     def test_what_weighs_nothing_is_left_out_whatever_it_is(self) -> None:
         posterior = gaussians(batch=4)
@@ -240,7 +238,7 @@ class TestStatistics:
             assert moments.statistics().count == 14
             return
         with pytest.raises(InputError, match="not finite") as error:
-            LatentMoments.from_state(moments.state()).statistics()
+            LatentMoments.from_states(moments.state()[None]).statistics()
         assert "\n" not in str(error.value)
 
     def test_none_of_no_image_and_of_a_collapsed_encoder(self) -> None:

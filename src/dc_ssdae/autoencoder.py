@@ -405,7 +405,7 @@ class DCSSDAE(PretrainedModel):
         return prediction.to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
-        """The explicit energy of images given latents, which a decode lowers.
+        """The explicit energy of images given latents, which a decode lowers (Wang and Du 2025, Equilibrium Matching).
 
         Args:
             x: (B, 3, H, W).

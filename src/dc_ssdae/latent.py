@@ -257,29 +257,18 @@ class LatentMoments:
         """
         self._join(other.images, other._values, other._mean, other._spread)
 
-    def state(self, process: int = 0, processes: int = 1) -> Tensor:
-        """All that was gathered; the sum of all processes' states is the state of all of them, for `from_state`.
-
-        Args:
-            process: index of this process.
-            processes: how many there are.
-
-        Returns:
-            (processes, 2 + 2c) float64 on the CPU, zero but for the process's own row.
-        """
-        state = torch.zeros(processes, 2 + 2 * self.channels, dtype=torch.float64)
+    def state(self) -> Tensor:
+        """All that was gathered, as (2 + 2c,) float64 on the CPU, of which `from_states` makes the whole again."""
         counts = torch.tensor([self.images, self._values], dtype=torch.float64)
-        state[process] = torch.cat([counts, self._mean, self._spread])
-        return state
+        return torch.cat([counts, self._mean, self._spread])
 
     @classmethod
-    def from_state(cls, state: Tensor) -> "LatentMoments":
-        """Read what `state` gave, or the sum of what it gave in each process."""
-        moments = cls((state.shape[1] - 2) // 2)
-        for row in state.detach().cpu():
-            images, values = (int(count) for count in row[:2])
-            mean, spread = row[2:].chunk(2)
-            moments._join(images, values, mean, spread)
+    def from_states(cls, states: Tensor) -> "LatentMoments":
+        """Put together what `state` gave in several places, such as the processes of a run: (places, 2 + 2c)."""
+        moments = cls((states.shape[1] - 2) // 2)
+        for state in states:
+            images, values = (int(count) for count in state[:2])
+            moments._join(images, values, *state[2:].chunk(2))
         return moments
 
     def statistics(self) -> LatentStatistics:

@@ -71,8 +71,7 @@ def test_processes_share_the_images(processes: int, broken: tuple[int, ...]) -> 
     ]
     assert len({tuple(encode.batches) for encode in encoders}) == 1
     assert sum(encoders[0].batches) == -(-11 // processes)
-    total = torch.stack([part.moments.state(process, processes) for process, part in enumerate(found)]).sum(dim=0)
-    together = LatentMoments.from_state(total).statistics()
+    together = LatentMoments.from_states(torch.stack([part.moments.state() for part in found])).statistics()
     alone = survey(Encoder(), broken).moments.statistics()
     assert together.count == alone.count == 11 - len(broken)
     assert together.mean == pytest.approx(alone.mean, rel=1e-12)

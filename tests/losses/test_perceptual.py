@@ -15,6 +15,8 @@ from torchvision import models
 from dc_ssdae import DiagonalGaussian, InputError
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.losses import LPIPSLoss, StepOutputs
+from dc_ssdae.losses.backbones import weights_on_this_machine
+from dc_ssdae.losses.perceptual import trunk_file
 
 VGG_FILE = "vgg16-397923af.pth"
 ALEX_FILE = "alexnet-owt-7be5be79.pth"
@@ -166,12 +168,12 @@ def test_the_variable_and_torchs_cache_are_searched(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
-    assert not LPIPSLoss.is_on_this_machine("alex")
+    assert weights_on_this_machine(trunk_file("alex")) is None
     monkeypatch.setenv("DC_SSDAE_WEIGHTS", folder)
     assert LPIPSLoss("alex").weights_file == Path(folder) / ALEX_FILE
     monkeypatch.delenv("DC_SSDAE_WEIGHTS")
     monkeypatch.setenv("TORCH_HOME", str(home))
-    assert LPIPSLoss.is_on_this_machine("alex")
+    assert weights_on_this_machine(trunk_file("alex")) is not None
     assert LPIPSLoss("alex").weights_file == home / "hub" / "checkpoints" / ALEX_FILE
 
 

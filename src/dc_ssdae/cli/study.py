@@ -125,11 +125,12 @@ def _read_images(options: Options) -> "Tensor":
 
 def _lpips(options: Options, model: "DCSSDAE") -> "tuple[Callable[[Tensor, Tensor], Tensor] | None, list[str]]":
     """Load the LPIPS distance, or say why there is none."""
-    from dc_ssdae.losses.perceptual import LPIPSLoss
+    from dc_ssdae.losses.backbones import weights_on_this_machine
+    from dc_ssdae.losses.perceptual import LPIPSLoss, trunk_file
 
     if options.lpips == "none":
         return None, []
-    if not LPIPSLoss.is_on_this_machine(options.lpips):
+    if weights_on_this_machine(trunk_file(options.lpips)) is None:
         return None, [f"No LPIPS: the weights of {options.lpips} are not on this machine, and nothing is downloaded."]
     return LPIPSLoss(options.lpips).to(model.device).distance, []
 

@@ -369,7 +369,7 @@ def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:
         "enlarged": sum(shard.enlarged for shard in shards),
         "classes": job.classes,
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
-        "statistics": LatentMoments.from_state(moments).statistics().settings(),
+        "statistics": LatentMoments.from_states(moments).statistics().settings(),
         "shards": [
             {
                 "name": LATENTS.shard_path(job.folder, number).name,

@@ -239,7 +239,7 @@ class LatentShard:
             len(self._names),
             unlabelled,
             self._broken,
-            self._moments.state()[0].tolist(),
+            self._moments.state().tolist(),
             self._enlarged,
         )
         # A shard is finished when both are there and the report states its size.

@@ -32,8 +32,7 @@ def latent_statistics(
 ) -> LatentSurvey:
     """Encode images and gather the moments of their latents; of several processes, each does its share.
 
-    The sum over processes of `moments.state(process, processes)` is what `LatentMoments.from_state` makes the
-    moments of all images from.
+    `LatentMoments.from_states` makes the moments of all images from the processes' `moments.state()`.
 
     Args:
         encode: uint8 (B, 3, S, S) on the CPU to the Gaussian over (B, c, h, w), on any device.

@@ -17,7 +17,6 @@ from dc_ssdae.losses.backbones import (
     hub_file,
     load_exactly,
     read_weights,
-    weights_on_this_machine,
 )
 from dc_ssdae.losses.term import StepOutputs
 
@@ -64,15 +63,6 @@ class LPIPSLoss(nn.Module):
             InputError: the network is unknown, or the weights are not found.
         """
         find_weights("lpips", trunk_file(net), weights)
-
-    @classmethod
-    def is_on_this_machine(cls, net: str = "vgg") -> bool:
-        """Tell whether the network's weights are here, so that nothing has to be downloaded.
-
-        Raises:
-            InputError: the network is unknown, or DC_SSDAE_WEIGHTS does not name a folder.
-        """
-        return weights_on_this_machine(trunk_file(net)) is not None
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         return self.distance(outputs.clean_estimate, outputs.record.x)

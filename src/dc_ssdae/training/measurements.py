@@ -114,7 +114,7 @@ class Measurements:
         with self._averaged():
             survey = latent_statistics(encode, images, channels, self._batch_size(), self.workers, *share)
         loggers.broken([image for part in self.processes.gather(survey.broken) for image in part], step, "train")
-        moments = LatentMoments.from_state(self.processes.sum(survey.moments.state(*share)))
+        moments = LatentMoments.from_states(torch.stack(self.processes.gather(survey.moments.state())))
         self.latent, self.measured_at = None, step
         try:
             self.latent = moments.statistics()
