@@ -14,7 +14,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
 from dc_ssdae.training.build import build_model, build_step, check_components
-from dc_ssdae.training.config import RunConfig, keeps_latent
+from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.run import RunFolder, recover_run
 
 PUBLISHED = {"scaling_factor": 0.41407, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
@@ -132,16 +132,3 @@ def test_a_term_that_is_left_out_may_be_named(images: Path) -> None:
     assert build_step(frozen(images, train=chosen)).held_back
     with pytest.raises(InputError, match=r"unknown parameter group 'losses.kl'"):
         build_step(run_config(images, train=["decoder", "losses.kl"]))
-
-
-@pytest.mark.parametrize(
-    ("train", "expected"),
-    [
-        (None, False),
-        (["decoder.head", "losses.repa"], True),
-        (["encoder.stages.-1", "decoder"], False),
-    ],
-)
-def test_which_groups_keep_the_latent(train: list[str] | None, expected: bool) -> None:
-    assert keeps_latent(train) is expected
-    assert run_config(train=train).training.keeps_latent is expected

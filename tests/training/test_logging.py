@@ -143,19 +143,6 @@ def test_a_start_is_cut_back_to_its_step(run: RunFolder) -> None:
     loggers.close()
 
 
-def test_a_broken_image_is_named_once_over_all_starts(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    images = [BrokenImage(name, f"{name} is damaged") for name in "aba"]
-    for _ in range(2):
-        loggers = Loggers(run, run_config(), True, 0)
-        loggers.broken(images, 1, "train")
-        loggers.broken(images, 2, "validation")
-        loggers.close()
-    assert read_lines(run.broken_images) == [
-        {"step": 1, "split": "train", "name": name, "reason": f"{name} is damaged"} for name in "ab"
-    ]
-    assert capsys.readouterr().err.count("is damaged") == 2
-
-
 def test_a_silent_process_writes_nothing(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     loggers = Loggers(run, run_config(), False, 0)
     loggers.step(entry(0))

@@ -323,23 +323,3 @@ def test_a_packaged_recipe_fits_every_preset(name: str, preset: str) -> None:
         assert phase.config.data.image_size % config.model.downsample_factor == 0
         named = [group for group in phase.config.training.train or groups if not group.startswith("losses.")]
         assert 0 < len(select_groups(groups, named)) <= len(groups)
-
-
-def test_three_phase_is_what_it_says() -> None:
-    recipe = parse_recipe("--recipe", "three_phase", "--config", "dc_f32c32_eqm")
-    low, latent, head = recipe.phases
-    assert [phase.starts_from for phase in recipe.phases] == [None, low.name, latent.name]
-    assert [phase.config.data.image_size for phase in recipe.phases] == [256, 512, 256]
-    with init_empty_weights():
-        groups = parameter_groups(build_model(low.config.model))
-    assert low.config.training.train is None
-    chosen = [select_groups(groups, phase.config.training.train or list(groups)) for phase in (latent, head)]
-    assert chosen == [
-        ["encoder.stages.5", "encoder.latent_head", "decoder.latent_inputs"],
-        ["decoder.head"],
-    ]
-    # What a loss term has learnt in the first phase is used by the second; nothing changes it there.
-    assert low.config.losses["repa"] == latent.config.losses["repa"]
-    assert head.config.losses["repa"].weight == head.config.losses["kl"].weight == 0.0
-    for phase in (latent, head):  # averaged from where they start
-        assert phase.config.training.ema_start == 0

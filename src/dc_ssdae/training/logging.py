@@ -88,7 +88,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         path: of the file; a missing one has no lines.
     """
     entries = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         with suppress(ValueError):
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict)]
