@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.decoding import DecodeFilesOptions, ToDecode, decode_files
+from dc_ssdae.cli.decoding import ToDecode, decode_files
+from dc_ssdae.cli.options import DecodingOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import setting
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Options(DecodeFilesOptions):
+class Options(DecodingOptions):
     """Decode latents written by dc-ssdae encode, to DIR/STEM.png for each, at the image's original size.
 
     Args:

@@ -7,12 +7,11 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dc_ssdae.cli.common import Done, Job, for_each_file, load_model, plan_outputs, shape_line
-from dc_ssdae.cli.options import DecodingOptions, FileOptions
+from dc_ssdae.cli.options import DecodingOptions
 from dc_ssdae.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 
 TRAJECTORY = "-trajectory.png"
 """Ending of the file that `--return_trajectory` writes."""
-
-
-@dataclass(kw_only=True)
-class DecodeFilesOptions(DecodingOptions, FileOptions):
-    """For commands that write a decoded image for each of their files."""
 
 
 class ToDecode(NamedTuple):
@@ -47,9 +41,7 @@ def naming_options() -> Iterator[None]:
         raise InputError(re.sub(setting, "--", str(error))) from error
 
 
-def decode_files(
-    options: DecodeFilesOptions, files: Sequence[Path], read: "Callable[[Path, DCSSDAE], ToDecode]"
-) -> int:
+def decode_files(options: DecodingOptions, files: Sequence[Path], read: "Callable[[Path, DCSSDAE], ToDecode]") -> int:
     """Decode the latent that `read` makes of each file, and write images and trajectories; gives the exit code.
 
     Raises:

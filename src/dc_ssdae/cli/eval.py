@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dc_ssdae.cli.common import (
     advising_on_batches,
@@ -71,6 +71,7 @@ def run(options: Options) -> None:
     import torch
     from tqdm import tqdm
 
+    from dc_ssdae.card import CARD_FILE, note_evaluation
     from dc_ssdae.distributed import Processes
     from dc_ssdae.evaluation.candidate_names import open_candidate
     from dc_ssdae.evaluation.candidates import OurCandidate
@@ -93,25 +94,21 @@ def run(options: Options) -> None:
     settings = report_settings(options, opened, suite)
     report = EvaluationReport(label=spec.label, remarks=candidate.remarks, evaluation=evaluation, **settings)
     _write(options, report, candidate, opened)
-    if folder is not None:
-        _add_to_model(folder, report.as_provenance(), before == _weights_in(folder))
+    if folder is None:
+        return
+    if before != _weights_in(folder):
+        raise InputError(f"the weights in {folder} have changed while they were measured; nothing is written there")
+    figures = report.as_provenance()
+    if not figures["metrics"]:
+        raise InputError(f"no metric has a value; nothing is written to {folder}")
+    note_evaluation(folder, figures)
+    say(f"-> {folder / 'config.json'}, {folder / CARD_FILE}")
 
 
 def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:
     """Identify the weights of a model by their files: a run that continues replaces them."""
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
     return [(file, file.stat().st_mtime_ns) for file in files]
-
-
-def _add_to_model(folder: Path, figures: dict[str, Any], is_same: bool) -> None:
-    from dc_ssdae.card import CARD_FILE, note_evaluation
-
-    if not is_same:
-        raise InputError(f"the weights in {folder} have changed while they were measured; nothing is written there")
-    if not figures["metrics"]:
-        raise InputError(f"no metric has a value; nothing is written to {folder}")
-    note_evaluation(folder, figures)
-    say(f"-> {folder / 'config.json'}, {folder / CARD_FILE}")
 
 
 def _write(options: Options, report: "EvaluationReport", candidate: "Candidate", opened: OpenEvaluation) -> None:

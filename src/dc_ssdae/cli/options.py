@@ -169,8 +169,8 @@ class SamplerOptions(Options):
 
 
 @dataclass(kw_only=True)
-class DecodingOptions(SamplerOptions, SeedOptions):
-    """How single latents are decoded.
+class DecodingOptions(SamplerOptions, SeedOptions, FileOptions):
+    """For commands that write a decoded image for each of their files.
 
     Args:
         draft: start from this image mixed with noise, instead of from pure noise; if it is a folder, from the image

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dc_ssdae.cli.common import encode_pixels
-from dc_ssdae.cli.decoding import DecodeFilesOptions, ToDecode, decode_files
+from dc_ssdae.cli.decoding import ToDecode, decode_files
+from dc_ssdae.cli.options import DecodingOptions
 from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Options(DecodeFilesOptions):
+class Options(DecodingOptions):
     """Encode images and decode them again, to DIR/STEM.png for each.
 
     Images may have any size: they are padded by reflection to a multiple of the model's downsampling factor f, and the
