@@ -1,11 +1,15 @@
-"""Small autoencoders, and images for them, that several test modules share."""
+"""Small autoencoders, images for them, and what is refused, that several test modules share."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from dc_ssdae import DCSSDAE
+from dc_ssdae import DCSSDAE, InputError
 
 TINY_DECODER = {
     "init_args": {
@@ -47,3 +51,32 @@ def tiny(factor: int = 8, encoder: str = "KLEncoder", **given: Any) -> DCSSDAE:
 
 def image(batch: int = 1, height: int = 32, width: int = 48) -> Tensor:
     return 2.0 * torch.rand(batch, 3, height, width) - 1.0
+
+
+def refusal(call: Callable[..., Any], *arguments: Any, **given: Any) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(InputError) as error:
+        call(*arguments, **given)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def loading_refusal(folder: Path, **given: Any) -> str:
+    """The one line with which a model folder is refused."""
+    return refusal(DCSSDAE.from_pretrained, folder, **given)
+
+
+def loads_or_refuses(folder: Path) -> None:
+    """Load a model, or be refused in one line; any other exception fails the test."""
+    try:
+        DCSSDAE.from_pretrained(folder)
+        message = ""
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Replace settings in a model folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
