@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dc_ssdae import DCSSDAE, InputError
+from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
 
 TINY_DECODER = {
     "init_args": {
@@ -47,6 +47,34 @@ def tiny(factor: int = 8, encoder: str = "KLEncoder", **given: Any) -> DCSSDAE:
             model.decoder.latent_norm.running_mean.normal_()
             model.decoder.latent_norm.running_var.uniform_(0.5, 2.0)
     return model.eval()
+
+
+class PatchEncoder(nn.Module):
+    """Looks at each patch of f × f pixels alone, with one convolution."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int, variance: bool = True) -> None:
+        super().__init__()
+        self.variance = variance
+        channels = 2 * latent_channels if variance else latent_channels
+        self.conv = nn.Conv2d(3, channels, downsample_factor, downsample_factor)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        moments = self.conv(x)
+        return DiagonalGaussian.from_moments(moments) if self.variance else DiagonalGaussian(moments)
+
+
+class BareDynamics:
+    """A dynamics that shares no class with the package's own; has what building a model asks for."""
+
+    conditions_on_time, noise_level = True, 1.0
+
+    def sample_level(self) -> None: ...
+
+    def corrupt(self) -> None: ...
+
+    def clean_estimate(self) -> None: ...
+
+    def loss(self) -> None: ...
 
 
 def image(batch: int = 1, height: int = 32, width: int = 48) -> Tensor:
