@@ -160,7 +160,7 @@ HOSTILE = st.text(
 
 
 class TestInjection:
-    @settings(max_examples=80, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(HOSTILE, HOSTILE, HOSTILE)
     def test_hostile_texts_stay_texts(self, first: str, second: str, third: str) -> None:
         provenance = {

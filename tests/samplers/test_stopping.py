@@ -114,6 +114,18 @@ def test_a_tolerance_of_zero_never_stops(name: str) -> None:
 
 
 @each_descent
+def test_the_residual_is_that_of_the_last_evaluation_and_the_first_below_the_tolerance(name: str) -> None:
+    case = Case(torch.float64)
+    result = case.run(name)
+    for place in range(BATCH):
+        way = torch.stack(case.states[place]) - case.goal[place]
+        sizes = rms(case.slope[place] * way - 0.2 * way / (1.0 + way * way))
+        assert result.residual_rms[place].item() == pytest.approx(sizes[-1].item(), rel=1e-6)
+        assert sizes[-1] < 1e-2
+        assert (sizes[:-1] >= 1e-2).all()
+
+
+@each_descent
 @pytest.mark.parametrize(("settled", "bucket"), [(1, False), (2, False), (2, True)])
 def test_a_field_that_holds_on_to_all_images_is_told_of_condition(name: str, settled: int, bucket: bool) -> None:
     """With one image left its tensor broadcasts, with two it does not fit."""
