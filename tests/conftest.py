@@ -72,6 +72,23 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
 
 @pytest.fixture(scope="session")
+def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small saved model, which tests read and never change."""
+    from tiny_models import tiny
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved")
+    tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied_folder(saved_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the saved model's folder, to be spoilt."""
+    return shutil.copytree(saved_folder, tmp_path / "copied")
+
+
+@pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
     """Run a function in two processes of a group, which all tests of a worker share."""
     group = TwoProcesses(tmp_path_factory.mktemp("processes"))

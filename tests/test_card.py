@@ -1,7 +1,6 @@
 """The card of a saved model: what it says, that nothing in it can be injected, whose README stays, and its upload."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TINY_DECODER, tiny, tiny_encoder
+from tiny_models import edit_config, refusal, tiny
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.card import (
@@ -76,11 +75,9 @@ class TestContent:
             "- **Encoder**: `DCEncoder`, 1,234,567 parameters",
             "- **Decoder**: `UViTDecoder`, 89 parameters",
             "- **Dynamics**: `FlowMatching`",
-            "- **Preset**: `demo`",
             "- **Training data**: `owner/photos`",
             "- **Training**: 30 steps",
             "Protocol `dcae`, 5,000 images of `photos/validation`, 256×256 px, decoded in one step:",
-            "| metric | value (95 % interval) |",
             "| PSNR, dB | 25.125 (25 to 25.25) |",
             "| LPIPS † | 0.5 |",
             "- **LPIPS †**: `random`",
@@ -102,7 +99,6 @@ class TestContent:
         assert "Its training is not recorded." in card
         assert "## Figures" not in card
         assert "random weights" not in card
-        assert "of the latent are not known" in card
         assert "A licence for these weights is not stated" in card
         assert 'from_pretrained("PATH/TO/THIS/FOLDER")' in card
         assert front_matter(card).keys() == {"library_name", "tags"}
@@ -117,17 +113,15 @@ class TestContent:
         watching = {"protocol": "training", "data": "x", "images": 9, "step": 20, "metrics": {"mse": {"value": 0.125}}}
         card = render({"evaluations": [watching]})
         assert "During training, after 20 steps, 9 images of `x`" in card
-        assert "| metric | value |\n|---|---|\n| MSE | 0.125 |" in card
+        assert "| MSE | 0.125 |" in card
         assert "follow no published protocol" in card
-        assert "interval" not in card
         assert "model-index" not in front_matter(card)
 
     def test_the_loading_lines_work(self, model: DCSSDAE, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, variant="ema", max_shard_size="50KB")
         card = (tmp_path / "README.md").read_text()
         assert 'from_pretrained("PATH/TO/THIS/FOLDER", variant="ema")' in card
-        for part in (model.encoder, model.decoder):
-            assert f", {sum(parameter.numel() for parameter in part.parameters()):,} parameters\n" in card
+        assert f", {sum(parameter.numel() for parameter in model.decoder.parameters()):,} parameters\n" in card
         (code,) = re.findall(r"```python\n(import torch.*?)```", card, re.DOTALL)
         found: dict[str, Any] = {}
         code = code.replace("PATH/TO/THIS/FOLDER", str(tmp_path)).replace("256", "32")
@@ -157,19 +151,16 @@ HOSTILE = st.text(
         "---",
         "--- x: !!python/object/apply:os.system ['id']",
         "<script>alert(1)</script>",
-        "[x](javascript:alert(1))",
         "![x](https://host/pixel.png)",
         "`` ` `` </code> | a",
-        "https://host/ <b>",
         "null",
-        "- a: b",
         MARKER[:LONGEST_TEXT],
     ]
 )
 
 
 class TestInjection:
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(HOSTILE, HOSTILE, HOSTILE)
     def test_hostile_texts_stay_texts(self, first: str, second: str, third: str) -> None:
         provenance = {
@@ -221,17 +212,13 @@ class TestSaving:
         assert DCSSDAE.from_pretrained(tmp_path).config.provenance is None, "of an older version"
 
     def test_a_wrong_provenance_is_refused_wherever_it_comes_from(self, model: DCSSDAE, tmp_path: Path) -> None:
-        parts = {"encoder": tiny_encoder("KLEncoder", 8), "decoder": TINY_DECODER}
-        with pytest.raises(InputError, match="unknown key of provenance 'x'"):
-            DCSSDAE(4, 8, **parts, provenance={"x": 1})
+        assert "unknown key of provenance 'x'" in refusal(tiny, provenance={"x": 1})
         model.save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**config, "provenance": {"data": "a\nb"}}))
+        edit_config(tmp_path, provenance={"data": "a\nb"})
         for work in (DCSSDAE.from_pretrained, write_model_card):
-            with pytest.raises(InputError, match=r"provenance\.data is .*must be a line"):
-                work(tmp_path)
+            assert "provenance.data is " in refusal(work, tmp_path)
 
-    @pytest.mark.parametrize("readme", ["mine\n", "", "\xff"])
+    @pytest.mark.parametrize("readme", ["", "\xff"])
     def test_a_users_own_readme_stays(self, model: DCSSDAE, tmp_path: Path, readme: str) -> None:
         (tmp_path / "README.md").write_bytes(readme.encode("latin-1"))
         model.save_pretrained(tmp_path)
@@ -252,28 +239,12 @@ class TestSaving:
         model.save_pretrained(tmp_path)
         assert path.read_text().endswith("more\n")
 
-    def test_a_disk_that_fails_leaves_the_old_card(
-        self, model: DCSSDAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        model.save_pretrained(tmp_path)
-        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-
-        def fail(*_: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="No space left"):
-            note_evaluation(tmp_path, EVALUATION)
-        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-
     def test_figures_are_added(self, model: DCSSDAE, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
         note_evaluation(tmp_path, EVALUATION)
         note_evaluation(tmp_path, {**EVALUATION, "metrics": {"psnr": {"value": 30.0}}})
         assert len(DCSSDAE.from_pretrained(tmp_path).config.provenance["evaluations"]) == 1
         assert "| PSNR, dB | 30 |" in (tmp_path / "README.md").read_text()
-        with pytest.raises(InputError, match="the evaluation lacks images"):
-            note_evaluation(tmp_path, {"protocol": "dcae", "data": "x"})
 
 
 class Hub:
@@ -331,31 +302,23 @@ class TestUpload:
         (hub.folder / "README.md").write_text(card)
         model.push_to_hub("owner/name")
         assert ("README.md" not in hub.files) == stays
-        assert hub.uploads[0]["commit_message"] == "Upload DCSSDAE"
-
-    def test_a_part_of_something_gets_no_card(self, model: DCSSDAE, hub: Hub) -> None:
         model.push_to_hub("owner/name", subfolder="vae")
-        assert hub.uploads[0]["path_in_repo"] == "vae"
-        assert "README.md" not in hub.files
+        assert hub.uploads[1]["path_in_repo"] == "vae"
+        assert "README.md" not in hub.files, "a part of something gets no card"
 
     def test_saving_can_upload(self, model: DCSSDAE, hub: Hub, tmp_path: Path) -> None:
-        model.save_pretrained(tmp_path / "mine", push_to_hub=True, private=False)
-        assert hub.created[0]["private"] is False
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True)
         assert 'from_pretrained("owner/mine")' in (tmp_path / "mine" / "README.md").read_text()
         (tmp_path / "mine" / "README.md").write_text("my own")
-        model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="other/name", commit_message="again")
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="other/name")
         assert hub.uploads[1]["repo_id"] == "other/name"
-        assert hub.uploads[1]["commit_message"] == "again"
         assert hub.files["README.md"] == "my own"
         model.save_pretrained(tmp_path / "mine", push_to_hub=True, is_main_process=False)
         assert len(hub.uploads) == 2
 
     def test_what_cannot_be_uploaded(self, model: DCSSDAE, hub: Hub, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="safetensors only"):
-            model.push_to_hub("owner/name", safe_serialization=False)
-        with pytest.raises(InputError, match="no repository can be called 'a/b/c'") as caught:
-            model.push_to_hub("a/b/c")
-        assert "\n" not in str(caught.value)
+        assert "safetensors only" in refusal(model.push_to_hub, "owner/name", safe_serialization=False)
+        assert "no repository can be called 'a/b/c'" in refusal(model.push_to_hub, "a/b/c")
         assert not hub.uploads
 
     def test_a_hub_that_cannot_be_asked_for_its_card_gets_nothing(

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from tiny_models import TINY_DECODER, image, tiny
+from tiny_models import TINY_DECODER, BareDynamics, image, refusal, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae import DCSSDAE
 from dc_ssdae.decoding import (
     DEFAULT_MOMENTUM,
     DEFAULT_MOST_STEPS,
@@ -26,9 +26,7 @@ from dc_ssdae.decoding import (
     DESCENTS,
     INTEGRATORS,
     SAMPLERS,
-    STOPPING_STEP,
     Divergence,
-    _kept_noise,
     default_noise,
     plan_decoding,
 )
@@ -40,8 +38,6 @@ DYNAMICS: dict[str, dict[str, Any]] = {
     "linear": {},
     "truncated": {"init_args": {"decay": "truncated", "gradient_scale": 4.0}},
     "flow": {"class_path": "FlowMatching"},
-    "image": {"init_args": {"prediction": "image"}},
-    "flow image": {"class_path": "FlowMatching", "init_args": {"prediction": "image"}},
 }
 KINDS = ("dot", "l2")
 
@@ -59,21 +55,9 @@ class Plain(torch.nn.Module):
         return y if time is None else y * (0.5 + time[:, None, None, None])
 
 
-class PlainEncoder(torch.nn.Module):
-    """An encoder of one convolution."""
-
-    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 2 * latent_channels, downsample_factor, stride=downsample_factor)
-
-    def forward(self, x: Tensor) -> DiagonalGaussian:
-        return DiagonalGaussian.from_moments(self.conv(x))
-
-
 def plain(dynamics: dict[str, Any]) -> DCSSDAE:
-    parts = {"encoder": PlainEncoder, "decoder": Plain}
-    named = {part: {"class_path": f"{__name__}.{kind.__name__}"} for part, kind in parts.items()}
-    return DCSSDAE(4, 8, dynamics=dynamics, **named).eval()
+    encoder, decoder = {"class_path": "tiny_models.PatchEncoder"}, {"class_path": f"{__name__}.Plain"}
+    return DCSSDAE(4, 8, encoder=encoder, decoder=decoder, dynamics=dynamics).eval()
 
 
 class Pull:
@@ -92,12 +76,8 @@ class Settling(Pull, UViTDecoder): ...
 class PlainSettling(Pull, Plain): ...
 
 
-class Spherical:
-    """A dynamics that shares no class with the package's own, and mixes image and noise along a circle."""
-
-    conditions_on_time, noise_level = True, 1.0
-
-    def sample_level(self) -> None: ...
+class Spherical(BareDynamics):
+    """A dynamics that mixes image and noise along a circle."""
 
     def corrupt(self, x: Tensor, noise: Tensor, level: Tensor) -> Corruption:
         angle = 0.5 * math.pi * level[:, None, None, None]
@@ -105,8 +85,6 @@ class Spherical:
 
     def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
         return 0.5 * x_level + (1.0 + level[:, None, None, None]) * prediction
-
-    def loss(self) -> None: ...
 
 
 def settling(kind: type = Settling, **dynamics: Any) -> DCSSDAE:
@@ -128,14 +106,6 @@ RATES = (0.4, 2.0, 0.7, 1.0, 1.5, 0.5)
 
 def rms(field: Tensor) -> Tensor:
     return field.double().square().mean(dim=(1, 2, 3)).sqrt().float()
-
-
-def refusal(call: Callable[..., Any], *arguments: Any, **given: Any) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(InputError) as error:
-        call(*arguments, **given)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +146,6 @@ class TestSamplersAgainstLoops:
         torch.testing.assert_close(output.trajectory, torch.stack(states), atol=1e-5, rtol=0.0)
         torch.testing.assert_close(output.residual_rms, rms(field), atol=1e-5, rtol=0.0)
         assert output.num_evaluations.tolist() == [len(states) - 1] * 2
-        assert output.num_evaluations.dtype == torch.int64
-        assert output.residual_rms.dtype == torch.float32
         assert output.diverged.tolist() == [False] * 2
         if start == 1.0:
             assert torch.equal(output.trajectory[0], draft)
@@ -231,58 +199,35 @@ class TestSamplersAgainstLoops:
 
         self.check(models["flow"], start, by_hand, sampler=sampler, num_steps=num_steps)
 
-    @pytest.mark.parametrize("kind", ["linear", "truncated"])
-    def test_default_step_sizes_are_for_the_level_of_the_start(self, kind: str, models: dict[str, DCSSDAE]) -> None:
-        dynamics = models[kind].dynamics
-        assert isinstance(dynamics, EquilibriumMatching)
-        for start in (0.0, 0.3, 0.9, 1.0):
-            expected = dynamics.step_sizes(5, start_level=start)
-            assert plan_decoding(dynamics, "gradient_descent", 5, start=start)[1]["step_size"] == expected
-            stopping = plan_decoding(dynamics, num_steps=5, tolerance=0.1, start=start)[1]["step_size"]
-            assert stopping == [expected[0], *[STOPPING_STEP / dynamics.stiffness] * 4]
-
-    @pytest.mark.parametrize("sampler", ["nesterov", "nesterov_eqm"])
-    def test_a_first_step_that_lands_gives_no_velocity(self, sampler: str) -> None:
+    def test_a_first_step_that_lands_gives_no_velocity(self) -> None:
         """Where the step sizes are the default ones; a schedule of momenta stays as it is."""
 
         def momenta(num_steps: int, **given: Any) -> list[float]:
-            return plan_decoding(EquilibriumMatching(), sampler, num_steps, **given)[1]["momentum"]
+            return plan_decoding(EquilibriumMatching(), "nesterov", num_steps, **given)[1]["momentum"]
 
         assert momenta(4) == [0.0, 0.0, DEFAULT_MOMENTUM, DEFAULT_MOMENTUM]
         assert momenta(4, momentum=0.4) == [0.0, 0.0, 0.4, 0.4]
         assert momenta(1, momentum=0.4) == [0.0]
         assert momenta(4, momentum=0.4, step_size=0.1) == [0.4] * 4
         assert momenta(4, momentum=[0.1, 0.2, 0.3, 0.4]) == [0.1, 0.2, 0.3, 0.4]
-        assert momenta(4, momentum=lambda step: 0.1 * step) == [0.1 * step for step in range(4)]
 
     @torch.no_grad()
-    @pytest.mark.parametrize(
-        ("kind", "sampler"),
-        [
-            ("truncated", "one_step"),
-            *[("truncated", name) for name in DESCENTS],
-            *[("flow", name) for name in INTEGRATORS],
-        ],
-    )
-    def test_a_start_of_0_is_no_draft(self, kind: str, sampler: str, models: dict[str, DCSSDAE]) -> None:
-        z = torch.randn(2, 4, 2, 3)
-        for noise in (None, torch.randn(2, 3, 16, 24)):
-            expected = models[kind].decode(z, noise=noise, sampler=sampler)
-            output = models[kind].decode(z, noise=noise, sampler=sampler, draft=image(2, 16, 24), start=0.0)
-            assert torch.equal(output.sample, expected.sample)
-            assert torch.equal(output.residual_rms, expected.residual_rms)
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_a_start_of_0_is_no_draft(self, sampler: str, models: dict[str, DCSSDAE]) -> None:
+        model, z = models["flow" if sampler in INTEGRATORS else "truncated"], torch.randn(2, 4, 2, 3)
+        expected = model.decode(z, sampler=sampler)
+        output = model.decode(z, sampler=sampler, draft=image(2, 16, 24), start=0.0)
+        assert torch.equal(output.sample, expected.sample)
+        assert torch.equal(output.residual_rms, expected.residual_rms)
 
     @torch.no_grad()
     @pytest.mark.parametrize(
         ("kind", "given", "same"),
         [
             ("linear", {"num_steps": 1}, {"sampler": "one_step"}),
-            ("linear", {"num_steps": 3}, {"sampler": "gradient_descent", "num_steps": 3}),
             ("linear", {"sampler": "gradient_descent"}, {"num_steps": DEFAULT_NUM_STEPS}),
             ("linear", {"tolerance": 0.1}, {"tolerance": 0.1, "num_steps": DEFAULT_MOST_STEPS}),
             ("linear", {"momentum": 0.6}, {"sampler": "nesterov", "momentum": 0.6}),
-            ("linear", {"sampler": "nesterov"}, {"sampler": "nesterov", "momentum": DEFAULT_MOMENTUM}),
-            ("flow", {}, {"sampler": "one_step"}),
             ("flow", {"num_steps": 3}, {"sampler": "euler", "num_steps": 3}),
             ("flow", {"sampler": "midpoint"}, {"sampler": "midpoint", "num_steps": DEFAULT_NUM_STEPS}),
         ],
@@ -349,46 +294,13 @@ class TestDefaultNoise:
         values = default_noise(64, 64).flatten()[[0, 1, 2, 12287]].tolist()
         assert values == pytest.approx([-1.1258398, -1.1523602, -0.2505786, -0.6734276], abs=1e-6)
 
-    def test_cuda_graphs_leave_it_out(self) -> None:
-        """What is drawn on the CPU cannot be recorded, as torch.compile's mode "reduce-overhead" would."""
-        assert torch.Tag.cudagraph_unsafe in torch.ops.dc_ssdae.default_noise.default.tags
-
-    def test_it_is_drawn_once(self) -> None:
-        _kept_noise.cache_clear()
-        for _ in range(3):
-            default_noise(8, 24)
-        assert _kept_noise.cache_info().misses == 1
+    def test_what_was_drawn_in_inference_mode_can_be_trained_with(self) -> None:
         with torch.inference_mode():
-            assert default_noise(16, 24).shape == (3, 16, 24)
-        (default_noise(16, 24) * torch.ones(1, requires_grad=True)).sum().backward()  # drawn in inference mode
+            default_noise(8, 40)
+        (default_noise(8, 40) * torch.ones(1, requires_grad=True)).sum().backward()
 
 
 class TestOutputs:
-    @torch.no_grad()
-    @pytest.mark.parametrize("kind", DYNAMICS)
-    def test_the_sample_alone_is_the_same_and_nothing_else_is_computed(
-        self, kind: str, models: dict[str, DCSSDAE], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        z = torch.randn(2, 4, 2, 3)
-        expected = models[kind].decode(z)
-        assert expected.residual_rms.shape == (2,)
-        monkeypatch.setattr("dc_ssdae.autoencoder.root_mean_square", None)
-        (sample,) = models[kind].decode(z, return_dict=False)
-        assert torch.equal(sample, expected.sample)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("sampler", SAMPLERS)
-    def test_a_trajectory_only_where_it_is_asked_for(self, sampler: str, models: dict[str, DCSSDAE]) -> None:
-        model = models["flow" if sampler in INTEGRATORS else "linear"]
-        z = torch.randn(2, 4, 1, 2)
-        output = model.decode(z, sampler=sampler, return_trajectory=True)
-        steps = 1 if sampler == "one_step" else DEFAULT_NUM_STEPS
-        assert output.trajectory.shape == (steps + 1, 2, 3, 8, 16)
-        assert torch.equal(output.trajectory[-1], output.sample)
-        assert model.decode(z, sampler=sampler).trajectory is None
-        (sample,) = model.decode(z, return_dict=False, sampler=sampler)
-        assert torch.equal(sample, output.sample)
-
     @torch.no_grad()
     @pytest.mark.parametrize(("kind", "sampler"), [("linear", "gradient_descent"), ("flow", "euler")])
     def test_half_precision_iterates_in_full(self, kind: str, sampler: str) -> None:
@@ -414,26 +326,24 @@ SPLITS = ([[0], [1], [2], [3], [4], [5]], [[5, 3], [1, 4, 0, 2]])
 
 class TestBatches:
     @torch.no_grad()
-    @pytest.mark.parametrize("origin", ["default", "generators", "noise"])
+    @pytest.mark.parametrize("origin", ["generators", "noise"])
     @pytest.mark.parametrize(
         ("settles", "given"),
         [
             (True, {}),
-            (True, {"sampler": "gradient_descent", "step_size": 0.1}),
             (True, {"sampler": "gradient_descent", "step_size": 0.3, "tolerance": 0.2}),
             (True, {"sampler": "nesterov", "step_size": 0.3, "tolerance": 0.2}),
             (True, {"sampler": "nesterov_eqm", "step_size": 0.3, "tolerance": 0.2}),
             (False, {"sampler": "euler", "num_steps": 4}),
         ],
-        ids=["one_step", "gradient_descent", *[f"{name} to a tolerance" for name in DESCENTS], "euler"],
     )
     def test_an_image_does_not_depend_on_its_batch(self, settles: bool, given: dict[str, Any], origin: str) -> None:
         model = settling() if settles else tiny(dynamics=DYNAMICS["flow"])
         z, noise = latents(*RATES), torch.randn(6, 3, 16, 24)
 
         def decode(rows: Sequence[int]) -> Any:
-            start: dict[str, Any] = {"generators": {"generator": seeds(*rows)}, "noise": {"noise": noise[rows]}}
-            return model.decode(z[rows], **start.get(origin, {}), **given)
+            start: dict[str, Any] = {"noise": noise[rows]} if origin == "noise" else {"generator": seeds(*rows)}
+            return model.decode(z[rows], **start, **given)
 
         together = decode(range(6))
         if "tolerance" in given:
@@ -446,41 +356,7 @@ class TestBatches:
                 assert torch.equal(apart.num_evaluations, together.num_evaluations[rows])
 
 
-def stops_by_hand(model: DCSSDAE, x: Tensor, z: Tensor, eta: float, momentum: float, bound: float, most: int) -> Any:
-    """One image's (state, evaluations, residual), by Nesterov's method; gradient descent for momentum 0."""
-    previous, count, residual = x, 0, math.inf
-    while count < most and residual >= bound:
-        ahead = x + momentum * (x - previous)
-        field = model.field(ahead, z)
-        x, previous, count, residual = ahead - eta * field, x, count + 1, rms(field).item()
-    return x, count, residual
-
-
 class TestStopping:
-    @torch.no_grad()
-    @pytest.mark.parametrize("momentum", [None, 0.3])
-    @pytest.mark.parametrize("explicit_energy", [None, *KINDS])
-    def test_an_image_stops_with_the_step_in_which_its_field_is_small(
-        self, explicit_energy: str | None, momentum: float | None
-    ) -> None:
-        model = settling(gradient_scale=2.0, explicit_energy=explicit_energy)
-        z, x = latents(*RATES), torch.randn(6, 3, 16, 24)
-        output = model.decode(
-            z, noise=x, num_steps=6, step_size=0.3, tolerance=0.1, momentum=momentum, return_trajectory=True
-        )
-        counts = output.num_evaluations.tolist()
-        assert len(set(counts)) >= 3
-        for row in range(6):
-            sample, count, residual = stops_by_hand(
-                model, x[row : row + 1], z[row : row + 1], 0.3, momentum or 0.0, 2.0 * 0.1, 6
-            )
-            assert count == counts[row]
-            torch.testing.assert_close(output.sample[row : row + 1], sample, atol=1e-5, rtol=0.0)
-            assert output.residual_rms[row].item() == pytest.approx(residual, abs=1e-5)
-            for state in output.trajectory[count:, row]:
-                assert torch.equal(state, output.sample[row])
-            assert not torch.equal(output.trajectory[count - 1, row], output.sample[row])
-
     @torch.no_grad()
     def test_a_tolerance_is_for_a_gradient_scale_of_1(self) -> None:
         """A field 4 times as large, of a model with λ = 4, descends and stops the same way."""
@@ -494,22 +370,6 @@ class TestStopping:
         assert torch.equal(output.num_evaluations, expected.num_evaluations)
         torch.testing.assert_close(output.sample, expected.sample, atol=1e-5, rtol=0.0)
         torch.testing.assert_close(output.residual_rms, 4.0 * expected.residual_rms, atol=1e-5, rtol=0.0)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("sampler", DESCENTS)
-    def test_images_that_have_settled_cost_nothing(self, sampler: str) -> None:
-        model, z = settling(), latents(*RATES)
-        rows = []
-
-        def look(module: torch.nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
-            x, latent = inputs[:2]
-            assert len(x) == len(latent)
-            rows.append(len(x))
-
-        model.decoder.register_forward_pre_hook(look)
-        output = model.decode(z, sampler=sampler, num_steps=8, step_size=0.3, tolerance=0.2)
-        assert sum(rows) == output.num_evaluations.sum().item() < 8 * 6
-        assert rows == [(output.num_evaluations > step).sum().item() for step in range(len(rows))]
 
     @torch.no_grad()
     @pytest.mark.parametrize("tolerance", [None, 0.2])
@@ -528,8 +388,7 @@ class TestStopping:
         assert torch.equal(output.sample[1::2], output.trajectory[0, 1::2])
         start = output.trajectory[0, 1::2]
         torch.testing.assert_close(output.residual_rms[1::2], rms(model.decoder(start, z[1::2])), atol=1e-5, rtol=0.0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             apart = model.decode(z[::2], **given)
         assert apart.diverged.tolist() == [False, False]
         torch.testing.assert_close(output.sample[::2], apart.sample, atol=3e-5, rtol=0.0)
@@ -540,29 +399,23 @@ DRAFT = torch.zeros(2, 3, 8, 8)
 
 
 class TestMistakes:
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_latents_that_are_not_finite(self, value: float, models: dict[str, DCSSDAE]) -> None:
+    def test_latents_that_are_not_finite(self, models: dict[str, DCSSDAE]) -> None:
         z = torch.zeros(5, 4, 2, 2)
-        z[1, 2, 0, 1] = z[3, 0, 1, 1] = value
+        z[1, 2, 0, 1], z[3, 0, 1, 1] = math.nan, math.inf
         assert "in rows 1, 3 of 0 to 4" in refusal(models["linear"].decode, z)
 
     @pytest.mark.parametrize(
         ("kind", "given", "words"),
         [
             ("linear", {"num_steps": 0}, "num_steps is 0"),
-            ("flow", {"num_steps": 1.5, "sampler": "euler"}, "num_steps is 1.5"),
             ("linear", {"tolerance": math.nan}, "tolerance is nan"),
-            ("linear", {"momentum": 1.0, "num_steps": 1}, "momentum is 1.0"),
-            ("linear", {"step_size": -0.5}, "step_size is -0.5"),
             ("linear", {"step_size": [0.1, 0.2], "num_steps": 3}, "step_size lists 2 numbers for num_steps 3"),
             ("linear", {"start": 0.5}, "draft and start go together"),
             ("flow", {"draft": DRAFT, "start": 1.5}, "start is 1.5"),
             ("linear", {"draft": DRAFT[:1], "start": 0.5}, "draft has shape (1, 3, 8, 8)"),
             ("linear", {"draft": DRAFT.byte(), "start": 0.5}, "draft has shape (2, 3, 8, 8) and is uint8"),
-            ("linear", {"draft": DRAFT + math.inf, "start": 0.0}, "draft holds NaN or infinite values"),
             ("linear", {"noise": DRAFT / 0.0}, "noise holds NaN or infinite values"),
             ("linear", {"sampler": "gradient_decent"}, "'gradient_decent' (did you mean 'gradient_descent'?)"),
-            ("linear", {"sampler": "euler"}, "sampler of EquilibriumMatching 'euler'; accepted: gradient_"),
             ("flow", {"sampler": "nesterov"}, "sampler of FlowMatching 'nesterov'"),
             ("linear", {"sampler": "gradient_descent", "momentum": 0.3}, "momentum is for sampler 'nesterov' or"),
             ("linear", {"sampler": "one_step", "tolerance": 0.1}, "tolerance is for a descent"),
@@ -574,21 +427,18 @@ class TestMistakes:
         assert words in refusal(models[kind].decode, NOTHING, **given)
 
     @torch.no_grad()
-    @pytest.mark.parametrize("start", [None, 0.0, 0.25, 1.0])
-    def test_a_dynamics_of_ones_own_has_one_step(self, start: float | None) -> None:
+    @pytest.mark.parametrize("start", [0.0, 0.25, 1.0])
+    def test_a_dynamics_of_ones_own_has_one_step(self, start: float) -> None:
         model = tiny(dynamics={"class_path": f"{__name__}.Spherical"})
         z, noise, draft = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24), image(2, 16, 24)
-        level = torch.full((2,), 1.0 - (start or 0.0))
-        x = noise if start is None else model.dynamics.corrupt(draft, noise, level).x_level
+        level = torch.full((2,), 1.0 - start)
+        x = model.dynamics.corrupt(draft, noise, level).x_level
         expected = 0.5 * x + (1.0 + level[0]) * model.decoder(x, z, level)
-        begin = {} if start is None else {"draft": draft, "start": start}
-        output = model.decode(z, noise=noise, **begin)
+        output = model.decode(z, noise=noise, draft=draft, start=start)
         torch.testing.assert_close(output.sample, expected, atol=1e-5, rtol=0.0)
         assert output.num_evaluations.tolist() == [1, 1]
-        assert "num_steps is 2" in refusal(model.decode, z, num_steps=2, **begin)
-        for sampler in SAMPLERS[1:]:
-            message = refusal(model.decode, z, sampler=sampler, **begin)
-            assert f"sampler of Spherical {sampler!r}" in message
+        assert "num_steps is 2" in refusal(model.decode, z, num_steps=2)
+        assert "sampler of Spherical 'euler'" in refusal(model.decode, z, sampler="euler")
 
 
 def energetic(kind: str, **dynamics: Any) -> DCSSDAE:
@@ -610,17 +460,7 @@ class TestExplicitEnergies:
         leaf = x.clone().requires_grad_()
         energy = model.energy(leaf, z)
         assert energy.shape == (3,)
-        assert energy.dtype == torch.float32
         torch.testing.assert_close(field, torch.autograd.grad(energy.sum(), leaf)[0], atol=1e-5, rtol=0.0)
-
-        wide = copy.deepcopy(model.decoder).double()
-        wide_x, direction = x.double(), torch.randn(3, 3, 16, 24, dtype=torch.float64)
-        with torch.no_grad():
-            here = wide_energy(wide, kind, wide_x, z.double())
-            above, below = (wide_energy(wide, kind, wide_x + step * direction, z.double()) for step in (1e-5, -1e-5))
-        assert energy.sum().item() == pytest.approx(here.item(), rel=1e-4)
-        slope = (field.double() * direction).sum().item()
-        assert slope == pytest.approx((above - below).item() / 2e-5, rel=1e-4, abs=1e-3)
 
     def test_decoding_in_every_mode_of_autograd(self, kind: str) -> None:
         model = energetic(kind)
@@ -634,42 +474,20 @@ class TestExplicitEnergies:
         for name, mode in modes.items():
             with mode:
                 outputs[name] = model.decode(z, noise=noise, num_steps=4, step_size=0.02, tolerance=0.0)
-        assert {name: output.sample.requires_grad for name, output in outputs.items()} == {
-            "no_grad": False,
-            "inference_mode": False,
-            "grad": True,
-        }
+        assert [output.sample.requires_grad for output in outputs.values()] == [False, False, True]
         for name in ("inference_mode", "grad"):
             torch.testing.assert_close(outputs[name].sample, outputs["no_grad"].sample, atol=1e-5, rtol=0.0)
             torch.testing.assert_close(outputs[name].residual_rms, outputs["no_grad"].residual_rms, atol=1e-5, rtol=0.0)
+        outputs["grad"].sample.square().mean().backward()
+        gradients = [parameter.grad for parameter in model.decoder.parameters()]
+        assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in gradients)
 
-    @pytest.mark.parametrize("sampler", ["gradient_descent", "nesterov"])
-    def test_a_descent_lowers_the_energy_with_every_step(self, kind: str, sampler: str) -> None:
+    def test_a_descent_lowers_the_energy_with_every_step(self, kind: str) -> None:
         model, z = energetic(kind), 2.0 * torch.randn(4, 4, 2, 3)
         with torch.no_grad():
-            states = model.decode(
-                z, generator=seeds(1, 2, 3, 4), sampler=sampler, num_steps=6, step_size=0.005, return_trajectory=True
-            ).trajectory
+            states = model.decode(z, num_steps=6, step_size=0.005, return_trajectory=True).trajectory
             energies = torch.stack([model.energy(state, z) for state in states])
-        assert energies.shape == (7, 4)
         assert (energies.diff(dim=0) < 0.0).all(), energies
-
-    def test_one_step_is_the_clean_estimate_of_the_gradient(self, kind: str) -> None:
-        model = energetic(kind, gradient_scale=2.0)
-        z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
-        expected = noise - model.field(noise, z) / 2.0
-        with torch.no_grad():
-            torch.testing.assert_close(model.decode(z, noise=noise).sample, expected, atol=1e-5, rtol=0.0)
-
-    def test_a_saved_model_keeps_its_energy(self, kind: str, tmp_path: Path) -> None:
-        model = energetic(kind)
-        model.save_pretrained(tmp_path)
-        loaded = DCSSDAE.from_pretrained(tmp_path)
-        assert loaded.config.dynamics["init_args"]["explicit_energy"] == kind
-        z, x = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
-        with torch.no_grad():
-            assert torch.equal(loaded.field(x, z), model.field(x, z))
-            assert torch.equal(loaded.energy(x, z), model.energy(x, z))
 
     @pytest.mark.parametrize("tokens", [(2, 3), (23, 23)], ids=["all pairs", "tiles"])
     def test_the_field_can_be_trained(self, kind: str, tokens: tuple[int, int]) -> None:
@@ -713,26 +531,10 @@ class TestExplicitEnergies:
         if kind == "dot":  # of which x itself is a factor, not rounded
             assert not torch.equal(field, field.bfloat16().float())
         assert model.energy(x, z).dtype == torch.float32
-        output = model.decode(z, num_steps=3, step_size=0.02, return_trajectory=True)
-        assert output.sample.dtype == torch.bfloat16
-        assert output.trajectory.dtype == torch.float32
-        assert output.trajectory.isfinite().all()
-
-    def test_a_part_can_be_trained(self, kind: str) -> None:
-        """Attention whose table is frozen could take a fused kernel, which has no second derivative."""
-        model = energetic(kind)
-        model.requires_grad_(False)
-        model.decoder.middle.project_in.requires_grad_(True)
-        model.field(torch.randn(2, 3, 16, 24), torch.randn(2, 4, 2, 3)).square().mean().backward()
-        trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-        assert trained == {"decoder.middle.project_in.weight", "decoder.middle.project_in.bias"}
-        for parameter in model.decoder.middle.project_in.parameters():
-            assert parameter.grad.isfinite().all()
-            assert parameter.grad.any()
 
     @pytest.mark.parametrize("frozen", [False, True])
     def test_gradient_checkpointing_changes_nothing(self, kind: str, frozen: bool) -> None:
-        """Also where the table is frozen: what is computed again must choose the same kernels."""
+        """Where the table is frozen attention could take a fused kernel, which has no second derivative."""
         model = energetic(kind)
         model.decoder.middle.blocks[0].attention.relative_position_table.requires_grad_(not frozen)
         z, x = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
@@ -743,13 +545,6 @@ class TestExplicitEnergies:
             model.zero_grad()
             model.enable_gradient_checkpointing()
         torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
-
-    def test_a_decode_can_be_trained_through(self, kind: str) -> None:
-        model = energetic(kind)
-        sample = model.decode(torch.randn(2, 4, 2, 3), num_steps=2, step_size=0.02).sample
-        sample.square().mean().backward()
-        gradients = [parameter.grad for parameter in model.decoder.parameters()]
-        assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in gradients)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -765,10 +560,9 @@ def test_an_energy_of_float64_is_computed_in_float64(kind: str) -> None:
 
 
 class TestNoExplicitEnergy:
-    @pytest.mark.parametrize("kind", DYNAMICS)
-    def test_is_refused(self, kind: str, models: dict[str, DCSSDAE]) -> None:
-        message = refusal(models[kind].energy, DRAFT, NOTHING)
-        assert ("FlowMatching has no energy" if "flow" in kind else "explicit_energy 'dot' or 'l2'") in message
+    def test_is_refused(self, models: dict[str, DCSSDAE]) -> None:
+        assert "explicit_energy 'dot' or 'l2'" in refusal(models["linear"].energy, DRAFT, NOTHING)
+        assert "FlowMatching has no energy" in refusal(models["flow"].energy, DRAFT, NOTHING)
 
     def test_shapes_and_values_that_do_not_fit(self) -> None:
         model = energetic("dot")
@@ -777,23 +571,18 @@ class TestNoExplicitEnergy:
         assert "rows 0, 1" in refusal(model.energy, DRAFT, NOTHING + math.nan)
 
 
-class TestInferenceTensors:
-    """What was made in inference mode may be decoded outside of it."""
-
-    @pytest.mark.parametrize("grad", [False, True])
-    @pytest.mark.parametrize("explicit_energy", [None, *KINDS])
-    def test_decode(self, explicit_energy: str | None, grad: bool) -> None:
-        model = tiny(dynamics={"init_args": {"explicit_energy": explicit_energy}})
-        z, noise, draft = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24), image(2, 16, 24)
-        with torch.inference_mode():
-            made = [part.clone() for part in (z, noise, draft)]
-        for begin, made_begin in (({}, {}), ({"draft": draft, "start": 0.5}, {"draft": made[2], "start": 0.5})):
-            for steps in ({}, {"num_steps": 2, "step_size": 0.02}):
-                with torch.set_grad_enabled(grad):
-                    expected = model.decode(z, noise=noise, **begin, **steps).sample
-                    sample = model.decode(made[0], noise=made[1], **made_begin, **steps).sample
-                torch.testing.assert_close(sample, expected, atol=1e-5, rtol=0.0)
-                assert sample.requires_grad == grad
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("explicit_energy", [None, "dot"])
+def test_what_was_made_in_inference_mode_may_be_decoded_outside_of_it(explicit_energy: str | None, grad: bool) -> None:
+    model = tiny(dynamics={"init_args": {"explicit_energy": explicit_energy}})
+    given = {"z": torch.randn(2, 4, 2, 3), "noise": torch.randn(2, 3, 16, 24), "draft": image(2, 16, 24)}
+    with torch.inference_mode():
+        made = {name: tensor.clone() for name, tensor in given.items()}
+    for steps in ({}, {"num_steps": 2, "step_size": 0.02}):
+        with torch.set_grad_enabled(grad):
+            expected, sample = (model.decode(**tensors, start=0.5, **steps).sample for tensors in (given, made))
+        torch.testing.assert_close(sample, expected, atol=1e-5, rtol=0.0)
+        assert sample.requires_grad == grad
 
 
 @pytest.fixture
@@ -827,17 +616,6 @@ class TestCompiled:
         assert torch.equal(output.num_evaluations, counts)
         atol = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(output.sample, expected.sample, atol=atol, rtol=0.0)
-        torch.testing.assert_close(output.residual_rms, expected.residual_rms, atol=atol, rtol=0.0)
-
-    @torch.no_grad()
-    def test_steps_of_a_whole_batch_compile_once(self) -> None:
-        model, z = plain(DYNAMICS["flow"]), torch.randn(3, 4, 2, 3)
-        expected = model.decode(z, num_steps=3).sample
-        counter = CompileCounter()
-        model.decoder.compile(backend=counter)
-        y = model.decode(z, num_steps=3).sample
-        assert counter.frame_count == 1
-        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0.0)
 
 
 def check_one_graph(function: Callable[..., Tensor], batches: Sequence[tuple[Tensor, ...]], backend: str) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dc_ssdae.cli.common import describe
 from dc_ssdae.cli.latent_file import read_latent
-from dc_ssdae.data.images import read_image, read_image_bytes
+from dc_ssdae.data.images import read_image
 from dc_ssdae.data.latent_manifest import LatentManifest
 from dc_ssdae.data.pack import pack
 from dc_ssdae.data.pack_shard import PackSettings
@@ -66,12 +65,6 @@ def test_pack_names_the_shard_that_cannot_be_written(divided: Path, tmp_path: Pa
     assert caught.value.filename == str(tmp_path / "out" / "000000.tar")
 
 
-def test_both_files_of_an_error_are_named() -> None:
-    # Copying onto a full disk fails with the source's name first.
-    assert describe(OSError(28, "No space left on device", "a", None, "b")) == "a -> b: No space left on device"
-    assert describe(OSError(28, "No space left on device", "a", None, "a")) == "a: No space left on device"
-
-
 @pytest.fixture
 def divided(tmp_path: Path) -> Path:
     from PIL import Image
@@ -95,8 +88,3 @@ def test_what_is_no_file_is_refused_by_its_name(tmp_path: Path, reader: str, kin
         read(path)
     assert name in str(caught.value)
     assert ("git lfs pull" in str(caught.value)) == (kind == "Git LFS")
-
-
-def test_a_pointer_in_an_archive_is_told_too() -> None:
-    with pytest.raises(InputError, match="git lfs pull"):
-        read_image_bytes(POINTER, "shard.tar: 0.png")

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from tiny_models import refusal
 from torch.distributions import Normal, kl_divergence
 
-from dc_ssdae import DiagonalGaussian, InputError
+from dc_ssdae import DiagonalGaussian
 from dc_ssdae.latent import LatentMoments, LatentStatistics, draw_noise
 
 
@@ -48,26 +49,6 @@ def test_moments_are_mean_then_logvar() -> None:
     assert torch.equal(posterior.mode(), moments[:, :3])
 
 
-def test_samples_have_the_gaussians_mean_and_spread() -> None:
-    count = 20_000
-    mean = torch.tensor([-2.0, 0.0, 3.0]).view(1, 3, 1, 1).expand(1, 3, count, 1)
-    std = torch.tensor([0.5, 1.0, 2.0]).view(1, 3, 1, 1).expand_as(mean)
-    sample = DiagonalGaussian(mean, 2.0 * std.log()).sample(torch.Generator().manual_seed(3))
-    error = 5.0 / math.sqrt(count)
-    assert ((sample.mean(dim=2) - mean.mean(dim=2)).abs() < error * std.mean(dim=2)).all()
-    assert ((sample.std(dim=2) / std.mean(dim=2) - 1.0).abs() < error).all()
-
-
-def test_samples_pass_gradients_to_mean_and_logvar() -> None:
-    """Of s = μ + σ ε they are 1 and σ ε / 2."""
-    mean = torch.randn(2, 3, 2, 2, requires_grad=True)
-    logvar = torch.randn(2, 3, 2, 2, requires_grad=True)
-    sample = DiagonalGaussian(mean, logvar).sample()
-    sample.sum().backward()
-    assert torch.equal(mean.grad, torch.ones_like(mean))
-    torch.testing.assert_close(logvar.grad, 0.5 * (sample - mean).detach())
-
-
 def test_a_point_is_its_own_sample_and_has_no_kl() -> None:
     mean = torch.randn(3, 2, 2, 2)
     point = DiagonalGaussian(mean)
@@ -75,11 +56,6 @@ def test_a_point_is_its_own_sample_and_has_no_kl() -> None:
     assert torch.equal(point.sample(), mean)
     assert torch.equal(point.mode(), mean)
     assert point.kl().tolist() == [0.0, 0.0, 0.0]
-
-
-def test_shapes_that_differ_are_named() -> None:
-    with pytest.raises(InputError, match=r"\(1, 2, 2, 2\) and \(1, 2, 2, 3\)"):
-        DiagonalGaussian(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 3))
 
 
 def test_one_generator_for_the_batch_equals_images_drawn_one_by_one() -> None:
@@ -99,17 +75,8 @@ def test_a_list_of_generators_serves_image_by_image() -> None:
     assert torch.equal(noise[1:2], draw_noise((1, 2, 4), torch.Generator().manual_seed(8)))
 
 
-def test_without_a_generator_the_default_one_is_used() -> None:
-    torch.manual_seed(9)
-    first = draw_noise((2, 3), None)
-    torch.manual_seed(9)
-    assert torch.equal(draw_noise((2, 3), None), first)
-    assert not torch.equal(draw_noise((2, 3), None), first)
-
-
 def test_too_few_generators_are_refused() -> None:
-    with pytest.raises(InputError, match="1 generator for 2 images"):
-        draw_noise((2, 3), [torch.Generator()])
+    assert "1 generator for 2 images" in refusal(draw_noise, (2, 3), [torch.Generator()])
 
 
 def test_sample_takes_noise() -> None:
@@ -128,13 +95,12 @@ def test_noise_keeps_its_precision_beside_a_half_precision_mean() -> None:
     assert torch.equal(sample, noise.bfloat16())
 
 
-@pytest.mark.parametrize("logvar", [torch.zeros(2, 3, 4, 5), None], ids=["variance", "point"])
-def test_noise_that_does_not_fit_is_refused(logvar: torch.Tensor | None) -> None:
-    posterior = DiagonalGaussian(torch.zeros(2, 3, 4, 5), logvar)
-    with pytest.raises(InputError, match=r"noise has shape \(1, 3, 4, 5\); this latent needs \(2, 3, 4, 5\)"):
-        posterior.sample(noise=torch.zeros(1, 3, 4, 5))
-    with pytest.raises(InputError, match="noise or generator, not both"):
-        posterior.sample(torch.Generator(), noise=torch.zeros(2, 3, 4, 5))
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    mean = torch.zeros(2, 3, 4, 5)
+    assert "(2, 3, 4, 5) and (1, 3, 4, 5)" in refusal(DiagonalGaussian, mean, mean[:1])
+    for posterior in (DiagonalGaussian(mean, mean), DiagonalGaussian(mean)):
+        assert "needs (2, 3, 4, 5)" in refusal(posterior.sample, noise=mean[:1])
+        assert "not both" in refusal(posterior.sample, torch.Generator(), noise=mean)
 
 
 def gaussians(
@@ -173,10 +139,9 @@ class TestStatistics:
         assert statistics.shift_factor == pytest.approx(5.0)
         assert statistics.scaling_factor == pytest.approx(1.0 / math.sqrt(4.0 + 25.0), rel=1e-6)
 
-    @pytest.mark.parametrize("std", [1e-2, 1e-6])
-    def test_a_large_mean_costs_no_digits(self, std: float) -> None:
+    def test_a_large_mean_costs_no_digits(self) -> None:
         """With sums of squares, 10^8 a value, nothing would be left of a variance of 10^-12."""
-        mu = 1e4 + std * torch.randn(20, 2, 5, 5, dtype=torch.float64)
+        mu = 1e4 + 1e-6 * torch.randn(20, 2, 5, 5, dtype=torch.float64)
         statistics = measured(*(DiagonalGaussian(mu[start : start + 3]) for start in range(0, 20, 3))).statistics()
         expected = (mu - 1e4).std(dim=(0, 2, 3), correction=0).tolist()
         assert statistics.std == pytest.approx(expected, rel=1e-5)
@@ -190,21 +155,15 @@ class TestStatistics:
         assert statistics.std[0] > 0.5
         assert math.isfinite(statistics.scaling_factor)
 
-    def test_do_not_depend_on_batches_or_their_order(self) -> None:
+    def test_depend_on_neither_batches_nor_the_order_in_which_they_are_merged(self) -> None:
         posterior = gaussians(mean=100.0)
         whole = measured(posterior).statistics()
         pieces = [part(posterior, slice(start, start + 5)) for start in (0, 5, 10)]
         assert_same(measured(*pieces).statistics(), whole)
-        assert_same(measured(*reversed(pieces)).statistics(), whole)
-
-    def test_merge_in_any_order(self) -> None:
-        posterior = gaussians(mean=100.0)
-        whole = measured(posterior).statistics()
-        pieces = [measured(part(posterior, slice(start, start + 5))) for start in (0, 5, 10)]
         for order in itertools.permutations(pieces):
             total = LatentMoments(3)
             for piece in order:
-                total.merge(piece)
+                total.merge(measured(piece))
             assert_same(total.statistics(), whole)
 
     @pytest.mark.parametrize("processes", [1, 2, 5])
@@ -226,7 +185,7 @@ class TestStatistics:
         moments.add(posterior, torch.zeros(4))
         assert_same(moments.statistics(), measured(part(posterior, slice(0, None, 2))).statistics())
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
     @pytest.mark.parametrize("where", ["mean", "logvar"])
     def test_what_is_not_finite_is_refused(self, where: str, value: float) -> None:
         posterior = gaussians()
@@ -237,31 +196,22 @@ class TestStatistics:
         if where == "logvar" and value < 0:  # a variance of 0
             assert moments.statistics().count == 14
             return
-        with pytest.raises(InputError, match="not finite") as error:
-            LatentMoments.from_states(moments.state()[None]).statistics()
-        assert "\n" not in str(error.value)
+        assert "not finite" in refusal(LatentMoments.from_states(moments.state()[None]).statistics)
 
     def test_none_of_no_image_and_of_a_collapsed_encoder(self) -> None:
-        with pytest.raises(InputError, match="no image"):
-            LatentMoments(3).statistics()
-        with pytest.raises(InputError, match="collapsed"):
-            measured(DiagonalGaussian(torch.full((4, 2, 3, 3), 0.1))).statistics()
-
-    def test_another_number_of_channels(self) -> None:
+        assert "no image" in refusal(LatentMoments(3).statistics)
+        assert "collapsed" in refusal(measured(DiagonalGaussian(torch.full((4, 2, 3, 3), 0.1))).statistics)
         other = gaussians(channels=2)
-        for take_in in (lambda: LatentMoments(3).add(other), lambda: LatentMoments(3).merge(measured(other))):
-            with pytest.raises(InputError, match="3 channels; these latents have 2"):
-                take_in()
+        for take_in, given in ((LatentMoments(3).add, other), (LatentMoments(3).merge, measured(other))):
+            assert "3 channels; these latents have 2" in refusal(take_in, given)
 
     @pytest.mark.parametrize(
         ("mean", "std", "named"),
         [
             ([float("nan")], [1.0], "not finite"),
-            ([0.0], [float("inf")], "not finite"),
             ([2.0, 2.0], [0.0, 0.0], "collapsed"),
             ([0.0], [1e-320], "collapsed"),
         ],
     )
     def test_numbers_that_are_none(self, mean: list[float], std: list[float], named: str) -> None:
-        with pytest.raises(InputError, match=named):
-            LatentStatistics(mean, std, 5)
+        assert named in refusal(LatentStatistics, mean, std, 5)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import TINY_DECODER, BareDynamics, refusal, tiny_encoder
 from torch import Tensor, nn
 
-from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae import DCSSDAE, DiagonalGaussian
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import ConditionedResidualBlock
 from dc_ssdae.networks.dc_encoder import EfficientViTBlock, ResBlock
@@ -17,28 +18,13 @@ from dc_ssdae.presets import list_presets
 
 HERE = __name__
 
-SMALL_DECODER = {
-    "channels": 8,
-    "multipliers": [1, 1, 1, 1],
-    "norm_groups": 4,
-    "middle_layers": 1,
-    "blocks_per_level": 1,
-    "window_radius": 2,
-}
 SMALL_ENCODERS: dict[str, dict[str, Any]] = {
-    "DC, stage 0 without blocks": {
-        "class_path": "DCEncoder",
-        "init_args": {
-            "widths": [8, 8, 8, 32],
-            "depths": [0, 1, 2, 1],
-            "block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"],
-        },
-    },
+    "DC, stage 0 without blocks": tiny_encoder("DCEncoder", 8),
     "DC, stage 0 with blocks": {
         "class_path": "DCEncoder",
         "init_args": {"widths": [8] * 4, "depths": [1, 1, 1, 2], "block_types": ["ResBlock"] * 4, "norm": "none"},
     },
-    "KL": {"class_path": "KLEncoder", "init_args": {"channels": 8, "norm_groups": 4, "blocks_per_level": 1}},
+    "KL": tiny_encoder("KLEncoder", 8),
 }
 
 DECODER_GROUPS = [
@@ -79,22 +65,12 @@ class LongerDecoder(UViTDecoder):
         self.extra = nn.Conv2d(3, 3, 1)
 
 
-class LearntDynamics(nn.Module):
-    """A dynamics with a parameter; only what building a model asks for."""
-
-    conditions_on_time, noise_level = False, 0.0
+class LearntDynamics(BareDynamics, nn.Module):
+    """A dynamics with a parameter."""
 
     def __init__(self, strength: float = 1.0) -> None:
         super().__init__()
         self.strength = nn.Parameter(torch.full((3,), strength))
-
-    def sample_level(self) -> None: ...
-
-    def corrupt(self) -> None: ...
-
-    def clean_estimate(self) -> None: ...
-
-    def loss(self) -> None: ...
 
 
 def preset(name: str, **settings: Any) -> DCSSDAE:
@@ -106,15 +82,7 @@ def build(encoder: str | Mapping[str, Any] = "TwoPartEncoder", declared: Any = N
     """A small model, by default with an encoder of this file."""
     if isinstance(encoder, str):
         encoder = {"class_path": f"{HERE}.{encoder}", "init_args": {"declared": declared}}
-    decoder = {"class_path": "UViTDecoder", "init_args": SMALL_DECODER}
-    return DCSSDAE(**{"latent_channels": 4, "downsample_factor": 8, "encoder": encoder, "decoder": decoder, **given})
-
-
-def refusal(model: DCSSDAE) -> str:
-    with pytest.raises(InputError) as error:
-        parameter_groups(model)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return DCSSDAE(4, 8, **{"encoder": encoder, "decoder": TINY_DECODER, **given})
 
 
 @each_preset
@@ -129,19 +97,6 @@ def test_every_tensor_of_a_preset_is_in_exactly_one_group(name: str) -> None:
     assert sum(sizes.values()) == model.num_parameters()
 
 
-def test_sums_of_the_papers_configurations() -> None:
-    """As the original builds them: without norms in the DC encoder, and with a window of 15×15."""
-
-    def sums(name: str, **encoder: Any) -> tuple[int, int]:
-        sizes = group_sizes(preset(name, encoder=encoder, decoder={"window_radius": 7}))
-        encoder_sum = sum(size for group, size in sizes.items() if group.startswith("encoder."))
-        return encoder_sum, sum(sizes.values()) - encoder_sum
-
-    assert sums("vq_f8c4_fm") == (34_163_664, 14_091_979)
-    assert sums("dc_f32c32_fm", norm="none") == (227_986_240, 14_116_227)
-    assert sums("dc_f32c32_eqm", norm="none") == (227_986_240, 12_800_195)
-
-
 def test_names_are_in_network_order() -> None:
     dc = ["input", *(f"stages.{index}" for index in range(1, 6)), "latent_head"]
     kl = ["input", *(f"stages.{index}" for index in range(4)), "latent_head"]
@@ -154,12 +109,6 @@ def test_names_are_in_network_order() -> None:
     ):
         expected = [*(f"encoder.{group}" for group in encoder), *(f"decoder.{group}" for group in decoder)]
         assert list(parameter_groups(preset(name))) == expected
-
-
-def test_time_is_a_group_with_flow_matching_alone() -> None:
-    groups = parameter_groups(build(dynamics={"class_path": "FlowMatching"}))
-    layers = [f"decoder.time_embedding.linear{index}.{kind}" for index in (1, 2) for kind in ("weight", "bias")]
-    assert groups["decoder.time"] == layers
 
 
 @each_encoder
@@ -194,7 +143,6 @@ class TestUsersClasses:
         assert list(groups) == ["encoder", *(f"decoder.{name}" for name in DECODER_GROUPS)]
         assert groups["encoder"] == [name for name in model.state_dict() if name.startswith("encoder.")]
         assert "encoder.patch.1.running_mean" in groups["encoder"]
-        assert select_groups(groups, ["encoder"]) == ["encoder"]
 
     def test_with_the_method(self) -> None:
         declared = {"trunk.2": ["patch2"], "empty": [], "trunk.1": ["patch"], "latent-head": ["out.weight", "out.bias"]}
@@ -206,32 +154,25 @@ class TestUsersClasses:
         assert len(groups["encoder.trunk.1"]) == 2 + 5
         sizes = group_sizes(model)
         assert sizes["encoder.trunk.1"] == 3 * 8 * 8 * 8 + 8 + 2 * 8  # the statistics are no parameters
-        assert sizes["encoder.latent-head"] == 8 * 8 + 8
-        assert sum(sizes.values()) == model.num_parameters()
 
     @pytest.mark.parametrize(
         ("declared", "message"),
         [
             ({"a": ["patch", "patch2"]}, "tensor 'out.weight' is in no group"),
-            (
-                {"a": ["patch", "out"], "b": ["patch2", "out.bias"]},
-                "tensor 'out.bias' is in 'a' and 'b'",
-            ),
+            ({"a": ["patch", "out"], "b": ["patch2", "out.bias"]}, "tensor 'out.bias' is in 'a' and 'b'"),
             ({"a": ["patch", "out", "patch2", "pa"]}, "'a' holds 'pa', which is no tensor's name"),
-            ({"a": "patch"}, "it must be of type dict"),
             ({"a": [1]}, "it must be of type dict"),
             ({"stages.-1": ["patch"]}, "names a group 'stages.-1'; use"),
-            (None, "it must be of type dict"),
         ],
     )
     def test_broken_declarations_are_one_line(self, declared: Any, message: str) -> None:
-        line = refusal(build("NamingEncoder", declared))
+        line = refusal(parameter_groups, build("NamingEncoder", declared))
         assert line.startswith(f"parameter_groups of encoder {HERE}.NamingEncoder")
         assert message in line
 
     def test_an_inherited_method_must_know_what_is_added(self) -> None:
-        decoder = {"class_path": f"{HERE}.LongerDecoder", "init_args": SMALL_DECODER}
-        line = refusal(build(decoder=decoder))
+        decoder = {"class_path": f"{HERE}.LongerDecoder", **TINY_DECODER}
+        line = refusal(parameter_groups, build(decoder=decoder))
         assert f"decoder {HERE}.LongerDecoder: tensor 'extra.weight' is in no group" in line
 
     def test_a_dynamics_with_parameters_is_a_group(self) -> None:
@@ -240,7 +181,6 @@ class TestUsersClasses:
         assert list(groups)[-1] == "dynamics"
         assert groups["dynamics"] == ["dynamics.strength"]
         assert group_sizes(model)["dynamics"] == 3
-        assert sum(group_sizes(model).values()) == model.num_parameters()
 
 
 class TestSelecting:
@@ -258,11 +198,8 @@ class TestSelecting:
             (["encoder.latent_head"], ["encoder.latent_head"]),
             (["encoder.stages"], ["encoder.stages.0", "encoder.stages.9", "encoder.stages.10"]),
             (["encoder.stages.-1"], ["encoder.stages.10"]),
-            (["encoder.stages.-3"], ["encoder.stages.0"]),
             (["encoder.stages.-2", "encoder.stages.9"], ["encoder.stages.9"]),
-            (["encoder.stages.-2"], ["encoder.stages.9"]),
             (["decoder.up.-1"], ["decoder.up.1"]),  # the last that data pass through
-            (["decoder.up"], ["decoder.up.3", "decoder.up.1"]),
             (["decoder.head", "encoder.stages.10"], ["encoder.stages.10", "decoder.head"]),
             (["decoder", "encoder"], list(GROUPS)),
         ],
@@ -271,31 +208,19 @@ class TestSelecting:
         assert select_groups(self.GROUPS, wanted) == expected
 
     @pytest.mark.parametrize(
-        ("selector", "suggestion"),
-        [
-            ("econder", "encoder"),
-            ("encoder.stage", "encoder.stages"),
-            ("encoder.stages.1", "encoder.stages.10"),
-        ],
+        ("selector", "suggestion"), [("econder", "encoder"), ("encoder.stages.1", "encoder.stages.10")]
     )
     def test_a_typo_gets_a_suggestion(self, selector: str, suggestion: str) -> None:
-        with pytest.raises(InputError) as error:
-            select_groups(self.GROUPS, ["encoder.input", selector])
+        message = refusal(select_groups, self.GROUPS, ["encoder.input", selector])
         hint = f"unknown parameter group {selector!r} (did you mean {suggestion!r}?); accepted: decoder, decoder."
-        assert str(error.value).startswith(hint)
-        for name in self.GROUPS:
-            assert name in str(error.value)
+        assert message.startswith(hint)
+        assert all(name in message for name in self.GROUPS)
 
-    @pytest.mark.parametrize("selector", ["encoder.stages.-4", "encoder.stages.-0", "encoder.-1", "", "encoder\n"])
-    def test_what_is_not_there(self, selector: str) -> None:
-        with pytest.raises(InputError, match="unknown parameter group ") as error:
-            select_groups(self.GROUPS, [selector])
-        assert "\n" not in str(error.value)
-
-    @pytest.mark.parametrize("wanted", [[], "encoder"])
-    def test_what_is_no_list_of_selectors(self, wanted: Any) -> None:
-        with pytest.raises(InputError, match=r"encoder"):
-            select_groups(self.GROUPS, wanted)
+    @pytest.mark.parametrize(
+        "wanted", [[], "encoder", ["encoder.stages.-4"], ["encoder.stages.-0"], ["encoder.-1"], [""], ["encoder\n"]]
+    )
+    def test_what_is_not_there_or_no_list_of_selectors(self, wanted: Any) -> None:
+        refusal(select_groups, self.GROUPS, wanted)
 
     def test_an_exact_name_means_that_group_alone(self) -> None:
         names = ("encoder.trunk", "encoder.trunk.out", "encoder.1", "encoder.1.a")

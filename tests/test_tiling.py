@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import image, tiny
+from tiny_models import image, refusal, tiny
 from torch import Tensor, nn
 
-from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae import DCSSDAE
 from dc_ssdae.tiling import blend_tiles, check_tiling, tile_starts, tile_weights
 
 SIDES = st.tuples(st.integers(1, 60), st.integers(2, 12), st.integers(0, 9)).filter(lambda side: side[2] < side[1])
@@ -27,17 +27,6 @@ class TestTiles:
         assert starts[-1] + size == length
         for before, after in itertools.pairwise(starts):
             assert 0 < after - before <= size - overlap
-
-    @settings(derandomize=True, deadline=None)
-    @given(SIDES, st.integers(1, 5))
-    def test_their_weights_add_up_to_one_everywhere(self, side: tuple[int, int, int], scale: int) -> None:
-        length, size, overlap = side
-        starts = tile_starts(length, size, overlap)
-        total = torch.zeros(length * scale)
-        for start, weight in zip(starts, tile_weights(starts, size, length, scale), strict=True):
-            assert weight.min() > 0
-            total[start * scale : start * scale + len(weight)] += weight
-        torch.testing.assert_close(total, torch.ones_like(total))
 
     def test_weights_are_ramps_over_the_overlap(self) -> None:
         first, second = tile_weights([0, 6], 8, 14, scale=2)  # 2 units overlap, which are 4 places
@@ -61,50 +50,21 @@ class TestTiles:
         torch.testing.assert_close(blend_tiles(compute, height, width, size, overlap, scale), whole)
 
     @pytest.mark.parametrize(
-        ("tile_size", "overlap", "factor", "expected"),
-        [(None, 0.25, 8, (64, 16)), (None, 0.25, 32, (16, 4)), (None, 0.25, 128, (4, 1)), (None, 0.25, 256, (4, 1))],
-    )
-    def test_the_default_fits_every_factor(
-        self, tile_size: int | None, overlap: float, factor: int, expected: tuple[int, int]
-    ) -> None:
-        assert check_tiling(tile_size, overlap, factor) == expected
-
-    def test_a_small_overlap_is_one_latent_at_least_and_none_is_none(self) -> None:
-        assert check_tiling(64, 0.01, 8) == (8, 1)
-        assert check_tiling(64, 0.0, 8) == (8, 0)
-        assert check_tiling(16, 0.75, 8) == (2, 1)
-
-    @pytest.mark.parametrize(
         ("tile_size", "overlap", "words"),
         [
             (500, 0.25, "tile_size is 500; it must be a multiple of f = 8, at least 16"),
-            (8, 0.25, "tile_size is 8"),
             (64, 0.8, "overlap is 0.8; it must be from 0 to 0.75"),
-            (64, float("nan"), "overlap is nan"),
             (64.0, 0.25, "tile_size"),
         ],
     )
     def test_what_does_not_fit_is_told_in_one_line(self, tile_size: int, overlap: float, words: str) -> None:
-        model = tiny()
-        with pytest.raises(InputError) as error:
-            model.enable_tiling(tile_size, overlap)
-        assert words in str(error.value)
-        assert "\n" not in str(error.value)
-        assert not model.use_tiling
+        assert words in refusal(check_tiling, tile_size, overlap, 8)
 
-
-class Patches(nn.Module):
-    """Looks at each cell of f × f pixels alone, so that a tile knows as much as the whole."""
-
-    def __init__(self, latent_channels: int, downsample_factor: int, variance: bool = True) -> None:
-        super().__init__()
-        self.variance = variance
-        channels = 2 * latent_channels if variance else latent_channels
-        self.conv = nn.Conv2d(3, channels, downsample_factor, downsample_factor)
-
-    def forward(self, x: Tensor) -> DiagonalGaussian:
-        moments = self.conv(x)
-        return DiagonalGaussian.from_moments(moments) if self.variance else DiagonalGaussian(moments)
+    def test_defaults_and_the_least_overlap(self) -> None:
+        for factor, expected in ((8, (64, 16)), (32, (16, 4)), (128, (4, 1)), (256, (4, 1))):
+            assert check_tiling(None, 0.25, factor) == expected
+        assert check_tiling(64, 0.01, 8) == (8, 1)
+        assert check_tiling(64, 0.0, 8) == (8, 0)
 
 
 class Pixels(nn.Module):
@@ -124,15 +84,13 @@ class Pixels(nn.Module):
 
 
 def local_model(dynamics: str = "EquilibriumMatching", variance: bool = True, **init_args: object) -> DCSSDAE:
-    name = f"{__name__}.Patches"
     torch.manual_seed(0)
     return DCSSDAE(
         latent_channels=4,
         downsample_factor=8,
-        encoder={"class_path": name, "init_args": {"variance": variance}},
+        encoder={"class_path": "tiny_models.PatchEncoder", "init_args": {"variance": variance}},
         decoder={"class_path": f"{__name__}.Pixels"},
         dynamics={"class_path": dynamics, "init_args": init_args},
-        classes=[Patches, Pixels],
     ).eval()
 
 
@@ -145,7 +103,7 @@ def seeded() -> Iterator[None]:
 
 class TestModels:
     @pytest.mark.parametrize("variance", [True, False])
-    @pytest.mark.parametrize(("height", "width"), [(72, 104), (16, 104), (72, 40), (40, 40)])
+    @pytest.mark.parametrize(("height", "width"), [(72, 104), (16, 104)])
     def test_tiled_encoding_of_a_local_encoder_is_exact(self, variance: bool, height: int, width: int) -> None:
         model, x = local_model(variance=variance), image(2, height, width)
         whole = model.encode(x).latent_dist
@@ -160,10 +118,8 @@ class TestModels:
         ("dynamics", "init_args", "decoding"),
         [
             ("EquilibriumMatching", {}, {}),
-            ("EquilibriumMatching", {}, {"num_steps": 3}),
             ("EquilibriumMatching", {}, {"sampler": "nesterov", "num_steps": 4, "tolerance": 0.2}),
             ("EquilibriumMatching", {"explicit_energy": "dot"}, {"num_steps": 2}),
-            ("FlowMatching", {}, {}),
             ("FlowMatching", {}, {"num_steps": 3}),
         ],
     )
@@ -180,15 +136,11 @@ class TestModels:
         assert torch.equal(tiled.num_evaluations, whole.num_evaluations)
         assert {call[2:] for call in model.decoder.calls} == {(32, 32)}
 
-    def test_an_image_that_fits_into_a_tile_keeps_its_bits(self) -> None:
+    def test_an_image_that_fits_into_a_tile_keeps_its_bits_and_disabling_brings_them_back(self) -> None:
         model, x = tiny(), image(1, 32, 48)
         whole = model(x).sample
         model.enable_tiling(48)
         assert torch.equal(model(x).sample, whole)
-
-    def test_disabling_brings_the_bits_back(self) -> None:
-        model, x = tiny(), image(1, 32, 48)
-        whole = model(x).sample
         model.enable_tiling(16)
         assert not torch.equal(model(x).sample, whole)
         model.disable_tiling()
@@ -212,8 +164,7 @@ class TestModels:
         model, z = local_model(), torch.randn(1, 4, 9, 13)
         model.enable_tiling(32)
         noise = torch.randn(1, 3, 72, 104)
-        start = model.decode(z, noise=noise, return_trajectory=True).trajectory[0]
-        assert torch.equal(start, noise)
+        assert torch.equal(model.decode(z, noise=noise, return_trajectory=True).trajectory[0], noise)
         generator = torch.Generator().manual_seed(3)
         model.decode(z, generator=generator)
         whole = local_model()
@@ -232,7 +183,7 @@ class TestModels:
 
 
 class TestSlicing:
-    @pytest.mark.parametrize("decoding", [{}, {"num_steps": 3}, {"tolerance": 0.5}])
+    @pytest.mark.parametrize("decoding", [{}, {"tolerance": 0.5}])
     def test_slices_give_what_the_batch_gives(self, decoding: dict[str, object]) -> None:
         model, x = tiny(), image(3)
         whole = model.encode(x).latent_dist

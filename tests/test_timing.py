@@ -15,8 +15,6 @@ def test_spread_is_median_and_quartiles() -> None:
 def test_machine_is_described() -> None:
     machine = describe_machine(CPU)
     assert machine["cpu"]
-    assert machine["cores"] >= 1
     assert machine["threads"] == torch.get_num_threads()
-    assert machine["torch"] == torch.__version__
     assert (machine["device"], machine["device_name"], machine["cuda"]) == ("cpu", None, None)
     assert "device" not in describe_machine()

@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tiny_models import TINY_DECODER, BareDynamics, loading_refusal, refusal
 from torch import Tensor, nn
 
-from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae import DCSSDAE, DiagonalGaussian
 from dc_ssdae.autoencoder import COMPONENTS
-from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
+from dc_ssdae.dynamics import FlowMatching
 from dc_ssdae.model_folder import read_config
 from dc_ssdae.networks import KLEncoder, UViTDecoder
 
 HERE = __name__
 
-SMALL = {"channels": 8, "multipliers": [1, 1, 1, 1], "norm_groups": 4, "middle_layers": 1, "blocks_per_level": 1}
-DECODER = {"class_path": "UViTDecoder", "init_args": {**SMALL, "window_radius": 2}}
+DECODER = {"class_path": "UViTDecoder", **TINY_DECODER}
 
 
 class PatchEncoder(nn.Module):
@@ -65,39 +65,19 @@ class OwnDecoder(UViTDecoder):
     """With the inherited constructor."""
 
 
-class OwnDynamics(EquilibriumMatching):
-    """With the inherited constructor."""
-
-
-class SlowFlow:
-    """A dynamics that shares no class with the package's own."""
-
+class SlowFlow(BareDynamics):
     def __init__(self, speed: float = 0.5) -> None:
-        flow = FlowMatching()
-        self.speed, self.conditions_on_time, self.noise_level = speed, True, 1.0
-        self.sample_level, self.corrupt = flow.sample_level, flow.corrupt
-
-    def sample_level(self) -> None: ...
-
-    def corrupt(self) -> None: ...
+        self.speed, self.corrupt = speed, FlowMatching().corrupt
 
     def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
         return x_level + self.speed * prediction
 
-    def loss(self) -> None: ...
-
 
 def build(encoder: Any = "PatchEncoder", settings: Mapping[str, Any] | None = None, **given: Any) -> DCSSDAE:
-    path = encoder if "." in encoder or encoder in COMPONENTS["encoder"] else f"{HERE}.{encoder}"
+    elsewhere = encoder in COMPONENTS["encoder"] or encoder.startswith(("own_", "no_such"))
+    path = encoder if elsewhere else f"{HERE}.{encoder}"
     part = {"class_path": path, "init_args": dict(settings or {})}
     return DCSSDAE(**{"latent_channels": 4, "downsample_factor": 8, "encoder": part, "decoder": DECODER, **given})
-
-
-def refusal(**given: Any) -> str:
-    with pytest.raises(InputError) as error:
-        build(**given)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def own_module(name: str, *kinds: type) -> ModuleType:
@@ -130,18 +110,6 @@ class TestBuilding:
         assert model.decoder.time_conditioning
         assert model.eval()(torch.zeros(1, 3, 16, 24)).sample.shape == (1, 3, 16, 24)
 
-    def test_the_config_holds_full_names_and_every_default(self) -> None:
-        model = build(f"{HERE}.Outer.InnerEncoder", {"gain": 2.0})
-        assert model.config.encoder["class_path"] == f"{HERE}.Outer.InnerEncoder"
-        assert model.config.encoder["init_args"] == {
-            "gain": 2.0,
-            "kernel": None,
-            "order": [[1, "a"]],
-            "bias": True,
-            "anything": ["x", 2],
-        }
-        assert "classes" not in model.config
-
     def test_a_bare_name_is_one_of_the_classes_passed(self) -> None:
         class Local(PatchEncoder):
             pass
@@ -151,14 +119,19 @@ class TestBuilding:
         assert model.config.encoder["class_path"] == f"{HERE}.{Local.__qualname__}"
         again = DCSSDAE.from_config(model.config, classes=[Local])
         assert again.config["encoder"] == model.config["encoder"]
-        with pytest.raises(InputError, match="or pass the class as classes="):
-            DCSSDAE.from_config(model.config)
+        assert "or pass the class as classes=" in refusal(DCSSDAE.from_config, model.config)
 
     def test_bare_names_of_this_package_come_first(self) -> None:
         """Otherwise a class that happens to be passed could change what a preset means."""
         other = type("KLEncoder", (PatchEncoder,), {})
         model = build("KLEncoder", {"channels": 32}, classes=[other])
         assert type(model.encoder) is KLEncoder
+
+    def test_the_config_holds_full_names_and_every_default(self) -> None:
+        model = build("Outer.InnerEncoder", {"gain": 2.0})
+        assert model.config.encoder["class_path"] == f"{HERE}.Outer.InnerEncoder"
+        expected = {"gain": 2.0, "kernel": None, "order": [[1, "a"]], "bias": True, "anything": ["x", 2]}
+        assert model.config.encoder["init_args"] == expected
 
     def test_settings_reach_the_constructor_as_their_type_hints_ask(self) -> None:
         for kernel, order in (((3, 5), ((2, "b"), (3, "c"))), ([3, 5], [[2, "b"], [3, "c"]])):
@@ -167,13 +140,8 @@ class TestBuilding:
             assert model.encoder.order == ((2, "b"), (3, "c"))
             assert model.encoder.bias is False
             assert model.encoder.anything is None
-        assert build().encoder.order == ((1, "a"),)
-        assert build().encoder.anything == ("x", 2)
-
-    @pytest.mark.parametrize("value", [True, [1, [2]], {"a": [None, 0.5]}])
-    def test_a_setting_without_a_type_hint_is_not_checked(self, value: Any) -> None:
-        model = build(settings={"anything": value})
-        assert model.config.encoder["init_args"]["anything"] == value
+        model = build(settings={"anything": {"a": [None, 0.5]}})
+        assert model.config.encoder["init_args"]["anything"] == {"a": [None, 0.5]}, "has no type hint"
 
     def test_a_constructor_with_keywords_of_any_name(self) -> None:
         model = build("OpenEncoder", {"colour": "red", "sizes": (1, 2)})
@@ -198,13 +166,6 @@ class TestBuilding:
         assert model.config.encoder["init_args"] == {"width": 8}
 
 
-class TestSteps:
-    def test_several_steps_of_a_dynamics_that_nobody_knows(self) -> None:
-        model = build(dynamics={"class_path": f"{HERE}.SlowFlow"}).eval()
-        with pytest.raises(InputError, match="num_steps is 2"):
-            model.decode(torch.zeros(1, 4, 2, 2), num_steps=2)
-
-
 class TestSaving:
     @torch.no_grad()
     def test_a_saved_model_loads_once_its_classes_are_imported(self, moved: ModuleType, tmp_path: Path) -> None:
@@ -227,9 +188,7 @@ class TestSaving:
         assert {**second, "_name_or_path": None} == {**first, "_name_or_path": None}
 
         del sys.modules["own_package_parts"]
-        with pytest.raises(InputError) as error:
-            DCSSDAE.from_pretrained(tmp_path / "first")
-        assert str(error.value) == (
+        assert loading_refusal(tmp_path / "first") == (
             "encoder class 'own_package_parts.PatchEncoder' is not imported, or is no class: "
             "import own_package_parts first, or pass the class as classes=[PatchEncoder]"
         )
@@ -243,8 +202,7 @@ class TestSaving:
         twins = [PatchEncoder, moved.PatchEncoder]
         assert type(DCSSDAE.from_pretrained(tmp_path, classes=twins).encoder) is moved.PatchEncoder
         others = [PatchEncoder, type("PatchEncoder", (PatchEncoder,), {"__qualname__": "Other.PatchEncoder"})]
-        with pytest.raises(InputError, match="could be several of classes: "):
-            DCSSDAE.from_pretrained(tmp_path, classes=others)
+        assert "could be several of classes: " in loading_refusal(tmp_path, classes=others)
 
     def test_without_weights(self) -> None:
         model = DCSSDAE.without_weights(build().config)
@@ -254,11 +212,6 @@ class TestSaving:
 
 class NoSettings(nn.Module):
     """Whose constructor is nn.Module's own, which takes anything and refuses it."""
-
-
-class NoFactor(nn.Module):
-    def __init__(self, latent_channels: int) -> None:
-        super().__init__()
 
 
 class ByPlace(nn.Module):
@@ -283,18 +236,12 @@ class WideEncoder(PatchEncoder):
         return DiagonalGaussian(self.patch(x))
 
 
-class NoLoss:
-    def sample_level(self) -> None: ...
-
-    def corrupt(self) -> None: ...
-
-    def clean_estimate(self) -> None: ...
+class NoLoss(BareDynamics):
+    loss = None
 
 
-class NoLevel(NoLoss):
-    conditions_on_time = False
-
-    def loss(self) -> None: ...
+class NoLevel(BareDynamics):
+    noise_level = property()  # which raises AttributeError
 
 
 class TestMistakes:
@@ -302,14 +249,12 @@ class TestMistakes:
         ("encoder", "settings", "message"),
         [
             ("NoSettings", {}, "must take latent_channels, downsample_factor; it lacks latent_channels"),
-            ("NoFactor", {}, "must take latent_channels, downsample_factor; it lacks downsample_factor"),
             ("ByPlace", {"width": 3}, "its constructor raised TypeError: "),
             ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
             ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be of type int"),
             ("NeedsWidth", {"width": 5}, "its constructor raised ValueError: width must be even"),
             ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
             ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),
-            ("PatchEncoder", {"gain": True}, "it must be of type float"),
             ("PatchEncoder", {"kernel": [1, 2, 3]}, f"kernel of {HERE}.PatchEncoder is [1, 2, 3]"),
             ("PatchEncoder", {"latent_channels": 4}, "unknown setting of "),
             ("OpenEncoder", {"latent_channels": 4}, "multiple values for keyword argument 'latent_channels'"),
@@ -319,36 +264,28 @@ class TestMistakes:
         ],
     )
     def test_encoders(self, encoder: str, settings: dict[str, Any], message: str) -> None:
-        assert message in refusal(encoder=encoder, settings=settings)
+        assert message in refusal(build, encoder=encoder, settings=settings)
 
-    def test_a_decoder_without_time_conditioning(self) -> None:
-        message = refusal(decoder={"class_path": f"{HERE}.PatchEncoder"})
-        assert "it lacks time_conditioning" in message
+    def test_decoders_and_dynamics(self) -> None:
+        assert "it lacks time_conditioning" in refusal(build, decoder={"class_path": f"{HERE}.PatchEncoder"})
+        assert "has no method loss" in refusal(build, dynamics={"class_path": f"{HERE}.NoLoss"})
+        assert "has no attribute noise_level" in refusal(build, dynamics={"class_path": f"{HERE}.NoLevel"})
 
-    def test_dynamics(self) -> None:
-        assert "has no method loss" in refusal(dynamics={"class_path": f"{HERE}.NoLoss"})
-        assert "has no attribute noise_level" in refusal(dynamics={"class_path": f"{HERE}.NoLevel"})
-
-    @pytest.mark.parametrize("classes", [PatchEncoder, "PatchEncoder", None, [5]])
+    @pytest.mark.parametrize("classes", [PatchEncoder, "PatchEncoder", [5]])
     def test_what_is_no_list_of_classes(self, classes: Any) -> None:
-        assert "classes" in refusal(classes=classes)
-        with pytest.raises(InputError, match="classes"):
-            DCSSDAE.from_preset("demo", classes=classes)
-        with pytest.raises(InputError, match="classes"):
-            DCSSDAE.from_config(dict(build().config), classes=classes)
-        with pytest.raises(InputError, match="classes"):
-            DCSSDAE.from_pretrained("absent", classes=classes)
+        assert "classes" in refusal(build, classes=classes)
+        for load, source in ((DCSSDAE.from_preset, "demo"), (DCSSDAE.from_pretrained, "absent")):
+            assert "classes" in refusal(load, source, classes=classes)
 
     @pytest.mark.parametrize(
         ("encoder", "message"),
         [
-            ("PointEncoder", "gives a Tensor .* its forward must give a DiagonalGaussian"),
-            ("WideEncoder", r"gives a latent of shape \(1, 8, 2, 3\) .* of shape \(1, 4, 2, 3\)"),
+            ("PointEncoder", "its forward must give a DiagonalGaussian"),
+            ("WideEncoder", "gives a latent of shape (1, 8, 2, 3)"),
         ],
     )
     def test_an_encoder_that_gives_something_else(self, encoder: str, message: str) -> None:
-        with pytest.raises(InputError, match=message):
-            build(encoder).encode(torch.zeros(1, 3, 16, 24))
+        assert message in refusal(build(encoder).encode, torch.zeros(1, 3, 16, 24))
 
 
 @pytest.fixture
@@ -381,7 +318,7 @@ class TestFilesImportNothing:
     def test_a_name_in_a_file(self, part: str, name: str, trap: Path, tmp_path: Path) -> None:
         witness = tmp_path / "executed"
         code = f"open({str(witness)!r}, 'w')"
-        for settings in ({}, {"command": f"touch {witness}"}, {"args": ["touch", str(witness)]}, {"source": code}):
+        for settings in ({}, {"command": f"touch {witness}"}, {"source": code}):
             config = {
                 "_class_name": "DCSSDAE",
                 "latent_channels": 4,
@@ -392,17 +329,8 @@ class TestFilesImportNothing:
             folder.mkdir(exist_ok=True)
             (folder / "config.json").write_text(json.dumps(config))
             before = set(sys.modules)
-            for load in (DCSSDAE.from_pretrained, lambda folder: DCSSDAE.from_config(read_config(folder))):
-                with pytest.raises(InputError) as error:
-                    load(folder)
-                assert repr(name) in str(error.value)
-                assert "\n" not in str(error.value)
+            assert repr(name) in loading_refusal(folder)
+            assert repr(name) in refusal(DCSSDAE.from_config, config)
             assert set(sys.modules) == before
             assert not trap.exists()
             assert not witness.exists()
-
-    def test_classes_in_a_file_are_no_setting(self, tmp_path: Path) -> None:
-        config = {"latent_channels": 4, "downsample_factor": 8, "classes": ["own_trap.Trap"]}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(InputError, match=r"unknown setting in config\.json 'classes'"):
-            DCSSDAE.from_pretrained(tmp_path)

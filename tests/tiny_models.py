@@ -1,11 +1,15 @@
-"""Small autoencoders, and images for them, that several test modules share."""
+"""Small autoencoders, images for them, and what is refused, that several test modules share."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dc_ssdae import DCSSDAE
+from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
 
 TINY_DECODER = {
     "init_args": {
@@ -45,5 +49,62 @@ def tiny(factor: int = 8, encoder: str = "KLEncoder", **given: Any) -> DCSSDAE:
     return model.eval()
 
 
+class PatchEncoder(nn.Module):
+    """Looks at each patch of f × f pixels alone, with one convolution."""
+
+    def __init__(self, latent_channels: int, downsample_factor: int, variance: bool = True) -> None:
+        super().__init__()
+        self.variance = variance
+        channels = 2 * latent_channels if variance else latent_channels
+        self.conv = nn.Conv2d(3, channels, downsample_factor, downsample_factor)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        moments = self.conv(x)
+        return DiagonalGaussian.from_moments(moments) if self.variance else DiagonalGaussian(moments)
+
+
+class BareDynamics:
+    """A dynamics that shares no class with the package's own; has what building a model asks for."""
+
+    conditions_on_time, noise_level = True, 1.0
+
+    def sample_level(self) -> None: ...
+
+    def corrupt(self) -> None: ...
+
+    def clean_estimate(self) -> None: ...
+
+    def loss(self) -> None: ...
+
+
 def image(batch: int = 1, height: int = 32, width: int = 48) -> Tensor:
     return 2.0 * torch.rand(batch, 3, height, width) - 1.0
+
+
+def refusal(call: Callable[..., Any], *arguments: Any, **given: Any) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(InputError) as error:
+        call(*arguments, **given)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def loading_refusal(folder: Path, **given: Any) -> str:
+    """The one line with which a model folder is refused."""
+    return refusal(DCSSDAE.from_pretrained, folder, **given)
+
+
+def loads_or_refuses(folder: Path) -> None:
+    """Load a model, or be refused in one line; any other exception fails the test."""
+    try:
+        DCSSDAE.from_pretrained(folder)
+        message = ""
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Replace settings in a model folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from tiny_models import refusal
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from dc_ssdae import InputError
 from dc_ssdae.losses.backbones import (
     FrozenBackbone,
     WeightsFile,
@@ -64,47 +65,31 @@ def test_it_has_nothing_that_is_saved_trained_or_synchronised() -> None:
     assert not any(module.training for module in term.backbone.network.modules())
 
 
-def test_it_moves_with_the_rest() -> None:
-    term = Term()
-    network, before = term.backbone.network, term.backbone.network.conv.weight.clone()
-    term.to(torch.float64).to(memory_format=torch.channels_last)
-    assert network.conv.weight.dtype == network.shift.dtype == torch.float64
-    assert network.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    assert not network.conv.weight.is_contiguous()
-    assert torch.equal(network.conv.weight, before.double())
-
-
-def test_it_keeps_its_values_on_the_way_over_the_meta_device() -> None:
+def test_it_moves_with_the_rest_and_keeps_its_values_over_the_meta_device() -> None:
     term = Term()
     expected = term.backbone(X)
     term.to("meta")
     assert term.head.weight.is_meta
-    assert torch.equal(term.backbone(X), expected)
     term.to_empty(device="cpu")
     assert torch.equal(term.backbone(X), expected)
+    term.to(torch.float64)
+    assert term.backbone.network.conv.weight.dtype == torch.float64
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda term: pickle.loads(pickle.dumps(term))])
-def test_a_copy_has_weights_of_its_own(copied: Any) -> None:
+def test_a_copy_has_weights_of_its_own() -> None:
     term = Term()
     expected = term.backbone(X)
-    other = copied(term)
+    copies = [copy.deepcopy(term), pickle.loads(pickle.dumps(term))]
     term.backbone.network.conv.weight.data.zero_()
-    assert torch.equal(other.backbone(X), expected)
-    assert list(other.state_dict()) == list(term.state_dict())
+    assert all(torch.equal(other.backbone(X), expected) for other in copies)
 
 
 def test_compiling_compiles_the_network_in_place() -> None:
-    term, compiled = Term(), []
+    term, counter = Term(), CompileCounter()
     expected = term.backbone(X)
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        compiled.append(graph)
-        return graph.forward
-
-    term.backbone.compile(backend=backend)
+    term.backbone.compile(backend=counter)
     torch.testing.assert_close(term.backbone(X), expected)
-    assert compiled
+    assert counter.frame_count == 1
     assert list(term.state_dict()) == ["head.weight", "head.bias"]
 
 
@@ -118,8 +103,7 @@ def test_the_precision_is_its_own(within_autocast: bool) -> None:
         for precision in ("auto", "float32"):  # "auto" is float32 on the CPU
             backbone = FrozenBackbone(nn.Conv2d(3, 4, 3), precision, bfloat16_is_safe=True)
             assert backbone(X).dtype == torch.float32
-    with pytest.raises(InputError, match="unknown precision of a backbone 'bf16'"):
-        FrozenBackbone(Net(), "bf16")
+    assert "unknown precision of a backbone 'bf16'" in refusal(FrozenBackbone, Net(), "bf16")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -183,27 +167,20 @@ def test_a_folder_that_is_named_must_exist_and_hold_the_file(
 ) -> None:
     file = Library(folders[2], online=True).file
     (folders[1] / "net.pth").touch()
-    message = error_of(file, str(folders[0]))
+    message = refusal(find_weights, "mine", file, str(folders[0]))
     for part in ("losses.mine.init_args.weights", "net.pth or authors.pth", "somewhere"):
         assert part in message
     wrong = str(folders[0] / "absent")
-    assert f"losses.mine.init_args.weights is {wrong!r}" in error_of(file, wrong)
+    assert f"losses.mine.init_args.weights is {wrong!r}" in refusal(find_weights, "mine", file, wrong)
     monkeypatch.setenv("DC_SSDAE_WEIGHTS", wrong)
-    assert f"DC_SSDAE_WEIGHTS is {wrong!r}" in error_of(file, None)
+    assert f"DC_SSDAE_WEIGHTS is {wrong!r}" in refusal(find_weights, "mine", file, None)
 
 
 def test_without_a_network_one_line_says_what_to_do(folders: list[Path]) -> None:
-    message = error_of(Library(folders[2], online=False).file, None)
+    message = refusal(find_weights, "mine", Library(folders[2], online=False).file, None)
     for part in ("net.pth", "somewhere", "no route", "losses.mine.init_args.weights", "DC_SSDAE_WEIGHTS"):
         assert part in message
     assert "--losses.mine 0" in message
-
-
-def error_of(file: WeightsFile, weights: str | None) -> str:
-    with pytest.raises(InputError) as caught:
-        find_weights("mine", file, weights)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- libraries' caches and downloads ---
@@ -226,14 +203,6 @@ def test_a_hub_file_is_downloaded_into_its_cache(empty_caches: Path, tmp_path: P
     assert find_weights("mine", file, None) == empty_caches / "hub" / "checkpoints" / source.name == file.cached()
 
 
-def test_a_damaged_download_is_not_kept(empty_caches: Path, tmp_path: Path) -> None:
-    source = tmp_path / "net-e3b0c442.pth"
-    source.write_bytes(b"something else")
-    file = hub_file(source.as_uri())
-    assert "invalid hash value" in error_of(file, None)
-    assert file.cached() is None
-
-
 @pytest.mark.usefixtures("empty_caches")
 def test_a_host_that_does_not_answer_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, timeout: float, **__: Any) -> None:
@@ -242,10 +211,10 @@ def test_a_host_that_does_not_answer_is_asked_once_and_not_for_long(monkeypatch:
 
     monkeypatch.setattr("dc_ssdae.losses.backbones.urlopen", unreachable)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
-    assert "no answer" in error_of(hub_file("https://host.invalid/net.pth"), None)
+    assert "no answer" in refusal(find_weights, "mine", hub_file("https://host.invalid/net.pth"), None)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    message = error_of(hugging_face_file("owner/net", ("net.safetensors",)), None)
+    message = refusal(find_weights, "mine", hugging_face_file("owner/net", ("net.safetensors",)), None)
     for part in ("net.safetensors", "owner/net", "no answer"):
         assert part in message
 
@@ -258,12 +227,6 @@ def test_a_file_is_found_in_the_hugging_face_cache(empty_caches: Path) -> None:
         file_there.parent.mkdir(parents=True)
         file_there.write_text(content)
     assert file.cached() == path
-
-
-def test_a_hugging_face_file_is_downloaded_by_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(tmp_path / repository / name))
-    assert hugging_face_file("owner/net", ()).download() == tmp_path / "owner" / "net" / "model.safetensors"
 
 
 # --- reading files ---
@@ -282,45 +245,38 @@ class Payload:
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
 def test_both_formats_are_read_and_what_is_damaged_is_named(name: str, tmp_path: Path) -> None:
     path, state = tmp_path / name, nn.Linear(8, 64).state_dict()
-    assert name in reading_error(path), "it is missing"
+    assert name in refusal(read_weights, path), "it is missing"
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     assert all(torch.equal(tensor, state[name]) for name, tensor in read_weights(path).items())
     content = path.read_bytes()
-    for damaged in (b"", content[: len(content) // 3], content[:-20], b"<html>404</html>", b"\x80\x02.", bytes(4096)):
+    for damaged in (b"", content[: len(content) // 3], content[:-20], b"<html>404</html>"):
         path.write_bytes(damaged)
-        assert name in reading_error(path)
+        assert name in refusal(read_weights, path)
 
 
 def test_what_holds_no_tensors_by_name_is_refused_and_nothing_is_run(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     for content in ([1, 2], {"model": {"weight": torch.zeros(2)}}, {"weight": Payload(tmp_path / "run")}):
         torch.save(content, path)
-        assert "net.pth" in reading_error(path)
+        assert "net.pth" in refusal(read_weights, path)
     assert not (tmp_path / "run").exists()
-
-
-def reading_error(path: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        read_weights(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": None}, r"net\.pth .*missing: weight"),
-        ({"other": torch.zeros(1)}, r"net\.pth .*left over: other"),
-        ({"bias": torch.zeros(3)}, r"net\.pth .*bias has shape \(3,\)"),
-        ({f"layer.{index}": torch.zeros(1) for index in range(99)}, r"net\.pth .{,400}and 94 more$"),
+        ({"weight": None}, "missing: weight"),
+        ({"bias": torch.zeros(3)}, "bias has shape (3,)"),
+        ({f"layer.{index}": torch.zeros(1) for index in range(99)}, "and 94 more"),
     ],
 )
 def test_tensors_must_fit_exactly(change: dict[str, Tensor | None], message: str) -> None:
     network = nn.Linear(2, 2)
     tensors = {n: tensor for n, tensor in {**network.state_dict(), **change}.items() if tensor is not None}
-    with pytest.raises(InputError, match=message) as caught:
-        load_exactly(network, tensors, Path("net.pth"))
-    assert "\n" not in str(caught.value)
+    line = refusal(load_exactly, network, tensors, Path("net.pth"))
+    assert line.startswith("net.pth ")
+    assert message in line
+    assert len(line) < 500
 
 
 def test_random_weights_are_fixed_and_disturb_nothing() -> None:

@@ -1,6 +1,5 @@
 """Alignment with a vision transformer: its value, its gradients, its weights in two formats."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from tiny_models import refusal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae import DCSSDAE, DiagonalGaussian
 from dc_ssdae.dynamics import EquilibriumMatching
 from dc_ssdae.losses import REPALoss, StepOutputs
 
@@ -50,8 +50,8 @@ def outputs(features: Tensor | None, x: Tensor | None = None) -> StepOutputs:
 # --- the value ---
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(2, 5), (3, 1)])
-def test_it_is_one_minus_the_mean_cosine_of_tokens(rows: int, columns: int) -> None:
+def test_it_is_one_minus_the_mean_cosine_of_tokens() -> None:
+    rows, columns = 2, 5
     ours, features = term(), torch.randn(2, 12, rows, columns)
     given = outputs(features)
     value = ours(given)
@@ -71,15 +71,6 @@ def test_it_is_one_minus_the_mean_cosine_of_tokens(rows: int, columns: int) -> N
             torch.testing.assert_close(value[image], 1.0 - torch.stack(cosines).mean(), atol=1e-5, rtol=1e-4)
 
 
-def test_features_cost_nothing_if_equal_whatever_their_length() -> None:
-    ours = term(64)
-    ours.head = nn.Identity()
-    x = 2.0 * torch.rand(2, 3, 32, 48) - 1.0
-    targets = ours.backbone(x, 4, 6).transpose(1, 2).unflatten(2, (4, 6))
-    for scale, expected in ((100.0, 0.0), (-1.0, 2.0)):
-        torch.testing.assert_close(ours(outputs(scale * targets, x)), torch.full((2,), expected), atol=1e-5, rtol=0)
-
-
 def test_the_images_colours_are_what_the_backbone_expects() -> None:
     network = term(backbone=DINOV2_S).backbone.network
     seen = []
@@ -90,7 +81,7 @@ def test_the_images_colours_are_what_the_backbone_expects() -> None:
     torch.testing.assert_close(seen[0], expected.view(1, 3, 1, 1).expand(1, 3, 28, 28), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backbone", ["test_vit3", DINOV2_S_REGISTERS, "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize("backbone", [DINOV2_S_REGISTERS, "vit_small_patch16_dinov3"])
 def test_other_transformers_fit(backbone: str) -> None:
     ours = term(backbone=backbone)
     assert ours(outputs(torch.randn(1, 12, 2, 3))).isfinite().all()
@@ -104,16 +95,6 @@ def test_dinov2_b_is_the_default() -> None:
     assert 0 < ours(outputs(torch.randn(1, 12, 2, 3))) < 2
 
 
-def test_bfloat16_changes_little() -> None:
-    exact, half = term(), term(precision="bfloat16")
-    half.head.load_state_dict(exact.head.state_dict())
-    given = outputs(torch.randn(2, 12, 4, 4).bfloat16())
-    value, expected = half(given), exact(given)
-    assert value.dtype == torch.float32
-    assert not torch.equal(value, expected)
-    torch.testing.assert_close(value, expected, rtol=0.01, atol=0)
-
-
 # --- gradients ---
 
 
@@ -124,6 +105,7 @@ def test_gradients_reach_features_and_head_and_nothing_of_the_backbone() -> None
     assert features.grad is not None
     assert (features.grad.flatten(2).norm(dim=(1, 2)) > 0).all()
     assert x.grad is None
+    assert list(ours.state_dict()) == TRAINS
     assert [name for name, parameter in ours.named_parameters() if parameter.grad is not None] == TRAINS
     assert all(parameter.grad is None for parameter in ours.backbone.network.parameters())
 
@@ -148,15 +130,8 @@ def test_in_a_model_gradients_reach_the_encoder_and_no_later_block(layer: int | 
 # --- as a module ---
 
 
-def test_it_moves_as_a_whole_and_saves_the_head_alone() -> None:
-    ours = term().to(torch.float64)
-    assert list(ours.state_dict()) == TRAINS
-    assert {tensor.dtype for tensor in ours.backbone.network.state_dict().values()} == {torch.float64}
-    assert ours(outputs(torch.randn(2, 12, 2, 3))).dtype == torch.float32
-
-
 def test_a_step_without_features_is_refused() -> None:
-    assert "computed none" in error_of(term(), outputs(None, torch.zeros(1, 3, 16, 16)))
+    assert "computed none" in refusal(term(), outputs(None, torch.zeros(1, 3, 16, 16)))
 
 
 class Decoder(nn.Module):
@@ -166,7 +141,7 @@ class Decoder(nn.Module):
 def test_a_decoder_of_ones_own_tells_its_channels() -> None:
     model, settings = DCSSDAE(**MODEL), {"backbone": TINY, "weights": "random"}
     model.decoder = Decoder()  # type: ignore[assignment]
-    message = error_of(REPALoss.for_model, model, **settings)
+    message = refusal(REPALoss.for_model, model, **settings)
     assert "Decoder has no attribute feature_channels" in message
     assert "--losses.repa 0" in message
     assert REPALoss.for_model(model, decoder_channels=7, **settings).head[0].in_features == 7
@@ -253,17 +228,11 @@ def test_without_weights_one_line_names_the_files(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
     config = timm.get_pretrained_cfg(DINOV2_B)
-    for attempt in (lambda: REPALoss(12), REPALoss.fetch):
-        message = error_of(attempt)
+    for attempt, given in ((REPALoss, {"decoder_channels": 12}), (REPALoss.fetch, {})):
+        message = refusal(attempt, **given)
         for part in (f"{DINOV2_B}.safetensors", Path(config.url).name, config.hf_hub_id, "--losses.repa 0"):
             assert part in message
-
-
-def test_fetching_finds_what_building_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert f"without {TINY_FILE}" in error_of(REPALoss.fetch, TINY, weights=str(tmp_path))
     (tmp_path / TINY_FILE).touch()
-    REPALoss.fetch(TINY, weights=str(tmp_path))
-    REPALoss.fetch(weights="random", layer=3, decoder_channels=5)
     monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(tmp_path))
     REPALoss.fetch(TINY)
 
@@ -271,16 +240,14 @@ def test_fetching_finds_what_building_would(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks.1.norm1.weight": None}, "missing: blocks.1.norm1.weight"),
         ({"pos_embed": torch.zeros(1, 50, 64)}, "pos_embed has shape (1, 50, 64)"),
-        ({"other": torch.zeros(1)}, "left over: other"),
         ({"mask_token": torch.zeros(1), "norm.weight": None}, "missing: norm.weight"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     state = {**random_transformer(TINY).state_dict(), **change}
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / TINY_FILE)
-    error = error_of(term, weights=str(tmp_path))
+    error = refusal(term, weights=str(tmp_path))
     assert TINY_FILE in error
     assert message in error
 
@@ -292,23 +259,10 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any
     ("settings", "message"),
     [
         ({"backbone": "vit_base_patch14_dinov3.lvd142m"}, "did you mean 'vit_base_patch1"),
-        ({"backbone": "vit_base_patch14_dinov2.imagenet"}, "did you mean 'vit_base_patch14_dinov2"),
+        ({"backbone": "resnet18"}, "resnet18 of timm is not a vision transformer"),
         ({"precision": "bf16"}, "unknown precision of a backbone 'bf16'"),
         ({"layer": -1}, "layer is -1"),
     ],
 )
 def test_unknown_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    assert message in error_of(term, **settings)
-    if "backbone" in settings:
-        assert message in error_of(REPALoss.fetch, **settings)
-
-
-def test_what_has_no_patch_tokens_is_refused() -> None:
-    assert "resnet18 of timm is not a vision transformer" in error_of(term, backbone="resnet18")
-
-
-def error_of(attempt: Callable[..., Any], *args: Any, **settings: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        attempt(*args, **settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert message in refusal(term, **settings)

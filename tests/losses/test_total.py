@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import refusal, tiny
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae import DiagonalGaussian
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
 from dc_ssdae.losses import DynamicsLoss, FrozenBackbone, KLLoss, LossTerm, Objective, StepOutputs, WeightedTerm
 from dc_ssdae.losses.total import BUILT_IN
@@ -90,14 +91,6 @@ def test_the_dynamics_term_is_the_mean_square_of_the_error(dynamics: Dynamics) -
     torch.testing.assert_close(true.clean_estimate, given.record.x, atol=1e-5, rtol=1e-5)
 
 
-def test_kl_is_summed_over_the_latent() -> None:
-    given = outputs()
-    posterior = given.posterior
-    assert posterior.logvar is not None
-    each = kl_divergence(Normal(posterior.mean, (0.5 * posterior.logvar).exp()), Normal(0.0, 1.0))
-    torch.testing.assert_close(KLLoss()(given), each.sum(dim=(1, 2, 3)))
-
-
 # --- the sum ---
 
 
@@ -108,6 +101,9 @@ def test_terms_are_unweighted_means_and_the_total_is_their_weighted_sum() -> Non
     assert list(losses.terms) == ["dynamics", "kl"]
     assert losses.total.dtype == given.clean_estimate.dtype == torch.float32
     torch.testing.assert_close(losses.terms["dynamics"], DynamicsLoss()(given).mean())
+    posterior = given.posterior
+    each = kl_divergence(Normal(posterior.mean, (0.5 * posterior.logvar).exp()), Normal(0.0, 1.0))
+    torch.testing.assert_close(KLLoss()(given), each.sum(dim=(1, 2, 3)))
     torch.testing.assert_close(losses.terms["kl"], KLLoss()(given).mean())
     torch.testing.assert_close(losses.total, 0.7 * losses.terms["dynamics"] + 0.03 * losses.terms["kl"])
     losses.total.backward()
@@ -132,18 +128,11 @@ def test_a_term_of_ones_own_trains(per_image: bool) -> None:
     assert term.scale.grad != 0
 
 
-@pytest.mark.parametrize(
-    ("value", "given"), [(torch.zeros(2), r"\(2,\)"), (torch.zeros(3, 1), r"\(3, 1\)"), (1.5, "float")]
-)
+@pytest.mark.parametrize(("value", "given"), [(torch.zeros(2), "(2,)"), (torch.zeros(3, 1), "(3, 1)"), (1.5, "float")])
 def test_a_term_of_another_shape_is_named(value: object, given: str) -> None:
     whole = Objective({"mine": WeightedTerm(1.0, Gives(value))})
-    with pytest.raises(InputError, match=rf"losses\.mine returns {given}; .* \(\) or \(3,\)"):
-        whole(outputs())
-
-
-def test_whole_numbers_count_too() -> None:
-    losses = Objective({"mine": WeightedTerm(2.0, Gives(torch.tensor([1, 2, 6])))})(outputs())
-    assert float(losses.total) == 6.0
+    assert f"losses.mine returns {given}; " in refusal(whole, outputs())
+    assert "at least one term" in refusal(Objective, {})
 
 
 @pytest.mark.parametrize("layer", [None, 3])
@@ -156,16 +145,10 @@ def test_an_objective_tells_which_features_it_reads(layer: int | None) -> None:
     torch.testing.assert_close(losses.terms["mine"], features.square().mean())
 
 
-def test_features_that_no_term_reads_are_not_asked_for() -> None:
-    whole = objective(dynamics=1.0, kl=1e-6)
-    assert (whole.wants_decoder_features, whole.decoder_layer, whole.random_backbones) == (False, None, [])
-
-
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (None, 4)])
 def test_terms_that_read_different_blocks_are_refused(one: int | None, other: int | None) -> None:
     terms = {"one": WeightedTerm(1.0, ReadsFeatures(one)), "other": WeightedTerm(1.0, ReadsFeatures(other))}
-    with pytest.raises(InputError, match=rf"losses\.one {one}, losses\.other {other}"):
-        Objective(terms)
+    assert f"losses.one {one}, losses.other {other}" in refusal(Objective, terms)
 
 
 def test_backbones_are_compiled_wherever_they_are() -> None:
@@ -179,21 +162,7 @@ def test_importing_the_losses_imports_no_backbones() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(InputError, match="at least one term"):
-        Objective({})
-
-
 # --- from a configuration ---
-
-
-WIDTHS = {"channels": 8, "multipliers": [1, 1, 1, 3], "norm_groups": 4, "heads": 2}
-
-
-def tiny_model() -> DCSSDAE:
-    encoder = {"init_args": {"widths": [8, 8, 8, 8], "depths": [0, 1, 1, 1]}}
-    decoder = {"init_args": {**WIDTHS, "middle_layers": 1, "blocks_per_level": 1}}
-    return DCSSDAE(latent_channels=4, downsample_factor=8, encoder=encoder, decoder=decoder)
 
 
 def test_the_heaviest_terms_are_built_for_the_model() -> None:
@@ -201,15 +170,15 @@ def test_the_heaviest_terms_are_built_for_the_model() -> None:
         "lpips": LossConfig(0.5, None, {"net": "alex", "weights": "random"}),
         "repa": LossConfig(0.25, None, {"backbone": "test_vit", "weights": "random", "layer": 0}),
     }
-    whole = build_objective(losses, tiny_model())
+    whole = build_objective(losses, tiny())
     assert whole.random_backbones == ["lpips", "repa"]
     assert (whole.wants_decoder_features, whole.decoder_layer) == (True, 0)
-    assert whole.state_dict()["terms.repa.head.0.weight"].shape == (24, 24)
+    assert whole.state_dict()["terms.repa.head.0.weight"].shape == (16, 16)
 
 
 def test_a_zero_weight_leaves_its_term_out_and_a_class_gets_its_settings() -> None:
     own = LossConfig(0.5, "torch.nn.Linear", {"in_features": 2, "out_features": 3})
-    whole = build_objective({"mine": own, "kl": LossConfig(0.0)}, tiny_model())
+    whole = build_objective({"mine": own, "kl": LossConfig(0.0)}, tiny())
     assert whole.weights == {"mine": 0.5}
     assert whole.terms["mine"].out_features == 3
 
@@ -217,11 +186,10 @@ def test_a_zero_weight_leaves_its_term_out_and_a_class_gets_its_settings() -> No
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LossConfig(1.0, "torch.nn.Linear", {"in_feature": 2}), r"losses\.mine: Linear does not take these init_args"),
-        (LossConfig(1.0, "collections.OrderedDict"), r"losses\.mine.* OrderedDict, which is no torch\.nn\.Module"),
+        (LossConfig(1.0, "torch.nn.Linear", {"in_feature": 2}), "losses.mine: Linear does not take these init_args"),
+        (LossConfig(1.0, "collections.OrderedDict"), "OrderedDict, which is no torch.nn.Module"),
         (LossConfig(1.0, "no_such_module.Term"), "no_such_module"),
     ],
 )
 def test_a_class_that_does_not_fit_is_named(config: LossConfig, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        build_objective({"mine": config}, tiny_model())
+    assert message in refusal(build_objective, {"mine": config}, tiny())

@@ -16,8 +16,7 @@ from dc_ssdae.samplers import gradient_descent, nesterov
 
 VARIANTS = ("standard", "eqm")
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
-each_momentum = pytest.mark.parametrize("momentum", [0.0, 0.3, 0.6, 0.9])
-each_kappa = pytest.mark.parametrize("kappa", [2.0, 10.0, 100.0])
+each_momentum = pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])
 
 
 def double(*shape: int) -> Tensor:
@@ -47,15 +46,6 @@ def limit(momentum: float, variant: str) -> float:
     return 2.0 * (1.0 + momentum if variant == "standard" else 1.0) / (1.0 + 2.0 * momentum)
 
 
-def curvatures(kappa: float) -> Tensor:
-    """Seven from m = 1 to L = κ."""
-    return torch.logspace(0.0, math.log10(kappa), 7, dtype=torch.float64)
-
-
-def best_momentum(kappa: float) -> float:
-    return (math.sqrt(kappa) - 1.0) / (math.sqrt(kappa) + 1.0)
-
-
 def path(method: Callable[..., object], slopes: Tensor, num_steps: int, step_size: float, **settings: object) -> Tensor:
     """All states (steps + 1, modes) of a descent of f = h x from 1 in every mode."""
     result = method(
@@ -63,17 +53,6 @@ def path(method: Callable[..., object], slopes: Tensor, num_steps: int, step_siz
     )
     assert not result.diverged.any()
     return result.trajectory[:, 0]
-
-
-@each_kappa
-def test_the_best_step_of_gradient_descent_contracts_by_kappa_minus_one_over_kappa_plus_one(kappa: float) -> None:
-    """η = 2/(m + L): the softest and the stiffest mode shrink by as much, the others by more."""
-    ratio = (kappa - 1.0) / (kappa + 1.0)
-    states = path(gradient_descent, curvatures(kappa), 20, 2.0 / (1.0 + kappa))
-    steps = states[1:] / states[:-1]
-    torch.testing.assert_close(steps[:, 0], torch.full_like(steps[:, 0], ratio), atol=0.0, rtol=1e-12)
-    torch.testing.assert_close(steps[:, -1], torch.full_like(steps[:, 0], -ratio), atol=0.0, rtol=1e-12)
-    assert (steps[:, 1:-1].abs() < ratio).all()
 
 
 @each_variant
@@ -99,39 +78,9 @@ def test_changing_momenta_follow_the_product_of_their_companion_matrices(variant
             assert states[step + 1, mode].item() == pytest.approx(pair[0].item(), rel=1e-12)
 
 
-def test_nesterovs_own_momenta_keep_his_bound() -> None:
-    """With η = 1/L and μ_k = k/(k + 3) the energy after k steps is at most 2 L ‖x_0‖²/(k + 1)² for any curvatures.
-
-    Gradient descent does not keep it where some are small.
-    """
-    slopes = torch.logspace(-6.0, 0.0, 25, dtype=torch.float64)
-
-    def times_the_bound(method: Callable[..., object], **settings: object) -> Tensor:
-        states = path(method, slopes, 400, 1.0, **settings)
-        energies = 0.5 * (slopes * states.square()).sum(dim=1)
-        steps = torch.arange(401, dtype=torch.float64)
-        return energies * (steps + 1.0).square() / (2.0 * len(slopes))
-
-    assert (times_the_bound(nesterov, momentum=lambda index: index / (index + 3)) <= 1.0).all()
-    assert (times_the_bound(gradient_descent) > 1.0).any()
-
-
-@pytest.mark.parametrize("kappa", [4.0, 25.0, 100.0])
-def test_nesterovs_rate_is_one_minus_the_root_of_m_over_l(kappa: float) -> None:
-    """With η = 1/L and the best μ both roots of the softest mode are ρ = 1 − √(m/L): it is (1 + (1 − ρ) k) ρ^k."""
-    rate = 1.0 - 1.0 / math.sqrt(kappa)
-    states = path(nesterov, curvatures(kappa), 400, 1.0 / kappa, momentum=best_momentum(kappa))
-    steps = torch.arange(401, dtype=torch.float64)
-    softest = (1.0 + (1.0 - rate) * steps) * rate**steps
-    torch.testing.assert_close(states[:, 0], softest, atol=0.0, rtol=1e-9)
-    lengths = states.norm(dim=1)
-    measured = (lengths[400] / lengths[200]).item() ** (1.0 / 200.0)
-    assert measured == pytest.approx(rate, rel=5e-3)
-
-
 @each_variant
 @each_momentum
-@pytest.mark.parametrize("share", [0.97, 0.997, 1.003, 1.03])
+@pytest.mark.parametrize("share", [0.97, 1.03])
 def test_nesterov_is_stable_below_its_limit_and_given_up_above(momentum: float, variant: str, share: float) -> None:
     """ηL < 2 (1 + μ)/(1 + 2μ), for the variant 2/(1 + 2μ); above, as soon as theory has grown to 10 times the first."""
     product = share * limit(momentum, variant)

@@ -7,30 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tiny_models import refusal
 from torch import Tensor
 
-from dc_ssdae.dynamics import EquilibriumMatching
-from dc_ssdae.errors import InputError
 from dc_ssdae.samplers import SamplerResult, euler, gradient_descent, midpoint, nesterov
 
 
 def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
-def test_one_step_of_one_over_stiffness_lands_on_the_data(scale: float) -> None:
-    """For the linear decay and its true field, from anywhere on the way: η = 1/λ is the clean estimate."""
-    dynamics = EquilibriumMatching("linear", scale)
-    x, noise = double(3, 3, 2, 2), double(3, 3, 2, 2)
-    for level in (0.0, 0.4, 0.9):
-        record = dynamics.corrupt(x, noise, torch.full((3,), level, dtype=torch.float64))
-        result = gradient_descent(lambda y: scale * (y - x), record.x_level, 1, 1.0 / dynamics.stiffness)
-        torch.testing.assert_close(result.sample, x, atol=1e-12, rtol=0.0)
-        estimate = dynamics.clean_estimate(record.x_level, record.target, record.level)
-        torch.testing.assert_close(result.sample, estimate, atol=1e-12, rtol=0.0)
 
 
 INTEGRATORS: dict[str, tuple[Callable[..., SamplerResult], int]] = {"euler": (euler, 1), "midpoint": (midpoint, 2)}
@@ -40,7 +24,7 @@ each_integrator = pytest.mark.parametrize("name", INTEGRATORS)
 
 
 @each_integrator
-@pytest.mark.parametrize("num_steps", [1, 3, 8])
+@pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("power", [1.0, 4.0])
 def test_integrators_are_exact_on_straight_paths(name: str, num_steps: int, power: float) -> None:
     """v = x − ε, and flow matching's of one image, v(x_t, t) = (x − x_t)/t, which is never asked for at t = 0."""
@@ -83,22 +67,6 @@ def test_midpoint_against_its_formula() -> None:
     torch.testing.assert_close(result.trajectory, torch.stack(states), atol=1e-12, rtol=0.0)
 
 
-@pytest.mark.parametrize("power", [1.0, 4.0])
-@pytest.mark.parametrize("num_steps", [1, 3, 8])
-def test_euler_evaluates_on_its_time_grid(num_steps: int, power: float) -> None:
-    """At t_i = (1 − i/n)^power, i below n: from pure noise on, and never at t = 0."""
-    times: list[Tensor] = []
-
-    def velocity(y: Tensor, time: Tensor) -> Tensor:
-        times.append(time)
-        return torch.zeros_like(y)
-
-    euler(velocity, torch.zeros(2, 3), num_steps=num_steps, power=power)
-    assert all(time.shape == (2,) for time in times)
-    expected = torch.tensor([(1.0 - index / num_steps) ** power for index in range(num_steps)])
-    torch.testing.assert_close(torch.stack(times), expected[:, None].expand(-1, 2))
-
-
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "gradient descent": lambda field, x, num_steps, **settings: gradient_descent(field, x, num_steps, 0.5, **settings),
     "nesterov": lambda field, x, num_steps, **settings: nesterov(field, x, num_steps, 0.5, 0.6, **settings),
@@ -109,16 +77,6 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
     "midpoint": lambda field, x, num_steps, **settings: midpoint(lambda y, time: field(y), x, num_steps, **settings),
 }
 each_sampler = pytest.mark.parametrize("name", SAMPLERS)
-each_variant = pytest.mark.parametrize("variant", ["standard", "eqm"])
-
-
-@each_sampler
-def test_a_zero_of_the_field_is_a_fixed_point(name: str) -> None:
-    start = double(2, 3)
-    result = SAMPLERS[name](lambda x: (x - start) * x.exp(), start, 9)
-    assert torch.equal(result.sample, start)
-    assert result.residual_rms.tolist() == [0.0, 0.0]
-    assert not result.diverged.any()
 
 
 @each_sampler
@@ -150,14 +108,6 @@ def test_the_start_is_left_alone_and_the_dtype_kept(name: str) -> None:
         assert torch.equal(start, before)
         assert result.sample.dtype == dtype
         assert not torch.equal(result.sample, start)
-
-
-@each_sampler
-def test_gradients_pass_through(name: str) -> None:
-    start = double(2, 3).requires_grad_()
-    SAMPLERS[name](lambda x: x, start, 2).sample.sum().backward()
-    assert start.grad is not None
-    assert (start.grad != 0.0).all()
 
 
 @each_sampler
@@ -201,31 +151,10 @@ def test_no_value_is_looked_at(name: str) -> None:
 
 
 @each_sampler
-@pytest.mark.parametrize("num_steps", [0, 2.0, True])
-def test_what_is_no_count_of_steps_is_refused(name: str, num_steps: Any) -> None:
-    with pytest.raises(InputError, match=f"num_steps is {num_steps}"):
-        SAMPLERS[name](lambda x: x, torch.zeros(1, 1), num_steps)
-
-
-@each_sampler
-@pytest.mark.parametrize("value", [None, torch.zeros(2, 1)])
-def test_a_field_of_another_shape_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match="the field returned"):
-        SAMPLERS[name](lambda x: value, torch.zeros(2, 3), 2)
-
-
-@each_variant
-def test_every_step_has_its_own_size_and_momentum(variant: str) -> None:
-    """Listed or by a function; on f = x the next x is y or x, less η y. The first momentum has no effect."""
-    sizes, momenta = [0.9, 0.1, 0.5, 1.7], [0.8, 0.9, 0.0, 0.4]
-    start = double(2, 3)
-    states = [start, (1.0 - sizes[0]) * start]
-    for eta, mu in zip(sizes[1:], momenta[1:], strict=True):
-        y = states[-1] + mu * (states[-1] - states[-2])
-        states.append((y if variant == "standard" else states[-1]) - eta * y)
-    for forms in ((sizes, momenta), (tuple(sizes), tuple(momenta)), (sizes.__getitem__, momenta.__getitem__)):
-        result = nesterov(lambda x: x, start, 4, *forms, variant=variant, return_trajectory=True)
-        torch.testing.assert_close(result.trajectory, torch.stack(states))
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    assert "num_steps is 0" in refusal(SAMPLERS[name], lambda x: x, torch.zeros(1, 1), 0)
+    assert "the field returned" in refusal(SAMPLERS[name], lambda x: None, torch.zeros(2, 3), 2)
+    assert "the field returned" in refusal(SAMPLERS[name], lambda x: x[:, :1], torch.zeros(2, 3), 2)
 
 
 @pytest.mark.parametrize(("setting", "bad"), [("step_size", 0.0), ("step_size", math.nan), ("momentum", 1.0)])
@@ -234,73 +163,27 @@ def test_a_bad_number_for_the_last_step_is_refused_before_the_first(setting: str
         raise AssertionError
 
     for schedule in (bad, [0.5, 0.5, bad], lambda index: bad if index == 2 else 0.5):
-        with pytest.raises(InputError, match=f"{setting} is {bad}"):
-            nesterov(never, torch.zeros(1, 1), 3, **{setting: schedule})
+        assert f"{setting} is {bad}" in refusal(nesterov, never, torch.zeros(1, 1), 3, **{setting: schedule})
     for count in (0, 2, 4):
-        with pytest.raises(InputError, match=f"{setting} lists {count} numbers for num_steps 3"):
-            nesterov(never, torch.zeros(1, 1), 3, **{setting: [0.5] * count})
+        message = refusal(nesterov, never, torch.zeros(1, 1), 3, **{setting: [0.5] * count})
+        assert f"{setting} lists {count} numbers for num_steps 3" in message
 
 
-# One-line values of any kind, of which a number may be a good one: those are sorted out below.
-THINGS = st.one_of(
-    st.floats(),
-    st.integers(-(10**9), 10**9),
-    st.booleans(),
-    st.text(max_size=8),
-    st.lists(st.floats(0.1, 1.0) | st.text(max_size=3), max_size=2),
-    st.dictionaries(st.text(max_size=3), st.floats(), max_size=2),
-    st.complex_numbers(),
+@pytest.mark.parametrize(
+    ("setting", "bad"),
+    [
+        *(("num_steps", bad) for bad in (0, 2.5, True)),
+        *(("step_size", bad) for bad in (-0.5, math.inf, "0.1")),
+        *(("momentum", bad) for bad in (-0.1, 1.0, True)),
+        *(("tolerance", bad) for bad in (-1.0, math.nan, "x")),
+        ("variant", "other"),
+    ],
 )
+def test_a_bad_setting_is_named_in_one_line(setting: str, bad: Any) -> None:
+    message = refusal(nesterov, lambda x: x, torch.ones(2, 3), **{"num_steps": 3, setting: bad})
+    assert setting in message
+    assert repr(bad) in message
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-ACCEPTS: dict[str, Callable[[Any], bool]] = {
-    "num_steps": lambda value: is_number(value) and isinstance(value, int) and value >= 1,
-    "step_size": lambda value: is_number(value) and value > 0,
-    "momentum": lambda value: is_number(value) and 0 <= value < 1,
-    "tolerance": lambda value: is_number(value) and value >= 0,
-    "variant": lambda value: value in ("standard", "eqm"),
-}
-
-
-@pytest.mark.parametrize("setting", ACCEPTS)
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_bad_setting_is_named_in_one_line(setting: str, data: st.DataObject) -> None:
-    value = data.draw(THINGS.filter(lambda value: not ACCEPTS[setting](value)))
-    with pytest.raises(InputError) as error:
-        nesterov(lambda x: x, torch.ones(2, 3), **{"num_steps": 3, setting: value})
-    assert setting in str(error.value)
-    assert repr(value) in str(error.value) or isinstance(value, list)
-    assert len(str(error.value).splitlines()) == 1
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_no_good_setting_is_refused(data: st.DataObject) -> None:
-    """Nor does any lose its bound on evaluations, or give a sample that is not finite."""
-    size = st.floats(0.0, exclude_min=True, allow_infinity=False) | st.integers(1, 10**9)
-    momentum = st.floats(0.0, 1.0, exclude_max=True) | st.just(0)
-    num_steps = data.draw(st.integers(1, 6))
-    step_size = data.draw(size | st.lists(size, min_size=num_steps, max_size=num_steps))
-    result = nesterov(
-        lambda x: x - 1.0,
-        torch.randn(2, 3),
-        num_steps,
-        (lambda index: step_size[index]) if isinstance(step_size, list) and data.draw(st.booleans()) else step_size,
-        data.draw(momentum | st.lists(momentum, min_size=num_steps, max_size=num_steps)),
-        data.draw(st.none() | st.floats(0.0, allow_infinity=False) | st.integers(0, 10**9)),
-        variant=data.draw(st.sampled_from(["standard", "eqm"])),
-    )
-    assert result.sample.isfinite().all()
-    assert (result.num_evaluations >= 1).all()
-    assert (result.num_evaluations <= num_steps).all()
-
-
-@pytest.mark.parametrize("power", [0.0, -1.0, math.nan])
-def test_powers_that_do_not_reach_the_data_are_refused(power: float) -> None:
-    with pytest.raises(InputError, match="power is"):
-        euler(lambda x, time: x, torch.zeros(1, 1), power=power)
+def test_powers_that_do_not_reach_the_data_are_refused() -> None:
+    assert "power is 0.0" in refusal(euler, lambda x, time: x, torch.zeros(1, 1), power=0.0)

@@ -4,24 +4,19 @@ import contextlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import refusal
 from torch import Tensor
 
+from dc_ssdae.decoding import DESCENTS
 from dc_ssdae.errors import InputError
-from dc_ssdae.samplers import SamplerResult, gradient_descent, nesterov
+from dc_ssdae.samplers import SamplerResult, gradient_descent
 
-DESCENTS: dict[str, Callable[..., SamplerResult]] = {
-    "gradient descent": gradient_descent,
-    "nesterov": nesterov,
-    "nesterov eqm": partial(nesterov, variant="eqm"),
-}
 BATCH = 6
 each_descent = pytest.mark.parametrize("name", DESCENTS)
 
@@ -119,12 +114,11 @@ def test_a_tolerance_of_zero_never_stops(name: str) -> None:
 
 
 @each_descent
-def test_the_residual_is_that_of_the_last_evaluation(name: str) -> None:
+def test_the_residual_is_that_of_the_last_evaluation_and_the_first_below_the_tolerance(name: str) -> None:
     case = Case(torch.float64)
     result = case.run(name)
     for place in range(BATCH):
-        states = torch.stack(case.states[place])
-        way = states - case.goal[place]
+        way = torch.stack(case.states[place]) - case.goal[place]
         sizes = rms(case.slope[place] * way - 0.2 * way / (1.0 + way * way))
         assert result.residual_rms[place].item() == pytest.approx(sizes[-1].item(), rel=1e-6)
         assert sizes[-1] < 1e-2
@@ -138,10 +132,11 @@ def test_a_field_that_holds_on_to_all_images_is_told_of_condition(name: str, set
     goal = torch.randn(3, 2, 4)
     start = goal.clone()
     start[settled:] += 1.0
-    with pytest.raises(InputError, match="pass what belongs to single images as condition") as error:
-        DESCENTS[name](lambda x: x - goal, start, 20, tolerance=1e-2, bucket=bucket)
-    assert "\n" not in str(error.value)
-    assert f"the {3 - settled} of 3 images that are left" in str(error.value)
+    message = refusal(DESCENTS[name], lambda x: x - goal, start, 20, tolerance=1e-2, bucket=bucket)
+    assert "pass what belongs to single images as condition" in message
+    assert f"the {3 - settled} of 3 images that are left" in message
+    wrong = [torch.zeros(3, 1), torch.zeros(1, 2)]
+    assert "a row for each of 3 images" in refusal(DESCENTS[name], lambda x, *rest: x, goal, condition=wrong)
 
 
 @each_descent
@@ -153,13 +148,6 @@ def test_padding_lets_no_image_meet_anothers_tensors(name: str) -> None:
     with contextlib.suppress(InputError):  # refusing them is as good
         sample = DESCENTS[name](lambda x: x - goal, start, 6, tolerance=1e-3, bucket=True).sample
         torch.testing.assert_close(sample, goal, atol=0.1, rtol=0.0)
-
-
-@each_descent
-@pytest.mark.parametrize("shape", [(1, 2), ()])
-def test_a_condition_with_another_number_of_rows_is_refused(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=r"condition has shape .* a row for each of 3 images"):
-        DESCENTS[name](lambda x, *rest: x, torch.zeros(3, 2), condition=[torch.zeros(3, 1), torch.zeros(shape)])
 
 
 @each_descent
@@ -204,9 +192,7 @@ HEALTHY = [8.0, 6.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125]
 # The script, and at which evaluation the image is given up; what follows would tempt to take it back.
 LOST: dict[str, tuple[list[float], int]] = {
     "nan": ([4.0, 2.0, NAN, 0.5, 0.5, 0.5, 0.5, 0.5], 2),
-    "minus infinite": ([4.0, -INF, 3.0, 0.5, 0.5, 0.5, 0.5, 0.5], 1),
     "grown": ([2.0, 1.0, 3.0, 15.0, 20.5, 0.5, 0.5, 0.5], 4),
-    "grown from little": ([0.5, 0.375, 5.5, 0.5, 0.5, 0.5, 0.5, 0.5], 2),
     "nan at first": ([NAN, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 0),
     "nan at last": ([8.0, 4.0, 6.0, 5.0, 5.0, 5.0, 5.0, NAN], 7),
 }
@@ -245,11 +231,12 @@ class Script:
 @either_tolerance
 def test_an_image_that_diverges_falls_back_to_its_best_state(name: str, loss: str, tolerance: float | None) -> None:
     sizes, when = LOST[loss]
-    script = Script(HEALTHY, sizes, HEALTHY)
+    script = Script([size * 0.5 for size in HEALTHY], sizes, HEALTHY)
     result = script.run(name, tolerance=tolerance, return_trajectory=True)
     assert result.diverged.tolist() == [False, True, False]
     assert result.num_evaluations[1] == when + 1
     states = script.states[1]
+    assert len(states) == (8 if tolerance is None else when + 1), "it leaves the batch where images may leave"
     assert torch.equal(states[0], script.start[1])
     best = min(range(when), key=lambda step: sizes[step]) if when else 0
     assert torch.equal(result.sample[1], states[best])
@@ -258,31 +245,9 @@ def test_an_image_that_diverges_falls_back_to_its_best_state(name: str, loss: st
     assert (result.trajectory[when + 1 :, 1] == states[best]).all()
     assert all(torch.equal(state, states[best]) for state in states[when + 1 :])
     assert len({state.sum().item() for state in states[: when + 1]}) == when + 1, "the states tell nothing"
-
-
-@each_descent
-@each_loss
-@either_tolerance
-def test_the_neighbours_of_an_image_that_diverges_do_not_notice(name: str, loss: str, tolerance: float | None) -> None:
-    healthy = [[size * 0.5 for size in HEALTHY], HEALTHY]
-    script = Script(healthy[0], LOST[loss][0], healthy[1])
-    result = script.run(name, tolerance=tolerance)
-    assert result.diverged.tolist() == [False, True, False]
     without = script.run(name, [0, 2], tolerance=tolerance)
     assert_same(without, result, [0, 2])
-    assert not without.diverged.any()
-    assert_same(script.run(name, [1], tolerance=tolerance), result, [1])
-
-
-@each_descent
-@each_loss
-def test_an_image_that_diverges_leaves_the_batch_where_images_may_leave(name: str, loss: str) -> None:
-    sizes, when = LOST[loss]
-    script = Script(HEALTHY, sizes, HEALTHY)
-    script.run(name, tolerance=0.01)
-    assert script.rows == [3] * (when + 1) + [2] * (7 - when)
-    script.run(name, tolerance=None)
-    assert script.rows == [3] * 8
+    assert not without.diverged.any(), "its neighbours do not notice"
 
 
 @each_descent
@@ -306,14 +271,3 @@ def test_a_step_to_what_is_not_finite_is_taken_back(name: str, tolerance: float 
     assert result.num_evaluations.tolist() == [1, 2]
     assert result.residual_rms[0].item() == pytest.approx(3e38 / math.sqrt(2.0), rel=1e-6)
     assert result.sample[1, 0] > 2.0
-
-
-@each_descent
-def test_all_images_may_diverge(name: str) -> None:
-    script = Script([4.0, NAN] + [0.5] * 6, [4.0, 2.0, INF] + [0.5] * 5)
-    result = script.run(name, tolerance=0.01, return_trajectory=True)
-    assert result.diverged.all()
-    assert script.rows == [2, 2, 1]
-    assert result.trajectory is not None
-    assert result.trajectory.shape == (9, 2, 3, 4)
-    assert torch.equal(result.trajectory[-1], result.sample)
