@@ -27,7 +27,7 @@ from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.distributed import PATIENCE, Processes, sum_over_processes
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import list_presets, load_preset
-from dc_ssdae.training.build import build_model, build_step, place_step
+from dc_ssdae.training.build import build_model, build_step, check_components, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import OptimizerName, RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
@@ -380,3 +380,10 @@ def test_processes_wait_for_each_other_for_days(monkeypatch: pytest.MonkeyPatch)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         assert asked.value.args == (PATIENCE,)
+
+
+def test_a_batch_must_divide_evenly() -> None:
+    config = run_config(batch_size=12, accumulation_steps=2)
+    check_components(config, processes=3)
+    with pytest.raises(InputError, match=r"batch_size is 12; .* multiple of 8$"):
+        check_components(config, processes=4)
