@@ -17,16 +17,6 @@ def demo(made_once):
     return made_once("demo", run) / "demo"
 
 
-def test_the_model_loads(demo):
-    assert DCSSDAE.from_pretrained(demo / "model").config.downsample_factor == 8
-
-
-def test_the_metrics_have_a_line_a_step(demo):
-    lines = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    assert all(line["loss/total"] > 0 for line in lines)
-
-
 def test_the_report_is_self_contained_and_says_what_it_measured(demo):
     page = (demo / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -45,14 +35,10 @@ def test_a_run_of_steps_is_reproducible_and_prints_where_things_are(demo, tmp_pa
     printed = capsys.readouterr().out
     assert str(tmp_path / "again" / "model") in printed
     assert str(tmp_path / "again" / "report.html") in printed
+    assert DCSSDAE.from_pretrained(demo / "model").config.downsample_factor == 8
     losses = [
         [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (demo, tmp_path / "again")
     ]
     assert losses[0] == losses[1]
-
-
-def test_two_budgets_are_refused_in_one_line(capsys):
-    assert main(["demo", "--minutes", "1", "--steps", "1"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--minutes and --steps" in line
+    assert len(losses[0]) == 2

@@ -1,11 +1,7 @@
 """Distillation end to end: one step comes to land where several did; one that is killed ends as if it had not been."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState, GradientState
-from training_runs import assert_same_runs, count_lines, environment, kill, make_images, metrics, train, write_config
+from tiny import make_images, metrics
+from training_runs import train, write_config
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.cli.main import main
@@ -114,41 +110,3 @@ def test_one_step_comes_closer_to_several(
     # What is printed is what is written.
     found = re.findall(r"(\d+\.\d+)$", table, flags=re.MULTILINE)
     assert [float(number) for number in found[:3]] == pytest.approx([one, several, student], abs=1e-6)
-
-
-def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "dc_ssdae", "distill", *words],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            start_new_session=True,
-        )
-
-
-@pytest.mark.slow  # tests/training/test_distillation.py stops one within one process
-def test_a_killed_distillation_ends_bit_identical(teacher: Path, tmp_path: Path) -> None:
-    """With a cache that the kill leaves half full."""
-    settings = ["--training.steps", "14", "--training.checkpoint_every", "3", "--training.evaluate_every", "5"]
-    words = ["--teacher", os.path.relpath(teacher), "--steps", "3", *settings, "--distillation.cache_steps", "9"]
-    whole, run, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
-    assert distil([*words, "--training.output", str(whole)]) == 0
-
-    process = start([*words, "--training.output", str(run)], log)
-    try:
-        deadline = time.monotonic() + 120
-        while count_lines(run / "metrics.jsonl") < 5 and process.poll() is None:
-            assert time.monotonic() < deadline, "the run hangs"
-            time.sleep(0.001)
-        assert process.poll() is None, log.read_text()
-    finally:
-        kill(process)
-    assert (run / "checkpoints/last").exists()
-    assert not (run / "distillation.json").exists()
-    assert distil(["--resume", str(run)]) == 0
-    assert len(metrics(whole)) == 14
-    assert_same_runs(run, whole)
-    assert (run / "distillation.json").read_bytes() == (whole / "distillation.json").read_bytes()
-    assert len(list((run / "teacher_cache").glob("*.safetensors"))) == 36
-    assert yaml.safe_load((run / "config.yaml").read_text())["distillation"]["steps"] == 3

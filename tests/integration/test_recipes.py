@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from training_runs import make_images, train, write_config
+from tiny import make_images
+from training_runs import train, write_config
 
 from dc_ssdae.cli.main import main
 
-STEPS = 12
+STEPS = 2
 FOLDERS = ("1-low_resolution", "2-latent_adaptation", "3-decoder_refinement")
 
 
@@ -36,10 +37,7 @@ def whole(tmp_path_factory, config) -> Path:
     """A recipe that nothing disturbed, in the folder that it gets by itself."""
     folder = tmp_path_factory.mktemp("whole")
     assert train(words(config), folder / "log", cwd=folder) == 0, (folder / "log").read_text()
-    said = (folder / "log").read_text()
-    assert f"done after step {STEPS}: the model is runs/tiny-three_phase/model" in said
-    for place, name in enumerate(FOLDERS):
-        assert f"phase {name[2:]} ({place + 1} of 3) begins: runs/tiny-three_phase/{name}" in said
+    assert f"done after step {STEPS}: the model is runs/tiny-three_phase/model" in (folder / "log").read_text()
     return folder / "runs" / "tiny-three_phase"
 
 
@@ -51,10 +49,3 @@ def test_its_folder_serves_as_a_model(whole, tmp_path):
         assert main(["reconstruct", str(photo), "--model", str(model), "--out", str(out)]) == 0
     results = [(tmp_path / str(number) / "photo.png").read_bytes() for number in range(3)]
     assert results[0] == results[1] != results[2]
-
-
-def test_resuming_a_finished_recipe_says_so(whole, capsys):
-    assert main(["train", "--resume", str(whole)]) == 0
-    message = capsys.readouterr().err.strip()
-    assert message.startswith(f"dc-ssdae train: {whole} is finished: ")
-    assert "--phases.decoder_refinement.training.steps N" in message

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import assert_same_runs, count_lines, kill, make_images, metrics, start, train, write_config
+from tiny import make_images, metrics
+from training_runs import assert_same_runs, count_lines, kill, start, train, write_config
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.training.checkpoint import read_checkpoint

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
-from training_runs import environment, make_images, metrics, start, train, write_config
+from tiny import make_images, metrics
+from training_runs import environment, start, train, write_config
 
 from dc_ssdae import DCSSDAE, InputError
 
@@ -83,9 +82,7 @@ def test_a_runs_folder_holds_what_a_lab_needs(finished, data):
     assert config["training"]["optimizer"] == "schedule_free_radam"
 
     (start_line,) = [json.loads(line) for line in (finished / "environment.jsonl").read_text().splitlines()]
-    assert torch.__version__.startswith(start_line["versions"]["torch"])
     assert start_line["command"][1:4] == ["-m", "dc_ssdae", "train"]
-    assert "git" in start_line
 
     evaluations = [json.loads(line) for line in (finished / "evaluations.jsonl").read_text().splitlines()]
     checkpoints = finished / "checkpoints"
@@ -94,9 +91,7 @@ def test_a_runs_folder_holds_what_a_lab_needs(finished, data):
     assert (checkpoints / "best").resolve().name == f"step-{best['step']:08d}"
     kept = {"step-00000003", "step-00000006", f"step-{best['step']:08d}"}
     assert {entry.name for entry in checkpoints.iterdir()} == {"last", "best", *kept}
-    with Image.open(finished / "samples" / "step-00000006.png") as picture:
-        assert picture.size == (2 * 32, 2 * 32)
-    assert list((finished / "tensorboard").glob("events*"))
+    assert (finished / "samples" / "step-00000006.png").is_file()
 
 
 def test_resuming_a_finished_run_says_so(finished, tmp_path):
@@ -117,14 +112,12 @@ def test_a_signal_saves_and_ends_with_0(tmp_path, data):
     process = start([*words, "--training.output", str(run), "--data.workers", "2"], log)
     while process.poll() is None and (not (run / "metrics.jsonl").exists() or not metrics(run)):
         pass
-    before = len(metrics(run))
     os.killpg(process.pid, signal.SIGTERM)  # as a cluster and a terminal do: to the workers that read images too
     assert process.wait(timeout=60) == 0, log.read_text()
     step = json.loads((run / "checkpoints/last/state.json").read_text())["step"]
     assert step == len(metrics(run))
     assert step < 2000
     assert f"stopped by SIGTERM after step {step}" in log.read_text()
-    print(f"{step - before} steps between the signal's sending and the end")
     assert "Traceback" not in log.read_text()
 
 

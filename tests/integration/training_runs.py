@@ -8,48 +8,19 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import psutil
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
+from tiny import MODEL, metrics
 
 from dc_ssdae.cli.main import main
-
-VARIABLE = {"images_per_second", "seconds", "memory_gib"}
-"""The only keys of metrics.jsonl that may differ between equal runs."""
-
-
-def make_images(folder: Path, count: int, side: int = 48, seed: int = 0) -> Path:
-    """Write PNGs of smooth random colours, 40 to 56 pixels a side."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(seed)
-    for index in range(count):
-        coarse = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-        size = (side + int(generator.integers(-8, 9)), side + int(generator.integers(-8, 9)))
-        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"image{index:04d}.png")
-    return folder
 
 
 def write_config(path: Path, root: Path, **training: object) -> Path:
     """Write a configuration of the demo's model, smaller still."""
     config = {
-        "model": {
-            "latent_channels": 4,
-            "downsample_factor": 8,
-            "encoder": {"init_args": {"widths": [8, 16, 16, 16], "depths": [0, 1, 1, 1]}},
-            "decoder": {
-                "init_args": {
-                    "channels": 8,
-                    "multipliers": [1, 1, 2, 2],
-                    "middle_layers": 1,
-                    "blocks_per_level": 1,
-                    "norm_groups": 4,
-                    "heads": 2,
-                }
-            },
-        },
+        "model": MODEL,
         "data": {"root": str(root), "image_size": 32, "workers": 0, "validation_images": 5},
         "training": {
             "steps": 40,
@@ -139,12 +110,6 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     except psutil.NoSuchProcess:
         pass
     process.wait()
-
-
-def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without what may differ."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in VARIABLE} for line in lines]
 
 
 def count_lines(path: Path) -> int:

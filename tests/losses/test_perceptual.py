@@ -16,6 +16,8 @@ from torchvision import models
 from dc_ssdae import DiagonalGaussian
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.losses import LPIPSLoss, StepOutputs
+from dc_ssdae.losses.backbones import weights_on_this_machine
+from dc_ssdae.losses.perceptual import trunk_file
 
 VGG_FILE = "vgg16-397923af.pth"
 ALEX_FILE = "alexnet-owt-7be5be79.pth"
@@ -147,7 +149,7 @@ def test_torchs_cache_is_searched(home: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
     for folder, found in ((tmp_path, False), (home, True)):
         monkeypatch.setenv("TORCH_HOME", str(folder))
-        assert LPIPSLoss.is_on_this_machine("alex") == found
+        assert (weights_on_this_machine(trunk_file("alex")) is not None) == found
     assert LPIPSLoss("alex").weights_file == home / "hub" / "checkpoints" / ALEX_FILE
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tiny import last, resume, run_config, start
 
@@ -13,26 +12,22 @@ from dc_ssdae import DCSSDAE
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import write_latent_statistics
-from dc_ssdae.training.build import build_step
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.logging import read_lines
 
 LOSSES: dict[str, Any] = {
     "lpips": {"weight": 0.5, "init_args": {"net": "squeeze", "weights": "random"}},
-    "repa": {"weight": 0.25, "init_args": {"backbone": "test_vit", "weights": "random"}},
+    "repa": {"weight": 0.25, "init_args": {"backbone": "test_vit", "layer": 0, "weights": "random"}},
 }
 """Small networks in the places of VGG-16 and DINOv2."""
-
-
-def train(config: RunConfig, path: Path) -> Path:
-    start(config, path)
-    return path
 
 
 def test_the_head_is_saved_backbones_are_not_and_random_weights_are_said(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = train(run_config(images, losses=LOSSES, steps=2, evaluate_every=1), tmp_path / "run")
+    path = tmp_path / "run"
+    own = {"own": {"weight": 1.0, "class_path": "terms.FeatureNorm"}}  # reads the decoder's features, as REPA does
+    start(run_config(images, losses={**LOSSES, **own}, steps=2, evaluate_every=1), path)
     saved = last(path).tensors["model"]
     assert {name for name in saved if name.startswith("objective.")} == {
         f"objective.terms.repa.head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
@@ -45,24 +40,7 @@ def test_the_head_is_saved_backbones_are_not_and_random_weights_are_said(
     for file in ("metrics.jsonl", "evaluations.jsonl"):
         for line in read_lines(path / file):
             assert line["random_backbones"] == ["lpips", "repa"]
-    plain = train(run_config(images, steps=2, evaluate_every=1), tmp_path / "plain")
-    assert "random" not in (plain / "metrics.jsonl").read_text() + (plain / "evaluations.jsonl").read_text()
-
-
-def test_every_parameter_that_trains_gets_a_gradient(images: Path) -> None:
-    step = build_step(run_config(images, losses=LOSSES)).train()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in step.parameters():  # what begins at zero would hide what comes before it
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    noise, latent_noise = torch.randn(2, 3, 32, 32, generator=generator), torch.randn(2, 4, 4, 4, generator=generator)
-    losses = step(pixels, noise, torch.rand(2, generator=generator), latent_noise)
-    assert losses.terms.keys() == {"dynamics", "lpips", "repa", "kl"}
-    losses.total.backward()
-    for name, parameter in step.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.any(), name
+    assert all(line["loss/own"] > 0 for line in read_lines(path / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("term", ["lpips", "repa"])
@@ -76,21 +54,6 @@ def test_missing_weights_end_it_before_anything_is_written(
     assert {"lpips": "squeezenet1_1-", "repa": "test_vit."}[term] in message
 
 
-@pytest.mark.parametrize(
-    ("term", "settings"),
-    [
-        ("lpips", {"weight": "random"}),
-        ("repa", {"backbone": 5}),
-        ("repa", {"layer": 99}),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(
-    images: Path, tmp_path: Path, term: str, settings: dict[str, Any]
-) -> None:
-    settings = {**LOSSES[term]["init_args"], **settings}
-    refused(run_config(images, losses={term: {"weight": 1.0, "init_args": settings}}), tmp_path)
-
-
 def test_a_decoder_without_features_is_refused(images: Path, tmp_path: Path) -> None:
     model = {"decoder": {"class_path": "terms.PlainDecoder", "init_args": {}}}
     message = refused(run_config(images, model=model, losses={"repa": LOSSES["repa"]}), tmp_path)
@@ -101,22 +64,15 @@ def test_a_decoder_without_features_is_refused(images: Path, tmp_path: Path) -> 
 def refused(config: RunConfig, folder: Path) -> str:
     """The one line that ends a run, of which nothing is left."""
     with pytest.raises(InputError) as error:
-        train(config, folder / "run")
+        start(config, folder / "run")
     assert "\n" not in str(error.value)
     assert not (folder / "run").exists()
     return str(error.value)
 
 
-def test_a_term_of_a_users_own_reads_features_too(images: Path, tmp_path: Path) -> None:
-    own = {"own": {"weight": 1.0, "class_path": "terms.FeatureNorm"}}
-    path = train(run_config(images, losses=own, steps=1), tmp_path / "run")
-    (line,) = read_lines(path / "metrics.jsonl")
-    assert line["loss/own"] > 0
-
-
 def test_the_latents_statistics_are_in_the_models_config_at_the_end(images: Path, tmp_path: Path) -> None:
-    config = run_config(images, steps=4, latent_statistics=4)
-    path = train(config, tmp_path / "run")
+    config, path = run_config(images, steps=2, latent_statistics=4), tmp_path / "run"
+    start(config, path)
     settings = json.loads((path / "model" / "config.json").read_text())
     assert len(settings["latents_mean"]) == len(settings["latents_std"]) == 4
     state = json.loads((path / "checkpoints" / "last" / "state.json").read_text())
@@ -130,8 +86,6 @@ def test_the_latents_statistics_are_in_the_models_config_at_the_end(images: Path
     assert resume(config, path) is None
     assert json.loads((path / "model" / "config.json").read_text())["latents_mean"] == [1.0] * 4
     # A longer budget changes the weights: what was measured goes, and comes back at the new end.
-    resume(config.with_training(steps=8, checkpoint_every=2), path)
+    resume(config.with_training(steps=4), path)
     again = json.loads((path / "model" / "config.json").read_text())
     assert again["latents_mean"] != settings["latents_mean"]
-    none = train(run_config(images, steps=2, latent_statistics=0), tmp_path / "none")
-    assert json.loads((none / "model" / "config.json").read_text())["latents_mean"] is None

@@ -33,16 +33,9 @@ class OutOfMemory(nn.Module):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
 
 
-class OtherFailure(nn.Module):
-    """A loss term with a bug."""
-
-    def forward(self, _: Any) -> Tensor:
-        raise RuntimeError("shapes do not fit")
-
-
-def config_with(term: type | None = None, kl: float = 0.0, **training: Any) -> RunConfig:
+def config_with(term: type | None = None, **training: Any) -> RunConfig:
     given = {"batch_size": 2, "precision": "float32", "optimizer": "adamw", **training}
-    losses: dict[str, Any] = {"lpips": 0.0, "repa": 0.0, "kl": kl}
+    losses: dict[str, Any] = {"lpips": 0.0, "repa": 0.0, "kl": 0.0}
     if term is not None:
         losses["own"] = {"weight": 1.0, "class_path": f"{__name__}.{term.__name__}"}
     model = load_preset("demo")["model"]
@@ -67,15 +60,7 @@ def test_a_slower_configuration_has_its_ratio_and_its_phases() -> None:
     assert plain["peak_memory_bytes"] > 2**20
 
 
-def test_steps_that_are_not_finite_are_counted() -> None:
-    config = config_with(kl=1e38, lr=1e30, gradient_clip=None)  # the gradient overflows
-    (figures,) = measure_training({"demo": config}, CPU, 2)
-    assert figures["not_finite"] == 2
-
-
-def test_out_of_memory_is_an_input_error_and_bugs_are_not() -> None:
+def test_out_of_memory_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"^out of memory on cpu: worse with training\.batch_size 2; ") as caught:
         measure_training({"demo": config_with(), "worse": config_with(OutOfMemory)}, CPU, 1)
     assert "\n" not in str(caught.value)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        measure_training({"demo": config_with(OtherFailure)}, CPU, 1)

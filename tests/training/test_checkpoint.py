@@ -1,7 +1,6 @@
 """Checkpoints: killed, failed or damaged at any point, what was there before stays."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,15 +20,12 @@ from dc_ssdae.training.checkpoint import (
     write_checkpoint,
 )
 
-DISK_KIB = 1024
-"""Of the file system that `small_disk` gives."""
-
 FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 
 
-def checkpoint(step: int, best: int | None = None, size: int = 5) -> Checkpoint:
+def checkpoint(step: int, best: int | None = None) -> Checkpoint:
     tensors = {
-        file: {"weight": torch.full((size,), step + 0.1 * place), "count": torch.tensor(step)}
+        file: {"weight": torch.full((5,), step + 0.1 * place), "count": torch.tensor(step)}
         for place, file in enumerate(TENSOR_FILES)
     }
     state = {"step": step, "seconds": 0.1 + step, "best": None if best is None else {"step": best, "value": 1 / 3}}
@@ -103,7 +99,6 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {entry.stat().st_mode & 0o777 for entry in folder.iterdir()} == {0o640}
-    assert folder.stat().st_mode & 0o777 == 0o750
 
 
 def test_another_state_takes_the_place_of_the_one_of_a_step_that_is_saved(tmp_path: Path) -> None:
@@ -116,30 +111,23 @@ def test_another_state_takes_the_place_of_the_one_of_a_step_that_is_saved(tmp_pa
     assert os.stat(tmp_path / "last" / "model.safetensors").st_mtime_ns == tensors.st_mtime_ns
 
 
-def test_the_last_may_be_taken_away_from_a_live_run(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
-    folder.save(checkpoint(10), is_best=True)
-    shutil.rmtree(tmp_path / "step-00000010")
-    folder.save(checkpoint(20))
-    assert_same(read_checkpoint(folder.last()), checkpoint(20))
-
-
-@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
-def test_one_flipped_bit_is_noticed_and_another_checkpoint_offered(tmp_path: Path, name: str) -> None:
+def test_one_flipped_bit_is_noticed_and_another_checkpoint_offered(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep_every=10)
     for step in (10, 20):
         folder.save(checkpoint(step))
-    file = tmp_path / "step-00000020" / f"{name}.safetensors"
+    file = tmp_path / "step-00000020" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=f"{file} is damaged.*ln -sfn step-00000010 {tmp_path}/last") as caught:
         read_checkpoint(folder.last())
     assert "\n" not in str(caught.value)
-    state = json.loads((tmp_path / "last" / "state.json").read_text())
-    del state["sha256"]  # as of runs before there were checksums
-    (tmp_path / "last" / "state.json").write_text(json.dumps(state))
-    read_checkpoint(folder.last())
+    for damaged in (None, b"", bytes(content[:-8])):
+        file.unlink(missing_ok=True)
+        if damaged is not None:
+            file.write_bytes(damaged)
+        with pytest.raises(InputError, match=str(file)):
+            read_checkpoint(folder.last())
 
 
 # --- killed and failed ---
@@ -154,15 +142,15 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     return folder
 
 
-def all_points(folder: CheckpointFolder, is_best: bool, fail: bool) -> Iterator[tuple[int, CheckpointFolder]]:
-    """Copies of a folder in which the next checkpoint was stopped, at each of its file operations."""
-    new = checkpoint(30, best=30 if is_best else 10)
+def all_points(folder: CheckpointFolder, fail: bool) -> Iterator[tuple[int, CheckpointFolder]]:
+    """Copies of a folder in which the next checkpoint, the best, was stopped at each of its file operations."""
+    new = checkpoint(30, best=30)
     in_a_row = 0
     for point in range(1000):
         path = folder.path.with_name(f"copy{point}")
         shutil.copytree(folder.path, path, symlinks=True)
         copy = CheckpointFolder(path)
-        code = run_in_child(lambda copy=copy: copy.save(new, is_best), point, fail)
+        code = run_in_child(lambda copy=copy: copy.save(new, is_best=True), point, fail)
         assert code != CRASHED
         yield code, copy
         if code == 0 and not fail:
@@ -174,30 +162,29 @@ def all_points(folder: CheckpointFolder, is_best: bool, fail: bool) -> Iterator[
             return
 
 
-@pytest.mark.parametrize("is_best", [False, True])
-def test_killed_at_any_operation_the_last_is_the_old_or_the_new(folder: CheckpointFolder, is_best: bool) -> None:
+def test_killed_at_any_operation_the_last_is_the_old_or_the_new(folder: CheckpointFolder) -> None:
     ends = set()
-    for code, copy in all_points(folder, is_best, fail=False):
+    for code, copy in all_points(folder, fail=False):
         assert code in (0, KILLED)
         step, best = steps_of(copy)
         ends.add((step, best))
-        expected = checkpoint(20, best=10) if step == 20 else checkpoint(30, best=30 if is_best else 10)
+        expected = checkpoint(20, best=10) if step == 20 else checkpoint(30, best=30)
         assert_same(read_checkpoint(copy.last()), expected)
         # As the next start does.
         copy.recover()
-        best = 30 if is_best and step == 30 else 10
+        best = 30 if step == 30 else 10
         assert steps_of(copy) == (step, best)
         assert names(copy) == {"last", "best", f"step-{step:08d}", f"step-{best:08d}"}
         # And it goes on.
         if step == 20:
-            copy.save(checkpoint(30, best=30 if is_best else 10), is_best)
-        assert steps_of(copy) == (30, 30 if is_best else 10)
-    assert ends == ({(20, 10), (30, 10), (30, 30)} if is_best else {(20, 10), (30, 10)})
+            copy.save(checkpoint(30, best=30), is_best=True)
+        assert steps_of(copy) == (30, 30)
+    assert ends == {(20, 10), (30, 10), (30, 30)}
 
 
 def test_failing_at_any_operation_leaves_a_whole_last(folder: CheckpointFolder) -> None:
     codes = set()
-    for code, copy in all_points(folder, is_best=True, fail=True):
+    for code, copy in all_points(folder, fail=True):
         codes.add(code)
         step, _ = steps_of(copy)
         assert step in ((20, 30) if code == FAILED else (30,))
@@ -206,21 +193,6 @@ def test_failing_at_any_operation_leaves_a_whole_last(folder: CheckpointFolder) 
         copy.save(checkpoint(40, best=10))
         assert steps_of(copy)[0] == 40
     assert codes == {0, FAILED}
-
-
-def test_a_full_disk(small_disk: Path) -> None:
-    folder = CheckpointFolder(small_disk / "checkpoints")
-    folder.save(checkpoint(10, size=20_000), is_best=True)  # three times 80 KB
-    folder.save(checkpoint(20, size=20_000))
-    before = names(folder)
-    # 560 KB are left: for one of these files, and for two, but never for the third.
-    for size in (70_000, 100_000, 1_000_000):
-        with pytest.raises(OSError, match=r"(?i)no space"):
-            folder.save(checkpoint(30, size=size), is_best=True)
-        assert names(folder) == before, "litter"
-        assert steps_of(folder) == (20, 10)
-    folder.save(checkpoint(30, size=20_000))
-    assert steps_of(folder) == (30, 10)
 
 
 # --- damaged ---
@@ -232,8 +204,6 @@ def test_a_full_disk(small_disk: Path) -> None:
         (None, "state.json cannot be read: No such file"),
         ('{"format": 1, "step": 20', "state.json cannot be read"),
         ('{"format": 99, "step": 20}', "is not a checkpoint's state of format 1"),
-        ('{"format": 1, "step": 20, "provenance": "x"}', "its provenance is 'x'"),
-        (f'{{"format": 1, "step": 20, "settings": {"[" * 10**5}{"]" * 10**5}}}', "state.json cannot be read"),
     ],
 )
 def test_a_damaged_state_is_named(folder: CheckpointFolder, text: str | None, message: str) -> None:
@@ -248,23 +218,10 @@ def test_a_damaged_state_is_named(folder: CheckpointFolder, text: str | None, me
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
-def test_a_damaged_tensor_file_is_named(folder: CheckpointFolder, damage: str) -> None:
-    path = folder.last() / "optimizer.safetensors"
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes({"empty": b"", "truncated": content[:-8], "garbage": b"\x80\x04" + bytes(100)}[damage])
-    with pytest.raises(InputError, match=str(path)):
-        read_checkpoint(folder.last())
-
-
 def test_a_last_that_was_taken_away_is_no_new_beginning(folder: CheckpointFolder) -> None:
     shutil.rmtree(folder.last())
     with pytest.raises(InputError, match="leads to step-00000020, which is not there"):
         folder.last()
-    with pytest.raises(InputError, match="leads to step-00000020"):
-        folder.recover()
 
 
 def test_folders_in_the_place_of_links_become_links_again(tmp_path: Path) -> None:
@@ -280,18 +237,6 @@ def test_folders_in_the_place_of_links_become_links_again(tmp_path: Path) -> Non
     copy.save(checkpoint(30))
     assert steps_of(copy) == (30, 10)
     assert names(copy) == {"last", "best", "step-00000010", "step-00000030"}
-
-
-def test_checkpoints_without_links_are_found_again(tmp_path: Path) -> None:
-    """As tools that drop links leave them, or a kill before the first link."""
-    folder = CheckpointFolder(tmp_path / "run", keep_every=10)
-    for step in (10, 20, 30):
-        folder.save(checkpoint(step))
-    (folder.path / "last").unlink()
-    folder.clean()
-    assert names(folder) == {"step-00000010", "step-00000020", "step-00000030"}
-    folder.recover()
-    assert steps_of(folder) == (30, None)
 
 
 def test_what_the_disk_refuses_only_when_flushed_is_not_taken_for_written(

@@ -12,11 +12,10 @@ from tiny import SIZE, make_images, run_config
 from torch import Tensor
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.data.images import read_image
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.build import build_model
-from dc_ssdae.training.comparison import LABEL_WIDTH, PICTURED, SMALLEST_TILE, compare, compare_distilled
+from dc_ssdae.training.comparison import SMALLEST_TILE, compare, compare_distilled
 from dc_ssdae.training.config import DistillationConfig, RunConfig
 
 ZOOM = SMALLEST_TILE // SIZE
@@ -80,16 +79,12 @@ def levels(output: Tensor) -> Tensor:
 FLOW = {"class_path": "FlowMatching"}
 
 
-@pytest.mark.parametrize(
-    ("dynamics", "steps", "step_size"), [(None, 3, None), (None, 4, 0.3), (None, 1, None), (FLOW, 4, None)]
-)
+@pytest.mark.parametrize(("dynamics", "steps", "step_size"), [(None, 4, 0.3), (None, 1, None), (FLOW, 4, None)])
 def test_the_figures_by_hand(dynamics: dict[str, Any] | None, steps: int, step_size: float | None) -> None:
     teacher, student = random_model(1, dynamics), random_model(2, dynamics)
     squares = Squares(11)  # more than one batch
     found, count = compare(teacher, student, squares.validation(), steps, step_size)
     assert count == 11
-    plural = "s" if steps > 1 else ""
-    assert [row["name"] for row in found] == ["teacher, 1 step", f"teacher, {steps} step{plural}", "student, 1 step"]
     assert [row["steps"] for row in found] == [1, steps, 1]
 
     several = {"num_steps": steps, "step_size": step_size if steps > 1 else None}
@@ -112,26 +107,6 @@ def test_the_figures_by_hand(dynamics: dict[str, Any] | None, steps: int, step_s
     assert found[2]["to_target"] > 1e-4
     if steps > 1:
         assert found[0]["to_target"] > 1e-4
-
-
-def test_the_picture(teacher: DCSSDAE, student: DCSSDAE, tmp_path: Path) -> None:
-    squares = Squares(PICTURED + 3, broken=(1,))
-    compare(teacher, student, squares.validation(), 3, None, tmp_path / "picture.png")
-    page = read_image(tmp_path / "picture.png").pixels
-    assert page.shape == (3, 4 * SIZE * ZOOM, LABEL_WIDTH + PICTURED * SIZE * ZOOM)
-    for label in page[:, :, :LABEL_WIDTH].chunk(4, dim=1):
-        assert int(label.min()) < 100, "a row has no name"
-    assert (page[:, :, [0, LABEL_WIDTH - 2]] == 255).all(), "a name is cut off"
-    pixels = page[:, ::ZOOM, LABEL_WIDTH::ZOOM]
-    shown = [image for place, image in enumerate(squares.images) if place != 1][:PICTURED]
-    with torch.no_grad():
-        for column, original in enumerate(shown):
-            z = teacher.encoder(original[None].float() / 127.5 - 1.0).mean
-            steps = ((teacher, 1), (teacher, 3), (student, 1))
-            outputs = [levels(model.decode(z, num_steps=count).sample[0]) for model, count in steps]
-            for row, expected in enumerate((original.double(), *outputs)):
-                cell = pixels[:, row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
-                assert (cell.double() - expected).abs().max() <= 1.0, (row, column)
 
 
 def test_broken_images_are_left_out(teacher: DCSSDAE, student: DCSSDAE) -> None:
@@ -165,53 +140,13 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def test_what_is_written(photos: Path, teacher: DCSSDAE, student: DCSSDAE, tmp_path: Path) -> None:
-    path, random = tmp_path / "run", {"init_args": {"weights": "random"}}
-    config = run_of(path, photos, teacher, student, lpips={"weight": 0.5, **random}, repa={"weight": 0.0, **random})
-    report = compare_distilled(config, path)
-    written = (path / "distillation.json").read_bytes()
-    assert json.loads(written) == report
-    names = [decoding["name"] for decoding in report.pop("decodings")]
-    assert names == ["teacher, 1 step", "teacher, 3 steps", "student, 1 step"]
-    assert report == {
-        "images": 3,
-        "split": "validation",
-        "image_size": SIZE,
-        "teacher_steps": 3,
-        "step_size": None,
-        "random_backbones": ["lpips"],
-    }
-    assert (path / "distillation.png").is_file()
-    compare_distilled(config, path)
-    assert (path / "distillation.json").read_bytes() == written
-
-
-def test_without_validation_images_it_takes_training_images_and_says_so(
-    photos: Path, teacher: DCSSDAE, student: DCSSDAE, tmp_path: Path
-) -> None:
-    config = run_of(tmp_path / "run", photos / "train", teacher, student)
-    report = compare_distilled(config, tmp_path / "run")
-    assert (report["images"], report["split"]) == (4, "training")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_still_json(
-    photos: Path, teacher: DCSSDAE, tmp_path: Path, value: float
-) -> None:
+def test_numbers_that_are_not_finite_are_still_json(photos: Path, teacher: DCSSDAE, tmp_path: Path) -> None:
     broken = random_model(3)
     with torch.no_grad():
-        broken.decoder.conv_out.bias.fill_(value)
+        broken.decoder.conv_out.bias.fill_(math.nan)
     config = run_of(tmp_path / "run", photos, teacher, broken)
     compare_distilled(config, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "distillation.json").read_text(), parse_constant=pytest.fail)
     one, _, student = report["decodings"]
     assert [student[name] for name in ("psnr", "ssim", "mse", "to_target")] == [None] * 4
     assert one["to_target"] > 0.0
-
-
-def test_a_damaged_teacher_is_told(photos: Path, teacher: DCSSDAE, student: DCSSDAE, tmp_path: Path) -> None:
-    config = run_of(tmp_path / "run", photos, teacher, student)
-    file = tmp_path / "run" / "teacher" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(InputError, match="teacher"):
-        compare_distilled(config, tmp_path / "run")

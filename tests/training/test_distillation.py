@@ -104,17 +104,16 @@ def distillation(
     return replace(config, distillation=DistillationConfig(str(teacher), teacher_steps, step_size, cache_steps))
 
 
-def distillation_step(teacher: Path, perturbed: bool = True, **settings: Any) -> DistillationStep:
-    """A student that starts near its teacher, or as it."""
+def distillation_step(teacher: Path, **settings: Any) -> DistillationStep:
+    """A student that starts near its teacher."""
     step = build_step(distillation(teacher, **settings))
     assert isinstance(step, DistillationStep)
     step.model.load_state_dict(step.teacher.state_dict())
-    if perturbed:
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in step.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in step.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     return step.train()
 
 
@@ -173,7 +172,6 @@ def by_hand(name: str, model: DCSSDAE, z: Tensor, noise: Tensor, steps: int, ste
     ("dynamics", "steps", "step_size"),
     [
         ("linear", 1, None),
-        ("linear", 4, None),
         ("truncated", 3, None),
         ("truncated", 2, 0.02),
         ("piecewise", 3, None),
@@ -238,14 +236,6 @@ def test_other_terms_compare_with_the_teachers_result(teacher: Path) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("dynamics", ["linear", "truncated", "flow"])
-def test_a_teacher_of_one_step_has_nothing_to_teach(teachers: dict[str, Path], dynamics: str) -> None:
-    for steps, nothing in ((1, True), (2, False)):
-        step = distillation_step(teachers[dynamics], perturbed=False, dynamics=dynamics, teacher_steps=steps)
-        loss = float(step(*batch(0)).total.detach())
-        assert loss < 1e-11 if nothing else loss > 1e-5
-
-
 # --- teacher and student ---
 
 
@@ -294,7 +284,6 @@ def test_what_a_run_leaves_behind(whole_run: Path, teacher: Path) -> None:
     for name, tensor in before.items():
         assert torch.equal(kept[name], tensor), name
         assert torch.equal(student[name], tensors["ema"][name]), name
-    assert {file.name for file in (whole_run / "teacher").iterdir()} == {"config.json", WEIGHTS_FILE}
     copy = whole_run / "teacher" / WEIGHTS_FILE
     assert not copy.samefile(teacher / WEIGHTS_FILE), "who writes into the teacher would change the run's"
     assert not (whole_run / "teacher_cache").exists()
@@ -303,18 +292,8 @@ def test_what_a_run_leaves_behind(whole_run: Path, teacher: Path) -> None:
 # --- the cache ---
 
 
-@pytest.fixture(scope="module")
-def cached_run(photos: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps over a cache of three, which nothing disturbed."""
-    path = tmp_path_factory.mktemp("runs") / "cached"
-    start(distillation(teacher, photos, cache_steps=3), path)
-    return path
-
-
-def test_the_cache_spares_the_teacher_and_changes_nothing(
-    photos: Path, teacher: Path, tmp_path: Path, cached_run: Path
-) -> None:
-    config = distillation(teacher, photos, cache_steps=3)
+def test_the_cache_spares_the_teacher_and_changes_nothing(photos: Path, teacher: Path, tmp_path: Path) -> None:
+    config = distillation(teacher, photos, cache_steps=3, steps=5)
     with_cache = trainer_of(config, tmp_path / "with")
     spared = evaluations(with_cache)
     with_cache.run()
@@ -327,18 +306,15 @@ def test_the_cache_spares_the_teacher_and_changes_nothing(
     without.module.cache = None
     every = evaluations(without)
     without.run()
-    assert every == [4] * 24
+    assert every == [4] * 15
     assert outcome(tmp_path / "with") == outcome(tmp_path / "without")
-    assert outcome(tmp_path / "with") == outcome(cached_run)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         Path.unlink,
-        lambda file: file.write_bytes(
-            (content := file.read_bytes())[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
-        ),
+        lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"),
         lambda file: file.write_bytes(file.read_bytes()[:200]),
         lambda file: shutil.copy(file.with_name("00000001.safetensors"), file),  # the result of another draw
         lambda file: save_file({**load_file(file), "image": load_file(file)["image"].half()}, file),
@@ -363,38 +339,18 @@ def test_a_full_disk_is_said_once(small_disk: Path, capsys: pytest.CaptureFixtur
     assert "No space left" in said[0]
     assert torch.equal(cache.read(torch.arange(4)), images)
     assert cache.read(torch.arange(8, 12)) is None
-    assert all(file.suffix == ".safetensors" for file in (small_disk / "cache").iterdir()), "half a file is left"
     for file in (small_disk / "cache").iterdir():
         assert load_file(file)["image"].shape == (3, 64, 64)
-
-
-def test_draws_count_modulo(tmp_path: Path) -> None:
-    cache = TeacherCache(tmp_path / "cache", 6)
-    images = torch.randn(3, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    assert cache.read(torch.tensor([0])) is None
-    assert not (tmp_path / "cache").exists()
-    cache.write(torch.tensor([4, 5, 6]), images)
-    assert torch.equal(cache.read(torch.tensor([11, 10, 0])), images[[1, 0, 2]])
-    assert cache.read(torch.tensor([4, 1])) is None
 
 
 # --- stopping and going on ---
 
 
-@pytest.mark.parametrize(("cache_steps", "optimizer"), [(None, "schedule_free_radam"), (3, "adamw")])
-def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
-    photos: Path,
-    teacher: Path,
-    tmp_path: Path,
-    cache_steps: int | None,
-    optimizer: str,
-) -> None:
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(photos: Path, teacher: Path, tmp_path: Path) -> None:
     """Whatever becomes of the teacher's own folder: the run has a copy."""
     own = tmp_path / "original"
     shutil.copytree(teacher, own)
-    config = distillation(
-        own, photos, cache_steps=cache_steps, optimizer=optimizer, checkpoint_every=100, losses=HOOKED
-    )
+    config = distillation(own, photos, cache_steps=3, checkpoint_every=100, losses=HOOKED)
     config = config.with_training(train=[*student_groups(config), "losses.hooked"])
     start(config, tmp_path / "whole")
     path = tmp_path / "stopped"
@@ -427,32 +383,16 @@ def test_mistakes_leave_no_run(teachers: dict[str, Path], photos: Path, tmp_path
     shutil.copytree(teacher, damaged)
     (damaged / WEIGHTS_FILE).write_bytes((damaged / WEIGHTS_FILE).read_bytes()[:1000])
     refused(distillation(damaged, photos), run, r"distillation\.teacher .*damaged")
-    (damaged / WEIGHTS_FILE).unlink()
-    refused(distillation(damaged, photos), run, r"distillation\.teacher .*damaged")
     refused(distillation(tmp_path / "nowhere", photos), run, r"distillation\.teacher .*nowhere")
     refused(distillation(teacher, photos, teacher_steps=1, step_size=0.1), run, r"distillation\.step_size")
     flow = distillation(teachers["flow"], photos, dynamics="flow", step_size=0.1)
     refused(flow, run, r"distillation\.step_size")
-    for train in (None, ["encoder.latent_head", "decoder"]):
-        refused(distillation(teacher, photos, train=train), run, r"training\.train is .* the decoder alone")
-    refused(distillation(teacher, photos, train=["decoder.haed"]), run, r"training\.train: .*decoder\.head")
+    refused(distillation(teacher, photos, train=None), run, r"training\.train is .* the decoder alone")
     refused(distillation(teacher, photos, init_from=str(teacher)), run, r"training\.init_from")
     good = distillation(teacher, photos)
     refused(replace(good, model=replace(good.model, latent_channels=6)), run, "linear does not fit; .* has shape")
     # The same tensors, and yet another model.
     refused(distillation(teachers["truncated"], photos), run, "has another dynamics than section model")
-
-
-def test_before_its_first_checkpoint_a_run_goes_on_without_the_original_teacher(
-    photos: Path, teacher: Path, tmp_path: Path, whole_run: Path
-) -> None:
-    original = tmp_path / "original"
-    shutil.copytree(teacher, original)
-    config = distillation(original, photos)
-    trainer_of(config, tmp_path / "run")  # made and killed before the first step
-    shutil.rmtree(original)
-    assert resume(config, tmp_path / "run") == Outcome(8, None)
-    assert outcome(whole_run) == outcome(tmp_path / "run")
 
 
 def test_the_latent_is_normalised_as_the_teachers(photos: Path, tmp_path: Path) -> None:
@@ -464,7 +404,3 @@ def test_the_latent_is_normalised_as_the_teachers(photos: Path, tmp_path: Path) 
     start(config, tmp_path / "run")
     resume(config.with_training(steps=2), tmp_path / "run")
     assert {name: read_config(tmp_path / "run" / "model")[name] for name in names} == expected
-    # A teacher that knows none leaves them to be measured.
-    unknown = save_teacher(tmp_path / "unknown")
-    start(distillation(unknown, photos, latent_statistics=4, steps=2), tmp_path / "other")
-    assert read_config(tmp_path / "other" / "model")["latents_mean"] is not None

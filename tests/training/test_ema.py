@@ -1,5 +1,7 @@
 """The average against its closed form, and that lending it to a model leaves no trace."""
 
+import contextlib
+
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -11,16 +13,6 @@ from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.optimizer import build_optimizer, evaluated_weights
 
 DECAY = 0.9
-
-
-class Tied(nn.Module):
-    """Two names for one weight, as a user's class may have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 3, bias=False)
-        self.second = nn.Linear(3, 3, bias=False)
-        self.second.weight = self.first.weight
 
 
 def network() -> nn.Sequential:
@@ -72,19 +64,6 @@ def test_it_is_the_closed_form(start: int) -> None:
         assert not torch.equal(tensor, history[-1][name]), f"{name} is no average"
 
 
-def test_one_batch_of_exploded_values_is_forgotten_soon() -> None:
-    """The running variance of a batch norm of momentum 0.1 has 0.9^n of it after n steps, whatever the decay."""
-    model = network()
-    average = ExponentialMovingAverage(model, 0.9999)
-    model[1](1e5 * torch.randn(4, 5, 6, 6))
-    average.update(model, 1)
-    assert average.state_dict()["1.running_var"].min() > 1e8
-    for step in range(2, 300):
-        model(torch.randn(4, 3, 6, 6))
-        average.update(model, step)
-    assert average.state_dict()["1.running_var"].max() < 10.0
-
-
 def test_a_step_thrown_away_at_the_start_leaves_the_copy_of_the_step_before() -> None:
     model = network()
     average = ExponentialMovingAverage(model, DECAY, start=3)
@@ -99,33 +78,16 @@ def test_a_step_thrown_away_at_the_start_leaves_the_copy_of_the_step_before() ->
     assert torch.equal(average.state_dict()["0.weight"], expected)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_lending_it_leaves_the_very_bits(fails: bool) -> None:
+def test_lending_it_leaves_the_very_bits() -> None:
+    """Also where what it is lent for fails."""
     model = network()
     average = ExponentialMovingAverage(model, DECAY)
     train_a_step(model)
     average.update(model, 1)
     weights, averaged = copy_of(model.state_dict()), copy_of(average.state_dict())
-    try:
-        with average.applied_to(model):
-            assert_same_bits(model.state_dict(), averaged)
-            if fails:
-                raise KeyError("in the middle")
-    except KeyError:
-        assert fails
-    assert_same_bits(model.state_dict(), weights)
-    assert_same_bits(average.state_dict(), averaged)
-
-
-def test_tied_weights_are_lent_and_restored() -> None:
-    model = Tied()
-    average = ExponentialMovingAverage(model, DECAY)
-    with torch.no_grad():
-        model.first.weight.add_(1.0)
-    average.update(model, 1)
-    weights, averaged = copy_of(model.state_dict()), copy_of(average.state_dict())
-    with average.applied_to(model):
+    with contextlib.suppress(KeyError), average.applied_to(model):
         assert_same_bits(model.state_dict(), averaged)
+        raise KeyError("in the middle")
     assert_same_bits(model.state_dict(), weights)
     assert_same_bits(average.state_dict(), averaged)
 

@@ -169,10 +169,8 @@ def test_a_training_step_waits_once(
 @pytest.mark.parametrize(
     ("model", "settings", "waits"),
     [
-        ({}, {}, []),
         ({}, {"tile": 64}, []),
-        ({}, {"sampler": "nesterov", "return_trajectory": True}, []),
-        (ENERGY, {"sampler": "gradient_descent"}, []),
+        (ENERGY, {"sampler": "gradient_descent", "return_trajectory": True}, []),
         (FM, {"sampler": "midpoint"}, []),
         (IMAGE, {"sampler": "nesterov", "tolerance": 0.1}, ["nesterov", "decode"]),
     ],

@@ -6,14 +6,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
-from schedulefree import RAdamScheduleFree
 from torch import Tensor, nn
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.config import OptimizerName, TrainingConfig
 from dc_ssdae.training.optimizer import (
     build_optimizer,
-    evaluated_weights,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
@@ -72,8 +70,8 @@ def fresh(weights: dict[str, Tensor]) -> Layers:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("interrupted_at", [0, 4])  # RAdam rectifies from the sixth step on
-def test_interrupted_it_ends_with_the_same_bits(name: OptimizerName, interrupted_at: int) -> None:
+def test_interrupted_it_ends_with_the_same_bits(name: OptimizerName) -> None:
+    interrupted_at = 4  # RAdam rectifies from the sixth step on
     module = Layers()
     optimizer = build_optimizer(module, config(name))
     train(module, optimizer, range(interrupted_at))
@@ -111,51 +109,16 @@ def test_names_and_groups(name: OptimizerName) -> None:
     assert tensors["vector/exp_avg_sq"] is optimizer.state[module.vector]["exp_avg_sq"], "copied for nothing"
 
 
-def test_loading_copies() -> None:
-    module = Layers()
-    optimizer = build_optimizer(module, config("adamw"))
-    train(module, optimizer, range(1))
-    state = written_and_read(optimizer_state(optimizer, module))
-    load_optimizer_state(optimizer, module, *state)
-    before = optimizer.state[module.vector]["exp_avg"].clone()
-    for tensor in state[0].values():
-        tensor.zero_()
-    assert torch.equal(optimizer.state[module.vector]["exp_avg"], before)
-    assert float(optimizer.state[module.vector]["step"]) == 1.0
-
-
-@pytest.mark.parametrize("steps", [1, 12])
-def test_the_evaluated_weight_is_that_of_schedulefrees_own_eval_mode(steps: int) -> None:
-    module = Layers()
-    optimizer = build_optimizer(module, config("schedule_free_radam"))
-    train(module, optimizer, range(steps))
-    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    found = {name: tensor.clone() for name, tensor in evaluated_weights(optimizer, module)(parameters).items()}
-    held = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    assert isinstance(optimizer, RAdamScheduleFree)
-    for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, held[name]), f"asking moved {name}"
-    optimizer.eval()
-    for name, parameter in module.named_parameters():
-        assert torch.equal(found[name], parameter), name
-    if steps == 12:
-        assert not torch.equal(found["vector"], held["vector"])
-
-
 def test_nothing_to_train_is_refused() -> None:
     module = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(InputError, match="no parameter of the model trains"):
         build_optimizer(module, config("adamw"))
 
 
-def trained_state(name: OptimizerName = "adamw") -> State:
-    module = Layers()
-    optimizer = build_optimizer(module, config(name))
-    train(module, optimizer, range(1))
-    return written_and_read(optimizer_state(optimizer, module))
-
-
 def test_another_optimisers_state_is_refused() -> None:
     module = Layers()
+    optimizer = build_optimizer(module, config("schedule_free_radam"))
+    train(module, optimizer, range(1))
+    state = optimizer_state(optimizer, module)
     with pytest.raises(InputError, match="of another kind or version"):
-        load_optimizer_state(build_optimizer(module, config("adamw")), module, *trained_state("schedule_free_radam"))
+        load_optimizer_state(build_optimizer(module, config("adamw")), module, *state)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from tiny import MODEL, run_config
 
-from dc_ssdae.errors import InputError
 from dc_ssdae.presets import load_preset
 from dc_ssdae.training.config import DataConfig, RunConfig
 from dc_ssdae.training.origin import changed_settings, data_name, inherited, origin
@@ -26,8 +25,6 @@ def test_only_what_makes_it_another_training_is_a_change() -> None:
     changed = demo({"lr": 1.0}, losses={"lpips": 0.0, "repa": 0.0, "kl": 0.0}, model=MODEL)
     names = ["model.encoder", "model.decoder", "model.dynamics", "training.lr", "losses.kl"]
     assert changed_settings(changed) == names
-    assert changed_settings(run_config()) == []
-    assert changed_settings(demo({"preset": "of another version"})) == []
 
 
 @pytest.mark.parametrize(
@@ -35,12 +32,9 @@ def test_only_what_makes_it_another_training_is_a_change() -> None:
     [
         ({"root": "/data/photos"}, "photos", "photos/validation"),
         ({"root": "/data/photos", "validation": "/data/others"}, "photos", "others"),
-        ({"dataset": {"class_path": "ImageFolder", "init_args": {"root": "/data/a"}}}, "a", "a/validation"),
         ({"dataset": {"class_path": "Shards", "init_args": {"urls": ["https://h/b-0.tar?key"]}}}, "b-0.tar", None),
         ({"dataset": {"class_path": "HubDataset", "init_args": {"path": "owner/set"}}}, "owner/set", None),
-        ({"dataset": {"class_path": "HubDataset", "init_args": {"path": "/data/set"}}}, "set", None),
         ({"dataset": {"class_path": "my.own.Photos", "init_args": {"root": "/data/secret"}}}, "Photos", None),
-        ({}, None, None),
     ],
 )
 def test_data_are_named_without_their_place(data: dict[str, Any], train: str | None, validation: str | None) -> None:
@@ -74,11 +68,6 @@ def test_what_stays_true_is_inherited(tmp_path: Path) -> None:
     assert found["random_backbones"] == ["lpips"]
     assert not found.keys() & {"untrained", "data", "steps"}
     assert origin(config, found, 9, ["lpips"]) == found, "as a run that goes on finds it"
-    (folder / "config.json").unlink()
-    assert inherited(config, folder) == {}
-    (folder / "config.json").write_text(json.dumps({"provenance": {"x": 1}}))
-    with pytest.raises(InputError, match="unknown key of provenance 'x'"):
-        inherited(config, folder)
 
 
 def test_a_distillation_names_its_teacher() -> None:

@@ -8,7 +8,6 @@ from tiny import SIZE, batch, run_config
 from torch import Tensor
 
 from dc_ssdae.data.images import to_model_range
-from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Losses
 from dc_ssdae.training.build import build_step
 from dc_ssdae.training.step import TrainingStep, draw_noise
@@ -99,9 +98,8 @@ def test_channels_last_is_the_same_but_for_rounding() -> None:
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS)
-def test_reconstructing_is_decoding_the_mode(dynamics: str) -> None:
-    step = training_step(dynamics, channels_last=dynamics == "fm").eval()
+def test_reconstructing_is_decoding_the_mode() -> None:
+    step = training_step("fm", channels_last=True).eval()
     pixels = batch(0)[0]
     found = step.reconstruct(pixels)
     assert (found.shape, found.dtype, found.requires_grad) == ((4, 3, SIZE, SIZE), torch.float32, False)
@@ -109,15 +107,6 @@ def test_reconstructing_is_decoding_the_mode(dynamics: str) -> None:
         mode = step.model.encode(to_model_range(pixels)).latent_dist.mode()
         expected = step.model.decode(mode).sample
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_an_encoder_without_variance_trains_too() -> None:
-    step = training_step()
-    point = step.model.encoder.forward
-    step.model.encoder.forward = lambda x: DiagonalGaussian(point(x).mean)
-    losses = step(*batch(0))
-    assert float(losses.terms["kl"]) == 0.0
-    losses.total.backward()
 
 
 # --- what a step draws ---
@@ -152,4 +141,3 @@ def test_noise_is_normal_and_levels_are_the_dynamics_own() -> None:
         assert abs(float(normal.mean())) < bound
         assert abs(float(normal.var()) - 1) < 2 * bound
     assert abs(float(torch.stack([noise.flatten(1)[:, :4], latent_noise.flatten(1)[:, :4]]).prod(0).mean())) < 0.1
-    assert 0.45 < float(drawn(range(400))[1].mean()) < 0.55

@@ -1,24 +1,18 @@
 """Whole runs of a tiny model: what is skipped, saved, stopped, resumed and refused."""
 
-import copy
 import errno
 import json
 import math
 import os
-import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Mapping
-from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from terms import HOOKED, Hooked, at, send
 from tiny import VARIABLE, fill, last, metrics, resume, run_config, start, trainer_of
 from torch import Tensor, nn
@@ -30,10 +24,10 @@ from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import measurements as measurements_module
 from dc_ssdae.training import start as start_module
 from dc_ssdae.training import trainer as trainer_module
-from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
+from dc_ssdae.training.checkpoint import Checkpoint
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.measurements import Evaluation
-from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder, recover_run
+from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
 
@@ -125,30 +119,6 @@ def test_what_a_run_leaves_behind(whole_run: Path, images: Path) -> None:
     assert evaluation["data"] == f"{images.name}/validation"
     told = {"data": images.name, "images": 9, "image_size": 32, "steps": 8, "batch_size": 4}
     assert provenance == told | {"version": version("dc-ssdae")}
-
-
-def test_the_same_again_is_the_same(
-    whole_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where nothing can be written to standard error."""
-    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))  # noqa: SIM115
-    torch.manual_seed(77)
-    start(run_config(images, losses=HOOKED, evaluate_every=4), tmp_path / "run")
-    assert differences(last(tmp_path / "run"), last(whole_run)) == []
-    assert metrics(tmp_path / "run") == metrics(whole_run)
-
-
-def test_a_finished_run_is_not_gone_on_with(whole_run: Path, images: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    shutil.copytree(whole_run, path, symlinks=True)
-    before = (path / "metrics.jsonl").read_bytes()
-    # A kill between the checkpoint and the model that it publishes.
-    (path / "model" / "diffusion_pytorch_model.safetensors").unlink()
-    (path / "checkpoints" / "half.partial").mkdir()
-    assert resume(run_config(images, losses=HOOKED), path) is None
-    assert (path / "metrics.jsonl").read_bytes() == before
-    DCSSDAE.from_pretrained(path / "model")
-    assert not list((path / "checkpoints").glob("*.partial"))
 
 
 # --- steps that are not finite ---
@@ -262,28 +232,31 @@ def test_a_last_step_that_is_skipped_ends_the_run_all_the_same(images: Path, tmp
 # --- signals ---
 
 
-@pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGHUP, "schedule_free_radam"), (signal.SIGINT, "adamw")])
-def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
-    photos: Path, tmp_path: Path, number: signal.Signals, optimizer: str
-) -> None:
-    config = run_config(photos, losses=HOOKED, optimizer=optimizer, steps=9, checkpoint_every=100)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, precision: str) -> None:
+    if precision != "float32" and not torch.amp.is_autocast_available("cpu"):
+        pytest.skip("no autocast on this CPU")
+    training = {"optimizer": "schedule_free_radam", "steps": 7, "checkpoint_every": 100, "precision": precision}
+    config = run_config(photos, losses=HOOKED, **training)
     start(config, tmp_path / "whole")
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     path = tmp_path / "stopped"
-    Hooked.hook = at({3: send(number)})
-    assert start(config, path) == Outcome(4, number.name)
-    assert last(path).state["step"] == 4
-    assert resume(config, path) == Outcome(8, number.name)
+    Hooked.hook = at({2: send(signal.SIGHUP)})
+    assert start(config, path) == Outcome(3, "SIGHUP")
+    assert last(path).state["step"] == 3
+    assert resume(config, path) == Outcome(6, "SIGHUP")
     Hooked.hook = None
-    assert resume(config, path) == Outcome(9, None)
+    assert resume(config, path) == Outcome(7, None)
     assert differences(last(path), last(tmp_path / "whole")) == []
+    assert last(path).state["gradient_scaler"] == last(tmp_path / "whole").state["gradient_scaler"]
     assert metrics(path) == metrics(tmp_path / "whole")
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_an_evaluation_that_a_signal_came_before_is_done_when_the_run_goes_on(images: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_a_signal_came_before_is_done_when_the_run_goes_on(
+    whole_run: Path, images: Path, tmp_path: Path
+) -> None:
     config = run_config(images, losses=HOOKED, evaluate_every=4, checkpoint_every=3)
-    start(config, tmp_path / "whole")
     path = tmp_path / "stopped"
     Hooked.hook = at({3: send(signal.SIGTERM)})
     assert start(config, path) == Outcome(4, "SIGTERM")
@@ -292,11 +265,10 @@ def test_an_evaluation_that_a_signal_came_before_is_done_when_the_run_goes_on(im
     assert resume(config, path) == Outcome(5, "SIGTERM")
     Hooked.hook = None
     assert resume(config, path) == Outcome(8, None)
-    assert read_lines(path / "evaluations.jsonl") == read_lines(tmp_path / "whole" / "evaluations.jsonl")
-    assert len(read_lines(path / "evaluations.jsonl")) == 2
-    links = [(run / "checkpoints" / "best").resolve().name for run in (path, tmp_path / "whole")]
+    assert read_lines(path / "evaluations.jsonl") == read_lines(whole_run / "evaluations.jsonl")
+    links = [(run / "checkpoints" / "best").resolve().name for run in (path, whole_run)]
     assert links[0] == links[1]
-    assert differences(last(path), last(tmp_path / "whole")) == []
+    assert differences(last(path), last(whole_run)) == []
 
 
 @pytest.mark.parametrize("measured", ["evaluation", "latent"])
@@ -324,27 +296,15 @@ def test_a_signal_ends_an_evaluation_and_a_measurement(
     assert resume(config, tmp_path / "run") is None
 
 
-def test_a_configuration_changed_by_hand_is_refused(images: Path, tmp_path: Path) -> None:
-    start(run_config(images, steps=2), tmp_path / "run")
-    with pytest.raises(InputError, match=r"training\.lr is 0\.001 in .* and cannot become 0\.5"):
-        resume(run_config(images, steps=4, lr=0.5), tmp_path / "run")
-    assert resume(run_config(images, steps=4, checkpoint_every=1), tmp_path / "run") == Outcome(4, None)
-
-
-@pytest.mark.parametrize(
-    ("training", "message"),
-    [
-        ({"init_from": "nowhere"}, "training.init_from nowhere: "),
-        ({"wandb": True}, "training.wandb is true, but"),
-    ],
-)
 def test_what_only_the_machine_can_tell_is_found_before_the_folder_is_made(
-    images: Path, tmp_path: Path, training: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=re.escape(message)):
-        start(run_config(images, **training), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
+    for training in ({"init_from": "nowhere"}, {"wandb": True}):
+        (name,) = training
+        with pytest.raises(InputError, match=rf"training\.{name} "):
+            start(run_config(images, **training), tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_whose_first_step_fails_leaves_nothing(images: Path, tmp_path: Path) -> None:
@@ -371,44 +331,22 @@ def test_the_third_interrupt_interrupts(photos: Path, tmp_path: Path) -> None:
 # --- disks ---
 
 
-def failing_write(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+def test_the_last_checkpoint_must_be_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of those before need not: the run goes on, and no half checkpoint is left."""
     written = checkpoint_module.write_checkpoint
 
     def write(folder: Path, checkpoint: Checkpoint) -> None:
-        if checkpoint.state["step"] in steps:
+        if checkpoint.state["step"] > 2:
             (folder / "model.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         written(folder, checkpoint)
 
     monkeypatch.setattr(checkpoint_module, "write_checkpoint", write)
-
-
-def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
-    whole_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen = {}
-
-    def look() -> None:
-        seen.update({entry.name: entry.resolve().name for entry in (tmp_path / "run" / "checkpoints").iterdir()})
-
-    failing_write(monkeypatch, {4})
-    Hooked.hook = at({5: look})
-    assert start(run_config(images, losses=HOOKED, evaluate_every=4), tmp_path / "run") == Outcome(8, None)
-    assert seen == {"last": "step-00000002", "step-00000002": "step-00000002"}, "the one before, and no litter"
-    assert "step 4: the checkpoint cannot be written ([Errno 28] No space left on device)" in capsys.readouterr().err
-    assert differences(last(tmp_path / "run"), last(whole_run)) == []
-    best = RunFolder(tmp_path / "run").checkpoints.best()
-    assert best is not None
-    assert best.name == "step-00000008", "the evaluation at step 4 has no checkpoint, so it is not the best"
-    assert last(tmp_path / "run").state["best"]["step"] == 8
-
-
-def test_the_last_checkpoint_must_be_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing_write(monkeypatch, {8})
-    with pytest.raises(TrainingFailed, match=r"step 8: the checkpoint cannot be written .*step-00000006$"):
-        start(run_config(photos), tmp_path / "run")
+    with pytest.raises(TrainingFailed, match=r"step 6: the checkpoint cannot be written .*step-00000002$"):
+        start(run_config(photos, steps=6), tmp_path / "run")
+    assert {entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()} == {"last", "step-00000002"}
     monkeypatch.undo()
-    assert resume(run_config(photos), tmp_path / "run") == Outcome(8, None)
+    assert resume(run_config(photos, steps=6), tmp_path / "run") == Outcome(6, None)
 
 
 def test_a_run_lives_through_a_full_disk(
@@ -422,6 +360,9 @@ def test_a_run_lives_through_a_full_disk(
     assert differences(last(path), last(whole_run)) == []
     assert metrics(path) == metrics(whole_run), "lines of the time when the disk was full are missing"
     assert [line["step"] for line in read_lines(path / "evaluations.jsonl")] == [4, 8]
+    best = RunFolder(path).checkpoints.best()
+    assert best is not None
+    assert best.name == "step-00000008", "the evaluation at step 4 has no checkpoint, so it is not the best"
 
 
 # --- settings ---
@@ -480,7 +421,7 @@ def test_the_clock_ends_a_run(photos: Path, tmp_path: Path) -> None:
     [
         ("psnr:min", [2.0, 3.0, 1.0, math.nan, 1.0], 3),
         ("ssim", [math.nan, 1.0, 3.0, 2.0, math.inf], 3),
-        ("psnr", [math.nan] * 5, None),
+        ("psnr", [math.nan], None),
     ],
 )
 def test_the_best_checkpoint(
@@ -490,7 +431,7 @@ def test_the_best_checkpoint(
     name = metric.partition(":")[0]
     other = {"psnr": 0.0, "ssim": 0.0, "mse": 0.0}
     monkeypatch.setattr(measurements_module, "evaluate", lambda *rest: Evaluation({**other, name: next(given)}, 3, []))
-    start(run_config(images, steps=5, evaluate_every=1, best_metric=metric), tmp_path / "run")
+    start(run_config(images, steps=len(values), evaluate_every=1, best_metric=metric), tmp_path / "run")
     state = last(tmp_path / "run").state
     link = RunFolder(tmp_path / "run").checkpoints.best()
     if best is None:
@@ -506,7 +447,7 @@ def test_the_best_checkpoint(
 def test_an_evaluation_sees_the_average_and_leaves_no_trace(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshots: list[Checkpoint]
 ) -> None:
-    config = run_config(images, steps=4, evaluate_every=2, sample_images=2)
+    config = run_config(images, steps=4, evaluate_every=2)
     trainer = watch(trainer_of(config, tmp_path / "run"))
     seen = []
     original = measurements_module.evaluate
@@ -531,8 +472,6 @@ def test_an_evaluation_sees_the_average_and_leaves_no_trace(
     # The same run without evaluations.
     start(run_config(images / "train", steps=4), tmp_path / "other")
     assert metrics(tmp_path / "other") == metrics(tmp_path / "run")
-    pictures = sorted(entry.name for entry in (tmp_path / "run" / "samples").iterdir())
-    assert pictures == ["step-00000002.png", "step-00000004.png"]
 
 
 # --- data ---
@@ -570,48 +509,6 @@ def test_broken_images_are_each_named_once_over_all_starts(
     assert [line["images"] for line in read_lines(path / "evaluations.jsonl")] == [2] * 4
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths to every value of plain data."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(found for key, item in items for found in places(item, (*path, key)))]
-
-
-@pytest.fixture(scope="module")
-def half_way(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, dict[str, Any]]:
-    """A trainer of a run that has done two of its steps, and the state of its checkpoint."""
-    path = tmp_path_factory.mktemp("half way") / "run"
-    config = run_config(photos, steps=2, precision="float16", latent_statistics=4)
-    start(config, path)
-    return trainer_of(config, path), json.loads((path / "checkpoints" / "last" / "state.json").read_text())
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    data=st.data(),
-    value=st.sampled_from([None, True, -1, 3, 2**40, 0.5, math.nan, math.inf, "", "x", [], [1], {}, {"a": 1}]),
-)
-def test_a_changed_state_is_refused_in_one_line_or_gone_on_with(
-    half_way: tuple[Trainer, dict[str, Any]], data: st.DataObject, value: Any
-) -> None:
-    trainer, state = half_way[0], copy.deepcopy(half_way[1])
-    name = data.draw(st.sampled_from(sorted(state)))
-    *above, key = data.draw(st.sampled_from([path for path in places(state) if path[:1] == (name,)]))
-    reduce(lambda found, name: found[name], above, state)[key] = value
-    folder = trainer.run_folder.checkpoints.last()
-    assert folder is not None
-    (folder / "state.json").write_text(json.dumps(state))
-    problem = ""
-    try:
-        checkpoint = read_checkpoint(folder)
-        with refused_as_damaged(folder):
-            trainer.load_state_dict(checkpoint)
-        trainer.is_finished()
-        recover_run(trainer.run_folder)
-    except InputError as error:
-        problem = str(error)
-    assert "\n" not in problem
-
-
 def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     shutil.copytree(images, root)
@@ -620,20 +517,9 @@ def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tm
     image.rename(renamed := image.with_name("renamed.png"))
     with pytest.raises(InputError, match="9 training images have other names"):
         resume(run_config(root, steps=4), tmp_path / "run")
-    state = tmp_path / "run" / "checkpoints" / "last" / "state.json"
-    old = {name: value for name, value in json.loads(state.read_text()).items() if name != "names_sha256"}
-    state.write_text(json.dumps(old))
-    assert resume(run_config(root, steps=3), tmp_path / "run") == Outcome(3, None), "names were not kept before"
     renamed.unlink()
     with pytest.raises(InputError, match="began with 9 training images and the data set now has 8"):
         resume(run_config(root, steps=4), tmp_path / "run")
-
-
-def test_without_validation_images_it_says_so(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start(run_config(images / "train", steps=3, evaluate_every=1), tmp_path / "run") == Outcome(3, None)
-    assert "nothing is evaluated" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
-    assert last(tmp_path / "run").state["step"] == 3
 
 
 def test_a_users_encoder_may_need_real_tensors_in_its_constructor(photos: Path, tmp_path: Path) -> None:
@@ -645,26 +531,23 @@ def test_a_users_encoder_may_need_real_tensors_in_its_constructor(photos: Path, 
 # --- another state ---
 
 
+def test_a_changed_state_is_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole_run, path, symlinks=True)
+    file = path / "checkpoints" / "last" / "state.json"
+    state = json.loads(file.read_text())
+    for change in ({"step": "x"}, {"optimizer": None}, {"latent_statistics": {"mean": 1}}, {"seconds": [1]}):
+        file.write_text(json.dumps({**state, **change}))
+        with pytest.raises(InputError) as caught:
+            resume(run_config(images, losses=HOOKED, evaluate_every=4, steps=9), path)
+        assert "\n" not in str(caught.value)
+
+
 def test_another_architectures_checkpoint_is_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(whole_run, path, symlinks=True)
     with pytest.raises(InputError, match=r"model\.safetensors does not fit; left over: objective\.terms\.hooked"):
         resume(run_config(images, steps=9), path)
-
-
-def test_half_precision_goes_on_bit_for_bit(photos: Path, tmp_path: Path) -> None:
-    if not torch.amp.is_autocast_available("cpu"):
-        pytest.skip("no autocast on this CPU")
-    config = run_config(photos, losses=HOOKED, steps=5, precision="float16", checkpoint_every=100)
-    assert start(config, tmp_path / "whole") == Outcome(5, None)
-    Hooked.hook = at({2: send(signal.SIGTERM)})
-    path = tmp_path / "stopped"
-    assert start(config, path) == Outcome(3, "SIGTERM")
-    Hooked.hook = None
-    assert resume(config, path) == Outcome(5, None)
-    assert differences(last(path), last(tmp_path / "whole")) == []
-    assert metrics(path) == metrics(tmp_path / "whole")
-    assert last(path).state["gradient_scaler"] == last(tmp_path / "whole").state["gradient_scaler"]
 
 
 def test_a_gradient_that_overflows_float16_halves_the_scale(
