@@ -11,9 +11,10 @@ from dc_ssdae.losses import backbones
 
 
 @pytest.fixture(autouse=True)
-def any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say nothing of instructions that this machine's CPU may lack."""
+def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say nothing of instructions that this machine's CPU may lack, in lines as long as those in a pipe."""
     monkeypatch.setattr("dc_ssdae.machine.slow_dtype_note", lambda *_: None)
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 @pytest.fixture

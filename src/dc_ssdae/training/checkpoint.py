@@ -227,8 +227,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a checkpoint's state of format {FORMAT}")
     kinds = {"step": int, "seconds": int | float, **dict.fromkeys(_MAPPINGS, dict | None)}
     for name, kind in kinds.items():
-        if name in state and not isinstance(state[name], kind):
-            raise InputError(f"{path} is damaged: its {name} is {shown(state[name])}")
+        value = state.get(name)
+        if name in state and (not isinstance(value, kind) or (isinstance(value, int | float) and value < 0)):
+            raise InputError(f"{path} is damaged: its {name} is {shown(value)}")
     return state
 
 
