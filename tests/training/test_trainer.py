@@ -536,7 +536,8 @@ def test_a_changed_state_is_refused(whole_run: Path, images: Path, tmp_path: Pat
     shutil.copytree(whole_run, path, symlinks=True)
     file = path / "checkpoints" / "last" / "state.json"
     state = json.loads(file.read_text())
-    for change in ({"step": "x"}, {"step": -1}, {"optimizer": None}, {"latent_statistics": {"mean": 1}}, {"seconds": [1]}):
+    changes = [{"step": "x"}, {"step": -1}, {"optimizer": None}, {"latent_statistics": {"mean": 1}}, {"seconds": [1]}]
+    for change in changes:
         file.write_text(json.dumps({**state, **change}))
         with pytest.raises(InputError) as caught:
             resume(run_config(images, losses=HOOKED, evaluate_every=4, steps=9), path)
