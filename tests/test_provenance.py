@@ -55,10 +55,10 @@ def test_what_is_known_is_kept_as_json_keeps_it() -> None:
     ("changed", "message"),
     [
         ({"presett": "demo"}, "unknown key of provenance 'presett' (did you mean 'preset'?)"),
-        ({"preset": 3}, "provenance.preset is 3; it must be of type str"),
+        ({"preset": 3}, "provenance.preset is 3; it must be text"),
         ({"preset": "a\nb"}, "provenance.preset is 'a\\nb'; it must be a line"),
         ({"data": "x" * 201}, "must be a line of 1 to 200"),
-        ({"images": True}, "provenance.images is True; it must be of type int"),
+        ({"images": True}, "provenance.images is True; it must be a whole number"),
         ({"steps": -1}, "must be at least 0"),
         ({"untrained": ["dynamics"]}, "provenance.untrained is ['dynamics']; it must be of type list"),
         ({"changes": ["x"] * 1001}, "at most 1000"),

@@ -251,7 +251,7 @@ class TestMistakes:
             ("NoSettings", {}, "must take latent_channels, downsample_factor; it lacks latent_channels"),
             ("ByPlace", {"width": 3}, "its constructor raised TypeError: "),
             ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
-            ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be of type int"),
+            ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be a whole number"),
             ("NeedsWidth", {"width": 5}, "its constructor raised ValueError: width must be even"),
             ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
             ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),

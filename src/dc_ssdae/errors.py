@@ -8,6 +8,7 @@ import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from types import NoneType, UnionType
 from typing import Any, get_args
 
 
@@ -172,6 +173,9 @@ def wrong_value(name: str, value: object, wanted: str) -> InputError:
     return InputError(f"{name} is {shown(value)}; it must be {wanted}", name)
 
 
+_PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+
+
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Refuse a value that is not of its setting's type: to Python the string "false" would be true.
 
@@ -192,8 +196,10 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     except TypeCheckError:
         wrong = True
     if wrong:
-        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-        raise wrong_value(name, value, f"of type {re.sub(r'[a-z_]+[.]', '', wanted)}")
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        spelt = hint.__name__ if isinstance(hint, type) else re.sub(r"[a-z_]+[.]", "", str(hint))
+        known = " or ".join(_PLAIN_TYPES.get(kind, "") for kind in kinds)
+        raise wrong_value(name, value, known if all(kind in _PLAIN_TYPES for kind in kinds) else f"of type {spelt}")
 
 
 def as_json(name: str, value: Any) -> Any:

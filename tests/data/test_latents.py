@@ -250,7 +250,7 @@ def test_what_is_not_stored_cannot_be_had(tmp_path: Path) -> None:
     assert "holds no mirrored images; encode again with --flip" in refusal(out, flip=True)
     assert "holds the mean of each latent, which cannot be sampled from" in refusal(out, sample=True)
     assert "did you mean 'channels'" in refusal(out, normalise="channel")
-    assert "flip is 'no'; it must be of type bool" in refusal(out, flip="no")
+    assert "flip is 'no'; it must be true or false" in refusal(out, flip="no")
     assert "seed is -1" in refusal(out, seed=-1)
     dataset = LatentDataset(out)
     assert not any(found.flipped for found in yielded(dataset))
@@ -279,7 +279,7 @@ def test_folders_without_latents(folder: Path, tmp_path: Path) -> None:
     ("changed", "told"),
     [
         ({"scaling_factor": 0.0}, "cannot be scaled"),
-        ({"scaling_factor": None}, "scaling_factor is None; it must be of type float"),
+        ({"scaling_factor": None}, "scaling_factor is None; it must be a number"),
         ({"shift_factor": float("inf")}, "cannot be scaled"),
         ({"latents_std": [1.0, 1.0, -1.0]}, "cannot be scaled"),
         ({"latents_mean": [1.0]}, "latents_mean has 1 number, not 3"),

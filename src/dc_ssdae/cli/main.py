@@ -117,11 +117,12 @@ def choose_command(words: Sequence[str]) -> tuple[str, list[str]]:
         print_commands(program, group or list(COMMANDS))
         raise SystemExit(0)
     names = sorted({name.split()[bool(group)] for name in group or COMMANDS})
+    kind = f"{words[0]} command" if group else "command"
     if not rest:
-        raise InputError(f"which command of {', '.join(names)}? {program} --help describes them")
+        raise InputError(f"which {kind}? one of {', '.join(names)}; {program} --help describes them")
     if rest[0].startswith("-"):
         raise unknown_name("option", rest[0], ["--help"] if group else ["--help", "--version", "--debug"])
-    raise unknown_name(f"{words[0]} command" if group else "command", rest[0], names)
+    raise unknown_name(kind, rest[0], names)
 
 
 def print_commands(program: str, names: Sequence[str]) -> None:
