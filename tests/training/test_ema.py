@@ -78,9 +78,12 @@ def test_a_step_thrown_away_at_the_start_leaves_the_copy_of_the_step_before() ->
     assert torch.equal(average.state_dict()["0.weight"], expected)
 
 
-def test_lending_it_leaves_the_very_bits() -> None:
-    """Also where what it is lent for fails."""
+@pytest.mark.parametrize("tied", [False, True])
+def test_lending_it_leaves_the_very_bits(tied: bool) -> None:
+    """Also where what it is lent for fails, and where one weight has two names, as a user's class may have."""
     model = network()
+    if tied:
+        model[1].register_parameter("second_name", model[2].weight)
     average = ExponentialMovingAverage(model, DECAY)
     train_a_step(model)
     average.update(model, 1)

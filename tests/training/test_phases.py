@@ -23,6 +23,7 @@ from dc_ssdae import DCSSDAE
 from dc_ssdae.cli.run_config import config_yaml
 from dc_ssdae.errors import InputError
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
+from dc_ssdae.training import recipe as recipe_module
 from dc_ssdae.training import start as start_module
 from dc_ssdae.training.build import build_model
 from dc_ssdae.training.recipe import (
@@ -322,6 +323,16 @@ def test_stopped_by_a_signal_it_ends_as_if_nothing_had_happened(photos: Path, wh
     for folder in ("1-one", "2-two", "3-three"):
         assert_same_checkpoints(path / folder, whole / folder)
     assert os.readlink(path / "model") == "3-three/model"
+
+
+def test_a_signal_between_two_phases_ends_it(photos: Path, whole: Path, tmp_path: Path) -> None:
+    recipe, path = stopped_recipe(photos), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as between:
+        between.setattr(recipe_module, "_link_model", lambda *_: interrupt())
+        assert start(recipe, path) == Outcome(3, "SIGTERM")
+    assert not (path / "2-two").exists()
+    assert resume(recipe, path) == Outcome(3, None)
+    assert_same_checkpoints(path / "3-three", whole / "3-three")
 
 
 def killed_at(work: Callable[[], object], change: str, after: int) -> bool:
