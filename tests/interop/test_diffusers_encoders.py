@@ -279,7 +279,7 @@ def test_a_family_is_called_by_its_name() -> None:
     ("config", "message"),
     [
         (kl_config(down_block_types=3 * ["DownEncoderBlock2D"] + ["AttnDownEncoderBlock2D"]), "down_block_types is 'A"),
-        (kl_config(down_block_types=["DownEncoderBlock2D"]), "down_block_types is of 1 levels; block_out_channels has"),
+        (kl_config(down_block_types=["DownEncoderBlock2D"]), "down_block_types has 1 levels; block_out_channels has"),
         (kl_config(act_fn="relu"), "act_fn is 'relu'; this package's encoder has silu or swish there"),
         (kl_config(in_channels=4), "in_channels is 4; this package's encoder has 3 there"),
         (kl_config(double_z=False), "unknown setting of AutoencoderKL 'double_z'"),
@@ -293,7 +293,7 @@ def test_a_family_is_called_by_its_name() -> None:
         (dc_config(6, 32, attention_head_dim=64), "attention_head_dim is 64; this package's encoder has 32 there"),
         (dc_config(6, 32, downsample_block_type="max_pool"), "downsample_block_type is 'max_pool'"),
         (dc_config(6, 32, encoder_qkv_multiscales=[[], [], [], [5], [5], [3]]), "the same in all its attention"),
-        (dc_config(6, 32, encoder_layers_per_block=[2, 2]), "encoder_layers_per_block is of 2 stages"),
+        (dc_config(6, 32, encoder_layers_per_block=[2, 2]), "encoder_layers_per_block has 2 stages"),
         (dc_config(6, 32, encoder_layers_per_block=[2, 2, 0, 2, 2, 2]), "only the first may be 0"),
         (dc_config(6, 32, encoder_block_types="DownBlock"), "unknown block type of DCEncoder 'DownBlock'"),
         (dc_config(6, 33), "out_shortcut needs a last width that is a multiple of latent_channels"),
@@ -587,7 +587,7 @@ def test_a_pipeline_a_subfolder_and_a_variant(saved: Path, tmp_path: Path) -> No
 def test_names_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told = refusal(lambda: convert("no-owner/no-model"))
-    assert told == "no-owner/no-model: the hub is out of reach, and nothing of this name was kept from it"
+    assert told == "no-owner/no-model: the hub cannot be reached, and no copy was downloaded before"
     for name in ("nowhere", "a/b/c", "a\0b/c", "\ud800/x", ""):
         assert "no such folder, nor the id of a model on the hub" in refusal(lambda name=name: convert(name))
     (tmp_path / "model.ckpt").touch()
