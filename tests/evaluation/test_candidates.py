@@ -261,7 +261,7 @@ class TestNamingApart:
     def test_two_of_one_name_are_refused(self, here: Path, first: str, second: str, label: str) -> None:
         (here / "run").mkdir()
         told = refusal(lambda: name_apart([parse_candidate(first), parse_candidate(second)]))
-        assert told == f"two models are called {label!r}; name them apart with LABEL=…"
+        assert told == f"two models have the name {label!r}; give one another name with LABEL=…"
 
 
 # --- models of this package ---

@@ -279,7 +279,7 @@ def test_a_family_is_called_by_its_name() -> None:
     ("config", "message"),
     [
         (kl_config(down_block_types=3 * ["DownEncoderBlock2D"] + ["AttnDownEncoderBlock2D"]), "down_block_types is 'A"),
-        (kl_config(down_block_types=["DownEncoderBlock2D"]), "down_block_types is of 1 levels; block_out_channels has"),
+        (kl_config(down_block_types=["DownEncoderBlock2D"]), "down_block_types has 1 levels; block_out_channels has"),
         (kl_config(act_fn="relu"), "act_fn is 'relu'; this package's encoder has silu or swish there"),
         (kl_config(in_channels=4), "in_channels is 4; this package's encoder has 3 there"),
         (kl_config(double_z=False), "unknown setting of AutoencoderKL 'double_z'"),
@@ -293,18 +293,18 @@ def test_a_family_is_called_by_its_name() -> None:
         (dc_config(6, 32, attention_head_dim=64), "attention_head_dim is 64; this package's encoder has 32 there"),
         (dc_config(6, 32, downsample_block_type="max_pool"), "downsample_block_type is 'max_pool'"),
         (dc_config(6, 32, encoder_qkv_multiscales=[[], [], [], [5], [5], [3]]), "the same in all its attention"),
-        (dc_config(6, 32, encoder_layers_per_block=[2, 2]), "encoder_layers_per_block is of 2 stages"),
+        (dc_config(6, 32, encoder_layers_per_block=[2, 2]), "encoder_layers_per_block has 2 stages"),
         (dc_config(6, 32, encoder_layers_per_block=[2, 2, 0, 2, 2, 2]), "only the first may be 0"),
         (dc_config(6, 32, encoder_block_types="DownBlock"), "unknown block type of DCEncoder 'DownBlock'"),
         (dc_config(6, 33), "out_shortcut needs a last width that is a multiple of latent_channels"),
         (
             {"_class_name": "VQModel"},
-            "config.json is of a 'VQModel'; the encoders of AutoencoderKL and",
+            "config.json describes a 'VQModel'; the encoders of AutoencoderKL and",
         ),
         ({"_class_name": "DCSSDAE"}, "which needs no conversion"),
-        ({"_class_name": "os.system"}, "config.json is of a 'os.system'"),
-        ({"_class_name": ["AutoencoderKL"]}, "config.json is of a ['AutoencoderKL']"),
-        ({}, "config.json is of a None"),
+        ({"_class_name": "os.system"}, "config.json describes a 'os.system'"),
+        ({"_class_name": ["AutoencoderKL"]}, "config.json describes a ['AutoencoderKL']"),
+        ({}, "config.json describes a None"),
     ],
 )
 def test_what_this_package_does_not_have_is_refused(config: dict[str, Any], message: str) -> None:
@@ -587,7 +587,7 @@ def test_a_pipeline_a_subfolder_and_a_variant(saved: Path, tmp_path: Path) -> No
 def test_names_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told = refusal(lambda: convert("no-owner/no-model"))
-    assert told == "no-owner/no-model: the hub is out of reach, and nothing of this name was kept from it"
+    assert told == "no-owner/no-model: the hub cannot be reached, and no copy was downloaded before"
     for name in ("nowhere", "a/b/c", "a\0b/c", "\ud800/x", ""):
         assert "no such folder, nor the id of a model on the hub" in refusal(lambda name=name: convert(name))
     (tmp_path / "model.ckpt").touch()
@@ -735,7 +735,7 @@ def test_a_trained_decoder_joins_its_own_encoder_alone(saved: Path, tmp_path: Pa
         save_file({**kept, name: change(kept[name])}, file)
         assert message in refusal(lambda: convert(saved, decoder=tmp_path))
     save_file({name: tensor for name, tensor in kept.items() if name.startswith("decoder.")}, file)
-    assert "has no tensor of its encoder" in refusal(lambda: convert(saved, decoder=tmp_path))
+    assert "has no encoder tensor to check" in refusal(lambda: convert(saved, decoder=tmp_path))
     tiny_taesd().save_pretrained(tmp_path / "other")
     told = "was trained on another encoder than that of other: latent_channels differs"
     save_file(whole, file)

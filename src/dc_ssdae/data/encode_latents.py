@@ -190,7 +190,7 @@ def _other_numbers(manifest: Mapping[str, Any], encoder: LatentEncoder) -> str:
     """Say it where a manifest holds other numbers than the model has now."""
     found, numbers = manifest.get("model"), asdict(encoder.scaling)
     same = isinstance(found, dict) and all(found.get(name) == value for name, value in numbers.items())
-    return "" if same else "; its manifest.json keeps the scaling that the model had then, which is another now"
+    return "" if same else "; manifest.json keeps the scaling from then; the model's has changed since"
 
 
 def _plan(

@@ -1,9 +1,10 @@
-"""Padding to the encoder's multiple, resizing and cropping; randomness comes from an explicit generator."""
+"""Padding to the encoder's multiple, resizing and cropping; randomness comes from an explicit generator.
+
+torchvision is imported where its transforms are called, because that takes longer than most commands that pad or crop.
+"""
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.errors import InputError
 
@@ -29,9 +30,9 @@ def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
     height, width = _sides(x)
     bottom, right = -height % multiple, -width % multiple
     if bottom:
-        x = tvf.pad(x, [0, 0, 0, bottom], padding_mode="reflect" if bottom < height else "edge")
+        x = x[..., _with_pad(height, bottom), :]
     if right:
-        x = tvf.pad(x, [0, 0, right, 0], padding_mode="reflect" if right < width else "edge")
+        x = x[..., _with_pad(width, right)]
     return x, (height, width)
 
 
@@ -70,6 +71,9 @@ def resize_shorter_side(x: Tensor, size: int) -> Tensor:
     Raises:
         InputError: `size` is not positive, or the images have no pixels.
     """
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as tvf
+
     _check_size(size)
     if min(_sides(x)) == size:
         return x
@@ -105,6 +109,8 @@ def center_crop(x: Tensor, size: int) -> Tensor:
     Raises:
         InputError: `size` is not positive, or larger than the images (they are never padded).
     """
+    from torchvision.transforms.v2 import functional as tvf
+
     _check_size(size)
     if min(_sides(x)) < size:
         raise InputError(f"cannot crop {_by(x)} pixels to {size}x{size}; resize first")
@@ -134,6 +140,9 @@ def random_scaled_crop(
     Raises:
         InputError: `pixels` is not one image, or `size` or `aug_scale` is out of range.
     """
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as tvf
+
     _check_size(size)
     if not 1.0 <= aug_scale < float("inf"):
         raise InputError(f"aug_scale is {aug_scale}; it must be at least 1")
@@ -150,6 +159,12 @@ def random_scaled_crop(
         pixels, top, left, side, side, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
     )
     return tvf.horizontal_flip(crop) if flip and draws[3] < 0.5 else crop
+
+
+def _with_pad(side: int, added: int) -> list[int]:
+    """The pixels along a side, by their places, with those of the pad behind them."""
+    reflected = range(side - 2, side - 2 - added, -1)
+    return [*range(side), *(reflected if added < side else [side - 1] * added)]
 
 
 def _sides(x: Tensor) -> tuple[int, int]:

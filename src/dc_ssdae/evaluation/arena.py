@@ -40,7 +40,7 @@ class Entry:
         failed: why it has no results; None where it has.
         evaluation: of all images.
         parameters: None where they are not known.
-        encode: images a second; None where there is no encoding apart from decoding.
+        encode: images per second; None where there is no encoding apart from decoding.
         decode: likewise; of a function from images to images, for all of its work.
         splits: whether encoding and decoding are two things.
         is_baseline: whether it is a codec or plain resizing.

@@ -120,7 +120,7 @@ def name_apart(specs: Sequence[CandidateSpec]) -> list[CandidateSpec]:
     seen: set[str] = set()
     for spec in renamed:
         if spec.label in seen:
-            raise InputError(f"two models are called {spec.label!r}; name them apart with LABEL=…")
+            raise InputError(f"two models have the name {spec.label!r}; give one another name with LABEL=…")
         seen.add(spec.label)
     return renamed
 

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
@@ -220,6 +218,8 @@ class CodecCandidate(Candidate):
         return Encoded(None, (files, x.device), [8 * len(file) for file in files])
 
     def decode(self, latent: tuple[list[bytes], torch.device]) -> Decoded:
+        from torchvision.transforms.v2 import functional as tvf
+
         files, device = latent
         images = [tvf.pil_to_tensor(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
         return Decoded(to_model_range(torch.stack(images)).to(device))
@@ -249,6 +249,9 @@ class BicubicCandidate(Candidate):
         return Decoded(self._resize(latent, list(self._size)))
 
     def _resize(self, x: Tensor, size: list[int]) -> Tensor:
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as tvf
+
         return tvf.resize(x, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
     def count_parameters(self) -> int:

@@ -1,4 +1,4 @@
-"""Losses and evaluations of runs as a picture: a panel a loss term and a measure, a colour a run."""
+"""Losses and evaluations of runs as a picture: one panel per loss term and metric, one colour per run."""
 
 import io
 import json

@@ -31,7 +31,7 @@ def escape(text: object) -> str:
 
 
 def fill_template(name: str, **parts: Any) -> str:
-    """Fill a template of this room, with text escaped; `picture | uri` makes uint8 (3, H, W) a data URI."""
+    """Fill a template of this package, with text escaped; `picture | uri` makes uint8 (3, H, W) a data URI."""
     return _environment().get_template(name).render(parts)
 
 

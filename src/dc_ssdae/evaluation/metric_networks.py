@@ -154,7 +154,7 @@ class _Loader:
         self.download = download
 
     def network(self, name: str, file: WeightsFile, build: Callable[[Path | None], nn.Module]) -> Any:
-        """Build a metric's network; None where its weights are not to be had, and the suite says why."""
+        """Build a metric's network; None where its weights are not available, and the suite says why."""
         path = weights_on_this_machine(file)
         if path is None and self.download:
             path = download_weights(file, METRICS[name].title, "leave --download out")

@@ -1,4 +1,4 @@
-"""How good, and how dear, a decode is with each sampler, number of steps and tolerance; and what two models need."""
+"""Quality and cost of a decode for each sampler, number of steps and tolerance, of one or two models."""
 
 import time
 import warnings

@@ -159,8 +159,10 @@ def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
         if name == DCSSDAE.__name__:
-            raise InputError("config.json is of a model of this package, which needs no conversion")
-        raise InputError(f"config.json is of a {shown(name)}; the encoders of {' and '.join(CLASSES)} can be converted")
+            raise InputError("config.json describes a model of this package, which needs no conversion")
+        raise InputError(
+            f"config.json describes a {shown(name)}; the encoders of {' and '.join(CLASSES)} can be converted"
+        )
     parameters = inspect.signature(CLASSES[name].__init__).parameters
     defaults = {key: value.default for key, value in parameters.items() if key != "self"}
     for key in config:
@@ -269,7 +271,7 @@ def _load_decoder(model: DCSSDAE, folder: Path, source: str) -> None:
     of_encoder = [name for name in given if name.startswith("encoder.")]
     if not of_encoder:
         raise InputError(
-            f"{folder} has no tensor of its encoder, by which to tell that it is that of {source}: keep one"
+            f"{folder} has no encoder tensor to check that its encoder is the one of {source}; keep one in the file"
         )
     parts = ("latent_channels", "downsample_factor", "encoder")
     other = [name for name in parts if config.get(name) != model.config[name]]
@@ -283,7 +285,7 @@ def _load_decoder(model: DCSSDAE, folder: Path, source: str) -> None:
         name_there = f"decoder.{name}"
         if name_there not in given or given[name_there].shape != value.shape:
             raise InputError(
-                f"{folder} has no {name_there} of shape {tuple(value.shape)}: its decoder is of another latent"
+                f"{folder} has no {name_there} of shape {tuple(value.shape)}: its decoder was made for another latent"
             )
         trained[name] = given[name_there].float()
     model.decoder.load_state_dict(trained)
@@ -334,7 +336,7 @@ def _dc_encoder(settings: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]
         ("encoder_qkv_multiscales", scales),
     ):
         if len(values) != len(widths):
-            raise InputError(f"{key} is of {len(values)} stages; encoder_block_out_channels has {len(widths)}")
+            raise InputError(f"{key} has {len(values)} stages; encoder_block_out_channels has {len(widths)}")
     used = [scale for kind, scale in zip(block_types, scales, strict=True) if kind == "EfficientViTBlock"]
     if used and any(scale != used[0] for scale in used):
         raise InputError(f"encoder_qkv_multiscales is {shown(scales)}; DCEncoder has the same in all its attention")
@@ -449,7 +451,7 @@ def _demand(settings: Mapping[str, Any], key: str, kind: type, accepted: Sequenc
 def _demand_each(settings: Mapping[str, Any], key: str, accepted: Sequence[str], count: int) -> None:
     check_type(key, settings[key], list[str])
     if len(settings[key]) != count:
-        raise InputError(f"{key} is of {len(settings[key])} levels; block_out_channels has {count}")
+        raise InputError(f"{key} has {len(settings[key])} levels; block_out_channels has {count}")
     for value in settings[key]:
         _demand({key: value}, key, str, accepted)
 

@@ -81,7 +81,7 @@ def find_diffusers_model(name: str, label: str, subfolder: str | None = None) ->
         where = "neither there nor in vae/" if subfolder is None else f"in {subfolder}/"
         raise InputError(f"{label}: there is no config.json, {where}")
     if isinstance(problem.__context__, LocalEntryNotFoundError):  # of which diffusers says that there is no such file
-        raise InputError(f"{label}: the hub is out of reach, and nothing of this name was kept from it") from problem
+        raise InputError(f"{label}: the hub cannot be reached, and no copy was downloaded before") from problem
     raise InputError(f"{label}: {message_of(problem)}") from problem
 
 
@@ -165,7 +165,7 @@ def _fetch(source: DiffusersSource, variant: str | None) -> Path:
     except InputError as error:
         raise InputError(str(error).replace(source.name, source.label, 1)) from None
     except Exception as error:  # the hub's and the network's errors have no common base
-        raise InputError(f"{source.label}: its weights are not to be had: {message_of(error).rstrip('.')}") from error
+        raise InputError(f"{source.label}: no download of its weights: {message_of(error).rstrip('.')}") from error
 
 
 def _weight_files(source: DiffusersSource, folder: Path, variant: str | None) -> dict[str, Path]:

@@ -268,7 +268,7 @@ class UViTDecoder(CheckpointedModule):
             given = None if time is None else tuple(time.shape)
             raise InputError(f"this decoder needs a time of shape ({z.shape[0]},), not {given}")
         if not self.time_conditioning and time is not None:
-            raise InputError("this decoder knows no time (time_conditioning is false): leave time out")
+            raise InputError("this decoder does not take a time (time_conditioning is false); leave time out")
 
 
 class TimeEmbedding(nn.Module):

@@ -108,7 +108,7 @@ def check_start(x_init: Tensor) -> None:
         InputError: names its shape.
     """
     if x_init.ndim < 2:
-        raise InputError(f"x_init has shape {tuple(x_init.shape)}; it needs a batch's side and at least one more")
+        raise InputError(f"x_init has shape {tuple(x_init.shape)}; it needs a batch dimension and at least one more")
 
 
 def check_field(value: Tensor, x: Tensor) -> Tensor:

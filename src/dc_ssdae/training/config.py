@@ -79,7 +79,7 @@ class DataConfig:
         flip: mirror half of the crops left to right.
         workers: number of processes that read images, per training process; null chooses it by the number of cores.
         max_broken_share: stop the run if more than this share of the data set cannot be read.
-        cache: folder to keep shards in that are downloaded from a URL; null is ~/.cache/dc_ssdae/shards.
+        cache: folder that caches shards downloaded from a URL; null is ~/.cache/dc_ssdae/shards.
     """
 
     root: str | None = setting(None, may_change=True)
@@ -107,7 +107,7 @@ class TrainingConfig:
     """How to train.
 
     Args:
-        steps: number of optimiser steps; null leaves the end to minutes.
+        steps: number of optimiser steps; null trains until training.minutes are used up.
         minutes: training time in minutes; null sets no limit. Training ends when steps or minutes are used up,
             whichever comes first; a run that ends by minutes cannot be repeated bit by bit.
         batch_size: images per step, over all processes and accumulation_steps.
@@ -292,8 +292,8 @@ class RunConfig:
         parts = self.training.batch_size // self.training.accumulation_steps
         if size == factor and parts < 2:
             raise InputError(
-                f"data.image_size is {size}, which is model.downsample_factor, and one image is trained on at a time: "
-                "the batch norm on the latent needs two values a channel; take a larger image_size or batch_size",
+                f"data.image_size is {size}, which is model.downsample_factor, with one image at a time: "
+                "the latent's batch norm needs at least two values per channel; take a larger image_size or batch_size",
                 "data.image_size",
             )
         if size % factor:
