@@ -1,6 +1,7 @@
 """Models from the hub, out of a cache that is made by hand: as strict as from a folder, and nothing is fetched."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -20,10 +21,7 @@ STEM = "diffusion_pytorch_model"
 
 @pytest.fixture(autouse=True)
 def no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("something was unpickled")
-
-    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
 
 
 @pytest.fixture
@@ -59,28 +57,19 @@ def test_a_subfolder_a_variant_and_a_dtype(snapshot: Path) -> None:
     assert loaded.encoder.conv_in.weight.equal(model.encoder.conv_in.weight.bfloat16())
 
 
-def cut(folder: Path) -> None:
-    content = (folder / f"{STEM}.safetensors").read_bytes()
-    (folder / f"{STEM}.safetensors").write_bytes(content[: len(content) // 2])
-
-
-def change(**tensors: torch.Tensor | None) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        state = {**load_file(folder / f"{STEM}.safetensors"), **tensors}
-        save_file({name: value for name, value in state.items() if value is not None}, folder / f"{STEM}.safetensors")
-
-    return spoil
-
-
 NAME = "encoder.conv_in.bias"
+
+
+def misshape(folder: Path) -> None:
+    path = folder / f"{STEM}.safetensors"
+    save_file({**load_file(path), NAME: torch.zeros(3)}, path)
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (cut, "is truncated: tensor"),
-        (change(**{NAME: None}), f"missing: {NAME}"),
-        (change(**{NAME: torch.zeros(3)}), f"{NAME} has shape (3,)"),
+        (lambda folder: os.truncate(folder / f"{STEM}.safetensors", 50_000), "is truncated: tensor"),
+        (misshape, f"{NAME} has shape (3,)"),
         (lambda folder: (folder / "config.json").write_text("{"), "me/model/config.json is not JSON"),
         (partial(edit_config, quantization_config={"quant_method": "bitsandbytes"}), "quantised"),
         (partial(edit_config, latent_channels=10**6), "its settings are too large"),

@@ -32,6 +32,8 @@ DECODER_GROUPS = [
     *("middle", "up.3", "up.2", "up.1", "head"),
 ]
 
+TIMED_GROUPS = [*DECODER_GROUPS[:2], "time", *DECODER_GROUPS[2:]]
+
 each_preset = pytest.mark.parametrize("name", list_presets())
 each_encoder = pytest.mark.parametrize("encoder", SMALL_ENCODERS.values(), ids=list(SMALL_ENCODERS))
 
@@ -73,9 +75,9 @@ class LearntDynamics(BareDynamics, nn.Module):
         self.strength = nn.Parameter(torch.full((3,), strength))
 
 
-def preset(name: str, **settings: Any) -> DCSSDAE:
+def preset(name: str) -> DCSSDAE:
     with torch.device("meta"):
-        return DCSSDAE.from_preset(name, **settings)
+        return DCSSDAE.from_preset(name)
 
 
 def build(encoder: str | Mapping[str, Any] = "TwoPartEncoder", declared: Any = None, **given: Any) -> DCSSDAE:
@@ -91,8 +93,6 @@ def test_every_tensor_of_a_preset_is_in_exactly_one_group(name: str) -> None:
     groups, sizes = parameter_groups(model), group_sizes(model)
     held = [tensor for tensors in groups.values() for tensor in tensors]
     assert sorted(held) == sorted(model.state_dict())
-    for group, tensors in groups.items():
-        assert {tensor.split(".")[0] for tensor in tensors} == {group.split(".")[0]}
     assert list(sizes) == list(groups)
     assert sum(sizes.values()) == model.num_parameters()
 
@@ -100,12 +100,11 @@ def test_every_tensor_of_a_preset_is_in_exactly_one_group(name: str) -> None:
 def test_names_are_in_network_order() -> None:
     dc = ["input", *(f"stages.{index}" for index in range(1, 6)), "latent_head"]
     kl = ["input", *(f"stages.{index}" for index in range(4)), "latent_head"]
-    timed = [*DECODER_GROUPS[:2], "time", *DECODER_GROUPS[2:]]
     for name, encoder, decoder in (
         ("dc_f32c32_eqm", dc, DECODER_GROUPS),
-        ("dc_f32c32_fm", dc, timed),
+        ("dc_f32c32_fm", dc, TIMED_GROUPS),
         ("dcae_sana_f32c32_eqm", ["input", "stages.0", *dc[1:]], DECODER_GROUPS),
-        ("vq_f8c4_fm", kl, timed),
+        ("vq_f8c4_fm", kl, TIMED_GROUPS),
     ):
         expected = [*(f"encoder.{group}" for group in encoder), *(f"decoder.{group}" for group in decoder)]
         assert list(parameter_groups(preset(name))) == expected
@@ -138,11 +137,12 @@ def test_meta_device_and_float16_change_nothing() -> None:
 
 class TestUsersClasses:
     def test_without_the_method_a_class_is_one_group(self) -> None:
-        model = build()
+        model = build(dynamics={"class_path": f"{HERE}.LearntDynamics"})
         groups = parameter_groups(model)
-        assert list(groups) == ["encoder", *(f"decoder.{name}" for name in DECODER_GROUPS)]
+        assert list(groups) == ["encoder", *(f"decoder.{name}" for name in TIMED_GROUPS), "dynamics"]
         assert groups["encoder"] == [name for name in model.state_dict() if name.startswith("encoder.")]
-        assert "encoder.patch.1.running_mean" in groups["encoder"]
+        assert groups["dynamics"] == ["dynamics.strength"]
+        assert group_sizes(model)["dynamics"] == 3
 
     def test_with_the_method(self) -> None:
         declared = {"trunk.2": ["patch2"], "empty": [], "trunk.1": ["patch"], "latent-head": ["out.weight", "out.bias"]}
@@ -152,8 +152,7 @@ class TestUsersClasses:
         assert list(groups) == ["encoder.trunk.2", "encoder.trunk.1", "encoder.latent-head"]
         assert groups["encoder.trunk.2"] == ["encoder.patch2.weight", "encoder.patch2.bias"]
         assert len(groups["encoder.trunk.1"]) == 2 + 5
-        sizes = group_sizes(model)
-        assert sizes["encoder.trunk.1"] == 3 * 8 * 8 * 8 + 8 + 2 * 8  # the statistics are no parameters
+        assert group_sizes(model)["encoder.trunk.1"] == 3 * 8 * 8 * 8 + 8 + 2 * 8  # the statistics are no parameters
 
     @pytest.mark.parametrize(
         ("declared", "message"),
@@ -175,33 +174,21 @@ class TestUsersClasses:
         line = refusal(parameter_groups, build(decoder=decoder))
         assert f"decoder {HERE}.LongerDecoder: tensor 'extra.weight' is in no group" in line
 
-    def test_a_dynamics_with_parameters_is_a_group(self) -> None:
-        model = build(dynamics={"class_path": f"{HERE}.LearntDynamics"})
-        groups = parameter_groups(model)
-        assert list(groups)[-1] == "dynamics"
-        assert groups["dynamics"] == ["dynamics.strength"]
-        assert group_sizes(model)["dynamics"] == 3
-
 
 class TestSelecting:
-    GROUPS: Mapping[str, list[str]] = {
-        name: []
-        for name in (
-            *("encoder.input", "encoder.stages.0", "encoder.stages.9", "encoder.stages.10", "encoder.latent_head"),
-            *("decoder.down.0", "decoder.down.1", "decoder.middle", "decoder.up.3", "decoder.up.1", "decoder.head"),
-        )
-    }
+    STAGES = ("encoder.stages.0", "encoder.stages.9", "encoder.stages.10")
+    NAMES = ("encoder.input", *STAGES, "decoder.down.0", "decoder.up.3", "decoder.up.1", "decoder.head")
+    GROUPS: Mapping[str, list[str]] = {name: [] for name in NAMES}
 
     @pytest.mark.parametrize(
         ("wanted", "expected"),
         [
-            (["encoder.latent_head"], ["encoder.latent_head"]),
-            (["encoder.stages"], ["encoder.stages.0", "encoder.stages.9", "encoder.stages.10"]),
+            (["encoder.stages"], list(STAGES)),
             (["encoder.stages.-1"], ["encoder.stages.10"]),
             (["encoder.stages.-2", "encoder.stages.9"], ["encoder.stages.9"]),
             (["decoder.up.-1"], ["decoder.up.1"]),  # the last that data pass through
             (["decoder.head", "encoder.stages.10"], ["encoder.stages.10", "decoder.head"]),
-            (["decoder", "encoder"], list(GROUPS)),
+            (["decoder", "encoder"], list(NAMES)),
         ],
     )
     def test_meaning(self, wanted: list[str], expected: list[str]) -> None:
@@ -212,15 +199,20 @@ class TestSelecting:
     )
     def test_a_typo_gets_a_suggestion(self, selector: str, suggestion: str) -> None:
         message = refusal(select_groups, self.GROUPS, ["encoder.input", selector])
-        hint = f"unknown parameter group {selector!r} (did you mean {suggestion!r}?); accepted: decoder, decoder."
-        assert message.startswith(hint)
+        assert f"unknown parameter group {selector!r} (did you mean {suggestion!r}?); accepted: decoder" in message
         assert all(name in message for name in self.GROUPS)
 
-    @pytest.mark.parametrize(
-        "wanted", [[], "encoder", ["encoder.stages.-4"], ["encoder.stages.-0"], ["encoder.-1"], [""], ["encoder\n"]]
-    )
-    def test_what_is_not_there_or_no_list_of_selectors(self, wanted: Any) -> None:
-        refusal(select_groups, self.GROUPS, wanted)
+    def test_what_is_not_there_or_no_list_of_selectors(self) -> None:
+        for wanted in (
+            [],
+            "encoder",
+            ["encoder.stages.-4"],
+            ["encoder.stages.-0"],
+            ["encoder.-1"],
+            [""],
+            ["encoder\n"],
+        ):
+            refusal(select_groups, self.GROUPS, wanted)
 
     def test_an_exact_name_means_that_group_alone(self) -> None:
         names = ("encoder.trunk", "encoder.trunk.out", "encoder.1", "encoder.1.a")
