@@ -3,7 +3,6 @@
 import copy
 import inspect
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import (
@@ -125,13 +124,18 @@ def test_a_field_in_patches_is_warned_of() -> None:
 
 class TestNoise:
     @torch.no_grad()
-    def test_a_decode_is_reproducible_and_leaves_the_default_generator_alone(self, model: DCSSDAE) -> None:
+    def test_a_decode_is_reproducible_leaves_the_default_generator_alone_and_takes_noise(self, model: DCSSDAE) -> None:
         z = torch.randn(2, 4, 3, 4)
         before = torch.get_rng_state()
         first = model.decode(z, num_steps=2).sample
         assert torch.equal(torch.get_rng_state(), before)
         torch.manual_seed(123)
         assert torch.equal(model.decode(z, num_steps=2).sample, first)
+        noise = draw_noise((2, 3, 24, 32), torch.Generator().manual_seed(5))
+        y = model.decode(z, noise=noise).sample
+        assert torch.equal(y, model.decode(z, generator=torch.Generator().manual_seed(5)).sample)
+        assert "noise has shape (2, 3, 24, 16)" in refusal(model.decode, z, noise=noise[..., :16])
+        assert "noise or generator, not both" in refusal(model.decode, z, noise=noise, generator=torch.Generator())
 
     @torch.no_grad()
     @pytest.mark.parametrize("encoder", ["KLEncoder", "DCEncoder"])
@@ -141,15 +145,6 @@ class TestNoise:
         for neighbours in (100.0 * x[1:], -x[:1]):
             z = model.encode(torch.cat([neighbours, x[:1]])).latent_dist.mode()
             torch.testing.assert_close(z[-1:], alone, atol=1e-5, rtol=0.0)
-
-    @torch.no_grad()
-    def test_noise_may_be_given(self, model: DCSSDAE) -> None:
-        z = torch.randn(2, 4, 2, 3)
-        noise = draw_noise((2, 3, 16, 24), torch.Generator().manual_seed(5))
-        y = model.decode(z, noise=noise).sample
-        assert torch.equal(y, model.decode(z, generator=torch.Generator().manual_seed(5)).sample)
-        assert "noise has shape (2, 3, 16, 16)" in refusal(model.decode, z, noise=noise[..., :16])
-        assert "noise or generator, not both" in refusal(model.decode, z, noise=noise, generator=torch.Generator())
 
 
 def test_gradients_reach_every_parameter() -> None:
@@ -307,18 +302,6 @@ class TestUnknownSettings:
 
 
 class TestSpoiltFolders:
-    @pytest.mark.parametrize("text", [b"", b"[]", b"\xff\xfe{}"])
-    def test_config_json_that_is_no_json_object(self, text: bytes, copied_folder: Path) -> None:
-        (copied_folder / "config.json").write_bytes(text)
-        assert "config.json" in loading_refusal(copied_folder)
-
-    def test_what_is_missing(self, copied_folder: Path, tmp_path: Path) -> None:
-        assert "config.json is missing" in loading_refusal(tmp_path)
-        assert "no such folder" in loading_refusal(copied_folder / "config.json")
-        (copied_folder / WEIGHTS).unlink()
-        assert WEIGHTS in loading_refusal(copied_folder)
-        assert "ema" in loading_refusal(copied_folder, variant="ema")
-
     @pytest.mark.parametrize("name", ["", "no-such-model", "no/such/folder"])
     def test_names_that_can_be_no_hub_id_do_not_wait_for_the_network(self, name: str) -> None:
         assert "no such folder, nor the id of a model on the hub" in loading_refusal(name)
@@ -346,26 +329,6 @@ class TestSpoiltFolders:
             assert WEIGHTS in message
             assert ("truncated: tensor '" in message) == (header <= len(content) < len(body))
 
-    @pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": "no.safetensors"}}'])
-    def test_an_index_of_shards_that_is_none(self, index: str, copied_folder: Path) -> None:
-        (copied_folder / f"{WEIGHTS}.index.json").write_text(index)
-        loading_refusal(copied_folder)
-
-    @settings(derandomize=True, deadline=None, max_examples=25)
-    @given(data=st.data())
-    def test_weights_with_a_byte_of_the_header_changed(
-        self, saved_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-    ) -> None:
-        folder = shutil.copytree(saved_folder, tmp_path_factory.mktemp("changed") / "copied")
-        body = bytearray((folder / WEIGHTS).read_bytes())
-        header = 8 + int.from_bytes(body[:8], "little")
-        place = data.draw(st.integers(0, header - 1), label="place")
-        value = data.draw(st.integers(0, 255), label="value")
-        assume(body[place] != value)
-        body[place] = value
-        (folder / WEIGHTS).write_bytes(body)
-        loads_or_refuses(folder)
-
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of all values inside a JSON object."""
@@ -375,40 +338,33 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*path, key))
 
 
-REPLACEMENTS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-2, 40),
-    st.floats(-10.0, 10.0) | st.sampled_from([float("nan"), float("inf"), 1e30]),
-    st.sampled_from(["", "none", "linear", "DCEncoder", "os.system", "../x", "8"]),
-    st.lists(st.integers(-1, 9) | st.none(), max_size=5),
-    st.dictionaries(st.sampled_from(["class_path", "init_args", "channels"]), st.integers(0, 3), max_size=2),
-)
+TEXTS = ("", "none", "linear", "DCEncoder", "os.system", "../x", "8")
+OTHERS = (None, True, -0.5, float("nan"), float("inf"), 1e30, [], [1, None], {}, {"class_path": 1}, {"init_args": 2})
+REPLACEMENTS = st.integers(-2, 40) | st.sampled_from(TEXTS) | st.sampled_from(OTHERS).map(copy.deepcopy)
 
 
-class TestMutatedConfigs:
-    @settings(derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-    @given(data=st.data())
-    def test_a_mutated_config_loads_or_is_refused_in_one_line(
-        self, saved_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-    ) -> None:
-        config = json.loads((saved_folder / "config.json").read_text())
-        for _ in range(data.draw(st.integers(1, 2), label="mutations")):
-            *above, key = data.draw(st.sampled_from(sorted(places(config), key=repr)), label="place")
-            node = config
-            for step in above:
-                node = node[step]
-            action = data.draw(st.sampled_from(["replace", "replace", "delete", "rename"]), label="action")
-            if action == "replace":
-                node[key] = data.draw(REPLACEMENTS, label="value")
-            elif action == "delete" or isinstance(node, list):
-                del node[key]
-            else:
-                node[f"{key}x"] = node.pop(key)
-        folder = tmp_path_factory.mktemp("mutated")
-        (folder / WEIGHTS).symlink_to(saved_folder / WEIGHTS)
-        (folder / "config.json").write_text(json.dumps(config))
-        loads_or_refuses(folder)
+@settings(derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_mutated_config_loads_or_is_refused_in_one_line(
+    saved_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    config = json.loads((saved_folder / "config.json").read_text())
+    for _ in range(data.draw(st.integers(1, 2), label="mutations")):
+        *above, key = data.draw(st.sampled_from(sorted(places(config), key=repr)), label="place")
+        node = config
+        for step in above:
+            node = node[step]
+        action = data.draw(st.sampled_from(["replace", "replace", "delete", "rename"]), label="action")
+        if action == "replace":
+            node[key] = data.draw(REPLACEMENTS, label="value")
+        elif action == "delete" or isinstance(node, list):
+            del node[key]
+        else:
+            node[f"{key}x"] = node.pop(key)
+    folder = tmp_path_factory.mktemp("mutated")
+    (folder / WEIGHTS).symlink_to(saved_folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config))
+    loads_or_refuses(folder)
 
 
 def test_a_whole_file_over_shards_loads(tmp_path: Path) -> None:
@@ -417,25 +373,6 @@ def test_a_whole_file_over_shards_loads(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     second.save_pretrained(tmp_path)
     same_tensors(DCSSDAE.from_pretrained(tmp_path), second)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("decay", "gradient_scale"), [("linear", 1.0), ("truncated", 4.0), ("piecewise", 4.0)])
-def test_a_true_field_is_decoded_exactly_in_any_number_of_steps(decay: str, gradient_scale: float) -> None:
-    """The network is replaced by the field of one image, λ c(γ) (ε − x) with γ read off the distance to it."""
-    model = tiny(dynamics={"init_args": {"decay": decay, "gradient_scale": gradient_scale}})
-    image = torch.rand(1, 3, 16, 24) * 2 - 1
-    noise = torch.randn(1, 3, 16, 24)
-
-    class TrueField(torch.nn.Module):
-        def forward(self, x: torch.Tensor, z: torch.Tensor, time: None = None) -> torch.Tensor:
-            remaining = (x - image).norm() / (noise - image).norm()
-            return gradient_scale * model.dynamics.decay(1.0 - remaining) * (noise - image)
-
-    model.decoder = TrueField()
-    for num_steps in (1, 2, 8):
-        y = model.decode(torch.zeros(1, 4, 2, 3), noise=noise, num_steps=num_steps).sample
-        torch.testing.assert_close(y, image, atol=1e-4, rtol=0)
 
 
 class Derived(DCSSDAE):
@@ -458,7 +395,3 @@ def test_parts_that_torch_compile_has_wrapped_are_saved_under_their_own_names(tm
     model.save_pretrained(tmp_path)
     assert sorted(load_file(tmp_path / WEIGHTS)) == sorted(names)
     assert dict(model.named_modules()) == wrapped
-
-
-def test_settings_that_follow_from_others_cannot_be_set(model: DCSSDAE) -> None:
-    assert "force_upcast is True; it follows" in refusal(model.register_to_config, force_upcast=True)

@@ -201,62 +201,55 @@ class TestSamplers:
         assert torch.equal(output.sample, expected.sample)
         assert torch.equal(output.num_evaluations, expected.num_evaluations)
 
-    @torch.no_grad()
-    @pytest.mark.parametrize("kind", ["linear", "flow"])
-    def test_the_field_casts_as_decode_does(self, kind: str) -> None:
-        """Latents to the model's dtype; images in half precision count as they are, and float64 stays."""
-        model = tiny(dynamics=DYNAMICS[kind]).to(torch.bfloat16)
-        z, x, time = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24), 0.5 if kind == "flow" else None
-        expected = model.field(x, z.bfloat16(), time)
-        assert expected.dtype == torch.float32
-        assert torch.equal(model.field(x, z, time), expected)
-        assert torch.equal(model.field(x.bfloat16(), z, time), expected)
-        wide = model.double().field(x.double(), z, time)
-        assert wide.dtype == torch.float64
-        assert not torch.equal(wide, wide.float().double())
-
     @pytest.mark.parametrize("kind", ["linear", "flow"])
     def test_the_field_refuses_what_does_not_fit(self, kind: str, models: dict[str, DCSSDAE]) -> None:
-        field, time = models[kind].field, {"flow": (1.0,)}.get(kind, ())
+        field = models[kind].field
         for x, z in ((DRAFT[:0], NOTHING[:0]), (DRAFT[:1], NOTHING), (DRAFT, NOTHING[:, :3])):
-            refusal(field, x, z, *time)
+            refusal(field, x, z, 1.0 if kind == "flow" else None)
         for other in {"linear": (0.5,), "flow": (None, torch.ones(3), torch.ones(2, 1))}[kind]:
             assert "time" in refusal(field, DRAFT, NOTHING, other)
 
 
-class TestDefaultNoise:
-    @torch.no_grad()
-    def test_it_is_what_a_decode_starts_from(self, models: dict[str, DCSSDAE]) -> None:
-        z = torch.randn(2, 4, 2, 3)
-        given = models["linear"].decode(z, noise=default_noise(16, 24).expand(2, -1, -1, -1))
-        assert torch.equal(given.sample, models["linear"].decode(z).sample)
-
-    def test_it_never_changes(self) -> None:
-        """Reports and exported programs were made with these numbers."""
-        values = default_noise(64, 64).flatten()[[0, 1, 2, 12287]].tolist()
-        assert values == pytest.approx([-1.1258398, -1.1523602, -0.2505786, -0.6734276], abs=1e-6)
-
-    def test_what_was_drawn_in_inference_mode_can_be_trained_with(self) -> None:
-        with torch.inference_mode():
-            default_noise(8, 40)
-        (default_noise(8, 40) * torch.ones(1, requires_grad=True)).sum().backward()
+@torch.no_grad()
+def test_the_default_noise_is_what_a_decode_starts_from_and_never_changes(models: dict[str, DCSSDAE]) -> None:
+    """Reports and exported programs were made with these numbers."""
+    values = default_noise(64, 64).flatten()[[0, 1, 2, 12287]].tolist()
+    assert values == pytest.approx([-1.1258398, -1.1523602, -0.2505786, -0.6734276], abs=1e-6)
+    z = torch.randn(2, 4, 2, 3)
+    given = models["linear"].decode(z, noise=default_noise(16, 24).expand(2, -1, -1, -1))
+    assert torch.equal(given.sample, models["linear"].decode(z).sample)
 
 
-class TestOutputs:
-    @torch.no_grad()
-    @pytest.mark.parametrize(("kind", "sampler"), [("linear", "gradient_descent"), ("flow", "euler")])
-    def test_half_precision_iterates_in_full(self, kind: str, sampler: str) -> None:
-        model = tiny(dynamics=DYNAMICS[kind]).to(torch.bfloat16)
-        seen = []
-        model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append({part.dtype for part in inputs[:2]}))
-        output = model.decode(torch.randn(2, 4, 2, 3), num_steps=4, sampler=sampler, return_trajectory=True)
-        assert seen == [{torch.bfloat16}] * 4
-        assert output.sample.dtype == torch.bfloat16
-        assert output.sample.isfinite().all()
-        assert output.trajectory.dtype == torch.float32
-        assert torch.equal(output.sample, output.trajectory[-1].bfloat16())
-        for state in output.trajectory:
-            assert not torch.equal(state, state.bfloat16().float())
+def test_default_noise_that_was_drawn_in_inference_mode_can_be_trained_with() -> None:
+    with torch.inference_mode():
+        default_noise(8, 40)
+    (default_noise(8, 40) * torch.ones(1, requires_grad=True)).sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "sampler"), [("linear", "gradient_descent"), ("flow", "euler")])
+def test_half_precision_iterates_in_full(kind: str, sampler: str) -> None:
+    """Latents are cast to the model's dtype; images in half precision count as they are, and float64 stays."""
+    model, z = tiny(dynamics=DYNAMICS[kind]).to(torch.bfloat16), torch.randn(2, 4, 2, 3)
+    seen = set()
+    hook = model.decoder.register_forward_pre_hook(
+        lambda module, inputs: seen.update(part.dtype for part in inputs[:2])
+    )
+    output = model.decode(z, num_steps=4, sampler=sampler, return_trajectory=True)
+    assert seen == {torch.bfloat16}
+    assert output.trajectory.dtype == torch.float32
+    assert torch.equal(output.sample, output.trajectory[-1].bfloat16())
+    assert not any(torch.equal(state, state.bfloat16().float()) for state in output.trajectory)
+
+    hook.remove()
+    x, time = output.trajectory[1], 0.5 if kind == "flow" else None
+    field = model.field(x, z.bfloat16(), time)
+    assert field.dtype == torch.float32
+    assert torch.equal(model.field(x, z, time), field)
+    assert torch.equal(model.field(x.bfloat16(), z, time), field)
+    wide = model.double().field(x.double(), z, time)
+    assert wide.dtype == torch.float64
+    assert not torch.equal(wide, wide.float().double())
 
 
 class TestBatches:
@@ -302,25 +295,21 @@ class TestStopping:
         torch.testing.assert_close(output.residual_rms, 4.0 * expected.residual_rms, atol=1e-5, rtol=0.0)
 
     @torch.no_grad()
-    @pytest.mark.parametrize("tolerance", [None, 0.2])
-    @pytest.mark.parametrize("sampler", DESCENTS)
+    @pytest.mark.parametrize(("sampler", "tolerance"), [("gradient_descent", None), ("nesterov", 0.2)])
     def test_images_that_diverge(self, sampler: str, tolerance: float | None) -> None:
         """They are told of, once, and fall back to their best state; the others do not notice."""
         model, z = settling(), latents(0.3, 2.6, 0.5, 3.0)
         given = {"sampler": sampler, "num_steps": 5, "step_size": 2.0, "tolerance": tolerance}
         with pytest.warns(Divergence, match="2 of 4 images diverged") as caught:
             output = model.decode(z, return_trajectory=True, **given)
-        assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
+        assert [warning.filename for warning in caught] == [__file__]
         assert output.diverged.tolist() == [False, True, False, True]
-        assert output.sample.isfinite().all()
-        assert output.trajectory.isfinite().all()
         # The field grew with every step.
-        assert torch.equal(output.sample[1::2], output.trajectory[0, 1::2])
         start = output.trajectory[0, 1::2]
+        assert torch.equal(output.sample[1::2], start)
         torch.testing.assert_close(output.residual_rms[1::2], rms(model.decoder(start, z[1::2])), atol=1e-5, rtol=0.0)
         with warnings.catch_warnings(action="error"):
             apart = model.decode(z[::2], **given)
-        assert apart.diverged.tolist() == [False, False]
         torch.testing.assert_close(output.sample[::2], apart.sample, atol=3e-5, rtol=0.0)
 
 
@@ -363,7 +352,7 @@ class TestMistakes:
         assert "sampler of Spherical 'euler'" in refusal(model.decode, z, sampler="euler")
 
 
-def energetic(kind: str, **dynamics: Any) -> DCSSDAE:
+def energetic(kind: str | None, **dynamics: Any) -> DCSSDAE:
     return tiny(dynamics={"init_args": {"explicit_energy": kind, **dynamics}})
 
 
@@ -372,11 +361,9 @@ class TestExplicitEnergies:
     def test_the_field_is_the_gradient_of_the_energy(self, kind: str) -> None:
         model = energetic(kind, gradient_scale=3.0)
         z, x = torch.randn(3, 4, 2, 3), torch.randn(3, 3, 16, 24)
-        field = model.field(x, z)
-        leaf = x.clone().requires_grad_()
-        energy = model.energy(leaf, z)
+        field, energy = model.field(x, z), model.energy(x.requires_grad_(), z)
         assert energy.shape == (3,)
-        torch.testing.assert_close(field, torch.autograd.grad(energy.sum(), leaf)[0], atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(field, torch.autograd.grad(energy.sum(), x)[0], atol=1e-5, rtol=0.0)
 
     def test_decoding_in_every_mode_of_autograd(self, kind: str) -> None:
         model = energetic(kind)
@@ -386,8 +373,7 @@ class TestExplicitEnergies:
                 outputs.append(model.decode(z, noise=noise, num_steps=4, step_size=0.02, tolerance=0.0))
         assert [output.sample.requires_grad for output in outputs] == [True, False, False]
         for output in outputs[1:]:
-            torch.testing.assert_close(output.sample, outputs[0].sample, atol=1e-5, rtol=0.0)
-            torch.testing.assert_close(output.residual_rms, outputs[0].residual_rms, atol=1e-5, rtol=0.0)
+            torch.testing.assert_close(output.to_tuple(), outputs[0].to_tuple(), atol=1e-5, rtol=0.0)
         outputs[0].sample.square().mean().backward()
         gradients = [parameter.grad for parameter in model.decoder.parameters()]
         assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in gradients)
@@ -396,9 +382,8 @@ class TestExplicitEnergies:
     def test_the_field_can_be_trained(self, kind: str, tokens: tuple[int, int]) -> None:
         """The loss's gradient, a second derivative of the energy, against differences of losses in float64."""
         model = energetic(kind)
-        batch = 2 if tokens == (2, 3) else 1
-        z, x = torch.randn(batch, 4, *tokens), image(batch, 8 * tokens[0], 8 * tokens[1])
-        record = model.dynamics.corrupt(x, torch.randn_like(x), torch.full((batch,), 0.4))
+        z, x = torch.randn(1, 4, *tokens), image(1, 8 * tokens[0], 8 * tokens[1])
+        record = model.dynamics.corrupt(x, torch.randn_like(x), torch.tensor([0.4]))
         loss = model.dynamics.loss(record, model.field(record.x_level, z)).mean()
         loss.backward()
         parameters = dict(model.decoder.named_parameters())
@@ -424,10 +409,8 @@ class TestExplicitEnergies:
     def test_half_precision(self, kind: str) -> None:
         model = energetic(kind)
         z, x = torch.randn(2, 4, 2, 3).bfloat16(), torch.randn(2, 3, 16, 24)
-        expected = model.field(x, z.float())
-        model.to(torch.bfloat16)
-        field = model.field(x, z)
-        assert field.dtype == torch.float32
+        expected = model.field(x, z)
+        field = model.to(torch.bfloat16).field(x, z)
         assert ((field - expected).norm() / expected.norm()).item() < 0.05
         if kind == "dot":  # of which x itself is a factor, not rounded
             assert not torch.equal(field, field.bfloat16().float())
@@ -471,7 +454,7 @@ def test_an_energy_that_is_not_there_or_does_not_fit_is_refused(models: dict[str
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("explicit_energy", [None, "dot"])
 def test_what_was_made_in_inference_mode_may_be_decoded_outside_of_it(explicit_energy: str | None, grad: bool) -> None:
-    model = tiny(dynamics={"init_args": {"explicit_energy": explicit_energy}})
+    model = energetic(explicit_energy)
     given = {"z": torch.randn(2, 4, 2, 3), "noise": torch.randn(2, 3, 16, 24), "draft": image(2, 16, 24)}
     with torch.inference_mode():
         made = {name: tensor.clone() for name, tensor in given.items()}
