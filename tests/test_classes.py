@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import refusal
 
-from dc_ssdae.classes import find_imported, full_name, import_class, import_module, importing_from
+from dc_ssdae.classes import find_imported, full_name, import_class, importing_from
 
 Write = Callable[[str, str], Path]
 
@@ -88,18 +88,3 @@ def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), importing_from(tmp_path):
         _ = 1 / 0
     assert sys.path == before
-
-
-class TestFindImported:
-    def test_it_imports_nothing(self, write: Write) -> None:
-        write("own_trap", "class Trap:\n    pass\n")
-        write("own_lazy", "def __getattr__(name):\n    import own_trap\n    return own_trap.Trap\n")
-        import_module("own_lazy")
-        for name in ("own_trap.Trap", "own_lazy.Trap", "own_lazy.own_trap.Trap"):
-            assert find_imported(name) is None
-        assert "own_trap" not in sys.modules
-        assert import_class("own_trap.Trap") is find_imported("own_trap.Trap")
-
-    def test_what_is_not_there(self) -> None:
-        for name in ("", "..", "os", "os.no_such.name", "no_such_module.A"):
-            assert find_imported(name) is None

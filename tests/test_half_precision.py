@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from half_convolutions import ConvolutionsOfAGPU
-from tiny_models import TINY_DECODER, tiny
+from tiny_models import tiny
 from torch import Tensor
 
 from dc_ssdae import DCSSDAE
@@ -58,11 +58,8 @@ def test_photos_are_decoded_alike_in_every_type(num_steps: int, photos: Tensor) 
 def test_random_weights_of_a_preset_stay_finite_in_float16(name: str, photos: Tensor) -> None:
     """Encoding a photo, and decoding a sample of its latent and latents twenty standard deviations away."""
     model = DCSSDAE.from_preset(name).half()
-    side = (
-        max(64, model.config.downsample_factor)
-        if name in ("demo", "fast_f8c4", "vq_f8c4_fm")
-        else model.config.downsample_factor
-    )
+    small = name in ("demo", "fast_f8c4", "vq_f8c4_fm")
+    side = max(64 if small else 0, model.config.downsample_factor)
     with ConvolutionsOfAGPU():
         posterior = model.encode(photos[:1, :, :side, :side]).latent_dist
         z = posterior.sample(torch.Generator().manual_seed(0))
@@ -95,12 +92,3 @@ def test_moved_weights_and_outliers(encoder: str, dtype: torch.dtype, dynamics: 
             z[1, :, 3, 4] = min(20.0 * scale, 1000.0)  # one latent far off among usual ones
             y = model.decode(z).sample
             assert y.isfinite().all(), scale
-
-
-@torch.no_grad()
-def test_an_encoder_without_norms_overflows_late() -> None:
-    """Nothing holds its residual stream together; images in range are far from float16's limit all the same."""
-    settings = {"norm": "none", "widths": [16, 16, 16, 32], "depths": [0, 2, 2, 2]}
-    model = DCSSDAE(4, 8, encoder={"class_path": "DCEncoder", "init_args": settings}, decoder=TINY_DECODER).half()
-    with ConvolutionsOfAGPU():
-        assert model.encode(2.0 * torch.rand(1, 3, 64, 64) - 1.0).latent_dist.mean.abs().max() < 100.0
