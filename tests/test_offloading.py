@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import image, tiny
 from torch import Tensor
@@ -66,17 +66,6 @@ def test_a_whole_models_hook_runs_before_encode_and_decode() -> None:
     model.encode(image())
     model.decode(torch.zeros(1, 4, 2, 3))
     assert hook.pre_forward.call_count == 2
-
-
-def test_offload_of_a_whole_model(expected: Any) -> None:
-    """As `enable_model_cpu_offload` of a pipeline has it, where each model's hook sends the one before it back."""
-    first, second = make(), make("KLEncoder")
-    first, first_hook = cpu_offload_with_hook(first, execution_device=CPU)
-    second, second_hook = cpu_offload_with_hook(second, execution_device=CPU, prev_module_hook=first_hook)
-    same_bits(first, expected["DCEncoder", "EquilibriumMatching"])
-    same_bits(second, expected["KLEncoder", "EquilibriumMatching"])
-    second_hook.offload()
-    same_bits(first, expected["DCEncoder", "EquilibriumMatching"])
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"encoder": "cpu", "decoder": "disk"}], ids=str)
