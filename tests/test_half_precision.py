@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from half_convolutions import ConvolutionsOfAGPU
-from tiny_models import tiny
+from tiny_models import TINY_DECODER, tiny
 from torch import Tensor
 
 from dc_ssdae import DCSSDAE
@@ -92,3 +92,12 @@ def test_moved_weights_and_outliers(encoder: str, dtype: torch.dtype, dynamics: 
             z[1, :, 3, 4] = min(20.0 * scale, 1000.0)  # one latent far off among usual ones
             y = model.decode(z).sample
             assert y.isfinite().all(), scale
+
+
+@torch.no_grad()
+def test_an_encoder_without_norms_overflows_late() -> None:
+    """Nothing holds its residual stream together; images in range are far from float16's limit all the same."""
+    settings = {"norm": "none", "widths": [16, 16, 16, 32], "depths": [0, 2, 2, 2]}
+    model = DCSSDAE(4, 8, encoder={"class_path": "DCEncoder", "init_args": settings}, decoder=TINY_DECODER).half()
+    with ConvolutionsOfAGPU():
+        assert model.encode(2.0 * torch.rand(1, 3, 64, 64) - 1.0).latent_dist.mean.abs().max() < 100.0

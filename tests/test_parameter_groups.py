@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY_DECODER, BareDynamics, refusal, tiny_encoder
-from torch import Tensor, nn
+from tiny_models import TINY_DECODER, BareDynamics, refusal, tiny
+from torch import nn
 
-from dc_ssdae import DCSSDAE, DiagonalGaussian
+from dc_ssdae import DCSSDAE
 from dc_ssdae.networks.blocks import ConditionedResidualBlock
 from dc_ssdae.networks.dc_encoder import EfficientViTBlock, ResBlock
 from dc_ssdae.networks.kl_encoder import KLResidualBlock
@@ -24,11 +24,9 @@ DECODER_GROUPS = [
 
 TIMED_GROUPS = [*DECODER_GROUPS[:2], "time", *DECODER_GROUPS[2:]]
 
-each_preset = pytest.mark.parametrize("name", list_presets())
 
-
-class TwoPartEncoder(nn.Module):
-    """A user's encoder that names no groups."""
+class NamingEncoder(nn.Module):
+    """A user's encoder, which names the groups that it is told to."""
 
     def __init__(self, latent_channels: int, downsample_factor: int, declared=None) -> None:
         super().__init__()
@@ -36,13 +34,6 @@ class TwoPartEncoder(nn.Module):
         self.patch = nn.Sequential(nn.Conv2d(3, 8, downsample_factor, downsample_factor), nn.BatchNorm2d(8))
         self.patch2 = nn.Conv2d(8, 8, 1)
         self.out = nn.Conv2d(8, 2 * latent_channels, 1)
-
-    def forward(self, x: Tensor) -> DiagonalGaussian:
-        return DiagonalGaussian.from_moments(self.out(self.patch2(self.patch(x))))
-
-
-class NamingEncoder(TwoPartEncoder):
-    """One that names those it is told to."""
 
     def parameter_groups(self) -> Any:
         return self.declared
@@ -61,14 +52,16 @@ def preset(name: str) -> DCSSDAE:
         return DCSSDAE.from_preset(name)
 
 
-def build(encoder: str | Mapping[str, Any] = "TwoPartEncoder", declared: Any = None, **given: Any) -> DCSSDAE:
-    """A small model, by default with an encoder of this file."""
-    if isinstance(encoder, str):
-        encoder = {"class_path": f"{HERE}.{encoder}", "init_args": {"declared": declared}}
-    return DCSSDAE(4, 8, **{"encoder": encoder, "decoder": TINY_DECODER, **given})
+def build(encoder: str, settings: Mapping[str, Any], **given: Any) -> DCSSDAE:
+    part = {"class_path": encoder, "init_args": settings}
+    return DCSSDAE(4, 8, encoder=part, decoder=TINY_DECODER, **given)
 
 
-@each_preset
+def naming(declared: Any) -> DCSSDAE:
+    return build(f"{HERE}.NamingEncoder", {"declared": declared})
+
+
+@pytest.mark.parametrize("name", list_presets())
 def test_every_tensor_of_a_preset_is_in_exactly_one_group(name: str) -> None:
     model = preset(name)
     groups, sizes = parameter_groups(model), group_sizes(model)
@@ -94,7 +87,7 @@ def test_names_are_in_network_order() -> None:
 @pytest.mark.parametrize("kind", ["DCEncoder", "KLEncoder"])
 def test_numbers_are_the_levels_that_blocks_work_at(kind: str) -> None:
     """Level k works at 1/2^k of the image's sides; the head at full resolution."""
-    model = build(tiny_encoder(kind, 8)).eval()
+    model = tiny(8, kind)
     group_of = {tensor: group for group, tensors in parameter_groups(model).items() for tensor in tensors}
     sides: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -109,16 +102,16 @@ def test_numbers_are_the_levels_that_blocks_work_at(kind: str) -> None:
 
 
 def test_meta_device_and_float16_change_nothing() -> None:
-    model = build()
+    model = tiny()
     twin = DCSSDAE.without_weights(model.config)
     assert next(twin.parameters()).is_meta
-    assert parameter_groups(twin) == parameter_groups(model) == parameter_groups(build().half())
+    assert parameter_groups(twin) == parameter_groups(model) == parameter_groups(tiny().half())
     assert group_sizes(twin) == group_sizes(model)
 
 
 class TestUsersClasses:
     def test_without_the_method_a_class_is_one_group(self) -> None:
-        model = build(dynamics={"class_path": f"{HERE}.LearntDynamics"})
+        model = build("tiny_models.PatchEncoder", {}, dynamics={"class_path": f"{HERE}.LearntDynamics"})
         groups = parameter_groups(model)
         assert list(groups) == ["encoder", *(f"decoder.{name}" for name in TIMED_GROUPS), "dynamics"]
         assert groups["encoder"] == [name for name in model.state_dict() if name.startswith("encoder.")]
@@ -127,7 +120,7 @@ class TestUsersClasses:
 
     def test_with_the_method(self) -> None:
         declared = {"trunk.2": ["patch2"], "empty": [], "trunk.1": ["patch"], "latent-head": ["out.weight", "out.bias"]}
-        model = build("NamingEncoder", declared)
+        model = naming(declared)
         groups = {name: held for name, held in parameter_groups(model).items() if name.startswith("encoder")}
         # "patch" does not begin "patch2", and a group that holds nothing is none.
         assert list(groups) == ["encoder.trunk.2", "encoder.trunk.1", "encoder.latent-head"]
@@ -146,7 +139,7 @@ class TestUsersClasses:
         ],
     )
     def test_broken_declarations_are_one_line(self, declared: Any, message: str) -> None:
-        line = refusal(parameter_groups, build("NamingEncoder", declared))
+        line = refusal(parameter_groups, naming(declared))
         assert line.startswith(f"parameter_groups of encoder {HERE}.NamingEncoder")
         assert message in line
 
@@ -170,25 +163,15 @@ class TestSelecting:
     def test_meaning(self, wanted: list[str], expected: list[str]) -> None:
         assert select_groups(self.GROUPS, wanted) == expected
 
-    @pytest.mark.parametrize(
-        ("selector", "suggestion"), [("econder", "encoder"), ("encoder.stages.1", "encoder.stages.10")]
-    )
-    def test_a_typo_gets_a_suggestion(self, selector: str, suggestion: str) -> None:
-        message = refusal(select_groups, self.GROUPS, ["encoder.input", selector])
-        assert f"unknown parameter group {selector!r} (did you mean {suggestion!r}?); accepted: decoder" in message
-        assert all(name in message for name in self.GROUPS)
-
     def test_what_is_not_there_or_no_list_of_selectors(self) -> None:
-        for wanted in (
-            [],
-            "encoder",
-            ["encoder.stages.-4"],
-            ["encoder.stages.-0"],
-            ["encoder.-1"],
-            [""],
-            ["encoder\n"],
-        ):
-            refusal(select_groups, self.GROUPS, wanted)
+        for selector, suggestion in (("econder", "encoder"), ("encoder.stages.1", "encoder.stages.10")):
+            message = refusal(select_groups, self.GROUPS, ["encoder.input", selector])
+            assert f"unknown parameter group {selector!r} (did you mean {suggestion!r}?); accepted: decoder" in message
+            assert all(name in message for name in self.GROUPS)
+        for selector in ("encoder.stages.-4", "encoder.stages.-0", "encoder.-1", "", "encoder\n"):
+            refusal(select_groups, self.GROUPS, [selector])
+        refusal(select_groups, self.GROUPS, [])
+        refusal(select_groups, self.GROUPS, "encoder")
 
     def test_an_exact_name_means_that_group_alone(self) -> None:
         names = ("encoder.trunk", "encoder.trunk.out", "encoder.1", "encoder.1.a")
