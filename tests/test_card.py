@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import markdown_it
@@ -207,81 +208,64 @@ class TestSaving:
         assert "| PSNR, dB | 30 |" in (tmp_path / "README.md").read_text()
 
 
-class Hub:
-    """A hub with one repository; what is asked of it is noted."""
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """A hub with one repository, whose card lies in `folder`; `files` are the ones that the last upload brought."""
+    hub = Mock(folder=tmp_path / "hub")
+    hub.folder.mkdir()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.created: list[dict[str, Any]] = []
-        self.uploads: list[dict[str, Any]] = []
-        self.files: dict[str, str] = {}
-
-    def create_repo(self, repo_id: str, **given: Any) -> Any:
+    def create(repo_id: str, **_: Any) -> huggingface_hub.RepoUrl:
         huggingface_hub.utils.validate_repo_id(repo_id)
-        self.created.append(given)
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'owner/{repo_id}'}")
 
-    def file_exists(self, repo_id: str, name: str, token: str | None = None) -> bool:
-        return (self.folder / name).exists()
-
-    def hf_hub_download(self, repo_id: str, name: str, token: str | None = None) -> str:
-        return str(self.folder / name)
-
-    def upload_folder(self, **given: Any) -> str:
-        ignored = given["ignore_patterns"] or []
-        self.uploads.append(given)
-        folder = Path(given["folder_path"])
-        self.files = {file.name: file.read_text("latin-1") for file in folder.iterdir() if file.name not in ignored}
+    def upload(folder_path: Path, ignore_patterns: list[str] | None, **_: Any) -> str:
+        files = [file for file in folder_path.iterdir() if file.name not in (ignore_patterns or [])]
+        hub.files = {file.name: file.read_text("latin-1") for file in files}
         return "the commit"
 
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    (tmp_path / "hub").mkdir()
-    hub = Hub(tmp_path / "hub")
+    hub.create_repo.side_effect, hub.upload_folder.side_effect = create, upload
+    hub.file_exists.side_effect = lambda _, name, **__: (hub.folder / name).exists()
+    hub.hf_hub_download.side_effect = lambda _, name, **__: hub.folder / name
     for name in ("create_repo", "file_exists", "hf_hub_download", "upload_folder"):
         monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
     return hub
 
 
 class TestUpload:
-    def test_it_tells_how_to_load_it_from_there(self, model: DCSSDAE, hub: Hub) -> None:
+    def test_it_tells_how_to_load_it_from_there(self, model: DCSSDAE, hub: Mock) -> None:
         given = {"private": True, "token": "t", "create_pr": True, "commit_message": "first"}
         assert model.push_to_hub("name", **given, variant="fp16") == "the commit"
-        assert hub.created == [{"private": True, "token": "t", "exist_ok": True}]
-        expected = {"repo_id": "owner/name", "path_in_repo": None, "token": "t", "create_pr": True}
-        assert hub.uploads == [hub.uploads[0] | expected | {"commit_message": "first"}]
+        hub.create_repo.assert_called_once_with("name", private=True, token="t", exist_ok=True)
+        expected = {"repo_id": "owner/name", "path_in_repo": None, "commit_message": "first"}
+        uploaded = hub.upload_folder.call_args.kwargs
+        assert uploaded | expected | {"token": "t", "create_pr": True} == uploaded
         assert hub.files.keys() == {"README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors"}
         assert 'from_pretrained("owner/name", variant="fp16")' in hub.files["README.md"]
 
     @pytest.mark.parametrize(("card", "stays"), [("mine", True), (f"old\n{MARKER}\n", False)])
-    def test_a_card_there_that_is_not_ours_stays(self, model: DCSSDAE, hub: Hub, card: str, stays: bool) -> None:
+    def test_a_card_there_that_is_not_ours_stays(self, model: DCSSDAE, hub: Mock, card: str, stays: bool) -> None:
         (hub.folder / "README.md").write_text(card)
         model.push_to_hub("owner/name")
         assert ("README.md" not in hub.files) == stays
         model.push_to_hub("owner/name", subfolder="vae")
-        assert hub.uploads[1]["path_in_repo"] == "vae"
+        assert hub.upload_folder.call_args.kwargs["path_in_repo"] == "vae"
         assert "README.md" not in hub.files, "a part of something gets no card"
 
-    def test_saving_can_upload(self, model: DCSSDAE, hub: Hub, tmp_path: Path) -> None:
+    def test_saving_can_upload(self, model: DCSSDAE, hub: Mock, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "mine", push_to_hub=True)
         assert 'from_pretrained("owner/mine")' in hub.files["README.md"]
         (tmp_path / "mine" / "README.md").write_text("my own")
         model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="other/name")
-        assert hub.uploads[1]["repo_id"] == "other/name"
+        assert hub.upload_folder.call_args.kwargs["repo_id"] == "other/name"
         assert hub.files["README.md"] == "my own"
         model.save_pretrained(tmp_path / "mine", push_to_hub=True, is_main_process=False)
-        assert len(hub.uploads) == 2
+        assert hub.upload_folder.call_count == 2
 
-    def test_what_cannot_be_uploaded(self, model: DCSSDAE, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_cannot_be_uploaded(self, model: DCSSDAE, hub: Mock) -> None:
         assert "safetensors only" in refusal(model.push_to_hub, "owner/name", safe_serialization=False)
         assert "no repository can be called 'a/b/c'" in refusal(model.push_to_hub, "a/b/c")
 
-        def fail(*_: object, **__: object) -> bool:
-            raise ConnectionError("no network")
-
-        # A card there could be somebody's own.
-        monkeypatch.setattr(huggingface_hub, "file_exists", fail)
+        hub.file_exists.side_effect = ConnectionError  # a card there could be somebody's own
         with pytest.raises(ConnectionError):
             model.push_to_hub("owner/name")
-        assert not hub.uploads
+        hub.upload_folder.assert_not_called()

@@ -38,8 +38,7 @@ def plain(given: Any) -> dict[str, Any]:
 def test_what_is_known_is_kept_as_json_keeps_it() -> None:
     assert plain(WHOLE) == plain(json.loads(json.dumps(WHOLE))) == WHOLE
     assert list(plain(dict(reversed(WHOLE.items())))) == list(WHOLE), "in one order"
-    tuples = {"untrained": ("encoder", "decoder"), "evaluations": (EVALUATION,)}
-    assert plain(tuples) == {"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]}
+    assert plain({"untrained": ("encoder",)}) == {"untrained": ["encoder"]}
 
 
 @pytest.mark.parametrize(
