@@ -89,14 +89,14 @@ def test_a_pickle_under_another_name(name: str, kind: str, copied_folder: Path, 
         assert "safetensors" in loading_refusal(copied_folder, **arguments)
 
 
-INSIDE = (f"{STEM}.bin", "shard.safetensors", "../payload.bin", "ABSOLUTE", ".", "", "x/../p")
+INSIDE = (f"{STEM}.bin", "shard.safetensors", "../payload.bin", "../good.safetensors", "ABSOLUTE", ".", "", "x/../p")
 
 
 @pytest.mark.parametrize("inside", INSIDE)
 def test_an_index_that_names_a_pickle_or_a_path_elsewhere(inside: str, copied_folder: Path, canary: Path) -> None:
     target = inside.replace("ABSOLUTE", str(copied_folder.parent / "payload.bin"))
     weight_map = dict.fromkeys(load_file(copied_folder / WEIGHTS), target)
-    (copied_folder / WEIGHTS).unlink()
+    (copied_folder / WEIGHTS).rename(copied_folder / "../good.safetensors")
     for path in ("../payload.bin", "shard.safetensors", f"{STEM}.bin"):
         (copied_folder / path).write_bytes(payloads(canary)["zip"])
     for index in (f"{WEIGHTS}.index.json", f"{WEIGHTS}.index.fp16.json", f"{STEM}.bin.index.json"):
