@@ -1,9 +1,9 @@
 """The card of a saved model: what it says, that nothing in it can be injected, whose README stays, and its upload."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import markdown_it
@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import edit_config, refusal, tiny
+from tiny_models import EVALUATION, edit_config, refusal, tiny
 
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.card import (
@@ -21,7 +21,6 @@ from dc_ssdae.card import (
     is_ours,
     note_evaluation,
     render_model_card,
-    upload_model,
     write_model_card,
 )
 from dc_ssdae.provenance import LONGEST_TEXT, Provenance
@@ -34,13 +33,6 @@ CONFIG: dict[str, Any] = {
     "encoder": {"class_path": "DCEncoder"},
     "decoder": {"class_path": "UViTDecoder"},
     "dynamics": {"class_path": "FlowMatching"},
-}
-EVALUATION: dict[str, Any] = {
-    "protocol": "dcae",
-    "data": "photos/validation",
-    "images": 5000,
-    "image_size": 256,
-    "metrics": {"psnr": {"value": 25.125, "low": 25.0, "high": 25.25}, "lpips": {"value": 0.5, "note": "random"}},
 }
 
 
@@ -61,23 +53,15 @@ def front_matter(card: str) -> Any:
 
 class TestContent:
     def test_a_model_of_which_all_is_known(self) -> None:
-        provenance = {
-            "preset": "demo",
-            "data": "owner/photos",
-            "steps": 30,
-            "license": "mit",
-            "evaluations": [EVALUATION],
-        }
-        card = render(provenance, "owner/name", scaling_factor=0.5, shift_factor=0.25)
+        known = {"preset": "demo", "data": "owner/photos", "steps": 30, "license": "mit", "evaluations": [EVALUATION]}
+        card = render(known, "owner/name", scaling_factor=0.5, shift_factor=0.25)
         for line in (
             MARKER,
             "# DC-SSDAE f8c4",
             "- **Encoder**: `DCEncoder`, 1,234,567 parameters",
-            "- **Decoder**: `UViTDecoder`, 89 parameters",
-            "- **Dynamics**: `FlowMatching`",
             "- **Training data**: `owner/photos`",
-            "- **Training**: 30 steps",
-            "Protocol `dcae`, 5,000 images of `photos/validation`, 256×256 px, decoded in one step:",
+            "Protocol `dcae`, 5,000 images of `photos/validation`, 256×256 px, "
+            "decoded with `sampler` `nesterov`, `num_steps` `4`, `step_size` `0.5, 0.25`:",
             "| PSNR, dB | 25.125 (25 to 25.25) |",
             "| LPIPS † | 0.5 |",
             "- **LPIPS †**: `random`",
@@ -97,25 +81,23 @@ class TestContent:
     def test_a_model_of_which_nothing_is_known(self) -> None:
         card = render()
         assert "Its training is not recorded." in card
-        assert "## Figures" not in card
-        assert "random weights" not in card
         assert "A licence for these weights is not stated" in card
         assert 'from_pretrained("PATH/TO/THIS/FOLDER")' in card
+        assert "## Figures" not in card
+        assert "random weights" not in card
         assert front_matter(card).keys() == {"library_name", "tags"}
 
-    def test_random_weights_say_so(self) -> None:
-        card = render({"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]})
-        assert "> **Random weights: not trained.**" in card
-        assert "model-index" not in front_matter(card)
-        assert "> **The decoder has random weights: not trained.**" in render({"untrained": ["decoder"]})
-
-    def test_figures_of_the_training_are_told_apart(self) -> None:
+    def test_random_weights_and_figures_of_the_training_are_told_apart(self) -> None:
+        """The hub would list them beside other models' figures."""
         watching = {"protocol": "training", "data": "x", "images": 9, "step": 20, "metrics": {"mse": {"value": 0.125}}}
-        card = render({"evaluations": [watching]})
-        assert "During training, after 20 steps, 9 images of `x`" in card
-        assert "| MSE | 0.125 |" in card
-        assert "follow no published protocol" in card
-        assert "model-index" not in front_matter(card)
+        for known, *words in (
+            ({"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]}, "> **Random weights: not trained.**"),
+            ({"untrained": ["decoder"]}, "> **The decoder has random weights: not trained.**"),
+            ({"evaluations": [watching]}, "During training, after 20 steps, 9 images of `x`", "| MSE | 0.125 |"),
+        ):
+            card = render(known)
+            assert all(text in card for text in words)
+            assert "model-index" not in front_matter(card)
 
     def test_the_loading_lines_work(self, model: DCSSDAE, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, variant="ema", max_shard_size="50KB")
@@ -132,10 +114,8 @@ class TestContent:
         cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
         report = cited["preferred-citation"]
         works = {entry["title"]: entry["doi"] for entry in cited["references"]}
-        others = {
-            part: {"class_path": name} for part, name in (("encoder", "KLEncoder"), ("dynamics", "EquilibriumMatching"))
-        }
-        for card in (render(), render(**others)):
+        for others in ({}, {"encoder": {"class_path": "KLEncoder"}, "dynamics": {"class_path": "EquilibriumMatching"}}):
+            card = render(**others)
             assert f"{{{report['title']}}}" in card
             assert f"{{{{{report['authors'][0]['name']}}}}}" in card
             found = dict(re.findall(r"^- \[(.*)\]\(https://arxiv.org/abs/(.*)\)$", card, re.MULTILINE))
@@ -144,39 +124,26 @@ class TestContent:
             assert f"under {cited['license']}." in card
 
 
-HOSTILE = st.text(
-    alphabet=st.sampled_from("`|\\<>[](){}!#*_-:&'\"~$ @/.%?+=ab1é漢"), min_size=1, max_size=40
-) | st.sampled_from(
-    [
-        "---",
-        "--- x: !!python/object/apply:os.system ['id']",
-        "<script>alert(1)</script>",
-        "![x](https://host/pixel.png)",
-        "`` ` `` </code> | a",
-        "null",
-        MARKER[:LONGEST_TEXT],
-    ]
+CRAFTED = (
+    "---",
+    "--- x: !!python/object/apply:os.system ['id']",
+    "<script>alert(1)</script>",
+    "![x](https://host/pixel.png)",
+    "`` ` `` </code> | a",
+    "null",
+    MARKER[:LONGEST_TEXT],
 )
+SIGNS = st.sampled_from("`|\\<>[](){}!#*_-:&'\"~$ @/.%?+=ab1é漢")
+HOSTILE = st.text(SIGNS, min_size=1, max_size=40) | st.sampled_from(CRAFTED)
 
 
 class TestInjection:
     @settings(max_examples=40, deadline=None, derandomize=True)
     @given(HOSTILE, HOSTILE, HOSTILE)
     def test_hostile_texts_stay_texts(self, first: str, second: str, third: str) -> None:
-        provenance = {
-            "preset": first,
-            "changes": [second, third],
-            "data": second,
-            "evaluations": [
-                {
-                    "protocol": third,
-                    "data": first,
-                    "images": 3,
-                    "decoding": {second: third},
-                    "metrics": {"psnr": {"value": 1.5}, third: {"value": 2.0, "note": second}},
-                }
-            ],
-        }
+        metrics = {"psnr": {"value": 1.5}, third: {"value": 2.0, "note": second}}
+        figures = {"protocol": third, "data": first, "images": 3, "decoding": {second: third}, "metrics": metrics}
+        provenance = {"preset": first, "changes": [second, third], "data": second, "evaluations": [figures]}
         try:
             Provenance.from_mapping(provenance)
         except InputError:
@@ -203,14 +170,6 @@ class TestInjection:
 
 
 class TestSaving:
-    def test_provenance_survives(self, model: DCSSDAE, tmp_path: Path) -> None:
-        model.save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "config.json").read_text())
-        assert DCSSDAE.from_pretrained(tmp_path).config.provenance == config["provenance"]
-        assert config.pop("provenance") == {"preset": "demo", "steps": 30}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert DCSSDAE.from_pretrained(tmp_path).config.provenance is None, "of an older version"
-
     def test_a_wrong_provenance_is_refused_wherever_it_comes_from(self, model: DCSSDAE, tmp_path: Path) -> None:
         assert "unknown key of provenance 'x'" in refusal(tiny, provenance={"x": 1})
         model.save_pretrained(tmp_path)
@@ -239,96 +198,74 @@ class TestSaving:
         model.save_pretrained(tmp_path)
         assert path.read_text().endswith("more\n")
 
-    def test_figures_are_added(self, model: DCSSDAE, tmp_path: Path) -> None:
+    def test_provenance_survives_and_figures_are_added(self, model: DCSSDAE, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
         note_evaluation(tmp_path, EVALUATION)
-        note_evaluation(tmp_path, {**EVALUATION, "metrics": {"psnr": {"value": 30.0}}})
-        assert len(DCSSDAE.from_pretrained(tmp_path).config.provenance["evaluations"]) == 1
+        better = {**EVALUATION, "metrics": {"psnr": {"value": 30.0}}}
+        note_evaluation(tmp_path, better)
+        expected = {"preset": "demo", "steps": 30, "evaluations": [better]}
+        assert DCSSDAE.from_pretrained(tmp_path).config.provenance == expected
         assert "| PSNR, dB | 30 |" in (tmp_path / "README.md").read_text()
 
 
-class Hub:
-    """A hub with one repository; what is asked of it is noted."""
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """A hub with one repository, whose card lies in `folder`; `files` are the ones that the last upload brought."""
+    hub = Mock(folder=tmp_path / "hub")
+    hub.folder.mkdir()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.created: list[dict[str, Any]] = []
-        self.uploads: list[dict[str, Any]] = []
-        self.files: dict[str, str] = {}
-
-    def create_repo(self, repo_id: str, **given: Any) -> Any:
+    def create(repo_id: str, **_: Any) -> huggingface_hub.RepoUrl:
         huggingface_hub.utils.validate_repo_id(repo_id)
-        self.created.append(given)
-        name = repo_id if "/" in repo_id else f"owner/{repo_id}"
-        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'owner/{repo_id}'}")
 
-    def file_exists(self, repo_id: str, name: str, token: str | None = None) -> bool:
-        return (self.folder / name).exists()
-
-    def hf_hub_download(self, repo_id: str, name: str, token: str | None = None) -> str:
-        return str(self.folder / name)
-
-    def upload_folder(self, **given: Any) -> str:
-        ignored = given["ignore_patterns"] or []
-        self.uploads.append(given)
-        folder = Path(given["folder_path"])
-        self.files = {file.name: file.read_text("latin-1") for file in folder.iterdir() if file.name not in ignored}
+    def upload(folder_path: Path, ignore_patterns: list[str] | None, **_: Any) -> str:
+        files = [file for file in folder_path.iterdir() if file.name not in (ignore_patterns or [])]
+        hub.files = {file.name: file.read_text("latin-1") for file in files}
         return "the commit"
 
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    (tmp_path / "hub").mkdir()
-    hub = Hub(tmp_path / "hub")
+    hub.create_repo.side_effect, hub.upload_folder.side_effect = create, upload
+    hub.file_exists.side_effect = lambda _, name, **__: (hub.folder / name).exists()
+    hub.hf_hub_download.side_effect = lambda _, name, **__: hub.folder / name
     for name in ("create_repo", "file_exists", "hf_hub_download", "upload_folder"):
         monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
     return hub
 
 
 class TestUpload:
-    def test_it_tells_how_to_load_it_from_there(self, model: DCSSDAE, hub: Hub) -> None:
+    def test_it_tells_how_to_load_it_from_there(self, model: DCSSDAE, hub: Mock) -> None:
         given = {"private": True, "token": "t", "create_pr": True, "commit_message": "first"}
         assert model.push_to_hub("name", **given, variant="fp16") == "the commit"
-        assert hub.created == [{"private": True, "token": "t", "exist_ok": True}]
-        (upload,) = hub.uploads
-        expected = {"repo_id": "owner/name", "path_in_repo": None, "token": "t", "create_pr": True}
-        assert upload | expected == upload
-        assert upload["commit_message"] == "first"
+        hub.create_repo.assert_called_once_with("name", private=True, token="t", exist_ok=True)
+        expected = {"repo_id": "owner/name", "path_in_repo": None, "commit_message": "first"}
+        uploaded = hub.upload_folder.call_args.kwargs
+        assert uploaded | expected | {"token": "t", "create_pr": True} == uploaded
         assert hub.files.keys() == {"README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors"}
         assert 'from_pretrained("owner/name", variant="fp16")' in hub.files["README.md"]
 
     @pytest.mark.parametrize(("card", "stays"), [("mine", True), (f"old\n{MARKER}\n", False)])
-    def test_a_card_there_that_is_not_ours_stays(self, model: DCSSDAE, hub: Hub, card: str, stays: bool) -> None:
+    def test_a_card_there_that_is_not_ours_stays(self, model: DCSSDAE, hub: Mock, card: str, stays: bool) -> None:
         (hub.folder / "README.md").write_text(card)
         model.push_to_hub("owner/name")
         assert ("README.md" not in hub.files) == stays
         model.push_to_hub("owner/name", subfolder="vae")
-        assert hub.uploads[1]["path_in_repo"] == "vae"
+        assert hub.upload_folder.call_args.kwargs["path_in_repo"] == "vae"
         assert "README.md" not in hub.files, "a part of something gets no card"
 
-    def test_saving_can_upload(self, model: DCSSDAE, hub: Hub, tmp_path: Path) -> None:
+    def test_saving_can_upload(self, model: DCSSDAE, hub: Mock, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "mine", push_to_hub=True)
-        assert 'from_pretrained("owner/mine")' in (tmp_path / "mine" / "README.md").read_text()
+        assert 'from_pretrained("owner/mine")' in hub.files["README.md"]
         (tmp_path / "mine" / "README.md").write_text("my own")
         model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="other/name")
-        assert hub.uploads[1]["repo_id"] == "other/name"
+        assert hub.upload_folder.call_args.kwargs["repo_id"] == "other/name"
         assert hub.files["README.md"] == "my own"
         model.save_pretrained(tmp_path / "mine", push_to_hub=True, is_main_process=False)
-        assert len(hub.uploads) == 2
+        assert hub.upload_folder.call_count == 2
 
-    def test_what_cannot_be_uploaded(self, model: DCSSDAE, hub: Hub, tmp_path: Path) -> None:
+    def test_what_cannot_be_uploaded(self, model: DCSSDAE, hub: Mock) -> None:
         assert "safetensors only" in refusal(model.push_to_hub, "owner/name", safe_serialization=False)
         assert "no repository can be called 'a/b/c'" in refusal(model.push_to_hub, "a/b/c")
-        assert not hub.uploads
 
-    def test_a_hub_that_cannot_be_asked_for_its_card_gets_nothing(
-        self, model: DCSSDAE, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def fail(*_: object, **__: object) -> bool:
-            raise ConnectionError("no network")
-
-        model.save_pretrained(tmp_path / "mine")
-        monkeypatch.setattr(huggingface_hub, "file_exists", fail)
+        hub.file_exists.side_effect = ConnectionError  # a card there could be somebody's own
         with pytest.raises(ConnectionError):
-            upload_model(tmp_path / "mine", "owner/name")
-        assert not hub.uploads
+            model.push_to_hub("owner/name")
+        hub.upload_folder.assert_not_called()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tiny import make_images
 
 from dc_ssdae.cli.latent_file import read_latent
 from dc_ssdae.data.images import read_image
@@ -59,20 +60,11 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: 
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_pack_names_the_shard_that_cannot_be_written(divided: Path, tmp_path: Path) -> None:
+def test_pack_names_the_shard_that_cannot_be_written(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 3)
     with pytest.raises(OSError, match="too large") as caught, largest_file(1500):
-        pack(str(divided), tmp_path / "out", PackSettings(size=None), report=lambda _: None)
+        pack(str(images), tmp_path / "out", PackSettings(size=None), report=lambda _: None)
     assert caught.value.filename == str(tmp_path / "out" / "000000.tar")
-
-
-@pytest.fixture
-def divided(tmp_path: Path) -> Path:
-    from PIL import Image
-
-    (tmp_path / "images").mkdir()
-    for number in range(3):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
-    return tmp_path / "images"
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -1,6 +1,7 @@
 """Models from the hub, out of a cache that is made by hand: as strict as from a folder, and nothing is fetched."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, refusal
 
 from dc_ssdae import DCSSDAE
@@ -20,10 +20,7 @@ STEM = "diffusion_pytorch_model"
 
 @pytest.fixture(autouse=True)
 def no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("something was unpickled")
-
-    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
 
 
 @pytest.fixture
@@ -59,31 +56,12 @@ def test_a_subfolder_a_variant_and_a_dtype(snapshot: Path) -> None:
     assert loaded.encoder.conv_in.weight.equal(model.encoder.conv_in.weight.bfloat16())
 
 
-def cut(folder: Path) -> None:
-    content = (folder / f"{STEM}.safetensors").read_bytes()
-    (folder / f"{STEM}.safetensors").write_bytes(content[: len(content) // 2])
-
-
-def change(**tensors: torch.Tensor | None) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        state = {**load_file(folder / f"{STEM}.safetensors"), **tensors}
-        save_file({name: value for name, value in state.items() if value is not None}, folder / f"{STEM}.safetensors")
-
-    return spoil
-
-
-NAME = "encoder.conv_in.bias"
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (cut, "is truncated: tensor"),
-        (change(**{NAME: None}), f"missing: {NAME}"),
-        (change(**{NAME: torch.zeros(3)}), f"{NAME} has shape (3,)"),
+        (lambda folder: os.truncate(folder / f"{STEM}.safetensors", 50_000), "is truncated: tensor"),
         (lambda folder: (folder / "config.json").write_text("{"), "me/model/config.json is not JSON"),
         (partial(edit_config, quantization_config={"quant_method": "bitsandbytes"}), "quantised"),
-        (partial(edit_config, latent_channels=10**6), "its settings are too large"),
         (lambda folder: (folder / f"{STEM}.safetensors").unlink(), f"me/model/{STEM}.safetensors: no such file"),
         (lambda folder: (folder / "config.json").unlink(), "me/model holds no model: config.json is missing"),
     ],
@@ -95,16 +73,10 @@ def test_what_is_damaged_is_named_in_one_line(snapshot: Path, spoil: Callable[[P
     assert str(snapshot) not in message, "a path in the cache says little"
 
 
-@pytest.mark.parametrize("suffix", ["", ".fp16"])
-def test_an_index_that_names_a_pickle_is_refused(snapshot: Path, suffix: str) -> None:
-    state = load_file(snapshot / f"{STEM}.safetensors")
-    (snapshot / "w.bin").write_bytes(b"no matter")
-    (snapshot / f"{STEM}{suffix}.safetensors").write_bytes((snapshot / f"{STEM}.safetensors").read_bytes())
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(state, "w.bin")}
-    (snapshot / f"{STEM}.safetensors.index{suffix}.json").write_text(json.dumps(index))
-    message = refusal(load, snapshot, variant=suffix[1:] or None)
-    assert "w.bin is a pickle file" in message
-    assert "python -c" in message
+def test_an_index_that_names_a_pickle_is_refused(snapshot: Path) -> None:
+    index = {"metadata": {"total_size": 1}, "weight_map": {"encoder.conv_in.bias": "w.bin"}}
+    (snapshot / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
+    assert "w.bin is a pickle file" in refusal(load, snapshot)
 
 
 def test_what_is_not_there_is_an_error_of_the_system(snapshot: Path) -> None:

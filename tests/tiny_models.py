@@ -22,6 +22,16 @@ TINY_DECODER = {
     }
 }
 
+EVALUATION: dict[str, Any] = {
+    "protocol": "dcae",
+    "data": "photos/validation",
+    "images": 5000,
+    "image_size": 256,
+    "decoding": {"sampler": "nesterov", "num_steps": 4, "step_size": [0.5, 0.25]},
+    "metrics": {"psnr": {"value": 25.125, "low": 25.0, "high": 25.25}, "lpips": {"value": 0.5, "note": "random"}},
+}
+"""As a model's provenance holds it."""
+
 
 def tiny_encoder(kind: str, factor: int) -> dict[str, Any]:
     if kind == "KLEncoder":
