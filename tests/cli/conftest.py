@@ -11,8 +11,9 @@ from dc_ssdae.losses import backbones
 
 
 @pytest.fixture(autouse=True)
-def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say nothing of instructions that this machine's CPU may lack, in lines as long as those in a pipe."""
+def any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder of the test's own, in lines as long as in a pipe; say nothing of what this CPU may lack."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dc_ssdae.machine.slow_dtype_note", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -60,9 +61,8 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current folder, with autoencoders in `peers.py`, on a machine without weights of metrics."""
-    (tmp_path / "peers.py").write_text(PEERS)
-    monkeypatch.chdir(tmp_path)
+    """Autoencoders in `peers.py`, on a machine without weights of metrics."""
+    Path("peers.py").write_text(PEERS)
     monkeypatch.delenv(backbones.FOLDER_VARIABLE, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
