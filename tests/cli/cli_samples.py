@@ -74,12 +74,6 @@ def save_photos(folder: Path, *names: str) -> Path:
     return folder
 
 
-def save_broken(folder: Path) -> None:
-    """A folder with an image that cannot be read."""
-    folder.mkdir()
-    (folder / "a.png").write_bytes(b"no picture")
-
-
 def save_model(folder: Path, **settings: object) -> Path:
     """Save the demo preset (f8, c4), or what `settings` make of it, with random weights."""
     if factor := settings.get("downsample_factor"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from cli_samples import Refusal, Run, save_photos
+from cli_samples import Run, save_photos
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.evaluation.profile import count_flops
@@ -101,17 +101,3 @@ def test_steps(run: Run) -> None:
     figures = run(*TRAIN, "--json", "--steps=1").json()
     assert (figures["benchmark"], figures["steps"], figures["config"]["data"]["image_size"]) == ("train", 1, 16)
     assert set(figures["configurations"][0]["phases"]) == {"forward", "backward", "update"}
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("decode jpeg:75", "jpeg:75"),
-        ("data nowhere", "nowhere"),
-        ("train --config demo --stepz 3", "did you mean '--steps'"),
-        ("train --config demo --compare compile=true", "'compile=true'"),
-        ("train --config demo --compare training.compil=true", "'compil'"),
-    ],
-)
-def test_mistakes_are_one_line(words: str, named: str, refusal: Refusal) -> None:
-    assert named in refusal("bench", *words.split())

@@ -22,16 +22,12 @@ def test_a_checkpoint_of_the_original(run: Run, refusal: Refusal) -> None:
     names = original_model_names(model)
     theirs = {names[ours]: tensor for ours, tensor in model.state_dict().items()}
     save_file(theirs, "original.safetensors")
-    for preset, file, named in (
-        ("dmo", "original.safetensors", "did you mean 'demo'"),
-        ("demo", "absent.safetensors", "absent.safetensors"),
-        ("vq_f8c4_fm", "original.safetensors", "encoder.conv_in.weight"),
-    ):
-        assert named in refusal("convert", "original", file, "--preset", preset, "--out", "out")
-        assert not Path("out").exists()
+    words = ("convert", "original", "original.safetensors", "--out", "out", "--preset")
+    assert "encoder.conv_in.weight" in refusal(*words, "vq_f8c4_fm")
+    assert not Path("out").exists()
 
     Path("out").mkdir()
-    outcome = run("convert", "original", "original.safetensors", "--preset", "demo", "--out", "out")
+    outcome = run(*words, "demo")
     assert (outcome.code, outcome.err) == (0, [])
     converted = DCSSDAE.from_pretrained("out")
     radius, whole = outcome.out

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_samples import WEIGHTS, Refusal, Run, Words, save_broken, save_photos
+from cli_samples import WEIGHTS, Run, Words, save_photos
 
 from dc_ssdae.evaluation import evaluate as evaluate_module
 
@@ -167,29 +167,6 @@ def test_the_figures_get_into_the_model(
     assert outcome.code == 2
     assert "the weights in copied have changed" in outcome.err[-1]
     assert (copied / "config.json").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        ("--protocol dcea", "did you mean 'dcae'"),
-        ("--metrics psnr,lpisp", "did you mean 'lpips'"),
-        ("--sampler nestorov", "did you mean 'nesterov'"),
-        ("--sampler one_step --steps 2", "--steps is 2"),
-        ("--size 20", "20"),
-        ("--data no/such/folder", "'no/such/folder'"),
-        ("--data broken", "'broken/a.png'"),
-        ("--import no_such_module", "no_such_module"),
-        ("--model jpeg:75 --add-to-model", "--add-to-model"),
-        ("--model python:peers.greedy --batch 2", "out of memory with --batch 2"),
-    ],
-)
-def test_what_is_wrong_is_one_line_and_writes_nothing(
-    refusal: Refusal, model_dir: Path, words: Words, more: str, named: str
-) -> None:
-    save_broken(Path("broken"))
-    assert named in refusal("eval", "--model", model_dir, *words, *more.split())
-    assert not Path("evaluation").exists()
 
 
 # --- two processes ---

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pytest
 import torch
-from cli_samples import Refusal, Run
+from cli_samples import Run
 
 from dc_ssdae import DCSSDAE
 
@@ -25,17 +24,3 @@ def test_programs_of_a_saved_model(run: Run, model_dir: Path) -> None:
         image = torch.export.load(out / "decoder.pt2").module()(mean, noise)
         assert torch.allclose(mean, model.encode(x).latent_dist.mean, atol=1e-4)
         assert torch.allclose(image, model.decode(mean, noise=noise).sample, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("--size 8 8 8", "--size"),
-        ("--size 12", "12"),
-        ("--size 8 --noise_size 16", "--noise_size"),
-        ("--format onnx --dtype bfloat16", "--dtype"),
-    ],
-)
-def test_options_that_do_not_fit_write_nothing(refusal: Refusal, model_dir: Path, words: str, named: str) -> None:
-    assert named in refusal("export", "--model", model_dir, "--out", "out", *words.split())
-    assert not Path("out").exists()

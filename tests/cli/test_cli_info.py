@@ -90,10 +90,7 @@ def test_a_size_that_is_no_multiple_of_f_is_told(run: Run) -> None:
 
 
 def test_what_is_no_whole_model_is_one_line(refusal: Refusal, copy: Path) -> None:
-    assert "did you mean 'dc_f32c32_eqm'" in refusal("info", "dc_f32c32_eqn")
     weights = copy / WEIGHTS
-    assert "copy/config.json is a file" in refusal("info", copy / "config.json")
-    assert "config.json is missing" in refusal("info", ".")
     os.truncate(weights, weights.stat().st_size - 10)
     assert "is truncated: tensor '" in refusal("info", copy)
     weights.unlink()
@@ -117,14 +114,10 @@ def test_the_dtype_halves_the_memory_and_a_device_adds_times(
     assert sum(line.startswith("One 32 px image on cpu, median of 3: encode ") for line in timed.out) == 1
 
 
-def test_groups_are_one_per_line_whatever_the_width(
-    run: Run, refusal: Refusal, model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_are_one_per_line_whatever_the_width(run: Run, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     sizes = group_sizes(DCSSDAE.from_preset("demo"))
     for model in ("demo", model_dir):
         outcome = run("info", model, "--groups")
         assert [tuple(line.split()) for line in outcome.out] == [(group, str(size)) for group, size in sizes.items()]
     assert run("info", "demo", "--groups", "--json").json() == sizes
-    for words in ([], ["demo", "--device", "cpu"], ["demo", "--dtype", "bfloat16"]):
-        assert "--groups" in refusal("info", *words, "--groups")

@@ -109,20 +109,6 @@ def test_images_that_are_broken_small_or_without_a_label_are_told(run: Run, word
     assert any("1 of 1 image" in line and "smaller than 48 px" in line for line in outcome.err)
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        ("photos out --size 30", "f = 8"),
-        ("photos out --seed 1", "--seed is for --store sample"),
-        ("photos photos/out", "lies in the source"),
-        ("photos/train out --split validation", "not divided into parts"),
-    ],
-)
-def test_what_does_not_fit(refusal: Refusal, options: Words, more: str, named: str) -> None:
-    assert named in refusal("latents", *options, *more.split())
-    assert not Path(more.split()[1]).exists()
-
-
 def test_other_processes_are_silent(run: Run, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run(*words, "--seed", 1) == (2, [], [])

@@ -51,18 +51,3 @@ def test_broken_images(run: Run) -> None:
     outcome = run(*words, "--max-broken-share", 0.5)
     assert (outcome.code, outcome.err) == (0, [])
     assert "1 broken, left out, listed in manifest.json" in outcome.out[0]
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("out --size 0", "--size is '0'"),
-        ("out --size half", "--size is 'half'"),
-        ("out --format png --quality 90", "--quality"),
-        ("photos/out", "photos/out"),
-    ],
-)
-def test_what_does_not_fit(refusal: Refusal, words: str, named: str) -> None:
-    target, *more = words.split()
-    assert named in refusal("pack", "photos", target, *more)
-    assert not Path(target).exists()

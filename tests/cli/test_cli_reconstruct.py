@@ -152,21 +152,3 @@ def test_an_image_that_diverges_is_told(reconstruct: Run, photo: Path, monkeypat
     assert outcome.code == 0
     (line,) = outcome.err
     assert line.startswith(f"dc-ssdae reconstruct: {photo}: diverged; ")
-
-
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        ("--sampler euler", "'euler'"),
-        ("--sampler one_step --steps 2", "--steps is 2"),
-        ("--tolerance -1", "--tolerance is -1.0"),
-        ("--start 0.5", "--draft"),
-        ("--tile_size 36", "tile_size is 36"),
-        ("--model nobody/nothing", "nobody/nothing"),
-    ],
-)
-def test_options_that_do_not_fit_are_one_line(
-    more: str, named: str, refusal: Refusal, words: Words, photo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert named in refusal("reconstruct", photo, *words, *more.split())

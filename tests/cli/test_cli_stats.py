@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_samples import WEIGHTS, Outcome, Refusal, Run, Words, save_broken, save_photos
+from cli_samples import WEIGHTS, Outcome, Run, Words, save_photos
 from PIL import Image
 
 from dc_ssdae import DCSSDAE
@@ -94,17 +94,8 @@ def test_a_run_means_its_model_and_no_write_only_prints(stats: Run) -> None:
     assert config_of("run/model")["scaling_factor"] != 1.0
 
 
-def test_what_cannot_be_measured(refusal: Refusal, stats: Run, words: Words) -> None:
+def test_latents_that_are_not_finite(stats: Run) -> None:
     before = config_of("model")
-    save_broken(Path("broken"))
-    for more, named in (
-        ("--size 30", "f = 8"),
-        ("--model owner/model", "owner/model"),
-        ("--model photos", "config.json is missing"),
-        ("--data absent", "absent"),
-        ("--data broken", "a.png"),
-    ):
-        assert named in refusal(*words, *more.split())
     loaded = DCSSDAE.from_pretrained("model")
     torch.nn.init.constant_(next(loaded.encoder.parameters()), float("inf"))
     loaded.save_pretrained("model")

@@ -43,21 +43,3 @@ def test_one_model_of_chosen_samplers(run: Run, words: Words, model_dir: Path) -
     rows = [line for line in outcome.out if line.startswith("| mine")]
     assert {row.split(" | ")[1] for row in rows} == {"one_step", "nesterov"}
     assert not any("LPIPS" in line for line in outcome.out)
-
-
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        ("--samplers nestorov", "did you mean 'nesterov'"),
-        ("--samplers euler", "EquilibriumMatching"),
-        ("--step_sizes x", "--step_sizes holds 'x'"),
-        ("--baseline MODEL", "two models"),
-    ],
-)
-def test_what_is_wrong_is_told_and_writes_nothing(
-    run: Run, words: Words, model_dir: Path, more: str, named: str
-) -> None:
-    outcome = run(*words, *more.replace("MODEL", str(model_dir)).split())
-    assert (outcome.code, outcome.out) == (2, [])
-    assert named in outcome.err[-1]
-    assert not Path("study").exists()
