@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from cli_samples import PEERS, Outcome, Refusal, Run, save_model, save_photo
+from cli_samples import PEERS, Outcome, Refusal, Run, Words, save_model, save_photo, save_photos
 
 from dc_ssdae.cli.main import COMMANDS, main
 from dc_ssdae.losses import backbones
@@ -57,6 +57,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photo(tmp_path: Path) -> Path:
     """A PNG of 24 by 37 pixels (height by width)."""
     return save_photo(tmp_path / "photo.png", 24, 37)
+
+
+@pytest.fixture(scope="session")
+def five_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five images, and a file that is none."""
+    folder = save_photos(tmp_path_factory.mktemp("photos"), "0", "1", "2", "3", "4")
+    (folder / "3b.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture
+def measuring(five_photos: Path) -> Words:
+    """What an evaluation measures, and on what."""
+    return ("--data", five_photos, "--size", 32, "--workers", 0, "--device", "cpu", "--metrics", "psnr")
 
 
 @pytest.fixture

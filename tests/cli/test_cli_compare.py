@@ -7,30 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_samples import Refusal, Run, Words, save_photos
+from cli_samples import Refusal, Run, Words
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four images, and a file that is none."""
-    folder = save_photos(tmp_path_factory.mktemp("photos"), "0", "1", "2", "3")
-    (folder / "3b.png").write_bytes(b"no picture")
-    return folder
-
-
 @pytest.fixture
-def measured(photos: Path) -> Words:
-    """What is measured, on what, as for eval."""
-    setting = ("--size", 32, "--workers", 0, "--device", "cpu", "--metrics", "psnr")
-    return ("--data", photos, *setting, "--out", "out")
-
-
-@pytest.fixture
-def words(measured: Words) -> Words:
-    return (*measured, "--rounds", 1)
+def words(measuring: Words) -> Words:
+    return (*measuring, "--out", "out", "--rounds", 1)
 
 
 def table_of() -> Any:
@@ -46,14 +31,14 @@ def page_of() -> str:
 
 
 def test_it_writes_four_files_and_prints_the_table(
-    run: Run, model_dir: Path, measured: Words, words: Words, photos: Path
+    run: Run, model_dir: Path, measuring: Words, words: Words, five_photos: Path
 ) -> None:
     models = (model_dir, "mine=python:peers.Blocks", "jpeg:50", "bicubic:4", "new=preset:demo")
     labels = ["small", "mine", "jpeg:50", "bicubic:4", "new"]
     outcome = run("compare", *models, *words, "--batch", 2, "--rounds", 2, "--show", 2, "--steps", 2)
     assert outcome.code == 0
     (line,) = outcome.err
-    assert line.startswith(f"dc-ssdae compare: left out: cannot read image '{photos}/3b.png'")
+    assert line.startswith(f"dc-ssdae compare: left out: cannot read image '{five_photos}/3b.png'")
     assert sorted(os.listdir("out")) == ["index.html", "pareto.png", "table.json", "table.md"]
     assert outcome.out[-1].startswith("-> out/index.html, ")
     printed = Path("out/table.md").read_text(encoding="utf-8")
@@ -67,13 +52,13 @@ def test_it_writes_four_files_and_prints_the_table(
         assert row["decode"]["value"] > 0
     assert rows["new"]["remarks"] == ["random weights"]
     assert (rows["small"]["evaluations"]["value"], rows["jpeg:50"]["evaluations"]["value"]) == (2, None)
-    assert (table["protocol"]["images"], table["protocol"]["data"]) == (4, photos.name)
+    assert (table["protocol"]["images"], table["protocol"]["data"]) == (5, five_photos.name)
     assert (table["speed"]["batch"], table["speed"]["rounds"]) == (2, 2)
     assert all(page_of().count(f"<b>{label}</b>") == 2 for label in labels)
     with Image.open("out/pareto.png") as picture:
         assert picture.width > 800
     # The figures are those of eval.
-    assert run("eval", "--model", model_dir, *measured, "--batch", 2, "--steps", 2, "--out", "one").code == 0
+    assert run("eval", "--model", model_dir, *measuring, "--batch", 2, "--steps", 2, "--out", "one").code == 0
     metrics = json.loads(Path("one/report.json").read_text(encoding="utf-8"))["metrics"]
     for name, cell in metrics.items():
         del cell["unit"]

@@ -40,6 +40,13 @@ def test_a_checkpoint_of_the_original(run: Run, refusal: Refusal) -> None:
 
 # --- published encoders of diffusers ---
 
+STATISTICS = {
+    "scaling_factor": 0.5,
+    "shift_factor": 0.25,
+    "latents_mean": [0.1, 0.2, 0.3, 0.4],
+    "latents_std": [1, 2, 3, 4],
+}
+
 
 @pytest.fixture
 def published() -> Path:
@@ -49,11 +56,8 @@ def published() -> Path:
         down_block_types=4 * ("DownEncoderBlock2D",),
         up_block_types=4 * ("UpDecoderBlock2D",),
         norm_num_groups=4,
-        scaling_factor=0.5,
         force_upcast=False,
-        shift_factor=0.25,
-        latents_mean=(0.1, 0.2, 0.3, 0.4),
-        latents_std=(1.0, 2.0, 3.0, 4.0),
+        **STATISTICS,
     ).save_pretrained("published")
     return Path("published")
 
@@ -78,10 +82,8 @@ def test_a_decoder_is_trained_on_a_published_encoder(run: Run, refusal: Refusal,
     before, after = load_file(Path("a model", WEIGHTS)), load_file(Path("run/model", WEIGHTS))
     changed = {name.partition(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {"decoder"}
-    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
-    statistics |= {"scaling_factor": 0.5, "shift_factor": 0.25}
     for folder in ("a model", "run/model"):
-        assert statistics.items() <= json.loads(Path(folder, "config.json").read_text()).items()
+        assert STATISTICS.items() <= json.loads(Path(folder, "config.json").read_text()).items()
     assert run("reconstruct", "photos/0.png", "--model", "run", "--out", "seen").code == 0
     assert Image.open("seen/0.png").size == (52, 40)
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,8 @@ pytestmark = pytest.mark.usefixtures("workplace")
 FILES = ["images.csv", "report.html", "report.json", "report.md"]
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five images, and a file that is none."""
-    folder = save_photos(tmp_path_factory.mktemp("photos"), "0", "1", "2", "3", "4")
-    (folder / "3b.png").write_bytes(b"no picture")
-    return folder
-
-
-@pytest.fixture
-def words(photos: Path) -> Words:
-    return ("--data", photos, "--size", 32, "--workers", 0, "--device", "cpu", "--metrics", "psnr")
-
-
-def report_of(name: str, parse_float: Callable[[str], Any] = float) -> Any:
-    return json.loads(Path(name, "report.json").read_text(encoding="utf-8"), parse_float=parse_float)
+def report_of(name: str) -> Any:
+    return json.loads(Path(name, "report.json").read_text(encoding="utf-8"))
 
 
 def text_of(name: str) -> str:
@@ -46,22 +32,24 @@ def lines_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_it_writes_four_files_and_prints_the_figures(run: Run, model_dir: Path, words: Words, photos: Path) -> None:
+def test_it_writes_four_files_and_prints_the_figures(
+    run: Run, model_dir: Path, measuring: Words, five_photos: Path
+) -> None:
     Path("evaluation").mkdir()
     Path("evaluation/notes.txt").write_text("kept")
     more = ("--metrics", "psnr, ssim", "--workers", 1, "--batch", 2, "--show", 2)
-    outcome = run("eval", "--model", f"mine={model_dir}", *words, *more)
+    outcome = run("eval", "--model", f"mine={model_dir}", *measuring, *more)
     assert outcome.code == 0
     (line,) = outcome.err
-    assert line.startswith(f"dc-ssdae eval: left out: cannot read image '{photos}/3b.png'")
+    assert line.startswith(f"dc-ssdae eval: left out: cannot read image '{five_photos}/3b.png'")
     assert sorted(os.listdir("evaluation")) == sorted((*FILES, "notes.txt"))
     assert outcome.out[-1].startswith("-> evaluation/report.html, ")
     assert "\n".join(outcome.out[:-1]).strip() == text_of("evaluation").strip()
 
     report = report_of("evaluation")
-    assert (report["model"], report["images"], list(report["broken"])) == ("mine", 5, [f"{photos}/3b.png"])
+    assert (report["model"], report["images"], list(report["broken"])) == ("mine", 5, [f"{five_photos}/3b.png"])
     assert report["others"]["evaluations"]["value"] == 1
-    assert report["protocol"] | {"name": "dcae", "size": 32, "data": photos.name} == report["protocol"]
+    assert report["protocol"] | {"name": "dcae", "size": 32, "data": five_photos.name} == report["protocol"]
     metrics = report["metrics"]
     assert {name for name, cell in metrics.items() if cell["value"] is not None} == {"psnr", "ssim"}
     assert metrics["psnr"]["low"] < metrics["psnr"]["value"] < metrics["psnr"]["high"]
@@ -75,20 +63,18 @@ def test_it_writes_four_files_and_prints_the_figures(run: Run, model_dir: Path, 
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_figures_are_printed_though_they_cannot_be_written(run: Run, words: Words) -> None:
-    outcome = run("eval", "--model", "bicubic:4", *words)
+def test_figures_are_printed_though_they_cannot_be_written(run: Run, measuring: Words) -> None:
+    outcome = run("eval", "--model", "bicubic:4", *measuring)
     assert outcome.code == 2
     assert any(line.startswith("| PSNR (more is better) | ") for line in outcome.out)
     assert "report.html" in outcome.err[-1]
 
 
-def test_names_of_all_kinds_are_kept(run: Run, words: Words) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_names_of_all_kinds_are_kept(run: Run, measuring: Words) -> None:
     names = ["<b>&amp;", "🦆 | $x", "a,b;\"c'", os.fsdecode(b"\xe9\xff")]
-    try:
-        save_photos(Path("names"), *names)
-    except (OSError, UnicodeError):
-        pytest.skip("the file system refuses such names")
-    assert run("eval", "--model", "<i>=bicubic:4", *words, "--data", "names", "--size", 48).code == 0
+    save_photos(Path("names"), *names)
+    assert run("eval", "--model", "<i>=bicubic:4", *measuring, "--data", "names", "--size", 48).code == 0
     as_utf8 = [f"{name}.png".encode("utf-8", "backslashreplace").decode() for name in sorted(names)]
     assert [line["name"] for line in lines_of("evaluation")] == as_utf8
     page = Path("evaluation/report.html").read_text(encoding="utf-8")
@@ -111,7 +97,7 @@ def test_a_codec_on_some_validation_images_under_another_protocol(run: Run) -> N
     assert f"| LPIPS (less is better) | – ({reason}) |" in text_of("evaluation")
 
 
-def test_our_models_decode_as_they_are_told(run: Run, model_dir: Path, words: Words) -> None:
+def test_our_models_decode_as_they_are_told(run: Run, model_dir: Path, measuring: Words) -> None:
     decoding = ("--sampler", "nesterov", "--steps", 2, "--step_size", "0.1,0.05", "--momentum", 0.2)
     sampled = ("--protocol", "lightningdit", "--seed")
     psnr = {}
@@ -122,7 +108,7 @@ def test_our_models_decode_as_they_are_told(run: Run, model_dir: Path, words: Wo
         "again": (*sampled, 1),
         "other": (*sampled, 2),
     }.items():
-        assert run("eval", "--model", model_dir, *words, "--limit", 2, "--out", name, *more).code == 0
+        assert run("eval", "--model", model_dir, *measuring, "--limit", 2, "--out", name, *more).code == 0
         psnr[name] = report_of(name)["metrics"]["psnr"]["value"]
     assert psnr.pop("again") == psnr["seed"]
     assert len(set(psnr.values())) == 4
@@ -132,10 +118,10 @@ def test_our_models_decode_as_they_are_told(run: Run, model_dir: Path, words: Wo
 
 
 def test_the_figures_get_into_the_model(
-    run: Run, model_dir: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+    run: Run, model_dir: Path, measuring: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied = Path(shutil.copytree(model_dir, "copied"))
-    given = ("eval", "--model", copied, *words, "--add-to-model")
+    given = ("eval", "--model", copied, *measuring, "--add-to-model")
     outcome = run(*given, "--limit", 2, "--out", "first")
     assert (outcome.code, outcome.out[-1]) == (0, "-> copied/config.json, copied/README.md")
     more = ("--limit", 2, "--steps", 2, "--metrics", "psnr,lpips", "--random_backbones", "--out", "second")
@@ -144,16 +130,12 @@ def test_the_figures_get_into_the_model(
     before = (copied / "config.json").read_bytes()
     in_steps, in_one = json.loads(before)["provenance"]["evaluations"]
     assert in_steps["decoding"] == {"num_steps": 2}
-    assert "note" not in in_steps["metrics"]["psnr"]
-    note = in_steps["metrics"]["lpips"]["note"]
-    assert "random weights" in note
-    assert f"- LPIPS: {note}." in text_of("second").splitlines()
+    assert "random weights" in in_steps["metrics"]["lpips"]["note"]
     assert (in_one["decoding"], in_one["images"]) == ({}, 5), "the later figures replace those of the same kind"
     found = report_of("third")["metrics"]["psnr"]
     assert in_one["metrics"] == {"psnr": {key: found[key] for key in ("value", "low", "high")}}
     interval = f"{found['value']:.5g} ({found['low']:.5g} to {found['high']:.5g})"
     assert f"| PSNR, dB | {interval} |" in (copied / "README.md").read_text()
-    assert f"PSNR, dB {interval}" in " ".join(" ".join(run("info", copied).out).split())
 
     measure = evaluate_module.evaluate
 
@@ -181,8 +163,8 @@ def launch(*words: object) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(run: Run, model_dir: Path, words: Words) -> None:
-    given = ("--model", model_dir, *words, "--batch", 1, "--metrics", "psnr,ssim", "--protocol", "lightningdit")
+def test_two_processes_report_what_one_does(run: Run, model_dir: Path, measuring: Words) -> None:
+    given = ("--model", model_dir, *measuring, "--batch", 1, "--metrics", "psnr,ssim", "--protocol", "lightningdit")
     alone = run("eval", *given, "--out", "one")
     done = launch(*given, "--out", "two")
     assert (alone.code, done.returncode) == (0, 0), done.stderr
@@ -190,17 +172,12 @@ def test_two_processes_report_what_one_does(run: Run, model_dir: Path, words: Wo
     assert done.stdout.splitlines() == [line.replace("one/", "two/") for line in alone.out]
     assert [line for line in done.stderr.splitlines() if line.startswith("dc-ssdae eval: ")] == alone.err
     assert sorted(os.listdir("two")) == FILES
-    one = report_of("one", lambda text: pytest.approx(float(text), rel=1e-6, abs=1e-6))
-    two = report_of("two")
-    assert one.pop("command") != two.pop("command")
-    assert two == one
-    for mine, theirs in zip(lines_of("one"), lines_of("two"), strict=True):
-        assert (mine["name"], mine["broken"]) == (theirs["name"], theirs["broken"])
-        assert float(mine["psnr"] or 0.0) == pytest.approx(float(theirs["psnr"] or 0.0), abs=1e-6)
+    assert report_of("two")["metrics"]["psnr"] == pytest.approx(report_of("one")["metrics"]["psnr"])
+    assert [line["name"] for line in lines_of("two")] == [line["name"] for line in lines_of("one")]
 
 
-def test_two_processes_refuse_together_in_one_line(words: Words) -> None:
-    done = launch("--model", "python:peers.nan", *words, "--batch", 1)
+def test_two_processes_refuse_together_in_one_line(measuring: Words) -> None:
+    done = launch("--model", "python:peers.nan", *measuring, "--batch", 1)
     assert (done.returncode != 0, done.stdout) == (True, "")
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("dc-ssdae eval: ")]
     assert "NaN or infinity in 1 of" in told

@@ -54,12 +54,12 @@ def test_lines_shards_and_the_reader(run: Run, refusal: Refusal, words: Words, m
     ("more", "expected"),
     [
         (
-            "--store sample --seed 7 --dtype bfloat16 --batch 2",
-            {"store": "sample", "seed": 7, "store_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+            "--store sample --seed 7 --dtype bfloat16",
+            {"seed": 7, "store_dtype": "bfloat16", "compute_dtype": "bfloat16"},
         ),
         (
-            "--store mean_std --store-dtype float16 --flip --images 2",
-            {"store": "mean_std", "store_dtype": "float16", "flip": True, "images": 2},
+            "--store mean_std --store-dtype float16 --images 2",
+            {"store": "mean_std", "store_dtype": "float16", "images": 2},
         ),
     ],
 )

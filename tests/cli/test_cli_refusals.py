@@ -15,7 +15,6 @@ GIVEN = {
     "study sampling": "--model small --data photos --size 16 --out out --device cpu --rounds 1",
     "stats": "--model small --data photos --size 32 --workers 0 --device cpu",
     "latents": "--model small --size 32 --workers 0 --device cpu",
-    "convert original": "original.safetensors --out out",
     "bench train": "--config demo --device cpu",
     "distill": "--training.output out",
 }
@@ -24,16 +23,15 @@ GIVEN = {
 
 @pytest.fixture(autouse=True)
 def workplace_for_all(workplace: None, photo: Path, model_dir: Path) -> None:
-    """A model, photos in two parts, an image that is none, a run, and configurations."""
+    """A model, photos in two parts, an image that is none, and a run."""
     shutil.copytree(model_dir, "small")
     save_photos(Path("photos"), "train/0", "train/1", "validation/2")
-    for folder in ("broken", "empty", "damaged", "run"):
+    for folder in ("broken", "damaged", "run"):
         Path(folder).mkdir()
     Path("broken/a.png").write_bytes(b"no picture")
     Path("damaged/config.json").write_text("{}")
     Path("run/config.yaml").write_text("model: {latent_channels: 4, downsample_factor: 8}\n")
     Path("run/model").symlink_to(Path("small").absolute())
-    Path("broken.py").write_text("x = 1\n1 / 0\n")
 
 
 def files() -> list[Path]:
@@ -52,14 +50,12 @@ def files() -> list[Path]:
         ("reconstruct --device cuda:99", "'cuda:99'"),
         ("reconstruct --model absent", "'absent'"),
         ("reconstruct --model nobody/nothing", "nobody/nothing"),
-        ("reconstruct --sampler euler", "'euler'"),
         ("reconstruct --sampler one_step --steps 2", "--steps is 2"),
         ("reconstruct --tolerance -1", "--tolerance is -1.0"),
         ("reconstruct --start 0.5", "--draft"),
         ("reconstruct --tile_size 36", "tile_size is 36"),
         ("encode --seed 1", "--seed is for --sample"),
         ("export --size 8 8 8", "--size"),
-        ("export --size 12", "12"),
         ("export --size 8 --noise_size 16", "--noise_size"),
         ("export --format onnx --dtype bfloat16", "--dtype"),
         ("eval --protocol dcea", "did you mean 'dcae'"),
@@ -70,23 +66,16 @@ def files() -> list[Path]:
         ("eval --data no/such/folder", "'no/such/folder'"),
         ("eval --data broken", "'broken/a.png'"),
         ("eval --import absent", "'absent'"),
-        ("eval --import broken", "line 2"),
-        ("eval --import ../own", "'../own'"),
         ("eval --model jpeg:75 --add-to-model", "--add-to-model"),
         ("eval --model python:peers.greedy --batch 2", "out of memory with --batch 2"),
-        ("compare --protocol dcea", "did you mean 'dcae'"),
-        ("compare --data broken", "'broken/a.png'"),
-        ("compare mine=broken", "mine: "),
         ("compare a=jpeg:50 a=bicubic:4", "'a'"),
-        ("compare small --sampler one_step --steps 2", "--steps is 2"),
-        ("study sampling --samplers nestorov", "did you mean 'nesterov'"),
+        ("compare mine=small --sampler one_step --steps 2", "mine: --steps is 2"),
         ("study sampling --samplers euler", "EquilibriumMatching"),
         ("study sampling --step_sizes x", "--step_sizes holds 'x'"),
         ("study sampling --baseline small", "two models"),
         ("stats --size 30", "f = 8"),
         ("stats --model owner/model", "owner/model"),
         ("stats --model photos", "config.json is missing"),
-        ("stats --data absent", "absent"),
         ("stats --data broken", "a.png"),
         ("latents photos out --size 30", "f = 8"),
         ("latents photos out --seed 1", "--seed is for --store sample"),
@@ -95,24 +84,16 @@ def files() -> list[Path]:
         ("pack photos out --size 0", "--size is '0'"),
         ("pack photos out --size half", "--size is 'half'"),
         ("pack photos out --format png --quality 90", "--quality"),
-        ("pack photos photos/out", "photos/out"),
-        ("convert original --preset dmo", "did you mean 'demo'"),
-        ("convert original --preset demo", "original.safetensors"),
-        ("curves absent", "absent"),
-        ("curves run --out a.jpg", "'.jpg'"),
         ("info dc_f32c32_eqn", "did you mean 'dc_f32c32_eqm'"),
         ("info small/config.json", "small/config.json is a file"),
-        ("info photos", "config.json is missing"),
         ("info --groups", "--groups"),
         ("info demo --groups --dtype bfloat16", "--groups"),
         ("bench decode jpeg:75", "jpeg:75"),
         ("bench data absent", "absent"),
-        ("bench train --stepz 3", "did you mean '--steps'"),
         ("bench train --compare compile=true", "'compile=true'"),
         ("bench train --compare training.compil=true", "'compil'"),
         ("distill", "--teacher"),
         ("distill --teacher absent", "absent"),
-        ("distill --teacher empty", "config.json is missing"),
         ("distill --teacher damaged", "latent_channels"),
         ("distill --teacher small --losses.lpips 0", "data.root"),
         ("distill --resume run", "dc-ssdae train --resume"),
