@@ -39,10 +39,9 @@ def refusal(run: Run) -> Refusal:
         outcome = run(*words)
         assert (outcome.code, outcome.out) == (2, [])
         (line,) = outcome.err
-        command = next((name for name in (" ".join(map(str, words[:2])), *words[:1]) if name in COMMANDS), None)
-        program = "dc-ssdae: " if command is None else f"dc-ssdae {command}: "
-        assert line.startswith(program)
-        return line.removeprefix(program)
+        program, _, told = line.partition(": ")
+        assert program in ("dc-ssdae", *(f"dc-ssdae {name}" for name in COMMANDS))
+        return told
 
     return refused
 

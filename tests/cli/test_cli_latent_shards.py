@@ -53,14 +53,9 @@ def test_lines_shards_and_the_reader(run: Run, refusal: Refusal, words: Words, m
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (
-            "--store sample --seed 7 --dtype bfloat16",
-            {"seed": 7, "store_dtype": "bfloat16", "compute_dtype": "bfloat16"},
-        ),
-        (
-            "--store mean_std --store-dtype float16 --images 2",
-            {"store": "mean_std", "store_dtype": "float16", "images": 2},
-        ),
+        ("--store sample --seed 7", {"store": "sample", "seed": 7, "flip": False}),
+        ("--dtype bfloat16 --images 2", {"store_dtype": "bfloat16", "compute_dtype": "bfloat16", "images": 2}),
+        ("--store mean_std --store-dtype float16", {"store": "mean_std", "store_dtype": "float16"}),
     ],
 )
 def test_options_reach_the_manifest(run: Run, words: Words, more: str, expected: dict[str, object]) -> None:

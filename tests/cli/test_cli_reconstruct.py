@@ -91,14 +91,6 @@ def test_what_was_converted_is_noted(reconstruct: Run) -> None:
     assert written("turned.png").shape == (3, 33, 20)
 
 
-def test_one_bad_file_among_three(reconstruct: Run, photo: Path) -> None:
-    Path("bad.jpg").write_bytes(b"\xff\xd8\xff no photo")
-    outcome = reconstruct(photo, "bad.jpg", shutil.copy(photo, "last.png"))
-    assert (outcome.code, len(outcome.out), len(outcome.err)) == (2, 2, 1)
-    assert outcome.err[0].startswith("dc-ssdae reconstruct: cannot read image 'bad.jpg': ")
-    assert sorted(path.name for path in Path("out").iterdir()) == ["last.png", "photo.png"]
-
-
 def test_inputs_and_outputs_that_collide(refusal: Refusal, photo: Path, tmp_path: Path) -> None:
     before = photo.read_bytes()
     refuse = partial(refusal, "reconstruct", "--model", "missing", "--overwrite", "--out")

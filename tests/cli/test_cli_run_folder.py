@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cli_samples import WEIGHTS, Refusal, Run
 from safetensors.torch import load_file
+from tiny_models import refusal as refusal_of
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.classes import import_class, importing_from
@@ -31,14 +32,6 @@ class OwnEncoder(nn.Module):
 
 
 @pytest.fixture
-def run_dir(model_dir: Path) -> Path:
-    """The folder of a training run that has written its model."""
-    shutil.copytree(model_dir, "runs/first/model")
-    Path("runs/first/config.yaml").write_text("model:\n  latent_channels: 4\n")
-    return Path("runs/first")
-
-
-@pytest.fixture
 def own_model(tmp_path: Path) -> Iterator[Path]:
     """A saved model with an encoder of `own_encoders.py` in the current folder, which is not imported any more."""
     Path("own_encoders.py").write_text(OWN_ENCODER)
@@ -52,37 +45,25 @@ def own_model(tmp_path: Path) -> Iterator[Path]:
         sys.modules.pop(name, None)
 
 
-def test_every_command_takes_a_run(run: Run, run_dir: Path, photo: Path) -> None:
-    """With what it would give for the model's own folder."""
-    for number, model in enumerate((run_dir, run_dir / "model")):
-        assert run("encode", photo, "--model", model, "--out", number).code == 0
-        assert run("decode", f"{number}/photo.safetensors", "--model", model, "--out", number).code == 0
-    assert Path("0/photo.png").read_bytes() == Path("1/photo.png").read_bytes()
-
-
-@pytest.mark.parametrize("gone", ["model", f"model/{WEIGHTS}"])
-def test_a_run_before_its_first_checkpoint(gone: str, refusal: Refusal, run_dir: Path, photo: Path) -> None:
-    path = run_dir / gone
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for words in (("encode", photo, "--out", "out", "--model"), ("info",)):
-        assert f"{run_dir} has no model yet" in refusal(*words, run_dir)
-
-
-def test_which_folder_is_meant(run_dir: Path, model_dir: Path) -> None:
-    for folder in (run_dir, str(run_dir), run_dir / "model"):
-        assert model_folder(folder) == run_dir / "model"
-    (run_dir / "config.yaml").unlink()
-    assert model_folder(run_dir) == run_dir / "model"
+def test_which_folder_is_meant(model_dir: Path) -> None:
+    run = Path("runs/first")
+    shutil.copytree(model_dir, run / "model")
+    assert model_folder(run) == run / "model"
+    (run / "config.yaml").touch()
+    for folder in (run, str(run), run / "model"):
+        assert model_folder(folder) == run / "model"
     # A model's own folder is itself, whatever lies beside its files.
-    own = Path(shutil.copytree(model_dir, "own"))
-    shutil.copytree(model_dir, own / "model")
-    (own / "config.yaml").touch()
-    assert model_folder(own) == own
+    shutil.copytree(model_dir, "own")
+    shutil.copytree(run, "own", dirs_exist_ok=True)
+    assert model_folder("own") == Path("own")
     assert model_folder("runs") == Path("runs")
-    (run_dir / "model" / WEIGHTS).unlink()
-    DCSSDAE.from_pretrained(model_dir).save_pretrained(run_dir / "model", max_shard_size="50KB")
-    assert not (run_dir / "model" / WEIGHTS).exists()
-    assert model_folder(run_dir) == run_dir / "model"
+    (run / "model" / WEIGHTS).unlink()
+    assert "runs/first has no model yet" in refusal_of(model_folder, run)
+    DCSSDAE.from_pretrained(model_dir).save_pretrained(run / "model", max_shard_size="50KB")
+    assert not (run / "model" / WEIGHTS).exists()
+    assert model_folder(run) == run / "model"
+    shutil.rmtree(run / "model")
+    assert "runs/first has no model yet" in refusal_of(model_folder, run)
 
 
 def test_a_class_of_the_current_folder(run: Run, refusal: Refusal, own_model: Path, photo: Path) -> None:
