@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from cli_samples import WEIGHTS, Outcome, Run, Words, save_photos
+from cli_samples import WEIGHTS, Run, Words, save_photos
 from PIL import Image
 
 from dc_ssdae import DCSSDAE
@@ -28,19 +27,14 @@ def words(model_dir: Path) -> Words:
     return ("stats", "--model", "model", "--data", "photos", "--device", "cpu", "--size", 32, "--workers", 0)
 
 
-@pytest.fixture
-def stats(run: Run, words: Words) -> Callable[..., Outcome]:
-    return lambda *more: run(*words, *more)
-
-
 def config_of(model: str) -> dict:
     return json.loads(Path(model, "config.json").read_text())
 
 
 @torch.no_grad()
-def test_normalised_latents_have_mean_0_and_deviation_1(stats: Run, model_dir: Path) -> None:
+def test_normalised_latents_have_mean_0_and_deviation_1(run: Run, words: Words, model_dir: Path) -> None:
     before, weights = config_of(str(model_dir)), (model_dir / WEIGHTS).read_bytes()
-    outcome = stats("--batch", 3)
+    outcome = run(*words, "--batch", 3)
     assert outcome.code == 0
     (line,) = outcome.err
     assert line.startswith("dc-ssdae stats: left out: cannot read image 'photos/train/bad.png'")
@@ -66,8 +60,8 @@ def test_normalised_latents_have_mean_0_and_deviation_1(stats: Run, model_dir: P
     assert abs(together.std().item() - 1.0) < 0.02
 
 
-def test_table_json_and_card_say_what_is_written(stats: Run) -> None:
-    table = stats()
+def test_table_json_and_card_say_what_is_written(run: Run, words: Words) -> None:
+    table = run(*words)
     config = config_of("model")
     told = f"`scaling_factor` {config['scaling_factor']:.6g}, or channel by channel"
     assert told in Path("model/README.md").read_text()
@@ -77,37 +71,37 @@ def test_table_json_and_card_say_what_is_written(stats: Run) -> None:
     assert ["scaling_factor", f"{config['scaling_factor']:.5g}"] in rows
     assert table.out[-1] == "4 images of 32 x 32 pixels -> model/config.json"
     expected = {"images": 4, "size": 32, "broken": ["photos/train/bad.png"], "written": "model/config.json"}
-    assert stats("--json").json() == {**expected, **{name: config[name] for name in SETTINGS}}
+    assert run(*words, "--json").json() == {**expected, **{name: config[name] for name in SETTINGS}}
 
 
-def test_a_run_means_its_model_and_no_write_only_prints(stats: Run) -> None:
+def test_a_run_means_its_model_and_no_write_only_prints(run: Run, words: Words) -> None:
     Path("run").mkdir()
     Path("run/config.yaml").write_text("")
     Path("model").rename("run/model")
     before = config_of("run/model")
     more = ("--model", "run", "--images", 2)
-    outcome = stats(*more, "--no-write", "--size", 48, "--dtype", "bfloat16")
+    outcome = run(*words, *more, "--no-write", "--size", 48, "--dtype", "bfloat16")
     assert outcome.out[-1] == "2 images of 48 x 48 pixels not written"
     assert outcome.err[-1].startswith("dc-ssdae stats: 2 of 2 images were smaller than 48 px")
     assert config_of("run/model") == before
-    assert stats(*more).code == 0
+    assert run(*words, *more).code == 0
     assert config_of("run/model")["scaling_factor"] != 1.0
 
 
-def test_latents_that_are_not_finite(stats: Run) -> None:
+def test_latents_that_are_not_finite(run: Run, words: Words) -> None:
     before = config_of("model")
     loaded = DCSSDAE.from_pretrained("model")
     torch.nn.init.constant_(next(loaded.encoder.parameters()), float("inf"))
     loaded.save_pretrained("model")
-    outcome = stats()
+    outcome = run(*words)
     assert outcome.code == 2
     assert "not finite" in outcome.err[-1]
     assert config_of("model") == before
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_disk_that_fails_leaves_the_old_file(stats: Run, model_dir: Path) -> None:
-    outcome = stats()
+def test_a_disk_that_fails_leaves_the_old_file(run: Run, words: Words, model_dir: Path) -> None:
+    outcome = run(*words)
     assert outcome.code == 2
     assert outcome.err[-1].endswith("config.json: No space left on device")
     assert Path("model/config.json").read_bytes() == (model_dir / "config.json").read_bytes()
