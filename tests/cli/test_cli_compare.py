@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from cli_samples import Refusal, Run, Words
-from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -46,14 +45,11 @@ def test_it_writes_four_files_and_prints_the_table(
 
     rows, table = rows_of(), table_of()
     assert list(rows) == labels
-    assert all(row["decode"]["value"] > 0 for row in rows.values())
     assert rows["new"]["remarks"] == ["random weights"]
     assert (rows["small"]["evaluations"]["value"], rows["jpeg:50"]["evaluations"]["value"]) == (2, None)
     assert (table["protocol"]["images"], table["protocol"]["data"]) == (5, five_photos.name)
     assert (table["speed"]["batch"], table["speed"]["rounds"]) == (2, 2)
     assert all(page_of().count(f"<b>{label}</b>") == 2 for label in labels)
-    with Image.open("out/pareto.png") as picture:
-        assert picture.width > 800
     # The figures are those of eval.
     assert run("eval", "--model", model_dir, *measuring, "--batch", 2, "--steps", 2, "--out", "one").code == 0
     metrics = json.loads(Path("one/report.json").read_text(encoding="utf-8"))["metrics"]

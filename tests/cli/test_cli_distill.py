@@ -153,7 +153,6 @@ def test_a_whole_distillation(run: Run, refusal: Refusal, teacher: Path) -> None
     assert [entry["name"] for entry in report["decodings"]] == names
     assert (out / "distillation.png").is_file()
     student, before = (load_file(path / "model" / WEIGHTS) for path in (out, teacher))
-    assert student.keys() == before.keys()
     changed = {name.partition(".")[0] for name in student if not torch.equal(student[name], before[name])}
     assert changed == {"decoder"}
 

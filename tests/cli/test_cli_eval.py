@@ -75,7 +75,6 @@ def test_names_of_all_kinds_are_kept(run: Run, measuring: Words) -> None:
     page = Path("evaluation/report.html").read_text(encoding="utf-8")
     for escaped in ("<h3>&lt;b&gt;&amp;amp;.png</h3>", "<h3>\\udce9\\udcff.png</h3>", "Evaluation of &lt;i&gt;"):
         assert escaped in page
-    assert any("4 of 4 images were smaller than 48 px" in line for line in report_of("evaluation")["caveats"])
 
 
 def test_a_codec_on_some_validation_images_under_another_protocol(run: Run) -> None:
@@ -87,9 +86,7 @@ def test_a_codec_on_some_validation_images_under_another_protocol(run: Run) -> N
     assert protocol.items() <= report["protocol"].items()
     assert [line["name"] for line in lines_of("evaluation")] == ["1.png", "2.png"]
     assert report["protocol"]["decoding"] == {}, "codecs take no steps"
-    reason = report["metrics"]["lpips"]["reason"]
-    assert reason.startswith("weights ")
-    assert f"| LPIPS (less is better) | – ({reason}) |" in text_of("evaluation")
+    assert report["metrics"]["lpips"]["reason"].startswith("weights ")
 
 
 def test_our_models_decode_as_they_are_told(run: Run, model_dir: Path, measuring: Words) -> None:

@@ -66,6 +66,7 @@ def files() -> list[Path]:
         ("eval --data no/such/folder", "'no/such/folder'"),
         ("eval --data broken", "'broken/a.png'"),
         ("eval --import absent", "'absent'"),
+        ("eval --metrics psnr,lpips --download", "https://"),
         ("eval --model jpeg:75 --add-to-model", "--add-to-model"),
         ("eval --model python:peers.greedy --batch 2", "out of memory with --batch 2"),
         ("compare a=jpeg:50 a=bicubic:4", "'a'"),
@@ -105,6 +106,7 @@ def test_it_is_one_line_and_nothing_is_written(
     words: str, named: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing listens
     before = files()
     command = next((name for name in GIVEN if words.startswith(name)), "")
     assert named in refusal(*command.split(), *GIVEN.get(command, "").split(), *words.removeprefix(command).split())
