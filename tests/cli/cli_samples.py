@@ -54,11 +54,7 @@ Words = tuple[object, ...]
 def random_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     """Smooth random pixels, uint8 (height, width, channels)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, width // 8 + 2, channels), np.uint8)
-    bands = [
-        Image.fromarray(coarse[..., band]).resize((width, height), Image.Resampling.BILINEAR)
-        for band in range(channels)
-    ]
-    return np.stack([np.array(band) for band in bands], axis=-1)
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def save_photo(path: Path, height: int, width: int, seed: int = 0) -> Path:

@@ -4,15 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
-from cli_samples import PEERS, Outcome, Refusal, Run, save_model, save_photo
+from cli_samples import PEERS, Outcome, Refusal, Run, Words, save_model, save_photo, save_photos
 
 from dc_ssdae.cli.main import COMMANDS, main
 from dc_ssdae.losses import backbones
 
 
 @pytest.fixture(autouse=True)
-def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say nothing of instructions that this machine's CPU may lack, in lines as long as those in a pipe."""
+def any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder of the test's own, in lines as long as in a pipe; say nothing of what this CPU may lack."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dc_ssdae.machine.slow_dtype_note", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -38,10 +39,9 @@ def refusal(run: Run) -> Refusal:
         outcome = run(*words)
         assert (outcome.code, outcome.out) == (2, [])
         (line,) = outcome.err
-        command = next((name for name in (" ".join(map(str, words[:2])), *words[:1]) if name in COMMANDS), None)
-        program = "dc-ssdae: " if command is None else f"dc-ssdae {command}: "
-        assert line.startswith(program)
-        return line.removeprefix(program)
+        program, _, told = line.partition(": ")
+        assert program in ("dc-ssdae", *(f"dc-ssdae {name}" for name in COMMANDS))
+        return told
 
     return refused
 
@@ -58,11 +58,24 @@ def photo(tmp_path: Path) -> Path:
     return save_photo(tmp_path / "photo.png", 24, 37)
 
 
+@pytest.fixture(scope="session")
+def five_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five images, and a file that is none."""
+    folder = save_photos(tmp_path_factory.mktemp("photos"), "0", "1", "2", "3", "4")
+    (folder / "3b.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture
+def measuring(five_photos: Path) -> Words:
+    """What an evaluation measures, and on what."""
+    return ("--data", five_photos, "--size", 32, "--workers", 0, "--device", "cpu", "--metrics", "psnr")
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current folder, with autoencoders in `peers.py`, on a machine without weights of metrics."""
-    (tmp_path / "peers.py").write_text(PEERS)
-    monkeypatch.chdir(tmp_path)
+    """Autoencoders in `peers.py`, on a machine without weights of metrics."""
+    Path("peers.py").write_text(PEERS)
     monkeypatch.delenv(backbones.FOLDER_VARIABLE, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,12 @@ from dc_ssdae.training.config import RunConfig
 GROUPS = [f"decoder.{name}" for name in ("image_inputs", "down.0", "down.1", "middle", "up.1", "head")]
 
 
-def forget() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerate keeps its state for a process's life."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    forget()
-    yield
-    forget()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +41,8 @@ def teacher(model_dir: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("runs") / "first"
     shutil.copytree(model_dir, folder / "model")
     training = {"steps": 40, "minutes": 3.0, "batch_size": 2, "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01}
-    training |= {"ema_start": 17, "ema_decay": 0.9, "precision": "float32", "seed": 5, "latent_statistics": 3}
-    training |= {"output": "somewhere", "init_from": "somewhere/else", "sample_images": 0}
+    training |= {"ema_start": 17, "precision": "float32", "seed": 5, "latent_statistics": 3, "sample_images": 0}
+    training |= {"output": "somewhere", "init_from": "somewhere/else"}
     config = {
         "model": load_preset("demo")["model"],
         "data": {"root": str(photos), "image_size": 32, "aug_scale": 1.5, "workers": 0, "validation_images": 2},
@@ -83,150 +77,103 @@ def weights_of(config: dict[str, Any]) -> dict[str, float]:
     return {name: term["weight"] for name, term in config["losses"].items()}
 
 
-class TestSettings:
-    def test_images_of_a_teacher_run_no_command(
-        self, printed: Callable, refusal: Refusal, teacher: Path, tmp_path: Path
-    ) -> None:
-        copy, ran = Path(shutil.copytree(teacher, tmp_path / "teacher")), tmp_path / "ran"
-        config = config_of(copy)
-        own = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(ran)]}}
-        for data, told in (({"root": None, "dataset": own}, "Popen"), ({"root": f"pipe:touch {ran}"}, "pipe:touch")):
-            (copy / "config.yaml").write_text(yaml.safe_dump({**config, "data": {**config["data"], **data}}))
-            assert told in refusal("distill", "--teacher", copy, "--training.output", tmp_path / "out")
-            assert not ran.exists()
-        assert printed("--teacher", copy, "--data.root", data["root"])["data"]["root"] == data["root"]
-
-    def test_of_a_run(self, printed: Callable, teacher: Path) -> None:
-        found, before = printed("--teacher", teacher), config_of(teacher)
-        assert found["distillation"] == {"teacher": str(teacher), "steps": 8, "step_size": None, "cache_steps": None}
-        assert found["data"] == before["data"]
-        changed = {"steps": 20_000, "minutes": None, "lr": 1e-4, "weight_decay": 0.0, "ema_start": 0}
-        changed |= {"output": None, "init_from": None, "train": GROUPS, "seed": found["training"]["seed"]}
-        assert found["training"] == {**before["training"], **changed}
-        assert found["training"]["seed"] != before["training"]["seed"]
-        assert weights_of(found) == {"dynamics": 2.0, "lpips": 0.0, "repa": 0.0, "kl": 0.0}
-        assert found["losses"]["lpips"]["init_args"] == {"net": "alex"}
-        assert found["model"]["encoder"]["init_args"]["widths"] == [16, 32, 64, 64]
-        of_model = printed("--teacher", teacher / "model")
-        assert of_model == {**found, "distillation": {**found["distillation"], "teacher": str(teacher / "model")}}
-
-    def test_of_a_model_alone(self, printed: Callable, model_dir: Path) -> None:
-        assert printed("--teacher", "photos_f8c16")["model"]["latent_channels"] == 16
-        found = printed("--teacher", model_dir, "--steps", "3")
-        assert (found["data"]["root"], found["distillation"]["steps"]) == (None, 3)
-        assert (found["training"]["steps"], found["training"]["batch_size"]) == (20_000, 192)
-        assert weights_of(found) == {"dynamics": 1.0, "lpips": 0.5, "repa": 0.0, "kl": 0.0}
-
-    def test_of_a_recipes_run(self, printed: Callable, teacher: Path, tmp_path: Path) -> None:
-        """RUN/model leads to the last phase's; the settings are that phase's."""
-        shutil.copytree(teacher, tmp_path / "2-late")
-        (tmp_path / "recipe.yaml").write_text("phases: {}\n")
-        (tmp_path / "model").symlink_to(Path("2-late", "model"), target_is_directory=True)
-        for path in (tmp_path, tmp_path / "model", tmp_path / "2-late"):
-            assert printed("--teacher", path)["data"]["image_size"] == 32
-
-    def test_what_is_laid_over(self, printed: Callable, teacher: Path, tmp_path: Path) -> None:
-        """A file over the teacher's run, such as an earlier distillation's config.yaml; and the line over both."""
-        file = tmp_path / "mine.yaml"
-        file.write_text(
-            "training: {lr: 1.0e-3, steps: 50}\nlosses: {repa: 0.1}\n"
-            "distillation: {teacher: runs/other, steps: 2, step_size: 0.2}\n"
-        )
-        words = ("--teacher", teacher, "--config", file)
-        found = printed(*words, "--steps=4", "--training.steps", 60, "--distillation.cache_steps", 7)
-        assert (found["training"]["lr"], found["training"]["steps"], found["training"]["batch_size"]) == (1e-3, 60, 2)
-        assert found["losses"]["repa"]["weight"] == 0.1
-        assert found["distillation"] == {"teacher": str(teacher), "steps": 4, "step_size": 0.2, "cache_steps": 7}
-        assert printed(*words)["distillation"]["steps"] == 2
-        assert printed(*words, "--distillation.step_size", "0.3")["distillation"]["step_size"] == 0.3
+def test_images_of_a_teacher_run_no_command(printed: Callable, refusal: Refusal, teacher: Path) -> None:
+    copy, config = Path(shutil.copytree(teacher, "teacher")), config_of(teacher)
+    own = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "ran"]}}
+    for data, told in (({"root": None, "dataset": own}, "Popen"), ({"root": "pipe:touch ran"}, "pipe:touch")):
+        (copy / "config.yaml").write_text(yaml.safe_dump({**config, "data": {**config["data"], **data}}))
+        assert told in refusal("distill", "--teacher", copy, "--training.output", "out")
+        assert not Path("ran").exists()
+    assert printed("--teacher", copy, "--data.root", data["root"])["data"]["root"] == data["root"]
 
 
-class TestMistakes:
-    @pytest.mark.parametrize(
-        ("words", "named"),
-        [
-            ("", "--teacher"),
-            ("--steps 0", "--steps is 0"),
-            ("--teacher TEACHER --recipe three_phase", "--recipe"),
-            ("--teacher TEACHER --distillation.stepsize 3", "did you mean 'step_size'"),
-            ("--teacher TEACHER --distillation.step_size 0", "distillation.step_size is 0"),
-            ("--teacher missing", "missing"),
-            ("--teacher empty", "config.json is missing"),
-            ("--teacher damaged", "latent_channels"),
-            ("--teacher MODEL --losses.lpips 0", "data.root"),
-            ("--teacher TEACHER --training.train [decoder.haed]", "decoder.head"),
-            ("--resume TEACHER", "dc-ssdae train --resume"),
-            ("--resume TEACHER --steps 3", "--steps"),
-            ("--resume missing", "missing"),
-        ],
+def test_settings_of_a_run_and_of_its_model(printed: Callable, teacher: Path) -> None:
+    found, before = printed("--teacher", teacher), config_of(teacher)
+    assert found["distillation"] == {"teacher": str(teacher), "steps": 8, "step_size": None, "cache_steps": None}
+    assert found["data"] == before["data"]
+    changed = {"steps": 20_000, "minutes": None, "lr": 1e-4, "weight_decay": 0.0, "ema_start": 0}
+    changed |= {"output": None, "init_from": None, "train": GROUPS, "seed": found["training"]["seed"]}
+    assert found["training"] == {**before["training"], **changed}
+    assert found["training"]["seed"] != before["training"]["seed"]
+    assert weights_of(found) == {"dynamics": 2.0, "lpips": 0.0, "repa": 0.0, "kl": 0.0}
+    assert found["losses"]["lpips"]["init_args"] == {"net": "alex"}
+    assert found["model"]["encoder"]["init_args"]["widths"] == [16, 32, 64, 64]
+    of_model = printed("--teacher", teacher / "model")
+    assert of_model == {**found, "distillation": {**found["distillation"], "teacher": str(teacher / "model")}}
+
+
+def test_settings_of_a_model_alone(printed: Callable, model_dir: Path) -> None:
+    assert printed("--teacher", "photos_f8c16")["model"]["latent_channels"] == 16
+    found = printed("--teacher", model_dir, "--steps", "3")
+    assert (found["data"]["root"], found["distillation"]["steps"]) == (None, 3)
+    assert (found["training"]["steps"], found["training"]["batch_size"]) == (20_000, 192)
+    assert weights_of(found) == {"dynamics": 1.0, "lpips": 0.5, "repa": 0.0, "kl": 0.0}
+
+
+def test_settings_of_a_recipes_run(printed: Callable, teacher: Path) -> None:
+    """RUN/model leads to the model of the last phase, whose settings are taken."""
+    shutil.copytree(teacher, "2-late")
+    Path("recipe.yaml").write_text("phases: {}\n")
+    Path("model").symlink_to("2-late/model", target_is_directory=True)
+    for path in (".", "model", "2-late"):
+        assert printed("--teacher", path)["data"]["image_size"] == 32
+
+
+def test_settings_that_are_laid_over(printed: Callable, teacher: Path) -> None:
+    """A file over the teacher's run, such as an earlier distillation's config.yaml; and the line over both."""
+    Path("mine.yaml").write_text(
+        "training: {lr: 1.0e-3, steps: 50}\nlosses: {repa: 0.1}\n"
+        "distillation: {teacher: runs/other, steps: 2, step_size: 0.2}\n"
     )
-    def test_they_are_one_line_and_leave_no_folder(
-        self,
-        words: str,
-        named: str,
-        refusal: Refusal,
-        model_dir: Path,
-        teacher: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        Path("empty").mkdir()
-        Path("damaged").mkdir()
-        Path("damaged/config.json").write_text("{}")
-        words = words.replace("TEACHER", str(teacher)).replace("MODEL", str(model_dir))
-        output = () if "--resume" in words else ("--training.output", "out")
-        assert named in refusal("distill", *words.split(), *output)
-        assert not Path("out").exists()
-        assert not Path("runs").exists()
+    words = ("--teacher", teacher, "--config", "mine.yaml")
+    found = printed(*words, "--steps=4", "--training.steps", 60, "--distillation.cache_steps", 7)
+    assert (found["training"]["lr"], found["training"]["steps"], found["training"]["batch_size"]) == (1e-3, 60, 2)
+    assert found["losses"]["repa"]["weight"] == 0.1
+    assert found["distillation"] == {"teacher": str(teacher), "steps": 4, "step_size": 0.2, "cache_steps": 7}
+    distillation = printed(*words, "--distillation.step_size", "0.3")["distillation"]
+    assert (distillation["steps"], distillation["step_size"]) == (2, 0.3)
 
 
 def steps_done(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-class TestDistilling:
-    def test_whole(
-        self, run: Run, refusal: Refusal, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        words = ("distill", "--teacher", teacher, "--steps", 2, "--training.steps", 2)
-        outcome = run(*words)
-        assert outcome.code == 0, outcome.err
-        out = Path("runs/first-distilled")
-        assert os.listdir("runs") == [out.name]
-        assert steps_done(out) == [1, 2]
-        assert any(f"done after step 2: the model is {out / 'model'}" in line for line in outcome.err)
-        names = ["teacher, 1 step", "teacher, 2 steps", "student, 1 step"]
-        assert all(line.startswith(name) for line, name in zip(outcome.out[1:4], names, strict=True))
-        assert "2 validation images of 32 px" in outcome.out[4]
-        report = json.loads((out / "distillation.json").read_text())
-        assert [entry["name"] for entry in report["decodings"]] == names
-        assert (out / "distillation.png").is_file()
-        student, before = (load_file(path / WEIGHTS) for path in (out / "model", teacher / "model"))
-        assert student.keys() == before.keys()
-        changed = {name.partition(".")[0] for name in student if not torch.equal(student[name], before[name])}
-        assert changed == {"decoder"}
-        assert config_of(out)["distillation"]["teacher"] == str(teacher)
+def test_a_whole_distillation(run: Run, refusal: Refusal, teacher: Path) -> None:
+    words = ("distill", "--teacher", teacher, "--steps", 2, "--training.steps", 2)
+    outcome = run(*words)
+    assert outcome.code == 0, outcome.err
+    out = Path("runs/first-distilled")
+    assert os.listdir("runs") == [out.name]
+    assert steps_done(out) == [1, 2]
+    assert any(f"done after step 2: the model is {out / 'model'}" in line for line in outcome.err)
+    names = ["teacher, 1 step", "teacher, 2 steps", "student, 1 step"]
+    assert all(line.startswith(name) for line, name in zip(outcome.out[1:4], names, strict=True))
+    assert "2 validation images of 32 px" in outcome.out[4]
+    report = json.loads((out / "distillation.json").read_text())
+    assert [entry["name"] for entry in report["decodings"]] == names
+    assert (out / "distillation.png").is_file()
+    student, before = (load_file(path / "model" / WEIGHTS) for path in (out, teacher))
+    changed = {name.partition(".")[0] for name in student if not torch.equal(student[name], before[name])}
+    assert changed == {"decoder"}
 
-        # Done: it compares again, and trains no more.
-        (out / "distillation.json").unlink()
-        assert run("distill", "--resume", out).out == outcome.out
-        assert json.loads((out / "distillation.json").read_text()) == report
-        assert "training.lr is 0.0001" in refusal("distill", "--resume", out, "--training.lr", 1e-3)
-        assert "distillation.steps is 2" in refusal("distill", "--resume", out, "--distillation.steps", 4)
-        assert "is a run already" in refusal(*words)
-        # More steps, also by the other command.
-        for number, command in enumerate(("distill", "train"), start=3):
-            assert run(command, "--resume", out, "--training.steps", number).code == 0
-            assert steps_done(out) == list(range(1, number + 1))
+    # Done: it compares again, and trains no more.
+    (out / "distillation.json").unlink()
+    assert run("distill", "--resume", out).out == outcome.out
+    assert json.loads((out / "distillation.json").read_text()) == report
+    assert "training.lr is 0.0001" in refusal("distill", "--resume", out, "--training.lr", 1e-3)
+    assert "distillation.steps is 2" in refusal("distill", "--resume", out, "--distillation.steps", 4)
+    assert "is a run already" in refusal(*words)
+    # More steps, also by the other command.
+    for number, command in enumerate(("distill", "train"), start=3):
+        assert run(command, "--resume", out, "--training.steps", number).code == 0
+        assert steps_done(out) == list(range(1, number + 1))
 
-    def test_of_flow_matching_without_validation_images(self, run: Run, photos: Path, tmp_path: Path) -> None:
-        flow = save_model(tmp_path / "flow", dynamics={"class_path": "FlowMatching"})
-        data = ("--data.root", photos / "train", "--data.image_size", 32, "--data.workers", 0)
-        training = ("--training.batch_size", 2, "--training.precision", "float32", "--training.steps", 1)
-        words = ("--steps", 3, "--losses.lpips", 0, "--training.output", tmp_path / "out")
-        outcome = run("distill", "--teacher", flow, *data, *training, *words)
-        assert outcome.code == 0, outcome.err
-        assert any(line.startswith("teacher, 3 steps") for line in outcome.out)
-        assert any("3 training images" in line for line in outcome.out)
+
+def test_a_distillation_of_flow_matching_without_validation_images(run: Run, photos: Path) -> None:
+    flow = save_model(Path("flow"), dynamics={"class_path": "FlowMatching"})
+    data = ("--data.root", photos / "train", "--data.image_size", 32, "--data.workers", 0)
+    training = ("--training.batch_size", 2, "--training.precision", "float32", "--training.steps", 1)
+    outcome = run("distill", "--teacher", flow, *data, *training, "--steps", 3, "--losses.lpips", 0)
+    assert outcome.code == 0, outcome.err
+    assert any(line.startswith("teacher, 3 steps") for line in outcome.out)
+    assert any("3 training images" in line for line in outcome.out)

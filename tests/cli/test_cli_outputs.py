@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from cli_samples import Refusal, Run
 from PIL import Image
-from safetensors import safe_open
 
 from dc_ssdae.cli.common import table
 
@@ -24,13 +23,11 @@ COMMANDS = {
 }
 
 
+@pytest.mark.usefixtures("photo")
 @pytest.mark.parametrize("words", COMMANDS)
-def test_a_file_that_is_there_is_kept(
-    words: str, refusal: Refusal, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_file_that_is_there_is_kept(words: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    mine = tmp_path / "out" / COMMANDS[words]
+    mine = Path("out", COMMANDS[words])
     mine.parent.mkdir()
     mine.write_text("mine")
     line = refusal(*words.split(), "--out", "out")
@@ -41,27 +38,27 @@ def test_a_file_that_is_there_is_kept(
     assert mine.read_text() == "mine"
 
 
-def test_overwriting(run: Run, model_dir: Path, photo: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_overwriting(run: Run, model_dir: Path, photo: Path) -> None:
+    out, mine = Path("out"), Path("mine")
     out.mkdir()
     for name in ("photo.png", "photo.safetensors"):
-        (out / name).symlink_to(tmp_path / "mine")
-    (tmp_path / "mine").write_text("mine")
+        (out / name).symlink_to(mine.absolute())
+    mine.write_text("mine")
     words = ("--model", model_dir, "--out", out, "--overwrite")
     assert run("encode", photo, *words).code == 0
-    with safe_open(out / "photo.safetensors", "pt") as file:
-        assert set(file.keys()) == {"latent", "original_size"}
     assert run("decode", out / "photo.safetensors", *words).code == 0
     assert Image.open(out / "photo.png").size == (37, 24)
-    assert (tmp_path / "mine").read_text() == "mine", "a link is replaced, not what it leads to"
+    assert mine.read_text() == "mine", "a link is replaced, not what it leads to"
 
 
-def test_a_demo_and_a_run_are_kept(refusal: Refusal, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(json.dumps({"dataset": "dc_ssdae.data.sample_photos.SamplePhotos"}))
-    assert "--overwrite" in refusal("demo", "--steps", 1, "--out", tmp_path)
-    (tmp_path / "config.yaml").write_text("a run")
-    assert str(tmp_path) in refusal("demo", "--steps", 1, "--out", tmp_path, "--overwrite", "--device", "cpu")
-    assert (tmp_path / "config.yaml").read_text() == "a run"
+def test_a_demo_and_a_run_are_kept(refusal: Refusal) -> None:
+    config, words = Path("mine/config.yaml"), ("demo", "--steps", 1, "--out", "mine")
+    config.parent.mkdir()
+    config.write_text(json.dumps({"dataset": "dc_ssdae.data.sample_photos.SamplePhotos"}))
+    assert "--overwrite" in refusal(*words)
+    config.write_text("a run")
+    assert "mine" in refusal(*words, "--overwrite", "--device", "cpu")
+    assert config.read_text() == "a run"
 
 
 def test_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

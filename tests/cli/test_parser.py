@@ -54,12 +54,9 @@ def parse(*words: str) -> MadeOptions:
     return options
 
 
-def test_defaults() -> None:
-    assert parse("a", "--out", "o") == MadeOptions(source=Path("a"), out=Path("o"))
-
-
 def test_every_kind_of_option() -> None:
-    words = "a --steps 2 b --out=o --import x c --rate 0.1,2 --import y --size 8 16 --kind large --quick"
+    assert parse("a", "--out", "o") == MadeOptions(source=Path("a"), out=Path("o"))
+    words = "a --num_steps 2 b --out=o --import x c --rate 0.1,2 --import y --size 8 16 --kind large --quick"
     assert parse(*words.split()) == MadeOptions(
         source=Path("a"),
         more=[Path("b"), Path("c")],
@@ -71,48 +68,31 @@ def test_every_kind_of_option() -> None:
         kind="large",
         quick=True,
     )
-    assert parse("a", "--out", "o", "--num_steps", "3", "--rate", "2").rate == 2.0
+    assert parse("a", "--out", "o", "--rate", "2").rate == 2.0
 
 
 @pytest.mark.parametrize(
-    ("words", "field"),
+    ("words", "field", "told"),
     [
-        ("", "SRC"),
-        ("a", "--out"),
-        ("--out o", "SRC"),
-        ("a --out", "--out"),
-        ("a --out=", "--out"),
-        ("a --out o --steps 0", "--steps"),
-        ("a --out o --num_steps 10", "--steps"),
-        ("a --out o --steps 1.5", "--steps"),
-        ("a --out o --rate nan", "--rate"),
-        ("a --out o --rate 1,x", "--rate"),
-        ("a --out o --rate 1,0", "--rate"),
-        ("a --out o --size 8 x", "--size"),
-        ("a --out o --import=", "--import"),
-        ("a --out o --kind larg", "--kind"),
-        ("a --out o --stepz 2", "--stepz"),
-        ("a --out o --step 2", "--step"),
-        ("a --out o --quick=1", "--quick"),
+        ("", "SRC", "missing: SRC, --out; usage: dc-ssdae make SRC --out DIR [options]"),
+        ("a --out", "--out", "expected one argument"),
+        ("a --out=", "--out", "empty"),
+        ("a --out o --num_steps 10", "--steps", "10"),
+        ("a --out o --rate nan", "--rate", "nan"),
+        ("a --out o --rate 1,x", "--rate", "x"),
+        ("a --out o --rate 1,0", "--rate", "0"),
+        ("a --out o --kind larg", "--kind", "did you mean 'large'"),
+        ("a --out o --kin large", "--kin", "did you mean '--kind'"),
+        ("a --out o --quick=1", "--quick", "1"),
     ],
 )
-def test_what_does_not_fit_is_named(words: str, field: str) -> None:
+def test_what_does_not_fit_is_named(words: str, field: str, told: str) -> None:
     with pytest.raises(InputError) as error:
         parse(*words.split())
     assert error.value.field == field
     assert field in str(error.value)
+    assert told in str(error.value)
     assert len(str(error.value).splitlines()) == 1
-
-
-def test_suggestions_and_everything_that_is_missing() -> None:
-    for words, told in (
-        ([], "missing: SRC, --out; usage: dc-ssdae make SRC --out DIR [options]"),
-        (["a", "--out", "o", "--kin", "x"], "did you mean '--kind'"),
-        (["a", "--out", "o", "--kind", "larg"], "did you mean 'large'"),
-    ):
-        with pytest.raises(InputError) as error:
-            parse(*words)
-        assert told in str(error.value)
 
 
 def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
