@@ -1,22 +1,17 @@
 """`dc-ssdae bench`: times encoding, decoding, reading images and training steps, with a sub-command for each."""
 
+import json
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dc_ssdae.cli.common import complain, select_device, show, table, wrapped
+from dc_ssdae.cli.common import complain, select_device, show, side_by_side, wrapped
 from dc_ssdae.cli.options import DeviceOptions, JsonOptions
 from dc_ssdae.cli.run_config import RunOptions, read_run_config
 from dc_ssdae.errors import InputError, counted
 from dc_ssdae.settings import setting
-
-if TYPE_CHECKING:
-    from dc_ssdae.timing import Spread
-
-_STAGES = {"read": "read+decode", "crop": "crop+flip", "sample": "whole sample"}
 
 
 @dataclass(kw_only=True)
@@ -109,8 +104,17 @@ class TrainOptions(RunOptions, JsonOptions):
     compare: list[str] = setting([], repeated=True, metavar="SETTING=VALUE")
 
 
-def run_models(options: ModelBenchOptions) -> None:
-    """Time encoding or decoding, and print."""
+def run_encode(options: EncodeOptions) -> None:
+    """Time encoding, and print."""
+    _run_models(options, "encode")
+
+
+def run_decode(options: DecodeOptions) -> None:
+    """Time decoding, and print."""
+    _run_models(options, "decode")
+
+
+def _run_models(options: ModelBenchOptions, work: str) -> None:
     import torch
 
     # PyTorch's timer imports it; it warns where CUDA is installed and there is no GPU.
@@ -119,41 +123,27 @@ def run_models(options: ModelBenchOptions) -> None:
     from dc_ssdae.evaluation.speed import measure_speed
     from dc_ssdae.timing import describe_machine
 
-    work = options.program.split()[-1]
-    specs = name_apart([parse_candidate(text) for text in (options.model, *options.against)])
     device, dtype = select_device(options.device), getattr(torch, options.dtype)
     candidates = {}
-    for spec in specs:
+    for spec in name_apart([parse_candidate(text) for text in (options.model, *options.against)]):
         candidates[spec.label] = candidate = open_candidate(spec, dtype).to(device)
         module = candidate.module()
         if module is None or not candidate.splits:
             raise InputError(f"{spec.label} has no separate networks for encoding and decoding")
-        if options.compile:
-            for part in ("encoder", "decoder"):
-                getattr(module, part).compile()
+        for part in ("encoder", "decoder") if options.compile else ():
+            getattr(module, part).compile()
     figures = []
     for size in dict.fromkeys(options.size):
         figures += measure_speed(
             work, candidates, size, options.batch_size, device, dtype, options.rounds, options.threads
         )
-    rows = [("model", "px", "ms", "quartiles", "times as fast", "GFLOPs", "of peak", "peak GiB")]
-    for entry in figures:
-        ratio = "-" if entry.ratio is None else f"{entry.ratio.median:.3g}"
-        costs = (f"{entry.flops / 1e9:,.1f}", f"{entry.share_of_peak:.0%}", _gibibytes(entry.peak_memory_bytes))
-        rows.append((entry.label, str(entry.size), *_spread(entry.seconds, ",.1f", 1000.0), ratio, *costs))
-    clock = "processor time of all threads" if device.type == "cpu" else "time that passes"
     note = (
-        f"{work} of {counted(options.batch_size, 'image')} in {options.dtype}: medians over "
-        f"{counted(options.rounds, 'round')} in alternation, {clock}. Times as fast: as {specs[0].label}. Of peak: "
-        "FLOPs per second against this machine's fastest 3×3 convolution. Peak: memory in use, weights included."
+        f"{work} of {counted(options.batch_size, 'image')} in {options.dtype}, {counted(options.rounds, 'round')}; "
+        "processor time on a CPU; the peak is this machine's fastest 3×3 convolution, the memory includes the weights."
     )
-    found = {
-        "benchmark": work,
-        **{name: getattr(options, name) for name in ("dtype", "compile", "rounds")},
-        "figures": figures,
-        "machine": {**describe_machine(device), "threads": options.threads},
-    }
-    show(found, options.json, lambda: _as_text(found, [table(rows, "lrrrrrrr")], [note]))
+    settings = options.given("dtype", "compile", "rounds")
+    machine = {**describe_machine(device), "threads": options.threads}
+    _print(options, {"benchmark": work, **settings, "figures": figures, "machine": machine}, "figures", note)
 
 
 def run_data(options: DataOptions) -> None:
@@ -170,34 +160,10 @@ def run_data(options: DataOptions) -> None:
             shards = stack.enter_context(packed(paths[0], lambda line: complain(options.program, line)))
             sources.append((f"{options.sources[0]} (packed)", shards))
         figures = measure_data(sources, options.image_size, options.aug_scale, options.seconds, workers)
-    found = {
-        "benchmark": "data",
-        **{name: getattr(options, name) for name in ("image_size", "aug_scale")},
-        **vars(figures),
-        "machine": {**describe_machine(), "threads": 1},
-    }
-    rows = [("source", "stage", "images/s", "quartiles", "ratio", "quartiles")]
-    notes = [
-        f"Images per second of one process with one thread: medians of {counted(figures.rounds, 'round')} of "
-        f"{figures.images} images in alternation, and their ratios to the first source's.",
-        f"Crops of {options.image_size} px, aug_scale {options.aug_scale:g}.",
-    ]
-    if workers:
-        notes.append("Lines with workers: the data loader with that many processes, which share the cores.")
-    shortest = min(source.images for source in figures.sources)
-    for source in figures.sources:
-        rates = {_STAGES[stage]: rate for stage, rate in source.stages.items()}
-        rates |= {counted(int(count), "worker"): rate for count, rate in source.loader.items()}
-        for label, rate in rates.items():
-            rows.append((source.name, label, *_spread(rate.images_per_second, ",.1f"), *_spread(rate.ratio, ".3f")))
-        if source.images > shortest:
-            notes.append(f"{source.name} has {source.images:,} images, of which the first {shortest:,} were used.")
-        if source.broken:
-            notes.append(
-                f"{source.name}: {len(source.broken)} broken among the images measured, replaced by others as in "
-                f"training; the first: {source.broken[0]['reason']}"
-            )
-    show(found, options.json, lambda: _as_text(found, [table(rows, "llrrrr")], notes))
+    note = f"The first {figures.images} images in {counted(figures.rounds, 'round')}, in one process with one thread."
+    settings = options.given("image_size", "aug_scale")
+    machine = {**describe_machine(), "threads": 1}
+    _print(options, {"benchmark": "data", **settings, **vars(figures), "machine": machine}, "sources", note)
 
 
 def run_train(options: TrainOptions) -> None:
@@ -206,7 +172,7 @@ def run_train(options: TrainOptions) -> None:
     configs = {name: config}
     for text in options.compare:
         key, _, value = text.partition("=")
-        if not value or "." not in key or key.startswith("-"):
+        if not value or "." not in key:
             raise InputError(f"--compare {text!r} is not a setting with a value; write it as training.compile=true")
         configs[text], _ = read_run_config(replace(options, settings=[*options.settings, (key, value)]))
     device = select_device(options.device)
@@ -221,30 +187,11 @@ def run_train(options: TrainOptions) -> None:
     with importing_from(Path.cwd()):
         figures = measure_training(configs, device, options.steps)
         random = random_backbones(config)
-    speeds = [("configuration", "images/s", "ms/step", "quartiles", "ratio", "quartiles")]
-    costs = [("configuration", "forward ms", "backward ms", "update ms", "peak GiB", "TFLOP/s")]
-    alternating = ", in alternation; ratios of images/s are to the first" if options.compare else ""
-    notes = [
+    note = (
         f"{counted(options.steps, 'step')} of {counted(config.training.batch_size, 'random image')} of "
-        f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; medians{alternating}.",
-        f"Memory: {'allocated on the device' if device.type == 'cuda' else 'resident set of this process'}.",
-    ]
-    if figures[0]["flops"] is not None:
-        notes.append(f"{figures[0]['flops'] / 1e12:.4g} TFLOPs per step: 3 times the forward pass's.")
-    if random:
-        names = ", ".join(f"losses.{name}" for name in random)
-        notes.append(f"{names}: random weights in the backbone, which take as long as real ones; values mean nothing.")
-    for entry in figures:
-        ratio = ("1", "-") if entry["ratio"] is None else _spread(entry["ratio"], ".3f")
-        rate = f"{entry['images_per_second'].median:,.2f}"
-        speeds.append((entry["name"], rate, *_spread(entry["seconds"], ",.2f", 1000.0), *ratio))
-        phases = [f"{1000.0 * spread.median:,.2f}" for spread in (entry["phases"] or {}).values()] or ["-"] * 3
-        throughput = "-" if entry["tflops_per_second"] is None else f"{entry['tflops_per_second']:.3f}"
-        costs.append((entry["name"], *phases, _gibibytes(entry["peak_memory_bytes"]), throughput))
-        if entry["not_finite"]:
-            notes.append(
-                f"{entry['name']}: {entry['not_finite']} of the steps were not finite, and may have cost less."
-            )
+        f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; backbones with random "
+        f"weights: {', '.join(random) or 'none'}."
+    )
     found = {
         "benchmark": "train",
         "steps": options.steps,
@@ -253,20 +200,13 @@ def run_train(options: TrainOptions) -> None:
         "configurations": figures,
         "machine": describe_machine(device),
     }
-    show(found, options.json, lambda: _as_text(found, [table(speeds, "lrrrrr"), table(costs, "lrrrrr")], notes))
+    _print(options, found, "configurations", note)
 
 
-def _as_text(found: dict[str, Any], tables: Sequence[str], notes: Sequence[str]) -> str:
-    """Join tables, and notes and the machine below them, to one text."""
+def _print(options: JsonOptions, found: dict[str, Any], entries: str, note: str) -> None:
+    """Print what was found as JSON, or as a table with a column for each of its `entries`, and a note below."""
     from dc_ssdae.timing import machine_line
 
-    return "\n\n".join([*tables, "\n".join(map(wrapped, [*notes, machine_line(found["machine"])]))])
-
-
-def _spread(spread: "Spread", form: str, unit: float = 1.0) -> tuple[str, str]:
-    """Format a spread, times `unit`, as two cells: the median and the quartiles."""
-    return f"{unit * spread.median:{form}}", f"{unit * spread.low:{form}}..{unit * spread.high:{form}}"
-
-
-def _gibibytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**30:.2f}"
+    below = f"Medians (and quartiles) in alternation; ratios to the first. {note} {machine_line(found['machine'])}"
+    figures = json.loads(json.dumps(found[entries], default=asdict))
+    show(found, options.json, lambda: f"{side_by_side(figures)}\n\n{wrapped(below)}")

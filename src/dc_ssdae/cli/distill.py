@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain, is_main_process, say, table
-from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_config_of, read_run_config
-from dc_ssdae.cli.train import new_run_folder, read_run, resume, tell_end, watching_training
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.cli.common import complain, is_main_process, say, side_by_side
+from dc_ssdae.cli.run_config import RunOptions, read_config_of, read_run_config
+from dc_ssdae.cli.train import new_run_folder, read_run, resume, start, watching_training
+from dc_ssdae.errors import InputError
 from dc_ssdae.settings import setting
 from dc_ssdae.training.config import ModelConfig, RunConfig
 
@@ -66,22 +66,16 @@ def run(options: Options) -> None:
     """Train the student, then compare it with its teacher, unless a signal asked for the end."""
     with watching_training(options.resume is not None):
         if options.resume is None:
-            from dc_ssdae.training.build import resolved
-            from dc_ssdae.training.start import start_run
-
             config, path = _new_config(options)
-            config = resolved(config)
             _preview(config)
-            outcome: Outcome | None = start_run(config, config_yaml(config), path)
+            outcome: Outcome | None = start(options.program, config, path)
         else:
             if options.teacher is not None or options.steps is not None:
                 raise InputError("--resume continues with the run's own teacher; leave --teacher and --steps out")
-            path, before = options.resume, read_run(options.resume)
-            if before.distillation is None:
+            path = options.resume
+            if read_run(path).distillation is None:
                 raise InputError(f"--resume {path} is not a distillation; continue it with dc-ssdae train --resume")
-            config, outcome = resume(options, before, path)
-        if outcome is not None:
-            tell_end(Options.program, outcome, path)
+            config, outcome = resume(options, path)
     if is_main_process() and (outcome is None or outcome.stopped_by is None):
         _compare(path, config)
 
@@ -111,8 +105,7 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
     if options.steps is not None:
         options.settings.append(("distillation.steps", str(options.steps)))
     config, _ = read_run_config(options, base)
-    assert config.distillation is not None
-    teacher = Path(config.distillation.teacher).absolute()
+    teacher = Path(options.teacher).absolute()
     name = teacher.parent.name if teacher.name == "model" else teacher.name
     return config, new_run_folder(config.training.output, f"{name}-distilled")
 
@@ -124,8 +117,6 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
     from dc_ssdae.training.build import decoder_groups
 
     folder = model_folder(teacher)
-    if not folder.is_dir():
-        raise InputError(f"--teacher {teacher}: no such folder")
     config = read_config(folder)
     names = ("latent_channels", "downsample_factor", *COMPONENTS)
     if missing := [name for name in names if name not in config]:
@@ -146,31 +137,19 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
 
 
 def _preview(config: RunConfig) -> None:
-    """Report the quality of the teacher's steps and the size of the cache, before the time is spent."""
+    """Report the quality of the teacher's steps before the time is spent, for they may make it worse."""
     from dc_ssdae.training.build import check_components, load_teacher, own_classes
     from dc_ssdae.training.comparison import report_on
 
-    distillation, data = config.distillation, config.data
-    assert distillation is not None
-    if not is_main_process() or (data.root is None and data.dataset is None):
+    if not is_main_process() or (config.data.root is None and config.data.dataset is None):
         return
+    assert config.distillation is not None
     with suppress(InputError):  # the run itself finds the mistake, for all processes
         check_components(config)
-        teacher = load_teacher(Path(distillation.teacher), own_classes(config.model))
-        report = report_on(config, teacher, teacher, min(PREVIEWED, data.validation_images))
-        one, several, _ = (entry["psnr"] for entry in report["decodings"])
-        steps = counted(distillation.steps, "step")
-        worse = "; these steps make it worse: try fewer --steps or another --distillation.step_size"
-        complain(
-            Options.program,
-            f"PSNR of the teacher on {report['images']} {report['split']} images: 1 step {one:.2f} dB, "
-            f"{steps} {several:.2f} dB{worse if several < one else ''}",
-        )
-    if distillation.cache_steps is not None:
-        images = distillation.cache_steps * config.training.batch_size
-        gibibytes = images * 3 * data.image_size**2 * 4 / 2**30
-        taken = f"the teacher's results of {images} draws will take {gibibytes:.2g} GiB in the run's folder"
-        complain(Options.program, taken)
+        teacher = load_teacher(Path(config.distillation.teacher), own_classes(config.model))
+        report = report_on(config, teacher, teacher, min(PREVIEWED, config.data.validation_images))
+        figures = ", ".join(f"{entry['name']} {entry['psnr']:.2f} dB" for entry in report["decodings"][:2])
+        complain(Options.program, f"PSNR on {report['images']} {report['split']} images: {figures}")
 
 
 def _compare(path: Path, config: RunConfig) -> None:
@@ -181,13 +160,9 @@ def _compare(path: Path, config: RunConfig) -> None:
 
     clear_device_cache(garbage_collection=True)  # what the training's cycles of references still hold
     report = compare_distilled(config, path)
-    decodings = report["decodings"]
-    rows = [("", "PSNR, dB", "SSIM", "MSE", "MSE to the teacher's result")]
-    forms = {"psnr": ".2f", "ssim": ".4f", "mse": ".6f", "to_target": ".6f"}
-    rows += [(entry["name"], *(f"{entry[name]:{form}}" for name, form in forms.items())) for entry in decodings]
-    say(table(rows, "lrrrr"))
+    say(side_by_side(report["decodings"]))
     say(f"Means over {report['images']} {report['split']} images of {report['image_size']} px, cut from the centre.")
     if report["random_backbones"]:
-        names = ", ".join(f"losses.{name}" for name in report["random_backbones"])
-        say(f"{names} had a backbone with random weights: the student's figures mean nothing.")
-    say(f"{path / REPORT_FILE}, {path / PICTURE_FILE}")
+        names = ", ".join(report["random_backbones"])
+        say(f"The student's figures mean nothing: losses with random weights in the backbone: {names}.")
+    say(f"{path / REPORT_FILE}, {path / PICTURE_FILE} (its rows: the originals, then as above)")

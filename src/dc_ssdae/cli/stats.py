@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import advising_on_batches, load_model, show, table, tell_of_images, writable_model
+from dc_ssdae.cli.common import advising_on_batches, cells, load_model, show, table, tell_of_images, writable_model
 from dc_ssdae.cli.options import BatchOptions, JsonOptions, ModelOptions, SizeOptions
-from dc_ssdae.errors import counted
 from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ def run(options: Options) -> None:
     model = load_model(options)
     images = ValidationImages(open_sources(options.data, None, None, None).train, options.size, options.images)
     statistics, broken = _measure(options, model, images)
+    found = {"images": statistics.count, "broken": broken, "size": options.size, **statistics.settings()}
     written = None
     try:
         if folder is not None:
@@ -55,9 +55,8 @@ def run(options: Options) -> None:
             written = str(folder / "config.json")
             write_model_card(folder)
     finally:  # also where they cannot be written: long work may have gone into them
-        measured = {"images": statistics.count, "broken": broken, "size": options.size}
-        found = {**measured, **statistics.settings(), "written": written}
-        show(found, options.json, lambda: _as_text(statistics, options.size, written))
+        found["written"] = written
+        show(found, options.json, lambda: table(list(cells(found).items()), "ll"))
 
 
 def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> "tuple[LatentStatistics, list[str]]":
@@ -79,12 +78,3 @@ def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> 
         survey = latent_statistics(encode, images, channels, options.batch, workers, advance=bar.update)
     tell_of_images(options.program, options.size, survey.broken, survey.enlarged, len(images))
     return survey.moments.statistics(), [image.name for image in survey.broken]
-
-
-def _as_text(statistics: "LatentStatistics", size: int, written: str | None) -> str:
-    channels = enumerate(zip(statistics.mean, statistics.std, strict=True))
-    rows = [("channel", "mean", "std"), *((str(c), f"{mean:.5g}", f"{std:.5g}") for c, (mean, std) in channels)]
-    whole = [(name, f"{getattr(statistics, name):.5g}") for name in ("shift_factor", "scaling_factor")]
-    where = "not written" if written is None else f"-> {written}"
-    images = f"{counted(statistics.count, 'image')} of {size} x {size} pixels {where}"
-    return f"{table(rows, 'rrr')}\n\n{table(whole, 'lr')}\n{images}"

@@ -4,11 +4,11 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import torch
 
@@ -45,13 +45,13 @@ def measure_training(configs: Mapping[str, RunConfig], device: torch.device, ste
         - seconds: per step, a `Spread`.
         - images_per_second: the same as a rate.
         - phases: seconds of "forward", "backward" (with the gradient's norm) and "update" (optimiser and average), a
-          `Spread` each; None where the device does not tell.
+          `Spread` each.
         - peak_memory_bytes: allocated on a CUDA device; elsewhere this process's resident set, for the first
           configuration alone.
         - flops: of the networks per step, three times those of the forward pass; None with a user's own classes.
         - tflops_per_second: FLOPs per second, in 10¹².
         - ratio: images per second relative to the first configuration, round by round; None for the first itself.
-        - not_finite: number of timed steps whose loss or gradient was not finite.
+        - not_finite: number of steps after the warm-up whose loss or gradient was not finite.
 
     Raises:
         InputError: a configuration cannot be built, or does not fit into the memory.
@@ -60,14 +60,30 @@ def measure_training(configs: Mapping[str, RunConfig], device: torch.device, ste
     counts = [len(range(round_, steps, rounds)) for round_ in range(rounds)]
     steppers = [_Stepper(name, config, device) for name, config in configs.items()]
     measured = measure_alternately([partial(next, map(stepper.run, counts)) for stepper in steppers], rounds)
+    # Of each configuration, by round, an image's seconds in the median step.
+    paces = [
+        [statistics.median(sum(step.values()) for step in steps) / stepper.batch_size for steps in by_round]
+        for stepper, by_round in zip(steppers, measured, strict=True)
+    ]
     figures = []
-    for number, (stepper, taken) in enumerate(zip(steppers, measured, strict=True)):
-        share = stepper.batch_size / steppers[0].batch_size
-        pairs = zip(measured[0], taken, strict=True)
-        ratio = Spread.of([share * _median_seconds(first) / _median_seconds(own) for first, own in pairs])
-        entry = {**stepper.figures(list(chain(*taken))), "ratio": ratio if number else None}
-        if number and device.type != "cuda":
-            entry["peak_memory_bytes"] = None  # a process has but one resident set
+    for place, (stepper, by_round) in enumerate(zip(steppers, measured, strict=True)):
+        taken = list(chain(*by_round))
+        seconds = Spread.of([sum(step.values()) for step in taken])
+        rates = (stepper.batch_size / value for value in (seconds.median, seconds.high, seconds.low))
+        ratios = [first / own for first, own in zip(paces[0], paces[place], strict=True)]
+        entry = {
+            "name": stepper.name,
+            "batch_size": stepper.batch_size,
+            "seconds": seconds,
+            "images_per_second": Spread(*rates),
+            "phases": {phase: Spread.of([step[phase] for step in taken]) for phase in taken[0]},
+            # Elsewhere a process has but one peak.
+            "peak_memory_bytes": None if place and device.type != "cuda" else stepper.peak_memory,
+            "flops": stepper.flops,
+            "tflops_per_second": stepper.flops and stepper.flops / seconds.median / 1e12,
+            "ratio": Spread.of(ratios) if place else None,
+            "not_finite": stepper.not_finite,
+        }
         figures.append(entry)
     return figures
 
@@ -75,21 +91,6 @@ def measure_training(configs: Mapping[str, RunConfig], device: torch.device, ste
 def random_backbones(config: RunConfig) -> list[str]:
     """Name the built-in loss terms that look through a backbone, whose weights are random in a benchmark."""
     return [name for name, loss in config.losses.items() if loss.class_path is None and has_backbone(name, loss)]
-
-
-class _Step(NamedTuple):
-    """A step's seconds by phase, and whether its loss and gradient are finite."""
-
-    phases: dict[str, float]
-    finite: bool
-
-
-def _seconds(step: _Step) -> float:
-    return sum(step.phases.values())
-
-
-def _median_seconds(steps: Iterable[_Step]) -> float:
-    return statistics.median(map(_seconds, steps))
 
 
 class _Stepper:
@@ -102,14 +103,11 @@ class _Stepper:
     """
 
     def __init__(self, name: str, config: RunConfig, device: torch.device) -> None:
-        self._name, self._config, self._device, training = name, config, device, config.training
-        self.batch_size = training.batch_size
-        self._advice = (
-            f" on {device}: {name} with training.batch_size {self.batch_size}; make it smaller, or set "
-            "training.accumulation_steps, training.gradient_checkpointing or training.precision"
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        self.name, self._config, self._device, training = name, config, device, config.training
+        self.batch_size, self._step = training.batch_size, training.ema_start  # from where on there is an average
+        self._advice = f" on {device}: {name} with training.batch_size {self.batch_size}; make it smaller"
+        is_cuda = device.type == "cuda"
+        if is_cuda:
             torch.cuda.reset_peak_memory_stats(device)
             allocated = torch.cuda.memory_allocated(device)
         torch.manual_seed(training.seed)
@@ -127,51 +125,30 @@ class _Stepper:
             self._ema = ExponentialMovingAverage(self._module.model, training.ema_decay, training.ema_start)
         self._scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
         self._evaluated = evaluated_weights(self._optimizer, self._module.model)
-        self._step = training.ema_start  # from where on there is something to average
-        self._finite = True
+        self.not_finite = 0
         self.run(WARM_UP_STEPS)
-        is_cuda = device.type == "cuda"
-        self._peak_memory = torch.cuda.max_memory_allocated(device) - allocated if is_cuda else resident_set()
+        self.not_finite = 0
+        self.peak_memory = torch.cuda.max_memory_allocated(device) - allocated if is_cuda else resident_set()
+        self.flops = None
+        if not own_classes(config.model):
+            # A backward pass has two products for each one of the forward pass.
+            self.flops = 3 * self.batch_size * sum(count_flops(self._module.model, size))
 
-    def run(self, steps: int) -> list[_Step]:
-        """Do one untimed step, and then `steps` timed ones."""
+    def run(self, steps: int) -> list[dict[str, float]]:
+        """Do one untimed step, and then `steps` timed ones; gives the seconds of each one's phases."""
         done = []
-        wait_for(self._device)
-        last = self._mark()
         with advising_on_memory(self._advice):
             for _ in range(steps + 1):
-                marks = [("start", last), *((phase, self._mark()) for phase in self._do_step())]
-                last = marks[-1][1]
-                done.append((marks, self._finite))
-        wait_for(self._device)  # before events are read
-        timed, is_cuda = [], self._device.type == "cuda"
-        for marks, finite in done[1:]:
-            phases: dict[str, float] = defaultdict(float)
-            for (_, start), (phase, end) in pairwise(marks):
-                phases[phase] += start.elapsed_time(end) / 1000.0 if is_cuda else end - start
-            timed.append(_Step(phases, finite))
-        return timed
-
-    def figures(self, steps: list[_Step]) -> dict[str, Any]:
-        """Summarise timed steps."""
-        seconds = Spread.of(list(map(_seconds, steps)))
-        rates = (self.batch_size / value for value in (seconds.median, seconds.high, seconds.low))
-        phases = {phase: Spread.of([step.phases[phase] for step in steps]) for phase in steps[0].phases}
-        flops = None
-        if not own_classes(self._config.model):
-            # A backward pass has two products for each one of the forward pass.
-            flops = 3 * self.batch_size * sum(count_flops(self._module.model, self._config.data.image_size))
-        return {
-            "name": self._name,
-            "batch_size": self.batch_size,
-            "seconds": seconds,
-            "images_per_second": Spread(*rates),
-            "phases": phases if self._device.type in ("cpu", "cuda") else None,
-            "peak_memory_bytes": self._peak_memory,
-            "flops": flops,
-            "tflops_per_second": None if flops is None else flops / seconds.median / 1e12,
-            "not_finite": sum(not step.finite for step in steps),
-        }
+                seconds: dict[str, float] = defaultdict(float)
+                wait_for(self._device)
+                last = time.perf_counter()
+                for phase in self._do_step():
+                    wait_for(self._device)
+                    now = time.perf_counter()
+                    seconds[phase] += now - last
+                    last = now
+                done.append(seconds)
+        return done[1:]
 
     def _do_step(self) -> Iterator[str]:
         """Do a step as the trainer does; yields the name of each phase at its end."""
@@ -190,7 +167,7 @@ class _Stepper:
         clip = math.inf if training.gradient_clip is None else training.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), clip)
         # A run looks at its losses here, once per step, and waits for the device.
-        self._finite = bool(torch.stack([total, norm.float()]).isfinite().all())
+        self.not_finite += not bool(torch.stack([total, norm.float()]).isfinite().all())
         yield "backward"
         self._scaler.step(self._optimizer)
         self._step += 1
@@ -198,11 +175,3 @@ class _Stepper:
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         yield "update"
-
-    def _mark(self) -> Any:
-        """Mark a point in the device's time: by an event in CUDA's queue, which is read later, or by the clock."""
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event

@@ -36,6 +36,8 @@ class DistillationStep(TrainingStep):
         channels_last: as `TrainingStep`'s.
     """
 
+    teacher: DCSSDAE
+
     def __init__(
         self,
         model: DCSSDAE,
@@ -47,15 +49,10 @@ class DistillationStep(TrainingStep):
         channels_last: bool | None = None,
     ) -> None:
         super().__init__(model, objective, precision, channels_last)
-        self._held = [teacher.requires_grad_(False).eval()]
-        self._steps = steps
-        self._step_size = step_size
+        # Not registered: it neither trains nor gets into checkpoints.
+        object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
+        self._decode = partial(decode_or_nan, teacher, num_steps=steps, step_size=step_size)
         self.cache: TeacherCache | None = None
-
-    @property
-    def teacher(self) -> DCSSDAE:
-        """The frozen model."""
-        return self._held[0]
 
     def corrupt_and_encode(
         self, x: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None
@@ -78,12 +75,11 @@ class DistillationStep(TrainingStep):
 
     def _teach(self, z: Tensor, noise: Tensor, draw: Tensor | None) -> Tensor:
         """What the teacher makes of z (B, c, h, w) and noise (B, 3, S, S), or made of it before."""
-        teach = partial(decode_or_nan, self.teacher, z, num_steps=self._steps, step_size=self._step_size, noise=noise)
         if self.cache is None or draw is None:
-            return teach()
+            return self._decode(z, noise=noise)
         images = self.cache.read(draw)
         if images is None:
-            images = teach()
+            images = self._decode(z, noise=noise)
             self.cache.write(draw, images)
         return images.to(noise.device).contiguous(memory_format=self.memory_format)
 
