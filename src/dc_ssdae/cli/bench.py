@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dc_ssdae.cli.common import complain, select_device, show, side_by_side, wrapped
+from dc_ssdae.cli.common import complain, select_device, show, side_by_side
 from dc_ssdae.cli.options import DeviceOptions, JsonOptions
 from dc_ssdae.cli.run_config import RunOptions, read_run_config
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.errors import InputError
 from dc_ssdae.settings import setting
 
 
@@ -42,27 +42,27 @@ class ModelBenchOptions(DeviceOptions, JsonOptions):
 class EncodeOptions(ModelBenchOptions):
     """Time how long models take to encode random images; several models take turns in one process.
 
-    On a CPU, processor time is measured, which depends little on other work on the machine.
+    Prints medians and quartiles over the rounds; ratios are to the first model. On a CPU, processor time is measured,
+    which depends little on other work on the machine. share_of_peak compares FLOPs per second with this machine's
+    fastest 3 x 3 convolution; the memory includes the weights.
     """
-
-    program = "dc-ssdae bench encode"
 
 
 @dataclass(kw_only=True)
 class DecodeOptions(ModelBenchOptions):
     """Time how long models take to decode random images; several models take turns in one process.
 
-    On a CPU, processor time is measured, which depends little on other work on the machine.
+    Prints medians and quartiles over the rounds; ratios are to the first model. On a CPU, processor time is measured,
+    which depends little on other work on the machine. share_of_peak compares FLOPs per second with this machine's
+    fastest 3 x 3 convolution; the memory includes the weights.
     """
-
-    program = "dc-ssdae bench decode"
 
 
 @dataclass(kw_only=True)
 class DataOptions(JsonOptions):
     """Time how fast images are read and cropped for training, stage by stage and as a whole, in one thread.
 
-    Several data sets take turns, and the same positions are read from each.
+    Several data sets take turns, and the same positions are read from each. Prints medians and quartiles.
 
     Args:
         sources: folder of images or shards, a shard, or a pattern of shards; if a folder has a subfolder train/, its
@@ -74,7 +74,6 @@ class DataOptions(JsonOptions):
         packed: also pack the first SOURCE, a folder of images, into temporary shards in $TMPDIR, and measure those.
     """
 
-    program = "dc-ssdae bench data"
     sources: list[str] = setting(positional=True, metavar="SOURCE")
     image_size: int = setting(256, at_least=8, at_most=2**16, name="--image-size", metavar="N")
     aug_scale: float = setting(2.0, at_least=1.0, name="--aug-scale", metavar="X")
@@ -87,7 +86,8 @@ class DataOptions(JsonOptions):
 class TrainOptions(RunOptions, JsonOptions):
     """Time training steps in one process, on random images that are already on the device.
 
-    A step covers the networks, the losses, the optimiser and the weight average, not the reading of images. The
+    A step covers the networks, the losses, the optimiser and the weight average, not the reading of images; backbones
+    of losses have random weights. Prints medians and quartiles; ratios are to the first configuration. The
     configuration is given as for dc-ssdae train; training.batch_size is the batch of this one process.
 
     Args:
@@ -97,8 +97,6 @@ class TrainOptions(RunOptions, JsonOptions):
             configurations take turns, and are in memory together. May be given several times.
     """
 
-    program = "dc-ssdae bench train"
-    usage = "dc-ssdae bench train --config PRESET [--config FILE] [--section.name VALUE] [options]"
     steps: int = setting(20, at_least=1, metavar="N")
     device: str = setting("auto", metavar="DEVICE")
     compare: list[str] = setting([], repeated=True, metavar="SETTING=VALUE")
@@ -137,13 +135,9 @@ def _run_models(options: ModelBenchOptions, work: str) -> None:
         figures += measure_speed(
             work, candidates, size, options.batch_size, device, dtype, options.rounds, options.threads
         )
-    note = (
-        f"{work} of {counted(options.batch_size, 'image')} in {options.dtype}, {counted(options.rounds, 'round')}; "
-        "processor time on a CPU; the peak is this machine's fastest 3×3 convolution, the memory includes the weights."
-    )
     settings = options.given("dtype", "compile", "rounds")
     machine = {**describe_machine(device), "threads": options.threads}
-    _print(options, {"benchmark": work, **settings, "figures": figures, "machine": machine}, "figures", note)
+    _print(options, {"benchmark": work, **settings, "figures": figures, "machine": machine}, "figures")
 
 
 def run_data(options: DataOptions) -> None:
@@ -160,10 +154,9 @@ def run_data(options: DataOptions) -> None:
             shards = stack.enter_context(packed(paths[0], lambda line: complain(options.program, line)))
             sources.append((f"{options.sources[0]} (packed)", shards))
         figures = measure_data(sources, options.image_size, options.aug_scale, options.seconds, workers)
-    note = f"The first {figures.images} images in {counted(figures.rounds, 'round')}, in one process with one thread."
     settings = options.given("image_size", "aug_scale")
     machine = {**describe_machine(), "threads": 1}
-    _print(options, {"benchmark": "data", **settings, **vars(figures), "machine": machine}, "sources", note)
+    _print(options, {"benchmark": "data", **settings, **vars(figures), "machine": machine}, "sources")
 
 
 def run_train(options: TrainOptions) -> None:
@@ -186,27 +179,20 @@ def run_train(options: TrainOptions) -> None:
         torch.cuda.set_device(device)
     with importing_from(Path.cwd()):
         figures = measure_training(configs, device, options.steps)
-        random = random_backbones(config)
-    note = (
-        f"{counted(options.steps, 'step')} of {counted(config.training.batch_size, 'random image')} of "
-        f"{config.data.image_size} px, {config.training.precision}, {config.training.optimizer}; backbones with random "
-        f"weights: {', '.join(random) or 'none'}."
-    )
     found = {
         "benchmark": "train",
         "steps": options.steps,
         "config": config.to_mapping(),
-        "random_backbones": random,
+        "random_backbones": random_backbones(config),
         "configurations": figures,
         "machine": describe_machine(device),
     }
-    _print(options, found, "configurations", note)
+    _print(options, found, "configurations")
 
 
-def _print(options: JsonOptions, found: dict[str, Any], entries: str, note: str) -> None:
-    """Print what was found as JSON, or as a table with a column for each of its `entries`, and a note below."""
+def _print(options: JsonOptions, found: dict[str, Any], entries: str) -> None:
+    """Print what was found as JSON, or its `entries` side by side."""
     from dc_ssdae.timing import machine_line
 
-    below = f"Medians (and quartiles) in alternation; ratios to the first. {note} {machine_line(found['machine'])}"
     figures = json.loads(json.dumps(found[entries], default=asdict))
-    show(found, options.json, lambda: f"{side_by_side(figures)}\n\n{wrapped(below)}")
+    show(found, options.json, lambda: f"{side_by_side(figures)}\n\n{machine_line(found['machine'])}")

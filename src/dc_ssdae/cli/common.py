@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.cli.options import BatchOptions, FileOptions, ModelOptions, OutputOptions, OverwriteOptions
+    from dc_ssdae.cli.options import BatchOptions, FileOptions, ModelOptions, OutputOptions
     from dc_ssdae.cli.parser import Options
     from dc_ssdae.data.encode_latents import EncodedPart
     from dc_ssdae.data.loader import BrokenImage
@@ -45,11 +44,6 @@ def say(line: str) -> None:
 def show(found: Any, as_json: bool, as_text: Callable[[], str]) -> None:
     """Print what a command has found, as JSON or as text for people."""
     say(json.dumps(found, indent=2, default=asdict) if as_json else as_text())
-
-
-def wrapped(text: str) -> str:
-    """Break a paragraph into lines that fit the terminal; in a pipe, into lines of 100 characters."""
-    return textwrap.fill(text, _columns(), break_on_hyphens=False)
 
 
 def cells(figures: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
@@ -93,13 +87,9 @@ def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None)
         grid.add_column(justify="left" if kind == "l" else "right", no_wrap=kind == "r", overflow="fold")
     for row in rows:
         grid.add_row(*map(Text, row))
-    console = Console(width=width or _columns(), color_system=None)
+    console = Console(width=width or shutil.get_terminal_size((100, 24)).columns, color_system=None)
     lines = console.render_lines(grid, pad=False)
     return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
-
-
-def _columns() -> int:
-    return shutil.get_terminal_size((100, 24)).columns
 
 
 def say_part(part: "PackedPart | EncodedPart", remark: str) -> None:
@@ -130,7 +120,7 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check_outputs(options: "OverwriteOptions", files: Sequence[Path]) -> None:
+def check_outputs(options: "OutputOptions", files: Sequence[Path]) -> None:
     """Refuse to replace existing files, before the work that makes them, unless `--overwrite` is given.
 
     Args:
@@ -322,13 +312,12 @@ def select_device(name: str) -> "torch.device":
     """
     import torch
 
-    count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if count else "mps" if has_mps else "cpu")
-    present = ["cpu", *(f"cuda:{index}" for index in range(count)), *(["mps"] if has_mps else [])]
-    if (name if name != "cuda" else "cuda:0") not in present:
+    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    present += [*(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    chosen = {"auto": present[0], "cuda": "cuda:0"}.get(name, name)
+    if chosen not in present:
         raise InputError(f"no device {name!r} on this machine: PyTorch finds {', '.join(present)}")
-    return torch.device(name)
+    return torch.device(chosen)
 
 
 def import_classes(modules: Sequence[str]) -> list[type]:

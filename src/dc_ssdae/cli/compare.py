@@ -30,7 +30,6 @@ class Options(EvaluationOptions):
         show: number of images in index.html.
     """
 
-    program = "dc-ssdae compare"
     models: list[str] = setting(positional=True, metavar="MODEL")
     rounds: int = setting(3, at_least=1, metavar="R")
     show: int = setting(8, at_least=1, metavar="N")

@@ -42,7 +42,6 @@ class OriginalOptions(ConvertOptions):
         preset: preset with the checkpoint's architecture; dc-ssdae info lists the presets.
     """
 
-    program = "dc-ssdae convert original"
     checkpoint: Path = setting(positional=True, metavar="CHECKPOINT")
     preset: str = setting(metavar="NAME")
 
@@ -65,7 +64,6 @@ class DiffusersOptions(ConvertOptions, SeedOptions):
         seed: seed of the decoder's random weights.
     """
 
-    program = "dc-ssdae convert diffusers"
     source: str = setting(positional=True, metavar="SOURCE")
     subfolder: str | None = setting(None, metavar="NAME")
     variant: str | None = setting(None, metavar="NAME")
@@ -82,7 +80,7 @@ def run_original(options: OriginalOptions) -> None:
     model = convert_original(options.checkpoint, options.preset)
     _save(options, model)
     for part in ("encoder", "decoder"):
-        say(f"{part}: {', '.join(f'{name} {value}' for name, value in model.config[part]['init_args'].items())}")
+        say(f"{part}: {json.dumps(model.config[part])}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{options.checkpoint}: {parameters:,} parameters -> {options.out}")
 

@@ -24,7 +24,6 @@ class Options(DecodingOptions):
         latents: safetensors file.
     """
 
-    program = "dc-ssdae decode"
     latents: list[Path] = setting(positional=True, metavar="LATENT")
 
 

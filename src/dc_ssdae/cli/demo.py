@@ -36,7 +36,6 @@ class Options(OutputOptions, SeedOptions, DeviceOptions):
         dtype: precision in which the networks compute during training.
     """
 
-    program = "dc-ssdae demo"
     minutes: float | None = setting(None, at_least=0.001, metavar="M")
     steps: int | None = setting(None, at_least=1, metavar="N")
     out: Path = setting(Path("runs/demo"), metavar="DIR")
@@ -126,17 +125,14 @@ def _report(
     from dc_ssdae.training.logging import read_lines
 
     training, history = config.training, read_lines(run / "metrics.jsonl")
-    sizes = ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
     curves = {
         "error of the image, L_dynamics": [record["loss/dynamics"] for record in history],
         "KL of the latent, summed per image": [record["loss/kl"] for record in history],
     }
     facts = {
-        "model": f"preset {PRESET!r}, equilibrium matching; parameters: {sizes}",
+        "model": f"preset {PRESET!r}, equilibrium matching; {count_parameters(model)['total']:,} parameters",
         "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} of "
-        f"{config.data.image_size} px in {history[-1]['seconds'] / 60:.1f} minutes, {training.precision}, "
-        f"seed {training.seed}; no perceptual loss, no GAN",
-        "evaluated on": f"photos resized to a shorter side of {EVALUATION_SIDE} px (bicubic, antialiased), one step",
+        f"{config.data.image_size} px in {history[-1]['seconds'] / 60:.1f} minutes, {training.precision}",
         "machine": machine_line(describe_machine(model.device)),
     }
     write_demo_report(run / "report.html", shipped, results, curves, facts)

@@ -1,12 +1,11 @@
 """`dc-ssdae distill`: trains a model to decode in one step what a teacher decodes in several, and compares them."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain, is_main_process, say, side_by_side
+from dc_ssdae.cli.common import is_main_process, say, side_by_side
 from dc_ssdae.cli.run_config import RunOptions, read_config_of, read_run_config
 from dc_ssdae.cli.train import new_run_folder, read_run, resume, start, watching_training
 from dc_ssdae.errors import InputError
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
 
 DEFAULT_STEPS = 8
 """Number of steps of the teacher by default."""
-
-PREVIEWED = 16
-"""Number of images on which the teacher is measured before a distillation."""
 
 CHANGED: Mapping[str, Any] = {
     "steps": 20_000,
@@ -42,6 +38,7 @@ TERMS = ("dynamics", "lpips")
 class Options(RunOptions):
     """Train a copy of a model to decode in one step what the model, its teacher, decodes in several.
 
+    --teacher DIR --steps K starts a run, whose settings are given as for dc-ssdae train; --resume RUN continues it.
     Student and teacher start from the same noise and latent; at the end they are compared on validation images. The run
     saves, resumes and logs as dc-ssdae train does. If the teacher comes from a training run, the settings of that run
     are the defaults.
@@ -52,11 +49,6 @@ class Options(RunOptions):
         resume: continue the distillation in this folder; if it is finished, compare again.
     """
 
-    program = "dc-ssdae distill"
-    usage = (
-        "dc-ssdae distill --teacher DIR [--steps K] [--config FILE] [--section.name VALUE]\n"
-        "       dc-ssdae distill --resume RUN [--section.name VALUE]"
-    )
     teacher: str | None = setting(None, metavar="DIR")
     steps: int | None = setting(None, at_least=1, metavar="K")
     resume: Path | None = setting(None, metavar="RUN")
@@ -67,7 +59,6 @@ def run(options: Options) -> None:
     with watching_training(options.resume is not None):
         if options.resume is None:
             config, path = _new_config(options)
-            _preview(config)
             outcome: Outcome | None = start(options.program, config, path)
         else:
             if options.teacher is not None or options.steps is not None:
@@ -134,22 +125,6 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
         "losses": {**{name: losses[name] for name in TERMS if name in losses}, "repa": 0.0, "kl": 0.0},
         "distillation": {"teacher": teacher, "steps": steps},
     }
-
-
-def _preview(config: RunConfig) -> None:
-    """Report the quality of the teacher's steps before the time is spent, for they may make it worse."""
-    from dc_ssdae.training.build import check_components, load_teacher, own_classes
-    from dc_ssdae.training.comparison import report_on
-
-    if not is_main_process() or (config.data.root is None and config.data.dataset is None):
-        return
-    assert config.distillation is not None
-    with suppress(InputError):  # the run itself finds the mistake, for all processes
-        check_components(config)
-        teacher = load_teacher(Path(config.distillation.teacher), own_classes(config.model))
-        report = report_on(config, teacher, teacher, min(PREVIEWED, config.data.validation_images))
-        figures = ", ".join(f"{entry['name']} {entry['psnr']:.2f} dB" for entry in report["decodings"][:2])
-        complain(Options.program, f"PSNR on {report['images']} {report['split']} images: {figures}")
 
 
 def _compare(path: Path, config: RunConfig) -> None:

@@ -22,7 +22,6 @@ class Options(FileOptions):
         seed: seed of --sample, the same for each image; by default 0.
     """
 
-    program = "dc-ssdae encode"
     images: list[Path] = setting(positional=True, metavar="IMAGE")
     sample: bool = False
     seed: int | None = setting(None, at_least=0, at_most=LARGEST_SEED, metavar="S")

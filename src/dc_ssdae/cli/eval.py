@@ -35,7 +35,6 @@ class Options(EvaluationOptions):
             results for the same protocol, data, size and decoding.
     """
 
-    program = "dc-ssdae eval"
     model: str = setting(SHIPPED_MODEL, metavar="MODEL")
     out: Path = setting(Path("evaluation"), metavar="DIR")
     show: int = setting(6, at_least=1, metavar="N")

@@ -29,7 +29,6 @@ class Options(ModelOptions, OutputOptions):
             the noise has that size.
     """
 
-    program = "dc-ssdae export"
     format: Literal["pt2", "onnx"] = "pt2"
     size: list[int] | None = setting(None, at_least=1, spaced=True, metavar="PIXELS")
     bake_noise: bool = False

@@ -30,8 +30,6 @@ class Options(ImportOptions, JsonOptions):
         groups: print only the names and sizes of the model's parameter groups, which training.train can choose from.
     """
 
-    program = "dc-ssdae info"
-    usage = "dc-ssdae info [PRESET|DIR] [options]"
     model: str | None = setting(None, positional=True, metavar="PRESET|DIR")
     device: str | None = setting(None, metavar="DEVICE")
     dtype: DType | None = None
@@ -40,10 +38,8 @@ class Options(ImportOptions, JsonOptions):
 
 def run(options: Options) -> None:
     """Print the presets, or a model's groups or profile."""
-    if options.groups and (options.model is None or options.device is not None or options.dtype is not None):
-        raise InputError(
-            "--groups counts a model's parameters: it takes a PRESET|DIR, and neither --device nor --dtype"
-        )
+    if options.groups and (options.model is None or options.given("device", "dtype")):
+        raise InputError("--groups counts the parameters of a PRESET|DIR; leave --device and --dtype out")
     classes = import_classes(options.modules)
     if options.model is None:
         presets = [{"name": name, **_preset(name)} for name in list_presets()]
@@ -85,11 +81,11 @@ def _profile(options: Options, name: str, classes: Sequence[type]) -> dict[str, 
         # A setting that is None follows from the others.
         settings = {key: value for key, value in config[part]["init_args"].items() if value is not None}
         parts[part] = {"class_path": config[part]["class_path"], **settings}
+    names = ("downsample_factor", "latent_channels", "shift_factor", "scaling_factor", "latents_mean", "latents_std")
     return {
         "name": name,
         "description": load_preset(name)["description"] if folder is None else "a saved model",
-        "downsample_factor": config.downsample_factor,
-        "latent_channels": config.latent_channels,
+        **{key: config[key] for key in (*names, "provenance")},
         "compression_ratio": compression_ratio(model),
         "parameters": count_parameters(model),
         "dtype": dtype,
@@ -97,8 +93,6 @@ def _profile(options: Options, name: str, classes: Sequence[type]) -> dict[str, 
         "sizes": sizes,
         "seconds": options.device and _seconds(folder or name, dtype, options.device, classes),
         **parts,
-        **{key: config[key] for key in ("shift_factor", "scaling_factor", "latents_mean", "latents_std")},
-        "provenance": config.provenance,
         "weights": weights,
     }
 
@@ -136,14 +130,13 @@ def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.evaluation.profile import measure_seconds
 
-    where = select_device(device)
     is_saved = isinstance(source, Path)
     model = DCSSDAE.from_pretrained(source, classes=classes) if is_saved else DCSSDAE.from_preset(source)
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
-    torch.nn.Module.to(model, device=where, dtype=getattr(torch, dtype))
+    torch.nn.Module.to(model, device=select_device(device), dtype=getattr(torch, dtype))
     factor = model.config.downsample_factor
     size = next((size for size in SIZES if size % factor == 0), factor)
-    return {"device": str(where), "size": size, **measure_seconds(model, size)._asdict()}
+    return {"device": str(model.device), "size": size, **measure_seconds(model, size)._asdict()}
 
 
 def _as_rows(profile: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dc_ssdae.cli.common import complain, load_model, main_first, say_part, select_device, told_by_one_process
-from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions, SizeOptions
+from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import LARGEST_SEED, setting
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
+class Options(ModelOptions, BatchOptions, ShardOptions):
     """Encode a data set once into shards of latents, for training on latents.
 
     Writes OUT/000000.safetensors and so on, with the tensors latents (N, c, h, w), not normalised, and labels (N,), and
@@ -39,7 +39,6 @@ class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
             8.
     """
 
-    program = "dc-ssdae latents"
     data: str = setting(positional=True, metavar="DATA")
     out: Path = setting(positional=True, metavar="OUT")
     store: Literal["mean", "sample", "mean_std"] = "mean"
@@ -113,6 +112,5 @@ def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSour
         check_places(named.root, out)
     with importing_from(Path.cwd()):
         sources = open_sources(named.root, named.dataset, named.validation, cache or named.cache)
-    if sources.validation is None:
-        return {"": sources.train}
-    return {"train": sources.train, "validation": sources.validation}
+    validation = {} if sources.validation is None else {"validation": sources.validation}
+    return {"train" if validation else "": sources.train, **validation}

@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             name, rest = choose_command([word for word in words if word != "--debug"])
             program = f"{PROGRAM} {name}"
-            function, options = prepare_command(name, rest, debug)
+            function, options = prepare_command(name, rest)
+            options.debug = debug
             code = function(options) or 0
             if "dc_ssdae.distributed" in sys.modules:
                 # Here, because a recipe's phases share the group; a failure leaves it, where closing it could hang.
@@ -122,7 +123,7 @@ def print_commands(program: str, names: Sequence[str]) -> None:
     print(f"\n{program} COMMAND --help describes a command.")
 
 
-def prepare_command(name: str, words: Sequence[str], debug: bool) -> tuple[Callable[[Any], int | None], Any]:
+def prepare_command(name: str, words: Sequence[str]) -> tuple[Callable[[Any], int | None], Any]:
     """Import a command and parse its words; gives its function and the options to call it with.
 
     Raises:
@@ -135,6 +136,5 @@ def prepare_command(name: str, words: Sequence[str], debug: bool) -> tuple[Calla
     keep_freed_memory()
     first, _, second = name.partition(" ")
     module = importlib.import_module(f"dc_ssdae.cli.{first}")
-    options = CommandParser(getattr(module, f"{second.capitalize()}Options")).parse(words)
-    options.debug = debug
-    return getattr(module, f"run_{second}" if second else "run"), options
+    parser = CommandParser(getattr(module, f"{second.capitalize()}Options"), f"{PROGRAM} {name}")
+    return getattr(module, f"run_{second}" if second else "run"), parser.parse(words)

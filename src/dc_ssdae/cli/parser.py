@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from dc_ssdae.errors import InputError, did_you_mean
-from dc_ssdae.settings import alternatives, check_settings, documentation, is_required, metavar
+from dc_ssdae.settings import alternatives, check_settings, documentation, is_required, metavar, setting
 
 
 @dataclass(kw_only=True)
@@ -24,11 +24,11 @@ class Options:
 
     Args:
         debug: show the traceback of an error.
+        program: the command's name, for messages.
     """
 
-    program: ClassVar[str] = "dc-ssdae"
-    usage: ClassVar[str | None] = None
     debug: bool = False
+    program: str = setting("dc-ssdae", name=None)
 
     def __post_init__(self) -> None:
         check_settings(self, {entry.name: option_name(entry) for entry in fields(self)})
@@ -58,19 +58,15 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         options: of the command; their docstring's description is the command's.
+        program: the command's name.
     """
 
-    def __init__(self, options: type[Options]) -> None:
+    def __init__(self, options: type[Options], program: str) -> None:
         description, documented = documentation(options)
         required = sorted(filter(is_required, fields(options)), key=lambda entry: "positional" not in entry.metadata)
-        usage = options.usage or " ".join([options.program, *map(_usage, required), "[options]"])
+        usage = " ".join([program, *map(_usage, required), "[options]"])
         super().__init__(
-            prog=options.program,
-            usage=usage,
-            description=description,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-            exit_on_error=False,
+            program, usage, description, formatter_class=_HelpFormatter, allow_abbrev=False, exit_on_error=False
         )
         self._options, self._required = options, required
         hints = get_type_hints(options)
@@ -104,7 +100,7 @@ class CommandParser(argparse.ArgumentParser):
         given |= {name: value for name, value in vars(namespace).items() if value is not None}
         if missing := [option_name(entry) for entry in self._required if not given.get(entry.name)]:
             raise InputError(f"missing: {', '.join(missing)}; usage: {self.usage}", missing[0])
-        return self._options(**given)
+        return self._options(program=self.prog, **given)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as an `InputError`."""
@@ -173,9 +169,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 def _usage(entry: Field[Any]) -> str:
     """Spell a required option for the usage line."""
-    several = "positional" in entry.metadata and "list" in str(entry.type)
-    value = "" if "positional" in entry.metadata else f" {entry.metadata.get('metavar', 'VALUE')}"
-    return f"{option_name(entry)}{value}{' ...' * several}"
+    is_word = "positional" in entry.metadata
+    return str(option_name(entry)) if is_word else f"{option_name(entry)} {entry.metadata['metavar']}"
 
 
 def _with_default(entry: Field[Any], text: str) -> str:

@@ -27,7 +27,6 @@ class Options(DecodingOptions):
         images: image file.
     """
 
-    program = "dc-ssdae reconstruct"
     images: list[Path] = setting(positional=True, metavar="IMAGE")
 
 

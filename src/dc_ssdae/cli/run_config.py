@@ -45,13 +45,10 @@ class RunOptions(Options):
             for entry in fields(kind):
                 text = f"{described[entry.name].rstrip('.')} ({_default(entry)})".replace("%", "%%")
                 group.add_argument(f"--{section}.{entry.name}", metavar=metavar(hints[entry.name]), help=text)
+        losses = documentation(RunConfig)[1]["losses"]
         defaults = ", ".join(f"{name} {weight:g}" for name, weight in BUILT_IN_LOSSES.items())
-        parser.add_argument_group(
-            "losses",
-            f"{documentation(RunConfig)[1]['losses']} --losses.NAME X sets a weight; 0 removes the term (default: "
-            f"{defaults}); --losses.NAME.class_path module.Class and --losses.NAME.init_args.SETTING VALUE add your "
-            "own.",
-        )
+        summary = f"{losses} --losses.NAME X sets a weight; 0 removes the term (default: {defaults})."
+        parser.add_argument_group("losses", summary)
 
     @classmethod
     def take(cls, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -1,13 +1,11 @@
 """`dc-ssdae study sampling`: measures samplers, steps and tolerances of one or two models."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dc_ssdae.cli.common import advising_on_batches, check_outputs, load_model, say, tell_of_images, write_outputs
-from dc_ssdae.cli.options import BatchOptions, ModelOptions, OutputOptions, SizeOptions
-from dc_ssdae.cli.run_config import read_config_of
+from dc_ssdae.cli.options import BatchOptions, ModelOptions, OutputOptions
 from dc_ssdae.errors import InputError, check_names, counted
 from dc_ssdae.settings import setting
 
@@ -21,7 +19,7 @@ FILES = ("study.json", "table.md", "study.png")
 
 
 @dataclass(kw_only=True)
-class SamplingOptions(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
+class SamplingOptions(ModelOptions, OutputOptions, BatchOptions):
     """Measure how quality and time depend on sampler, number of steps, step size and tolerance.
 
     Writes quality against evaluations of the decoder and against time to DIR/study.json, table.md and study.png; with
@@ -47,7 +45,6 @@ class SamplingOptions(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
         lpips: network of LPIPS; LPIPS is left out if the weights are not on this machine.
     """
 
-    program = "dc-ssdae study sampling"
     baseline: str | None = setting(None, metavar="DIR")
     data: str = setting(metavar="ROOT")
     out: Path = setting(Path("sampling-study"), metavar="DIR")
@@ -88,8 +85,6 @@ def run_sampling(options: SamplingOptions) -> None:
     models = {label: load_model(replace(options, model=path)) for label, path in zip(labels, paths, strict=True)}
     device = models[labels[0]].device
     lpips, notes = _lpips(options.lpips, device)
-    if options.baseline is not None:
-        notes.append(_differences(paths))
     sources = open_sources(options.data, None, None, None)
     images = ValidationImages(sources.validation or sources.train, options.size, options.images)
     read = [images[place] for place in range(len(images))]
@@ -121,21 +116,6 @@ def _lpips(net: str, device: "torch.device") -> "tuple[Callable[[Tensor, Tensor]
     if weights_on_this_machine(trunk_file(net)) is None:
         return None, [f"No LPIPS: the weights of {net} are not on this machine, and nothing is downloaded."]
     return LPIPSLoss(net).to(device).distance, []
-
-
-def _differences(paths: Sequence[str]) -> str:
-    """Say how the configurations of the models' runs differ."""
-    from dc_ssdae.model_folder import model_folder
-
-    flat = []
-    for path in paths:
-        config = read_config_of(model_folder(path))
-        if not config:
-            return f"{path} is no run: whether the models were trained equally is not known here."
-        flat.append({f"{name}.{key}": value for name, section in config.items() for key, value in section.items()})
-    names = (flat[0] | flat[1]).keys() - {"training.output"}
-    differing = sorted(name for name in names if flat[0].get(name) != flat[1].get(name))
-    return f"The two runs' configurations differ in {', '.join(differing) or 'nothing'}."
 
 
 def _step_size(text: str) -> float | None:

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 class Options(RunOptions):
     """Train an autoencoder.
 
-    A later --config overrides an earlier one, and settings such as --training.lr override every --config.
+    --config PRESET starts a run, --recipe NAME --config PRESET starts one in phases, and --resume RUN continues either.
+    A later --config overrides an earlier one, and settings --section.name VALUE, such as --training.lr 1e-4, override
+    every --config.
 
     Args:
         recipe: train in phases, one after the other: a YAML file with a section phases, or a recipe of this package
@@ -46,12 +48,6 @@ class Options(RunOptions):
         resume: continue the run in this folder exactly where it stopped.
     """
 
-    program = "dc-ssdae train"
-    usage = (
-        "dc-ssdae train --config PRESET [--config FILE] [--section.name VALUE]\n"
-        "       dc-ssdae train --recipe NAME --config PRESET [--section.name VALUE]\n"
-        "       dc-ssdae train --resume RUN [--section.name VALUE]"
-    )
     recipe: str | None = setting(None, metavar="NAME")
     resume: Path | None = setting(None, metavar="RUN")
 
@@ -216,7 +212,4 @@ def read_run(path: Path) -> RunConfig:
     Raises:
         InputError: it is no run, or its configuration is damaged.
     """
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise InputError(f"--resume {path}: no such folder, or it holds no config.yaml and so it is no run")
-    return RunConfig.from_mapping(read_yaml(file))
+    return RunConfig.from_mapping(read_yaml(path / "config.yaml"))

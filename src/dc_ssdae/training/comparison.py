@@ -29,52 +29,31 @@ PICTURED = 6
 def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     """Compare a run's student with its teacher, and write RUN/distillation.json and .png.
 
+    The images are the run's validation images, or training images where there are none.
+
     Args:
         config: of the run, with its distillation.
         path: of the run.
 
     Returns:
-        What distillation.json holds, see `report_on`.
+        What distillation.json holds: numbers of images and steps, split, losses whose backbone had random weights, and
+        "decodings" of `compare`.
 
     Raises:
         InputError: a model or the images cannot be read.
     """
-    run, classes = RunFolder(path), own_classes(config.model)
-    teacher, student = load_teacher(run.teacher, classes), DCSSDAE.from_pretrained(run.model, classes=classes)
-    report = report_on(config, teacher, student, config.data.validation_images, path / PICTURE_FILE)
-    write_json(path / REPORT_FILE, report)
-    return report
-
-
-def report_on(
-    config: RunConfig, teacher: DCSSDAE, student: DCSSDAE, limit: int, picture: Path | None = None
-) -> dict[str, Any]:
-    """Compare two models on a run's validation images, or on training images where there are none.
-
-    Args:
-        config: of the run, with its distillation.
-        teacher: in eval mode.
-        student: in eval mode.
-        limit: largest number of images.
-        picture: as `compare` takes it.
-
-    Returns:
-        Numbers of images and steps, split, losses whose backbone had random weights, and "decodings" of `compare`.
-
-    Raises:
-        InputError: the images cannot be read.
-    """
-    data, distillation = config.data, config.distillation
+    run, classes, data, distillation = RunFolder(path), own_classes(config.model), config.data, config.distillation
     assert distillation is not None
+    teacher, student = load_teacher(run.teacher, classes), DCSSDAE.from_pretrained(run.model, classes=classes)
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    source = sources.validation or sources.train
-    images = ValidationImages(source, data.image_size, limit, workers_option="data.workers")
+    source, count = sources.validation or sources.train, data.validation_images
+    images = ValidationImages(source, data.image_size, count, workers_option="data.workers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps, step_size = distillation.steps, distillation.step_size
-    decodings, count = compare(teacher.to(device), student.to(device), images, steps, step_size, picture)
+    decodings, measured = compare(teacher.to(device), student.to(device), images, steps, step_size, path / PICTURE_FILE)
     terms = {name: term.init_args for name, term in config.losses.items() if term.weight}
-    return {
-        "images": count,
+    report = {
+        "images": measured,
         "split": "validation" if sources.validation else "training",
         "image_size": data.image_size,
         "teacher_steps": steps,
@@ -82,6 +61,8 @@ def report_on(
         "random_backbones": [name for name, settings in terms.items() if settings.get("weights") == "random"],
         "decodings": decodings,
     }
+    write_json(path / REPORT_FILE, report)
+    return report
 
 
 @torch.inference_mode()

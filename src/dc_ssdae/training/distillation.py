@@ -32,23 +32,15 @@ class DistillationStep(TrainingStep):
         teacher: a model of the same architecture. It is no submodule: it neither trains nor gets into checkpoints.
         steps: the teacher's, K.
         step_size: of the teacher's descent; None is `DCSSDAE.decode`'s default.
-        precision: of the student, and of the teacher's networks.
-        channels_last: as `TrainingStep`'s.
+        how: precision, also of the teacher's networks, and channels_last, as `TrainingStep`'s.
     """
 
     teacher: DCSSDAE
 
     def __init__(
-        self,
-        model: DCSSDAE,
-        objective: Objective,
-        teacher: DCSSDAE,
-        steps: int,
-        step_size: float | None = None,
-        precision: str = "float32",
-        channels_last: bool | None = None,
+        self, model: DCSSDAE, objective: Objective, teacher: DCSSDAE, steps: int, step_size: float | None, *how: Any
     ) -> None:
-        super().__init__(model, objective, precision, channels_last)
+        super().__init__(model, objective, *how)
         # Not registered: it neither trains nor gets into checkpoints.
         object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
         self._decode = partial(decode_or_nan, teacher, num_steps=steps, step_size=step_size)
