@@ -19,28 +19,29 @@ def photos(tmp_path: Path) -> Path:
     return save_photos(tmp_path / "photos", "train/0", "train/1", "train/2")
 
 
-def number(cell: str) -> float:
-    return float(cell.replace(",", ""))
+def columns(lines: Sequence[str]) -> dict[str, list[str]]:
+    """The cells of the table that is printed, by its lines' names."""
+    assert max(map(len, lines[: lines.index("")])) <= 100
+    cells = [re.split(r" {2,}", line) for line in lines[: lines.index("")]]
+    return {name: values for name, *values in cells}
 
 
-def tables(lines: Sequence[str]) -> list[list[list[str]]]:
-    """The cells of the tables that are printed, which empty lines part, and of the words below."""
-    assert max(map(len, lines)) <= 100
-    return [[re.split(r" {2,}", line) for line in part.splitlines()] for part in "\n".join(lines).split("\n\n")]
-
-
-def check_spread(median: str, quartiles: str) -> None:
-    low, high = map(number, quartiles.split(".."))
-    assert 0.0 < low <= number(median) <= high
+def check_spread(cell: str) -> None:
+    median, low, high = (
+        float(number.replace(",", "")) for number in re.findall(r"[0-9,.e+-]+[0-9]", re.sub(r"\.\.", " ", cell))
+    )
+    assert 0.0 < low <= 1.01 * median <= 1.02 * high, "rounded to fewer digits"
 
 
 def test_models_in_alternation(run: Run) -> None:
     words = ("bench", "encode", "preset:demo", "--against", "other=preset:demo", "--rounds", 1, "--device", "cpu")
-    outcome = run(*words, "--size", "32,64")
+    outcome = run(*words, "--size", "32")
     assert outcome.code == 0
-    rows = tables(outcome.out)[0][1:]
-    assert [row[:2] for row in rows] == [[label, size] for size in ("32", "64") for label in ("preset:demo", "other")]
-    assert [row[4] == "-" for row in rows] == [True, False] * 2
+    found = columns(outcome.out)
+    assert found["label"] == ["preset:demo", "other"]
+    assert found["size"] == ["32", "32"]
+    assert found["ratio"][0] == "-"
+    check_spread(found["ratio"][1])
 
 
 def test_a_model_as_json(run: Run) -> None:
@@ -57,22 +58,17 @@ def test_data_table(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.
     long = "long" * 20
     Path(long).symlink_to(photos / "train")
     (photos / "train" / "1-bad.png").write_bytes(b"no image")
-    outcome = run("bench", "data", "photos", long, "--packed", "--seconds", 0.01, "--image-size", 32)
+    outcome = run("bench", "data", "photos", long, "--packed", "--seconds", 0.01, "--image-size", 32, "--json")
     assert outcome.code == 0
-    cells, text = tables(outcome.out)[0], " ".join(outcome.out)
-    assert "".join(row[0] for row in cells[4:7]).startswith(long)
-    rows = [row for row in cells if len(row) > 1]  # the others go on with the name of the line above
-    assert rows[0] == ["source", "stage", "images/s", "quartiles", "ratio", "quartiles"]
-    assert [row[1] for row in rows[1:]] == ["read+decode", "crop+flip", "whole sample"] * 3
-    assert len({row[0] for row in rows[1:]}) == 3
-    for row in rows[1:]:
-        check_spread(*row[2:4])
-        check_spread(*row[4:])
-    assert {row[4] for row in rows[1:4]} == {"1.000"}
-    for told in ("Crops of 32 px", "1 broken among the images measured", "the first 3 were used", "1 thread, PyTorch"):
-        assert told in text
-    assert outcome.err
+    sources = outcome.json()["sources"]
+    assert [source["name"] for source in sources] == ["photos", long, "photos (packed)"]
+    assert [len(source["broken"]) for source in sources] == [1, 1, 0]
+    assert {source["stages"]["read"]["ratio"]["median"] for source in sources[:1]} == {1.0}
     assert all("1-bad.png" in line for line in outcome.err), "packing told of it"
+    found = columns(run("bench", "data", "photos", "--seconds", 0.01, "--image-size", 32).out)
+    for stage in ("read", "crop", "sample"):
+        check_spread(found[f"stages.{stage}.images_per_second"][0])
+        assert found[f"stages.{stage}.ratio"] == ["1 (1..1)"]
 
 
 def test_data_as_json(run: Run, photos: Path) -> None:
@@ -92,17 +88,14 @@ def test_data_as_json(run: Run, photos: Path) -> None:
 def test_steps_table(run: Run) -> None:
     outcome = run(*TRAIN, "--steps", 2, "--compare", "training.gradient_checkpointing=true")
     assert (outcome.code, outcome.err) == (0, [])
-    speeds, costs, _ = tables(outcome.out)
-    for rows in (speeds, costs):
-        assert [row[0] for row in rows] == ["configuration", "demo", "training.gradient_checkpointing=true"]
-    for row in speeds[1:]:
-        check_spread(*row[2:4])
-        assert number(row[1]) * number(row[2]) == pytest.approx(1000.0, rel=0.05)  # one image per step
-    assert speeds[1][4:] == ["1", "-"]
-    check_spread(*speeds[2][4:])
-    assert all(number(cell) > 0.0 for cell in costs[1][1:5])
-    assert costs[2][4] == "-", "a process has but one largest resident set"
-    assert "2 steps of 1 random image of 16 px, float32, adamw" in " ".join(outcome.out)
+    found = columns(outcome.out)
+    assert found["name"] == ["demo", "training.gradient_checkpointing=true"]
+    for name in ("seconds", "images_per_second", "phases.forward", "phases.backward", "phases.update"):
+        for cell in found[name]:
+            check_spread(cell)
+    assert found["ratio"][0] == "-"
+    check_spread(found["ratio"][1])
+    assert found["peak_memory_bytes"][1] == "-", "a process has but one largest resident set"
 
 
 def test_steps_as_json(run: Run) -> None:

@@ -198,8 +198,8 @@ class TestDistilling:
         assert steps_done(out) == [1, 2]
         assert any(f"done after step 2: the model is {out / 'model'}" in line for line in outcome.err)
         names = ["teacher, 1 step", "teacher, 2 steps", "student, 1 step"]
-        assert all(line.startswith(name) for line, name in zip(outcome.out[1:4], names, strict=True))
-        assert "2 validation images of 32 px" in outcome.out[4]
+        assert all(name in outcome.out[0] for name in names)
+        assert any("2 validation images of 32 px" in line for line in outcome.out)
         report = json.loads((out / "distillation.json").read_text())
         assert [entry["name"] for entry in report["decodings"]] == names
         assert (out / "distillation.png").is_file()
@@ -228,5 +228,5 @@ class TestDistilling:
         words = ("--steps", 3, "--losses.lpips", 0, "--training.output", tmp_path / "out")
         outcome = run("distill", "--teacher", flow, *data, *training, *words)
         assert outcome.code == 0, outcome.err
-        assert any(line.startswith("teacher, 3 steps") for line in outcome.out)
+        assert "teacher, 3 steps" in outcome.out[0]
         assert any("3 training images" in line for line in outcome.out)

@@ -44,13 +44,13 @@ def test_text_and_json_say_the_same(name: str, run: Run) -> None:
     for part, module in (("encoder", model.encoder), ("decoder", model.decoder), ("total", model)):
         count = sum(tensor.numel() for tensor in module.parameters())
         assert profile["parameters"][part] == count
-        assert ["parameters,", part, f"{count:,}"] in rows
-    assert ["latent", *(f"{c}x{size // f}x{size // f}" for size in (256, 512))] in rows
-    assert ["compression", "ratio", "3", "f²/c", f"{3 * f * f / c:g}"] in rows
+        assert [f"parameters.{part}", str(count)] in rows
     assert profile["compression_ratio"] == 3 * f * f / c
-    for label, key in (("encode,", "encode_flops"), ("decode step,", "decode_step_flops")):
-        flops = [f"{profile['sizes'][size][key] / 1e9:,.2f}" for size in ("256", "512")]
-        assert [*label.split(), "GFLOPs", *flops] in rows
+    for size in (256, 512):
+        assert profile["sizes"][f"{size}"]["latent_shape"] == [c, size // f, size // f]
+        assert [f"sizes.{size}.latent_shape", str(c), *[str(size // f)] * 2] in rows
+        for key in ("encode_flops", "decode_step_flops"):
+            assert [f"sizes.{size}.{key}", str(profile["sizes"][f"{size}"][key])] in rows
 
 
 def test_a_saved_model_and_a_run_are_described_as_their_preset(run: Run, model_dir: Path, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_saved_model_and_a_run_are_described_as_their_preset(run: Run, model_d
         assert saved["weights"] == [WEIGHTS]
         assert saved == {**preset, **{key: saved[key] for key in ("name", "description", "weights")}}
         assert run("info", folder, "--groups") == run("info", "demo", "--groups")
-    assert run("info", model_dir).out[-1] == f"weights   {WEIGHTS}: fit the config"
+    assert any(line.split() == ["weights", WEIGHTS] for line in run("info", model_dir).out)
 
 
 def test_where_a_model_comes_from_is_told(run: Run, refusal: Refusal, model_dir: Path, tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_where_a_model_comes_from_is_told(run: Run, refusal: Refusal, model_dir:
     assert outcome.code == 0
     assert max(map(len, outcome.out)) <= 80
     text = " ".join(" ".join(outcome.out).split())
-    assert "origin preset demo, with training.lr changed; training 30 steps" in text
-    assert "measured protocol dcae, 9 images of photos, decoded in one step; LPIPS 0.5 *; * lpips: random" in text
+    assert "preset demo, with training.lr changed training 30 steps" in text
+    assert "evaluation 1 protocol dcae, 9 images of photos, decoded in one step; LPIPS 0.5 random" in text
     assert run("info", copy, "--json").json()["provenance"] == provenance
     (copy / "config.json").write_text(json.dumps({**config, "provenance": {"data": "\x1b[31m"}}))
     assert "provenance.data is '\\x1b[31m'" in refusal("info", copy)
@@ -86,8 +86,9 @@ def test_where_a_model_comes_from_is_told(run: Run, refusal: Refusal, model_dir:
 
 def test_a_size_that_is_no_multiple_of_f_is_told(run: Run, tmp_path: Path) -> None:
     outcome = run("info", save_model(tmp_path / "model", downsample_factor=512))
-    assert any(line.startswith("256 px is not a multiple of f = 512") for line in outcome.out)
-    assert ["latent", "-", "4x1x1"] in [line.split() for line in outcome.out]
+    rows = [line.split() for line in outcome.out]
+    assert ["sizes.256", "-"] in rows
+    assert ["sizes.512.latent_shape", "4", "1", "1"] in rows
 
 
 def test_what_is_no_whole_model_is_one_line(refusal: Refusal, model_dir: Path, tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_what_is_no_whole_model_is_one_line(refusal: Refusal, model_dir: Path, t
     assert "PRESET|DIR" in refusal("info", "")
     copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
     weights, config = copy / WEIGHTS, copy / "config.json"
-    assert f"{config} is a file" in refusal("info", config)
+    assert str(config) in refusal("info", config)
     assert "config.json is missing" in refusal("info", tmp_path)
     os.truncate(weights, weights.stat().st_size - 10)
     assert "is truncated: tensor '" in refusal("info", copy)
@@ -119,7 +120,7 @@ def test_the_dtype_halves_the_memory_and_a_device_adds_times(
     assert narrow["weights_mebibytes"] == pytest.approx(wide["weights_mebibytes"] / 2, rel=1e-4)
     assert wide["weights_mebibytes"] > 4 * wide["parameters"]["total"] / 2**20
     timed = run("info", "demo", "--device", "cpu")
-    assert sum(line.startswith("One 32 px image on cpu, median of 3: encode ") for line in timed.out) == 1
+    assert any(line.startswith("seconds.encode ") for line in timed.out)
 
 
 class TestGroups:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from cli_samples import Refusal, Run
 
 from dc_ssdae.cli import main as main_module
-from dc_ssdae.cli.common import Done, Job, for_each_file, say
-from dc_ssdae.cli.main import COMMANDS, Command, main
+from dc_ssdae.cli.common import for_each_file, say
+from dc_ssdae.cli.main import COMMANDS, main
 from dc_ssdae.cli.parser import Options
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import documentation
@@ -42,17 +42,16 @@ for words in {[["--version"], ["info"], *helped]!r}:
 def test_help_lists_every_command(run: Run) -> None:
     outcome = run("--help")
     assert (outcome.code, outcome.err) == (0, [])
-    for name, command in COMMANDS.items():
-        assert any(line.split() == [*name.split(), *command.help.split()] for line in outcome.out)
+    for name, told in COMMANDS.items():
+        assert any(line.split() == [*name.split(), *told.split()] for line in outcome.out)
     assert max(map(len, outcome.out)) <= 80
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_describes_its_options(name: str, run: Run) -> None:
-    command = COMMANDS[name]
-    module = importlib.import_module(f"dc_ssdae.cli.{command.module}")
-    options = getattr(module, command.options)
-    assert callable(getattr(module, command.function))
+    first, _, second = name.partition(" ")
+    module = importlib.import_module(f"dc_ssdae.cli.{first}")
+    options = getattr(module, f"{second.capitalize()}Options")
     assert all(documentation(options)[1][entry.name] for entry in fields(options))
     outcome = run(*name.split(), "--help")
     assert (outcome.code, outcome.err) == (0, [])
@@ -104,7 +103,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
             raise error
 
         monkeypatch.setitem(sys.modules, "dc_ssdae.cli.made", SimpleNamespace(Options=Options, run=run))
-        monkeypatch.setattr(main_module, "COMMANDS", {"made": Command("made", "made for a test")})
+        monkeypatch.setattr(main_module, "COMMANDS", {"made": "made for a test"})
 
     return put
 
@@ -157,25 +156,25 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatc
 def test_out_of_memory_fails_one_file_with_a_hint(
     debug: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def process(job: Job) -> Done:
-        if job.source.name == "big":
+    def process(source: Path, target: Path) -> tuple[str, tuple[str, ...]]:
+        if source.name == "big":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return Done(f"{job.source.name} done")
+        return "done", ()
 
-    jobs = [Job(tmp_path / name, tmp_path / f"{name}.png") for name in ("one", "big", "two")]
-    assert for_each_file(Options(debug=debug), jobs, process) == 2
+    targets = {tmp_path / name: tmp_path / f"{name}.png" for name in ("one", "big", "two")}
+    assert for_each_file(Options(debug=debug), targets, process) == 2
     captured = capsys.readouterr()
-    assert captured.out.splitlines() == ["one done", "two done"]
+    assert captured.out.splitlines() == [f"{name}: done -> {tmp_path / name}.png" for name in ("one", "two")]
     assert ("Traceback" in captured.err) is debug
     assert re.match(r"dc-ssdae: .*/big: out of memory; try ", captured.err.splitlines()[-1])
 
 
 def test_a_bug_in_one_file_is_not_swallowed(tmp_path: Path) -> None:
-    def process(job: Job) -> Done:
+    def process(source: Path, target: Path) -> tuple[str, tuple[str, ...]]:
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        for_each_file(Options(), [Job(tmp_path, tmp_path)], process)
+        for_each_file(Options(), {tmp_path: tmp_path}, process)
 
 
 def test_a_command_that_ends_well_closes_its_process_group(run: Run, tmp_path: Path) -> None:

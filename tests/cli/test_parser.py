@@ -37,7 +37,6 @@ class MadeOptions(BaseOptions):
         kind: which, to 100 %.
     """
 
-    program = "dc-ssdae make"
     source: Path = setting(positional=True, metavar="SRC")
     more: list[Path] = setting([], positional=True, metavar="MORE")
     out: Path = setting(metavar="DIR")
@@ -49,13 +48,13 @@ class MadeOptions(BaseOptions):
 
 
 def parse(*words: str) -> MadeOptions:
-    options = CommandParser(MadeOptions).parse(words)
+    options = CommandParser(MadeOptions, "dc-ssdae make").parse(words)
     assert isinstance(options, MadeOptions)
     return options
 
 
 def test_defaults() -> None:
-    assert parse("a", "--out", "o") == MadeOptions(source=Path("a"), out=Path("o"))
+    assert parse("a", "--out", "o") == MadeOptions(source=Path("a"), out=Path("o"), program="dc-ssdae make")
 
 
 def test_every_kind_of_option() -> None:
@@ -70,6 +69,7 @@ def test_every_kind_of_option() -> None:
         size=[8, 16],
         kind="large",
         quick=True,
+        program="dc-ssdae make",
     )
     assert parse("a", "--out", "o", "--num_steps", "3", "--rate", "2").rate == 2.0
 
@@ -117,7 +117,7 @@ def test_suggestions_and_everything_that_is_missing() -> None:
 
 def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "48")
-    text = CommandParser(MadeOptions).format_help()
+    text = CommandParser(MadeOptions, "dc-ssdae make").format_help()
     lines = text.splitlines()
     assert lines[0] == "usage: dc-ssdae make SRC --out DIR [options]"
     assert "'made-up[for-a-test]'." in text, "no line is broken at a hyphen"

@@ -154,10 +154,10 @@ def test_a_wrong_setting_is_named(words: str, field: str) -> None:
         ("--losses.kl=", "--losses.kl has no value"),
         ("--losses.kl", "--losses.kl has no value"),
         ("--config", "--config"),
-        ("garbage", "unexpected word 'garbage'"),
+        ("garbage", "unknown word 'garbage'"),
         ("--config demmo", "did you mean 'demo'?"),
-        ("--config demmo.yaml", "no such file 'demmo.yaml'"),
-        ("--config ~nobody/x.yaml", "no such file '~nobody/x.yaml'"),
+        ("--config demmo.yaml", "'demmo.yaml'"),
+        ("--config ~nobody/x.yaml", "'~nobody/x.yaml'"),
         ("--config /", "is a directory"),
         ("--phases.low.training.lr=1", "--recipe"),
     ],
@@ -245,7 +245,7 @@ import sys
 from dc_ssdae.cli.train import Options
 from dc_ssdae.cli.parser import CommandParser
 from dc_ssdae.cli.run_config import read_run_config
-read_run_config(CommandParser(Options).parse(["--config", "demo", "--training.lr", "1e-4"]))
+read_run_config(CommandParser(Options, "dc-ssdae train").parse(["--config", "demo", "--training.lr", "1e-4"]))
 print([name for name in ("torch", "numpy", "diffusers", "PIL", "accelerate") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -15,10 +15,8 @@ from dc_ssdae import DCSSDAE
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.build import build_model
-from dc_ssdae.training.comparison import SMALLEST_TILE, compare, compare_distilled
+from dc_ssdae.training.comparison import compare, compare_distilled
 from dc_ssdae.training.config import DistillationConfig, RunConfig
-
-ZOOM = SMALLEST_TILE // SIZE
 
 
 class Squares:
