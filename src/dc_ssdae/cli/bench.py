@@ -102,17 +102,8 @@ class TrainOptions(RunOptions, JsonOptions):
     compare: list[str] = setting([], repeated=True, metavar="SETTING=VALUE")
 
 
-def run_encode(options: EncodeOptions) -> None:
-    """Time encoding, and print."""
-    _run_models(options, "encode")
-
-
-def run_decode(options: DecodeOptions) -> None:
-    """Time decoding, and print."""
-    _run_models(options, "decode")
-
-
-def _run_models(options: ModelBenchOptions, work: str) -> None:
+def run_encode(options: ModelBenchOptions, work: str = "encode") -> None:
+    """Time encoding, or decoding, and print."""
     import torch
 
     # PyTorch's timer imports it; it warns where CUDA is installed and there is no GPU.
@@ -140,6 +131,11 @@ def _run_models(options: ModelBenchOptions, work: str) -> None:
     _print(options, {"benchmark": work, **settings, "figures": figures, "machine": machine}, "figures")
 
 
+def run_decode(options: DecodeOptions) -> None:
+    """Time decoding, and print."""
+    run_encode(options, "decode")
+
+
 def run_data(options: DataOptions) -> None:
     """Time the input pipeline, and print."""
     from dc_ssdae.data.benchmark import measure_data, packed, training_images
@@ -165,8 +161,6 @@ def run_train(options: TrainOptions) -> None:
     configs = {name: config}
     for text in options.compare:
         key, _, value = text.partition("=")
-        if not value or "." not in key:
-            raise InputError(f"--compare {text!r} is not a setting with a value; write it as training.compile=true")
         configs[text], _ = read_run_config(replace(options, settings=[*options.settings, (key, value)]))
     device = select_device(options.device)
     import torch
@@ -179,14 +173,8 @@ def run_train(options: TrainOptions) -> None:
         torch.cuda.set_device(device)
     with importing_from(Path.cwd()):
         figures = measure_training(configs, device, options.steps)
-    found = {
-        "benchmark": "train",
-        "steps": options.steps,
-        "config": config.to_mapping(),
-        "random_backbones": random_backbones(config),
-        "configurations": figures,
-        "machine": describe_machine(device),
-    }
+    found = {"benchmark": "train", "steps": options.steps, "config": config.to_mapping(), "configurations": figures}
+    found |= {"random_backbones": random_backbones(config), "machine": describe_machine(device)}
     _print(options, found, "configurations")
 
 

@@ -59,18 +59,14 @@ def run(options: Options) -> int:
         except (InputError, OSError) as error:
             raise InputError(f"{spec.label}: {describe(error)}") from error
     openers = {label: partial(candidates.__getitem__, label) for label in candidates}
+
+    def tell(label: str, reason: str) -> None:
+        complain(options.program, f"{label} failed: {reason}")
+
+    suite, settings = about["suite"], about["settings"]
     with tqdm(total=len(specs) * len(images), unit="image", leave=False, disable=None) as bar:
         entries = run_arena(
-            openers,
-            images,
-            about["suite"],
-            about["settings"],
-            device,
-            options.rounds,
-            options.show,
-            bar.update,
-            lambda label, reason: complain(options.program, f"{label} failed: {reason}"),
-            options.debug,
+            openers, images, suite, settings, device, options.rounds, options.show, bar.update, tell, options.debug
         )
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")

@@ -76,8 +76,7 @@ def run(options: Options) -> None:
         remove_run(options.out)
     start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu")
     model = DCSSDAE.from_pretrained(options.out / "model")
-    say("Reconstructing the same photos, which the new model has not seen")
-    _report(options.out, shipped, _evaluate(model, held_out, device), config, model)
+    _report(options.out, shipped, _evaluate(model, held_out, device), config)
     say(f"Model:  {options.out / 'model'}\nReport: {options.out / 'report.html'}")
 
 
@@ -115,11 +114,8 @@ def _evaluate(model: "DCSSDAE", photos: list[Any], device: "torch.device") -> "l
     return results
 
 
-def _report(
-    run: Path, shipped: "list[PhotoResult]", results: "list[PhotoResult]", config: "RunConfig", model: "DCSSDAE"
-) -> None:
+def _report(run: Path, shipped: "list[PhotoResult]", results: "list[PhotoResult]", config: "RunConfig") -> None:
     """Write the report of a run: the photos by the shipped and by its own model, its losses, and facts."""
-    from dc_ssdae.evaluation.profile import count_parameters
     from dc_ssdae.evaluation.report import write_demo_report
     from dc_ssdae.timing import describe_machine, machine_line
     from dc_ssdae.training.logging import read_lines
@@ -130,9 +126,9 @@ def _report(
         "KL of the latent, summed per image": [record["loss/kl"] for record in history],
     }
     facts = {
-        "model": f"preset {PRESET!r}, equilibrium matching; {count_parameters(model)['total']:,} parameters",
+        "model": f"preset {PRESET!r}, f{config.model.downsample_factor}c{config.model.latent_channels}",
         "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} of "
         f"{config.data.image_size} px in {history[-1]['seconds'] / 60:.1f} minutes, {training.precision}",
-        "machine": machine_line(describe_machine(model.device)),
+        "machine": machine_line(describe_machine()),
     }
     write_demo_report(run / "report.html", shipped, results, curves, facts)

@@ -7,28 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import is_main_process, say, side_by_side
 from dc_ssdae.cli.run_config import RunOptions, read_config_of, read_run_config
-from dc_ssdae.cli.train import new_run_folder, read_run, resume, start, watching_training
+from dc_ssdae.cli.train import new_run_folder, resume, start, watching_training
 from dc_ssdae.errors import InputError
+from dc_ssdae.presets import read_yaml
 from dc_ssdae.settings import setting
 from dc_ssdae.training.config import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from dc_ssdae.training.trainer import Outcome
 
-DEFAULT_STEPS = 8
-"""Number of steps of the teacher by default."""
-
-CHANGED: Mapping[str, Any] = {
-    "steps": 20_000,
-    "minutes": None,
-    "lr": 1e-4,
-    "weight_decay": 0.0,
-    "ema_start": 0,
-    "init_from": None,
-    "output": None,
-    "processes": None,
-}
+CHANGED: Mapping[str, Any] = {"steps": 20_000, "lr": 1e-4, "weight_decay": 0.0, "ema_start": 0}
 """Settings of a distillation that differ from those of the teacher's run, unless they are given."""
+
+LEFT_OUT = ("minutes", "init_from", "output", "processes")
+"""Settings of the teacher's run that a distillation does not take over."""
 
 TERMS = ("dynamics", "lpips")
 """Loss terms that a student takes over from the teacher's run."""
@@ -64,7 +56,7 @@ def run(options: Options) -> None:
             if options.teacher is not None or options.steps is not None:
                 raise InputError("--resume continues with the run's own teacher; leave --teacher and --steps out")
             path = options.resume
-            if read_run(path).distillation is None:
+            if RunConfig.from_mapping(read_yaml(path / "config.yaml")).distillation is None:
                 raise InputError(f"--resume {path} is not a distillation; continue it with dc-ssdae train --resume")
             config, outcome = resume(options, path)
     if is_main_process() and (outcome is None or outcome.stopped_by is None):
@@ -81,7 +73,7 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
 
     if options.teacher is None:
         raise InputError("which model is the teacher? give --teacher DIR, the folder of a saved model or of a run")
-    base = _base(options.teacher, options.steps or DEFAULT_STEPS)
+    base = _base(options.teacher)
     for name, value in base.get("data", {}).items():
         if any(key.startswith(f"data.{name}") for key, _ in options.settings):
             continue
@@ -101,7 +93,7 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
     return config, new_run_folder(config.training.output, f"{name}-distilled")
 
 
-def _base(teacher: str, steps: int) -> dict[str, Any]:
+def _base(teacher: str) -> dict[str, Any]:
     """Make the default configuration of a student: the teacher's model, and the settings of its run, if it has one."""
     from dc_ssdae.autoencoder import COMPONENTS
     from dc_ssdae.model_folder import model_folder, read_config
@@ -121,9 +113,9 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
     return {
         **base,
         "model": model,
-        "training": {**training, **CHANGED, "seed": seed, "train": groups},
+        "training": {**training, **dict.fromkeys(LEFT_OUT), **CHANGED, "seed": seed, "train": groups},
         "losses": {**{name: losses[name] for name in TERMS if name in losses}, "repa": 0.0, "kl": 0.0},
-        "distillation": {"teacher": teacher, "steps": steps},
+        "distillation": {"teacher": teacher, "steps": 8},
     }
 
 

@@ -72,10 +72,8 @@ def run(options: Options) -> None:
         about["decoding"] = {}
     report = EvaluationReport(label=spec.label, remarks=candidate.remarks, evaluation=evaluation, **about)
     text, ranked = tell_report(options, report, evaluation.broken), report.ranked()
-    worst, best = (
-        reconstruct_places(candidate, images, places[: options.show], settings, device)
-        for places in (ranked, ranked[::-1])
-    )
+    worst = reconstruct_places(candidate, images, ranked[: options.show], settings, device)
+    best = reconstruct_places(candidate, images, ranked[::-1][: options.show], settings, device)
     contents = (report.as_page(worst, best), text, report.as_json(), report.as_csv())
     write_outputs(options, dict(zip(FILES, contents, strict=True)))
     if folder is None:

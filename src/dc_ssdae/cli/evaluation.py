@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dc_ssdae.cli.common import complain, import_classes, main_first, say, select_device
 from dc_ssdae.cli.options import EvaluationOptions
@@ -21,17 +21,11 @@ if TYPE_CHECKING:
     from dc_ssdae.distributed import Processes
 
 
-class OpenEvaluation(NamedTuple):
-    """What an evaluation works on: images, device, processes, users' classes, and what its `Report` is made of."""
-
-    images: "ValidationImages"
-    device: "torch.device"
-    processes: "Processes"
-    classes: list[type]
-    report: dict[str, Any]
+Opened: TypeAlias = "tuple[ValidationImages, torch.device, Processes, list[type], dict[str, Any]]"
+"""Images, device, processes, users' classes, and what a `dc_ssdae.evaluation.caveats.Report` is made of."""
 
 
-def open_evaluation(options: EvaluationOptions) -> OpenEvaluation:
+def open_evaluation(options: EvaluationOptions) -> "Opened":
     """Find mistakes in the options, open the data set, and load the metrics.
 
     Raises:
@@ -80,7 +74,7 @@ def open_evaluation(options: EvaluationOptions) -> OpenEvaluation:
         "dtype": options.dtype,
         "decoding": options.given(*DECODING),
     }
-    return OpenEvaluation(images, device, processes, classes, report)
+    return images, device, processes, classes, report
 
 
 def tell_report(options: EvaluationOptions, report: Any, broken: "Sequence[BrokenImage]") -> str:

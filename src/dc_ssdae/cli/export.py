@@ -52,9 +52,6 @@ def run(options: Options) -> None:
     with naming(options.out):
         export = export_model(model, options.out, size=(size[0], size[-1]) if size else None, **given)
     for part in (export.encoder, export.decoder):
-        inputs, outputs = (
-            ", ".join(f"{name} {tuple(shape)}" for name, shape in tensors.items())
-            for tensors in (part.inputs, part.outputs)
-        )
-        say(f"{part.file}: {inputs} -> {outputs}; largest difference from the model {part.largest_difference:.1e}")
+        difference = f"largest difference from the model {part.largest_difference:.1e}"
+        say(f"{part.file}: {part.inputs} -> {part.outputs}; {difference}")
     say(f"{', '.join(export.files)} -> {options.out}")

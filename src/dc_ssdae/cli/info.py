@@ -117,8 +117,6 @@ def _open(name: str, classes: Sequence[type]) -> "tuple[DCSSDAE, Path | None, li
         raise unknown_name("preset or folder", name, list_presets())
     model = DCSSDAE.without_weights(read_config(folder), classes)
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no weights: there is no safetensors file")
     check_same_tensors(f"{folder}", model.state_dict(), read_safetensors(*files))
     return model, folder, [file.name for file in files]
 
@@ -144,9 +142,6 @@ def _as_rows(profile: dict[str, Any]) -> list[tuple[str, str]]:
     from dc_ssdae.provenance import TITLES, Provenance
 
     known = Provenance.from_mapping(profile.pop("provenance") or {})
-    for part in PARTS:
-        settings = [f"{name} {value}" for name, value in profile[part].items()]
-        profile[part] = ", ".join(settings).removeprefix("class_path ")
     profile |= known.training_lines()
     for number, evaluation in enumerate(known.evaluations or (), 1):
         metrics = evaluation.metrics.items()

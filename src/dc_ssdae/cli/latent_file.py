@@ -35,12 +35,8 @@ def write_latent(path: Path, content: LatentFile) -> None:
     """
     _check_finite(path, content.latent)
     size = torch.tensor(content.original_size, dtype=torch.int64)
-    metadata = {
-        **FORMAT,
-        "latent_channels": str(content.latent.shape[0]),
-        "downsample_factor": str(content.downsample_factor),
-        "dc_ssdae_version": __version__,
-    }
+    shape = {"latent_channels": str(len(content.latent)), "downsample_factor": str(content.downsample_factor)}
+    metadata = {**FORMAT, **shape, "dc_ssdae_version": __version__}
     tensors = {"latent": content.latent.contiguous().cpu(), "original_size": size}
     write_whole(path, save(tensors, metadata))  # not save_file, whose files only their owner can read
 

@@ -130,9 +130,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def option_name(entry: Field[Any]) -> Any:
     """Spell a field's option; None for a field that is not an option."""
-    if "positional" in entry.metadata:
-        return entry.metadata["metavar"]
-    return entry.metadata.get("name", f"--{entry.name}")
+    is_word = "positional" in entry.metadata
+    return entry.metadata["metavar"] if is_word else entry.metadata.get("name", f"--{entry.name}")
 
 
 def reader(hint: Any) -> Callable[[str], Any]:

@@ -89,8 +89,6 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
         name, layer = read_layer(word)
         settings = lay_over(settings, layer)
     settings = lay_over(settings, read_settings(options.settings))
-    if "phases" in settings:
-        raise InputError("section phases belongs to a recipe; give the recipe with --recipe NAME")
     config = RunConfig.from_mapping(settings)
     options.exit_with(config_yaml(config))
     return config, name

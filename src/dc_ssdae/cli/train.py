@@ -1,7 +1,5 @@
 """`dc-ssdae train`: starts a run from a configuration, or continues one."""
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dc_ssdae.classes import importing_from
 from dc_ssdae.cli.common import complain_once, is_main_process, told_by_one_process
 from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_layer, read_run_config, read_settings
 from dc_ssdae.errors import InputError, check_names, unknown_name
@@ -88,7 +87,7 @@ def resume(options: RunOptions, path: Path) -> "tuple[RunConfig, Outcome | None]
     """
     from dc_ssdae.training.start import resume_run
 
-    before = read_run(path)
+    before = RunConfig.from_mapping(read_yaml(path / "config.yaml"))
     config, _ = read_run_config(options, before.to_mapping())
     check_changes(before.fixed_settings(True), config.fixed_settings(True), path)
     outcome = resume_run(config, config_yaml(config) if config != before else None, path)
@@ -173,10 +172,9 @@ def _take_model(phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
 @contextmanager
 def watching_training(resumes: bool) -> Iterator[None]:
     """Import users' classes from the current folder, heed signals, and report an error of all processes once."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
     # Signals not only once the trainer is built: a run that is resumed ends well whenever one comes.
-    with told_by_one_process(), StopRequest() if resumes else nullcontext():
+    signals = StopRequest() if resumes else nullcontext()
+    with importing_from(Path.cwd()), told_by_one_process(), signals:
         yield
 
 
@@ -204,12 +202,3 @@ def tell_end(program: str, outcome: "Outcome | None", path: Path, prefix: str = 
     else:
         message = f"done after step {outcome.step}: the model is {path / 'model'}"
     complain_once(program, message)
-
-
-def read_run(path: Path) -> RunConfig:
-    """Read the configuration of the run that --resume names.
-
-    Raises:
-        InputError: it is no run, or its configuration is damaged.
-    """
-    return RunConfig.from_mapping(read_yaml(path / "config.yaml"))

@@ -2,6 +2,7 @@
 
 import sys
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,18 +63,12 @@ class DistillationStep(TrainingStep):
         with torch.no_grad(), self._autocast(x):
             posterior = self.teacher.posterior(x)
             z = posterior.sample(noise=latent_noise)
-            target = self._teach(z, noise, draw)
+            teach = partial(self._decode, z, noise=noise)
+            if self.cache is None or draw is None:
+                target = teach()
+            else:
+                target = self.cache.get(draw, teach).to(noise.device).contiguous(memory_format=self.memory_format)
         return dynamics.corrupt(target, noise, torch.full_like(level, dynamics.noise_level)), posterior, z
-
-    def _teach(self, z: Tensor, noise: Tensor, draw: Tensor | None) -> Tensor:
-        """What the teacher makes of z (B, c, h, w) and noise (B, 3, S, S), or made of it before."""
-        if self.cache is None or draw is None:
-            return self._decode(z, noise=noise)
-        images = self.cache.read(draw)
-        if images is None:
-            images = self._decode(z, noise=noise)
-            self.cache.write(draw, images)
-        return images.to(noise.device).contiguous(memory_format=self.memory_format)
 
     def compile_networks(self) -> None:
         """Compile the student's networks, the teacher's, and the objective's backbones."""
@@ -100,6 +95,14 @@ class TeacherCache:
         self.folder = folder
         self.count = count
         self._full = False
+
+    def get(self, draw: Tensor, teach: Callable[[], Tensor]) -> Tensor:
+        """Give the results of draws (B,), which `teach` makes and are kept where they are not there."""
+        images = self.read(draw)
+        if images is None:
+            images = teach()
+            self.write(draw, images)
+        return images
 
     def read(self, draw: Tensor) -> Tensor | None:
         """Give the results (B, 3, S, S), float32, of draws (B,); None where one is missing or damaged."""
