@@ -101,7 +101,7 @@ def test_what_is_no_whole_model_is_one_line(refusal: Refusal, model_dir: Path, t
     os.truncate(weights, weights.stat().st_size - 10)
     assert "is truncated: tensor '" in refusal("info", copy)
     weights.unlink()
-    assert f"{copy} holds no weights" in refusal("info", copy)
+    assert f"{copy} does not fit; missing: " in refusal("info", copy)
     settings = json.loads(config.read_text())
     settings["latent_chanels"] = settings.pop("latent_channels")
     config.write_text(json.dumps(settings))

@@ -159,7 +159,7 @@ def test_a_wrong_setting_is_named(words: str, field: str) -> None:
         ("--config demmo.yaml", "'demmo.yaml'"),
         ("--config ~nobody/x.yaml", "'~nobody/x.yaml'"),
         ("--config /", "is a directory"),
-        ("--phases.low.training.lr=1", "--recipe"),
+        ("--phases.low.training.lr=1", "'phases'"),
     ],
 )
 def test_a_wrong_word_is_named(words: str, told: str) -> None:

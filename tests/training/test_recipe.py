@@ -150,7 +150,9 @@ def test_a_recipe_that_is_not_there(write: Write) -> None:
 def test_a_printed_recipe_gives_the_same_phases_again(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--training.output=run", "--training.seed=5", "--phases.head.training.seed=50", "--data.root", "写真"]
     assert of(make(*words), "training.seed") == [5, 6, 50]
-    assert run(options(*WORDS, *words, "--print_config")) is None
+    with pytest.raises(SystemExit) as end:
+        run(options(*WORDS, *words, "--print_config"))
+    assert end.value.code == 0
     text = capsys.readouterr().out
     write("printed.yaml", text)
     again = parse_recipe("--recipe", "printed.yaml", "--training.output", "other", "--phases.low.training.steps", "3")
