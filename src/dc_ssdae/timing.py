@@ -37,10 +37,9 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
     machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores(), "threads": torch.get_num_threads()}
     machine |= {"torch": torch.__version__, "python": platform.python_version()}
     if device is not None:
-        name, cuda = None, None
-        if device.type == "cuda":
-            name, cuda = torch.cuda.get_device_name(device), torch.version.cuda
-        machine |= {"device": str(device), "device_name": name, "cuda": cuda}
+        is_cuda = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if is_cuda else None
+        machine |= {"device": str(device), "device_name": name, "cuda": torch.version.cuda if is_cuda else None}
     return machine
 
 

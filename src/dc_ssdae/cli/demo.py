@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 PRESET = "demo"
 SAMPLE_PHOTOS = "dc_ssdae.data.sample_photos.SamplePhotos"
-EVALUATION_SIDE = 256
-"""Shorter side, in pixels, of the photos in the report."""
 
 
 @dataclass(kw_only=True)
@@ -70,8 +68,7 @@ def run(options: Options) -> None:
         torch.cuda.set_device(device)
     say(f"Reconstructing {counted(len(held_out), 'photo')} with {SHIPPED_MODEL}, which comes with this package")
     shipped = _evaluate(DCSSDAE.from_pretrained(), held_out, device)
-    budget = counted(options.steps, "step") if options.steps else f"{config.training.minutes:g} minutes"
-    say(f"Training preset {PRESET!r} on {device} for {budget}")
+    say(f"Training preset {PRESET!r} on {device}")
     if replaces:
         remove_run(options.out)
     start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu")
@@ -106,11 +103,10 @@ def _evaluate(model: "DCSSDAE", photos: list[Any], device: "torch.device") -> "l
     from dc_ssdae.evaluation.reconstruction import measure_photo
 
     model.to(device=device, memory_format=torch.channels_last)
-    results = []
-    for photo in photos:
-        result = measure_photo(model, photo.name, resize_shorter_side(photo.pixels, EVALUATION_SIDE))
+    # Photos with a shorter side of 256 pixels.
+    results = [measure_photo(model, photo.name, resize_shorter_side(photo.pixels, 256)) for photo in photos]
+    for result in results:
         say(f"  {result.name}: {result.psnr:.2f} dB (bicubic of as many values {result.baseline_psnr:.2f} dB)")
-        results.append(result)
     return results
 
 

@@ -22,9 +22,6 @@ CHANGED: Mapping[str, Any] = {"steps": 20_000, "lr": 1e-4, "weight_decay": 0.0, 
 LEFT_OUT = ("minutes", "init_from", "output", "processes")
 """Settings of the teacher's run that a distillation does not take over."""
 
-TERMS = ("dynamics", "lpips")
-"""Loss terms that a student takes over from the teacher's run."""
-
 
 @dataclass(kw_only=True)
 class Options(RunOptions):
@@ -114,7 +111,7 @@ def _base(teacher: str) -> dict[str, Any]:
         **base,
         "model": model,
         "training": {**training, **dict.fromkeys(LEFT_OUT), **CHANGED, "seed": seed, "train": groups},
-        "losses": {**{name: losses[name] for name in TERMS if name in losses}, "repa": 0.0, "kl": 0.0},
+        "losses": {**{name: losses[name] for name in ("dynamics", "lpips") if name in losses}, "repa": 0.0, "kl": 0.0},
         "distillation": {"teacher": teacher, "steps": 8},
     }
 

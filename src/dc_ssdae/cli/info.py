@@ -14,7 +14,6 @@ from dc_ssdae.settings import setting
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
 
-PARTS = ("encoder", "decoder", "dynamics")
 SIZES = (256, 512)
 """Sides, in pixels, of the square images for which costs are computed."""
 
@@ -65,6 +64,7 @@ def _preset(name: str) -> dict[str, Any]:
 def _profile(options: Options, name: str, classes: Sequence[type]) -> dict[str, Any]:
     import torch
 
+    from dc_ssdae.components import COMPONENTS
     from dc_ssdae.evaluation.profile import compression_ratio, count_flops, count_parameters, latent_shape
 
     model, folder, weights = _open(name, classes)
@@ -77,7 +77,7 @@ def _profile(options: Options, name: str, classes: Sequence[type]) -> dict[str, 
             flops = {f"{work}_flops": count for work, count in count_flops(model, size)._asdict().items()}
             sizes[str(size)] = {"latent_shape": latent_shape(model, size, size), **flops}
     parts = {}
-    for part in PARTS:
+    for part in COMPONENTS:
         # A setting that is None follows from the others.
         settings = {key: value for key, value in config[part]["init_args"].items() if value is not None}
         parts[part] = {"class_path": config[part]["class_path"], **settings}

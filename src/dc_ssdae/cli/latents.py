@@ -70,7 +70,7 @@ def run(options: Options) -> None:
     model = main_first(processes, lambda: load_model(options))
     # Files that others read tell no local path.
     name = (name_of_path(options.model) or "model") if Path(options.model).is_dir() else options.model
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     done = encode_latents(
         parts,
         options.out,
@@ -79,7 +79,7 @@ def run(options: Options) -> None:
         only=options.split,
         limit=options.images,
         batch_size=options.batch,
-        workers=default_workers(here) if options.workers is None else options.workers,
+        workers=default_workers(processes_here) if options.workers is None else options.workers,
         processes=processes,
         max_broken_share=options.max_broken_share,
         report=lambda line: complain(options.program, line),

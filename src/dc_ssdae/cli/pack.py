@@ -30,7 +30,7 @@ class Options(ShardOptions):
 
     source: str = setting(positional=True, metavar="SRC")
     destination: Path = setting(positional=True, metavar="DST")
-    size: int | Literal["none"] = setting(256, at_least=1, metavar="N|none")
+    size: str = setting("256", metavar="N|none")
     format: Literal["jpg", "png", "webp"] = "jpg"
     quality: int | None = setting(None, at_least=1, at_most=100, metavar="Q")
     keep_order: bool = setting(False, name="--keep-order")
@@ -41,12 +41,14 @@ def run(options: Options) -> None:
     """Pack the images."""
     if options.format == "png" and options.quality is not None:
         raise InputError("--quality is for jpg and webp; png is lossless")
+    if options.size != "none" and not (options.size.isdecimal() and int(options.size)):
+        raise InputError(f"--size is {options.size!r}; it must be a number of pixels, or none")
     from dc_ssdae.data.pack import pack
     from dc_ssdae.data.pack_shard import PackSettings
     from dc_ssdae.timing import cores
 
     quality = None if options.format == "png" else options.quality or 95
-    size = None if options.size == "none" else options.size
+    size = None if options.size == "none" else int(options.size)
     settings = PackSettings(size, options.format, quality, options.shard_size, not options.keep_order)
     parts = pack(
         options.source,

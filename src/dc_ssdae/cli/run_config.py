@@ -158,7 +158,5 @@ def _comment(text: str) -> str:
 
 
 def _default(entry: Field[Any]) -> str:
-    if is_required(entry):
-        return "no default"
-    value = dump_yaml(list(entry.default) if isinstance(entry.default, tuple) else entry.default)
-    return f"default: {value.strip()}"
+    value = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+    return "no default" if is_required(entry) else f"default: {dump_yaml(value).strip()}"

@@ -109,7 +109,7 @@ class TeacherCache:
         images = []
         try:
             for number in (draw % self.count).tolist():
-                entry = load_file(self._file(number))
+                entry = load_file(self.folder / f"{number:08d}.safetensors")
                 if entry["crc32"].item() != _crc32(entry["image"], number):
                     return None
                 images.append(entry["image"])
@@ -124,15 +124,13 @@ class TeacherCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for number, image in zip((draw % self.count).tolist(), images.cpu().contiguous(), strict=True):
-                with written_beside(file := self._file(number), file.with_suffix(".partial")) as beside:
+                file = self.folder / f"{number:08d}.safetensors"
+                with written_beside(file, file.with_suffix(".partial")) as beside:
                     save_file({"image": image, "crc32": torch.tensor(_crc32(image, number))}, beside)
         except (OSError, SafetensorError) as error:
             self._full = True
             line = " ".join(str(error).split())
             tqdm.write(f"{self.folder} cannot be written ({line}); no more results are kept", file=sys.stderr)
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"{number:08d}.safetensors"
 
 
 def _crc32(image: Tensor, number: int) -> int:
