@@ -167,7 +167,7 @@ def test_a_draft_is_where_the_decode_starts(
         assert reconstruct(photo, "--draft", path, "--start", 0.7).code == 0
         assert torch.equal(written("photo.png"), decoded)
     save_photo(draft, 8, 24)
-    assert "height 8, width 24" in reconstruct(photo, "--draft", draft, "--start", 0.7).err[0]
+    assert "(8, 24)" in reconstruct(photo, "--draft", draft, "--start", 0.7).err[0]
     draft.unlink()
     assert str(draft) in reconstruct(photo, "--draft", draft.parent, "--start", 0.7).err[0]
 
@@ -204,8 +204,8 @@ def test_tiles_are_those_of_the_model_in_python(
         ("--sampler nestorov", "did you mean 'nesterov'"),
         ("--sampler euler", "'euler'"),
         ("--sampler one_step --steps 2", "num_steps is 2"),
-        ("--tolerance -1", "--tolerance is -1.0"),
-        ("--sampler gradient_descent --momentum 0.1", "--momentum"),
+        ("--tolerance -1", "tolerance is -1.0"),
+        ("--sampler gradient_descent --momentum 0.1", "momentum"),
         ("--start 0.5", "--draft"),
         ("--tile_size 36", "tile_size is 36"),
         ("--model nobody/nothing", "nobody/nothing"),

@@ -101,7 +101,7 @@ def test_a_configuration_with_phases_lies_over_the_recipe(write: Write) -> None:
     assert of(recipe, "training.steps") == [1, 20, 1000, 1000]
     assert of(recipe, "training.lr") == [1e-3, 5e-4, 5e-4, 5e-4]
     assert of(recipe, "training.seed") == [3, 4, 5, 6], "no phase sees the crops and noise of another"
-    with pytest.raises(InputError, match="--recipe"):
+    with pytest.raises(InputError, match="'phases'"):
         parse("--config", "demo", "--config", "mine.yaml")
 
 
