@@ -8,7 +8,7 @@ from dc_ssdae.cli.train import Options, read_new_recipe
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.recipe import Recipe
 
-PARSER = CommandParser(Options)
+PARSER = CommandParser(Options, "dc-ssdae train")
 
 
 def options(*words: str) -> Options:

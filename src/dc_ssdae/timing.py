@@ -4,8 +4,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,28 +34,21 @@ class Spread:
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
     """Describe the processor, the cores this process may use, the threads, the versions, and the device if given."""
-    machine: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores(), "threads": torch.get_num_threads()}
+    machine |= {"torch": torch.__version__, "python": platform.python_version()}
     if device is not None:
-        machine["device"] = str(device)
-        machine["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        machine["cuda"] = torch.version.cuda if device.type == "cuda" else None
+        is_cuda = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if is_cuda else None
+        machine |= {"device": str(device), "device_name": name, "cuda": torch.version.cuda if is_cuda else None}
     return machine
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """Describe a machine, as `describe_machine` gives it, in a sentence."""
-    device = machine.get("device_name") or machine.get("device", "cpu")
-    on = "" if device == "cpu" else f"{device}, "
-    cores, threads = counted(machine["cores"], "core"), counted(machine["threads"], "thread")
-    cuda = f", CUDA {machine['cuda']}" if machine.get("cuda") else ""
-    versions = f"PyTorch {machine['torch']}{cuda}, Python {machine['python']}"
-    return f"Measured on {on}{machine['cpu']}, {cores}, {threads}, {versions}."
+    device, cuda = machine.get("device_name"), machine.get("cuda")
+    processor = f"{machine['cpu']}, {counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}"
+    versions = f"PyTorch {machine['torch']}{f', CUDA {cuda}' if cuda else ''}, Python {machine['python']}"
+    return f"Measured on {f'{device}, ' if device else ''}{processor}, {versions}."
 
 
 def alternating(count: int, round_: int) -> Sequence[int]:
@@ -71,16 +63,6 @@ def measure_alternately(measurements: Sequence[Callable[[], T]], rounds: int) ->
         for index in alternating(len(measurements), round_):
             results[index].append(measurements[index]())
     return results
-
-
-@contextmanager
-def keeping_threads() -> Iterator[int]:
-    """Yield PyTorch's number of threads, and restore it at the end of the block."""
-    threads = torch.get_num_threads()
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def resident_set() -> int:

@@ -39,13 +39,13 @@ def test_text_and_json_say_the_same(run: Run) -> None:
     for part, module in (("encoder", model.encoder), ("decoder", model.decoder), ("total", model)):
         count = sum(tensor.numel() for tensor in module.parameters())
         assert profile["parameters"][part] == count
-        assert ["parameters,", part, f"{count:,}"] in rows
-    assert ["latent", *(f"{c}x{size // f}x{size // f}" for size in (256, 512))] in rows
-    assert ["compression", "ratio", "3", "f²/c", f"{3 * f * f / c:g}"] in rows
+        assert [f"parameters.{part}", str(count)] in rows
     assert profile["compression_ratio"] == 3 * f * f / c
-    for label, key in (("encode,", "encode_flops"), ("decode step,", "decode_step_flops")):
-        flops = [f"{profile['sizes'][size][key] / 1e9:,.2f}" for size in ("256", "512")]
-        assert [*label.split(), "GFLOPs", *flops] in rows
+    for size in (256, 512):
+        assert profile["sizes"][f"{size}"]["latent_shape"] == [c, size // f, size // f]
+        assert [f"sizes.{size}.latent_shape", str(c), *[str(size // f)] * 2] in rows
+        for key in ("encode_flops", "decode_step_flops"):
+            assert [f"sizes.{size}.{key}", str(profile["sizes"][f"{size}"][key])] in rows
 
 
 def test_a_saved_model_and_a_run_are_described_as_their_preset(run: Run, model_dir: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_dtype_halves_the_memory_and_a_device_adds_times(
     assert narrow["weights_mebibytes"] == pytest.approx(wide["weights_mebibytes"] / 2, rel=1e-4)
     assert wide["weights_mebibytes"] > 4 * wide["parameters"]["total"] / 2**20
     timed = run("info", "demo", "--device", "cpu")
-    assert sum(line.startswith("One 32 px image on cpu, median of 3: encode ") for line in timed.out) == 1
+    assert any(line.startswith("seconds.encode ") for line in timed.out)
 
 
 def test_groups_are_one_per_line_whatever_the_width(run: Run, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

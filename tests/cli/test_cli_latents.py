@@ -100,17 +100,17 @@ def test_bad_latents_among_good_ones(encoded: Path, run: Run, refusal: Refusal, 
 
 
 @pytest.mark.parametrize(
-    ("tensors", "metadata", "named"),
+    ("tensors", "metadata"),
     [
-        (WHOLE, {"format": "pt"}, "not a latent file"),
-        (WHOLE, {"latent_channels": "8"}, "latent_channels 8"),
-        (WHOLE, {"downsample_factor": "0"}, "downsample_factor"),
-        ({"latent": LATENT}, {}, "needs latent and original_size"),
-        ({**WHOLE, "latent": LATENT[None]}, {}, "(1, 4, 2, 3)"),
-        ({**WHOLE, "latent": LATENT.int()}, {}, "int32"),
-        ({**WHOLE, "latent": LATENT / 0}, {}, "24 of 24 values"),
-        ({**WHOLE, "original_size": SIZE.float()}, {}, "original_size is float32"),
-        ({**WHOLE, "original_size": SIZE + 8}, {}, "[21, 30]"),
+        (WHOLE, {"format": "pt"}),
+        (WHOLE, {"latent_channels": "8"}),
+        (WHOLE, {"downsample_factor": "0"}),
+        ({"latent": LATENT}, {}),
+        ({**WHOLE, "latent": LATENT[None]}, {}),
+        ({**WHOLE, "latent": LATENT.int()}, {}),
+        ({**WHOLE, "latent": LATENT / 0}, {}),
+        ({**WHOLE, "original_size": SIZE.float()}, {}),
+        ({**WHOLE, "original_size": SIZE + 8}, {}),
     ],
 )
 def test_a_file_with_wrong_parts_is_refused(

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from cli_samples import Run
 
 from dc_ssdae.cli import main as main_module
-from dc_ssdae.cli.common import Done, Job, for_each_file, say
-from dc_ssdae.cli.main import COMMANDS, Command, main
+from dc_ssdae.cli.common import for_each_file, say
+from dc_ssdae.cli.main import COMMANDS, main
 from dc_ssdae.cli.parser import Options
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import documentation
@@ -70,7 +70,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
             raise error
 
         monkeypatch.setitem(sys.modules, "dc_ssdae.cli.made", SimpleNamespace(Options=Options, run=run))
-        monkeypatch.setattr(main_module, "COMMANDS", {"made": Command("made", "made for a test")})
+        monkeypatch.setattr(main_module, "COMMANDS", {"made": "made for a test"})
 
     return put
 
@@ -132,7 +132,7 @@ def test_out_of_memory_fails_one_file_with_a_hint_and_a_bug_ends_it(
     jobs = [Job(Path(name), Path(f"{name}.png")) for name in ("one", "big", "two")]
     assert for_each_file(Options(debug=debug), jobs, process) == 2
     captured = capsys.readouterr()
-    assert captured.out.splitlines() == ["one done", "two done"]
+    assert captured.out.splitlines() == [f"{name}: done -> {tmp_path / name}.png" for name in ("one", "two")]
     assert ("Traceback" in captured.err) is debug
     assert re.match(r"dc-ssdae: big: out of memory; try ", captured.err.splitlines()[-1])
     with pytest.raises(RuntimeError, match="shapes"):

@@ -133,7 +133,7 @@ def test_a_draft_is_where_the_decode_starts(reconstruct: Run, expected: Callable
         assert reconstruct(photo, "--draft", path, "--start", 0.7).code == 0
         assert torch.equal(written("photo.png"), decoded)
     save_photo(draft, 8, 24)
-    assert "height 8, width 24" in reconstruct(photo, "--draft", draft, "--start", 0.7).err[0]
+    assert "(8, 24)" in reconstruct(photo, "--draft", draft, "--start", 0.7).err[0]
     draft.unlink()
     assert str(draft) in reconstruct(photo, "--draft", draft.parent, "--start", 0.7).err[0]
 

@@ -28,7 +28,7 @@ def test_two_models(run: Run, words: Words) -> None:
     content = json.loads(Path("study/study.json").read_text(encoding="utf-8"))
     assert [row["model"] for row in content["measurements"][:3]] == ["fm"] * 3
     assert content["needed"]["psnr"]
-    protocol, lpips, differences = content["notes"]
+    protocol, lpips = content["notes"]
     assert "2 images of 16 px" in protocol
     assert lpips.startswith("No LPIPS")
     assert "is no run" in differences

@@ -37,7 +37,6 @@ class MadeOptions(BaseOptions):
         kind: which, to 100 %.
     """
 
-    program = "dc-ssdae make"
     source: Path = setting(positional=True, metavar="SRC")
     more: list[Path] = setting([], positional=True, metavar="MORE")
     out: Path = setting(metavar="DIR")
@@ -49,7 +48,7 @@ class MadeOptions(BaseOptions):
 
 
 def parse(*words: str) -> MadeOptions:
-    options = CommandParser(MadeOptions).parse(words)
+    options = CommandParser(MadeOptions, "dc-ssdae make").parse(words)
     assert isinstance(options, MadeOptions)
     return options
 
@@ -67,6 +66,7 @@ def test_every_kind_of_option() -> None:
         size=[8, 16],
         kind="large",
         quick=True,
+        program="dc-ssdae make",
     )
     assert parse("a", "--out", "o", "--rate", "2").rate == 2.0
 
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_named(words: str, field: str, told: str) -> None:
 
 def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "48")
-    text = CommandParser(MadeOptions).format_help()
+    text = CommandParser(MadeOptions, "dc-ssdae make").format_help()
     lines = text.splitlines()
     assert lines[0] == "usage: dc-ssdae make SRC --out DIR [options]"
     assert "'made-up[for-a-test]'." in text, "no line is broken at a hyphen"

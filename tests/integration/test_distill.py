@@ -1,7 +1,6 @@
 """Distillation end to end: one step comes to land where several did; one that is killed ends as if it had not been."""
 
 import json
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -108,5 +107,5 @@ def test_one_step_comes_closer_to_several(
     assert other_student < 0.5 * other_one
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     # What is printed is what is written.
-    found = re.findall(r"(\d+\.\d+)$", table, flags=re.MULTILINE)
-    assert [float(number) for number in found[:3]] == pytest.approx([one, several, student], abs=1e-6)
+    found = next(line.split()[1:] for line in table.splitlines() if line.startswith("to_target"))
+    assert [float(number) for number in found] == pytest.approx([one, several, student], rel=1e-3)

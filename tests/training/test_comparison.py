@@ -15,10 +15,8 @@ from dc_ssdae import DCSSDAE
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.build import build_model
-from dc_ssdae.training.comparison import SMALLEST_TILE, compare, compare_distilled
+from dc_ssdae.training.comparison import compare, compare_distilled
 from dc_ssdae.training.config import DistillationConfig, RunConfig
-
-ZOOM = SMALLEST_TILE // SIZE
 
 
 class Squares:
@@ -83,7 +81,7 @@ FLOW = {"class_path": "FlowMatching"}
 def test_the_figures_by_hand(dynamics: dict[str, Any] | None, steps: int, step_size: float | None) -> None:
     teacher, student = random_model(1, dynamics), random_model(2, dynamics)
     squares = Squares(11)  # more than one batch
-    found, count = compare(teacher, student, squares.validation(), steps, step_size)
+    found, count = compare(teacher, student, squares.validation(), steps, step_size, None)
     assert count == 11
     assert [row["steps"] for row in found] == [1, steps, 1]
 
@@ -111,14 +109,14 @@ def test_the_figures_by_hand(dynamics: dict[str, Any] | None, steps: int, step_s
 
 def test_broken_images_are_left_out(teacher: DCSSDAE, student: DCSSDAE) -> None:
     squares = Squares(12, broken=(*range(8), 9))  # a whole batch, and one of the next
-    found, count = compare(teacher, student, squares.validation(), 2, None)
+    found, count = compare(teacher, student, squares.validation(), 2, None, None)
     assert count == 3
     whole = Squares(3)
     whole.images = [squares.images[place] for place in (8, 10, 11)]
-    for row, expected in zip(found, compare(teacher, student, whole.validation(), 2, None)[0], strict=True):
+    for row, expected in zip(found, compare(teacher, student, whole.validation(), 2, None, None)[0], strict=True):
         assert list(row.values())[2:] == pytest.approx(list(expected.values())[2:], rel=1e-5)
     with pytest.raises(InputError, match="no image can be read"):
-        compare(teacher, student, Squares(2, (0, 1)).validation(), 2, None)
+        compare(teacher, student, Squares(2, (0, 1)).validation(), 2, None, None)
 
 
 # --- of a run ---

@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dc_ssdae.errors import InputError, ToldElsewhere, advising_on_memory, counted
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.cli.options import BatchOptions, FileOptions, ModelOptions, OutputOptions, OverwriteOptions
+    from dc_ssdae.cli.options import BatchOptions, FileOptions, ModelOptions, OutputOptions
     from dc_ssdae.cli.parser import Options
     from dc_ssdae.data.encode_latents import EncodedPart
     from dc_ssdae.data.loader import BrokenImage
@@ -32,20 +31,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-
-
-class Job(NamedTuple):
-    """One file to read and the file to write from it."""
-
-    source: Path
-    target: Path
-
-
-class Done(NamedTuple):
-    """What became of a file: a `line` for standard output, and `notes` on what was converted on the way."""
-
-    line: str
-    notes: Sequence[str] = ()
 
 
 def say(line: str) -> None:
@@ -61,9 +46,27 @@ def show(found: Any, as_json: bool, as_text: Callable[[], str]) -> None:
     say(json.dumps(found, indent=2, default=asdict) if as_json else as_text())
 
 
-def wrapped(text: str) -> str:
-    """Break a paragraph into lines that fit the terminal; in a pipe, into lines of 100 characters."""
-    return textwrap.fill(text, _columns(), break_on_hyphens=False)
+def cells(figures: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    """Format figures, which may be nested, by their dotted names; of a spread the median, and the quartiles."""
+    found: dict[str, str] = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping) and "median" in value:
+            found[f"{prefix}{name}"] = "{median:,.4g} ({low:,.3g}..{high:,.3g})".format(**value)
+        elif isinstance(value, Mapping):
+            found |= cells(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            found[f"{prefix}{name}"] = " ".join(cells(dict(enumerate(value))).values())
+        else:
+            text = f"{value:,.5g}" if isinstance(value, float) else str(value)
+            found[f"{prefix}{name}"] = "-" if value is None else text
+    return found
+
+
+def side_by_side(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Make a table with a column for each of some figures with the same names."""
+    columns = [cells(entry) for entry in entries]
+    rows = [(name, *(column.get(name, "-") for column in columns)) for name in columns[0]]
+    return table(rows, "l" * len(rows[0]))
 
 
 def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None) -> str:
@@ -84,13 +87,9 @@ def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None)
         grid.add_column(justify="left" if kind == "l" else "right", no_wrap=kind == "r", overflow="fold")
     for row in rows:
         grid.add_row(*map(Text, row))
-    console = Console(width=width or _columns(), color_system=None)
+    console = Console(width=width or shutil.get_terminal_size((100, 24)).columns, color_system=None)
     lines = console.render_lines(grid, pad=False)
     return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
-
-
-def _columns() -> int:
-    return shutil.get_terminal_size((100, 24)).columns
 
 
 def say_part(part: "PackedPart | EncodedPart", remark: str) -> None:
@@ -117,12 +116,11 @@ def complain_once(program: str, message: str) -> None:
 def describe(error: BaseException) -> str:
     """Say in one line what went wrong."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        other = f" -> {error.filename2}" if error.filename2 not in (None, error.filename) else ""
-        return f"{error.filename}{other}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check_outputs(options: "OverwriteOptions", files: Sequence[Path]) -> None:
+def check_outputs(options: "OutputOptions", files: Sequence[Path]) -> None:
     """Refuse to replace existing files, before the work that makes them, unless `--overwrite` is given.
 
     Args:
@@ -150,7 +148,7 @@ def check_output_folder(options: "OutputOptions") -> None:
         raise InputError(f"--out {out} is not an empty folder; name a new one, or replace its files with --overwrite")
 
 
-def plan_outputs(options: "OutputOptions", sources: Sequence[Path], suffix: str, *others: str) -> list[Job]:
+def plan_outputs(options: "OutputOptions", sources: Sequence[Path], suffix: str, *others: str) -> dict[Path, Path]:
     """Choose the output of each input, `--out`/STEM.suffix, and make the folder.
 
     Args:
@@ -175,14 +173,15 @@ def plan_outputs(options: "OutputOptions", sources: Sequence[Path], suffix: str,
             writers[target] = source
     check_outputs(options, list(writers))
     options.out.mkdir(parents=True, exist_ok=True)
-    return [Job(source, options.out / f"{source.stem}{suffix}") for source in sources]
+    return {source: options.out / f"{source.stem}{suffix}" for source in sources}
 
 
-def write_outputs(options: "OutputOptions", contents: Mapping[str, bytes]) -> None:
+def write_outputs(options: "OutputOptions", contents: Mapping[str, str | bytes]) -> None:
     """Write files, by their names, into `--out`, and say where they are."""
     from dc_ssdae.files import write_whole
 
     for name, content in contents.items():
+        content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
         write_whole(options.out / name, content)
     say(f"-> {', '.join(str(options.out / name) for name in contents)}")
 
@@ -226,12 +225,10 @@ def writable_model(model: str, instead: str) -> Path:
     """
     from dc_ssdae.model_folder import model_folder, read_config
 
-    if not os.path.isdir(model):
-        raise InputError(f"{model} is not the folder of a model or run of this package to write to; {instead}")
     folder = model_folder(model)
-    read_config(folder)
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} cannot be written to; {instead}")
+        raise InputError(f"{model} is no folder of a model or run that can be written to; {instead}")
+    read_config(folder)
     return folder
 
 
@@ -265,14 +262,16 @@ def main_first(processes: "Processes", load: Callable[[], T]) -> T:
     return processes.together(lambda: first or load())
 
 
-def for_each_file(options: "Options", jobs: Sequence[Job], process: Callable[[Job], Done]) -> int:
+def for_each_file(
+    options: "Options", targets: Mapping[Path, Path], process: Callable[[Path, Path], tuple[str, Sequence[str]]]
+) -> int:
     """Process files one by one; one that fails is reported in a line, and the others are still done.
 
     Args:
         options: of the command, for its name and whether it shows tracebacks.
-        jobs: the files. Several of them get a progress bar, on a terminal.
-        process: reads, computes and writes one file; its InputError or OSError, and running out of memory, are
-            the file's failure, anything else a bug.
+        targets: the files to read, with the file to write from each. Several get a progress bar, on a terminal.
+        process: reads, computes and writes one file; gives a line about it, and notes on what was converted on the way.
+            Its InputError or OSError, and running out of memory, are the file's failure, anything else a bug.
 
     Returns:
         The exit code: 0, or 2 where a file failed.
@@ -280,27 +279,26 @@ def for_each_file(options: "Options", jobs: Sequence[Job], process: Callable[[Jo
     from tqdm import tqdm
 
     code = 0
-    for job in tqdm(jobs, unit="file", leave=False, disable=True if len(jobs) == 1 else None):
+    for source, target in tqdm(targets.items(), unit="file", leave=False, disable=True if len(targets) == 1 else None):
         try:
             with advising_on_memory("; try a smaller image, --tile_size 512, --dtype bfloat16 or another --device"):
-                done = process(job)
+                line, notes = process(source, target)
         except (InputError, OSError) as error:
             if options.debug:
                 traceback.print_exception(error)
             message = describe(error)
-            complain(options.program, message if str(job.source) in message else f"{job.source}: {message}")
+            complain(options.program, message if str(source) in message else f"{source}: {message}")
             code = 2
         else:
-            if done.notes:
-                complain(options.program, f"{job.source}: {'; '.join(done.notes)}")
-            say(done.line)
+            for note in notes:
+                complain(options.program, f"{source}: {note}")
+            say(f"{source.name}: {line} -> {target}")
     return code
 
 
-def shape_line(job: Job, size: tuple[int, int], latent: "Tensor") -> str:
-    """Describe what was done: size of the image, shape of the latent (1, c, h, w) and output file."""
-    shape = "x".join(map(str, latent.shape[1:]))
-    return f"{job.source.name}: height {size[0]}, width {size[1]}, latent {shape} -> {job.target}"
+def shape_line(size: tuple[int, int], latent: "Tensor") -> str:
+    """Describe an image's size, and the shape of its latent (1, c, h, w)."""
+    return f"height {size[0]}, width {size[1]}, latent {'x'.join(map(str, latent.shape[1:]))}"
 
 
 def select_device(name: str) -> "torch.device":
@@ -314,13 +312,12 @@ def select_device(name: str) -> "torch.device":
     """
     import torch
 
-    count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if count else "mps" if has_mps else "cpu")
-    present = ["cpu", *(f"cuda:{index}" for index in range(count)), *(["mps"] if has_mps else [])]
-    if (name if name != "cuda" else "cuda:0") not in present:
+    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    present += [*(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    chosen = {"auto": present[0], "cuda": "cuda:0"}.get(name, name)
+    if chosen not in present:
         raise InputError(f"no device {name!r} on this machine: PyTorch finds {', '.join(present)}")
-    return torch.device(name)
+    return torch.device(chosen)
 
 
 def import_classes(modules: Sequence[str]) -> list[type]:
@@ -353,8 +350,7 @@ def load_model(options: "ModelOptions | FileOptions") -> "DCSSDAE":
     if note := slow_dtype_note(device, options.dtype):
         complain(options.program, f"{note}: try --dtype float32")
     model = load_saved_model(options.model, getattr(torch, options.dtype), classes)
-    tile_size = getattr(options, "tile_size", None)
-    if tile_size is not None:
+    if tile_size := getattr(options, "tile_size", None):
         model.enable_tiling(tile_size)
     return model.to(device)
 

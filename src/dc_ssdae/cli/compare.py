@@ -4,9 +4,8 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
-from dc_ssdae.cli.common import check_outputs, complain, describe, import_classes, write_outputs
-from dc_ssdae.cli.decoding import naming_options
-from dc_ssdae.cli.evaluation import load_suite, open_evaluation, parse_models, report_settings, tell_report
+from dc_ssdae.cli.common import check_outputs, complain, describe, write_outputs
+from dc_ssdae.cli.evaluation import open_evaluation, tell_report
 from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import setting
@@ -31,7 +30,6 @@ class Options(EvaluationOptions):
         show: number of images in index.html.
     """
 
-    program = "dc-ssdae compare"
     models: list[str] = setting(positional=True, metavar="MODEL")
     rounds: int = setting(3, at_least=1, metavar="R")
     show: int = setting(8, at_least=1, metavar="N")
@@ -39,48 +37,41 @@ class Options(EvaluationOptions):
 
 def run(options: Options) -> int:
     """Measure, write and print; gives the exit code."""
-    specs = parse_models(options.models)
+    from dc_ssdae.evaluation.candidate_names import name_apart, open_candidate, parse_candidate
+
+    specs = name_apart([parse_candidate(text) for text in options.models])
     check_outputs(options, [options.out / name for name in FILES])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process, so that speeds can be compared; eval takes several")
-    opened = open_evaluation(options)
-    classes = import_classes(options.modules)
-    suite = load_suite(options, opened)
-
+    images, device, _, classes, about = open_evaluation(options)
+    import torch
     from tqdm import tqdm
 
     from dc_ssdae.evaluation.arena import run_arena
     from dc_ssdae.evaluation.arena_report import ArenaReport
-    from dc_ssdae.evaluation.candidate_names import open_candidate
     from dc_ssdae.evaluation.candidates import Candidate
 
     # All of them before the hours that measuring takes: what cannot be loaded is a mistake to mend at once.
     candidates: dict[str, Candidate] = {}
     for spec in specs:
         try:
-            with naming_options():
-                candidates[spec.label] = open_candidate(spec, opened.dtype, classes, opened.decoding)
+            candidates[spec.label] = open_candidate(spec, getattr(torch, options.dtype), classes, about["decoding"])
         except (InputError, OSError) as error:
             raise InputError(f"{spec.label}: {describe(error)}") from error
     openers = {label: partial(candidates.__getitem__, label) for label in candidates}
-    with tqdm(total=len(specs) * len(opened.images), unit="image", leave=False, disable=None) as bar:
+
+    def tell(label: str, reason: str) -> None:
+        complain(options.program, f"{label} failed: {reason}")
+
+    suite, settings = about["suite"], about["settings"]
+    with tqdm(total=len(specs) * len(images), unit="image", leave=False, disable=None) as bar:
         entries = run_arena(
-            openers,
-            opened.images,
-            suite,
-            opened.settings,
-            opened.device,
-            options.rounds,
-            options.show,
-            bar.update,
-            lambda label, reason: complain(options.program, f"{label} failed: {reason}"),
-            options.debug,
+            openers, images, suite, settings, device, options.rounds, options.show, bar.update, tell, options.debug
         )
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
-    report = ArenaReport(entries=entries, rounds=options.rounds, **report_settings(options, opened, suite))
-    text = tell_report(options, report, report.broken)
-    pareto = report.as_picture()
-    contents = (report.as_page(pareto), text.encode("utf-8", "backslashreplace"), report.as_json().encode(), pareto)
+    report = ArenaReport(entries=entries, rounds=options.rounds, **about)
+    text, pareto = tell_report(options, report, report.broken), report.as_picture()
+    contents = (report.as_page(pareto), text, report.as_json(), pareto)
     write_outputs(options, dict(zip(FILES, contents, strict=True)))
     return 2 if any(entry.failed is not None for entry in entries) else 0

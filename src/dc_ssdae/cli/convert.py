@@ -4,12 +4,16 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dc_ssdae.cli.common import check_output_folder, say
 from dc_ssdae.cli.options import DType, OutputOptions, SeedOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import naming, write_whole
 from dc_ssdae.settings import setting
+
+if TYPE_CHECKING:
+    from dc_ssdae.autoencoder import DCSSDAE
 
 TRAINING_FILE = "frozen_encoder.yaml"
 """File written beside a model with a published encoder: the configuration of a run that trains its decoder."""
@@ -38,7 +42,6 @@ class OriginalOptions(ConvertOptions):
         preset: preset with the checkpoint's architecture; dc-ssdae info lists the presets.
     """
 
-    program = "dc-ssdae convert original"
     checkpoint: Path = setting(positional=True, metavar="CHECKPOINT")
     preset: str = setting(metavar="NAME")
 
@@ -61,7 +64,6 @@ class DiffusersOptions(ConvertOptions, SeedOptions):
         seed: seed of the decoder's random weights.
     """
 
-    program = "dc-ssdae convert diffusers"
     source: str = setting(positional=True, metavar="SOURCE")
     subfolder: str | None = setting(None, metavar="NAME")
     variant: str | None = setting(None, metavar="NAME")
@@ -73,22 +75,12 @@ class DiffusersOptions(ConvertOptions, SeedOptions):
 def run_original(options: OriginalOptions) -> None:
     """Convert a checkpoint."""
     check_output_folder(options)
-    import torch
-
-    from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.interop.original import convert_original
 
     model = convert_original(options.checkpoint, options.preset)
-    with torch.device("meta"):
-        preset = DCSSDAE.from_preset(options.preset)
-    # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
-    with naming(options.out):
-        torch.nn.Module.to(model, getattr(torch, options.dtype)).save_pretrained(options.out)
+    _save(options, model)
     for part in ("encoder", "decoder"):
-        theirs, ours = model.config[part]["init_args"], preset.config[part]["init_args"]
-        for name in theirs:
-            if theirs[name] != ours[name]:
-                say(f"{part} {name}: {theirs[name]}, as the checkpoint shows (preset: {ours[name]})")
+        say(f"{part}: {json.dumps(model.config[part])}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{options.checkpoint}: {parameters:,} parameters -> {options.out}")
 
@@ -96,34 +88,21 @@ def run_original(options: OriginalOptions) -> None:
 def run_diffusers(options: DiffusersOptions) -> None:
     """Join a published encoder with a decoder."""
     check_output_folder(options)
-    import torch
-
+    if options.decoder is not None and (options.decoder_size or options.dynamics):
+        raise InputError("--decoder-size and --dynamics are for a new decoder; they cannot be given with --decoder")
     from dc_ssdae.components import COMPONENTS
     from dc_ssdae.interop.diffusers_encoders import convert_diffusers
     from dc_ssdae.presets import dump_yaml
 
-    for option in ("decoder_size", "dynamics"):
-        if options.decoder is not None and getattr(options, option) is not None:
-            raise InputError(f"--{option.replace('_', '-')} is for a new decoder; it cannot be given with --decoder")
     remarks: list[str] = []
-    model = convert_diffusers(
-        options.source,
-        options.decoder_size or "S",
-        options.dynamics or "EquilibriumMatching",
-        options.seed,
-        options.subfolder,
-        options.variant,
-        remarks.append,
-        options.decoder,
-    )
-    with naming(options.out):
-        torch.nn.Module.to(model, getattr(torch, options.dtype)).save_pretrained(options.out)
+    given = options.given("decoder_size", "dynamics", "seed", "subfolder", "variant", "decoder")
+    model = convert_diffusers(options.source, remark=remarks.append, **given)
+    _save(options, model)
     config = model.config
-    parts = {part: config[part] for part in COMPONENTS}
-    shape = {"latent_channels": config.latent_channels, "downsample_factor": config.downsample_factor}
+    names = ("latent_channels", "downsample_factor", *COMPONENTS)
     run = {
         "description": f"a decoder on the frozen encoder of {config.provenance['source']}",
-        "model": json.loads(json.dumps({**shape, **parts})),
+        "model": json.loads(json.dumps({name: config[name] for name in names})),
         "training": {"train": ["decoder", "losses.repa"]},
         "losses": {"kl": 0.0},
     }
@@ -134,8 +113,14 @@ def run_diffusers(options: DiffusersOptions) -> None:
     say(f"as published: scaling_factor {config.scaling_factor:g}, shift_factor {config.shift_factor:g}")
     for remark in remarks:
         say(remark)
-    if options.decoder is not None:
-        say(f"the decoder is that of {options.decoder}")
-        return
-    command = shlex.join(["--config", str(options.out / TRAINING_FILE), "--training.init_from", str(options.out)])
-    say(f"the decoder is untrained: train it with dc-ssdae train {command} --data.root PHOTOS")
+    if options.decoder is None:
+        command = shlex.join(["--config", str(options.out / TRAINING_FILE), "--training.init_from", str(options.out)])
+        say(f"the decoder is untrained: train it with dc-ssdae train {command} --data.root PHOTOS")
+
+
+def _save(options: ConvertOptions, model: "DCSSDAE") -> None:
+    import torch
+
+    # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
+    with naming(options.out):
+        torch.nn.Module.to(model, getattr(torch, options.dtype)).save_pretrained(options.out)

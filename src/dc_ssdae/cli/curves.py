@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dc_ssdae.cli.common import check_outputs, complain, say
-from dc_ssdae.cli.options import OverwriteOptions
+from dc_ssdae.cli.options import OutputOptions
 from dc_ssdae.files import write_whole
 from dc_ssdae.settings import setting
 
 
 @dataclass(kw_only=True)
-class Options(OverwriteOptions):
+class Options(OutputOptions):
     """Plot the losses and evaluations of one or several training runs, with a panel per loss term and per metric.
 
     The phases of a recipe follow each other. Requires pip install 'dc-ssdae[eval]'.
@@ -20,7 +20,6 @@ class Options(OverwriteOptions):
         out: file to write: .png, .svg or .pdf.
     """
 
-    program = "dc-ssdae curves"
     runs: list[Path] = setting(positional=True, metavar="RUN")
     out: Path = setting(Path("curves.png"), metavar="FILE")
 

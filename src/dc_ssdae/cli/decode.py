@@ -1,15 +1,18 @@
 """`dc-ssdae decode`: latents, as `dc-ssdae encode` writes them, to PNG images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.decoding import ToDecode, decode_files
+from dc_ssdae.cli.decoding import decode_files
 from dc_ssdae.cli.options import DecodingOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dc_ssdae.autoencoder import DCSSDAE
 
 
@@ -21,7 +24,6 @@ class Options(DecodingOptions):
         latents: safetensors file.
     """
 
-    program = "dc-ssdae decode"
     latents: list[Path] = setting(positional=True, metavar="LATENT")
 
 
@@ -30,11 +32,11 @@ def run(options: Options) -> int:
     return decode_files(options, options.latents, _read)
 
 
-def _read(path: Path, model: "DCSSDAE") -> ToDecode:
+def _read(path: Path, model: "DCSSDAE") -> "tuple[Tensor, tuple[int, int], Sequence[str]]":
     from dc_ssdae.cli.latent_file import read_latent
 
     config, content = model.config, read_latent(path)
     theirs, own = (len(content.latent), content.downsample_factor), (config.latent_channels, config.downsample_factor)
     if theirs != own:
         raise InputError(f"the latent has (c, f) = {theirs}, which does not fit the model, which has {own}")
-    return ToDecode(content.latent[None], content.original_size)
+    return content.latent[None], content.original_size, ()

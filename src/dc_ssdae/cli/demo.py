@@ -1,9 +1,6 @@
 """`dc-ssdae demo`: reconstruct photos with the shipped model, train a small one on others, write a report."""
 
-import statistics
-import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
 
 PRESET = "demo"
 SAMPLE_PHOTOS = "dc_ssdae.data.sample_photos.SamplePhotos"
-EVALUATION_SIDE = 256
-"""Shorter side, in pixels, of the photos in the report."""
 
 
 @dataclass(kw_only=True)
@@ -39,7 +34,6 @@ class Options(OutputOptions, SeedOptions, DeviceOptions):
         dtype: precision in which the networks compute during training.
     """
 
-    program = "dc-ssdae demo"
     minutes: float | None = setting(None, at_least=0.001, metavar="M")
     steps: int | None = setting(None, at_least=1, metavar="N")
     out: Path = setting(Path("runs/demo"), metavar="DIR")
@@ -53,9 +47,11 @@ def run(options: Options) -> None:
     device = select_device(options.device)
     from dc_ssdae.training.run import check_new
 
-    replaces = _is_demo(options.out)
+    file = options.out / "config.yaml"
+    # An earlier demo may be replaced, no other run.
+    replaces = file.is_file() and SAMPLE_PHOTOS in file.read_text(encoding="utf-8", errors="replace")
     if replaces:
-        check_outputs(options, [options.out / "config.yaml"])
+        check_outputs(options, [file])
     else:
         check_new(options.out)  # before the seconds that the shipped model takes
     import torch
@@ -63,29 +59,21 @@ def run(options: Options) -> None:
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.data.sample_photos import sample_photos
-    from dc_ssdae.timing import keeping_threads
     from dc_ssdae.training.run import remove_run
     from dc_ssdae.training.start import start_run
 
     config = _configuration(options)
-    training = config.training
     held_out = sample_photos("held_out")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with keeping_threads() as threads:
-        say(f"Reconstructing {counted(len(held_out), 'photo')} with {SHIPPED_MODEL}, which comes with this package")
-        shipped = _evaluate(DCSSDAE.from_pretrained(), held_out, device)
-        if training.steps is None and device.type == "cpu" and threads > 1:
-            _choose_threads(config, threads)  # not for a run of steps, which is reproducible for a number of threads
-        budget = f"{training.minutes:g} minutes" if training.steps is None else counted(training.steps, "step")
-        say(f"Training preset {PRESET!r} on {device} for {budget}")
-        if replaces:
-            remove_run(options.out)
-        start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu")
-        model = DCSSDAE.from_pretrained(options.out / "model")
-        say("Reconstructing the same photos, which the new model has not seen")
-        results = _evaluate(model, held_out, device)
-        _report(options.out, shipped, results, config, model)
+    say(f"Reconstructing {counted(len(held_out), 'photo')} with {SHIPPED_MODEL}, which comes with this package")
+    shipped = _evaluate(DCSSDAE.from_pretrained(), held_out, device)
+    say(f"Training preset {PRESET!r} on {device}")
+    if replaces:
+        remove_run(options.out)
+    start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu")
+    model = DCSSDAE.from_pretrained(options.out / "model")
+    _report(options.out, shipped, _evaluate(model, held_out, device), config)
     say(f"Model:  {options.out / 'model'}\nReport: {options.out / 'report.html'}")
 
 
@@ -108,81 +96,35 @@ def _configuration(options: Options) -> "RunConfig":
     return RunConfig.from_mapping(lay_over(load_preset(PRESET), {"training": training, "data": data}))
 
 
-def _is_demo(path: Path) -> bool:
-    """Whether a folder holds an earlier demo, which --overwrite may replace, and not another run."""
-    config = path / "config.yaml"
-    return config.is_file() and SAMPLE_PHOTOS in config.read_text(encoding="utf-8", errors="replace")
-
-
-def _choose_threads(config: "RunConfig", every: int) -> None:
-    """Use one thread if that is faster, as on a busy CPU, where threads spend their time waiting for each other."""
-    import torch
-
-    from dc_ssdae.timing import measure_alternately
-    from dc_ssdae.training.build import build_step
-    from dc_ssdae.training.step import draw_noise
-
-    step = build_step(config).train()
-    batch, size = config.training.batch_size, config.data.image_size
-    pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-    noise = draw_noise(step.model, size, 0, batch, range(batch), "cpu")
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        step(pixels, *noise).total.backward()
-        return time.perf_counter() - start
-
-    choices = (every, 1)
-    times = measure_alternately([partial(seconds, threads) for threads in choices], 4)
-    medians = [statistics.median(taken[1:]) for taken in times]  # the first round warms up
-    torch.set_num_threads(choices[medians.index(min(medians))])
-
-
 def _evaluate(model: "DCSSDAE", photos: list[Any], device: "torch.device") -> "list[PhotoResult]":
     import torch
-    from tqdm import tqdm
 
     from dc_ssdae.data.transforms import resize_shorter_side
     from dc_ssdae.evaluation.reconstruction import measure_photo
 
     model.to(device=device, memory_format=torch.channels_last)
-    results = []
-    for photo in tqdm(photos, desc="reconstruct", unit="photo", leave=False):
-        result = measure_photo(model, photo.name, resize_shorter_side(photo.pixels, EVALUATION_SIDE))
+    # Photos with a shorter side of 256 pixels.
+    results = [measure_photo(model, photo.name, resize_shorter_side(photo.pixels, 256)) for photo in photos]
+    for result in results:
         say(f"  {result.name}: {result.psnr:.2f} dB (bicubic of as many values {result.baseline_psnr:.2f} dB)")
-        results.append(result)
     return results
 
 
-def _report(
-    run: Path, shipped: "list[PhotoResult]", results: "list[PhotoResult]", config: "RunConfig", model: "DCSSDAE"
-) -> None:
+def _report(run: Path, shipped: "list[PhotoResult]", results: "list[PhotoResult]", config: "RunConfig") -> None:
     """Write the report of a run: the photos by the shipped and by its own model, its losses, and facts."""
-    from dc_ssdae import __version__
-    from dc_ssdae.data.sample_photos import sample_photos
-    from dc_ssdae.evaluation.profile import count_parameters
     from dc_ssdae.evaluation.report import write_demo_report
     from dc_ssdae.timing import describe_machine, machine_line
     from dc_ssdae.training.logging import read_lines
 
     training, history = config.training, read_lines(run / "metrics.jsonl")
-    seconds, names = history[-1]["seconds"], [photo.name for photo in sample_photos("train")]
-    sizes = ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
-    terms = " + ".join(f"{loss.weight:g} · L_{name}" for name, loss in config.losses.items())
     curves = {
         "error of the image, L_dynamics": [record["loss/dynamics"] for record in history],
         "KL of the latent, summed per image": [record["loss/kl"] for record in history],
     }
     facts = {
-        "model": f"preset {PRESET!r}: f{config.model.downsample_factor}c{config.model.latent_channels}, "
-        f"equilibrium matching; parameters: {sizes}",
-        "trained on": f"{config.data.image_size} px random crops of {', '.join(names)}, colours also exchanged",
-        "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} in "
-        f"{seconds / 60:.1f} minutes, {len(history) * training.batch_size / seconds:.1f} images/s, "
-        f"{training.precision}, seed {training.seed}",
-        "objective": f"{terms}; no perceptual loss, no GAN",
-        "evaluated on": f"photos resized to a shorter side of {EVALUATION_SIDE} px (bicubic, antialiased), one step",
-        "machine": f"{machine_line(describe_machine(model.device))} dc-ssdae {__version__}.",
+        "model": f"preset {PRESET!r}, f{config.model.downsample_factor}c{config.model.latent_channels}",
+        "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} of "
+        f"{config.data.image_size} px in {history[-1]['seconds'] / 60:.1f} minutes, {training.precision}",
+        "machine": machine_line(describe_machine()),
     }
     write_demo_report(run / "report.html", shipped, results, curves, facts)

@@ -1,47 +1,33 @@
 """`dc-ssdae distill`: trains a model to decode in one step what a teacher decodes in several, and compares them."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain, is_main_process, say, table
-from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_config_of, read_run_config
-from dc_ssdae.cli.train import new_run_folder, read_run, resume, tell_end, watching_training
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.cli.common import is_main_process, say, side_by_side
+from dc_ssdae.cli.run_config import RunOptions, read_config_of, read_run_config
+from dc_ssdae.cli.train import new_run_folder, resume, start, watching_training
+from dc_ssdae.errors import InputError
+from dc_ssdae.presets import read_yaml
 from dc_ssdae.settings import setting
 from dc_ssdae.training.config import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from dc_ssdae.training.trainer import Outcome
 
-DEFAULT_STEPS = 8
-"""Number of steps of the teacher by default."""
-
-PREVIEWED = 16
-"""Number of images on which the teacher is measured before a distillation."""
-
-CHANGED: Mapping[str, Any] = {
-    "steps": 20_000,
-    "minutes": None,
-    "lr": 1e-4,
-    "weight_decay": 0.0,
-    "ema_start": 0,
-    "init_from": None,
-    "output": None,
-    "processes": None,
-}
+CHANGED: Mapping[str, Any] = {"steps": 20_000, "lr": 1e-4, "weight_decay": 0.0, "ema_start": 0}
 """Settings of a distillation that differ from those of the teacher's run, unless they are given."""
 
-TERMS = ("dynamics", "lpips")
-"""Loss terms that a student takes over from the teacher's run."""
+LEFT_OUT = ("minutes", "init_from", "output", "processes")
+"""Settings of the teacher's run that a distillation does not take over."""
 
 
 @dataclass(kw_only=True)
 class Options(RunOptions):
     """Train a copy of a model to decode in one step what the model, its teacher, decodes in several.
 
+    --teacher DIR --steps K starts a run, whose settings are given as for dc-ssdae train; --resume RUN continues it.
     Student and teacher start from the same noise and latent; at the end they are compared on validation images. The run
     saves, resumes and logs as dc-ssdae train does. If the teacher comes from a training run, the settings of that run
     are the defaults.
@@ -52,11 +38,6 @@ class Options(RunOptions):
         resume: continue the distillation in this folder; if it is finished, compare again.
     """
 
-    program = "dc-ssdae distill"
-    usage = (
-        "dc-ssdae distill --teacher DIR [--steps K] [--config FILE] [--section.name VALUE]\n"
-        "       dc-ssdae distill --resume RUN [--section.name VALUE]"
-    )
     teacher: str | None = setting(None, metavar="DIR")
     steps: int | None = setting(None, at_least=1, metavar="K")
     resume: Path | None = setting(None, metavar="RUN")
@@ -66,22 +47,15 @@ def run(options: Options) -> None:
     """Train the student, then compare it with its teacher, unless a signal asked for the end."""
     with watching_training(options.resume is not None):
         if options.resume is None:
-            from dc_ssdae.training.build import resolved
-            from dc_ssdae.training.start import start_run
-
             config, path = _new_config(options)
-            config = resolved(config)
-            _preview(config)
-            outcome: Outcome | None = start_run(config, config_yaml(config), path)
+            outcome: Outcome | None = start(options.program, config, path)
         else:
             if options.teacher is not None or options.steps is not None:
                 raise InputError("--resume continues with the run's own teacher; leave --teacher and --steps out")
-            path, before = options.resume, read_run(options.resume)
-            if before.distillation is None:
+            path = options.resume
+            if RunConfig.from_mapping(read_yaml(path / "config.yaml")).distillation is None:
                 raise InputError(f"--resume {path} is not a distillation; continue it with dc-ssdae train --resume")
-            config, outcome = resume(options, before, path)
-        if outcome is not None:
-            tell_end(Options.program, outcome, path)
+            config, outcome = resume(options, path)
     if is_main_process() and (outcome is None or outcome.stopped_by is None):
         _compare(path, config)
 
@@ -96,7 +70,7 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
 
     if options.teacher is None:
         raise InputError("which model is the teacher? give --teacher DIR, the folder of a saved model or of a run")
-    base = _base(options.teacher, options.steps or DEFAULT_STEPS)
+    base = _base(options.teacher)
     for name, value in base.get("data", {}).items():
         if any(key.startswith(f"data.{name}") for key, _ in options.settings):
             continue
@@ -111,21 +85,18 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
     if options.steps is not None:
         options.settings.append(("distillation.steps", str(options.steps)))
     config, _ = read_run_config(options, base)
-    assert config.distillation is not None
-    teacher = Path(config.distillation.teacher).absolute()
+    teacher = Path(options.teacher).absolute()
     name = teacher.parent.name if teacher.name == "model" else teacher.name
     return config, new_run_folder(config.training.output, f"{name}-distilled")
 
 
-def _base(teacher: str, steps: int) -> dict[str, Any]:
+def _base(teacher: str) -> dict[str, Any]:
     """Make the default configuration of a student: the teacher's model, and the settings of its run, if it has one."""
     from dc_ssdae.autoencoder import COMPONENTS
     from dc_ssdae.model_folder import model_folder, read_config
     from dc_ssdae.training.build import decoder_groups
 
     folder = model_folder(teacher)
-    if not folder.is_dir():
-        raise InputError(f"--teacher {teacher}: no such folder")
     config = read_config(folder)
     names = ("latent_channels", "downsample_factor", *COMPONENTS)
     if missing := [name for name in names if name not in config]:
@@ -139,38 +110,10 @@ def _base(teacher: str, steps: int) -> dict[str, Any]:
     return {
         **base,
         "model": model,
-        "training": {**training, **CHANGED, "seed": seed, "train": groups},
-        "losses": {**{name: losses[name] for name in TERMS if name in losses}, "repa": 0.0, "kl": 0.0},
-        "distillation": {"teacher": teacher, "steps": steps},
+        "training": {**training, **dict.fromkeys(LEFT_OUT), **CHANGED, "seed": seed, "train": groups},
+        "losses": {**{name: losses[name] for name in ("dynamics", "lpips") if name in losses}, "repa": 0.0, "kl": 0.0},
+        "distillation": {"teacher": teacher, "steps": 8},
     }
-
-
-def _preview(config: RunConfig) -> None:
-    """Report the quality of the teacher's steps and the size of the cache, before the time is spent."""
-    from dc_ssdae.training.build import check_components, load_teacher, own_classes
-    from dc_ssdae.training.comparison import report_on
-
-    distillation, data = config.distillation, config.data
-    assert distillation is not None
-    if not is_main_process() or (data.root is None and data.dataset is None):
-        return
-    with suppress(InputError):  # the run itself finds the mistake, for all processes
-        check_components(config)
-        teacher = load_teacher(Path(distillation.teacher), own_classes(config.model))
-        report = report_on(config, teacher, teacher, min(PREVIEWED, data.validation_images))
-        one, several, _ = (entry["psnr"] for entry in report["decodings"])
-        steps = counted(distillation.steps, "step")
-        worse = "; these steps make it worse: try fewer --steps or another --distillation.step_size"
-        complain(
-            Options.program,
-            f"PSNR of the teacher on {report['images']} {report['split']} images: 1 step {one:.2f} dB, "
-            f"{steps} {several:.2f} dB{worse if several < one else ''}",
-        )
-    if distillation.cache_steps is not None:
-        images = distillation.cache_steps * config.training.batch_size
-        gibibytes = images * 3 * data.image_size**2 * 4 / 2**30
-        taken = f"the teacher's results of {images} draws will take {gibibytes:.2g} GiB in the run's folder"
-        complain(Options.program, taken)
 
 
 def _compare(path: Path, config: RunConfig) -> None:
@@ -181,13 +124,9 @@ def _compare(path: Path, config: RunConfig) -> None:
 
     clear_device_cache(garbage_collection=True)  # what the training's cycles of references still hold
     report = compare_distilled(config, path)
-    decodings = report["decodings"]
-    rows = [("", "PSNR, dB", "SSIM", "MSE", "MSE to the teacher's result")]
-    forms = {"psnr": ".2f", "ssim": ".4f", "mse": ".6f", "to_target": ".6f"}
-    rows += [(entry["name"], *(f"{entry[name]:{form}}" for name, form in forms.items())) for entry in decodings]
-    say(table(rows, "lrrrr"))
+    say(side_by_side(report["decodings"]))
     say(f"Means over {report['images']} {report['split']} images of {report['image_size']} px, cut from the centre.")
     if report["random_backbones"]:
-        names = ", ".join(f"losses.{name}" for name in report["random_backbones"])
-        say(f"{names} had a backbone with random weights: the student's figures mean nothing.")
-    say(f"{path / REPORT_FILE}, {path / PICTURE_FILE}")
+        names = ", ".join(report["random_backbones"])
+        say(f"The student's figures mean nothing: losses with random weights in the backbone: {names}.")
+    say(f"{path / REPORT_FILE}, {path / PICTURE_FILE} (its rows: the originals, then as above)")

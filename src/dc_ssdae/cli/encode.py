@@ -1,9 +1,10 @@
 """`dc-ssdae encode`: images to latents, one safetensors file each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dc_ssdae.cli.common import Done, Job, encode_pixels, for_each_file, load_model, plan_outputs, shape_line
+from dc_ssdae.cli.common import encode_pixels, for_each_file, load_model, plan_outputs, shape_line
 from dc_ssdae.cli.options import FileOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import LARGEST_SEED, setting
@@ -21,7 +22,6 @@ class Options(FileOptions):
         seed: seed of --sample, the same for each image; by default 0.
     """
 
-    program = "dc-ssdae encode"
     images: list[Path] = setting(positional=True, metavar="IMAGE")
     sample: bool = False
     seed: int | None = setting(None, at_least=0, at_most=LARGEST_SEED, metavar="S")
@@ -31,15 +31,15 @@ def run(options: Options) -> int:
     """Encode every image; gives the exit code."""
     if options.seed is not None and not options.sample:
         raise InputError("--seed is for --sample; the mode is not random")
-    jobs = plan_outputs(options, options.images, ".safetensors")
+    targets = plan_outputs(options, options.images, ".safetensors")
     model = load_model(options)
     import torch
 
     from dc_ssdae.cli.latent_file import LatentFile, write_latent
     from dc_ssdae.data.images import read_image
 
-    def encode(job: Job) -> Done:
-        image = read_image(job.source)
+    def encode(source: Path, target: Path) -> tuple[str, Sequence[str]]:
+        image = read_image(source)
         posterior, size = encode_pixels(model, image.pixels)
         if not options.sample:
             latent = posterior.mode()
@@ -47,7 +47,7 @@ def run(options: Options) -> int:
             raise InputError("this model's encoder gives no variance to sample with; leave --sample out")
         else:
             latent = posterior.sample(torch.Generator().manual_seed(options.seed or 0))
-        write_latent(job.target, LatentFile(latent[0], size, model.config.downsample_factor))
-        return Done(shape_line(job, size, latent), image.notes)
+        write_latent(target, LatentFile(latent[0], size, model.config.downsample_factor))
+        return shape_line(size, latent), image.notes
 
-    return for_each_file(options, jobs, encode)
+    return for_each_file(options, targets, encode)

@@ -2,35 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dc_ssdae.cli.common import (
     advising_on_batches,
     check_outputs,
-    import_classes,
-    main_first,
     say,
     told_by_one_process,
     writable_model,
     write_outputs,
 )
-from dc_ssdae.cli.decoding import naming_options
-from dc_ssdae.cli.evaluation import (
-    OpenEvaluation,
-    load_suite,
-    open_evaluation,
-    parse_models,
-    report_settings,
-    tell_report,
-)
+from dc_ssdae.cli.evaluation import open_evaluation, tell_report
 from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import SHIPPED_MODEL
 from dc_ssdae.settings import setting
-
-if TYPE_CHECKING:
-    from dc_ssdae.evaluation.candidates import Candidate
-    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
 
 FILES = ("report.html", "report.md", "report.json", "images.csv")
 
@@ -50,7 +35,6 @@ class Options(EvaluationOptions):
             results for the same protocol, data, size and decoding.
     """
 
-    program = "dc-ssdae eval"
     model: str = setting(SHIPPED_MODEL, metavar="MODEL")
     out: Path = setting(Path("evaluation"), metavar="DIR")
     show: int = setting(6, at_least=1, metavar="N")
@@ -59,41 +43,39 @@ class Options(EvaluationOptions):
 
 @told_by_one_process()
 def run(options: Options) -> None:
-    """Measure, write and print."""
-    (spec,) = parse_models([options.model])
+    """Measure, write and print; the worst and best images are reconstructed again."""
+    from dc_ssdae.evaluation.candidate_names import open_candidate, parse_candidate
+
+    spec = parse_candidate(options.model)
     check_outputs(options, [options.out / name for name in FILES])
     folder = None
     if options.add_to_model:
         folder = writable_model(spec.value if spec.kind == "ours" else options.model, "leave --add-to-model out")
     before = _weights_in(folder)
-    opened = open_evaluation(options)
-    classes = import_classes(options.modules)
+    images, device, processes, classes, about = open_evaluation(options)
     import torch
     from tqdm import tqdm
 
     from dc_ssdae.card import CARD_FILE, note_evaluation
-    from dc_ssdae.distributed import Processes
-    from dc_ssdae.evaluation.candidate_names import open_candidate
     from dc_ssdae.evaluation.candidates import OurCandidate
-    from dc_ssdae.evaluation.evaluate import evaluate
+    from dc_ssdae.evaluation.evaluate import evaluate, reconstruct_places
     from dc_ssdae.evaluation.evaluation_report import EvaluationReport
 
-    processes = Processes.join(opened.device)
-    if processes.count > 1 and opened.device.type == "cuda":
-        opened = opened._replace(device=torch.device(processes.device))
-    suite = main_first(processes, lambda: load_suite(options, opened))
-    with naming_options():
-        candidate = open_candidate(spec, opened.dtype, classes, opened.decoding).to(opened.device)
-    count, hidden = len(processes.share(len(opened.images))), None if processes.is_main else True
-    with advising_on_batches(options), tqdm(total=count, unit="image", leave=False, disable=hidden) as bar:
-        evaluation = evaluate(candidate, opened.images, suite, opened.settings, opened.device, processes, bar.update)
+    candidate = open_candidate(spec, getattr(torch, options.dtype), classes, about["decoding"]).to(device)
+    count, hidden = len(processes.share(len(images))), None if processes.is_main else True
+    settings, bar = about["settings"], tqdm(total=count, unit="image", leave=False, disable=hidden)
+    with advising_on_batches(options), bar:
+        evaluation = evaluate(candidate, images, about["suite"], settings, device, processes, bar.update)
     if not processes.is_main:
         return
     if not isinstance(candidate, OurCandidate):
-        opened = opened._replace(decoding={})
-    settings = report_settings(options, opened, suite)
-    report = EvaluationReport(label=spec.label, remarks=candidate.remarks, evaluation=evaluation, **settings)
-    _write(options, report, candidate, opened)
+        about["decoding"] = {}
+    report = EvaluationReport(label=spec.label, remarks=candidate.remarks, evaluation=evaluation, **about)
+    text, ranked = tell_report(options, report, evaluation.broken), report.ranked()
+    worst = reconstruct_places(candidate, images, ranked[: options.show], settings, device)
+    best = reconstruct_places(candidate, images, ranked[::-1][: options.show], settings, device)
+    contents = (report.as_page(worst, best), text, report.as_json(), report.as_csv())
+    write_outputs(options, dict(zip(FILES, contents, strict=True)))
     if folder is None:
         return
     if before != _weights_in(folder):
@@ -109,22 +91,3 @@ def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:
     """Identify the weights of a model by their files: a run that continues replaces them."""
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
     return [(file, file.stat().st_mtime_ns) for file in files]
-
-
-def _write(options: Options, report: "EvaluationReport", candidate: "Candidate", opened: OpenEvaluation) -> None:
-    """Write everything; the worst and best images are reconstructed again."""
-    from dc_ssdae.evaluation.evaluate import reconstruct_places
-
-    text = tell_report(options, report, report.evaluation.broken)
-    ranked = report.ranked()
-    worst, best = (
-        reconstruct_places(candidate, opened.images, places[: options.show], opened.settings, opened.device)
-        for places in (ranked, ranked[::-1])
-    )
-    contents = (
-        report.as_page(worst, best),
-        text.encode("utf-8", "backslashreplace"),
-        report.as_json().encode("utf-8"),
-        report.as_csv().encode("utf-8", "backslashreplace"),
-    )
-    write_outputs(options, dict(zip(FILES, contents, strict=True)))

@@ -9,8 +9,6 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.files import naming
 from dc_ssdae.settings import setting
 
-DEFAULT_NOISE_SIZE = 1024
-
 
 @dataclass(kw_only=True)
 class Options(ModelOptions, OutputOptions):
@@ -31,7 +29,6 @@ class Options(ModelOptions, OutputOptions):
             the noise has that size.
     """
 
-    program = "dc-ssdae export"
     format: Literal["pt2", "onnx"] = "pt2"
     size: list[int] | None = setting(None, at_least=1, spaced=True, metavar="PIXELS")
     bake_noise: bool = False
@@ -40,10 +37,9 @@ class Options(ModelOptions, OutputOptions):
 
 def run(options: Options) -> None:
     """Export a model."""
-    if options.size is not None and len(options.size) > 2:
-        raise InputError(f"--size takes a height and a width, or one number for both, not {len(options.size)} numbers")
-    if options.size is not None and options.noise_size is not None:
-        raise InputError("--noise_size cannot be given with --size, which also sets the size of the noise")
+    size = options.size
+    if size is not None and (len(size) > 2 or options.noise_size is not None):
+        raise InputError("--size takes one or two numbers, and cannot be given with --noise_size, which it also sets")
     if options.format == "onnx":
         if options.device not in ("auto", "cpu") or options.dtype != "float32":
             raise InputError("--device and --dtype are for --format pt2; ONNX is written from float32 on the CPU")
@@ -52,19 +48,10 @@ def run(options: Options) -> None:
     model = load_model(options)
     from dc_ssdae.interop.export import export_model
 
-    size = None if options.size is None else (options.size[0], options.size[-1])
-    noise_size = options.noise_size or DEFAULT_NOISE_SIZE
+    given = options.given("format", "bake_noise", "noise_size", "overwrite")
     with naming(options.out):
-        export = export_model(
-            model, options.out, options.format, size, options.bake_noise, noise_size, options.overwrite
-        )
+        export = export_model(model, options.out, size=(size[0], size[-1]) if size else None, **given)
     for part in (export.encoder, export.decoder):
-        shapes = [
-            ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in tensors.items())
-            for tensors in (part.inputs, part.outputs)
-        ]
-        say(f"{part.file}: {' -> '.join(shapes)}; largest difference from the model {part.largest_difference:.1e}")
-    any_size = "" if size else "; h and w from 2 on"
-    say(f"batch from 1 on{any_size}")
-    total = sum((options.out / name).stat().st_size for name in export.files)
-    say(f"{', '.join(export.files)}: {total / 1e6:.1f} MB -> {options.out}")
+        difference = f"largest difference from the model {part.largest_difference:.1e}"
+        say(f"{part.file}: {part.inputs} -> {part.outputs}; {difference}")
+    say(f"{', '.join(export.files)} -> {options.out}")

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dc_ssdae.cli.common import complain, load_model, main_first, say_part, select_device, told_by_one_process
-from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions, SizeOptions
+from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import LARGEST_SEED, setting
 
 if TYPE_CHECKING:
     from dc_ssdae.data.sources import ImageSource
 
-_YAML_SUFFIXES = (".yaml", ".yml")
-
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
+class Options(ModelOptions, BatchOptions, ShardOptions):
     """Encode a data set once into shards of latents, for training on latents.
 
     Writes OUT/000000.safetensors and so on, with the tensors latents (N, c, h, w), not normalised, and labels (N,), and
@@ -41,7 +39,6 @@ class Options(ModelOptions, SizeOptions, BatchOptions, ShardOptions):
             8.
     """
 
-    program = "dc-ssdae latents"
     data: str = setting(positional=True, metavar="DATA")
     out: Path = setting(positional=True, metavar="OUT")
     store: Literal["mean", "sample", "mean_std"] = "mean"
@@ -62,29 +59,27 @@ def run(options: Options) -> None:
     from dc_ssdae.data.latent_shard import LatentEncoder, LatentSettings
     from dc_ssdae.data.loader import default_workers
     from dc_ssdae.distributed import Processes
+    from dc_ssdae.provenance import name_of_path
 
     processes = Processes.join(device)
     if processes.count > 1 and device.type == "cuda":
         options.device = str(processes.device)
-    settings = LatentSettings(
-        options.size,
-        options.store,
-        options.flip,
-        options.seed or 0,
-        options.store_dtype or options.dtype,
-        options.shard_size,
-    )
+    seed, store_dtype = options.seed or 0, options.store_dtype or options.dtype
+    settings = LatentSettings(options.size, options.store, options.flip, seed, store_dtype, options.shard_size)
     parts = processes.together(lambda: _open_parts(options.data, options.out, options.cache))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    model = main_first(processes, lambda: load_model(options))
+    # Files that others read tell no local path.
+    name = (name_of_path(options.model) or "model") if Path(options.model).is_dir() else options.model
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     done = encode_latents(
         parts,
         options.out,
-        LatentEncoder.of(main_first(processes, lambda: load_model(options)), _model_name(options.model)),
+        LatentEncoder.of(model, name),
         settings,
         only=options.split,
         limit=options.images,
         batch_size=options.batch,
-        workers=default_workers(here) if options.workers is None else options.workers,
+        workers=default_workers(processes_here) if options.workers is None else options.workers,
         processes=processes,
         max_broken_share=options.max_broken_share,
         report=lambda line: complain(options.program, line),
@@ -93,19 +88,12 @@ def run(options: Options) -> None:
         say_part(part, f"; {part.unlabelled} without a label (-1)" if part.unlabelled else "")
 
 
-def _model_name(model: str) -> str:
-    """Name the model for files that others read, without a local path."""
-    from dc_ssdae.provenance import name_of_path
-
-    return (name_of_path(model) or "model") if Path(model).is_dir() else model
-
-
 def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSource]":
     """Open the images of each part, by its name, which is "" if the data has no parts."""
     from dc_ssdae.data.resumable import check_places
     from dc_ssdae.data.sources import check_runs_nothing, open_path, open_sources, split_folders
 
-    if not data.endswith(_YAML_SUFFIXES):
+    if not data.endswith((".yaml", ".yml")):
         root = os.path.expanduser(data)
         check_places(root, out)
         return {name: open_path(folder, cache) for name, folder in (split_folders(root) or {"": root}).items()}
@@ -124,6 +112,5 @@ def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSour
         check_places(named.root, out)
     with importing_from(Path.cwd()):
         sources = open_sources(named.root, named.dataset, named.validation, cache or named.cache)
-    if sources.validation is None:
-        return {"": sources.train}
-    return {"train": sources.train, "validation": sources.validation}
+    validation = {} if sources.validation is None else {"validation": sources.validation}
+    return {"train" if validation else "": sources.train, **validation}

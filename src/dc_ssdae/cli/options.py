@@ -60,25 +60,16 @@ class ModelOptions(DeviceOptions, ImportOptions):
 
 
 @dataclass(kw_only=True)
-class OverwriteOptions(Options):
-    """Whether files may be replaced.
-
-    Args:
-        overwrite: replace existing files.
-    """
-
-    overwrite: bool = False
-
-
-@dataclass(kw_only=True)
-class OutputOptions(OverwriteOptions):
+class OutputOptions(Options):
     """Where to write.
 
     Args:
         out: folder to write to; it is created if it does not exist.
+        overwrite: replace existing files.
     """
 
     out: Path = setting(metavar="DIR")
+    overwrite: bool = False
 
 
 @dataclass(kw_only=True)
@@ -94,26 +85,17 @@ class FileOptions(ModelOptions, OutputOptions):
 
 
 @dataclass(kw_only=True)
-class SizeOptions(Options):
-    """For commands that encode squares cut from images.
-
-    Args:
-        size: images are resized so that the shorter side has S pixels, and cropped to the central square; a multiple
-            of the model's downsampling factor f.
-    """
-
-    size: int = setting(256, at_least=1, metavar="S")
-
-
-@dataclass(kw_only=True)
 class BatchOptions(Options):
     """How images are read and computed on.
 
     Args:
+        size: images are resized so that the shorter side has S pixels, and cropped to the central square; a multiple
+            of the model's downsampling factor f.
         batch: images per batch.
         workers: number of processes that read images; by default one per core except one, at most 8.
     """
 
+    size: int = setting(256, at_least=1, metavar="S")
     batch: int = setting(16, at_least=1, metavar="B")
     workers: int | None = setting(None, at_least=0, metavar="N")
 
@@ -208,7 +190,7 @@ class EvaluationOptions(SamplerOptions, DeviceOptions, ImportOptions, BatchOptio
 
     data: str = setting(metavar="ROOT")
     protocol: str = setting("dcae", metavar="NAME")
-    size: int | None = setting(None, at_least=1, metavar="S")
+    size: int | None = setting(None, at_least=1, metavar="S")  # type: ignore[assignment]
     limit: int | None = setting(None, at_least=1, metavar="N")
     metrics: list[str] | None = setting(None, metavar="NAME,...")
     lpips: Literal["alex", "vgg", "squeeze"] | None = None

@@ -28,7 +28,6 @@ class Options(ShardOptions):
         workers: number of processes; by default one per core, at most 16.
     """
 
-    program = "dc-ssdae pack"
     source: str = setting(positional=True, metavar="SRC")
     destination: Path = setting(positional=True, metavar="DST")
     size: str = setting("256", metavar="N|none")
@@ -42,7 +41,7 @@ def run(options: Options) -> None:
     """Pack the images."""
     if options.format == "png" and options.quality is not None:
         raise InputError("--quality is for jpg and webp; png is lossless")
-    if options.size != "none" and not (options.size.isdecimal() and int(options.size) > 0):
+    if options.size != "none" and not (options.size.isdecimal() and int(options.size)):
         raise InputError(f"--size is {options.size!r}; it must be a number of pixels, or none")
     from dc_ssdae.data.pack import pack
     from dc_ssdae.data.pack_shard import PackSettings
@@ -61,6 +60,4 @@ def run(options: Options) -> None:
         report=lambda line: complain(options.program, line),
     )
     for part in parts:
-        small = "" if size is None else f" (at most {size} pixels)"
-        kept = f"; {part.kept} kept byte by byte{small}, colour profiles included" if part.kept else ""
-        say_part(part, kept)
+        say_part(part, f"; {part.kept} kept byte by byte, colour profiles included" if part.kept else "")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from dc_ssdae.errors import InputError, did_you_mean
-from dc_ssdae.settings import alternatives, check_settings, documentation, is_required, metavar
+from dc_ssdae.settings import alternatives, check_settings, documentation, is_required, metavar, setting
 
 
 @dataclass(kw_only=True)
@@ -24,27 +24,31 @@ class Options:
 
     Args:
         debug: show the traceback of an error.
+        program: the command's name, for messages.
     """
 
-    program: ClassVar[str] = "dc-ssdae"
-    usage: ClassVar[str | None] = None
     debug: bool = False
+    program: str = setting("dc-ssdae", name=None)
 
     def __post_init__(self) -> None:
         check_settings(self, {entry.name: option_name(entry) for entry in fields(self)})
 
-    @classmethod
-    def extend(cls, parser: "CommandParser") -> None:
-        """Add options to the parser that are not fields."""
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of these options that are not None, by name."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
-    def read_rest(cls, words: Sequence[str], given: dict[str, Any], parser: "CommandParser") -> dict[str, Any]:
-        """Turn words that the parser does not know into values of fields, which override those `given`.
+    def describe_more(cls, parser: "CommandParser") -> None:
+        """Add to the help what `take` reads."""
+
+    @classmethod
+    def take(cls, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Take the words that are no options of the parser; gives values of fields, and the other words.
 
         Raises:
-            InputError: they mean nothing.
+            InputError: one of them is wrong.
         """
-        return parser.refuse(words[0])
+        return {}, list(words)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -54,19 +58,15 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         options: of the command; their docstring's description is the command's.
+        program: the command's name.
     """
 
-    def __init__(self, options: type[Options]) -> None:
+    def __init__(self, options: type[Options], program: str) -> None:
         description, documented = documentation(options)
         required = sorted(filter(is_required, fields(options)), key=lambda entry: "positional" not in entry.metadata)
-        usage = options.usage or " ".join([options.program, *map(_usage, required), "[options]"])
+        usage = " ".join([program, *map(_usage, required), "[options]"])
         super().__init__(
-            prog=options.program,
-            usage=usage,
-            description=description,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-            exit_on_error=False,
+            program, usage, description, formatter_class=_HelpFormatter, allow_abbrev=False, exit_on_error=False
         )
         self._options, self._required = options, required
         hints = get_type_hints(options)
@@ -74,8 +74,8 @@ class CommandParser(argparse.ArgumentParser):
         entries = {entry.name: entry for entry in fields(options) if option_name(entry) is not None}
         for name in dict.fromkeys(name for base in options.__mro__ for name in inspect.get_annotations(base)):
             if name in entries:
-                self.add_option(self, entries[name], hints[name], documented[name])
-        options.extend(self)
+                self.add_option(entries[name], hints[name], documented[name])
+        options.describe_more(self)
 
     def parse(self, words: Sequence[str]) -> Options:
         """Read a command's words.
@@ -84,65 +84,54 @@ class CommandParser(argparse.ArgumentParser):
             InputError: a word is wrong or missing; one line that names it.
             SystemExit: after --help, with 0.
         """
+        given, words = self._options.take(words)
         try:
             # Intermixed, so that options may stand between the words without a name: pack SRC --size 512 DST.
             namespace, rest = self.parse_known_intermixed_args(words)
         except argparse.ArgumentError as error:
             option = str(error.argument_name).partition("/")[0]
             raise InputError(f"{option}: {error.message}", option) from error
-        given = vars(namespace)
         if rest:
-            given |= self._options.read_rest(rest, given, self)
-        if missing := [option_name(entry) for entry in self._required if given[entry.name] in (None, [])]:
+            name = rest[0].partition("=")[0]
+            # argparse keeps no public list of its options; this one has the options of groups too.
+            hint = did_you_mean(name, self._option_string_actions)
+            kind = "option" if name.startswith("-") else "word"
+            raise InputError(f"unknown {kind} {name!r}{hint}; {self.prog} --help lists the options", name)
+        given |= {name: value for name, value in vars(namespace).items() if value is not None}
+        if missing := [option_name(entry) for entry in self._required if not given.get(entry.name)]:
             raise InputError(f"missing: {', '.join(missing)}; usage: {self.usage}", missing[0])
-        return self._options(**{name: value for name, value in given.items() if value is not None})
-
-    def refuse(self, word: str) -> NoReturn:
-        """Refuse a word that is not an option of the command.
-
-        Raises:
-            InputError: suggests what was meant.
-        """
-        if not word.startswith("-"):
-            raise InputError(f"unexpected word {word!r}; {self.prog} --help lists what is accepted")
-        # argparse keeps no public list of its options; this one has those of groups too.
-        options = [option for option in self._option_string_actions if option.startswith("--")]
-        name = word.partition("=")[0]
-        hint = did_you_mean(name, options)
-        raise InputError(f"unknown option {name!r}{hint}; {self.prog} --help lists the options", name)
+        return self._options(program=self.prog, **given)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as an `InputError`."""
         raise InputError(message)
 
-    def add_option(self, group: Any, entry: Field[Any], hint: Any, text: str) -> None:
-        """Add an option for a field of type `hint` to the parser or a group of it, with the help `text`."""
+    def add_option(self, entry: Field[Any], hint: Any, text: str) -> None:
+        """Add an option for a field of type `hint`, with the help `text`."""
         kind = next(kind for kind in alternatives(hint) if kind is not NoneType)
-        details: dict[str, Any] = {"help": _with_default(entry, text).replace("%", "%%")}
-        names = [option_name(entry), *([entry.metadata["alias"]] if "alias" in entry.metadata else [])]
+        about = entry.metadata
+        details: dict[str, Any] = {"help": _with_default(entry, text).replace("%", "%%"), "default": None}
         if kind is bool:
-            group.add_argument(*names, dest=entry.name, action="store_true", default=None, **details)
-            return
-        details["metavar"] = entry.metadata.get("metavar", metavar(hint))
-        if "positional" in entry.metadata:
-            several = get_origin(kind) is list
-            of = get_args(kind)[0] if several else kind
-            group.add_argument(entry.name, nargs="*" if several else "?", type=reader(of), default=None, **details)
-            return
-        elif "repeated" in entry.metadata:
-            details |= {"action": "append", "type": reader(get_args(kind)[0])}
-        elif "spaced" in entry.metadata:
-            details |= {"nargs": "+", "type": reader(get_args(kind)[0])}
+            details["action"] = "store_true"
         else:
-            details["type"] = reader(hint)
-        group.add_argument(*names, dest=entry.name, default=None, **details)
+            one_word_each = {"positional", "repeated", "spaced"} & about.keys() and get_origin(kind) is list
+            details["type"] = reader(get_args(kind)[0] if one_word_each else hint)
+            details["metavar"] = about.get("metavar", metavar(hint))
+        if "positional" in about:
+            self.add_argument(entry.name, nargs="*" if get_origin(kind) is list else "?", **details)
+            return
+        if "repeated" in about:
+            details["action"] = "append"
+        elif "spaced" in about:
+            details["nargs"] = "+"
+        names = [option_name(entry), *([about["alias"]] if "alias" in about else [])]
+        self.add_argument(*names, dest=entry.name, **details)
 
 
 def option_name(entry: Field[Any]) -> Any:
     """Spell a field's option; None for a field that is not an option."""
-    if "positional" in entry.metadata:
-        return entry.metadata["metavar"]
-    return entry.metadata.get("name", f"--{entry.name}")
+    is_word = "positional" in entry.metadata
+    return entry.metadata["metavar"] if is_word else entry.metadata.get("name", f"--{entry.name}")
 
 
 def reader(hint: Any) -> Callable[[str], Any]:
@@ -179,14 +168,11 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 def _usage(entry: Field[Any]) -> str:
     """Spell a required option for the usage line."""
-    several = "positional" in entry.metadata and "list" in str(entry.type)
-    value = "" if "positional" in entry.metadata else f" {entry.metadata.get('metavar', 'VALUE')}"
-    return f"{option_name(entry)}{value}{' ...' * several}"
+    is_word = "positional" in entry.metadata
+    return str(option_name(entry)) if is_word else f"{option_name(entry)} {entry.metadata['metavar']}"
 
 
 def _with_default(entry: Field[Any], text: str) -> str:
     """Append the default to an option's help, where it is a plain value."""
-    default = None if is_required(entry) else entry.default
-    told = isinstance(default, int | float | str | Path | tuple) and not isinstance(default, bool)
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"{text.rstrip('.')} (default: {shown})" if told and default != () else text.rstrip(".")
+    told = isinstance(entry.default, int | float | str | Path) and not isinstance(entry.default, bool)
+    return f"{text.rstrip('.')} (default: {entry.default})" if told else text.rstrip(".")

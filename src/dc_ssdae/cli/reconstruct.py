@@ -1,15 +1,18 @@
 """`dc-ssdae reconstruct`: images through the autoencoder and back, as PNG."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dc_ssdae.cli.common import encode_pixels
-from dc_ssdae.cli.decoding import ToDecode, decode_files
+from dc_ssdae.cli.decoding import decode_files
 from dc_ssdae.cli.options import DecodingOptions
 from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dc_ssdae.autoencoder import DCSSDAE
 
 
@@ -24,7 +27,6 @@ class Options(DecodingOptions):
         images: image file.
     """
 
-    program = "dc-ssdae reconstruct"
     images: list[Path] = setting(positional=True, metavar="IMAGE")
 
 
@@ -33,9 +35,9 @@ def run(options: Options) -> int:
     return decode_files(options, options.images, _read)
 
 
-def _read(path: Path, model: "DCSSDAE") -> ToDecode:
+def _read(path: Path, model: "DCSSDAE") -> "tuple[Tensor, tuple[int, int], Sequence[str]]":
     from dc_ssdae.data.images import read_image
 
     image = read_image(path)
     posterior, size = encode_pixels(model, image.pixels)
-    return ToDecode(posterior.mode(), size, image.notes)
+    return posterior.mode(), size, image.notes

@@ -1,6 +1,5 @@
 """A run's configuration from the command line: presets and YAML files laid over each other, then settings. No torch."""
 
-import argparse
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, get_type_hints
 
 from dc_ssdae.cli.common import say
 from dc_ssdae.cli.parser import CommandParser, Options
-from dc_ssdae.errors import InputError, did_you_mean, shown, unknown_name
+from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.presets import dump_yaml, list_presets, load_preset, parse_yaml, read_yaml
 from dc_ssdae.settings import alternatives, documentation, is_required, metavar, setting
 from dc_ssdae.training.config import BUILT_IN_LOSSES, SECTIONS, RunConfig, lay_over
@@ -31,54 +30,44 @@ class RunOptions(Options):
     print_config: bool = False
     settings: list[tuple[str, str]] = setting([], name=None)
 
+    def exit_with(self, text: str) -> None:
+        """Print the configuration and exit, where --print_config asks for it."""
+        if self.print_config:
+            say(text.rstrip())
+            raise SystemExit(0)
+
     @classmethod
-    def extend(cls, parser: CommandParser) -> None:
-        """Add the settings of a run; settings inside a free-form mapping are read by `read_rest`."""
-        parser.set_defaults(settings=[])
+    def describe_more(cls, parser: CommandParser) -> None:
+        """Describe the settings of a run."""
         for section, kind in SECTIONS.items():
             summary, described = documentation(kind)
-            group = parser.add_argument_group(section, summary)
-            hints = get_type_hints(kind)
+            group, hints = parser.add_argument_group(section, summary), get_type_hints(kind)
             for entry in fields(kind):
-                name, text = f"{section}.{entry.name}", f"{described[entry.name].rstrip('.')} ({_default(entry)})"
-                help_text, value = text.replace("%", "%%"), metavar(hints[entry.name])
-                group.add_argument(f"--{name}", dest=name, action=_Setting, default=None, metavar=value, help=help_text)
+                text = f"{described[entry.name].rstrip('.')} ({_default(entry)})".replace("%", "%%")
+                group.add_argument(f"--{section}.{entry.name}", metavar=metavar(hints[entry.name]), help=text)
+        losses = documentation(RunConfig)[1]["losses"]
         defaults = ", ".join(f"{name} {weight:g}" for name, weight in BUILT_IN_LOSSES.items())
-        parser.add_argument_group(
-            "losses",
-            f"{documentation(RunConfig)[1]['losses']} --losses.NAME X sets a weight; 0 removes the term (default: "
-            f"{defaults}); --losses.NAME.class_path module.Class and --losses.NAME.init_args.SETTING VALUE add your "
-            "own.",
-        )
+        summary = f"{losses} --losses.NAME X sets a weight; 0 removes the term (default: {defaults})."
+        parser.add_argument_group("losses", summary)
 
     @classmethod
-    def read_rest(cls, words: Sequence[str], given: dict[str, Any], parser: CommandParser) -> dict[str, Any]:
-        """Pair the words --section.name VALUE and --section.name=VALUE.
+    def take(cls, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Take the words --section.name VALUE and --section.name=VALUE.
 
         Raises:
-            InputError: a word is no setting, or a setting has no value.
+            InputError: a setting has no value; an empty one, such as a script's unset variable, would stand for null.
         """
-        pairs, rest = [], iter(words)
+        settings, others, rest = [], [], iter(words)
         for word in rest:
             name, equals, value = word.partition("=")
             if not name.startswith("--") or "." not in name:
-                parser.refuse(word)
-            pairs.append((name.removeprefix("--"), _filled(name, value if equals else next(rest, ""))))
-        return {"settings": [*given["settings"], *pairs]}
-
-
-class _Setting(argparse.Action):
-    """Keeps a setting's name and its word."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        namespace.settings = [*namespace.settings, (self.dest, _filled(f"--{self.dest}", values))]
-
-
-def _filled(name: str, text: str) -> str:
-    """Refuse an empty value, such as a script's unset variable, which must not stand for null."""
-    if not text.strip() or text.startswith("--"):
-        raise InputError(f"{name} has no value; write {name} VALUE or {name}=VALUE")
-    return text
+                others.append(word)
+                continue
+            value = value if equals else next(rest, "")
+            if not value.strip() or value.startswith("--"):
+                raise InputError(f"{name} has no value; write {name} VALUE or {name}=VALUE")
+            settings.append((name.removeprefix("--"), value))
+        return {"settings": settings}, others
 
 
 def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) -> tuple[RunConfig, str]:
@@ -100,12 +89,8 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
         name, layer = read_layer(word)
         settings = lay_over(settings, layer)
     settings = lay_over(settings, read_settings(options.settings))
-    if "phases" in settings:
-        raise InputError("section phases belongs to a recipe; give the recipe with --recipe NAME")
     config = RunConfig.from_mapping(settings)
-    if options.print_config:
-        say(config_yaml(config).rstrip())
-        raise SystemExit(0)
+    options.exit_with(config_yaml(config))
     return config, name
 
 
@@ -127,9 +112,7 @@ def read_layer(word: str) -> tuple[str, dict[str, Any]]:
         return word, {**layer, "training": {**layer.get("training", {}), "preset": word}}
     path = Path(os.path.expanduser(word))  # Path.expanduser raises where there is no such user
     if not path.exists():
-        if os.sep not in word and path.suffix not in (".yaml", ".yml"):
-            raise InputError(f"--config: {unknown_name('preset', word, presets)}, or a YAML file")
-        raise InputError(f"--config: no such file {shown(word)}{did_you_mean(path.stem, presets)}")
+        raise unknown_name("preset or YAML file", word, presets)
     # A section without a value is one whose lines are all comments.
     return path.stem, {name: value for name, value in read_yaml(path).items() if value is not None}
 
@@ -161,26 +144,19 @@ def read_value(key: str, text: str) -> Any:
 def config_yaml(config: RunConfig) -> str:
     """Spell a configuration out as YAML, every setting with a comment, for `read_yaml` and --config."""
     plain = config.to_mapping()
-    lines = ["# A run's configuration; dc-ssdae train --config FILE starts one like it."]
-    for section, kind in SECTIONS.items():
-        if section in plain:
-            summary, described = documentation(kind)
-            lines += ["", *_comment(summary), f"{section}:"]
-            for name, value in plain[section].items():
-                lines += [
-                    *_comment(described[name], "  "),
-                    *textwrap.indent(dump_yaml({name: value}), "  ").splitlines(),
-                ]
-    lines += ["", *_comment(documentation(RunConfig)[1]["losses"]), dump_yaml({"losses": plain["losses"]})]
+    lines = ["# A run's configuration; dc-ssdae train --config FILE starts one like it.", ""]
+    for section in filter(plain.__contains__, SECTIONS):
+        summary, described = documentation(SECTIONS[section])
+        settings = [_comment(described[name]) + dump_yaml({name: value}) for name, value in plain[section].items()]
+        lines += [f"{_comment(summary)}{section}:", textwrap.indent("".join(settings), "  ")]
+    lines.append(_comment(documentation(RunConfig)[1]["losses"]) + dump_yaml({"losses": plain["losses"]}))
     return "\n".join(lines)
 
 
-def _comment(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, width=100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+def _comment(text: str) -> str:
+    return textwrap.fill(text, width=98, initial_indent="# ", subsequent_indent="# ") + "\n"
 
 
 def _default(entry: Field[Any]) -> str:
-    if is_required(entry):
-        return "no default"
-    value = dump_yaml(list(entry.default) if isinstance(entry.default, tuple) else entry.default)
-    return f"default: {value.strip()}"
+    value = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+    return "no default" if is_required(entry) else f"default: {dump_yaml(value).strip()}"

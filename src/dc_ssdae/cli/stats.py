@@ -1,23 +1,14 @@
 """`dc-ssdae stats`: measures the mean and standard deviation of a model's latents, for its config.json."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from dc_ssdae.cli.common import advising_on_batches, load_model, show, table, tell_of_images, writable_model
-from dc_ssdae.cli.options import BatchOptions, JsonOptions, ModelOptions, SizeOptions
-from dc_ssdae.errors import counted
+from dc_ssdae.cli.common import advising_on_batches, cells, load_model, show, table, tell_of_images, writable_model
+from dc_ssdae.cli.options import BatchOptions, JsonOptions, ModelOptions
 from dc_ssdae.settings import setting
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.data.loader import ValidationImages
-    from dc_ssdae.latent import DiagonalGaussian, LatentStatistics
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, SizeOptions, BatchOptions, JsonOptions):
+class Options(ModelOptions, BatchOptions, JsonOptions):
     """Measure the mean and standard deviation of a model's latents, and write them into its config.json.
 
     A latent diffusion model normalises latents z by them: per channel as (z - latents_mean) / latents_std, or overall
@@ -31,7 +22,6 @@ class Options(ModelOptions, SizeOptions, BatchOptions, JsonOptions):
         no_write: do not change config.json.
     """
 
-    program = "dc-ssdae stats"
     data: str = setting(metavar="ROOT")
     images: int = setting(10_000, at_least=1, metavar="N")
     no_write: bool = setting(False, name="--no-write")
@@ -39,15 +29,32 @@ class Options(ModelOptions, SizeOptions, BatchOptions, JsonOptions):
 
 def run(options: Options) -> None:
     """Measure, print and write the statistics."""
+    import torch
+    from tqdm import tqdm
+
     from dc_ssdae.card import write_model_card
-    from dc_ssdae.data.loader import ValidationImages
+    from dc_ssdae.data.images import to_model_range
+    from dc_ssdae.data.loader import ValidationImages, default_workers
     from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.evaluation.latent_statistics import latent_statistics
+    from dc_ssdae.latent import DiagonalGaussian
     from dc_ssdae.model_folder import write_latent_statistics
 
     folder = None if options.no_write else writable_model(options.model, "--no-write only prints")
     model = load_model(options)
     images = ValidationImages(open_sources(options.data, None, None, None).train, options.size, options.images)
-    statistics, broken = _measure(options, model, images)
+    workers = default_workers(1) if options.workers is None else options.workers
+
+    @torch.inference_mode()
+    def encode(pixels: torch.Tensor) -> DiagonalGaussian:
+        return model.encode(to_model_range(pixels.to(model.device))).latent_dist
+
+    channels, bar = model.config.latent_channels, tqdm(total=len(images), unit="image", leave=False, disable=None)
+    with advising_on_batches(options), bar:
+        survey = latent_statistics(encode, images, channels, options.batch, workers, advance=bar.update)
+    tell_of_images(options.program, options.size, survey.broken, survey.enlarged, len(images))
+    statistics, broken = survey.moments.statistics(), [image.name for image in survey.broken]
+    found = {"images": statistics.count, "broken": broken, "size": options.size, **statistics.settings()}
     written = None
     try:
         if folder is not None:
@@ -55,36 +62,5 @@ def run(options: Options) -> None:
             written = str(folder / "config.json")
             write_model_card(folder)
     finally:  # also where they cannot be written: long work may have gone into them
-        measured = {"images": statistics.count, "broken": broken, "size": options.size}
-        found = {**measured, **statistics.settings(), "written": written}
-        show(found, options.json, lambda: _as_text(statistics, options.size, written))
-
-
-def _measure(options: Options, model: "DCSSDAE", images: "ValidationImages") -> "tuple[LatentStatistics, list[str]]":
-    """Measure the statistics; also gives the names of images that cannot be read."""
-    import torch
-    from tqdm import tqdm
-
-    from dc_ssdae.data.images import to_model_range
-    from dc_ssdae.data.loader import default_workers
-    from dc_ssdae.evaluation.latent_statistics import latent_statistics
-
-    def encode(pixels: "Tensor") -> "DiagonalGaussian":
-        with torch.inference_mode():
-            return model.encode(to_model_range(pixels.to(model.device))).latent_dist
-
-    workers = default_workers(1) if options.workers is None else options.workers
-    channels = model.config.latent_channels
-    with advising_on_batches(options), tqdm(total=len(images), unit="image", leave=False, disable=None) as bar:
-        survey = latent_statistics(encode, images, channels, options.batch, workers, advance=bar.update)
-    tell_of_images(options.program, options.size, survey.broken, survey.enlarged, len(images))
-    return survey.moments.statistics(), [image.name for image in survey.broken]
-
-
-def _as_text(statistics: "LatentStatistics", size: int, written: str | None) -> str:
-    channels = enumerate(zip(statistics.mean, statistics.std, strict=True))
-    rows = [("channel", "mean", "std"), *((str(c), f"{mean:.5g}", f"{std:.5g}") for c, (mean, std) in channels)]
-    whole = [(name, f"{getattr(statistics, name):.5g}") for name in ("shift_factor", "scaling_factor")]
-    where = "not written" if written is None else f"-> {written}"
-    images = f"{counted(statistics.count, 'image')} of {size} x {size} pixels {where}"
-    return f"{table(rows, 'rrr')}\n\n{table(whole, 'lr')}\n{images}"
+        found["written"] = written
+        show(found, options.json, lambda: table(list(cells(found).items()), "ll"))

@@ -1,28 +1,25 @@
 """`dc-ssdae study sampling`: measures samplers, steps and tolerances of one or two models."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dc_ssdae.cli.common import advising_on_batches, check_outputs, load_model, say, tell_of_images, write_outputs
-from dc_ssdae.cli.options import BatchOptions, ModelOptions, OutputOptions, SizeOptions
-from dc_ssdae.cli.run_config import read_config_of
+from dc_ssdae.cli.options import BatchOptions, ModelOptions, OutputOptions
 from dc_ssdae.errors import InputError, check_names, counted
 from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
-
-    from dc_ssdae.autoencoder import DCSSDAE
 
 FILES = ("study.json", "table.md", "study.png")
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
+class SamplingOptions(ModelOptions, OutputOptions, BatchOptions):
     """Measure how quality and time depend on sampler, number of steps, step size and tolerance.
 
     Writes quality against evaluations of the decoder and against time to DIR/study.json, table.md and study.png; with
@@ -48,7 +45,6 @@ class Options(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
         lpips: network of LPIPS; LPIPS is left out if the weights are not on this machine.
     """
 
-    program = "dc-ssdae study sampling"
     baseline: str | None = setting(None, metavar="DIR")
     data: str = setting(metavar="ROOT")
     out: Path = setting(Path("sampling-study"), metavar="DIR")
@@ -63,11 +59,13 @@ class Options(ModelOptions, OutputOptions, SizeOptions, BatchOptions):
     lpips: Literal["vgg", "alex", "squeeze", "none"] = "vgg"
 
 
-def run(options: Options) -> None:
+def run_sampling(options: SamplingOptions) -> None:
     """Measure, write and print."""
     import torch
     from tqdm import tqdm
 
+    from dc_ssdae.data.loader import ValidationImages
+    from dc_ssdae.data.sources import open_sources
     from dc_ssdae.decoding import SAMPLERS
     from dc_ssdae.evaluation.candidate_names import name_apart, parse_candidate
     from dc_ssdae.evaluation.sampling_report import SamplingStudy
@@ -76,8 +74,7 @@ def run(options: Options) -> None:
 
     check_names("sampler", options.samplers or (), SAMPLERS)
     check_outputs(options, [options.out / name for name in FILES])
-    names = ("steps", "samplers", "momenta", "tolerances", "descents")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = options.given("steps", "samplers", "momenta", "tolerances", "descents")
     if options.step_sizes is not None:
         given["step_sizes"] = [_step_size(text) for text in options.step_sizes]
     grid = Grid(**given)
@@ -86,68 +83,39 @@ def run(options: Options) -> None:
     labels = [spec.label for spec in specs]
     paths = [spec.value if spec.kind == "ours" else text for spec, text in zip(specs, texts, strict=True)]
     models = {label: load_model(replace(options, model=path)) for label, path in zip(labels, paths, strict=True)}
-    count = options.rounds * sum(len(grid.settings(model.dynamics)) for model in models.values())
-    lpips, notes = _lpips(options, models[labels[0]])
-    if options.baseline is not None:
-        notes.append(_differences(paths))
-    pixels = _read_images(options)
-    with (
-        advising_on_batches(options),
-        tqdm(total=count, unit="decode", leave=False, disable=None) as bar,
-        torch.inference_mode(),
-    ):
-        measurements = measure_sampling(models, pixels, grid, options.batch, options.rounds, lpips, bar.update)
-    protocol = (
-        f"{counted(len(pixels), 'image')} of {options.size} px (shorter side resized, cut from the centre), modes of "
-        f"their latents, decode's default noise, {options.dtype}, batches of {options.batch}, output rounded to "
-        f"uint8; means over images. Times: medians of "
-        f"{counted(options.rounds, 'round')} in alternating order, of decode alone."
-    )
-    study = SamplingStudy(measurements, labels, [protocol, *notes], describe_machine(models[labels[0]].device))
-    text = study.as_markdown()
-    say(text)
-    write_outputs(options, dict(zip(FILES, (study.as_json().encode(), text.encode(), study.as_picture()), strict=True)))
-
-
-def _read_images(options: Options) -> "Tensor":
-    import torch
-
-    from dc_ssdae.data.loader import ValidationImages
-    from dc_ssdae.data.sources import open_sources
-
+    device = models[labels[0]].device
+    lpips, notes = _lpips(options.lpips, device)
     sources = open_sources(options.data, None, None, None)
     images = ValidationImages(sources.validation or sources.train, options.size, options.images)
     read = [images[place] for place in range(len(images))]
     broken = [image.broken for image in read if image.broken is not None]
     tell_of_images(options.program, options.size, broken, sum(image.enlarged for image in read), len(read))
-    return torch.stack([image.pixels for image in read if image.broken is None])
+    pixels = torch.stack([image.pixels for image in read if image.broken is None])
+    count = options.rounds * sum(len(grid.settings(model.dynamics)) for model in models.values())
+    bar = tqdm(total=count, unit="decode", leave=False, disable=None)
+    with advising_on_batches(options), bar, torch.inference_mode():
+        measurements = measure_sampling(models, pixels, grid, options.batch, options.rounds, lpips, bar.update)
+    protocol = (
+        f"{counted(len(pixels), 'image')} of {options.size} px (shorter side resized, cut from the centre), modes of "
+        f"their latents, decode's default noise, {options.dtype}, batches of {options.batch}, output rounded to uint8. "
+        f"Times: medians of {counted(options.rounds, 'round')} in alternating order, of decode alone."
+    )
+    study = SamplingStudy(measurements, labels, [protocol, *notes], describe_machine(device))
+    text = study.as_markdown()
+    say(text)
+    write_outputs(options, dict(zip(FILES, (study.as_json(), text, study.as_picture()), strict=True)))
 
 
-def _lpips(options: Options, model: "DCSSDAE") -> "tuple[Callable[[Tensor, Tensor], Tensor] | None, list[str]]":
+def _lpips(net: str, device: "torch.device") -> "tuple[Callable[[Tensor, Tensor], Tensor] | None, list[str]]":
     """Load the LPIPS distance, or say why there is none."""
     from dc_ssdae.losses.backbones import weights_on_this_machine
     from dc_ssdae.losses.perceptual import LPIPSLoss, trunk_file
 
-    if options.lpips == "none":
+    if net == "none":
         return None, []
-    if weights_on_this_machine(trunk_file(options.lpips)) is None:
-        return None, [f"No LPIPS: the weights of {options.lpips} are not on this machine, and nothing is downloaded."]
-    return LPIPSLoss(options.lpips).to(model.device).distance, []
-
-
-def _differences(paths: Sequence[str]) -> str:
-    """Say how the configurations of the models' runs differ."""
-    from dc_ssdae.model_folder import model_folder
-
-    configs = []
-    for path in paths:
-        sections = read_config_of(model_folder(path))
-        if not sections:
-            return f"{path} is no run: whether the models were trained equally is not known here."
-        configs.append({f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()})
-    names = {name for config in configs for name in config} - {"training.output"}
-    differing = sorted(name for name in names if configs[0].get(name) != configs[1].get(name))
-    return f"The two runs' configurations differ in {', '.join(differing) or 'nothing'}."
+    if weights_on_this_machine(trunk_file(net)) is None:
+        return None, [f"No LPIPS: the weights of {net} are not on this machine, and nothing is downloaded."]
+    return LPIPSLoss(net).to(device).distance, []
 
 
 def _step_size(text: str) -> float | None:

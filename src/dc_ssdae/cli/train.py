@@ -1,7 +1,5 @@
 """`dc-ssdae train`: starts a run from a configuration, or continues one."""
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import complain_once, is_main_process, say, told_by_one_process
+from dc_ssdae.classes import importing_from
+from dc_ssdae.cli.common import complain_once, is_main_process, told_by_one_process
 from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_layer, read_run_config, read_settings
 from dc_ssdae.errors import InputError, check_names, unknown_name
 from dc_ssdae.presets import list_recipes, load_recipe, read_yaml
@@ -37,7 +36,9 @@ if TYPE_CHECKING:
 class Options(RunOptions):
     """Train an autoencoder.
 
-    A later --config overrides an earlier one, and settings such as --training.lr override every --config.
+    --config PRESET starts a run, --recipe NAME --config PRESET starts one in phases, and --resume RUN continues either.
+    A later --config overrides an earlier one, and settings --section.name VALUE, such as --training.lr 1e-4, override
+    every --config.
 
     Args:
         recipe: train in phases, one after the other: a YAML file with a section phases, or a recipe of this package
@@ -46,12 +47,6 @@ class Options(RunOptions):
         resume: continue the run in this folder exactly where it stopped.
     """
 
-    program = "dc-ssdae train"
-    usage = (
-        "dc-ssdae train --config PRESET [--config FILE] [--section.name VALUE]\n"
-        "       dc-ssdae train --recipe NAME --config PRESET [--section.name VALUE]\n"
-        "       dc-ssdae train --resume RUN [--section.name VALUE]"
-    )
     recipe: str | None = setting(None, metavar="NAME")
     resume: Path | None = setting(None, metavar="RUN")
 
@@ -61,41 +56,43 @@ def run(options: Options) -> None:
     with watching_training(options.resume is not None):
         if options.resume is not None and options.recipe is not None:
             raise InputError("--recipe is for a new run; --resume continues with the recipe in its folder")
-        from dc_ssdae.training.build import resolved
-        from dc_ssdae.training.start import new_run
-
         if options.recipe is not None:
             start_phases(options, options.recipe)
         elif options.resume is None:
             config, name = read_run_config(options)
-            if not name and config.training.output is None:
-                raise InputError(
-                    "no configuration is given; use --config with a preset (see dc-ssdae info) or a YAML file"
-                )
-            path = new_run_folder(config.training.output, name)
-            config = resolved(config)
-            with new_run(config, config_yaml(config), path) as trainer:
-                outcome: Outcome | None = trainer.run()
-            tell_end(Options.program, outcome, path)
+            start(options.program, config, new_run_folder(config.training.output, name or "run"))
         elif (options.resume / RECIPE_FILE).is_file():
             resume_phases(options, options.resume)
         else:
-            path, before = options.resume, read_run(options.resume)
-            _, outcome = resume(options, before, path)
-            tell_end(Options.program, outcome, path)
+            resume(options, options.resume)
 
 
-def resume(options: RunOptions, before: RunConfig, path: Path) -> "tuple[RunConfig, Outcome | None]":
-    """Continue the run at `path`, whose configuration `before` the command's configurations and settings override.
+def start(program: str, config: RunConfig, path: Path) -> "Outcome":
+    """Train in a new folder."""
+    from dc_ssdae.training.build import resolved
+    from dc_ssdae.training.start import new_run
+
+    config = resolved(config)
+    with new_run(config, config_yaml(config), path) as trainer:
+        outcome = trainer.run()
+    tell_end(program, outcome, path)
+    return outcome
+
+
+def resume(options: RunOptions, path: Path) -> "tuple[RunConfig, Outcome | None]":
+    """Continue the run at `path`, whose configuration the command's configurations and settings override.
 
     Raises:
         InputError: as `read_run_config`; or a setting is changed that cannot change within a run.
     """
     from dc_ssdae.training.start import resume_run
 
+    before = RunConfig.from_mapping(read_yaml(path / "config.yaml"))
     config, _ = read_run_config(options, before.to_mapping())
     check_changes(before.fixed_settings(True), config.fixed_settings(True), path)
-    return config, resume_run(config, config_yaml(config) if config != before else None, path)
+    outcome = resume_run(config, config_yaml(config) if config != before else None, path)
+    tell_end(options.program, outcome, path)
+    return config, outcome
 
 
 def start_phases(options: RunOptions, word: str) -> None:
@@ -104,13 +101,8 @@ def start_phases(options: RunOptions, word: str) -> None:
     output = recipe.phases[0].config.training.output
     # The folder is the recipe's, and no part of its phases, so that a printed recipe can be used again.
     recipe = Recipe([phase._replace(config=phase.config.with_training(output=None)) for phase in recipe.phases])
-    if options.print_config:
-        say(recipe_yaml(recipe).rstrip())
-        return
-    path = new_run_folder(output, name)
-    recipe = resolved_recipe(recipe)
-    tell = partial(complain_once, Options.program)
-    tell_end(Options.program, train_recipe(recipe, path, config_yaml, tell), path)
+    options.exit_with(recipe_yaml(recipe))
+    _train_phases(options, resolved_recipe(recipe), new_run_folder(output, name))
 
 
 def resume_phases(options: RunOptions, path: Path) -> None:
@@ -124,12 +116,13 @@ def resume_phases(options: RunOptions, path: Path) -> None:
         folder = before.folder(path, old.name)
         if (folder / "config.yaml").is_file():
             check_changes(old.config.fixed_settings(True), new.config.fixed_settings(True), folder)
-    if options.print_config:
-        say(recipe_yaml(recipe).rstrip())
-        return
-    tell = partial(complain_once, Options.program)
-    outcome = train_recipe(recipe, path, config_yaml, tell, resumes=True)
-    tell_end(Options.program, outcome, path, f"phases.{recipe.phases[-1].name}.")
+    options.exit_with(recipe_yaml(recipe))
+    _train_phases(options, recipe, path, resumes=True)
+
+
+def _train_phases(options: RunOptions, recipe: Recipe, path: Path, resumes: bool = False) -> None:
+    outcome = train_recipe(recipe, path, config_yaml, partial(complain_once, options.program), resumes)
+    tell_end(options.program, outcome, path, f"phases.{recipe.phases[-1].name}.")
 
 
 def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
@@ -152,17 +145,14 @@ def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
     check_names(f"section of recipe {name}", content, ("description", "phases"))
     phases = check_phases(content.get("phases"), f"recipe {name}")
     settings, folder = _take_model(phases), name
-    if settings and options.config:
-        raise InputError(f"recipe {name} has a section model in its phases: remove that section, or leave --config out")
+    has_model = bool(settings)
     for config in options.config:
         config_name, layer = read_layer(config)
         folder = f"{config_name}-{name}"
-        if "phases" in layer:
-            own = check_phases(layer.pop("phases"), config)
-            if _take_model(own):
-                raise InputError(f"phases of {config} have a section model; move it beside phases, for all of them")
-            phases = lay_over(phases, own)
-        settings = lay_over(settings, layer)
+        own = check_phases(layer.pop("phases"), config) if "phases" in layer else {}
+        if _take_model(own) or has_model:
+            raise InputError(f"--config {config}: a section model stands in phases; give one beside them, for all")
+        phases, settings = lay_over(phases, own), lay_over(settings, layer)
     flags = read_settings(options.settings)
     return make_recipe(settings, phases, flags, flags.pop("phases", {})), folder
 
@@ -173,20 +163,18 @@ def _take_model(phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Raises:
         InputError: the phases have different ones.
     """
-    models = {name: layer.pop("model", None) for name, layer in phases.items()}
-    for name, model in models.items():
-        if model != next(iter(models.values())):
-            raise InputError(f"phases.{name} has another section model than the others; give one for all with --config")
-    return {"model": model} if model is not None else {}
+    models = [layer.pop("model", None) for layer in phases.values()]
+    if any(model != models[0] for model in models):
+        raise InputError("the phases have different sections model; give one for all, with --config")
+    return {"model": models[0]} if models and models[0] is not None else {}
 
 
 @contextmanager
 def watching_training(resumes: bool) -> Iterator[None]:
     """Import users' classes from the current folder, heed signals, and report an error of all processes once."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
     # Signals not only once the trainer is built: a run that is resumed ends well whenever one comes.
-    with told_by_one_process(), StopRequest() if resumes else nullcontext():
+    signals = StopRequest() if resumes else nullcontext()
+    with importing_from(Path.cwd()), told_by_one_process(), signals:
         yield
 
 
@@ -214,15 +202,3 @@ def tell_end(program: str, outcome: "Outcome | None", path: Path, prefix: str = 
     else:
         message = f"done after step {outcome.step}: the model is {path / 'model'}"
     complain_once(program, message)
-
-
-def read_run(path: Path) -> RunConfig:
-    """Read the configuration of the run that --resume names.
-
-    Raises:
-        InputError: it is no run, or its configuration is damaged.
-    """
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise InputError(f"--resume {path}: no such folder, or it holds no config.yaml and so it is no run")
-    return RunConfig.from_mapping(read_yaml(file))

@@ -19,7 +19,7 @@ from dc_ssdae.data.pack import pack
 from dc_ssdae.data.pack_shard import PackSettings
 from dc_ssdae.data.sources import ImageSource, open_path, split_folders
 from dc_ssdae.errors import InputError
-from dc_ssdae.timing import Spread, cores, keeping_threads, measure_alternately
+from dc_ssdae.timing import Spread, cores, measure_alternately
 
 DATA_ROUNDS, LOADER_ROUNDS = 7, 3
 """Measurements of each of the things that alternate."""
@@ -126,13 +126,16 @@ def measure_data(
     readers = [TrainingSamples(source, drawing) for _, source in sources]
     for reader in readers:  # one block of one length, so that all are read in the same order
         reader.order = EpochOrder([min(len(source) for _, source in sources)], drawing.seed)
-    with keeping_threads():
-        torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         places = _choose_places(readers, seconds)
         broken = [dict.fromkeys(image for place in places for image in reader[place].broken) for reader in readers]
         stages = measure_alternately([partial(_stage_rates, reader, places) for reader in readers], DATA_ROUNDS)
         loaders = [partial(_loader_rates, reader, workers, seconds / LOADER_ROUNDS) for reader in readers]
         loading = measure_alternately(loaders, LOADER_ROUNDS)
+    finally:
+        torch.set_num_threads(threads)
     figures = [
         SourceFigures(
             name,

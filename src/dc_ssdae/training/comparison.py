@@ -1,20 +1,18 @@
 """The result of a distillation: teacher and student compared on the same images, latents and noise."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
+from dc_ssdae.data.images import to_model_range, to_uint8, write_png
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError, counted
-from dc_ssdae.files import write_json, written_beside
+from dc_ssdae.files import write_json
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.measurements import MEASURES, measure
@@ -27,72 +25,44 @@ PICTURE_FILE = "distillation.png"
 PICTURED = 6
 """Number of images in the picture."""
 
-SMALLEST_TILE = 128
-"""Side in pixels up to which smaller images are enlarged in the picture, by a whole factor."""
-
-LABEL_SIZE, LABEL_WIDTH = 16, 192
-"""Font size and width of the rows' names in the picture, in pixels."""
-
 
 def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     """Compare a run's student with its teacher, and write RUN/distillation.json and .png.
+
+    The images are the run's validation images, or training images where there are none.
 
     Args:
         config: of the run, with its distillation.
         path: of the run.
 
     Returns:
-        What distillation.json holds, see `report_on`.
+        What distillation.json holds: numbers of images and steps, split, losses whose backbone had random weights, and
+        "decodings" of `compare`.
 
     Raises:
         InputError: a model or the images cannot be read.
     """
-    run, classes = RunFolder(path), own_classes(config.model)
-    teacher, student = load_teacher(run.teacher, classes), DCSSDAE.from_pretrained(run.model, classes=classes)
-    report = report_on(config, teacher, student, config.data.validation_images, path / PICTURE_FILE)
-    write_json(path / REPORT_FILE, report)
-    return report
-
-
-def report_on(
-    config: RunConfig, teacher: DCSSDAE, student: DCSSDAE, limit: int, picture: Path | None = None
-) -> dict[str, Any]:
-    """Compare two models on a run's validation images, or on training images where there are none.
-
-    Args:
-        config: of the run, with its distillation.
-        teacher: in eval mode.
-        student: in eval mode.
-        limit: largest number of images.
-        picture: as `compare` takes it.
-
-    Returns:
-        Numbers of images and steps, split, losses whose backbone had random weights, and "decodings" of `compare`.
-
-    Raises:
-        InputError: the images cannot be read.
-    """
-    data, distillation = config.data, config.distillation
+    run, classes, data, distillation = RunFolder(path), own_classes(config.model), config.data, config.distillation
     assert distillation is not None
+    teacher, student = load_teacher(run.teacher, classes), DCSSDAE.from_pretrained(run.model, classes=classes)
     sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    images = ValidationImages(
-        sources.validation or sources.train, data.image_size, limit, workers_option="data.workers"
-    )
+    source, count = sources.validation or sources.train, data.validation_images
+    images = ValidationImages(source, data.image_size, count, workers_option="data.workers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps, step_size = distillation.steps, distillation.step_size
-    decodings, count = compare(teacher.to(device), student.to(device), images, steps, step_size, picture)
-    losses = config.losses.items()
-    return {
-        "images": count,
+    decodings, measured = compare(teacher.to(device), student.to(device), images, steps, step_size, path / PICTURE_FILE)
+    terms = {name: term.init_args for name, term in config.losses.items() if term.weight}
+    report = {
+        "images": measured,
         "split": "validation" if sources.validation else "training",
         "image_size": data.image_size,
         "teacher_steps": steps,
         "step_size": step_size,
-        "random_backbones": [
-            name for name, term in losses if term.weight and term.init_args.get("weights") == "random"
-        ],
+        "random_backbones": [name for name, settings in terms.items() if settings.get("weights") == "random"],
         "decodings": decodings,
     }
+    write_json(path / REPORT_FILE, report)
+    return report
 
 
 @torch.inference_mode()
@@ -102,7 +72,7 @@ def compare(
     images: ValidationImages,
     steps: int,
     step_size: float | None,
-    picture: Path | None = None,
+    picture: Path | None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Measure the teacher's one step, its K steps and the student's one step.
 
@@ -124,11 +94,9 @@ def compare(
     Raises:
         InputError: no image can be read.
     """
-    counts = (1, steps, 1)
-    who = zip(("teacher", "teacher", "student"), counts, strict=True)
-    names = [f"{model}, {counted(count, 'step')}" for model, count in who]
+    who = [("teacher", 1), ("teacher", steps), ("student", 1)]
     measured: list[list[list[float]]] = []  # by image, by decoding
-    pictured: list[list[Tensor]] = []
+    pictured: list[Tensor] = []  # of each image the original and the decodings, (4, 3, S, S)
     for start in range(0, len(images), BATCH):
         read = [images[place] for place in range(start, min(start + BATCH, len(images)))]
         originals = [image.pixels for image in read if image.broken is None]
@@ -140,32 +108,17 @@ def compare(
         decoded = torch.stack([teacher.decode(z).sample.float(), target, student.decode(z).sample.float()], dim=1)
         distances = (decoded - target[:, None]).square().flatten(2).mean(dim=2).tolist()
         for original, outputs, to_target in zip(originals, decoded.cpu(), distances, strict=True):
-            rows = zip(outputs, to_target, strict=True)
-            measured.append([[*measure(original, output), distance] for output, distance in rows])
-            pictured.append([original, *to_uint8(outputs.nan_to_num())])
+            pairs = zip(outputs, to_target, strict=True)
+            measured.append([[*measure(original, output), distance] for output, distance in pairs])
+            pictured.append(torch.stack([original, *to_uint8(outputs.nan_to_num())]))
         del pictured[PICTURED:]
     if not measured:
         raise InputError("no image can be read: there is nothing to compare")
     if picture is not None:
-        _draw(pictured, ("original", *names), picture)
-    means = torch.tensor(measured, dtype=torch.float64).mean(dim=0).tolist()
-    decodings = [
-        {"name": name, "steps": count, **dict(zip((*MEASURES, "to_target"), mean, strict=True))}
-        for name, count, mean in zip(names, counts, means, strict=True)
-    ]
+        tiles = torch.stack(pictured, dim=1).flatten(0, 1)
+        write_png(make_grid(tiles, nrow=len(pictured), padding=0), picture)
+    decodings = []
+    for (model, count), mean in zip(who, torch.tensor(measured, dtype=torch.float64).mean(dim=0).tolist(), strict=True):
+        measures = zip((*MEASURES, "to_target"), mean, strict=True)
+        decodings.append({"name": f"{model}, {counted(count, 'step')}", "steps": count, **dict(measures)})
     return decodings, len(measured)
-
-
-def _draw(columns: Sequence[Sequence[Tensor]], names: Sequence[str], file: Path) -> None:
-    """Write a PNG of images (3, S, S): a column for each sequence, and the rows' names at their left."""
-    rows = [image for row in zip(*columns, strict=True) for image in row]
-    grid = to_pillow(make_grid(rows, nrow=len(columns), padding=0))
-    zoom = max(1, SMALLEST_TILE // rows[0].shape[-1])
-    page = Image.new("RGB", (LABEL_WIDTH + zoom * grid.width, zoom * grid.height), "white")
-    page.paste(grid.resize((zoom * grid.width, zoom * grid.height), Image.Resampling.NEAREST), (LABEL_WIDTH, 0))
-    draw = ImageDraw.Draw(page)
-    for place, name in enumerate(names):
-        middle = (place + 0.5) * page.height / len(names)
-        draw.text((LABEL_SIZE, middle), name, fill="black", font_size=LABEL_SIZE, anchor="lm")
-    with written_beside(file) as beside:
-        page.save(beside, "PNG")

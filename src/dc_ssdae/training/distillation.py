@@ -2,6 +2,7 @@
 
 import sys
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,30 +33,19 @@ class DistillationStep(TrainingStep):
         teacher: a model of the same architecture. It is no submodule: it neither trains nor gets into checkpoints.
         steps: the teacher's, K.
         step_size: of the teacher's descent; None is `DCSSDAE.decode`'s default.
-        precision: of the student, and of the teacher's networks.
-        channels_last: as `TrainingStep`'s.
+        how: precision, also of the teacher's networks, and channels_last, as `TrainingStep`'s.
     """
 
-    def __init__(
-        self,
-        model: DCSSDAE,
-        objective: Objective,
-        teacher: DCSSDAE,
-        steps: int,
-        step_size: float | None = None,
-        precision: str = "float32",
-        channels_last: bool | None = None,
-    ) -> None:
-        super().__init__(model, objective, precision, channels_last)
-        self._held = [teacher.requires_grad_(False).eval()]
-        self._steps = steps
-        self._step_size = step_size
-        self.cache: TeacherCache | None = None
+    teacher: DCSSDAE
 
-    @property
-    def teacher(self) -> DCSSDAE:
-        """The frozen model."""
-        return self._held[0]
+    def __init__(
+        self, model: DCSSDAE, objective: Objective, teacher: DCSSDAE, steps: int, step_size: float | None, *how: Any
+    ) -> None:
+        super().__init__(model, objective, *how)
+        # Not registered: it neither trains nor gets into checkpoints.
+        object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
+        self._decode = partial(decode_or_nan, teacher, num_steps=steps, step_size=step_size)
+        self.cache: TeacherCache | None = None
 
     def corrupt_and_encode(
         self, x: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None
@@ -73,19 +63,12 @@ class DistillationStep(TrainingStep):
         with torch.no_grad(), self._autocast(x):
             posterior = self.teacher.posterior(x)
             z = posterior.sample(noise=latent_noise)
-            target = self._teach(z, noise, draw)
+            teach = partial(self._decode, z, noise=noise)
+            if self.cache is None or draw is None:
+                target = teach()
+            else:
+                target = self.cache.get(draw, teach).to(noise.device).contiguous(memory_format=self.memory_format)
         return dynamics.corrupt(target, noise, torch.full_like(level, dynamics.noise_level)), posterior, z
-
-    def _teach(self, z: Tensor, noise: Tensor, draw: Tensor | None) -> Tensor:
-        """What the teacher makes of z (B, c, h, w) and noise (B, 3, S, S), or made of it before."""
-        teach = partial(decode_or_nan, self.teacher, z, num_steps=self._steps, step_size=self._step_size, noise=noise)
-        if self.cache is None or draw is None:
-            return teach()
-        images = self.cache.read(draw)
-        if images is None:
-            images = teach()
-            self.cache.write(draw, images)
-        return images.to(noise.device).contiguous(memory_format=self.memory_format)
 
     def compile_networks(self) -> None:
         """Compile the student's networks, the teacher's, and the objective's backbones."""
@@ -113,12 +96,20 @@ class TeacherCache:
         self.count = count
         self._full = False
 
+    def get(self, draw: Tensor, teach: Callable[[], Tensor]) -> Tensor:
+        """Give the results of draws (B,), which `teach` makes and are kept where they are not there."""
+        images = self.read(draw)
+        if images is None:
+            images = teach()
+            self.write(draw, images)
+        return images
+
     def read(self, draw: Tensor) -> Tensor | None:
         """Give the results (B, 3, S, S), float32, of draws (B,); None where one is missing or damaged."""
         images = []
         try:
             for number in (draw % self.count).tolist():
-                entry = load_file(self._file(number))
+                entry = load_file(self.folder / f"{number:08d}.safetensors")
                 if entry["crc32"].item() != _crc32(entry["image"], number):
                     return None
                 images.append(entry["image"])
@@ -133,15 +124,13 @@ class TeacherCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for number, image in zip((draw % self.count).tolist(), images.cpu().contiguous(), strict=True):
-                with written_beside(file := self._file(number), file.with_suffix(".partial")) as beside:
+                file = self.folder / f"{number:08d}.safetensors"
+                with written_beside(file, file.with_suffix(".partial")) as beside:
                     save_file({"image": image, "crc32": torch.tensor(_crc32(image, number))}, beside)
         except (OSError, SafetensorError) as error:
             self._full = True
             line = " ".join(str(error).split())
             tqdm.write(f"{self.folder} cannot be written ({line}); no more results are kept", file=sys.stderr)
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"{number:08d}.safetensors"
 
 
 def _crc32(image: Tensor, number: int) -> int:
