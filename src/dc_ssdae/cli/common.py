@@ -47,7 +47,10 @@ def show(found: Any, as_json: bool, as_text: Callable[[], str]) -> None:
 
 
 def cells(figures: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Format figures, which may be nested, by their dotted names; of a spread the median, and the quartiles."""
+    """Format figures, which may be nested, by their dotted names, without those that are None or empty.
+
+    A spread is told by its median and quartiles.
+    """
     found: dict[str, str] = {}
     for name, value in figures.items():
         if isinstance(value, Mapping) and "median" in value:
@@ -56,17 +59,18 @@ def cells(figures: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
             found |= cells(value, f"{prefix}{name}.")
         elif isinstance(value, list | tuple):
             found[f"{prefix}{name}"] = " ".join(cells(dict(enumerate(value))).values())
-        else:
-            text = f"{value:,.5g}" if isinstance(value, float) else str(value)
-            found[f"{prefix}{name}"] = "-" if value is None else text
-    return found
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = f"{value:,.5g}" if isinstance(value, float) else f"{value:,}"
+        elif value is not None:
+            found[f"{prefix}{name}"] = str(value)
+    return {name: text for name, text in found.items() if text}
 
 
 def side_by_side(entries: Sequence[Mapping[str, Any]]) -> str:
     """Make a table with a column for each of some figures with the same names."""
     columns = [cells(entry) for entry in entries]
-    rows = [(name, *(column.get(name, "-") for column in columns)) for name in columns[0]]
-    return table(rows, "l" * len(rows[0]))
+    names = dict.fromkeys(name for column in columns for name in column)
+    return table([(name, *(column.get(name, "-") for column in columns)) for name in names], "l" * (1 + len(columns)))
 
 
 def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None) -> str:
