@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from states import without_zeros
-from tiny import SIZE, run_config
-from torch import Tensor
+from tiny import SIZE, make_images, run_config
 
 from dc_ssdae import DCSSDAE
+from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.build import build_model
@@ -20,31 +21,8 @@ from dc_ssdae.training.comparison import compare, compare_distilled
 from dc_ssdae.training.config import DistillationConfig
 
 
-class Squares:
-    """A data set of random squares in memory, of which some cannot be read."""
-
-    def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:
-        generator = torch.Generator().manual_seed(count)
-        self.images = list(torch.randint(0, 256, (count, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8))
-        self._broken = broken
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
-
-    def name(self, index: int) -> str:
-        return f"square {index}"
-
-    def read(self, index: int) -> Tensor:
-        if index in self._broken:
-            raise InputError(f"square {index} is broken")
-        return self.images[index]
-
-    def validation(self) -> ValidationImages:
-        return ValidationImages(self, SIZE, 100)
+def folder_of(path: Path) -> ValidationImages:
+    return ValidationImages(ImageFolder(str(path)), SIZE, 100)
 
 
 def random_model(seed: int, dynamics: dict[str, Any] | None = None) -> DCSSDAE:
@@ -57,17 +35,19 @@ FLOW = {"class_path": "FlowMatching"}
 
 
 @pytest.mark.parametrize(("dynamics", "steps", "step_size"), [(None, 4, 0.3), (None, 1, None), (FLOW, 4, None)])
-def test_the_figures_by_hand(dynamics: dict[str, Any] | None, steps: int, step_size: float | None) -> None:
+def test_the_figures_by_hand(
+    tmp_path: Path, dynamics: dict[str, Any] | None, steps: int, step_size: float | None
+) -> None:
     teacher, student = random_model(1, dynamics), random_model(2, dynamics)
-    squares = Squares(11)  # more than one batch
-    found, count = compare(teacher, student, squares.validation(), steps, step_size)
+    images = folder_of(make_images(tmp_path, 11))  # more than one batch
+    found, count = compare(teacher, student, images, steps, step_size)
     assert count == 11
     assert [row["steps"] for row in found] == [1, steps, 1]
 
     several = {"num_steps": steps, "step_size": step_size if steps > 1 else None}
     expected: list[list[list[float]]] = [[], [], []]
     with torch.no_grad():
-        for original in squares.images:
+        for original in (images[place].pixels for place in range(11)):
             x = original[None].float() / 127.5 - 1.0
             z = teacher.encoder(x).mean
             target = teacher.decode(z, **several).sample
@@ -87,16 +67,21 @@ def test_the_figures_by_hand(dynamics: dict[str, Any] | None, steps: int, step_s
         assert found[0]["to_target"] > 1e-4
 
 
-def test_broken_images_are_left_out() -> None:
+def test_broken_images_are_left_out(tmp_path: Path) -> None:
     teacher, student = random_model(1), random_model(2)
-    squares, whole = Squares(12, broken=(*range(8), 9)), Squares(3)  # a whole batch, and one of the next
-    whole.images = [squares.images[place] for place in (8, 10, 11)]
-    found, count = compare(teacher, student, squares.validation(), 2, None)
+    make_images(tmp_path / "some", 12)
+    shutil.copytree(tmp_path / "some", tmp_path / "whole")
+    for place in (*range(8), 9):  # a whole batch, and one of the next
+        (tmp_path / "some" / f"image{place:04d}.png").write_bytes(b"")
+        (tmp_path / "whole" / f"image{place:04d}.png").unlink()
+    found, count = compare(teacher, student, folder_of(tmp_path / "some"), 2, None)
     assert count == 3
-    for row, expected in zip(found, compare(teacher, student, whole.validation(), 2, None)[0], strict=True):
+    for row, expected in zip(found, compare(teacher, student, folder_of(tmp_path / "whole"), 2, None)[0], strict=True):
         assert list(row.values())[2:] == pytest.approx(list(expected.values())[2:], rel=1e-5)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "image.png").write_bytes(b"")
     with pytest.raises(InputError, match="no image can be read"):
-        compare(teacher, student, Squares(2, (0, 1)).validation(), 2, None)
+        compare(teacher, student, folder_of(tmp_path / "none"), 2, None)
 
 
 def test_numbers_that_are_not_finite_are_still_json(images: Path, tmp_path: Path) -> None:

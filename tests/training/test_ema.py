@@ -5,11 +5,9 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from safetensors.torch import load, save
 from states import copies, different
 from torch import nn
 
-from dc_ssdae.errors import InputError
 from dc_ssdae.training.config import TrainingConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.optimizer import build_optimizer, evaluated_weights
@@ -82,30 +80,6 @@ def test_lending_it_leaves_the_very_bits(tied: bool) -> None:
         raise KeyError("in the middle")
     assert different(model.state_dict(), weights) == set()
     assert different(average.state_dict(), averaged) == set()
-
-
-def test_a_state_put_into_a_fresh_one_goes_on_with_the_same_bits() -> None:
-    model = network()
-    average = ExponentialMovingAverage(model, DECAY)
-    take_steps(model, average, (1, 2))
-    contiguous = {name: tensor.contiguous() for name, tensor in average.state_dict().items()}
-    again = ExponentialMovingAverage(network(), DECAY)
-    again.load_state_dict(load(save(contiguous)))
-    assert different(again.state_dict(), average.state_dict()) == set()
-    strides = [{name: t.stride() for name, t in one.state_dict().items()} for one in (average, again)]
-    assert strides[0] == strides[1], "in another memory order"
-    take_steps(model, average, [3])
-    again.update(model, 3)
-    assert different(again.state_dict(), average.state_dict()) == set()
-
-
-def test_another_models_state_is_refused() -> None:
-    average = ExponentialMovingAverage(network(), DECAY)
-    before = copies(average.state_dict())
-    state = {name: torch.ones_like(tensor) for name, tensor in before.items()} | {"0.bias": torch.zeros(6)}
-    with pytest.raises(InputError, match=r"0.bias has shape \(6,\), not \(5,\)"):
-        average.load_state_dict(state)
-    assert different(average.state_dict(), before) == set()
 
 
 def test_the_weights_that_a_schedule_free_optimiser_means_are_averaged() -> None:

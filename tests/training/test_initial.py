@@ -67,18 +67,6 @@ def assert_is_average(step: TrainingStep, source: TrainingStep) -> None:
     assert different(step.model.state_dict(), expected) == set()
 
 
-def test_the_model_is_the_average_and_the_terms_are_the_last_ones(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, step = saved_run(tmp_path / "run", terms(one=3, two=4)), step_of(2, terms(one=3, two=4))
-    loaded = load_initial_weights(step, str(tmp_path / "run"))
-    assert_is_average(step, source)
-    for name in ("one", "two"):
-        assert different(of_term(step, name), of_term(source, name)) == set()
-    assert loaded == of_term(step, "one").keys() | of_term(step, "two").keys()
-    assert capsys.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize("other", ["two", "three"])
 def test_a_term_of_another_form_starts_anew_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str

@@ -79,20 +79,6 @@ def test_interrupted_it_ends_with_the_same_bits(name: OptimizerName) -> None:
         assert strides[0] == strides[1], "in another memory order"
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_names_and_groups(name: OptimizerName) -> None:
-    module = Layers()
-    optimizer = build_optimizer(module, config(name, betas=(0.8, 0.95)))
-    train(module, optimizer, range(3))
-    tensors, (group,) = optimizer_state(optimizer, module)
-    keys = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "schedule_free_radam": {"z", "exp_avg_sq"}}[name]
-    trained = ("conv.weight", "conv.bias", "vector", "matrix", "scalar")
-    assert set(tensors) == {f"{parameter}/{key}" for parameter in trained for key in keys}
-    assert "params" not in group
-    assert tuple(group["betas"]) == (0.8, 0.95)
-    assert tensors["vector/exp_avg_sq"] is optimizer.state[module.vector]["exp_avg_sq"], "copied for nothing"
-
-
 def test_nothing_to_train_and_another_optimisers_state_are_refused() -> None:
     with pytest.raises(InputError, match="no parameter of the model trains"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), config("adamw"))

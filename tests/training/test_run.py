@@ -203,7 +203,7 @@ def test_the_environment_names_the_commit_of_a_working_tree(tmp_path: Path, monk
 
     monkeypatch.chdir(tmp_path)
     git("init")
-    (tmp_path / "code.py").write_text("first")
+    (tmp_path / "code.py").touch()
     git("add", "code.py")
     git("commit", "-m", "first")
     for changed in (False, True):

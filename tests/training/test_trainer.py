@@ -11,6 +11,7 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from dc_ssdae.training import build as build_module
 from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import measurements as measurements_module
 from dc_ssdae.training import start as start_module
-from dc_ssdae.training.checkpoint import Checkpoint
 from dc_ssdae.training.logging import read_lines
 from dc_ssdae.training.measurements import Evaluation
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
@@ -169,10 +169,7 @@ def test_a_run_that_skipped_every_step_fails_without_a_model(images: Path, tmp_p
 def test_who_loses_the_race_for_the_lock_leaves_the_winners_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose(path: Path) -> None:
-        raise InputError("another process has it")
-
-    monkeypatch.setattr(start_module, "run_lock", lose)
+    monkeypatch.setattr(start_module, "run_lock", MagicMock(side_effect=InputError("another process has it")))
     with pytest.raises(InputError, match="another process has it"):
         start(run_config(images), tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").is_file()
@@ -194,6 +191,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(photos: Path, tmp_path: 
     if precision != "float32" and not torch.amp.is_autocast_available("cpu"):
         pytest.skip("no autocast on this CPU")
     training = {"optimizer": "schedule_free_radam", "steps": 7, "checkpoint_every": 100, "precision": precision}
+    training["channels_last"] = precision == "float16"
     config = run_config(photos, losses=HOOKED, **training)
     start(config, tmp_path / "whole")
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
@@ -298,21 +296,15 @@ def test_the_third_interrupt_interrupts(photos: Path, tmp_path: Path) -> None:
 
 
 def test_the_last_checkpoint_must_be_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of those before need not: the run goes on, and no half checkpoint is left."""
-    written = checkpoint_module.write_checkpoint
-
-    def write(folder: Path, checkpoint: Checkpoint) -> None:
-        if checkpoint.state["step"] > 2:
-            (folder / "model.safetensors").write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written(folder, checkpoint)
-
-    monkeypatch.setattr(checkpoint_module, "write_checkpoint", write)
-    with pytest.raises(TrainingFailed, match=r"step 6: the checkpoint cannot be written .*step-00000002$"):
-        start(run_config(photos, steps=6), tmp_path / "run")
+    """One of those before need not: the run goes on."""
+    config, full = run_config(photos, steps=6, losses=HOOKED), MagicMock(side_effect=OSError(errno.ENOSPC, "No space"))
+    with monkeypatch.context() as patch:
+        Hooked.hook = at({2: lambda: patch.setattr(checkpoint_module, "write_checkpoint", full)})
+        with pytest.raises(TrainingFailed, match=r"step 6: the checkpoint cannot be written .*step-00000002$"):
+            start(config, tmp_path / "run")
     assert {entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()} == {"last", "step-00000002"}
-    monkeypatch.undo()
-    assert resume(run_config(photos, steps=6), tmp_path / "run") == Outcome(6, None)
+    Hooked.hook = None
+    assert resume(config, tmp_path / "run") == Outcome(6, None)
 
 
 def test_a_run_lives_through_a_full_disk(
