@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from tiny import last, resume, run_config, start
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.errors import InputError
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import read_config, write_latent_statistics
 from dc_ssdae.training.logging import read_lines
@@ -39,21 +38,6 @@ def test_the_head_is_saved_backbones_are_not_and_random_weights_are_said(
         for line in read_lines(path / file):
             assert line["random_backbones"] == ["lpips", "repa"]
     assert all(line["loss/own"] > 0 for line in read_lines(path / "metrics.jsonl"))
-
-
-@pytest.mark.parametrize("term", ["lpips", "repa"])
-def test_missing_weights_end_it_before_anything_is_written(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, term: str
-) -> None:
-    (tmp_path / "weights").mkdir()
-    settings = {**LOSSES[term]["init_args"], "weights": str(tmp_path / "weights")}
-    with pytest.raises(InputError) as error:
-        start(run_config(images, losses={term: {"weight": 1.0, "init_args": settings}}), tmp_path / "run")
-    message = str(error.value)
-    assert message.startswith(f"losses.{term}.init_args.weights is "), "not that they do not fit"
-    assert {"lpips": "squeezenet1_1-", "repa": "test_vit."}[term] in message
-    assert "\n" not in message
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_latents_statistics_are_in_the_models_config_at_the_end(images: Path, tmp_path: Path) -> None:

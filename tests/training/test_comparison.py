@@ -35,9 +35,7 @@ FLOW = {"class_path": "FlowMatching"}
 
 
 @pytest.mark.parametrize(("dynamics", "steps", "step_size"), [(None, 4, 0.3), (None, 1, None), (FLOW, 4, None)])
-def test_the_figures_by_hand(
-    tmp_path: Path, dynamics: dict[str, Any] | None, steps: int, step_size: float | None
-) -> None:
+def test_the_figures_by_hand(tmp_path: Path, dynamics: Any, steps: int, step_size: float | None) -> None:
     teacher, student = random_model(1, dynamics), random_model(2, dynamics)
     images = folder_of(make_images(tmp_path, 11))  # more than one batch
     found, count = compare(teacher, student, images, steps, step_size)

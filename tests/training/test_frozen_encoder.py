@@ -9,7 +9,6 @@ import torch
 from tiny import batch, resume, run_config, start
 from torch import Tensor
 
-from dc_ssdae import DiagonalGaussian
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, write_latent_statistics
 from dc_ssdae.training.build import build_model, build_step
 from dc_ssdae.training.config import RunConfig
@@ -56,18 +55,6 @@ def test_statistics_that_nobody_knew_are_measured_once(images: Path, source: Pat
     assert found["latents_mean"] is not None
     resume(frozen(images, steps=4), tmp_path / "run")
     assert statistics(tmp_path / "run") == found
-
-
-def test_the_encoder_does_no_work_for_gradients() -> None:
-    step = build_step(frozen(None)).train()
-    seen: list[DiagonalGaussian] = []
-    step.model.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    step(*batch(0, 2)).total.backward()
-    (posterior,) = seen
-    assert not any(tensor.requires_grad for tensor in (posterior.mean, posterior.logvar))
-    assert all(parameter.grad is None for parameter in step.model.encoder.parameters())
-    assert all(parameter.grad is not None for parameter in step.model.decoder.parameters())
-    assert not any(module.training for module in step.model.encoder.modules())
 
 
 @pytest.mark.parametrize("train", [["decoder"], ["encoder", "decoder"]])

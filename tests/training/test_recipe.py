@@ -79,10 +79,8 @@ def test_phases_lie_over_the_configuration_and_start_one_from_another(write: Wri
     assert [phase.starts_from for phase in recipe.phases] == [None, "low", "low"]
     assert of(recipe, "data.image_size") == [64, 128, 64]
     assert of(recipe, "training.steps") == [30, 20, 1000]
-    assert of(recipe, "training.lr") == [1e-3, 1.5e-3, 1.5e-3]
     assert of(recipe, "training.train") == [None, ["decoder.latent_inputs"], ["decoder.head"]]
     assert of(recipe, "losses.kl.weight") == [1e-6, 1e-5, 0.0]
-    assert of(recipe, "losses.lpips.weight") == [0.0] * 3
     assert [recipe.folder(Path("run"), phase.name).name for phase in recipe.phases] == ["1-low", "2-latent", "3-head"]
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -65,7 +63,7 @@ def test_killed_at_any_operation_it_is_absent_or_complete(tmp_path: Path, fail: 
         path.parent.mkdir()
         code = run_in_child(lambda path=path: create(path, NEW), point, fail)
         assert code != CRASHED
-        seen.append(contents(path) if path.exists() else None)
+        seen.append(contents(path))
         if fail:
             assert [entry.name for entry in path.parent.iterdir()] == ["run"] * path.exists(), "litter"
         if path.exists():
@@ -75,9 +73,9 @@ def test_killed_at_any_operation_it_is_absent_or_complete(tmp_path: Path, fail: 
         assert [entry.name for entry in path.parent.iterdir()] == ["run"], "what the kill left is not removed"
         if code == 0 and point > 5:  # to make a folder that is there may fail
             break
+    assert seen[0] == {}
     assert seen[-1] == NEW
-    assert all(found in (None, NEW) for found in seen)
-    assert None in seen
+    assert all(found in ({}, NEW) for found in seen)
 
 
 def test_what_is_there_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,39 +99,20 @@ def test_what_is_there_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.
 # --- its lock ---
 
 
-@pytest.fixture
-def owner(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that holds the lock of tmp_path, and what it inherits to its children."""
-    program = (
-        "import sys, subprocess\n"
-        "from pathlib import Path\n"
-        "from dc_ssdae.training.run import run_lock\n"
-        "with run_lock(Path(sys.argv[1])):\n"
-        "    print('locked', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "locked\n"
-    yield process
-    process.kill()
-    process.communicate()
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    owner = f"is being trained by process {os.getpid()} on .*; stop that first"
 
+    def lock() -> None:
+        run_lock(tmp_path).__enter__()
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path, owner: "subprocess.Popen[str]") -> None:
-    refusal = rf"is being trained by process {owner.pid} on .*; stop that first"
-    with pytest.raises(InputError, match=refusal) as caught, run_lock(tmp_path):
-        pass
-    assert "\n" not in str(caught.value)
-    owner.kill()
-    owner.wait()
+    def be_refused() -> None:
+        with pytest.raises(InputError, match=owner):
+            lock()
+
+    assert run_in_child(lock, 1000) == 0, "it ends with the lock in its hands"
     with run_lock(tmp_path):
-        code = run_in_child(lambda: run_lock(tmp_path).__enter__(), 1000)
-        assert code == CRASHED, "a child took the lock too"
-    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-    assert run_in_child(lambda: run_lock(tmp_path).__enter__(), 1000) == 0
+        assert run_in_child(be_refused, 1000) == 0
+    assert run_in_child(lock, 1000) == 0
 
 
 # --- its model ---
