@@ -1,6 +1,8 @@
 """The settings of a run: what is refused, and that nothing else than a refusal comes of nonsense."""
 
 import copy
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -26,11 +28,9 @@ def valid() -> dict[str, Any]:
 
 def changed(path: str, value: Any) -> dict[str, Any]:
     """`valid()` with one setting replaced; path as training.lr."""
-    mapping = inner = valid()
+    mapping = valid()
     *parts, last = path.split(".")
-    for part in parts:
-        inner = inner[part]
-    inner[last] = value
+    reduce(getitem, parts, mapping)[last] = value
     return mapping
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,25 +63,19 @@ def random_model(dynamics: str = "linear", seed: int = 1) -> DCSSDAE:
 def distillation(
     teacher: Path,
     root: Path | None = None,
-    teacher_steps: int = 3,
-    step_size: float | None = None,
-    cache_steps: int | None = None,
     dynamics: str = "linear",
-    losses: dict[str, Any] | None = None,
+    losses: Mapping[str, Any] | None = None,
+    taught: Mapping[str, Any] | None = None,
     **training: Any,
 ) -> RunConfig:
     """A distillation of 8 steps of 4 images, which trains what `dc-ssdae distill` trains and terms of the user."""
-    config = run_config(
-        root,
-        losses={"kl": 0.0, **(losses or {})},
-        model={"dynamics": DYNAMICS[dynamics]},
-        **{"weight_decay": 0.0, "latent_statistics": 0, **training},
-    )
+    given, model = {"weight_decay": 0.0, "latent_statistics": 0, **training}, {"dynamics": DYNAMICS[dynamics]}
+    config = run_config(root, losses={"kl": 0.0, **(losses or {})}, model=model, **given)
     if "train" not in training:
         own = [f"losses.{name}" for name in losses or {}]
         groups = [name for name in decoder_groups(config.model) if name != "decoder.latent_inputs"]
         config = config.with_training(train=[*groups, *own])
-    return replace(config, distillation=DistillationConfig(str(teacher), teacher_steps, step_size, cache_steps))
+    return replace(config, distillation=DistillationConfig(str(teacher), **{"steps": 3, **(taught or {})}))
 
 
 def distillation_step(teacher: Path, **settings: Any) -> DistillationStep:
@@ -136,7 +130,7 @@ def evaluations(trainer: Trainer) -> list[int]:
 )
 def test_the_loss_by_hand(teachers: dict[str, Path], dynamics: str, steps: int, step_size: float | None) -> None:
     looks = {"weight": 0.5, "class_path": f"{__name__}.LooksAtTheImage"}
-    settings = {"teacher_steps": steps, "step_size": step_size, "losses": {"looks": looks}, "train": ["decoder"]}
+    settings = {"taught": {"steps": steps, "step_size": step_size}, "losses": {"looks": looks}, "train": ["decoder"]}
     step = distillation_step(teachers[dynamics], dynamics=dynamics, **settings)
     pixels, noise, level, latent_noise = batch(0)
     found = step(pixels, noise, level, latent_noise)
@@ -229,7 +223,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 
 def test_the_cache_spares_the_teacher_and_changes_nothing(photos: Path, teacher: Path, tmp_path: Path) -> None:
-    config = distillation(teacher, photos, cache_steps=3, steps=5)
+    config = distillation(teacher, photos, taught={"cache_steps": 3}, steps=5)
     with_cache = trainer_of(config, tmp_path / "with")
     spared = evaluations(with_cache)
     with_cache.run()
@@ -281,7 +275,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(photos: Path, teacher: P
     """Whatever becomes of the teacher's own folder: the run has a copy."""
     own = tmp_path / "original"
     shutil.copytree(teacher, own)
-    config = distillation(own, photos, cache_steps=3, checkpoint_every=100, losses=HOOKED)
+    config = distillation(own, photos, taught={"cache_steps": 3}, checkpoint_every=100, losses=HOOKED)
     start(config, tmp_path / "whole")
     path = tmp_path / "stopped"
     Hooked.hook = at({3: send(signal.SIGTERM)})
@@ -308,8 +302,11 @@ def test_mistakes_leave_no_run(teachers: dict[str, Path], photos: Path, tmp_path
     for config, told in (
         (distillation(damaged, photos), r"distillation\.teacher .*damaged"),
         (distillation(tmp_path / "nowhere", photos), r"distillation\.teacher .*nowhere"),
-        (distillation(teacher, photos, teacher_steps=1, step_size=0.1), r"distillation\.step_size"),
-        (distillation(teachers["flow"], photos, dynamics="flow", step_size=0.1), r"distillation\.step_size"),
+        (distillation(teacher, photos, taught={"steps": 1, "step_size": 0.1}), r"distillation\.step_size"),
+        (
+            distillation(teachers["flow"], photos, dynamics="flow", taught={"step_size": 0.1}),
+            r"distillation\.step_size",
+        ),
         (distillation(teacher, photos, train=None), r"training\.train is .* the decoder alone"),
         (distillation(teacher, photos, init_from=str(teacher)), r"training\.init_from"),
         (replace(good, model=replace(good.model, latent_channels=6)), "linear does not fit; .* has shape"),

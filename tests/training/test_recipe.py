@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,7 @@ def make(*words: str) -> Recipe:
 
 def of(recipe: Recipe, setting: str) -> list[Any]:
     """A setting in each phase; its name as training.lr."""
-    found = []
-    for phase in recipe.phases:
-        value: Any = phase.config.to_mapping()
-        for part in setting.split("."):
-            value = value[part]
-        found.append(value)
-    return found
+    return [reduce(getitem, setting.split("."), phase.config.to_mapping()) for phase in recipe.phases]
 
 
 def test_phases_lie_over_the_configuration_and_start_one_from_another(write: Write) -> None:
@@ -152,10 +148,8 @@ def places(mapping: dict[str, Any]) -> list[tuple[str, ...]]:
 @example(place=("all", "training", "precision"), value=[])
 @given(place=st.sampled_from(places(MAPPING)), value=ANYTHING)
 def test_a_recipe_with_anything_in_it_is_accepted_or_refused(place: tuple[str, ...], value: Any) -> None:
-    mapping = inner = deepcopy(MAPPING)
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = value
+    mapping = deepcopy(MAPPING)
+    reduce(getitem, place[:-1], mapping)[place[-1]] = value
     with suppress(InputError):
         make_recipe(load_preset("demo"), check_phases(mapping, "r.yaml"), {}, {})
 
