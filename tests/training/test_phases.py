@@ -96,6 +96,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
         # By its type alone: isinstance asks objects that do not like it.
         found.alive.append(sum(type(thing) is TrainingStep for thing in gc.get_objects()))
 
+    gc.collect()  # what other tests have left
     assert train_recipe(recipe, found.path, config_yaml, tell, cpu=True) == Outcome(7, None)
     return found
 
