@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +24,14 @@ EVENTS = (
 KILLED, FAILED, CRASHED = 70, 71, 72
 
 
-def run_in_child(work: Callable[[], object], stop_at: int, fail: bool = False) -> int:
+def run_in_child(work: Callable[[], object], stop_at: int, fail: bool = False, since: str = "") -> int:
     """Do some work in a forked process that ends just before one of its file operations.
 
     Args:
         work: what to do.
-        stop_at: the operation, counted from 0.
-        fail: raise "no space left on device" there instead, as often as from there on.
+        stop_at: the operation, counted from 0, which is the first one that matches `since`.
+        fail: raise "no space left on device" there instead.
+        since: pattern of an event and its first argument, as "os.mkdir /a/folder".
 
     Returns:
         0 where the work was done before, KILLED, FAILED where it raised OSError, CRASHED where it raised another.
@@ -42,7 +44,7 @@ def run_in_child(work: Callable[[], object], stop_at: int, fail: bool = False) -
 
             def hook(event: str, arguments: tuple[Any, ...]) -> None:
                 nonlocal seen
-                if event not in EVENTS:
+                if event not in EVENTS or not (seen or re.match(since, f"{event} {arguments[0]}")):
                     return
                 seen += 1
                 if seen == stop_at + 1:

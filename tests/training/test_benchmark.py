@@ -51,11 +51,9 @@ def test_a_slower_configuration_has_its_ratio_and_its_phases() -> None:
     assert backward >= 0.4
     assert update < forward < backward
     assert compared["seconds"].median >= 0.6
-    assert compared["images_per_second"].median == pytest.approx(4 / compared["seconds"].median)
     rates = [figures["images_per_second"] for figures in (compared, plain)]
     assert rates[0].low / rates[1].high <= compared["ratio"].median <= rates[0].high / rates[1].low
     assert compared["flops"] == 2 * plain["flops"]
-    assert compared["tflops_per_second"] == pytest.approx(compared["flops"] / compared["seconds"].median / 1e12)
     assert compared["peak_memory_bytes"] is None
     assert plain["peak_memory_bytes"] > 2**20
 

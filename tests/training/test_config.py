@@ -1,18 +1,15 @@
 """The settings of a run: what is refused, and that nothing else than a refusal comes of nonsense."""
 
 import copy
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import pytest
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.presets import dump_yaml, load_preset, read_yaml
-from dc_ssdae.training.config import (
-    BUILT_IN_LOSSES,
-    LossConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from dc_ssdae.training.config import BUILT_IN_LOSSES, RunConfig, TrainingConfig
 
 OWN_LOSS = {"class_path": "my_project.Edges", "init_args": {"scales": [1, 2], "sharpness": 1e-6}, "weight": 0.1}
 
@@ -33,12 +30,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     """`valid()` with one setting replaced; path as training.lr."""
     mapping = valid()
     *parts, last = path.split(".")
-    inner: Any = mapping
-    for part in parts:
-        if not isinstance(inner.get(part), dict):
-            inner[part] = {}
-        inner = inner[part]
-    inner[last] = value
+    reduce(getitem, parts, mapping)[last] = value
     return mapping
 
 
@@ -47,13 +39,6 @@ def refusal(mapping: Any) -> InputError:
         RunConfig.from_mapping(mapping)
     assert len(str(error.value).splitlines()) == 1
     return error.value
-
-
-def check_round_trip(config: RunConfig) -> None:
-    """Plain data and YAML of a configuration give it back."""
-    plain = config.to_mapping()
-    assert RunConfig.from_mapping(plain) == config
-    assert RunConfig.from_mapping(read_yaml(dump_yaml(plain))) == config
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -71,28 +56,17 @@ def test_what_only_resembles_a_type_becomes_it() -> None:
     mapping["training"] |= {"lr": 1, "precision": "fp16"}
     config = RunConfig.from_mapping(mapping)
     assert config.model.dynamics is None
+    assert (config.losses["kl"].weight, config.losses["lpips"].weight) == (1e-5, 0.5)
     assert isinstance(config.training.lr, float)
     assert (config.training.precision, config.training.betas) == ("float16", (0.9, 0.99))
-    check_round_trip(config)
-
-
-def test_losses_are_weights_or_mappings() -> None:
-    assert RunConfig.from_mapping(valid()).losses == {
-        "dynamics": LossConfig(1.0),
-        "lpips": LossConfig(0.5),
-        "repa": LossConfig(0.25),
-        "kl": LossConfig(1e-5),
-        "edges": LossConfig(0.1, OWN_LOSS["class_path"], OWN_LOSS["init_args"]),
-    }
+    assert RunConfig.from_mapping(read_yaml(dump_yaml(config.to_mapping()))) == config
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("training.steps", True),
         ("training.steps", None),  # neither steps nor minutes
         ("training.lr", float("nan")),
-        ("training.ema_decay", 1),
         ("training.betas", [0.9, 2]),
         ("training.train", []),
         ("training.best_metric", "psnr:up"),
@@ -103,7 +77,6 @@ def test_losses_are_weights_or_mappings() -> None:
         ("model.downsample_factor", 12),
         ("model.encoder", "KLEncoder"),
         ("losses", dict.fromkeys(BUILT_IN_LOSSES, 0)),
-        ("losses.kl", True),
         ("losses.edges.wieght", 1),
         ("losses.kll", 1),
     ],

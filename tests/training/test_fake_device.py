@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from tiny import MODEL, SIZE, run_config
+from tiny import MODEL, SIZE, batch, run_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,7 +108,7 @@ def fake_trainer(monkeypatch: pytest.MonkeyPatch, folder: Path, config: Any) -> 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
     # There is no generator of a device that is not there.
-    monkeypatch.setattr(trainer_module, "draw_noise", lambda *_: noise())
+    monkeypatch.setattr(trainer_module, "draw_noise", lambda *_: [tensor.to(CUDA) for tensor in batch(0)[1:]])
     sources: Any = SimpleNamespace(train=range(16), validation=None)
     trainer = Trainer(config, RunFolder(folder), accelerator, Processes(device=CUDA), sources, StopRequest())
     return trainer
@@ -120,14 +120,6 @@ def backward(module: nn.Module, loss: Tensor) -> None:
     assert loss.device == CUDA
     for parameter in module.parameters():
         parameter.grad = torch.empty_like(parameter)
-
-
-def noise() -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(4, 3, SIZE, SIZE, device=CUDA),
-        torch.empty(4, device=CUDA),
-        torch.empty(4, 4, SIZE // 8, SIZE // 8, device=CUDA),
-    )
 
 
 FM = {"dynamics": {"class_path": "FlowMatching"}}
@@ -149,8 +141,8 @@ def test_a_training_step_waits_once(
     trainer = fake_trainer(monkeypatch, tmp_path, run_config(model=model, **training))
     loggers: Any = SimpleNamespace(step=lambda *_: None, say=lambda *_: None, broken=lambda *_: None)
     pixels = torch.empty(4, 3, SIZE, SIZE, dtype=torch.uint8)
-    batch = Batch(pixels=pixels, draw=SimpleNamespace(tolist=lambda: [0, 1, 2, 3]), broken=[])
-    trainer._batches = itertools.repeat(batch)
+    images = Batch(pixels=pixels, draw=SimpleNamespace(tolist=lambda: [0, 1, 2, 3]), broken=[])
+    trainer._batches = itertools.repeat(images)
     trainer._upcoming = trainer._fetch()
     for finite in (True, True, False):  # the third is thrown away
         with monkeypatch.context() as patch, Waits() as waits:
@@ -160,30 +152,26 @@ def test_a_training_step_waits_once(
     assert (trainer.step, trainer.skipped_steps) == (3, 1)
     trainer.module.eval()
     with Waits() as waits, trainer.ema.applied_to(trainer.module.model):
-        images = trainer.module.reconstruct(pixels.to(CUDA))
+        output = trainer.module.reconstruct(pixels.to(CUDA))
         posterior = trainer.module.posterior(pixels.to(CUDA))
-    assert images.device == posterior.mean.device == CUDA
+    assert output.device == posterior.mean.device == CUDA
     assert waits.by == ["_check_range"]
 
 
 @pytest.mark.parametrize(
-    ("model", "settings", "waits"),
+    ("model", "side", "settings", "waits"),
     [
-        ({}, {"tile": 64}, []),
-        (ENERGY, {"sampler": "gradient_descent", "return_trajectory": True}, []),
-        (FM, {"sampler": "midpoint"}, []),
-        (IMAGE, {"sampler": "nesterov", "tolerance": 0.1}, ["nesterov", "decode"]),
+        ({}, 12, {}, []),  # in tiles
+        (ENERGY, 4, {"sampler": "gradient_descent", "return_trajectory": True}, []),
+        (FM, 4, {"sampler": "midpoint"}, []),
+        (IMAGE, 4, {"sampler": "nesterov", "tolerance": 0.1}, ["nesterov", "decode"]),
     ],
 )
 def test_decoding_waits_where_a_sampler_needs_an_answer(
-    model: dict[str, Any], settings: dict[str, Any], waits: list[str]
+    model: dict[str, Any], side: int, settings: dict[str, Any], waits: list[str]
 ) -> None:
     autoencoder = DCSSDAE(**{**MODEL, **model}).eval().to(CUDA)
-    settings = dict(settings)
-    tile = settings.pop("tile", None)
-    if tile is not None:
-        autoencoder.enable_tiling(tile, 0.25)
-    side = 4 if tile is None else 12
+    autoencoder.enable_tiling(64, 0.25)
     with torch.no_grad(), Waits({"nesterov": False, "decode": False}) as found:
         output = autoencoder.decode(torch.empty(2, 4, side, side, device=CUDA), **settings)
     assert output.sample.shape == (2, 3, 8 * side, 8 * side)

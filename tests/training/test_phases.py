@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from killed import EVENTS, KILLED
+from killed import KILLED, run_in_child
+from states import differences, different
 from terms import HOOKED, Hooked, send
 from tiny import last, run_config
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from dc_ssdae.training.recipe import (
     train_recipe,
 )
 from dc_ssdae.training.step import TrainingStep
-from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
+from dc_ssdae.training.trainer import Outcome, TrainingFailed
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -70,59 +70,18 @@ def resume(recipe: Recipe, path: Path) -> Outcome | None:
     return train_recipe(recipe, path, config_yaml, [].append, resumes=True, cpu=True)
 
 
-def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors that are not bit for bit the same; NaN and the sign of 0 count."""
-    assert one.keys() == other.keys()
-
-    def bits(tensor: Tensor) -> bytes:
-        return tensor.contiguous().numpy().tobytes()
-
-    return {name for name, tensor in one.items() if bits(tensor) != bits(other[name])}
-
-
 def assert_same_checkpoints(one: Path, other: Path) -> None:
     first, second = last(one), last(other)
-    for file in ("model", "ema", "optimizer"):
-        assert different(first.tensors[file], second.tensors[file]) == set(), file
+    assert differences(first, second) == set()
     assert {**first.state, "seconds": 0} == {**second.state, "seconds": 0}
 
 
-class Begun(NamedTuple):
-    """What a phase was before its first step: its weights, and how many steps there were in memory."""
-
-    weights: dict[str, Tensor]
-    steps_alive: int
-
-
-@pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, Begun]:
-    return watch(monkeypatch)
-
-
-def watch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Begun]:
-    """Keep what each phase that begins from now on is, by the name of its folder."""
-    found: dict[str, Begun] = {}
-
-    class Watched(Trainer):
-        def run(self) -> Outcome:
-            gc.collect()
-            # By its type alone: isinstance asks objects that do not like it.
-            found[self.run_folder.path.name] = Begun(
-                {name: tensor.clone() for name, tensor in self.module.state_dict().items()},
-                sum(type(thing) is TrainingStep for thing in gc.get_objects()),
-            )
-            return super().run()
-
-    monkeypatch.setattr(start_module, "Trainer", Watched)
-    return found
-
-
 class Trained(NamedTuple):
-    """A recipe that nothing disturbed."""
+    """A recipe that nothing disturbed, and how many steps there were in memory before each phase."""
 
     recipe: Recipe
     path: Path
-    begun: dict[str, Begun]
+    alive: list[int]
 
     def folder(self, name: str) -> Path:
         return self.recipe.folder(self.path, name)
@@ -131,17 +90,15 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module")
 def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     recipe = resolved_recipe(recipe_of(images, optimizer="schedule_free_radam", steps=7, checkpoint_every=7))
-    path = tmp_path_factory.mktemp("recipes") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        begun = watch(monkeypatch)
-        assert start(recipe, path) == Outcome(7, None)
-    return Trained(recipe, path, begun)
+    found = Trained(recipe, tmp_path_factory.mktemp("recipes") / "run", [])
 
+    def tell(_: str) -> None:
+        # By its type alone: isinstance asks objects that do not like it.
+        found.alive.append(sum(type(thing) is TrainingStep for thing in gc.get_objects()))
 
-def groups_of(names: list[str] | None) -> dict[str, list[str]]:
-    """The tiny model's groups that train."""
-    groups = parameter_groups(build_model(run_config().model))
-    return groups if names is None else {name: groups[name] for name in select_groups(groups, names)}
+    gc.collect()  # what other tests have left
+    assert train_recipe(recipe, found.path, config_yaml, tell, cpu=True) == Outcome(7, None)
+    return found
 
 
 # --- what a recipe does ---
@@ -149,12 +106,15 @@ def groups_of(names: list[str] | None) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", list(PHASES))
 def test_a_phase_changes_its_groups_and_nothing_else(trained: Trained, name: str) -> None:
-    before = trained.begun[trained.folder(name).name].weights
-    before = {key.removeprefix("model."): tensor for key, tensor in before.items()}
-    after = last(trained.folder(name)).tensors
-    groups = groups_of(PHASES[name].get("train"))
+    after, source = last(trained.folder(name)).tensors, {"latent": "low", "head": "latent"}.get(name)
+    torch.manual_seed(0)
+    fresh = build_model(run_config().model).state_dict()
+    before = fresh if source is None else last(trained.folder(source)).tensors["ema"]
+    groups = parameter_groups(build_model(run_config().model))
+    if (train := PHASES[name].get("train")) is not None:
+        groups = {group: groups[group] for group in select_groups(groups, train)}
     allowed = {tensor for held in groups.values() for tensor in held}
-    for weights in ({key.removeprefix("model."): t for key, t in after["model"].items()}, after["ema"]):
+    for weights in ({key.removeprefix("model."): tensor for key, tensor in after["model"].items()}, after["ema"]):
         changed = different(before, weights)
         assert changed <= allowed
         for group, held in groups.items():
@@ -172,14 +132,11 @@ def test_what_is_left_of_a_recipe(trained: Trained) -> None:
     assert {entry.name for entry in path.iterdir()} == {".lock", "1-low", "2-latent", "3-head", "model", "recipe.yaml"}
     assert read_recipe(path) == trained.recipe
     assert os.readlink(path / "model") == "3-head/model"
-    model = DCSSDAE.from_pretrained(path / "model")
-    assert different(last(path / "3-head").tensors["ema"], model.state_dict()) == set()
     for name in PHASES:
-        assert last(trained.folder(name)).state["step"] == 7
         assert DCSSDAE.from_pretrained(trained.folder(name) / "model").config["latents_mean"] is not None
         assert len((trained.folder(name) / "evaluations.jsonl").read_text().splitlines()) == 1
-    counts = [trained.begun[trained.folder(name).name].steps_alive for name in PHASES]
-    assert len(set(counts)) == 1, "a phase keeps the one before it in memory"
+    assert len(trained.alive) == 3
+    assert len(set(trained.alive)) == 1, "a phase keeps the one before in memory"
 
 
 # --- mistakes, found before the first phase ---
@@ -248,6 +205,14 @@ def stopped_recipe(photos: Path, **training: Any) -> Recipe:
     return recipe_of(photos, STOPPED, **{"losses": HOOKED, "steps": 3, "latent_statistics": 0, **training})
 
 
+def assert_same_recipes(path: Path, whole: Path) -> None:
+    for folder in ("1-one", "2-two", "3-three"):
+        assert_same_checkpoints(path / folder, whole / folder)
+    assert os.readlink(path / "model") == "3-three/model"
+    model = DCSSDAE.from_pretrained(path / "model")
+    assert different(model.state_dict(), last(whole / "3-three").tensors["ema"]) == set()
+
+
 def at_call(number: int, work: Callable[[], object]) -> Callable[[int, Tensor], Tensor]:
     """A hook that does something once, at a call counted over all phases."""
     seen = 0
@@ -265,16 +230,6 @@ def at_call(number: int, work: Callable[[], object]) -> Callable[[int, Tensor], 
 interrupt = send(signal.SIGTERM)
 
 
-def test_a_finished_recipe_is_left_as_it_is(photos: Path, whole: Path) -> None:
-    def contents() -> dict[Path, bytes]:
-        files = (path for path in whole.rglob("*") if path.is_file() and path.name != ".lock")
-        return {path: path.read_bytes() for path in files}
-
-    before = contents()
-    assert resume(stopped_recipe(photos), whole) is None
-    assert contents() == before
-
-
 def test_a_moved_recipe_goes_on(photos: Path, whole: Path, tmp_path: Path) -> None:
     """Where its second phase has no checkpoint yet, from what that starts from."""
     path = tmp_path / "elsewhere" / "moved"
@@ -284,79 +239,46 @@ def test_a_moved_recipe_goes_on(photos: Path, whole: Path, tmp_path: Path) -> No
     (path / "2-two" / "model" / WEIGHTS).unlink()
     (path / "model").unlink()
     assert resume(stopped_recipe(photos), path) == Outcome(3, None)
-    assert_same_checkpoints(path / "2-two", whole / "2-two")
-    assert_same_checkpoints(path / "3-three", whole / "3-three")
-    assert os.readlink(path / "model") == "3-three/model"
+    assert_same_recipes(path, whole)
 
 
-def test_phases_may_start_from_any_earlier_one_or_from_another_run(
-    photos: Path, whole: Path, tmp_path: Path, begun: dict[str, Begun]
-) -> None:
+def test_phases_may_start_from_any_earlier_one_or_from_another_run(photos: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
     phases = {
-        "first": {"init_from": str(whole / "2-two")},
+        "first": {"init_from": str(whole / "2-two"), "train": ["decoder.head"]},
         "left": {"train": ["encoder"]},
         "right": {"train": ["decoder"], "starts_from": "first"},
-        "other": {"init_from": str(whole), "starts_from": None},
+        "other": {"init_from": str(whole), "starts_from": None, "train": ["decoder.head"]},
     }
-    start(recipe_of(photos, phases, steps=1, latent_statistics=0), tmp_path / "run")
-    for folder, source in (
-        ("1-first", whole / "2-two"),
-        ("2-left", tmp_path / "run" / "1-first"),
-        ("3-right", tmp_path / "run" / "1-first"),
-        ("4-other", whole / "3-three"),
+    start(recipe_of(photos, phases, steps=1, latent_statistics=0), path)
+    head = "decoder.up.3", "decoder.norm_out", "decoder.conv_out"
+    for folder, source, part in (
+        ("1-first", whole / "2-two", head),
+        ("2-left", path / "1-first", "encoder"),
+        ("3-right", path / "1-first", "decoder"),
+        ("4-other", whole / "3-three", head),
     ):
-        average = {f"model.{key}": tensor for key, tensor in last(source).tensors["ema"].items()}
-        assert different(begun[folder].weights, average) == set(), folder
-    # Each changes its own half, from one and the same start.
-    left, right, first = (last(tmp_path / "run" / name).tensors["ema"] for name in ("2-left", "3-right", "1-first"))
-    assert {name.partition(".")[0] for name in different(left, first)} == {"encoder"}
-    assert {name.partition(".")[0] for name in different(right, first)} == {"decoder"}
+        changed = different(last(path / folder).tensors["ema"], last(source).tensors["ema"])
+        assert changed, folder
+        assert all(name.startswith(part) for name in changed), folder
 
 
-def test_stopped_by_a_signal_it_ends_as_if_nothing_had_happened(photos: Path, whole: Path, tmp_path: Path) -> None:
-    recipe, path = stopped_recipe(photos), tmp_path / "run"
-    Hooked.hook = at_call(7, interrupt)
-    assert start(recipe, path) == Outcome(2, "SIGTERM")
-    assert finished_phases(recipe, path) == ["one", "two"]
-    assert os.readlink(path / "model") == "2-two/model", "the best there is"
-    assert resume(recipe, path) == Outcome(3, None)
-    for folder in ("1-one", "2-two", "3-three"):
-        assert_same_checkpoints(path / folder, whole / folder)
-    assert os.readlink(path / "model") == "3-three/model"
-
-
-def test_a_signal_between_two_phases_ends_it(photos: Path, whole: Path, tmp_path: Path) -> None:
+def test_stopped_by_signals_it_ends_as_if_nothing_had_happened(photos: Path, whole: Path, tmp_path: Path) -> None:
     recipe, path = stopped_recipe(photos), tmp_path / "run"
     with pytest.MonkeyPatch.context() as between:
         between.setattr(recipe_module, "_link_model", lambda *_: interrupt())
         assert start(recipe, path) == Outcome(3, "SIGTERM")
     assert not (path / "2-two").exists()
+    Hooked.hook = at_call(2, interrupt)  # in the last step of a phase
+    assert resume(recipe, path) == Outcome(3, "SIGTERM")
+    assert not (path / "3-three").exists()
+    Hooked.hook = at_call(1, interrupt)  # in the middle of a phase
+    assert resume(recipe, path) == Outcome(2, "SIGTERM")
+    assert finished_phases(recipe, path) == ["one", "two"]
+    assert os.readlink(path / "model") == "2-two/model"
+    Hooked.hook = None
     assert resume(recipe, path) == Outcome(3, None)
-    assert_same_checkpoints(path / "3-three", whole / "3-three")
-
-
-def killed_at(work: Callable[[], object], change: str, after: int) -> bool:
-    """Do some work in a forked process that ends at a change to a file, or some changes after it; says whether so."""
-    child = os.fork()
-    if child == 0:
-        left: int | None = None
-
-        def hook(event: str, given: tuple[Any, ...]) -> None:
-            nonlocal left
-            if event not in EVENTS:
-                return
-            if left is None and re.match(change, f"{event} {given[0]}"):
-                left = after + 1
-            left = None if left is None else left - 1
-            if left == 0:
-                os._exit(KILLED)
-
-        try:
-            sys.addaudithook(hook)
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+    assert_same_recipes(path, whole)
 
 
 KILLS = (
@@ -386,47 +308,34 @@ def test_killed_at_a_change_to_a_file_it_ends_as_if_nothing_had_happened(
         finished = finished_phases(recipe, path)
         assert finished == names[: len(finished)]
         assert resume(recipe, path) == (None if finished == names else Outcome(3, None))
-        for folder in ("1-one", "2-two", "3-three"):
-            assert_same_checkpoints(path / folder, whole / folder)
-        assert os.readlink(path / "model") == "3-three/model"
-        model = DCSSDAE.from_pretrained(path / "model")
-        assert different(model.state_dict(), last(whole / "3-three").tensors["ema"]) == set()
+        assert_same_recipes(path, whole)
 
 
-def test_a_recipe_that_is_being_trained_is_left_alone(
+def test_the_last_phase_may_go_on_where_nobody_trains_and_the_others_may_not(
     photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "run"
+    recipe, path = stopped_recipe(photos), tmp_path / "run"
     shutil.copytree(whole, path, symlinks=True)
-    shutil.rmtree(path / "3-three")
-    before = (path / "recipe.yaml").read_bytes()
-    recipe = stopped_recipe(photos, steps=5)
+    before = contents(path)
+    assert resume(recipe, path) is None
+    assert settled_phases(recipe, path) == ["one", "two"]
+    longer = recipe.phases[-1].config.with_training(steps=5)
+    more = Recipe([*recipe.phases[:-1], recipe.phases[-1]._replace(config=longer)])
 
     def lose(folder: Path) -> None:
         raise InputError(f"{folder} is being trained")
 
-    monkeypatch.setattr(start_module, "run_lock", lose)
-    with pytest.raises(InputError, match=f"{path} is being trained"):
-        resume(recipe, path)
-    assert (path / "recipe.yaml").read_bytes() == before
-    assert not (path / "3-three").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(start_module, "run_lock", lose)
+        with pytest.raises(InputError, match=f"{path} is being trained"):
+            resume(more, path)
+    assert contents(path) == before
+    assert resume(more, path) == Outcome(5, None)
+    assert read_recipe(path) == more
 
 
-def test_a_signal_in_the_last_step_of_a_phase_keeps_the_next_from_beginning(photos: Path, tmp_path: Path) -> None:
-    Hooked.hook = at_call(2, interrupt)
-    assert start(stopped_recipe(photos), tmp_path / "run") == Outcome(3, "SIGTERM")
-    assert not (tmp_path / "run" / "2-two").exists()
-
-
-def test_the_last_phase_may_go_on_and_the_others_may_not(photos: Path, whole: Path, tmp_path: Path) -> None:
-    recipe = stopped_recipe(photos)
-    shutil.copytree(whole, tmp_path / "run", symlinks=True)
-    names = [phase.name for phase in recipe.phases]
-    assert settled_phases(recipe, tmp_path / "run") == names[:-1]
-    longer = recipe.phases[-1].config.with_training(steps=5)
-    more = Recipe([*recipe.phases[:-1], recipe.phases[-1]._replace(config=longer)])
-    assert resume(more, tmp_path / "run") == Outcome(5, None)
-    assert read_recipe(tmp_path / "run") == more
+def contents(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != ".lock"}
 
 
 if __name__ == "__main__":
@@ -434,5 +343,5 @@ if __name__ == "__main__":
     for place in map(int, sys.argv[3:]):
         at, later = KILLS[place]
         run = into / str(place) / "run"
-        if not killed_at(partial(start, stopped_recipe(of_photos), run), at, later):
+        if run_in_child(partial(start, stopped_recipe(of_photos), run), later, since=at) != KILLED:
             sys.exit(f"it was not killed at {at}")

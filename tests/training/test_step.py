@@ -4,31 +4,32 @@ from typing import Any
 
 import pytest
 import torch
+from states import different, without_zeros
 from tiny import SIZE, batch, run_config
 from torch import Tensor
 
 from dc_ssdae.data.images import to_model_range
+from dc_ssdae.errors import InputError
 from dc_ssdae.losses import Losses
-from dc_ssdae.training.build import build_step
+from dc_ssdae.training.build import build_step, check_components
 from dc_ssdae.training.step import TrainingStep, draw_noise
 
 DYNAMICS: dict[str, dict[str, Any]] = {
     "eqm": {"class_path": "EquilibriumMatching", "init_args": {"decay": "truncated", "gradient_scale": 4.0}},
     "fm": {"class_path": "FlowMatching"},
+    "dot": {"class_path": "EquilibriumMatching", "init_args": {"explicit_energy": "dot", "gradient_scale": 2.0}},
+    "l2": {"class_path": "EquilibriumMatching", "init_args": {"explicit_energy": "l2", "gradient_scale": 2.0}},
 }
 
 
 def training_step(
-    dynamics: str = "eqm", precision: str = "float32", channels_last: bool = False, **losses: Any
+    dynamics: str = "eqm", precision: str = "float32", channels_last: bool = False, **settings: Any
 ) -> TrainingStep:
     """The same weights whatever the rest."""
     torch.manual_seed(0)
-    training = {"precision": precision, "channels_last": channels_last}
-    step = build_step(run_config(model={"dynamics": DYNAMICS[dynamics]}, losses={"kl": 0.01, **losses}, **training))
-    with torch.no_grad():
-        for parameter in step.parameters():
-            if not parameter.any():  # what begins at zero would hide what comes before it
-                parameter.normal_(std=0.05)
+    training = {"precision": precision, "channels_last": channels_last, **settings}
+    step = build_step(run_config(model={"dynamics": DYNAMICS[dynamics]}, losses={"kl": 0.01}, **training))
+    without_zeros(step)
     if channels_last:
         step.to(memory_format=torch.channels_last)
     return step.train()
@@ -54,17 +55,36 @@ def test_the_total_by_hand(dynamics: str) -> None:
     if dynamics == "fm":
         prediction = model.decoder((1.0 - gamma) * x + gamma * noise, z, level)
         errors = (prediction - (x - noise)).square()
-    else:
+    elif dynamics == "eqm":
         prediction = model.decoder(gamma * x + (1.0 - gamma) * noise, z, None)
         decay = torch.where(gamma <= 0.8, torch.ones_like(gamma), (1.0 - gamma) / 0.2)
         errors = (prediction / 4.0 - decay * (noise - x)).square()
+    else:  # the gradient of an energy
+        x_level = (gamma * x + (1.0 - gamma) * noise).requires_grad_()
+        answer = model.decoder(x_level, z)
+        energy = (x_level * answer).sum() if dynamics == "dot" else 0.5 * answer.square().sum()
+        (gradient,) = torch.autograd.grad(energy, x_level)
+        errors = (gradient / 2.0 - (1.0 - gamma) * (noise - x)).square()
     kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1.0 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
     torch.testing.assert_close(losses.terms["dynamics"], errors.mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses.terms["kl"], kl, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(losses.total, errors.mean() + 0.01 * kl, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients(step, losses).items():
         assert gradient.isfinite().all(), name
-        assert gradient.any(), f"no gradient reaches {name}"
+        # An energy's gradient does not see what is added to the decoder's answer at its end.
+        assert gradient.any() or dynamics == "l2", f"no gradient reaches {name}"
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    steps = [training_step("l2", gradient_checkpointing=checkpointing) for checkpointing in (False, True)]
+    assert different(*(gradients(step, step(*batch(0))) for step in steps)) == set()
+
+
+def test_second_derivatives_are_neither_compiled_nor_sharded() -> None:
+    for settings, sharded, told in (({"compile": True}, False, "training.compile false"), ({}, True, "FSDP")):
+        with pytest.raises(InputError, match=rf"explicit_energy.*{told}"):
+            check_components(run_config(model={"dynamics": DYNAMICS["dot"]}, **settings), sharded=sharded)
+    check_components(run_config(compile=True), sharded=True)
 
 
 def test_half_precision_is_close() -> None:
@@ -74,9 +94,8 @@ def test_half_precision_is_close() -> None:
     losses, expected = half(*batch(0)), full(*batch(0))
     assert losses.total.dtype == torch.float32
     assert losses.total != expected.total, "not in half precision"
-    for name, value in expected.terms.items():
-        assert losses.terms[name].dtype == torch.float32
-        torch.testing.assert_close(losses.terms[name], value, atol=0.0, rtol=0.05)
+    assert {value.dtype for value in losses.terms.values()} == {torch.float32}
+    torch.testing.assert_close(losses.terms, dict(expected.terms), atol=0.0, rtol=0.05)
     found, wanted = (
         torch.cat([gradient.flatten() for gradient in gradients(step, result).values()])
         for step, result in ((half, losses), (full, expected))
@@ -89,9 +108,7 @@ def test_channels_last_is_the_same_but_for_rounding() -> None:
     other, plain = training_step(channels_last=True), training_step()
     losses, expected = other(*batch(0)), plain(*batch(0))
     torch.testing.assert_close(losses.total, expected.total, atol=1e-5, rtol=1e-5)
-    wanted = gradients(plain, expected)
-    for name, gradient in gradients(other, losses).items():
-        torch.testing.assert_close(gradient, wanted[name], atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(gradients(other, losses), gradients(plain, expected), atol=2e-5, rtol=1e-3)
     seen = []
     other.model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     other(*batch(0))
@@ -112,10 +129,6 @@ def test_reconstructing_is_decoding_the_mode() -> None:
 # --- what a step draws ---
 
 
-def drawn(numbers: range, dynamics: str = "eqm", seed: int = 3, batch_size: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    return draw_noise(training_step(dynamics).model, SIZE, seed, batch_size, numbers, "cpu")
-
-
 def test_the_split_of_a_batch_and_the_default_generator_change_no_noise() -> None:
     model = training_step().model
     whole = draw_noise(model, SIZE, 3, 6, range(6, 12), "cpu")
@@ -129,13 +142,14 @@ def test_the_split_of_a_batch_and_the_default_generator_change_no_noise() -> Non
 
 
 def test_no_two_images_get_the_same_noise() -> None:
-    numbers = {float(value) for seed in (3, 4) for value in drawn(range(30), seed=seed)[1]}
-    numbers |= {float(noise[0, 0, 0]) for noise in drawn(range(30))[0]}
-    assert len(numbers) == 90
+    model = training_step().model
+    draws = [draw_noise(model, SIZE, seed, 6, range(30), "cpu") for seed in (3, 4)]
+    numbers = {float(value) for noise, level, _ in draws for value in [*level, *noise[:, 0, 0, 0]]}
+    assert len(numbers) == 120
 
 
 def test_noise_is_normal_and_levels_are_the_dynamics_own() -> None:
-    noise, level, latent_noise = drawn(range(400), "fm")
+    noise, level, latent_noise = draw_noise(training_step("fm").model, SIZE, 3, 6, range(400), "cpu")
     for normal in (noise, latent_noise, level.logit()):
         bound = 4 / normal.numel() ** 0.5
         assert abs(float(normal.mean())) < bound

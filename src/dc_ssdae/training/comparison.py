@@ -72,7 +72,7 @@ def compare(
     images: ValidationImages,
     steps: int,
     step_size: float | None,
-    picture: Path | None,
+    picture: Path | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Measure the teacher's one step, its K steps and the student's one step.
 

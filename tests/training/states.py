@@ -1,0 +1,41 @@
+"""Weights and checkpoints in the hands of tests: filling what begins at zero, comparing bit for bit."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dc_ssdae.training.checkpoint import Checkpoint
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def without_zeros(module: M) -> M:
+    """Fill the parameters that begin at zero, which would hide what comes before them."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return module
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that are not the same in shape, dtype and every bit; NaN and the sign of 0 count."""
+    assert one.keys() == other.keys()
+
+    def content(tensor: Tensor) -> tuple[torch.Size, torch.dtype, bytes]:
+        bits = tensor.detach().contiguous().flatten().view(torch.uint8)
+        return tensor.shape, tensor.dtype, bits.numpy().tobytes()
+
+    return {name for name, tensor in one.items() if content(tensor) != content(other[name])}
+
+
+def differences(one: Checkpoint, other: Checkpoint) -> set[str]:
+    """The same of all files of two checkpoints, as FILE: NAME."""
+    assert one.tensors.keys() == other.tensors.keys()
+    return {f"{file}: {name}" for file in one.tensors for name in different(one.tensors[file], other.tensors[file])}
