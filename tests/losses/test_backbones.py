@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -15,16 +16,13 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from tiny_models import refusal
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 from dc_ssdae.losses.backbones import (
     FrozenBackbone,
     WeightsFile,
     find_weights,
-    fixed_random_state,
     hub_file,
     hugging_face_file,
-    load_exactly,
     read_weights,
 )
 
@@ -65,32 +63,18 @@ def test_it_has_nothing_that_is_saved_trained_or_synchronised() -> None:
     assert not any(module.training for module in term.backbone.network.modules())
 
 
-def test_it_moves_with_the_rest_and_keeps_its_values_over_the_meta_device() -> None:
+def test_it_moves_with_the_rest_and_keeps_its_values_over_the_meta_device_and_in_copies() -> None:
     term = Term()
     expected = term.backbone(X)
     term.to("meta")
     assert term.head.weight.is_meta
     term.to_empty(device="cpu")
     assert torch.equal(term.backbone(X), expected)
+    copies = [copy.deepcopy(term), pickle.loads(pickle.dumps(term))]
     term.to(torch.float64)
     assert term.backbone.network.conv.weight.dtype == torch.float64
-
-
-def test_a_copy_has_weights_of_its_own() -> None:
-    term = Term()
-    expected = term.backbone(X)
-    copies = [copy.deepcopy(term), pickle.loads(pickle.dumps(term))]
     term.backbone.network.conv.weight.data.zero_()
     assert all(torch.equal(other.backbone(X), expected) for other in copies)
-
-
-def test_compiling_compiles_the_network_in_place() -> None:
-    term, counter = Term(), CompileCounter()
-    expected = term.backbone(X)
-    term.backbone.compile(backend=counter)
-    torch.testing.assert_close(term.backbone(X), expected)
-    assert counter.frame_count == 1
-    assert list(term.state_dict()) == ["head.weight", "head.bias"]
 
 
 # --- precision ---
@@ -117,12 +101,12 @@ def test_auto_takes_bfloat16_on_cuda_where_it_is_safe(safe: bool) -> None:
 # --- where weights are looked for ---
 
 
+@dataclass
 class Library:
-    """A library's cache and download of one file, in a folder."""
+    """A library's cache of one file, in a folder, and its download."""
 
-    def __init__(self, folder: Path, online: bool) -> None:
-        self.folder, self.online = folder, online
-        self.file = WeightsFile(("net.pth", "authors.pth"), "somewhere", self.cached, self.download)
+    folder: Path
+    online: bool = True
 
     def cached(self) -> Path | None:
         path = self.folder / "net.pth"
@@ -131,56 +115,44 @@ class Library:
     def download(self) -> Path:
         if not self.online:
             raise OSError("no route\nto the host")
-        (self.folder / "net.pth").touch()
-        return self.folder / "net.pth"
+        return self.folder / "downloaded.pth"
+
+    def find(self, weights: str | None) -> Path | None:
+        file = WeightsFile(("net.pth", "authors.pth"), "somewhere", self.cached, self.download)
+        return find_weights("mine", file, weights)
 
 
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Folders for the setting, the environment variable, which names its own, and the library's cache."""
-    found = [tmp_path / name for name in ("setting", "variable", "cache")]
-    for folder in found:
+def test_the_search_ends_at_the_first_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting, variable, cache = (tmp_path / name for name in ("setting", "variable", "cache"))
+    for folder in (setting, variable, cache):
         folder.mkdir()
-    monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(found[1]))
-    return found
-
-
-def test_the_search_ends_at_the_first_place(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    setting, variable, cache = folders
-    monkeypatch.setenv("HOME", str(setting.parent))
-    file = Library(cache, online=True).file
-    for folder in folders:
         (folder / "net.pth").touch()
-    assert find_weights("mine", file, "random") is None
-    assert find_weights("mine", file, "~/setting") == setting / "net.pth"
-    assert find_weights("mine", file, None) == variable / "net.pth"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(variable))
+    library = Library(cache)
+    assert library.find("random") is None
+    assert library.find("~/setting") == setting / "net.pth"
+    assert library.find(None) == variable / "net.pth"
     (variable / "net.pth").rename(variable / "authors.pth")
-    assert find_weights("mine", file, None) == variable / "authors.pth"
+    assert library.find(None) == variable / "authors.pth"
     (variable / "authors.pth").unlink()
-    assert find_weights("mine", file, None) == cache / "net.pth"
+    assert library.find(None) == cache / "net.pth"
     (cache / "net.pth").unlink()
-    assert find_weights("mine", file, None) == cache / "net.pth", "downloaded"
+    assert library.find(None) == cache / "downloaded.pth"
 
 
-def test_a_folder_that_is_named_must_exist_and_hold_the_file(
-    folders: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = Library(folders[2], online=True).file
-    (folders[1] / "net.pth").touch()
-    message = refusal(find_weights, "mine", file, str(folders[0]))
-    for part in ("losses.mine.init_args.weights", "net.pth or authors.pth", "somewhere"):
-        assert part in message
-    wrong = str(folders[0] / "absent")
-    assert f"losses.mine.init_args.weights is {wrong!r}" in refusal(find_weights, "mine", file, wrong)
-    monkeypatch.setenv("DC_SSDAE_WEIGHTS", wrong)
-    assert f"DC_SSDAE_WEIGHTS is {wrong!r}" in refusal(find_weights, "mine", file, None)
-
-
-def test_without_a_network_one_line_says_what_to_do(folders: list[Path]) -> None:
-    message = refusal(find_weights, "mine", Library(folders[2], online=False).file, None)
-    for part in ("net.pth", "somewhere", "no route", "losses.mine.init_args.weights", "DC_SSDAE_WEIGHTS"):
-        assert part in message
-    assert "--losses.mine 0" in message
+def test_weights_that_are_nowhere_are_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = str(tmp_path / "absent")
+    monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
+    for weights, parts in (
+        (str(tmp_path), ("losses.mine.init_args.weights", "net.pth or authors.pth", "somewhere")),
+        (absent, ("losses.mine.init_args.weights", absent)),
+        (None, ("net.pth", "somewhere", "no route", "losses.mine.init_args.weights", "DC_SSDAE_WEIGHTS")),
+    ):
+        message = refusal(Library(tmp_path, online=weights is not None).find, weights)
+        assert all(part in message for part in parts)
+    monkeypatch.setenv("DC_SSDAE_WEIGHTS", absent)
+    assert f"DC_SSDAE_WEIGHTS is {absent!r}" in refusal(Library(tmp_path).find, None)
 
 
 # --- libraries' caches and downloads ---
@@ -215,8 +187,7 @@ def test_a_host_that_does_not_answer_is_asked_once_and_not_for_long(monkeypatch:
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     message = refusal(find_weights, "mine", hugging_face_file("owner/net", ("net.safetensors",)), None)
-    for part in ("net.safetensors", "owner/net", "no answer"):
-        assert part in message
+    assert all(part in message for part in ("net.safetensors", "owner/net", "no answer"))
 
 
 def test_a_file_is_found_in_the_hugging_face_cache(empty_caches: Path) -> None:
@@ -260,31 +231,3 @@ def test_what_holds_no_tensors_by_name_is_refused_and_nothing_is_run(tmp_path: P
         torch.save(content, path)
         assert "net.pth" in refusal(read_weights, path)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": None}, "missing: weight"),
-        ({"bias": torch.zeros(3)}, "bias has shape (3,)"),
-        ({f"layer.{index}": torch.zeros(1) for index in range(99)}, "and 94 more"),
-    ],
-)
-def test_tensors_must_fit_exactly(change: dict[str, Tensor | None], message: str) -> None:
-    network = nn.Linear(2, 2)
-    tensors = {n: tensor for n, tensor in {**network.state_dict(), **change}.items() if tensor is not None}
-    line = refusal(load_exactly, network, tensors, Path("net.pth"))
-    assert line.startswith("net.pth ")
-    assert message in line
-    assert len(line) < 500
-
-
-def test_random_weights_are_fixed_and_disturb_nothing() -> None:
-    drawn = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        state = torch.get_rng_state()
-        with fixed_random_state():
-            drawn.append(torch.rand(3))
-        assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(*drawn)
