@@ -18,9 +18,9 @@ def test_the_folder_of_a_recipe_serves_as_a_model(tmp_path):
     run = tmp_path / "runs" / "tiny-three_phase"
     assert "done after step 2: the model is runs/tiny-three_phase/model" in (tmp_path / "log").read_text()
 
-    photo, results = tmp_path / "photo.png", []
+    photo, out, results = tmp_path / "photo.png", tmp_path / "out", []
     Image.new("RGB", (20, 30), "teal").save(photo)
     for model in (run, run / "3-decoder_refinement", run / "1-low_resolution"):
-        assert main(["reconstruct", str(photo), "--model", str(model), "--out", str(tmp_path), "--overwrite"]) == 0
-        results.append(photo.read_bytes())
+        assert main(["reconstruct", str(photo), "--model", str(model), "--out", str(out), "--overwrite"]) == 0
+        results.append((out / "photo.png").read_bytes())
     assert results[0] == results[1] != results[2]

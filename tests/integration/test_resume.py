@@ -66,7 +66,6 @@ def test_a_run_that_is_killed_ends_bit_identical(tmp_path: Path, kills: int, pro
             assert read_checkpoint(run / "checkpoints/last").state["step"] >= target - 3
             DCSSDAE.from_pretrained(run / "model")
     assert to_the_end(["--resume", str(run)], log) == 0, log.read_text()
-    print(f"{kills} kills, {within_writes} of them within a checkpoint's write")
     assert within_writes >= kills // 10
     assert len(metrics(whole)) == STEPS
     assert_same_runs(run, whole)

@@ -67,12 +67,10 @@ def train(words: list[str], log: Path, cwd: Path | None = None, command: str = "
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """Send SIGKILL to a run and to all its processes, which the launcher puts into sessions of their own."""
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid)
         for member in [family, *family.children(recursive=True)]:
             member.kill()
-    except psutil.NoSuchProcess:
-        pass
     process.wait()
 
 

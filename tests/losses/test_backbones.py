@@ -4,12 +4,9 @@ import copy
 import hashlib
 import os
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -101,25 +98,17 @@ def test_auto_takes_bfloat16_on_cuda_where_it_is_safe(safe: bool) -> None:
 # --- where weights are looked for ---
 
 
-@dataclass
-class Library:
-    """A library's cache of one file, in a folder, and its download."""
+def search(cache: Path, weights: str | None, online: bool = True) -> Path | None:
+    """Look for a file that its library would have in the folder `cache`, or download."""
 
-    folder: Path
-    online: bool = True
-
-    def cached(self) -> Path | None:
-        path = self.folder / "net.pth"
-        return path if path.is_file() else None
-
-    def download(self) -> Path:
-        if not self.online:
+    def download() -> Path:
+        if not online:
             raise OSError("no route\nto the host")
-        return self.folder / "downloaded.pth"
+        return cache / "downloaded.pth"
 
-    def find(self, weights: str | None) -> Path | None:
-        file = WeightsFile(("net.pth", "authors.pth"), "somewhere", self.cached, self.download)
-        return find_weights("mine", file, weights)
+    path = cache / "net.pth"
+    file = WeightsFile(("net.pth", "authors.pth"), "somewhere", lambda: path if path.is_file() else None, download)
+    return find_weights("mine", file, weights)
 
 
 def test_the_search_ends_at_the_first_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,16 +118,15 @@ def test_the_search_ends_at_the_first_place(tmp_path: Path, monkeypatch: pytest.
         (folder / "net.pth").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(variable))
-    library = Library(cache)
-    assert library.find("random") is None
-    assert library.find("~/setting") == setting / "net.pth"
-    assert library.find(None) == variable / "net.pth"
+    assert search(cache, "random") is None
+    assert search(cache, "~/setting") == setting / "net.pth"
+    assert search(cache, None) == variable / "net.pth"
     (variable / "net.pth").rename(variable / "authors.pth")
-    assert library.find(None) == variable / "authors.pth"
+    assert search(cache, None) == variable / "authors.pth"
     (variable / "authors.pth").unlink()
-    assert library.find(None) == cache / "net.pth"
+    assert search(cache, None) == cache / "net.pth"
     (cache / "net.pth").unlink()
-    assert library.find(None) == cache / "downloaded.pth"
+    assert search(cache, None) == cache / "downloaded.pth"
 
 
 def test_weights_that_are_nowhere_are_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,51 +137,32 @@ def test_weights_that_are_nowhere_are_named_with_what_to_do(tmp_path: Path, monk
         (absent, ("losses.mine.init_args.weights", absent)),
         (None, ("net.pth", "somewhere", "no route", "losses.mine.init_args.weights", "DC_SSDAE_WEIGHTS")),
     ):
-        message = refusal(Library(tmp_path, online=weights is not None).find, weights)
+        message = refusal(search, tmp_path, weights, online=weights is not None)
         assert all(part in message for part in parts)
     monkeypatch.setenv("DC_SSDAE_WEIGHTS", absent)
-    assert f"DC_SSDAE_WEIGHTS is {absent!r}" in refusal(Library(tmp_path).find, None)
+    assert f"DC_SSDAE_WEIGHTS is {absent!r}" in refusal(search, tmp_path, None)
 
 
 # --- libraries' caches and downloads ---
 
 
-@pytest.fixture
-def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_a_hub_file_is_downloaded_into_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
-    return tmp_path / "home"
-
-
-def test_a_hub_file_is_downloaded_into_its_cache(empty_caches: Path, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "net.pth")
     digest = hashlib.sha256((tmp_path / "net.pth").read_bytes()).hexdigest()
     source = (tmp_path / "net.pth").rename(tmp_path / f"net-{digest[:8]}.pth")
     file = hub_file(source.as_uri())
     assert file.cached() is None
-    assert find_weights("mine", file, None) == empty_caches / "hub" / "checkpoints" / source.name == file.cached()
+    assert find_weights("mine", file, None) == file.cached()
+    assert file.cached() == tmp_path / "home" / "hub" / "checkpoints" / source.name
 
 
-@pytest.mark.usefixtures("empty_caches")
-def test_a_host_that_does_not_answer_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, timeout: float, **__: Any) -> None:
-        assert timeout <= 10
-        raise URLError("no answer")
-
-    monkeypatch.setattr("dc_ssdae.losses.backbones.urlopen", unreachable)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
-    assert "no answer" in refusal(find_weights, "mine", hub_file("https://host.invalid/net.pth"), None)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    message = refusal(find_weights, "mine", hugging_face_file("owner/net", ("net.safetensors",)), None)
-    assert all(part in message for part in ("net.safetensors", "owner/net", "no answer"))
-
-
-def test_a_file_is_found_in_the_hugging_face_cache(empty_caches: Path) -> None:
+def test_a_file_is_found_in_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     file = hugging_face_file("owner/net", ("net.safetensors",))
     assert file.cached() is None
-    path = empty_caches / "models--owner--net" / "snapshots" / "0123" / "model.safetensors"
+    path = tmp_path / "models--owner--net" / "snapshots" / "0123" / "model.safetensors"
     for file_there, content in ((path, ""), (path.parents[2] / "refs" / "main", "0123")):
         file_there.parent.mkdir(parents=True)
         file_there.write_text(content)

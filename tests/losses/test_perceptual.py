@@ -146,15 +146,17 @@ def test_fetching_finds_what_building_would_or_one_line_names_it(
     LPIPSLoss.fetch(weights=str(checkpoints))
     LPIPSLoss.fetch("squeeze", weights="random", precision="bfloat16")
 
-    def unreachable(*_: Any, **__: Any) -> None:
+    def unreachable(*_: Any, timeout: float) -> None:
+        assert timeout <= 10
         raise URLError("no answer")
 
     monkeypatch.setattr("dc_ssdae.losses.backbones.urlopen", unreachable)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
     for attempt in (LPIPSLoss, LPIPSLoss.fetch):
         message = refusal(attempt)
-        parts = (NETS["vgg"][1], models.VGG16_Weights.IMAGENET1K_V1.url, "DC_SSDAE_WEIGHTS", "--losses.lpips 0")
+        parts = (NETS["vgg"][1], models.VGG16_Weights.IMAGENET1K_V1.url, "no answer", "--losses.lpips 0")
         assert all(part in message for part in parts)
         assert "'vgg16' (did you mean 'vgg'?)" in refusal(attempt, net="vgg16")
 

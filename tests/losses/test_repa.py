@@ -194,16 +194,18 @@ def test_building_draws_random_numbers_for_the_head_alone(tmp_path: Path) -> Non
 
 
 def test_without_weights_one_line_names_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
+    def unreachable(*_: Any, timeout: float) -> None:
+        assert timeout <= 10
         raise OSError("no answer")
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
     config = timm.get_pretrained_cfg(DINOV2_B)
     for attempt, given in ((REPALoss, {"decoder_channels": 12}), (REPALoss.fetch, {})):
         message = refusal(attempt, **given)
-        parts = (f"{DINOV2_B}.safetensors", Path(config.url).name, config.hf_hub_id, "--losses.repa 0")
+        parts = (f"{DINOV2_B}.safetensors", Path(config.url).name, config.hf_hub_id, "no answer", "--losses.repa 0")
         assert all(part in message for part in parts)
     (tmp_path / TINY_FILE).touch()
     monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(tmp_path))
