@@ -37,7 +37,7 @@ class Edges(nn.Module):
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         difference = (self.scale * outputs.clean_estimate - outputs.record.x).abs()
-        return difference.flatten(1).mean(1) if self.per_image else difference.mean()
+        return difference.flatten(1).mean(1).double() if self.per_image else difference.mean()
 
 
 class ReadsFeatures(nn.Module):
