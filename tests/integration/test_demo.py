@@ -27,3 +27,4 @@ def test_it_is_reproducible_and_the_report_says_what_it_measured(tmp_path, capsy
     shipped, trained = (page.index(words) for words in ("dB above bicubic", "dB below bicubic"))
     assert shipped < page.index("random weights")
     assert trained > shipped
+    assert "2 steps" in page

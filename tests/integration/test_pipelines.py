@@ -53,10 +53,7 @@ STATISTICS = LatentStatistics([0.5, -0.25, 0.75, 0.125], [1.5, 2.0, 0.5, 1.25], 
 """Far from 0 and 1, so that a pipeline that does not undo them, or undoes others, gives another picture."""
 
 MEASURED = SimpleNamespace(
-    scaling_factor=2.1591796875**-0.5,
-    shift_factor=0.28125,
-    latents_mean=STATISTICS.mean,
-    latents_std=STATISTICS.std,
+    scaling_factor=2.1591796875**-0.5, shift_factor=0.28125, latents_mean=STATISTICS.mean, latents_std=STATISTICS.std
 )
 """What the vae's config must say: of all values together the variance is 2.1591796875."""
 
