@@ -1,51 +1,26 @@
-"""`dc-ssdae train --recipe` as a user meets it: all phases by one command, kills in each of them, mistakes."""
+"""`dc-ssdae train --recipe` as a user meets it: all phases by one command."""
 
-from pathlib import Path
-
-import pytest
 from PIL import Image
 from tiny import make_images
 from training_runs import train, write_config
 
 from dc_ssdae.cli.main import main
 
-STEPS = 2
-FOLDERS = ("1-low_resolution", "2-latent_adaptation", "3-decoder_refinement")
 
+def test_the_folder_of_a_recipe_serves_as_a_model(tmp_path):
+    """The packaged recipe, small, in the folder that it gets by itself."""
+    make_images(tmp_path / "train", 12)
+    make_images(tmp_path / "validation", 3, seed=1)
+    config = write_config(tmp_path / "tiny.yaml", tmp_path, optimizer="adamw", sample_images=0)
+    words = ["--recipe", "three_phase", "--config", str(config), "--training.steps", "2"]
+    words += ["--data.image_size", "32", "--training.batch_size", "4"]
+    assert train(words, tmp_path / "log", cwd=tmp_path) == 0, (tmp_path / "log").read_text()
+    run = tmp_path / "runs" / "tiny-three_phase"
+    assert "done after step 2: the model is runs/tiny-three_phase/model" in (tmp_path / "log").read_text()
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    make_images(root / "train", 12)
-    make_images(root / "val", 3, seed=1)
-    return root
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory, data) -> Path:
-    return write_config(tmp_path_factory.mktemp("config") / "tiny.yaml", data, steps=1, optimizer="adamw")
-
-
-def words(config: Path) -> list[str]:
-    """The packaged recipe, small."""
-    small = ["--data.image_size", "32", "--training.batch_size", "4", "--training.steps", str(STEPS)]
-    return ["--recipe", "three_phase", "--config", str(config), *small, "--training.evaluate_every", "100"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, config) -> Path:
-    """A recipe that nothing disturbed, in the folder that it gets by itself."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert train(words(config), folder / "log", cwd=folder) == 0, (folder / "log").read_text()
-    assert f"done after step {STEPS}: the model is runs/tiny-three_phase/model" in (folder / "log").read_text()
-    return folder / "runs" / "tiny-three_phase"
-
-
-def test_its_folder_serves_as_a_model(whole, tmp_path):
-    photo = tmp_path / "photo.png"
+    photo, out, results = tmp_path / "photo.png", tmp_path / "out", []
     Image.new("RGB", (20, 30), "teal").save(photo)
-    for number, model in enumerate((whole, whole / FOLDERS[2], whole / FOLDERS[0])):
-        out = tmp_path / str(number)
-        assert main(["reconstruct", str(photo), "--model", str(model), "--out", str(out)]) == 0
-    results = [(tmp_path / str(number) / "photo.png").read_bytes() for number in range(3)]
+    for model in (run, run / "3-decoder_refinement", run / "1-low_resolution"):
+        assert main(["reconstruct", str(photo), "--model", str(model), "--out", str(out), "--overwrite"]) == 0
+        results.append((out / "photo.png").read_bytes())
     assert results[0] == results[1] != results[2]

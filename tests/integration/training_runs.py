@@ -12,70 +12,35 @@ import psutil
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import MODEL, metrics
+from tiny import metrics, run_config
 
 from dc_ssdae.cli.main import main
 
 
 def write_config(path: Path, root: Path, **training: object) -> Path:
-    """Write a configuration of the demo's model, smaller still."""
-    config = {
-        "model": MODEL,
-        "data": {"root": str(root), "image_size": 32, "workers": 0, "validation_images": 5},
-        "training": {
-            "steps": 40,
-            "batch_size": 4,
-            "lr": 1.0e-3,
-            "precision": "float32",
-            "ema_decay": 0.9,
-            "ema_start": 3,
-            "checkpoint_every": 2,
-            "evaluate_every": 10,
-            "sample_images": 2,
-            **training,
-        },
-        "losses": {"lpips": 0.0, "repa": 0.0},
-    }
-    path.write_text(yaml.safe_dump(config))
+    """Write the configuration of a run of the tiny model, of 40 steps, with evaluations and samples."""
+    settings = {"steps": 40, "optimizer": "schedule_free_radam", "evaluate_every": 10, "sample_images": 2, **training}
+    path.write_text(yaml.safe_dump(run_config(root, **settings).to_mapping()))
     return path
-
-
-def command(words: list[str], processes: int = 1) -> list[str]:
-    """The command line of `dc-ssdae train`, in one process or several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "dc_ssdae", "train", *words]
 
 
 def environment() -> dict[str, str]:
     """One thread, so that results do not hang on how many cores there are; no GPU."""
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)])),
-    }
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
 
 def start(words: list[str], log: Path, processes: int = 1, cwd: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start a run in a process group of its own."""
+    """Start `dc-ssdae train` in a process group of its own, in one process or several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "dc_ssdae", "train", *words]
     with log.open("ab") as output:
         return subprocess.Popen(
-            command(words, processes),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            start_new_session=True,
-            cwd=cwd,
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True, cwd=cwd
         )
 
 
-def train(words: list[str], log: Path, processes: int = 1, cwd: Path | None = None, apart: bool = False) -> int:
-    """Run to the end; gives the exit code.
-
-    One process is this one, which has imported everything already, unless it is to run apart from it.
-    """
-    if processes == 1 and not apart:
-        return train_here(words, log, cwd or Path.cwd())
+def train_apart(words: list[str], log: Path, processes: int = 1, cwd: Path | None = None) -> int:
+    """Run `dc-ssdae train` to the end in processes of its own; gives the exit code."""
     process = start(words, log, processes, cwd)
     try:
         return process.wait(timeout=300)
@@ -83,8 +48,8 @@ def train(words: list[str], log: Path, processes: int = 1, cwd: Path | None = No
         kill(process)
 
 
-def train_here(words: list[str], log: Path, cwd: Path) -> int:
-    """As `train`, in this process, with what `environment` sets there."""
+def train(words: list[str], log: Path, cwd: Path | None = None, command: str = "train") -> int:
+    """Run a command to the end in this process, which has imported everything already; gives the exit code."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -92,28 +57,21 @@ def train_here(words: list[str], log: Path, cwd: Path) -> int:
             log.open("a") as output,
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
-            contextlib.chdir(cwd),
+            contextlib.chdir(cwd or Path.cwd()),
             mock.patch.dict(os.environ, environment()),
-            mock.patch.object(sys, "path", [*sys.path, str(Path(__file__).parent)]),
         ):
-            return main(["train", *words])
+            return main([command, *words])
     finally:
         torch.set_num_threads(threads)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """Send SIGKILL to a run and to all its processes, which the launcher puts into sessions of their own."""
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid)
         for member in [family, *family.children(recursive=True)]:
             member.kill()
-    except psutil.NoSuchProcess:
-        pass
     process.wait()
-
-
-def count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def assert_same_runs(run: Path, other: Path) -> None:
@@ -121,15 +79,11 @@ def assert_same_runs(run: Path, other: Path) -> None:
     for name in ("model", "ema", "optimizer"):
         first, second = (load_file(path / "checkpoints/last" / f"{name}.safetensors") for path in (run, other))
         assert first.keys() == second.keys()
-        assert first
         for key, tensor in first.items():
             assert torch.equal(tensor, second[key]), f"{name}: {key}"
     assert any("running_mean" in key for key in load_file(run / "checkpoints/last/ema.safetensors"))
-    states = [json.loads((path / "checkpoints/last/state.json").read_text()) for path in (run, other)]
-    for state in states:
-        state.pop("seconds")
-    assert states[0] == states[1]
+    one, two = (json.loads((path / "checkpoints/last/state.json").read_text()) for path in (run, other))
+    assert {**one, "seconds": None} == {**two, "seconds": None}
     assert metrics(run) == metrics(other)
-    for name in ("config.json", "README.md"):
-        assert (run / "model" / name).read_text() == (other / "model" / name).read_text()
-    assert (run / "evaluations.jsonl").read_text() == (other / "evaluations.jsonl").read_text()
+    for name in ("model/config.json", "model/README.md", "evaluations.jsonl"):
+        assert (run / name).read_text() == (other / name).read_text()

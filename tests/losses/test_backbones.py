@@ -6,25 +6,20 @@ import os
 import pickle
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from tiny_models import refusal
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 from dc_ssdae.losses.backbones import (
     FrozenBackbone,
     WeightsFile,
     find_weights,
-    fixed_random_state,
     hub_file,
     hugging_face_file,
-    load_exactly,
     read_weights,
 )
 
@@ -65,32 +60,18 @@ def test_it_has_nothing_that_is_saved_trained_or_synchronised() -> None:
     assert not any(module.training for module in term.backbone.network.modules())
 
 
-def test_it_moves_with_the_rest_and_keeps_its_values_over_the_meta_device() -> None:
+def test_it_moves_with_the_rest_and_keeps_its_values_over_the_meta_device_and_in_copies() -> None:
     term = Term()
     expected = term.backbone(X)
     term.to("meta")
     assert term.head.weight.is_meta
     term.to_empty(device="cpu")
     assert torch.equal(term.backbone(X), expected)
+    copies = [copy.deepcopy(term), pickle.loads(pickle.dumps(term))]
     term.to(torch.float64)
     assert term.backbone.network.conv.weight.dtype == torch.float64
-
-
-def test_a_copy_has_weights_of_its_own() -> None:
-    term = Term()
-    expected = term.backbone(X)
-    copies = [copy.deepcopy(term), pickle.loads(pickle.dumps(term))]
     term.backbone.network.conv.weight.data.zero_()
     assert all(torch.equal(other.backbone(X), expected) for other in copies)
-
-
-def test_compiling_compiles_the_network_in_place() -> None:
-    term, counter = Term(), CompileCounter()
-    expected = term.backbone(X)
-    term.backbone.compile(backend=counter)
-    torch.testing.assert_close(term.backbone(X), expected)
-    assert counter.frame_count == 1
-    assert list(term.state_dict()) == ["head.weight", "head.bias"]
 
 
 # --- precision ---
@@ -117,112 +98,71 @@ def test_auto_takes_bfloat16_on_cuda_where_it_is_safe(safe: bool) -> None:
 # --- where weights are looked for ---
 
 
-class Library:
-    """A library's cache and download of one file, in a folder."""
+def search(cache: Path, weights: str | None, online: bool = True) -> Path | None:
+    """Look for a file that its library would have in the folder `cache`, or download."""
 
-    def __init__(self, folder: Path, online: bool) -> None:
-        self.folder, self.online = folder, online
-        self.file = WeightsFile(("net.pth", "authors.pth"), "somewhere", self.cached, self.download)
-
-    def cached(self) -> Path | None:
-        path = self.folder / "net.pth"
-        return path if path.is_file() else None
-
-    def download(self) -> Path:
-        if not self.online:
+    def download() -> Path:
+        if not online:
             raise OSError("no route\nto the host")
-        (self.folder / "net.pth").touch()
-        return self.folder / "net.pth"
+        return cache / "downloaded.pth"
+
+    path = cache / "net.pth"
+    file = WeightsFile(("net.pth", "authors.pth"), "somewhere", lambda: path if path.is_file() else None, download)
+    return find_weights("mine", file, weights)
 
 
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Folders for the setting, the environment variable, which names its own, and the library's cache."""
-    found = [tmp_path / name for name in ("setting", "variable", "cache")]
-    for folder in found:
+def test_the_search_ends_at_the_first_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting, variable, cache = (tmp_path / name for name in ("setting", "variable", "cache"))
+    for folder in (setting, variable, cache):
         folder.mkdir()
-    monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(found[1]))
-    return found
-
-
-def test_the_search_ends_at_the_first_place(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    setting, variable, cache = folders
-    monkeypatch.setenv("HOME", str(setting.parent))
-    file = Library(cache, online=True).file
-    for folder in folders:
         (folder / "net.pth").touch()
-    assert find_weights("mine", file, "random") is None
-    assert find_weights("mine", file, "~/setting") == setting / "net.pth"
-    assert find_weights("mine", file, None) == variable / "net.pth"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(variable))
+    assert search(cache, "random") is None
+    assert search(cache, "~/setting") == setting / "net.pth"
+    assert search(cache, None) == variable / "net.pth"
     (variable / "net.pth").rename(variable / "authors.pth")
-    assert find_weights("mine", file, None) == variable / "authors.pth"
+    assert search(cache, None) == variable / "authors.pth"
     (variable / "authors.pth").unlink()
-    assert find_weights("mine", file, None) == cache / "net.pth"
+    assert search(cache, None) == cache / "net.pth"
     (cache / "net.pth").unlink()
-    assert find_weights("mine", file, None) == cache / "net.pth", "downloaded"
+    assert search(cache, None) == cache / "downloaded.pth"
 
 
-def test_a_folder_that_is_named_must_exist_and_hold_the_file(
-    folders: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = Library(folders[2], online=True).file
-    (folders[1] / "net.pth").touch()
-    message = refusal(find_weights, "mine", file, str(folders[0]))
-    for part in ("losses.mine.init_args.weights", "net.pth or authors.pth", "somewhere"):
-        assert part in message
-    wrong = str(folders[0] / "absent")
-    assert f"losses.mine.init_args.weights is {wrong!r}" in refusal(find_weights, "mine", file, wrong)
-    monkeypatch.setenv("DC_SSDAE_WEIGHTS", wrong)
-    assert f"DC_SSDAE_WEIGHTS is {wrong!r}" in refusal(find_weights, "mine", file, None)
-
-
-def test_without_a_network_one_line_says_what_to_do(folders: list[Path]) -> None:
-    message = refusal(find_weights, "mine", Library(folders[2], online=False).file, None)
-    for part in ("net.pth", "somewhere", "no route", "losses.mine.init_args.weights", "DC_SSDAE_WEIGHTS"):
-        assert part in message
-    assert "--losses.mine 0" in message
+def test_weights_that_are_nowhere_are_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = str(tmp_path / "absent")
+    monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
+    for weights, parts in (
+        (str(tmp_path), ("losses.mine.init_args.weights", "net.pth or authors.pth", "somewhere")),
+        (absent, ("losses.mine.init_args.weights", absent)),
+        (None, ("net.pth", "somewhere", "no route", "losses.mine.init_args.weights", "DC_SSDAE_WEIGHTS")),
+    ):
+        message = refusal(search, tmp_path, weights, online=weights is not None)
+        assert all(part in message for part in parts)
+    monkeypatch.setenv("DC_SSDAE_WEIGHTS", absent)
+    assert f"DC_SSDAE_WEIGHTS is {absent!r}" in refusal(search, tmp_path, None)
 
 
 # --- libraries' caches and downloads ---
 
 
-@pytest.fixture
-def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_a_hub_file_is_downloaded_into_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
     monkeypatch.delenv("DC_SSDAE_WEIGHTS", raising=False)
-    return tmp_path / "home"
-
-
-def test_a_hub_file_is_downloaded_into_its_cache(empty_caches: Path, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "net.pth")
     digest = hashlib.sha256((tmp_path / "net.pth").read_bytes()).hexdigest()
     source = (tmp_path / "net.pth").rename(tmp_path / f"net-{digest[:8]}.pth")
     file = hub_file(source.as_uri())
     assert file.cached() is None
-    assert find_weights("mine", file, None) == empty_caches / "hub" / "checkpoints" / source.name == file.cached()
+    assert find_weights("mine", file, None) == file.cached()
+    assert file.cached() == tmp_path / "home" / "hub" / "checkpoints" / source.name
 
 
-@pytest.mark.usefixtures("empty_caches")
-def test_a_host_that_does_not_answer_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, timeout: float, **__: Any) -> None:
-        assert timeout <= 10
-        raise URLError("no answer")
-
-    monkeypatch.setattr("dc_ssdae.losses.backbones.urlopen", unreachable)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
-    assert "no answer" in refusal(find_weights, "mine", hub_file("https://host.invalid/net.pth"), None)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    message = refusal(find_weights, "mine", hugging_face_file("owner/net", ("net.safetensors",)), None)
-    for part in ("net.safetensors", "owner/net", "no answer"):
-        assert part in message
-
-
-def test_a_file_is_found_in_the_hugging_face_cache(empty_caches: Path) -> None:
+def test_a_file_is_found_in_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     file = hugging_face_file("owner/net", ("net.safetensors",))
     assert file.cached() is None
-    path = empty_caches / "models--owner--net" / "snapshots" / "0123" / "model.safetensors"
+    path = tmp_path / "models--owner--net" / "snapshots" / "0123" / "model.safetensors"
     for file_there, content in ((path, ""), (path.parents[2] / "refs" / "main", "0123")):
         file_there.parent.mkdir(parents=True)
         file_there.write_text(content)
@@ -260,31 +200,3 @@ def test_what_holds_no_tensors_by_name_is_refused_and_nothing_is_run(tmp_path: P
         torch.save(content, path)
         assert "net.pth" in refusal(read_weights, path)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": None}, "missing: weight"),
-        ({"bias": torch.zeros(3)}, "bias has shape (3,)"),
-        ({f"layer.{index}": torch.zeros(1) for index in range(99)}, "and 94 more"),
-    ],
-)
-def test_tensors_must_fit_exactly(change: dict[str, Tensor | None], message: str) -> None:
-    network = nn.Linear(2, 2)
-    tensors = {n: tensor for n, tensor in {**network.state_dict(), **change}.items() if tensor is not None}
-    line = refusal(load_exactly, network, tensors, Path("net.pth"))
-    assert line.startswith("net.pth ")
-    assert message in line
-    assert len(line) < 500
-
-
-def test_random_weights_are_fixed_and_disturb_nothing() -> None:
-    drawn = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        state = torch.get_rng_state()
-        with fixed_random_state():
-            drawn.append(torch.rand(3))
-        assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(*drawn)

@@ -6,32 +6,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import refusal, tiny
+from tiny_models import image, refusal, tiny
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from dc_ssdae import DiagonalGaussian
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
-from dc_ssdae.losses import DynamicsLoss, FrozenBackbone, KLLoss, LossTerm, Objective, StepOutputs, WeightedTerm
+from dc_ssdae.losses import DynamicsLoss, FrozenBackbone, KLLoss, Objective, StepOutputs, WeightedTerm
 from dc_ssdae.losses.total import BUILT_IN
 from dc_ssdae.training.build import build_objective
 from dc_ssdae.training.config import BUILT_IN_LOSSES, LossConfig
 
-DYNAMICS = [EquilibriumMatching(), EquilibriumMatching("truncated", 4.0), FlowMatching()]
-IDS = ["eqm", "eqm with a scale", "fm"]
 
-
-def outputs(dynamics: Dynamics | None = None, batch: int = 3) -> StepOutputs:
+def outputs(dynamics: Dynamics | None = None) -> StepOutputs:
     dynamics = dynamics or EquilibriumMatching()
-    x = 2.0 * torch.rand(batch, 3, 8, 8) - 1.0
-    record = dynamics.corrupt(x, torch.randn_like(x), dynamics.sample_level(batch))
-    prediction = torch.randn(batch, 3, 8, 8, requires_grad=True)
-    posterior = DiagonalGaussian(torch.randn(batch, 4, 2, 3, requires_grad=True), torch.randn(batch, 4, 2, 3))
+    x = image(3, 8, 8)
+    record = dynamics.corrupt(x, torch.randn_like(x), dynamics.sample_level(3))
+    prediction = torch.randn(3, 3, 8, 8, requires_grad=True)
+    posterior = DiagonalGaussian(torch.randn(3, 4, 2, 3, requires_grad=True), torch.randn(3, 4, 2, 3))
     return StepOutputs(dynamics, record, prediction, posterior)
-
-
-def objective(**weights: float) -> Objective:
-    return Objective({name: WeightedTerm(weight, BUILT_IN[name]()) for name, weight in weights.items()})
 
 
 class Edges(nn.Module):
@@ -44,18 +37,7 @@ class Edges(nn.Module):
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         difference = (self.scale * outputs.clean_estimate - outputs.record.x).abs()
-        return difference.flatten(1).mean(1) if self.per_image else difference.mean()
-
-
-class Gives(nn.Module):
-    """A term that gives whatever it is told."""
-
-    def __init__(self, value: object) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, outputs: StepOutputs) -> object:
-        return self.value
+        return difference.flatten(1).mean(1).double() if self.per_image else difference.mean()
 
 
 class ReadsFeatures(nn.Module):
@@ -81,10 +63,13 @@ def test_the_names_and_default_weights_are_the_specifications() -> None:
     assert BUILT_IN.keys() == BUILT_IN_LOSSES.keys()
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS, ids=IDS)
-def test_the_dynamics_term_is_the_mean_square_of_the_error(dynamics: Dynamics) -> None:
+@pytest.mark.parametrize(
+    ("dynamics", "scale"),
+    [(EquilibriumMatching("truncated", 4.0), 4.0), (FlowMatching(), 1.0)],
+    ids=["equilibrium", "flow"],
+)
+def test_the_dynamics_term_is_the_mean_square_of_the_error(dynamics: Dynamics, scale: float) -> None:
     given = outputs(dynamics)
-    scale = dynamics.gradient_scale if isinstance(dynamics, EquilibriumMatching) else 1.0
     error = (given.prediction - given.record.target) / scale
     torch.testing.assert_close(DynamicsLoss()(given), error.square().mean(dim=(1, 2, 3)))
     true = replace(given, prediction=given.record.target)
@@ -97,7 +82,8 @@ def test_the_dynamics_term_is_the_mean_square_of_the_error(dynamics: Dynamics) -
 def test_terms_are_unweighted_means_and_the_total_is_their_weighted_sum() -> None:
     half = torch.randn(3, 3, 8, 8).bfloat16().requires_grad_()
     given = replace(outputs(), prediction=half)
-    losses = objective(dynamics=0.7, kl=0.03)(given)
+    whole = Objective({"dynamics": WeightedTerm(0.7, DynamicsLoss()), "kl": WeightedTerm(0.03, KLLoss())})
+    losses = whole(given)
     assert list(losses.terms) == ["dynamics", "kl"]
     assert losses.total.dtype == given.clean_estimate.dtype == torch.float32
     torch.testing.assert_close(losses.terms["dynamics"], DynamicsLoss()(given).mean())
@@ -108,14 +94,12 @@ def test_terms_are_unweighted_means_and_the_total_is_their_weighted_sum() -> Non
     torch.testing.assert_close(losses.total, 0.7 * losses.terms["dynamics"] + 0.03 * losses.terms["kl"])
     losses.total.backward()
     assert half.grad is not None
-    assert half.grad.any()
-    assert given.posterior.mean.grad is not None
+    assert posterior.mean.grad is not None
 
 
 @pytest.mark.parametrize("per_image", [False, True])
 def test_a_term_of_ones_own_trains(per_image: bool) -> None:
-    term: LossTerm = Edges(per_image)
-    assert isinstance(term, nn.Module)
+    term = Edges(per_image)
     whole = Objective({"dynamics": WeightedTerm(1.0, DynamicsLoss()), "edges": WeightedTerm(0.5, term)})
     assert [name for name, _ in whole.named_parameters()] == ["terms.edges.scale"]
     given = outputs()
@@ -124,31 +108,27 @@ def test_a_term_of_ones_own_trains(per_image: bool) -> None:
     torch.testing.assert_close(losses.terms["edges"], expected)
     torch.testing.assert_close(losses.total, losses.terms["dynamics"] + 0.5 * expected)
     losses.total.backward()
-    assert term.scale.grad is not None
-    assert term.scale.grad != 0
+    assert term.scale.grad
 
 
 @pytest.mark.parametrize(("value", "given"), [(torch.zeros(2), "(2,)"), (torch.zeros(3, 1), "(3, 1)"), (1.5, "float")])
 def test_a_term_of_another_shape_is_named(value: object, given: str) -> None:
-    whole = Objective({"mine": WeightedTerm(1.0, Gives(value))})
-    assert f"losses.mine returns {given}; " in refusal(whole, outputs())
+    term = Edges()
+    term.forward = lambda outputs: value  # type: ignore[method-assign]
+    assert f"losses.mine returns {given}; " in refusal(Objective({"mine": WeightedTerm(1.0, term)}), outputs())
     assert "at least one term" in refusal(Objective, {})
 
 
-@pytest.mark.parametrize("layer", [None, 3])
-def test_an_objective_tells_which_features_it_reads(layer: int | None) -> None:
+@pytest.mark.parametrize(("layer", "another"), [(None, 3), (3, 0)])
+def test_an_objective_tells_which_features_it_reads(layer: int | None, another: int) -> None:
     weighted = WeightedTerm(1.0, ReadsFeatures(layer))
     whole = Objective({"dynamics": WeightedTerm(1.0, DynamicsLoss()), "mine": weighted, "again": weighted})
     assert (whole.wants_decoder_features, whole.decoder_layer) == (True, layer)
     features = torch.randn(3, 4, 1, 1)
     losses = whole(replace(outputs(), decoder_features=features))
     torch.testing.assert_close(losses.terms["mine"], features.square().mean())
-
-
-@pytest.mark.parametrize(("one", "other"), [(0, 1), (None, 4)])
-def test_terms_that_read_different_blocks_are_refused(one: int | None, other: int | None) -> None:
-    terms = {"one": WeightedTerm(1.0, ReadsFeatures(one)), "other": WeightedTerm(1.0, ReadsFeatures(other))}
-    assert f"losses.one {one}, losses.other {other}" in refusal(Objective, terms)
+    different = {"mine": weighted, "other": WeightedTerm(1.0, ReadsFeatures(another))}
+    assert f"losses.mine {layer}, losses.other {another}" in refusal(Objective, different)
 
 
 def test_backbones_are_compiled_wherever_they_are() -> None:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import refusal
 
-from dc_ssdae.errors import InputError
 from dc_ssdae.presets import dump_yaml, parse_yaml, read_yaml
 from dc_ssdae.presets.plain_yaml import LARGEST_FILE
 
@@ -23,11 +23,8 @@ from dc_ssdae.presets.plain_yaml import LARGEST_FILE
         ("300_000", 300_000),
         ("1:30", "1:30"),
         ("no", "no"),
-        ("true", True),
-        ("~", None),
         ("", None),
-        ("'1e-6'", "1e-6"),
-        ("[1, 2.5, x]", [1, 2.5, "x"]),
+        ("['1e-6', 1, 2.5, true, ~]", ["1e-6", 1, 2.5, True, None]),
         ("{<<: {a: 1, b: 2}, b: 3}", {"a": 1, "b": 3}),
     ],
 )
@@ -43,29 +40,23 @@ def test_what_plain_words_are(text: str, value: Any) -> None:
         ("a: 1\nb:\n  c: 1\n  c: 2", 4),
         ("a: [1\nb: 2", 2),
         ("a: b\n\tc: d", 2),
-        ("a: *x", 1),
         ("!!python/object:os.system x", 1),
         ("a: \0", None),
-        ("# only a comment", None),
         ("- a", None),
     ],
 )
 def test_refusals_are_one_line_with_the_place(text: str, line: int | None) -> None:
-    with pytest.raises(InputError) as error:
-        read_yaml(text, "f.yaml")
-    assert str(error.value).startswith("f.yaml " if line is None else f"f.yaml:{line}: ")
-    assert len(str(error.value).splitlines()) == 1
+    message = refusal(read_yaml, text, "f.yaml")
+    assert message.startswith("f.yaml " if line is None else f"f.yaml:{line}: ")
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     file = tmp_path / "f.yaml"
     for content in (bytes(range(256)), b"a: 1\n" * LARGEST_FILE, b"a: ["):
         file.write_bytes(content)
-        with pytest.raises(InputError, match=r"f\.yaml"):
-            read_yaml(file)
+        assert "f.yaml" in refusal(read_yaml, file)
     for path in (tmp_path, tmp_path / "missing.yaml"):
-        with pytest.raises(InputError, match=str(path)):
-            read_yaml(path)
+        assert str(path) in refusal(read_yaml, path)
     file.write_bytes(b"\xef\xbb\xbfa: \xc3\xa9")
     assert read_yaml(file) == {"a": "é"}
 
