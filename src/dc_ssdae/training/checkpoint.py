@@ -73,7 +73,8 @@ class CheckpointFolder:
         Raises:
             OSError: it cannot be written, for instance because the disk is full. What was there before stays.
         """
-        target = self.of_step(checkpoint.state["step"])
+        step = checkpoint.state["step"]
+        target = self.of_step(step)
         if not checkpoint.tensors:
             state = {"format": FORMAT, **checkpoint.state, "sha256": read_state(target).get("sha256")}
             write_json(target / STATE_FILE, state)
@@ -84,9 +85,9 @@ class CheckpointFolder:
                     target.rename(temporary_name(target))
                 beside.rename(target)
                 sync(self.path)
-            self._link(LAST, target)
+            self._link(LAST, step)
         if is_best:
-            self._link(BEST, target)
+            self._link(BEST, step)
         self.clean()
         return target
 
@@ -124,36 +125,33 @@ class CheckpointFolder:
             if folder.is_dir() and not folder.is_symlink():
                 target = self.of_step(read_state(folder)["step"])
                 folder.rename(temporary_name(target) if target.exists() else target)
-                self._link(name, target)
         if not (self.path / LAST).is_symlink() and (steps := self._steps()):
-            self._link(LAST, self.of_step(max(steps)))  # whole, since it has its name
+            self._link(LAST, max(steps))  # whole, since it has its name
         last = self.last()
-        if last is not None:
-            state = read_state(last)
-            if (state.get("best") or {}).get("step") == state["step"] and self.best() != last:
-                self._link(BEST, last)
+        best = None if last is None else read_state(last).get("best")
+        if best is not None and self.of_step(best["step"]).is_dir():
+            self._link(BEST, best["step"])
         self.clean()
 
     def clean(self) -> None:
         """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
-        last = self._linked(LAST)
-        for step in self._steps() if last is not None else ():
+        linked = self._linked(LAST), self._linked(BEST)
+        for step in self._steps():
             lasting = self.keep_every is not None and step % self.keep_every == 0
-            if not lasting and self.of_step(step).resolve() not in (last, self.best()):
+            if not lasting and self.of_step(step).resolve() not in linked:
                 shutil.rmtree(self.of_step(step), ignore_errors=True)
         for entry in self.path.glob("*.partial"):
             if entry.is_symlink():
-                entry.unlink(missing_ok=True)
-            else:
-                shutil.rmtree(entry, ignore_errors=True)
+                entry.unlink()
+            shutil.rmtree(entry, ignore_errors=True)
 
     def _steps(self) -> list[int]:
         """The steps of the checkpoints that are there."""
         return [int(match[1]) for entry in self.path.glob("step-*") if (match := _FOLDER.fullmatch(entry.name))]
 
-    def _link(self, name: str, target: Path) -> None:
+    def _link(self, name: str, step: int) -> None:
         # A link's target is given by its name alone, so that the run's folder may be moved.
-        replace_link(self.path / name, target.name)
+        replace_link(self.path / name, self.of_step(step).name)
 
     def _linked(self, name: str) -> Path | None:
         link = self.path / name
@@ -194,9 +192,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         state.pop("sha256", None)  # of these files; others will have their own
         return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
     except InputError as error:
-        others = [entry.name for entry in folder.parent.glob("step-*") if entry.name != folder.name]
-        advice = f"; to go on from another checkpoint: ln -sfn {max(others)} {folder.parent / LAST}" if others else ""
-        raise InputError(f"{error}{advice}") from error
+        advice = f"to go on from another checkpoint: ln -sfn step-NUMBER {folder.parent / LAST}"
+        raise InputError(f"{error}; {advice}") from error
 
 
 def check_tensors(folder: Path, names: Iterable[str]) -> None:
@@ -242,8 +239,6 @@ def refused_as_damaged(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder / STATE_FILE} is damaged ({line})") from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dc_ssdae.data.images import to_uint8
-from dc_ssdae.data.loader import BrokenImage, ValidationImages, enlarged_caveat, validation_loader
+from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
 from dc_ssdae.data.sources import ImageSource, ImageSources
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError
@@ -113,7 +113,8 @@ class Measurements:
         encode = partial(self._run, self.module.posterior)
         with self._averaged():
             survey = latent_statistics(encode, images, channels, self._batch_size(), self.workers, *share)
-        loggers.broken([image for part in self.processes.gather(survey.broken) for image in part], step, "train")
+        for broken in self.processes.gather(survey.broken):
+            loggers.broken(broken, step, "train")
         moments = LatentMoments.from_states(torch.stack(self.processes.gather(survey.moments.state())))
         self.latent, self.measured_at = None, step
         try:
@@ -127,15 +128,16 @@ class Measurements:
         assert self.sources.validation is not None
         data, random = self.config.data, self.module.objective.random_backbones
         images = self._images(self.sources.validation, data.validation_images)
-        reconstruct = partial(self._run, self.module.reconstruct)
+        pictured = range(min(self.config.training.sample_images, len(images)))
         with self._averaged():
+            reconstruct = partial(self._run, self.module.reconstruct)
             result = evaluate(reconstruct, images, self.processes, self._batch_size(), self.workers)
-            if self.config.training.sample_images:
-                self._log_pictures(images, step, loggers)
+            if pictured:
+                originals = torch.stack([images[place].pixels for place in pictured])
+                # In every process, because sharded networks need them all.
+                output = self.module.reconstruct(originals.to(self.processes.device)).cpu()
+                loggers.pictures(originals, to_uint8(output.nan_to_num()), step)
         loggers.broken(result.broken, step, "validation")
-        if not self.evaluations:
-            for line in enlarged_caveat(result.enlarged, result.images, data.image_size):
-                loggers.say(f"step {step}: validation: {line}")
         self.evaluated_at = step
         metrics = {name: {"value": value} for name, value in result.values.items() if math.isfinite(value)}
         entry = {
@@ -151,22 +153,12 @@ class Measurements:
         loggers.evaluation({"step": step, **result.values, "images": result.images, **remark})
         if not result.images:
             loggers.say(f"step {step}: no validation image can be read; nothing is the best")
-        return self._is_best(result.values, step)
-
-    def _is_best(self, values: Mapping[str, float], step: int) -> bool:
         name, direction = self.config.training.best
-        value, sign = values[name], 1.0 if direction == "max" else -1.0
+        value, sign = result.values[name], 1.0 if direction == "max" else -1.0
         if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
             return False
         self.best = {"metric": name, "value": value, "step": step}
         return True
-
-    def _log_pictures(self, images: ValidationImages, step: int, loggers: Loggers) -> None:
-        shown = [images[place] for place in range(min(self.config.training.sample_images, len(images)))]
-        originals = torch.stack([image.pixels for image in shown])
-        # In every process, because sharded networks need them all.
-        output = self.module.reconstruct(originals.to(self.processes.device)).cpu()
-        loggers.pictures(originals, to_uint8(output.nan_to_num()), step)
 
     def _batch_size(self) -> int:
         return min(EVALUATION_BATCH, self.config.training.batch_size // self.processes.count)
@@ -192,12 +184,11 @@ class Measurements:
 
 
 class Evaluation(NamedTuple):
-    """Means over the images, how many there were, what could not be read, and how many were enlarged."""
+    """Means over the images, how many there were, and what could not be read."""
 
     values: dict[str, float]
     images: int
     broken: list[BrokenImage]
-    enlarged: int = 0
 
 
 def evaluate(
@@ -220,22 +211,20 @@ def evaluate(
     # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
     places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
-    results = torch.zeros(count, len(MEASURES) + 2, dtype=torch.float64)
+    results = torch.zeros(count, len(MEASURES) + 1, dtype=torch.float64)
     broken: list[BrokenImage] = []
     unread = iter(places)
     for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
-        pixels = torch.stack([image.pixels for image in batch])
-        reconstructed = reconstruct(pixels).cpu()
+        reconstructed = reconstruct(torch.stack([image.pixels for image in batch])).cpu()
         for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
             if place < count and image.broken is not None:
                 broken.append(image.broken)
             elif place < count:
-                results[place] = results.new_tensor([*measure(image.pixels, output), image.enlarged, 1.0])
-    total = processes.sum(results)
+                results[place] = results.new_tensor([*measure(image.pixels, output), 1.0])
+    total = processes.sum(results).sum(dim=0)
+    means = (total[:-1] / total[-1]).tolist()
     broken = [image for part in processes.gather(broken) for image in part]
-    measured = int(total[:, -1].sum())
-    means = total[:, :-2].sum(dim=0) / measured
-    return Evaluation(dict(zip(MEASURES, means.tolist(), strict=True)), measured, broken, int(total[:, -2].sum()))
+    return Evaluation(dict(zip(MEASURES, means, strict=True)), int(total[-1]), broken)
 
 
 def measure(pixels: Tensor, output: Tensor) -> list[float]:

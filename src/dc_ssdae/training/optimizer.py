@@ -23,8 +23,7 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Op
         raise InputError("no parameter of the model trains")
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-        return torch.optim.AdamW(parameters, fused=fused, **settings)
+        return torch.optim.AdamW(parameters, fused=parameters[0].device.type in ("cpu", "cuda"), **settings)
     optimizer = RAdamScheduleFree(parameters, **settings)
     optimizer.train()
     return optimizer

@@ -56,6 +56,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep_every)
         self.metrics = path / "metrics.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
         self.broken_images = path / "broken_images.jsonl"
         self.model = path / "model"
         self.teacher = path / "teacher"
@@ -164,54 +165,58 @@ def run_lock(path: Path) -> Iterator[bool]:
     Raises:
         InputError: another process has the lock.
     """
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle, is_locked = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644), True
     try:
         try:
             # Not flock, which the processes that read images would inherit, and hold for seconds after a kill.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         except (BlockingIOError, PermissionError):
             owner = os.read(handle, 200).decode("utf-8", "replace") or "another process"
             raise InputError(f"{path} is being trained by {owner}; stop that first") from None
         except OSError:
             is_locked = False
-        else:
-            is_locked = True
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield is_locked
     finally:
         os.close(handle)
 
 
-def publish_model(
-    run: RunFolder,
-    ema_file: Path,
-    statistics: LatentStatistics | None = None,
-    latent_stays: bool = False,
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
+def publish_model(run: RunFolder, checkpoint: Path, state: Mapping[str, Any], recovers: bool = False) -> None:
     """Make a checkpoint's averaged weights those of RUN/model, by one rename; without a second copy where it can.
+
+    A run that has skipped all its steps has no model yet.
 
     Args:
         run: the folder.
-        ema_file: the weights.
-        statistics: of their latent, for config.json; None where they are not measured.
-        latent_stays: whether the encoder does not train, and what config.json says of its latent stays true.
-        provenance: of the model, for config.json and the card; None leaves what is there.
+        checkpoint: the checkpoint's folder.
+        state: of the checkpoint: what is known of the latent and of the model's provenance.
+        recovers: leave what has been found out since about the weights that are there: statistics and figures.
 
     Raises:
+        InputError: the checkpoint is damaged.
         OSError: it cannot be written.
     """
-    with written_beside(run.model / WEIGHTS_FILE) as beside:
-        try:
-            os.link(ema_file, beside)
-        except OSError:
-            shutil.copy(ema_file, beside)
-    stale = read_config(run.model).get("latents_mean") is not None and not latent_stays
-    if statistics is not None or stale:
-        write_latent_statistics(run.model, statistics)
+    if 0 < state["step"] == state.get("skipped_steps"):
+        return
+    before, weights, published = read_config(run.model), checkpoint / "ema.safetensors", run.model / WEIGHTS_FILE
+    stays = recovers and published.is_file() and filecmp.cmp(weights, published)
+    if not stays:
+        if recovers:
+            check_tensors(checkpoint, ["ema"])
+        with written_beside(published) as beside:
+            try:
+                os.link(weights, beside)
+            except OSError:
+                shutil.copy(weights, beside)
+    measured, provenance = state.get("latent_statistics"), state.get("provenance")
+    latent_stays = measured is None and keeps_latent(state.get("settings", {}).get("training.train"))
+    if not latent_stays and not (stays and before.get("latents_mean") is not None):
+        write_latent_statistics(run.model, None if measured is None else LatentStatistics(**measured))
     if provenance is not None:
-        note_provenance(run.model, provenance)
+        there = before.get("provenance") or {}
+        is_same = stays and there.get("steps") == provenance.get("steps")
+        note_provenance(run.model, there if is_same else provenance)
     sync(run.model)
 
 
@@ -224,28 +229,10 @@ def recover_run(run: RunFolder) -> None:
     """
     run.checkpoints.recover()
     for entry in run.model.glob(".*.partial"):
-        entry.unlink(missing_ok=True)
-    last, published = run.checkpoints.last(), run.model / WEIGHTS_FILE
-    if last is None:
-        return
-    state = read_state(last)
-    if 0 < state["step"] == state.get("skipped_steps"):
-        return  # nothing is trained yet
-    measured, provenance = state.get("latent_statistics"), state.get("provenance")
-    with refused_as_damaged(last):
-        statistics = None if measured is None else LatentStatistics(**measured)
-        latent_stays = keeps_latent(state.get("settings", {}).get("training.train"))
-    if not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
-        check_tensors(last, ["ema"])
-        publish_model(run, last / "ema.safetensors", statistics, latent_stays, provenance)
-        return
-    config = read_config(run.model)
-    if statistics is not None and config.get("latents_mean") is None:
-        write_latent_statistics(run.model, statistics)
-    if provenance is not None:
-        there = config.get("provenance") or {}
-        # What belongs to these weights stays: figures may have been added to it since.
-        note_provenance(run.model, there if there.get("steps") == provenance.get("steps") else provenance)
+        entry.unlink()
+    if (last := run.checkpoints.last()) is not None:
+        with refused_as_damaged(last):
+            publish_model(run, last, read_state(last), recovers=True)
 
 
 def describe_environment(device: torch.device, processes: int, distribution: str) -> dict[str, Any]:
