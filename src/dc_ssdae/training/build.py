@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import import_class
 from dc_ssdae.components import COMPONENTS, resolve_part
-from dc_ssdae.errors import InputError, prefixed, shown
+from dc_ssdae.errors import InputError, prefixed, wrong_value
 from dc_ssdae.losses.total import BUILT_IN, Objective, WeightedTerm
 from dc_ssdae.model_folder import model_folder, read_config
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
@@ -93,7 +93,9 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
         InputError: as `build_model` and `build_objective`; no group has a name that is to train; or the teacher is not
             there.
     """
-    model = _build_for_training(config)
+    model = build_model(config.model)
+    if config.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     objective = build_objective(config.losses, model)
     given, settings = config.distillation, (config.training.precision, config.training.channels_last)
     if given is None:
@@ -137,13 +139,12 @@ def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) 
         return step
     source = training.init_from if distillation is None else str(run.teacher)
     loaded = set() if source is None else load_initial_weights(step, source)
-    for name in sorted(step.held_back - loaded):
-        if name.startswith("objective."):
-            term = name.split(".")[2]
-            raise InputError(
-                f"losses.{term} has parameters of its own, which are new and would not train: add losses.{term} to "
-                f"training.train, start from a run that has trained them, or leave the term out: --losses.{term} 0"
-            )
+    new = sorted(name.split(".")[2] for name in step.held_back - loaded if name.startswith("objective."))
+    if new:
+        raise InputError(
+            f"losses.{new[0]} has parameters of its own, which are new and would not train: add losses.{new[0]} to "
+            f"training.train, start from a run that has trained them, or leave the term out: --losses.{new[0]} 0"
+        )
     return step
 
 
@@ -163,10 +164,8 @@ def load_initial_weights(step: TrainingStep, source: str) -> set[str]:
         InputError: there are no weights, or the model's are of another architecture.
     """
     step.model.load_state_dict(_read_source("training.init_from", source, step.model))
-    run = Path(source)
-    if (run / RECIPE_FILE).is_file():
-        run = model_folder(run).resolve().parent  # RUN/model is a link into a phase
-    last = RunFolder(run).checkpoints.last()
+    is_recipe = Path(source, RECIPE_FILE).is_file()  # whose RUN/model is a link into a phase
+    last = RunFolder(model_folder(source).resolve().parent if is_recipe else Path(source)).checkpoints.last()
     before = {} if last is None else read_safetensors(last / "model.safetensors")
     loaded: set[str] = set()
     for name, term in step.objective.terms.items():
@@ -237,18 +236,20 @@ def check_components(
     training, distillation = config.training, config.distillation
     parts = processes * training.accumulation_steps
     if training.batch_size % parts:
-        raise InputError(
-            f"training.batch_size is {training.batch_size}; with {processes} processes and "
-            f"training.accumulation_steps {training.accumulation_steps} it must be a multiple of {parts}"
-        )
+        wanted = f"for {processes} processes and training.accumulation_steps a multiple of {parts}"
+        raise wrong_value("training.batch_size", training.batch_size, wanted)
     with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
-        model = _build_for_training(config, sharded)
+        model = build_model(config.model)
+    if getattr(model.dynamics, "explicit_energy", None) is not None and (training.compile or sharded):
+        told = "an explicit_energy takes second derivatives, which torch.compile has not, and nobody tried with FSDP"
+        raise InputError(f"{told}: set training.compile false, and run without sharding")
     if distillation is not None:
         _check_teacher(model, config, distillation.teacher if teacher is None else str(teacher))
     elif starts and training.init_from is not None:
         _read_source("training.init_from", training.init_from, model)
     # Groups of loss terms are known when those are built, with their backbones.
-    if own := [name for name in training.train or () if name.partition(".")[0] != "losses"]:
+    own = [name for name in training.train or () if name.partition(".")[0] != "losses"]
+    if own:
         with prefixed("training.train"):
             select_groups(parameter_groups(model), own)
     if training.wandb and find_spec("wandb") is None:
@@ -276,10 +277,9 @@ def fetch_backbones(losses: Mapping[str, LossConfig]) -> None:
         InputError: they are not to be had; says which file is wanted and where to put it.
     """
     for name, loss in losses.items():
-        if loss.weight:
+        if has_backbone(name, loss):
             with _term_class(name, loss) as kind:
-                if hasattr(kind, "fetch"):
-                    kind.fetch(**loss.init_args)
+                kind.fetch(**loss.init_args)
 
 
 def has_backbone(name: str, loss: LossConfig) -> bool:
@@ -302,19 +302,6 @@ def load_teacher(folder: Path, classes: Sequence[type]) -> DCSSDAE:
         return DCSSDAE.from_pretrained(model_folder(folder), classes=classes)
 
 
-def _build_for_training(config: RunConfig, sharded: bool = False) -> DCSSDAE:
-    """Build the model, and refuse what its training cannot be combined with."""
-    model = build_model(config.model)
-    if config.training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if getattr(model.dynamics, "explicit_energy", None) is not None and (config.training.compile or sharded):
-        raise InputError(
-            "the dynamics trains with an explicit_energy, which takes second derivatives: torch.compile has none, and "
-            "sharding was never tried with them; set training.compile false, and run without FSDP"
-        )
-    return model
-
-
 def _read_source(name: str, source: str, model: DCSSDAE) -> dict[str, Tensor]:
     """Read the weights that a setting names, which must be the model's."""
     with prefixed(f"{name} {source}"):
@@ -328,10 +315,7 @@ def _check_teacher(model: DCSSDAE, config: RunConfig, teacher: str) -> None:
         raise InputError("training.init_from is not for a distillation: its student starts as the teacher")
     chosen = config.training.train
     if chosen is None or any(name.partition(".")[0] not in ("decoder", "losses") for name in chosen):
-        raise InputError(
-            f"training.train is {shown(chosen)}; a distillation trains the decoder alone, from the teacher's latent: "
-            "name groups of the decoder"
-        )
+        raise wrong_value("training.train", chosen, "groups of the decoder: a distillation trains the decoder alone")
     _read_source("distillation.teacher", teacher, model)
     config_there = read_config(model_folder(teacher))
     for part in COMPONENTS:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -71,7 +70,7 @@ class CheckpointFolder:
             The checkpoint's folder.
 
         Raises:
-            OSError: it cannot be written, for instance because the disk is full. What was there before stays.
+            OSError, SafetensorError: it cannot be written, as on a full disk. What was there before stays.
         """
         step = checkpoint.state["step"]
         target = self.of_step(step)
@@ -103,14 +102,13 @@ class CheckpointFolder:
         """
         link = self.path / LAST
         if link.is_symlink() and not link.exists():
-            raise InputError(
-                f"{link} leads to {os.readlink(link)}, which is not there; put it back, or link another checkpoint"
-            )
-        return self._linked(LAST)
+            raise InputError(f"{link} leads to {os.readlink(link)}, which is not there: link another checkpoint")
+        return link.resolve() if link.exists() else None
 
     def best(self) -> Path | None:
         """Find the best checkpoint's folder; None before the first."""
-        return self._linked(BEST)
+        link = self.path / BEST
+        return link.resolve() if link.exists() else None
 
     def recover(self) -> None:
         """Do what a killed run has left undone: link the best checkpoint, and `clean`.
@@ -135,7 +133,7 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
-        linked = self._linked(LAST), self._linked(BEST)
+        linked = [(self.path / name).resolve() for name in (LAST, BEST)]
         for step in self._steps():
             lasting = self.keep_every is not None and step % self.keep_every == 0
             if not lasting and self.of_step(step).resolve() not in linked:
@@ -153,16 +151,12 @@ class CheckpointFolder:
         # A link's target is given by its name alone, so that the run's folder may be moved.
         replace_link(self.path / name, self.of_step(step).name)
 
-    def _linked(self, name: str) -> Path | None:
-        link = self.path / name
-        return link.resolve() if link.exists() else None
-
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's files into a folder, made if need be, and flush them to the disk.
 
     Raises:
-        OSError: they cannot be written; safetensors' own kind of error becomes this.
+        OSError, SafetensorError: they cannot be written.
     """
     folder.mkdir(exist_ok=True)
     checksums = {}
@@ -170,10 +164,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         path = folder / f"{name}.safetensors"
         path.touch()  # with the umask's permissions, which safetensors does not heed
         mode = path.stat().st_mode
-        try:
-            save_file(dict(checkpoint.tensors[name]), path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
+        save_file(dict(checkpoint.tensors[name]), path, metadata={"format": "pt"})
         path.chmod(mode)
         sync(path)
         checksums[name] = sha256(path)
@@ -189,7 +180,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = read_state(folder)
         check_tensors(folder, TENSOR_FILES)
-        state.pop("sha256", None)  # of these files; others will have their own
         return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
     except InputError as error:
         advice = f"to go on from another checkpoint: ln -sfn step-NUMBER {folder.parent / LAST}"

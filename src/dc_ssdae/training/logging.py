@@ -109,14 +109,11 @@ class Loggers:
         self._evaluations.cut(evaluated + 1)
         self._broken.cut(math.inf)
         self._named = {line["name"] for line in read_lines(self._broken.path)}
-        self._trackers: list[GeneralTracker] = []
-        if active:
-            purge_step = first_step + 1 if first_step else None
-            self._trackers.append(TensorBoardTracker("tensorboard", run.path, purge_step=purge_step))
-            if config.training.wandb:
-                self._trackers.append(_wandb(run, config))
-        for tracker in list(self._trackers):
-            self._track(tracker, "start")
+        purge_step = first_step + 1 if first_step else None
+        self._trackers: list[GeneralTracker] = [_TensorBoard("tensorboard", run.path, purge_step=purge_step)]
+        if active and config.training.wandb:
+            self._trackers.append(_wandb(run, config))
+        self._track("start")
         self._bar = tqdm(
             total=1.0,  # of the budget, in steps or time
             initial=min(self._training.progress(first_step, seconds), 1.0),
@@ -166,9 +163,7 @@ class Loggers:
         if not self.active:
             return
         grid = torch.cat([torch.cat(list(rows), dim=2) for rows in (originals, reconstructions)], dim=1)
-        for tracker in list(self._trackers):
-            images = grid[None] if tracker.name == "tensorboard" else [grid.permute(1, 2, 0).numpy()]
-            self._track(tracker, "log_images", {"reconstructions": images}, step)
+        self._track("log_images", {"reconstructions": grid.permute(1, 2, 0)[None].numpy()}, step)
         file = self.run.path / "samples" / f"step-{step:08d}.png"
         try:
             file.parent.mkdir(exist_ok=True)
@@ -181,8 +176,7 @@ class Loggers:
         for lines in (self._metrics, self._evaluations, self._broken):
             lines.write()
         self._bar.close()
-        for tracker in list(self._trackers):
-            self._track(tracker, "finish")
+        self._track("finish")
 
     def _track_numbers(self, entry: Mapping[str, Any], section: str) -> None:
         """Log the numbers of an entry that are finite, under names with a section."""
@@ -190,16 +184,23 @@ class Loggers:
         for name, value in entry.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 numbers[name if "/" in name else f"{section}/{name}"] = value
-        for tracker in list(self._trackers):
-            self._track(tracker, "log", numbers, entry["step"])
+        self._track("log", numbers, entry["step"])
 
-    def _track(self, tracker: GeneralTracker, work: str, *given: Any) -> None:
-        """Let a tracker do something; one that fails, as on a full disk, says so and is not used again."""
-        try:
-            getattr(tracker, work)(*given)
-        except OSError as error:
-            self._trackers.remove(tracker)
-            self.say(f"{tracker.name} cannot be written ({error.strerror or error}), until the run is started again")
+    def _track(self, work: str, *given: Any) -> None:
+        """Let the trackers do something; one that fails, as on a full disk, says so and is not used again."""
+        for tracker in list(self._trackers if self.active else ()):
+            try:
+                getattr(tracker, work)(*given)
+            except OSError as error:
+                self._trackers.remove(tracker)
+                self.say(f"{tracker.name} cannot be written ({error}), until the run is started again")
+
+
+class _TensorBoard(TensorBoardTracker):
+    """Takes pictures (N, H, W, 3), as the tracker of Weights & Biases does."""
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **settings: Any) -> None:
+        super().log_images(values, step, dataformats="NHWC", **settings)
 
 
 def _wandb(run: RunFolder, config: RunConfig) -> WandBTracker:

@@ -1,8 +1,7 @@
 """What a run measures beside its steps: its averaged model on validation images, its latent over training images."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -28,6 +27,7 @@ from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.stopping import Stopped, StopRequest
 
 T = TypeVar("T")
+Reconstruct = Callable[[Tensor], Tensor]
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
 assert MEASURES.keys() == METRICS.keys()
@@ -91,11 +91,7 @@ class Measurements:
         self.measured_at = state.get("measured_at", None if measured is None else state["step"])
 
     def due(self, step: int, is_finished: bool) -> list[Callable[[int, Loggers], bool]]:
-        """List what is to be measured before the next step.
-
-        Each is called with the step and the loggers, says whether it found the model the best so far, and raises
-        `Stopped` where a signal asks for the end.
-        """
+        """List what `measure` does before the next step."""
         training = self.config.training
         due: list[Callable[[int, Loggers], bool]] = []
         wants_latent = training.latent_statistics > 0 and not self.latent_is_known
@@ -106,13 +102,24 @@ class Measurements:
             due.append(self._evaluate)
         return due
 
+    def measure(self, step: int, is_finished: bool, loggers: Loggers) -> bool:
+        """Measure what is due, with the averaged weights; says whether the model is the best so far.
+
+        Raises:
+            Stopped: a signal asks for the end.
+        """
+        self.module.eval()
+        with self.average.applied_to(self.module.model):
+            found_best = [work(step, loggers) for work in self.due(step, is_finished)]
+        self.module.train()
+        return any(found_best)
+
     def _measure_latent(self, step: int, loggers: Loggers) -> bool:
         """Find the mean and standard deviation of the averaged model's latent over training images."""
         images = self._images(self.sources.train, self.config.training.latent_statistics)
         channels, share = self.config.model.latent_channels, (self.processes.index, self.processes.count)
         encode = partial(self._run, self.module.posterior)
-        with self._averaged():
-            survey = latent_statistics(encode, images, channels, self._batch_size(), self.workers, *share)
+        survey = latent_statistics(encode, images, channels, self._batch_size(), self.workers, *share)
         for broken in self.processes.gather(survey.broken):
             loggers.broken(broken, step, "train")
         moments = LatentMoments.from_states(torch.stack(self.processes.gather(survey.moments.state())))
@@ -129,14 +136,13 @@ class Measurements:
         data, random = self.config.data, self.module.objective.random_backbones
         images = self._images(self.sources.validation, data.validation_images)
         pictured = range(min(self.config.training.sample_images, len(images)))
-        with self._averaged():
-            reconstruct = partial(self._run, self.module.reconstruct)
-            result = evaluate(reconstruct, images, self.processes, self._batch_size(), self.workers)
-            if pictured:
-                originals = torch.stack([images[place].pixels for place in pictured])
-                # In every process, because sharded networks need them all.
-                output = self.module.reconstruct(originals.to(self.processes.device)).cpu()
-                loggers.pictures(originals, to_uint8(output.nan_to_num()), step)
+        reconstruct = partial(self._run, self.module.reconstruct)
+        result = evaluate(reconstruct, images, self.processes, self._batch_size(), self.workers)
+        if pictured:
+            originals = torch.stack([images[place].pixels for place in pictured])
+            # In every process, because sharded networks need them all.
+            output = self.module.reconstruct(originals.to(self.processes.device)).cpu()
+            loggers.pictures(originals, to_uint8(output.nan_to_num()), step)
         loggers.broken(result.broken, step, "validation")
         self.evaluated_at = step
         metrics = {name: {"value": value} for name, value in result.values.items() if math.isfinite(value)}
@@ -166,16 +172,6 @@ class Measurements:
     def _images(self, source: ImageSource, limit: int) -> ValidationImages:
         return ValidationImages(source, self.config.data.image_size, limit, workers_option="data.workers")
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Lend the module the averaged weights, in evaluation mode."""
-        self.module.eval()
-        try:
-            with self.average.applied_to(self.module.model):
-                yield
-        finally:
-            self.module.train()
-
     def _run(self, work: Callable[[Tensor], T], pixels: Tensor) -> T:
         """Call a function of a batch, unless some process has been asked to stop: then all of them raise `Stopped`."""
         if self.processes.sum(torch.tensor(float(self.stop.name is not None))) > 0.0:
@@ -192,11 +188,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    reconstruct: Callable[[Tensor], Tensor],
-    images: ValidationImages,
-    processes: Processes,
-    batch_size: int,
-    workers: int,
+    reconstruct: Reconstruct, images: ValidationImages, processes: Processes, batch_size: int, workers: int
 ) -> Evaluation:
     """Measure reconstructions; every process does its share, and all get the same result.
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dc_ssdae.errors import InputError, check_names, prefixed, shown, unknown_name
+from dc_ssdae.errors import InputError, check_names, prefixed, shown, unknown_name, wrong_value
 from dc_ssdae.files import replace_link, write_whole
 from dc_ssdae.presets import dump_yaml, read_yaml
 from dc_ssdae.training.config import RunConfig, TrainingConfig, lay_over
@@ -27,6 +27,9 @@ RECIPE_FILE = "recipe.yaml"
 
 PHASE_SECTIONS = ("starts_from", "model", "data", "training", "losses")
 """What a phase may change; `model` only in a recipe with all its settings, where all phases have the same."""
+
+Settings = Mapping[str, Any]
+"""Sections of settings, as `RunConfig.from_mapping` takes them."""
 
 Spell = Callable[[RunConfig], str]
 """Writes a configuration as YAML."""
@@ -58,7 +61,7 @@ class Recipe(NamedTuple):
         """The run of a phase in the folder of the recipe: RUN/1-NAME, RUN/2-NAME and so on."""
         return path / f"{1 + [phase.name for phase in self.phases].index(name)}-{name}"
 
-    def add(self, name: str, settings: Mapping[str, Any], starts_from: Any) -> None:
+    def add(self, name: str, settings: Settings, starts_from: Any) -> None:
         """Add a phase with its whole configuration.
 
         Raises:
@@ -87,23 +90,20 @@ def check_phases(phases: Any, source: str, accepted: Iterable[str] | None = None
     """
     sections = PHASE_SECTIONS if accepted is None else ("data", "training", "losses")
     if not isinstance(phases, Mapping) or (not phases and accepted is None):
-        raise InputError(f"section phases of {source} is {shown(phases)}; it must be a mapping of phases", "phases")
+        raise wrong_value("phases", phases, f"a mapping of phases, in {source}")
     for name, layer in phases.items():
         if accepted is not None and name not in accepted:
             raise unknown_name("phase of the recipe", name, accepted, f"phases.{name}")
-        if not isinstance(name, str) or not (name.isidentifier() and name.isascii()):
+        if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
             raise InputError(f"a phase is called {shown(name)}; use letters, digits and underscores", "phases")
         if not isinstance(layer, Mapping):
-            raise InputError(f"phases.{name} of {source} is {shown(layer)}; it must be a mapping", f"phases.{name}")
+            raise wrong_value(f"phases.{name}", layer, f"a mapping of settings, in {source}")
         check_names(f"section of phases.{name}", layer, sections, f"phases.{name}.")
     return {name: dict(layer) for name, layer in phases.items()}
 
 
 def make_recipe(
-    settings: Mapping[str, Any],
-    phases: Mapping[str, Mapping[str, Any]],
-    flags: Mapping[str, Any],
-    phase_flags: Mapping[str, Mapping[str, Any]],
+    settings: Settings, phases: Mapping[str, Settings], flags: Settings, phase_flags: Mapping[str, Settings]
 ) -> Recipe:
     """Lay each phase over a configuration, and settings of the command line over it.
 
@@ -139,10 +139,7 @@ def make_recipe(
 
 
 def change_recipe(
-    recipe: Recipe,
-    flags: Mapping[str, Any],
-    phase_flags: Mapping[str, Mapping[str, Any]],
-    settled: Sequence[str] = (),
+    recipe: Recipe, flags: Settings, phase_flags: Mapping[str, Settings], settled: Sequence[str] = ()
 ) -> Recipe:
     """Change the phases of a recipe that goes on.
 
@@ -231,7 +228,7 @@ def train_recipe(
     from dc_ssdae.training.trainer import Outcome
 
     folders = [recipe.folder(path, phase.name) for phase in recipe.phases]
-    processes = _check(recipe, cpu, path if resumes else None)
+    processes = _check(recipe, path, cpu, resumes)
 
     def create() -> None:
         check_new(path)
@@ -305,8 +302,8 @@ def _has_begun(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def _check(recipe: Recipe, cpu: bool, path: Path | None) -> "Processes":
-    """Find mistakes of a late phase now, and not after days; where `path` is given, in what is left of it."""
+def _check(recipe: Recipe, path: Path, cpu: bool, resumes: bool) -> "Processes":
+    """Find mistakes of a late phase now, and not after days."""
     from accelerate.utils import DistributedType
 
     from dc_ssdae.data.sources import open_sources
@@ -317,15 +314,14 @@ def _check(recipe: Recipe, cpu: bool, path: Path | None) -> "Processes":
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
 
     def check() -> None:
-        finished = [] if path is None else finished_phases(recipe, path)
+        finished = finished_phases(recipe, path)
         for phase in recipe.phases:
-            config, data = phase.config, phase.config.data
+            data, starts = phase.config.data, phase.starts_from is None
             if phase.name not in finished:
                 with prefixed(f"phase {phase.name}"):
-                    start_processes(config.training.processes, cpu)
-                    begun = path is not None and _has_begun(recipe.folder(path, phase.name))
-                    starts = phase.starts_from is None and not begun
-                    check_components(config, starts, processes=processes.count, sharded=is_sharded)
+                    start_processes(phase.config.training.processes, cpu)
+                    starts = starts and not _has_begun(recipe.folder(path, phase.name))
+                    check_components(phase.config, starts, processes=processes.count, sharded=is_sharded)
                     open_sources(data.root, data.dataset, data.validation, data.cache)
 
     def fetch() -> None:
@@ -334,6 +330,6 @@ def _check(recipe: Recipe, cpu: bool, path: Path | None) -> "Processes":
                 fetch_backbones(phase.config.losses)
 
     processes.together(check)
-    if path is None:  # after everything that can be found out without a download
+    if not resumes:  # after everything that can be found out without a download
         processes.together(fetch)
     return processes

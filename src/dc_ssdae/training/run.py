@@ -69,12 +69,10 @@ def check_new(path: Path) -> None:
     Raises:
         InputError: something is there already.
     """
-    if (path / CONFIG_FILE).is_file() or (path / RECIPE_FILE).is_file():
-        raise InputError(
-            f"{path} is a run already: go on with it by --resume {path}, or choose another --training.output"
-        )
+    is_run = (path / CONFIG_FILE).is_file() or (path / RECIPE_FILE).is_file()
+    what = f"is a run already: go on with it by --resume {path}, or" if is_run else "exists already and is no run;"
     if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already and is no run; choose another --training.output")
+        raise InputError(f"{path} {what} choose another --training.output")
 
 
 def create_run(path: Path, config_text: str, model_config_text: str, teacher: Path | None = None) -> None:

@@ -59,11 +59,11 @@ def new_run(
     run = RunFolder(path, config.training.keep_every)
     with StopRequest() as stop, lenient_stderr(), naming(path):
         accelerator, processes = start_processes(config.training.processes, cpu)
+        data, distribution = config.data, accelerator.distributed_type
 
         def check() -> tuple[DCSSDAE, ImageSources]:
-            data, is_sharded = config.data, accelerator.distributed_type == DistributedType.FSDP
             starts, teacher = run.checkpoints.last() is None, run.teacher if run.teacher.is_dir() else None
-            model = check_components(config, starts, teacher, processes.count, is_sharded)
+            model = check_components(config, starts, teacher, processes.count, distribution == DistributedType.FSDP)
             return model, open_sources(data.root, data.dataset, data.validation, data.cache)
 
         model, sources = processes.together(check)
@@ -75,10 +75,13 @@ def new_run(
         with locked(path, processes):
             if resumes:
                 processes.on_main(partial(recover_run, run))
-                if config_text is not None:
-                    processes.on_main(partial(write_whole, path / CONFIG_FILE, config_text.encode()))
+            if resumes and config_text is not None:
+                processes.on_main(partial(write_whole, path / CONFIG_FILE, config_text.encode()))
             if processes.is_main:
-                _note_start(config, accelerator, processes, sources, path)
+                environment = describe_environment(accelerator.device, processes.count, distribution.value)
+                JsonLines(path / "environment.jsonl", partial(print, file=sys.stderr)).write(environment)
+                if note := slow_dtype_note(accelerator.device, config.training.precision):
+                    print(f"{note}: try --training.precision float32", file=sys.stderr)
             # cuDNN tries its algorithms once on the batches, which are alike in size, and takes the fastest.
             torch.backends.cudnn.benchmark = True
             try:
@@ -198,17 +201,3 @@ def _create(config: RunConfig, config_text: str, path: Path, model: DCSSDAE) -> 
         settings |= {name: given[name] for name in NOT_MEASURED if name in given}
     settings["provenance"] = inherited(config, source)
     create_run(path, config_text, json.dumps(settings, indent=2, sort_keys=True) + "\n", teacher)
-
-
-def _note_start(
-    config: RunConfig, accelerator: Accelerator, processes: Processes, sources: ImageSources, path: Path
-) -> None:
-    """Note what the run is started with, and say what it may have to do without."""
-    say = partial(print, file=sys.stderr)
-    device = accelerator.device
-    environment = describe_environment(device, processes.count, accelerator.distributed_type.value)
-    JsonLines(path / "environment.jsonl", say).write(environment)
-    if note := slow_dtype_note(device, config.training.precision):
-        say(f"{note}: try --training.precision float32")
-    if sources.validation is None and config.data.root is not None:
-        say(f"{config.data.root} has no validation/: nothing is evaluated, no checkpoint is the best")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dc_ssdae.data.loader import (
@@ -180,8 +181,7 @@ class Trainer:
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer_state(self.optimizer, self.module, tensors["optimizer"], state["optimizer"]["groups"])
         if self.scaler.is_enabled():
-            scale = float(state["gradient_scaler"]["scale"])
-            self.scaler.load_state_dict({**state["gradient_scaler"], "scale": scale})
+            self.scaler.load_state_dict(state["gradient_scaler"])
         self.step = self._saved_at = state["step"]
         self.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
@@ -368,10 +368,11 @@ class Trainer:
 
     def _measure(self, loggers: Loggers) -> None:
         """Measure what is due at this step, and save what came out."""
-        best, due = self.measurements.best, self._due()
-        found_best = [measure(self.step, loggers) for measure in due]
-        if due and not self._save(loggers, any(found_best)):
-            self.measurements.best = best  # there is no checkpoint of it
+        if self._due():
+            best = self.measurements.best
+            found_best = self.measurements.measure(self.step, self.is_finished(), loggers)
+            if not self._save(loggers, found_best):
+                self.measurements.best = best  # there is no checkpoint of it
 
     def _save(self, loggers: Loggers, is_best: bool = False, must: bool = False) -> bool:
         """Write a checkpoint and RUN/model; where that fails, the one before stays, and the run goes on.
@@ -395,7 +396,7 @@ class Trainer:
                 folder = self.run_folder.checkpoints.save(checkpoint, is_best)
                 written, what = True, str(self.run_folder.model)
                 publish_model(self.run_folder, folder, checkpoint.state)
-            except (OSError, InputError) as error:
+            except (OSError, InputError, SafetensorError) as error:
                 return written, f"{what} cannot be written ({' '.join(str(error).split())})"
             return True, ""
 
