@@ -119,7 +119,7 @@ def test_one_flipped_bit_is_noticed_and_another_checkpoint_offered(tmp_path: Pat
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(InputError, match=f"{file} is damaged.*ln -sfn step-00000010 {tmp_path}/last") as caught:
+    with pytest.raises(InputError, match=f"{file} is damaged.*ln -sfn step-NUMBER {tmp_path}/last") as caught:
         read_checkpoint(folder.last())
     assert "\n" not in str(caught.value)
     for damaged in (None, b"", bytes(content[:-8])):
@@ -227,8 +227,8 @@ def test_a_last_that_was_taken_away_is_no_new_beginning(folder: CheckpointFolder
 def test_folders_in_the_place_of_links_become_links_again(tmp_path: Path) -> None:
     """As `cp -rL`, or a file system without links, leaves them."""
     folder = CheckpointFolder(tmp_path / "run")
-    folder.save(checkpoint(10), is_best=True)
-    folder.save(checkpoint(20))
+    folder.save(checkpoint(10, best=10), is_best=True)
+    folder.save(checkpoint(20, best=10))
     shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=False)
     copy = CheckpointFolder(tmp_path / "copy")
     copy.recover()

@@ -119,16 +119,13 @@ def test_a_full_disk_does_not_end_a_run(small_disk: Path, capsys: pytest.Capture
             loggers.evaluation({"step": step, "psnr": 20.0, "images": 1})
             loggers.pictures(picture, picture, step)
     (small_disk / "filler").unlink()
-    for step in (200, 201):  # the writer of before may tell only at the first of them that it has failed
-        loggers.evaluation({"step": step, "psnr": 20.0, "images": 1})
-        loggers.step(entry(step))
     loggers.close()
-    assert [line["step"] for line in read_lines(run.metrics)] == list(range(202))
-    assert [line["step"] for line in read_lines(run.path / "evaluations.jsonl")] == [50, 100, 150, 200, 201]
+    assert [line["step"] for line in read_lines(run.metrics)] == list(range(200))
+    assert [line["step"] for line in read_lines(run.path / "evaluations.jsonl")] == [50, 100, 150]
     said = capsys.readouterr().err
     assert "metrics.jsonl cannot be written" in said
     assert "samples" in said
-    assert 201 in scalars(run)["loss/total"], "TensorBoard goes on when there is space again"
+    assert said.count("tensorboard cannot be written") == 1
 
 
 def test_a_run_of_weights_and_biases_goes_on_under_its_id(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,9 +141,10 @@ def test_a_run_of_weights_and_biases_goes_on_under_its_id(run: RunFolder, monkey
     assert first == second
     assert first["id"].startswith("run-")
     assert (first["dir"], first["resume"]) == (str(run.path), "allow")
-    (scalars_, evaluation), steps = wandb.log.call_args_list[:2], wandb.log.call_args_list[::2]
+    logged = wandb.init.return_value.log.call_args_list
+    (scalars_, evaluation), steps = logged[:2], logged[::2]
     assert scalars_.args[0]["loss/total"] == 0.5
     assert "loss/mine" not in scalars_.args[0]
     assert evaluation.args == ({"evaluation/psnr": 21.5},)
     assert [call.kwargs["step"] for call in steps] == [1, 5]
-    assert wandb.finish.call_count == 2
+    assert wandb.init.return_value.finish.call_count == 2

@@ -155,7 +155,7 @@ def train_to(run: RunFolder, step: int) -> None:
     saved = checkpoint(step, best=step)
     saved.state["provenance"] = provenance  # type: ignore[index]
     folder = run.checkpoints.save(saved, is_best=True)
-    publish_model(run, folder / "ema.safetensors", provenance=provenance)
+    publish_model(run, folder, saved.state)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_where_no_links_can_be_made_the_model_is_a_copy(run: RunFolder, monkeypa
 
     folder = run.checkpoints.save(checkpoint(20))
     monkeypatch.setattr(os, "link", link)
-    publish_model(run, folder / "ema.safetensors")
+    publish_model(run, folder, {"step": 20})
     monkeypatch.undo()
     recover_run(run)
     assert published(run) == 20.0
