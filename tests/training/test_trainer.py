@@ -536,7 +536,7 @@ def test_a_changed_state_is_refused(whole_run: Path, images: Path, tmp_path: Pat
     shutil.copytree(whole_run, path, symlinks=True)
     file = path / "checkpoints" / "last" / "state.json"
     state = json.loads(file.read_text())
-    changes = [{"step": "x"}, {"step": -1}, {"optimizer": None}, {"latent_statistics": [1]}, {"seconds": [1]}]
+    changes = [{"step": "x"}, {"step": -1}, {"optimizer": [1]}, {"latent_statistics": [1]}, {"seconds": [1]}]
     for change in changes:
         file.write_text(json.dumps({**state, **change}))
         with pytest.raises(InputError) as caught:

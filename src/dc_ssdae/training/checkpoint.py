@@ -12,8 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +132,7 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
-        linked = [(self.path / name).resolve() for name in (LAST, BEST)]
+        linked = self.last(), self.best()
         for step in self._steps():
             lasting = self.keep_every is not None and step % self.keep_every == 0
             if not lasting and self.of_step(step).resolve() not in linked:
@@ -180,6 +179,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = read_state(folder)
         check_tensors(folder, TENSOR_FILES)
+        state.pop("sha256", None)  # of these files; others will have their own
         return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
     except InputError as error:
         advice = f"to go on from another checkpoint: ln -sfn step-NUMBER {folder.parent / LAST}"
@@ -218,17 +218,3 @@ def read_state(folder: Path) -> dict[str, Any]:
         if name in state and (not isinstance(value, kind) or (isinstance(value, int | float) and value < 0)):
             raise InputError(f"{path} is damaged: its {name} is {shown(value)}")
     return state
-
-
-@contextmanager
-def refused_as_damaged(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong with the parts of a checkpoint's state into an error that names its file.
-
-    Raises:
-        InputError: a part is missing, or is not what it must be.
-    """
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{folder / STATE_FILE} is damaged ({line})") from error

@@ -114,15 +114,10 @@ class Loggers:
         if active and config.training.wandb:
             self._trackers.append(_wandb(run, config))
         self._track("start")
-        self._bar = tqdm(
-            total=1.0,  # of the budget, in steps or time
-            initial=min(self._training.progress(first_step, seconds), 1.0),
-            desc=run.path.name,
-            bar_format=_BAR,
-            file=sys.stderr,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-            disable=not active,
-        )
+        done = min(config.training.progress(first_step, seconds), 1.0)  # of the budget, in steps or time
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        name, silent = run.path.name, not active
+        self._bar = tqdm(desc=name, total=1.0, initial=done, bar_format=_BAR, mininterval=interval, disable=silent)
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""

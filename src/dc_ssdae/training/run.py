@@ -35,7 +35,7 @@ from dc_ssdae.files import folder_beside, sync, written_beside
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import read_config, write_latent_statistics
 from dc_ssdae.timing import describe_machine
-from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged
+from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state
 from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.weights import WEIGHTS
@@ -229,8 +229,7 @@ def recover_run(run: RunFolder) -> None:
     for entry in run.model.glob(".*.partial"):
         entry.unlink()
     if (last := run.checkpoints.last()) is not None:
-        with refused_as_damaged(last):
-            publish_model(run, last, read_state(last), recovers=True)
+        publish_model(run, last, read_state(last), recovers=True)
 
 
 def describe_environment(device: torch.device, processes: int, distribution: str) -> dict[str, Any]:

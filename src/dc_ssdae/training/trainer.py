@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +31,7 @@ from dc_ssdae.model_folder import NOT_MEASURED, read_config
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import load_step, place_step
-from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig, check_changes
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.logging import Loggers, read_lines
@@ -92,6 +92,7 @@ class Trainer:
     _skipped_in_a_row: int = 0
     _saved_at: int | None = None
     _unreadable: InputError | None = None
+    _mark: float = 0.0
 
     def __post_init__(self) -> None:
         config, run, accelerator = self.config, self.run_folder, self.accelerator
@@ -120,20 +121,17 @@ class Trainer:
         self._buffers = [tensor for name, tensor in self.module.state_dict().items() if name not in trained]
         self._logged = ["loss/total", *map("loss/{}".format, self.module.objective.terms), "gradient_norm"]
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes.count))
-        self._workers = default_workers(here) if config.data.workers is None else config.data.workers
+        self.workers = default_workers(here) if config.data.workers is None else config.data.workers
         model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
         known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-        watched = self.module, self.ema, training.keeps_latent and known
-        self.measurements = Measurements(config, self.sources, self.processes, self._workers, *watched, self.stop)
+        self.measurements = Measurements(self, latent_is_known=training.keeps_latent and known)
         self._broken = {line["name"] for line in read_lines(run.broken_images) if line["split"] == "train"}
         names = getattr(self.sources.train, "names_sha256", None)
         self._names_sha256 = names() if callable(names) else None  # not every data set tells its images' names
         self._random = self.module.objective.random_backbones
         self._origin = origin(config, model_config.get("provenance"), len(self.sources.train), self._random)
         if checkpoint is not None:
-            assert folder is not None
-            with refused_as_damaged(folder):
-                self.load_state_dict(checkpoint)
+            self.load_state_dict(checkpoint)
 
     def state_dict(self, with_tensors: bool = True) -> Checkpoint:
         """The whole state; every process must take part in gathering it, and the main one alone has the tensors."""
@@ -148,7 +146,7 @@ class Trainer:
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
-            **self.measurements.state_dict(self.step, self.is_finished()),
+            **self.measurements.state_dict(),
             "provenance": {**self._origin, "steps": self.step, **({"evaluations": evaluations} if evaluations else {})},
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
@@ -186,7 +184,7 @@ class Trainer:
         self.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
-        self.measurements.load_state_dict(state, self.is_finished())
+        self.measurements.load_state_dict(state)
 
     def is_finished(self) -> bool:
         """Whether the budget is spent."""
@@ -223,7 +221,7 @@ class Trainer:
             if self.step and self._saved_at != self.step:
                 self._save(loggers, must=True)
         self.processes.together(self._check_readable)
-        is_done = self.is_finished() and not self._due()
+        is_done = self.is_finished() and not self.measurements.due()
         stopped_by = self.stop.name or "a signal to another process"
         return Outcome(self.step, stopped_by if stopped and not is_done else None)
 
@@ -235,7 +233,7 @@ class Trainer:
         share = processes.index, processes.count, training.accumulation_steps
         places = Places(self.step, training.steps, training.batch_size, *share)
         pin_memory = self.accelerator.device.type == "cuda"
-        return training_loader(samples, places, self._workers, pin_memory, lambda: self.stop.name is not None)
+        return training_loader(samples, places, self.workers, pin_memory, lambda: self.stop.name is not None)
 
     def _fetch(self) -> list[Batch]:
         """Read the batches of the next step; none where that fails, or a signal comes meanwhile: see `_exchange`."""
@@ -351,26 +349,21 @@ class Trainer:
             self._broken.update(image.name for image in images)
         length, share = len(self.sources.train), self.config.data.max_broken_share
         if len(self._broken) > share * length:
-            raise TrainingFailed(
-                f"{len(self._broken)} of {length} training images cannot be read, more than data.max_broken_share "
-                f"{share:g}; {self.run_folder.broken_images} lists them; {self._last_good()}"
-            )
+            broken = f"{len(self._broken)} of {length} training images cannot be read"
+            raise TrainingFailed(f"{broken}, more than data.max_broken_share {share:g}; {self._last_good()}")
 
     def _after_step(self, loggers: Loggers) -> None:
         """Save and measure where that is due."""
-        if self.step % self.config.training.checkpoint_every == 0 or self._due():
+        if self.step % self.config.training.checkpoint_every == 0 or self.measurements.due():
             self._save(loggers)  # first: to evaluate may take longer than a launcher waits after its signal
             self._measure(loggers)
             self._mark = time.monotonic()  # the clock is of training alone
 
-    def _due(self) -> list[Callable[[int, Loggers], bool]]:
-        return self.measurements.due(self.step, self.is_finished())
-
     def _measure(self, loggers: Loggers) -> None:
         """Measure what is due at this step, and save what came out."""
-        if self._due():
+        if self.measurements.due():
             best = self.measurements.best
-            found_best = self.measurements.measure(self.step, self.is_finished(), loggers)
+            found_best = self.measurements.measure(loggers)
             if not self._save(loggers, found_best):
                 self.measurements.best = best  # there is no checkpoint of it
 
