@@ -515,7 +515,7 @@ def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tm
     start(run_config(root, steps=2), tmp_path / "run")
     image = root / "train" / "image0000.png"
     image.rename(renamed := image.with_name("renamed.png"))
-    with pytest.raises(InputError, match="9 training images have other names"):
+    with pytest.raises(InputError, match="have other names"):
         resume(run_config(root, steps=4), tmp_path / "run")
     renamed.unlink()
     with pytest.raises(InputError, match="began with 9 training images and the data set now has 8"):

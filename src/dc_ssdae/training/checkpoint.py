@@ -176,14 +176,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         InputError: a file is missing or damaged, or of another version of the format.
     """
-    try:
-        state = read_state(folder)
-        check_tensors(folder, TENSOR_FILES)
-        state.pop("sha256", None)  # of these files; others will have their own
-        return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
-    except InputError as error:
-        advice = f"to go on from another checkpoint: ln -sfn step-NUMBER {folder.parent / LAST}"
-        raise InputError(f"{error}; {advice}") from error
+    state = read_state(folder)
+    check_tensors(folder, TENSOR_FILES)
+    state.pop("sha256", None)  # of these files; others will have their own
+    return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
 
 
 def check_tensors(folder: Path, names: Iterable[str]) -> None:
@@ -196,7 +192,7 @@ def check_tensors(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         path = folder / f"{name}.safetensors"
         if name in checksums and path.is_file() and sha256(path) != checksums[name]:
-            raise InputError(f"{path} is damaged: it is not what was written there")
+            raise InputError(f"{path} is damaged; to go on from another: ln -sfn step-NUMBER {folder.parent / LAST}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -168,8 +168,7 @@ def change_recipe(
 def recipe_yaml(recipe: Recipe) -> str:
     """Spell a recipe out as YAML, every phase with all its settings, for `read_recipe`."""
     phases = {phase.name: {"starts_from": phase.starts_from, **phase.config.to_mapping()} for phase in recipe.phases}
-    head = "# A recipe's phases, each with all its settings; dc-ssdae train --resume goes on with it.\n"
-    return head + dump_yaml({"phases": phases})
+    return f"# Each phase with all its settings, for dc-ssdae train --resume.\n{dump_yaml({'phases': phases})}"
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -148,9 +148,7 @@ def start_processes(wanted: int | None, cpu: bool = False) -> tuple[Accelerator,
         InputError: the engine does not give what was asked for; says how to get it.
     """
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(
-        mixed_precision="no", cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=[patience]
-    )
+    accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[patience])
     engine, count = accelerator.distributed_type, accelerator.num_processes
     accumulated, told = accelerator.gradient_accumulation_steps, "Accelerate was told to"
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

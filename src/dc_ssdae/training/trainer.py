@@ -155,12 +155,11 @@ class Trainer:
             "optimizer": {"class": type(self.optimizer).__name__, "groups": groups},
             "gradient_scaler": self.scaler.state_dict(),
         }
+        if not with_tensors:
+            return Checkpoint({}, state)
         files = {"model": self.module.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer_tensors}
-        tensors = {}
-        for file in files if with_tensors else ():
-            # Every process gathers what is sharded; eight whole copies would be too much for many a node.
-            tensors[file] = whole(files[file], self.processes.is_main)
-        return Checkpoint(tensors, state)
+        # Every process gathers what is sharded; eight whole copies would be too much for many a node.
+        return Checkpoint({file: whole(tensors, self.processes.is_main) for file, tensors in files.items()}, state)
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Go on from a state, whatever number of processes it comes from; the module's weights are loaded before.
@@ -171,15 +170,13 @@ class Trainer:
         state, tensors = checkpoint.state, checkpoint.tensors
         check_changes(state["settings"], self.config.fixed_settings(), self.run_folder.path)
         began_with, count = state["images_in_data_set"], len(self.sources.train)
-        if began_with != count:
-            raise InputError(f"the run began with {began_with} training images and the data set now has {count}")
         names = state.get("names_sha256")
-        if None not in (names, self._names_sha256) and names != self._names_sha256:
-            raise InputError(f"the {count} training images have other names than when the run began; put those back")
+        if began_with != count or (names and self._names_sha256 and names != self._names_sha256):
+            told = f"the run began with {began_with} training images and the data set now has {count}"
+            raise InputError(f"{told}, or some have other names: put those of before back")
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer_state(self.optimizer, self.module, tensors["optimizer"], state["optimizer"]["groups"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["gradient_scaler"])
+        self.scaler.load_state_dict(state["gradient_scaler"])
         self.step = self._saved_at = state["step"]
         self.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
@@ -232,8 +229,8 @@ class Trainer:
         samples = TrainingSamples(self.sources.train, Drawing(training.seed, training.batch_size, *crop, repeat_after))
         share = processes.index, processes.count, training.accumulation_steps
         places = Places(self.step, training.steps, training.batch_size, *share)
-        pin_memory = self.accelerator.device.type == "cuda"
-        return training_loader(samples, places, self.workers, pin_memory, lambda: self.stop.name is not None)
+        is_cuda = self.accelerator.device.type == "cuda"
+        return training_loader(samples, places, self.workers, is_cuda, lambda: self.stop.name is not None)
 
     def _fetch(self) -> list[Batch]:
         """Read the batches of the next step; none where that fails, or a signal comes meanwhile: see `_exchange`."""
@@ -267,8 +264,7 @@ class Trainer:
                 self.accelerator.backward(self.scaler.scale(losses.total / len(batches)))
             local_losses += torch.stack([losses.total, *losses.terms.values()]).detach() / len(batches)
             broken += batch.broken
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # in float16
         clip = math.inf if training.gradient_clip is None else training.gradient_clip
         norm = gathered(torch.nn.utils.clip_grad_norm_(self.module.parameters(), clip))
         # Before the processes agree, so that all know where one of them can go no further.
@@ -336,7 +332,7 @@ class Trainer:
                 buffer.copy_(kept)
             self.skipped_steps += 1
             skipped = f"{', '.join(not_finite)} overflows float16, whose scale is halved"  # which is how it is found
-            if not_finite != ["gradient_norm"] or not self.scaler.is_enabled() or self.scaler.get_scale() <= 1.0:
+            if not_finite != ["gradient_norm"] or self.scaler.get_scale() <= 1.0:  # 1 is float32's
                 self._skipped_in_a_row += 1
                 skipped = f"{', '.join(not_finite)} not finite ({self._skipped_in_a_row} in a row)"
         self.scaler.update()
