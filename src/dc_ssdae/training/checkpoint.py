@@ -125,9 +125,9 @@ class CheckpointFolder:
         if not (self.path / LAST).is_symlink() and (steps := self._steps()):
             self._link(LAST, max(steps))  # whole, since it has its name
         last = self.last()
-        best = None if last is None else read_state(last).get("best")
-        if best is not None and self.of_step(best["step"]).is_dir():
-            self._link(BEST, best["step"])
+        best = None if last is None else (read_state(last).get("best") or {}).get("step")
+        if best is not None and self.of_step(best).is_dir() and self.of_step(best).resolve() != self.best():
+            self._link(BEST, best)
         self.clean()
 
     def clean(self) -> None:

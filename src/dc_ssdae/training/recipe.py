@@ -7,6 +7,7 @@ RUN/model         a link to the model of the last phase that has ended, of the f
 Reading and checking a recipe needs no torch; what trains imports it when it is called.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -227,17 +228,23 @@ def train_recipe(
     from dc_ssdae.training.trainer import Outcome
 
     folders = [recipe.folder(path, phase.name) for phase in recipe.phases]
+    models = [f"{folder.name}/model" for folder in folders]
     processes = _check(recipe, path, cpu, resumes)
 
     def create() -> None:
         check_new(path)
         with new_folder(path) as partial:
             (partial / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
-            replace_link(partial / "model", Path(folders[0].name, "model"))
+            replace_link(partial / "model", models[0])
 
     def keep() -> None:
         if read_recipe(path) != recipe:
             write_whole(path / RECIPE_FILE, recipe_yaml(recipe).encode())
+
+    def link(place: int) -> None:
+        """Let RUN/model lead to the model of a phase, if it does not lead to a later one's already."""
+        if not ((path / "model").is_symlink() and os.readlink(path / "model") in models[place:]):
+            replace_link(path / "model", models[place])
 
     if not resumes:
         processes.on_main(create)
@@ -246,7 +253,7 @@ def train_recipe(
         # Each phase listens for signals itself; this is for one that comes between two phases.
         with locked(path, processes), StopRequest() as stop:
             processes.on_main(keep)
-            for place, (phase, folder) in enumerate(zip(recipe.phases, folders, strict=True), 1):
+            for place, (phase, folder) in enumerate(zip(recipe.phases, folders, strict=True)):
                 signal = processes.on_main(lambda: stop.name)
                 if signal is not None:
                     return Outcome(0 if outcome is None else outcome.step, signal)
@@ -257,13 +264,13 @@ def train_recipe(
                 if processes.on_main(partial(_has_begun, folder)):
                     outcome = resume_run(config, spell(config), folder, cpu) or outcome
                 else:
-                    tell(f"phase {phase.name} ({place} of {len(folders)}) begins: {folder}")
+                    tell(f"phase {phase.name} ({place + 1} of {len(folders)}) begins: {folder}")
                     outcome = start_run(config, spell(config), folder, cpu)
                 # The next one needs the memory that this one's cycles of references still hold.
                 clear_device_cache(garbage_collection=True)
                 if outcome is not None and outcome.stopped_by is not None:
                     return outcome
-                processes.on_main(partial(replace_link, path / "model", Path(folder.name, "model")))
+                processes.on_main(partial(link, place))
     except Exception:
         # A mistake that only the first step shows has removed the phase: what is mended begins anew, under this name.
         if not resumes and processes.is_main and not folders[0].exists():
