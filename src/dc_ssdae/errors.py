@@ -25,6 +25,15 @@ class InputError(ValueError):
         self.field = field
 
 
+@contextmanager
+def prefixed(subject: str) -> Iterator[None]:
+    """Let the message of an `InputError` begin with what it is about: "SUBJECT: message"."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{subject}: {error}", error.field) from None
+
+
 class MissingInputError(InputError, FileNotFoundError):
     """A folder or file is not there; also an OSError, which diffusers' callers catch."""
 

@@ -53,7 +53,7 @@ def saved_run(path: Path, losses: dict[str, Any] | None = None) -> TrainingStep:
     run = RunFolder(path)
     average = {name: tensor + 1 for name, tensor in step.model.state_dict().items()}
     tensors = {"model": step.state_dict(), "ema": average, "optimizer": {}}
-    publish_model(run, run.checkpoints.save(Checkpoint(tensors, {"step": 4})) / "ema.safetensors")
+    publish_model(run, run.checkpoints.save(Checkpoint(tensors, {"step": 4})), {"step": 4})
     return step
 
 

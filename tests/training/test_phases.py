@@ -23,7 +23,6 @@ from dc_ssdae import DCSSDAE
 from dc_ssdae.cli.run_config import config_yaml
 from dc_ssdae.errors import InputError
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
-from dc_ssdae.training import recipe as recipe_module
 from dc_ssdae.training import start as start_module
 from dc_ssdae.training.build import build_model
 from dc_ssdae.training.recipe import (
@@ -42,7 +41,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 LATENT = ["encoder.stages.-1", "encoder.latent_head", "decoder.latent_inputs"]
-REPA = {"weight": 0.25, "init_args": {"backbone": "test_vit", "weights": "random"}}
 PHASES: dict[str, dict[str, Any]] = {
     "low": {},
     "latent": {"train": LATENT, "data": {"image_size": 64}, "batch_size": 3, "lr": 5e-4},
@@ -145,10 +143,9 @@ def test_what_is_left_of_a_recipe(trained: Trained) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": ["decoder", "losses.hooked"]}, "phase head: training.train: unknown parameter group"),
+        ({"train": ["decodr"]}, "phase head: training.train: unknown parameter group"),
         ({"batch_size": 3, "processes": 2}, "training.processes is 2, but the launcher started 1"),
         ({"losses": {"mine": {"class_path": "terms.Hooked", "init_args": {"stop": 1}}}}, "phase head: losses.mine"),
-        ({"losses": {"repa": REPA}, "train": ["decoder.head"]}, "phase head: losses.repa has parameters of its own"),
         ({"root": None}, "phase head: either data.root or data.dataset"),
         ({"init_from": "nowhere/at/all", "starts_from": None}, "phase head: training.init_from nowhere/at/all: "),
     ],
@@ -266,7 +263,7 @@ def test_phases_may_start_from_any_earlier_one_or_from_another_run(photos: Path,
 def test_stopped_by_signals_it_ends_as_if_nothing_had_happened(photos: Path, whole: Path, tmp_path: Path) -> None:
     recipe, path = stopped_recipe(photos), tmp_path / "run"
     with pytest.MonkeyPatch.context() as between:
-        between.setattr(recipe_module, "_link_model", lambda *_: interrupt())
+        between.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: interrupt())
         assert start(recipe, path) == Outcome(3, "SIGTERM")
     assert not (path / "2-two").exists()
     Hooked.hook = at_call(2, interrupt)  # in the last step of a phase

@@ -447,7 +447,7 @@ def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tm
     start(run_config(root, steps=2), tmp_path / "run")
     image = root / "train" / "image0000.png"
     image.rename(renamed := image.with_name("renamed.png"))
-    with pytest.raises(InputError, match="9 training images have other names"):
+    with pytest.raises(InputError, match="have other names"):
         resume(run_config(root, steps=4), tmp_path / "run")
     renamed.unlink()
     with pytest.raises(InputError, match="began with 9 training images and the data set now has 8"):
@@ -486,6 +486,6 @@ def test_a_gradient_that_overflows_float16_halves_the_scale(
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**10})
     Hooked.hook = lambda call, value: value + 6.4e34 * (value - value.detach()) if call == 1 else value
     assert trainer.run() == Outcome(4, None)
-    assert "overflows float16; the scale is now 512" in capsys.readouterr().err
+    assert "overflows float16, whose scale is halved" in capsys.readouterr().err
     state = last(tmp_path / "run").state
     assert (state["skipped_steps"], state["gradient_scaler"]["scale"]) == (1, 2.0**9)

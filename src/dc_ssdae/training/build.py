@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import import_class
 from dc_ssdae.components import COMPONENTS, resolve_part
-from dc_ssdae.dynamics import EquilibriumMatching
-from dc_ssdae.errors import InputError, shown
+from dc_ssdae.errors import InputError, prefixed, wrong_value
 from dc_ssdae.losses.total import BUILT_IN, Objective, WeightedTerm
 from dc_ssdae.model_folder import model_folder, read_config
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.training.checkpoint import Checkpoint
-from dc_ssdae.training.config import DistillationConfig, LossConfig, ModelConfig, RunConfig
+from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
@@ -49,9 +48,9 @@ def resolved(config: RunConfig) -> RunConfig:
         InputError: a class or a setting is unknown or does not fit.
     """
     classes = own_classes(config.model)
-    parts: dict[str, Any] = {
-        part: resolve_part(part, getattr(config.model, part), classes).config for part in COMPONENTS
-    }
+    parts: dict[str, Any] = {}
+    for part in COMPONENTS:
+        parts[part] = resolve_part(part, getattr(config.model, part), classes).config
     return replace(config, model=replace(config.model, **parts))
 
 
@@ -77,8 +76,7 @@ def build_objective(losses: Mapping[str, LossConfig], model: DCSSDAE) -> Objecti
     terms = {}
     for name, loss in losses.items():
         if loss.weight:
-            kind: Any = _term_class(name, loss)
-            with _naming_term(name, kind):
+            with _term_class(name, loss) as kind:
                 build = partial(kind.for_model, model) if hasattr(kind, "for_model") else kind
                 terms[name] = WeightedTerm(loss.weight, build(**loss.init_args))
     return Objective(terms)
@@ -95,21 +93,25 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
         InputError: as `build_model` and `build_objective`; no group has a name that is to train; or the teacher is not
             there.
     """
-    model = _build_for_training(config)
+    model = build_model(config.model)
+    if config.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     objective = build_objective(config.losses, model)
     given, settings = config.distillation, (config.training.precision, config.training.channels_last)
     if given is None:
         step = TrainingStep(model, objective, *settings)
     else:
-        loaded = load_teacher(Path(given.teacher) if teacher is None else teacher, own_classes(config.model))
+        loaded = load_teacher(teacher or Path(given.teacher), own_classes(config.model))
         step = DistillationStep(model, objective, loaded, given.steps, given.step_size, *settings)
     chosen = config.trained_groups()
     if chosen is not None:
         groups = {group: [f"model.{name}" for name in names] for group, names in parameter_groups(model).items()}
         for term, module in objective.terms.items():
-            if names := [f"objective.terms.{term}.{name}" for name in module.state_dict()]:
+            if names := list(module.state_dict(prefix=f"objective.terms.{term}.")):
                 groups[f"losses.{term}"] = names
-        step.freeze_all_but({name for group in _select(groups, chosen) for name in groups[group]})
+        with prefixed("training.train"):
+            trained = select_groups(groups, chosen)
+        step.freeze_all_but({name for group in trained for name in groups[group]})
     return step
 
 
@@ -137,13 +139,12 @@ def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) 
         return step
     source = training.init_from if distillation is None else str(run.teacher)
     loaded = set() if source is None else load_initial_weights(step, source)
-    for name in sorted(step.held_back - loaded):
-        if name.startswith("objective."):
-            term = name.split(".")[2]
-            raise InputError(
-                f"losses.{term} has parameters of its own, which are new and would not train: add losses.{term} to "
-                f"training.train, start from a run that has trained them, or leave the term out: --losses.{term} 0"
-            )
+    new = sorted(name.split(".")[2] for name in step.held_back - loaded if name.startswith("objective."))
+    if new:
+        raise InputError(
+            f"losses.{new[0]} has parameters of its own, which are new and would not train: add losses.{new[0]} to "
+            f"training.train, start from a run that has trained them, or leave the term out: --losses.{new[0]} 0"
+        )
     return step
 
 
@@ -163,25 +164,22 @@ def load_initial_weights(step: TrainingStep, source: str) -> set[str]:
         InputError: there are no weights, or the model's are of another architecture.
     """
     step.model.load_state_dict(_read_source("training.init_from", source, step.model))
-    run = Path(source)
-    if (run / RECIPE_FILE).is_file():
-        run = model_folder(run).resolve().parent  # RUN/model is a link into a phase
-    last = RunFolder(run).checkpoints.last()
+    is_recipe = Path(source, RECIPE_FILE).is_file()  # whose RUN/model is a link into a phase
+    last = RunFolder(model_folder(source).resolve().parent if is_recipe else Path(source)).checkpoints.last()
     before = {} if last is None else read_safetensors(last / "model.safetensors")
     loaded: set[str] = set()
     for name, term in step.objective.terms.items():
         prefix = f"objective.terms.{name}."
-        expected = {f"{prefix}{key}": tensor for key, tensor in term.state_dict().items()}
+        expected = term.state_dict(prefix=prefix)
         given = {key: tensor for key, tensor in before.items() if key.startswith(prefix)}
-        if not before or not expected:
-            continue
-        try:
-            check_same_tensors(source, expected, given)
-        except InputError as error:
-            print(f"losses.{name} starts anew: {error}", file=sys.stderr)
-            continue
-        term.load_state_dict({key.removeprefix(prefix): given[key] for key in expected})
-        loaded |= expected.keys()
+        if before and expected:
+            try:
+                check_same_tensors(source, expected, given)
+            except InputError as error:
+                print(f"losses.{name} starts anew: {error}", file=sys.stderr)
+            else:
+                step.load_state_dict(given, strict=False)
+                loaded |= given.keys()
     return loaded
 
 
@@ -235,29 +233,34 @@ def check_components(
     Raises:
         InputError: as `build_model` and `build_objective`; or the run would train, or keep, nothing but random weights.
     """
-    training = config.training
+    training, distillation = config.training, config.distillation
     parts = processes * training.accumulation_steps
     if training.batch_size % parts:
-        raise InputError(
-            f"training.batch_size is {training.batch_size}; with {processes} processes and "
-            f"training.accumulation_steps {training.accumulation_steps} it must be a multiple of {parts}"
-        )
+        wanted = f"for {processes} processes and training.accumulation_steps a multiple of {parts}"
+        raise wrong_value("training.batch_size", training.batch_size, wanted)
     with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
-        model = _build_for_training(config, sharded)
-    if config.distillation is not None:
-        _check_teacher(model, config, config.distillation, teacher)
-    if starts and training.init_from is not None:
+        model = build_model(config.model)
+    if getattr(model.dynamics, "explicit_energy", None) is not None and (training.compile or sharded):
+        told = "an explicit_energy takes second derivatives, which torch.compile has not, and nobody tried with FSDP"
+        raise InputError(f"{told}: set training.compile false, and run without sharding")
+    if distillation is not None:
+        _check_teacher(model, config, distillation.teacher if teacher is None else str(teacher))
+    elif starts and training.init_from is not None:
         _read_source("training.init_from", training.init_from, model)
     # Groups of loss terms are known when those are built, with their backbones.
-    if own := [name for name in training.train or () if name.partition(".")[0] != "losses"]:
-        _select(parameter_groups(model), own)
+    own = [name for name in training.train or () if name.partition(".")[0] != "losses"]
+    if own:
+        with prefixed("training.train"):
+            select_groups(parameter_groups(model), own)
     if training.wandb and find_spec("wandb") is None:
         raise InputError("training.wandb is true, but Weights & Biases is not installed: pip install wandb")
     for name, loss in config.losses.items():
         if loss.weight:
-            _check_term(name, loss)
+            with _term_class(name, loss) as kind:
+                # What for_model adds stands in the constructor's signature and not among the settings.
+                inspect.signature(kind).bind_partial(**loss.init_args)
     encoder = (config.model.encoder or {}).get("class_path", DEFAULT_CLASSES["encoder"])
-    has_source = training.init_from is not None or config.distillation is not None
+    has_source = training.init_from is not None or distillation is not None
     # A class of the user's may bring its own weights.
     if starts and training.keeps_latent and not has_source and encoder in COMPONENTS["encoder"]:
         raise InputError(
@@ -275,8 +278,7 @@ def fetch_backbones(losses: Mapping[str, LossConfig]) -> None:
     """
     for name, loss in losses.items():
         if has_backbone(name, loss):
-            kind: Any = _term_class(name, loss)
-            with _naming_term(name, kind):
+            with _term_class(name, loss) as kind:
                 kind.fetch(**loss.init_args)
 
 
@@ -286,7 +288,8 @@ def has_backbone(name: str, loss: LossConfig) -> bool:
     Raises:
         InputError: its class cannot be imported.
     """
-    return bool(loss.weight) and hasattr(_term_class(name, loss), "fetch")
+    with _term_class(name, loss) as kind:
+        return bool(loss.weight) and hasattr(kind, "fetch")
 
 
 def load_teacher(folder: Path, classes: Sequence[type]) -> DCSSDAE:
@@ -295,56 +298,24 @@ def load_teacher(folder: Path, classes: Sequence[type]) -> DCSSDAE:
     Raises:
         InputError: it is not there, or damaged.
     """
-    try:
+    with prefixed(f"distillation.teacher {folder}"):
         return DCSSDAE.from_pretrained(model_folder(folder), classes=classes)
-    except (InputError, OSError) as error:
-        raise InputError(f"distillation.teacher {folder}: {error}") from None
-
-
-def _build_for_training(config: RunConfig, sharded: bool = False) -> DCSSDAE:
-    """Build the model, and refuse what its training cannot be combined with."""
-    model = build_model(config.model)
-    if config.training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if getattr(model.dynamics, "explicit_energy", None) is not None:
-        wanted = "the dynamics trains with an explicit_energy, which takes second derivatives"
-        if config.training.compile:
-            raise InputError(f"{wanted}; torch.compile has none: set training.compile false")
-        if sharded:
-            raise InputError(f"{wanted}; they were never tried with FSDP, and are refused: run without sharding")
-    return model
-
-
-def _select(groups: Mapping[str, list[str]], selectors: Sequence[str]) -> list[str]:
-    try:
-        return select_groups(groups, selectors)
-    except InputError as error:
-        raise InputError(f"training.train: {error}") from None
 
 
 def _read_source(name: str, source: str, model: DCSSDAE) -> dict[str, Tensor]:
     """Read the weights that a setting names, which must be the model's."""
-    try:
+    with prefixed(f"{name} {source}"):
         given = read_safetensors(model_folder(source) / WEIGHTS_FILE)
-    except InputError as error:
-        raise InputError(f"{name} {source}: {error}") from None
     check_same_tensors(f"{name} {source}", model.state_dict(), given)
     return given
 
 
-def _check_teacher(model: DCSSDAE, config: RunConfig, distillation: DistillationConfig, kept: Path | None) -> None:
-    teacher = distillation.teacher if kept is None else str(kept)
+def _check_teacher(model: DCSSDAE, config: RunConfig, teacher: str) -> None:
     if config.training.init_from is not None:
         raise InputError("training.init_from is not for a distillation: its student starts as the teacher")
-    descends = distillation.steps > 1 and isinstance(model.dynamics, EquilibriumMatching)
-    if distillation.step_size is not None and not descends:
-        raise InputError("distillation.step_size is for several steps of equilibrium matching; leave it out here")
     chosen = config.training.train
     if chosen is None or any(name.partition(".")[0] not in ("decoder", "losses") for name in chosen):
-        raise InputError(
-            f"training.train is {shown(chosen)}; a distillation trains the decoder alone, from the teacher's latent: "
-            "name groups of the decoder"
-        )
+        raise wrong_value("training.train", chosen, "groups of the decoder: a distillation trains the decoder alone")
     _read_source("distillation.teacher", teacher, model)
     config_there = read_config(model_folder(teacher))
     for part in COMPONENTS:
@@ -353,29 +324,14 @@ def _check_teacher(model: DCSSDAE, config: RunConfig, distillation: Distillation
             raise InputError(f"distillation.teacher {teacher} has another {part} than section model; take the same")
 
 
-def _term_class(name: str, loss: LossConfig) -> type[nn.Module]:
-    kind = BUILT_IN[name] if loss.class_path is None else import_class(loss.class_path)
+@contextmanager
+def _term_class(name: str, loss: LossConfig) -> Iterator[Any]:
+    """Give a term's class, and let what it has against its settings be an error that names the term."""
+    kind: Any = BUILT_IN[name] if loss.class_path is None else import_class(loss.class_path)
     if not issubclass(kind, nn.Module):
         raise InputError(f"losses.{name}.class_path names {kind.__name__}, which is no torch.nn.Module")
-    return kind
-
-
-def _check_term(name: str, loss: LossConfig) -> None:
-    """Hold a term's settings against its class's signature, without building it."""
-    kind = _term_class(name, loss)
-    signature = inspect.signature(kind.__init__)
-    with _naming_term(name, kind):
-        if kind.__init__ is nn.Module.__init__ and loss.init_args:  # its signature takes anything, and then refuses
-            raise TypeError(f"it takes none, and {sorted(loss.init_args)[0]} is given")
-        # What for_model adds stands in the constructor's signature and not among the settings.
-        (signature.bind_partial if hasattr(kind, "for_model") else signature.bind)(None, **loss.init_args)
-
-
-@contextmanager
-def _naming_term(name: str, kind: type) -> Iterator[None]:
-    """Turn what a term's class has against its settings into an error that names the term."""
     try:
-        yield
+        yield kind
     except InputError as error:
         message = str(error)
         raise InputError(message if f"losses.{name}" in message else f"losses.{name}: {message}") from None

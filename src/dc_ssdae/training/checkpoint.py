@@ -12,12 +12,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -71,9 +69,10 @@ class CheckpointFolder:
             The checkpoint's folder.
 
         Raises:
-            OSError: it cannot be written, for instance because the disk is full. What was there before stays.
+            OSError, SafetensorError: it cannot be written, as on a full disk. What was there before stays.
         """
-        target = self.of_step(checkpoint.state["step"])
+        step = checkpoint.state["step"]
+        target = self.of_step(step)
         if not checkpoint.tensors:
             state = {"format": FORMAT, **checkpoint.state, "sha256": read_state(target).get("sha256")}
             write_json(target / STATE_FILE, state)
@@ -84,9 +83,9 @@ class CheckpointFolder:
                     target.rename(temporary_name(target))
                 beside.rename(target)
                 sync(self.path)
-            self._link(LAST, target)
+            self._link(LAST, step)
         if is_best:
-            self._link(BEST, target)
+            self._link(BEST, step)
         self.clean()
         return target
 
@@ -102,14 +101,13 @@ class CheckpointFolder:
         """
         link = self.path / LAST
         if link.is_symlink() and not link.exists():
-            raise InputError(
-                f"{link} leads to {os.readlink(link)}, which is not there; put it back, or link another checkpoint"
-            )
-        return self._linked(LAST)
+            raise InputError(f"{link} leads to {os.readlink(link)}, which is not there: link another checkpoint")
+        return link.resolve() if link.exists() else None
 
     def best(self) -> Path | None:
         """Find the best checkpoint's folder; None before the first."""
-        return self._linked(BEST)
+        link = self.path / BEST
+        return link.resolve() if link.exists() else None
 
     def recover(self) -> None:
         """Do what a killed run has left undone: link the best checkpoint, and `clean`.
@@ -124,47 +122,40 @@ class CheckpointFolder:
             if folder.is_dir() and not folder.is_symlink():
                 target = self.of_step(read_state(folder)["step"])
                 folder.rename(temporary_name(target) if target.exists() else target)
-                self._link(name, target)
         if not (self.path / LAST).is_symlink() and (steps := self._steps()):
-            self._link(LAST, self.of_step(max(steps)))  # whole, since it has its name
+            self._link(LAST, max(steps))  # whole, since it has its name
         last = self.last()
-        if last is not None:
-            state = read_state(last)
-            if (state.get("best") or {}).get("step") == state["step"] and self.best() != last:
-                self._link(BEST, last)
+        best = None if last is None else (read_state(last).get("best") or {}).get("step")
+        if best is not None and self.of_step(best).is_dir() and self.of_step(best).resolve() != self.best():
+            self._link(BEST, best)
         self.clean()
 
     def clean(self) -> None:
         """Remove what a killed run left half-written, and the checkpoints that nothing keeps."""
-        last = self._linked(LAST)
-        for step in self._steps() if last is not None else ():
+        linked = self.last(), self.best()
+        for step in self._steps():
             lasting = self.keep_every is not None and step % self.keep_every == 0
-            if not lasting and self.of_step(step).resolve() not in (last, self.best()):
+            if not lasting and self.of_step(step).resolve() not in linked:
                 shutil.rmtree(self.of_step(step), ignore_errors=True)
         for entry in self.path.glob("*.partial"):
             if entry.is_symlink():
-                entry.unlink(missing_ok=True)
-            else:
-                shutil.rmtree(entry, ignore_errors=True)
+                entry.unlink()
+            shutil.rmtree(entry, ignore_errors=True)
 
     def _steps(self) -> list[int]:
         """The steps of the checkpoints that are there."""
         return [int(match[1]) for entry in self.path.glob("step-*") if (match := _FOLDER.fullmatch(entry.name))]
 
-    def _link(self, name: str, target: Path) -> None:
+    def _link(self, name: str, step: int) -> None:
         # A link's target is given by its name alone, so that the run's folder may be moved.
-        replace_link(self.path / name, target.name)
-
-    def _linked(self, name: str) -> Path | None:
-        link = self.path / name
-        return link.resolve() if link.exists() else None
+        replace_link(self.path / name, self.of_step(step).name)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's files into a folder, made if need be, and flush them to the disk.
 
     Raises:
-        OSError: they cannot be written; safetensors' own kind of error becomes this.
+        OSError, SafetensorError: they cannot be written.
     """
     folder.mkdir(exist_ok=True)
     checksums = {}
@@ -172,10 +163,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         path = folder / f"{name}.safetensors"
         path.touch()  # with the umask's permissions, which safetensors does not heed
         mode = path.stat().st_mode
-        try:
-            save_file(dict(checkpoint.tensors[name]), path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
+        save_file(dict(checkpoint.tensors[name]), path, metadata={"format": "pt"})
         path.chmod(mode)
         sync(path)
         checksums[name] = sha256(path)
@@ -188,15 +176,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         InputError: a file is missing or damaged, or of another version of the format.
     """
-    try:
-        state = read_state(folder)
-        check_tensors(folder, TENSOR_FILES)
-        state.pop("sha256", None)  # of these files; others will have their own
-        return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
-    except InputError as error:
-        others = [entry.name for entry in folder.parent.glob("step-*") if entry.name != folder.name]
-        advice = f"; to go on from another checkpoint: ln -sfn {max(others)} {folder.parent / LAST}" if others else ""
-        raise InputError(f"{error}{advice}") from error
+    state = read_state(folder)
+    check_tensors(folder, TENSOR_FILES)
+    state.pop("sha256", None)  # of these files; others will have their own
+    return Checkpoint({name: read_safetensors(folder / f"{name}.safetensors") for name in TENSOR_FILES}, state)
 
 
 def check_tensors(folder: Path, names: Iterable[str]) -> None:
@@ -209,7 +192,7 @@ def check_tensors(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         path = folder / f"{name}.safetensors"
         if name in checksums and path.is_file() and sha256(path) != checksums[name]:
-            raise InputError(f"{path} is damaged: it is not what was written there")
+            raise InputError(f"{path} is damaged; to go on from another: ln -sfn step-NUMBER {folder.parent / LAST}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -231,19 +214,3 @@ def read_state(folder: Path) -> dict[str, Any]:
         if name in state and (not isinstance(value, kind) or (isinstance(value, int | float) and value < 0)):
             raise InputError(f"{path} is damaged: its {name} is {shown(value)}")
     return state
-
-
-@contextmanager
-def refused_as_damaged(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong with the parts of a checkpoint's state into an error that names its file.
-
-    Raises:
-        InputError: a part is missing, or is not what it must be.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{folder / STATE_FILE} is damaged ({line})") from error

@@ -31,7 +31,8 @@ class ExponentialMovingAverage:
         self.decay = decay
         self.start = start
         self._tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        parameters = model.named_parameters(remove_duplicate=False)
+        self._averaged = [name for name, parameter in parameters if parameter.is_floating_point()]
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, evaluated: Evaluated | None = None) -> None:
@@ -44,15 +45,14 @@ class ExponentialMovingAverage:
                 are.
         """
         tensors = model.state_dict()
-        parameters = {name: tensor for name, tensor in tensors.items() if name in self._parameters}
-        tensors |= parameters if evaluated is None else evaluated(parameters)
-        averaged = [name for name, tensor in parameters.items() if tensor.is_floating_point()]
-        if step > self.start:
-            share = 1.0 - self.decay
-            torch._foreach_lerp_(local_parts(self._tensors, averaged), local_parts(tensors, averaged), share)
-            for name in averaged:
-                del tensors[name]
+        held = {name: tensors.pop(name) for name in self._averaged}
+        parameters = held if evaluated is None else evaluated(held)
         self._copy(self._tensors, tensors)
+        if step <= self.start:
+            self._copy(self._tensors, parameters)
+        else:
+            pairs = local_parts(self._tensors, parameters), local_parts(parameters, parameters)
+            torch._foreach_lerp_(*pairs, 1.0 - self.decay)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
@@ -67,7 +67,7 @@ class ExponentialMovingAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by the names of the model's state dict; the tensors themselves, not copies."""
-        return dict(self._tensors)
+        return self._tensors
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over an average of whole tensors.

@@ -1,4 +1,4 @@
-"""What a run writes down: a line a step, TensorBoard, Weights & Biases, a progress bar, pictures."""
+"""What a run writes down: a line per step, TensorBoard, Weights & Biases, a progress bar, pictures."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,9 +21,6 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.files import finite, write_whole
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.run import RunFolder
-
-RATE_SMOOTHING = 0.1
-"""Of the images a second that the progress bar shows; metrics.jsonl has the rate of every step."""
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
@@ -42,30 +40,22 @@ class JsonLines:
         self._warn = warn
         self._pending = b""
 
-    def write(self, entry: Mapping[str, Any]) -> None:
-        """Append an object; numbers that are not finite become null."""
+    def write(self, *entries: Mapping[str, Any]) -> None:
+        """Append objects, and what could not be written before; numbers that are not finite become null."""
         was_failing = self._pending != b""
-        self._pending += _line(entry)
+        self._pending += b"".join(map(_line, entries))
+        if not self._pending:
+            return
         try:
-            self.flush()
+            with self.path.open("ab", buffering=0) as file:
+                before = file.tell()
+                if file.write(self._pending) != len(self._pending):
+                    file.truncate(before)  # whole lines only
+                    raise OSError("not enough space for a line")
+            self._pending = b""
         except OSError as error:
             if not was_failing:
                 self._warn(f"{self.path} cannot be written ({error.strerror or error}); its lines are kept in memory")
-
-    def flush(self) -> None:
-        """Write what is pending, whole lines only.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        if not self._pending:
-            return
-        with self.path.open("ab", buffering=0) as file:
-            before = file.tell()
-            if file.write(self._pending) != len(self._pending):
-                file.truncate(before)
-                raise OSError("not enough space for a line")
-        self._pending = b""
 
     def cut(self, step: float) -> None:
         """Keep the whole lines of steps before `step`, and no others: what comes after is about to be done again.
@@ -73,10 +63,7 @@ class JsonLines:
         Raises:
             OSError: the shorter file cannot be written; the longer one stays.
         """
-        kept = [
-            entry for entry in read_lines(self.path) if isinstance(found := entry.get("step"), int) and found < step
-        ]
-        content = b"".join(map(_line, kept))
+        content = b"".join(_line(entry) for entry in read_lines(self.path) if entry["step"] < step)
         if self.path.is_file() and content != self.path.read_bytes():
             write_whole(self.path, content)
 
@@ -91,7 +78,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         with suppress(ValueError):
             entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict)]
+    return entries
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -107,46 +94,30 @@ class Loggers:
         active: False for processes that stay silent.
         first_step: steps done before this start of the run; later lines of an earlier start are cut.
         seconds: of training that earlier starts took.
-        evaluated_at: step of the last evaluation that counts; None is `first_step`.
+        evaluated: step of the last evaluation that counts.
     """
 
     def __init__(
-        self,
-        run: RunFolder,
-        config: RunConfig,
-        active: bool,
-        first_step: int,
-        seconds: float = 0.0,
-        evaluated_at: int | None = None,
+        self, run: RunFolder, config: RunConfig, active: bool, first_step: int, seconds: float = 0.0, evaluated: int = 0
     ) -> None:
         self.active = active
         self.run = run
         self._training = config.training
-        self._purge_step = first_step + 1 if first_step else None
-        self._metrics, self._evaluations, self._broken = (
-            JsonLines(path if active else Path(os.devnull), self.say)
-            for path in (run.metrics, run.path / "evaluations.jsonl", run.broken_images)
-        )
+        files = (run.metrics, run.evaluations, run.broken_images) if active else [Path(os.devnull)] * 3
+        self._metrics, self._evaluations, self._broken = [JsonLines(file, self.say) for file in files]
         self._metrics.cut(first_step + 1)
-        self._evaluations.cut((first_step if evaluated_at is None else evaluated_at) + 1)
+        self._evaluations.cut(evaluated + 1)
         self._broken.cut(math.inf)
-        self._named = {line.get("name") for line in read_lines(self._broken.path)}
-        self._wandb = _start_wandb(run, config) if active and config.training.wandb else None
-        self._tensorboard: Any = None
-        self._tries_tensorboard = active
-        self._rate: float | None = None
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=1.0,  # of the budget, in steps or time
-            initial=min(self._training.progress(first_step, seconds), 1.0),
-            desc=run.path.name,
-            bar_format=_BAR,
-            file=sys.stderr,
-            mininterval=0.5 if terminal else 30.0,
-            dynamic_ncols=terminal,
-            smoothing=0.05,
-            disable=not active,
-        )
+        self._named = {line["name"] for line in read_lines(self._broken.path)}
+        purge_step = first_step + 1 if first_step else None
+        self._trackers: list[GeneralTracker] = [_TensorBoard("tensorboard", run.path, purge_step=purge_step)]
+        if active and config.training.wandb:
+            self._trackers.append(_wandb(run, config))
+        self._track("start")
+        done = min(config.training.progress(first_step, seconds), 1.0)  # of the budget, in steps or time
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        name, silent = run.path.name, not active
+        self._bar = tqdm(desc=name, total=1.0, initial=done, bar_format=_BAR, mininterval=interval, disable=silent)
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -156,19 +127,16 @@ class Loggers:
     def step(self, entry: Mapping[str, Any]) -> None:
         """Log a step: `step` (done), `loss/…`, `gradient_norm`, `lr`, `images_per_second`, `seconds`, `memory_gib`."""
         self._metrics.write(entry)
-        self._log_scalars(entry, "train")
-        step, now = entry["step"], entry["images_per_second"]
-        self._rate = now if self._rate is None else self._rate + RATE_SMOOTHING * (now - self._rate)
-        shown = f"step {step}, {self._rate:.1f} images/s, loss {entry['loss/total']:.4g}"
+        self._track_numbers(entry, "train")
+        shown = f"step {entry['step']}, {entry['images_per_second']:.1f} images/s, loss {entry['loss/total']:.4g}"
         self._bar.set_postfix_str(shown, refresh=False)
-        self._bar.update(min(self._training.progress(step, entry["seconds"]), 1.0) - self._bar.n)
+        self._bar.update(min(self._training.progress(entry["step"], entry["seconds"]), 1.0) - self._bar.n)
 
     def evaluation(self, entry: Mapping[str, Any]) -> None:
         """Log an evaluation: `step` (steps done), the metrics, `images`."""
         self._evaluations.write(entry)
         values = {key: value for key, value in entry.items() if isinstance(value, float)}
-        self._tries_tensorboard = self.active
-        self._log_scalars({"step": entry["step"], **values}, "evaluation")
+        self._track_numbers({"step": entry["step"], **values}, "evaluation")
         self.say(f"step {entry['step']}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def broken(self, images: Sequence[BrokenImage], step: int, split: str) -> None:
@@ -190,9 +158,7 @@ class Loggers:
         if not self.active:
             return
         grid = torch.cat([torch.cat(list(rows), dim=2) for rows in (originals, reconstructions)], dim=1)
-        self._on_tensorboard(lambda writer: writer.add_image("reconstructions", grid, step))
-        if self._wandb is not None:
-            self._wandb.log({"reconstructions": self._wandb.Image(grid.permute(1, 2, 0).numpy())}, step=step)
+        self._track("log_images", {"reconstructions": grid.permute(1, 2, 0)[None].numpy()}, step)
         file = self.run.path / "samples" / f"step-{step:08d}.png"
         try:
             file.parent.mkdir(exist_ok=True)
@@ -203,59 +169,38 @@ class Loggers:
     def close(self) -> None:
         """Flush and close everything."""
         for lines in (self._metrics, self._evaluations, self._broken):
-            with suppress(OSError):  # which was said when it began
-                lines.flush()
+            lines.write()
         self._bar.close()
-        self._on_tensorboard(lambda writer: writer.close())
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._track("finish")
 
-    def _on_tensorboard(self, work: Callable[[Any], None]) -> None:
-        """Write to TensorBoard; where that fails, go on without until the next evaluation: the disk may be full."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if not self._tries_tensorboard:
-            return
-        folder = self.run.path / "tensorboard"
-        try:
-            if self._tensorboard is None:
-                self._tensorboard = SummaryWriter(str(folder), purge_step=self._purge_step)
-                self._purge_step = None
-            work(self._tensorboard)
-        except OSError as error:
-            self._tensorboard = None  # a writer that failed once never works again
-            self._tries_tensorboard = False
-            self.say(f"{folder} cannot be written ({error.strerror or error}), until the next evaluation")
-
-    def _log_scalars(self, entry: Mapping[str, Any], section: str) -> None:
+    def _track_numbers(self, entry: Mapping[str, Any], section: str) -> None:
         """Log the numbers of an entry that are finite, under names with a section."""
-        scalars = {
-            name if "/" in name else f"{section}/{name}": value
-            for name, value in entry.items()
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value)
-        }
+        numbers = {}
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                numbers[name if "/" in name else f"{section}/{name}"] = value
+        self._track("log", numbers, entry["step"])
 
-        def write(writer: Any) -> None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, entry["step"])
+    def _track(self, work: str, *given: Any) -> None:
+        """Let the trackers do something; one that fails, as on a full disk, says so and is not used again."""
+        for tracker in list(self._trackers if self.active else ()):
+            try:
+                getattr(tracker, work)(*given)
+            except OSError as error:
+                self._trackers.remove(tracker)
+                self.say(f"{tracker.name} cannot be written ({error}), until the run is started again")
 
-        self._on_tensorboard(write)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=entry["step"])
+
+class _TensorBoard(TensorBoardTracker):
+    """Takes pictures (N, H, W, 3), as the tracker of Weights & Biases does."""
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **settings: Any) -> None:
+        super().log_images(values, step, dataformats="NHWC", **settings)
 
 
-def _start_wandb(run: RunFolder, config: RunConfig) -> Any:
-    import wandb
-
+def _wandb(run: RunFolder, config: RunConfig) -> WandBTracker:
     name, file = run.path.name, run.path / "wandb-id"
     if not file.is_file():  # folders of the same name are different runs
         file.write_text(f"{name}-{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
-    wandb.init(
-        project=config.training.wandb_project,
-        name=name,
-        id=file.read_text(encoding="utf-8").strip(),
-        dir=str(run.path),
-        config=config.to_mapping(),
-        resume="allow",
-    )
-    return wandb
+    identity = {"name": name, "id": file.read_text(encoding="utf-8").strip(), "dir": str(run.path), "resume": "allow"}
+    return WandBTracker(config.training.wandb_project, config=config.to_mapping(), **identity)

@@ -1,33 +1,34 @@
 """What a run measures beside its steps: its averaged model on validation images, its latent over training images."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dc_ssdae.data.images import to_uint8
-from dc_ssdae.data.loader import BrokenImage, ValidationImages, enlarged_caveat, validation_loader
-from dc_ssdae.data.sources import ImageSource, ImageSources
+from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
+from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.latent_statistics import latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
-from dc_ssdae.latent import LatentMoments, LatentStatistics
+from dc_ssdae.latent import LatentMoments
 from dc_ssdae.provenance import IN_TRAINING
-from dc_ssdae.training.config import METRICS, RunConfig
-from dc_ssdae.training.ema import ExponentialMovingAverage
+from dc_ssdae.training.config import METRICS
 from dc_ssdae.training.logging import Loggers
 from dc_ssdae.training.origin import data_name
-from dc_ssdae.training.step import TrainingStep
-from dc_ssdae.training.stopping import Stopped, StopRequest
+from dc_ssdae.training.stopping import Stopped
+
+if TYPE_CHECKING:
+    from dc_ssdae.training.trainer import Trainer
 
 T = TypeVar("T")
+Reconstruct = Callable[[Tensor], Tensor]
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
 assert MEASURES.keys() == METRICS.keys()
@@ -35,107 +36,103 @@ assert MEASURES.keys() == METRICS.keys()
 EVALUATION_BATCH = 16
 
 
-@dataclass
+@dataclass(eq=False)
 class Measurements:
     """When a run measures, how, and what came out.
 
     Args:
-        config: of the run.
-        sources: the images.
-        processes: of the run.
-        workers: that read images.
-        module: whose model to measure.
-        average: of that model.
+        run: whose averaged model to measure.
         latent_is_known: whether the latent's statistics need no measuring.
-        stop: asked to end the run.
         best: metric, value and step of the best evaluation.
-        latent: the statistics of the latent, None where they are not measured.
+        latent: `LatentStatistics` as a mapping, None where they are not measured.
         evaluations: the last evaluation, as the model's provenance has it.
         evaluated_at: step of the last evaluation.
         measured_at: step at which the latent was measured.
     """
 
-    config: RunConfig
-    sources: ImageSources
-    processes: Processes
-    workers: int
-    module: TrainingStep
-    average: ExponentialMovingAverage
+    run: "Trainer"
     latent_is_known: bool
-    stop: StopRequest
     best: dict[str, Any] | None = None
-    latent: LatentStatistics | None = None
+    latent: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     evaluated_at: int | None = None
     measured_at: int | None = None
 
-    def state_dict(self, step: int, is_finished: bool) -> dict[str, Any]:
-        """What a checkpoint of a step keeps, besides the provenance."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, besides the provenance."""
         return {
             "evaluated_at": self.evaluated_at,
             "measured_at": self.measured_at,
-            "incomplete": bool(self.due(step, is_finished)),
+            "incomplete": bool(self.due()),
             "best": self.best,
-            "latent_statistics": None if self.latent is None else asdict(self.latent),
+            "latent_statistics": self.latent,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], is_finished: bool) -> None:
-        """Go on from a checkpoint's state."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of the checkpoint that the run has taken over."""
         self.best = state["best"]
         self.evaluated_at = state["evaluated_at"]
         self.evaluations = (state.get("provenance") or {}).get("evaluations", [])
         # A longer budget changes the weights again, if not the encoder's.
-        still_true = is_finished or self.config.training.keeps_latent
-        measured = state.get("latent_statistics") if still_true else None
-        self.latent = None if measured is None else LatentStatistics(**measured)
-        self.measured_at = state.get("measured_at", None if measured is None else state["step"])
+        still_true = self.run.is_finished() or self.run.config.training.keeps_latent
+        self.latent = state.get("latent_statistics") if still_true else None
+        self.measured_at = state.get("measured_at", None if self.latent is None else state["step"])
 
-    def due(self, step: int, is_finished: bool) -> list[Callable[[int, Loggers], bool]]:
-        """List what is to be measured before the next step.
-
-        Each is called with the step and the loggers, says whether it found the model the best so far, and raises
-        `Stopped` where a signal asks for the end.
-        """
-        training = self.config.training
-        due: list[Callable[[int, Loggers], bool]] = []
+    def due(self) -> list[Callable[[Loggers], bool]]:
+        """List what `measure` does before the next step."""
+        run, training, is_finished = self.run, self.run.config.training, self.run.is_finished()
+        due: list[Callable[[Loggers], bool]] = []
         wants_latent = training.latent_statistics > 0 and not self.latent_is_known
-        if wants_latent and is_finished and self.measured_at != step:
+        if wants_latent and is_finished and self.measured_at != run.step:
             due.append(self._measure_latent)
-        is_its_time = is_finished or step % training.evaluate_every == 0
-        if is_its_time and self.sources.validation is not None and self.evaluated_at != step:
+        is_its_time = is_finished or run.step % training.evaluate_every == 0
+        if is_its_time and run.sources.validation is not None and self.evaluated_at != run.step:
             due.append(self._evaluate)
         return due
 
-    def _measure_latent(self, step: int, loggers: Loggers) -> bool:
+    def measure(self, loggers: Loggers) -> bool:
+        """Measure what is due, with the averaged weights; says whether the model is the best so far.
+
+        Raises:
+            Stopped: a signal asks for the end.
+        """
+        self.run.module.eval()
+        with self.run.ema.applied_to(self.run.module.model):
+            found_best = [work(loggers) for work in self.due()]
+        self.run.module.train()
+        return any(found_best)
+
+    def _measure_latent(self, loggers: Loggers) -> bool:
         """Find the mean and standard deviation of the averaged model's latent over training images."""
-        images = self._images(self.sources.train, self.config.training.latent_statistics)
-        channels, share = self.config.model.latent_channels, (self.processes.index, self.processes.count)
-        encode = partial(self._run, self.module.posterior)
-        with self._averaged():
-            survey = latent_statistics(encode, images, channels, self._batch_size(), self.workers, *share)
-        loggers.broken([image for part in self.processes.gather(survey.broken) for image in part], step, "train")
-        moments = LatentMoments.from_states(torch.stack(self.processes.gather(survey.moments.state())))
-        self.latent, self.measured_at = None, step
+        run, config, processes = self.run, self.run.config, self.run.processes
+        images = self._images(run.sources.train, config.training.latent_statistics)
+        encode, channels = partial(self._run, run.module.posterior), config.model.latent_channels
+        settings = self._batch_size(), run.workers, processes.index, processes.count
+        survey = latent_statistics(encode, images, channels, *settings)
+        for broken in processes.gather(survey.broken):
+            loggers.broken(broken, run.step, "train")
+        moments = LatentMoments.from_states(torch.stack(processes.gather(survey.moments.state())))
+        self.latent, self.measured_at = None, run.step
         try:
-            self.latent = moments.statistics()
+            self.latent = asdict(moments.statistics())
         except InputError as error:
-            loggers.say(f"step {step}: the latent's statistics cannot be measured: {error}")
+            loggers.say(f"step {run.step}: the latent's statistics cannot be measured: {error}")
         return False
 
-    def _evaluate(self, step: int, loggers: Loggers) -> bool:
+    def _evaluate(self, loggers: Loggers) -> bool:
         """Measure the averaged model on validation images; says whether it is the best so far."""
-        assert self.sources.validation is not None
-        data, random = self.config.data, self.module.objective.random_backbones
-        images = self._images(self.sources.validation, data.validation_images)
-        reconstruct = partial(self._run, self.module.reconstruct)
-        with self._averaged():
-            result = evaluate(reconstruct, images, self.processes, self._batch_size(), self.workers)
-            if self.config.training.sample_images:
-                self._log_pictures(images, step, loggers)
+        run, data, step = self.run, self.run.config.data, self.run.step
+        assert run.sources.validation is not None
+        images = self._images(run.sources.validation, data.validation_images)
+        pictured = range(min(run.config.training.sample_images, len(images)))
+        reconstruct = partial(self._run, run.module.reconstruct)
+        result = evaluate(reconstruct, images, run.processes, self._batch_size(), run.workers)
+        if pictured:
+            originals = torch.stack([images[place].pixels for place in pictured])
+            # In every process, because sharded networks need them all.
+            output = run.module.reconstruct(originals.to(run.processes.device)).cpu()
+            loggers.pictures(originals, to_uint8(output.nan_to_num()), step)
         loggers.broken(result.broken, step, "validation")
-        if not self.evaluations:
-            for line in enlarged_caveat(result.enlarged, result.images, data.image_size):
-                loggers.say(f"step {step}: validation: {line}")
         self.evaluated_at = step
         metrics = {name: {"value": value} for name, value in result.values.items() if math.isfinite(value)}
         entry = {
@@ -147,65 +144,40 @@ class Measurements:
             "metrics": metrics,
         }
         self.evaluations = [entry] if metrics else []
+        random = run.module.objective.random_backbones
         remark = {"random_backbones": random} if random else {}
         loggers.evaluation({"step": step, **result.values, "images": result.images, **remark})
-        if not result.images:
-            loggers.say(f"step {step}: no validation image can be read; nothing is the best")
-        return self._is_best(result.values, step)
-
-    def _is_best(self, values: Mapping[str, float], step: int) -> bool:
-        name, direction = self.config.training.best
-        value, sign = values[name], 1.0 if direction == "max" else -1.0
+        name, direction = run.config.training.best
+        value, sign = result.values[name], 1.0 if direction == "max" else -1.0
         if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
             return False
         self.best = {"metric": name, "value": value, "step": step}
         return True
 
-    def _log_pictures(self, images: ValidationImages, step: int, loggers: Loggers) -> None:
-        shown = [images[place] for place in range(min(self.config.training.sample_images, len(images)))]
-        originals = torch.stack([image.pixels for image in shown])
-        # In every process, because sharded networks need them all.
-        output = self.module.reconstruct(originals.to(self.processes.device)).cpu()
-        loggers.pictures(originals, to_uint8(output.nan_to_num()), step)
-
     def _batch_size(self) -> int:
-        return min(EVALUATION_BATCH, self.config.training.batch_size // self.processes.count)
+        return min(EVALUATION_BATCH, self.run.config.training.batch_size // self.run.processes.count)
 
     def _images(self, source: ImageSource, limit: int) -> ValidationImages:
-        return ValidationImages(source, self.config.data.image_size, limit, workers_option="data.workers")
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Lend the module the averaged weights, in evaluation mode."""
-        self.module.eval()
-        try:
-            with self.average.applied_to(self.module.model):
-                yield
-        finally:
-            self.module.train()
+        return ValidationImages(source, self.run.config.data.image_size, limit, workers_option="data.workers")
 
     def _run(self, work: Callable[[Tensor], T], pixels: Tensor) -> T:
         """Call a function of a batch, unless some process has been asked to stop: then all of them raise `Stopped`."""
-        if self.processes.sum(torch.tensor(float(self.stop.name is not None))) > 0.0:
+        processes = self.run.processes
+        if processes.sum(torch.tensor(float(self.run.stop.name is not None))) > 0.0:
             raise Stopped
-        return work(pixels.to(self.processes.device))
+        return work(pixels.to(processes.device))
 
 
 class Evaluation(NamedTuple):
-    """Means over the images, how many there were, what could not be read, and how many were enlarged."""
+    """Means over the images, how many there were, and what could not be read."""
 
     values: dict[str, float]
     images: int
     broken: list[BrokenImage]
-    enlarged: int = 0
 
 
 def evaluate(
-    reconstruct: Callable[[Tensor], Tensor],
-    images: ValidationImages,
-    processes: Processes,
-    batch_size: int,
-    workers: int,
+    reconstruct: Reconstruct, images: ValidationImages, processes: Processes, batch_size: int, workers: int
 ) -> Evaluation:
     """Measure reconstructions; every process does its share, and all get the same result.
 
@@ -220,22 +192,20 @@ def evaluate(
     # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
     places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
-    results = torch.zeros(count, len(MEASURES) + 2, dtype=torch.float64)
+    results = torch.zeros(count, len(MEASURES) + 1, dtype=torch.float64)
     broken: list[BrokenImage] = []
     unread = iter(places)
     for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
-        pixels = torch.stack([image.pixels for image in batch])
-        reconstructed = reconstruct(pixels).cpu()
+        reconstructed = reconstruct(torch.stack([image.pixels for image in batch])).cpu()
         for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
             if place < count and image.broken is not None:
                 broken.append(image.broken)
             elif place < count:
-                results[place] = results.new_tensor([*measure(image.pixels, output), image.enlarged, 1.0])
-    total = processes.sum(results)
+                results[place] = results.new_tensor([*measure(image.pixels, output), 1.0])
+    total = processes.sum(results).sum(dim=0)
+    means = (total[:-1] / total[-1]).tolist()
     broken = [image for part in processes.gather(broken) for image in part]
-    measured = int(total[:, -1].sum())
-    means = total[:, :-2].sum(dim=0) / measured
-    return Evaluation(dict(zip(MEASURES, means.tolist(), strict=True)), measured, broken, int(total[:, -2].sum()))
+    return Evaluation(dict(zip(MEASURES, means, strict=True)), int(total[-1]), broken)
 
 
 def measure(pixels: Tensor, output: Tensor) -> list[float]:

@@ -1,18 +1,20 @@
 """The optimisers, and their state as named tensors and plain numbers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from schedulefree import RAdamScheduleFree
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.config import TrainingConfig
+from dc_ssdae.training.ema import Evaluated
 from dc_ssdae.training.tensors import like, local_parts
 
 
-def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, config: TrainingConfig) -> Optimizer:
     """Make the optimiser that a configuration names, for every parameter that trains.
 
     Raises:
@@ -23,16 +25,13 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Op
         raise InputError("no parameter of the model trains")
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-        return torch.optim.AdamW(parameters, fused=fused, **settings)
+        return torch.optim.AdamW(parameters, fused=parameters[0].device.type in ("cpu", "cuda"), **settings)
     optimizer = RAdamScheduleFree(parameters, **settings)
     optimizer.train()
     return optimizer
 
 
-def evaluated_weights(
-    optimizer: torch.optim.Optimizer, model: nn.Module
-) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+def evaluated_weights(optimizer: Optimizer, model: nn.Module) -> Evaluated:
     """Make what the average of a model asks for the values at which parameters are to be evaluated, by name.
 
     A schedule-free optimiser holds y, where gradients are taken, and means x = y + (1 - 1/β₁)(z - y) to be used
@@ -53,9 +52,7 @@ def evaluated_weights(
     return evaluated
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, module: nn.Module
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Take an optimiser's state apart.
 
     Args:
@@ -75,10 +72,7 @@ def optimizer_state(
 
 @torch.no_grad()
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    groups: Sequence[Mapping[str, Any]],
+    optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], groups: Sequence[Mapping[str, Any]]
 ) -> None:
     """Put a state into a fresh optimiser of the same kind, for the same parameters.
 
@@ -108,7 +102,7 @@ def load_optimizer_state(
             optimizer.state[parameter][key] = like(tensor, parameter)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -9,13 +9,12 @@ Reading and checking a recipe needs no torch; what trains imports it when it is 
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dc_ssdae.errors import InputError, shown, unknown_name
+from dc_ssdae.errors import InputError, check_names, prefixed, shown, unknown_name, wrong_value
 from dc_ssdae.files import replace_link, write_whole
 from dc_ssdae.presets import dump_yaml, read_yaml
 from dc_ssdae.training.config import RunConfig, TrainingConfig, lay_over
@@ -30,10 +29,8 @@ RECIPE_FILE = "recipe.yaml"
 PHASE_SECTIONS = ("starts_from", "model", "data", "training", "losses")
 """What a phase may change; `model` only in a recipe with all its settings, where all phases have the same."""
 
-IN_FOLDER = "the phases lie in the recipe's folder"
-
-LEARNING_TERMS = ("repa",)
-"""The built-in loss terms with parameters of their own."""
+Settings = Mapping[str, Any]
+"""Sections of settings, as `RunConfig.from_mapping` takes them."""
 
 Spell = Callable[[RunConfig], str]
 """Writes a configuration as YAML."""
@@ -65,7 +62,7 @@ class Recipe(NamedTuple):
         """The run of a phase in the folder of the recipe: RUN/1-NAME, RUN/2-NAME and so on."""
         return path / f"{1 + [phase.name for phase in self.phases].index(name)}-{name}"
 
-    def add(self, name: str, settings: Mapping[str, Any], starts_from: Any) -> None:
+    def add(self, name: str, settings: Settings, starts_from: Any) -> None:
         """Add a phase with its whole configuration.
 
         Raises:
@@ -74,50 +71,40 @@ class Recipe(NamedTuple):
         earlier = [phase.name for phase in self.phases]
         if starts_from is not None and starts_from not in earlier:
             raise unknown_name(f"earlier phase that phases.{name} starts_from", starts_from, earlier, f"phases.{name}")
-        with _naming_phase(name):
+        with prefixed(f"phase {name}"):
             config = RunConfig.from_mapping(settings)
         if starts_from is not None and config.training.init_from is not None:
             raise InputError(f"phases.{name} has both starts_from and training.init_from; give one of them")
         self.phases.append(Phase(name, config, starts_from))
 
 
-@contextmanager
-def _naming_phase(name: str) -> Iterator[None]:
-    """Let an error say which phase it is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"phase {name}: {error}", error.field) from None
-
-
-def check_phases(phases: Any, source: str) -> dict[str, dict[str, Any]]:
+def check_phases(phases: Any, source: str, accepted: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """Check the form of section phases.
 
     Args:
         phases: sections of settings by the phases' names; in each also starts_from, the name of an earlier phase.
         source: of the section, for messages.
+        accepted: names of the phases, where these are settings of the command line for a recipe that has them.
 
     Raises:
         InputError: it has another form, or a name cannot be part of a setting's and of a folder's name.
     """
-    if not isinstance(phases, Mapping) or not phases:
-        raise InputError(f"section phases of {source} is {shown(phases)}; it must be a mapping of phases", "phases")
+    sections = PHASE_SECTIONS if accepted is None else ("data", "training", "losses")
+    if not isinstance(phases, Mapping) or (not phases and accepted is None):
+        raise wrong_value("phases", phases, f"a mapping of phases, in {source}")
     for name, layer in phases.items():
-        if not isinstance(name, str) or not (name.isidentifier() and name.isascii()):
+        if accepted is not None and name not in accepted:
+            raise unknown_name("phase of the recipe", name, accepted, f"phases.{name}")
+        if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
             raise InputError(f"a phase is called {shown(name)}; use letters, digits and underscores", "phases")
         if not isinstance(layer, Mapping):
-            raise InputError(f"phases.{name} of {source} is {shown(layer)}; it must be a mapping", f"phases.{name}")
-        for section in layer:
-            if section not in PHASE_SECTIONS:
-                raise unknown_name(f"section of phases.{name}", section, PHASE_SECTIONS, f"phases.{name}.{section}")
+            raise wrong_value(f"phases.{name}", layer, f"a mapping of settings, in {source}")
+        check_names(f"section of phases.{name}", layer, sections, f"phases.{name}.")
     return {name: dict(layer) for name, layer in phases.items()}
 
 
 def make_recipe(
-    settings: Mapping[str, Any],
-    phases: Mapping[str, Mapping[str, Any]],
-    flags: Mapping[str, Any],
-    phase_flags: Mapping[str, Mapping[str, Any]],
+    settings: Settings, phases: Mapping[str, Settings], flags: Settings, phase_flags: Mapping[str, Settings]
 ) -> Recipe:
     """Lay each phase over a configuration, and settings of the command line over it.
 
@@ -130,14 +117,14 @@ def make_recipe(
     Raises:
         InputError: a phase is not there, or its configuration does not fit.
     """
-    _check_phase_flags(phase_flags, phases)
+    phase_flags = check_phases(phase_flags, "the command line", phases)
     recipe = Recipe([])
     for name, layer in phases.items():
         own = lay_over(layer, phase_flags.get(name, {}))
         starts_from = own.pop("starts_from", None)
         training = own.get("training") or {}
         if training.get("output") is not None:
-            raise InputError(f"phases.{name}.training.output: {IN_FOLDER}; name that by --training.output", name)
+            raise InputError(f"phases.{name}.training.output: phases lie in the recipe's folder, --training.output")
         whole = lay_over(lay_over(lay_over(settings, own), flags), phase_flags.get(name, {}))
         changed = dict(whole.get("training") or {})
         seed = changed.get("seed", TrainingConfig.seed)
@@ -153,10 +140,7 @@ def make_recipe(
 
 
 def change_recipe(
-    recipe: Recipe,
-    flags: Mapping[str, Any],
-    phase_flags: Mapping[str, Mapping[str, Any]],
-    settled: Sequence[str] = (),
+    recipe: Recipe, flags: Settings, phase_flags: Mapping[str, Settings], settled: Sequence[str] = ()
 ) -> Recipe:
     """Change the phases of a recipe that goes on.
 
@@ -169,28 +153,23 @@ def change_recipe(
     Raises:
         InputError: a setting does not fit, or is of a settled phase.
     """
-    _check_phase_flags(phase_flags, [phase.name for phase in recipe.phases])
+    phase_flags = check_phases(phase_flags, "the command line", [phase.name for phase in recipe.phases])
     changed = Recipe([])
     for phase in recipe.phases:
         own = phase_flags.get(phase.name, {})
-        if phase.name in settled:
-            if own:
-                raise InputError(f"phase {phase.name} is finished, and others have started from it: it cannot change")
+        if phase.name not in settled:
+            changed.add(phase.name, lay_over(lay_over(phase.config.to_mapping(), flags), own), phase.starts_from)
+        elif own:
+            raise InputError(f"phase {phase.name} is finished, and others have started from it: it cannot change")
+        else:
             changed.phases.append(phase)
-            continue
-        changed.add(phase.name, lay_over(lay_over(phase.config.to_mapping(), flags), own), phase.starts_from)
-        if changed.phases[-1].config.training.output != phase.config.training.output:
-            raise InputError(f"training.output: {IN_FOLDER}, which may be moved; it cannot change when they go on")
-    if settled and any(phase.config.model != recipe.phases[0].config.model for phase in changed.phases):
-        raise InputError(f"section model cannot change: phase {settled[0]} is finished, and the others go on from it")
     return changed
 
 
 def recipe_yaml(recipe: Recipe) -> str:
     """Spell a recipe out as YAML, every phase with all its settings, for `read_recipe`."""
     phases = {phase.name: {"starts_from": phase.starts_from, **phase.config.to_mapping()} for phase in recipe.phases}
-    head = "# A recipe's phases, each with all its settings; dc-ssdae train --resume goes on with it.\n"
-    return head + dump_yaml({"phases": phases})
+    return f"# Each phase with all its settings, for dc-ssdae train --resume.\n{dump_yaml({'phases': phases})}"
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -208,17 +187,6 @@ def read_recipe(path: Path) -> Recipe:
         starts_from = layer.pop("starts_from", None)
         recipe.add(name, layer, starts_from)
     return recipe
-
-
-def _check_phase_flags(given: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
-    for name, settings in given.items():
-        if name not in names:
-            raise unknown_name("phase of the recipe", name, names, f"phases.{name}")
-        if not isinstance(settings, Mapping):
-            raise InputError(f"--phases.{name} names no setting; write --phases.{name}.section.name VALUE")
-        for section in ("model", "distillation"):
-            if section in settings:
-                raise InputError(f"--phases.{name}.{section}: section {section} is of all phases; give --{section}")
 
 
 def resolved_recipe(recipe: Recipe) -> Recipe:
@@ -253,26 +221,62 @@ def train_recipe(
             are checked before the first.
         TrainingFailed: as `Trainer.run`.
     """
-    from dc_ssdae.training.run import check_new, new_folder
+    from accelerate.utils.memory import clear_device_cache
 
-    processes = _check(recipe, cpu, path if resumes else None)
-    first = recipe.folder(path, recipe.phases[0].name)
+    from dc_ssdae.training.run import check_new, new_folder
+    from dc_ssdae.training.start import locked, resume_run, start_run
+    from dc_ssdae.training.trainer import Outcome
+
+    folders = [recipe.folder(path, phase.name) for phase in recipe.phases]
+    models = [f"{folder.name}/model" for folder in folders]
+    processes = _check(recipe, path, cpu, resumes)
 
     def create() -> None:
         check_new(path)
         with new_folder(path) as partial:
             (partial / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
-            replace_link(partial / "model", Path(first.name, "model"))
+            replace_link(partial / "model", models[0])
+
+    def keep() -> None:
+        if read_recipe(path) != recipe:
+            write_whole(path / RECIPE_FILE, recipe_yaml(recipe).encode())
+
+    def link(place: int) -> None:
+        """Let RUN/model lead to the model of a phase, if it does not lead to a later one's already."""
+        if not ((path / "model").is_symlink() and os.readlink(path / "model") in models[place:]):
+            replace_link(path / "model", models[place])
 
     if not resumes:
         processes.on_main(create)
+    outcome = None
     try:
-        return _train(recipe, path, spell, tell, processes, cpu)
+        # Each phase listens for signals itself; this is for one that comes between two phases.
+        with locked(path, processes), StopRequest() as stop:
+            processes.on_main(keep)
+            for place, (phase, folder) in enumerate(zip(recipe.phases, folders, strict=True)):
+                signal = processes.on_main(lambda: stop.name)
+                if signal is not None:
+                    return Outcome(0 if outcome is None else outcome.step, signal)
+                config = phase.config.with_training(output=str(folder))
+                if phase.starts_from is not None:
+                    config = config.with_training(init_from=str(recipe.folder(path, phase.starts_from)))
+                # One process decides for all: the folder appears while others look.
+                if processes.on_main(partial(_has_begun, folder)):
+                    outcome = resume_run(config, spell(config), folder, cpu) or outcome
+                else:
+                    tell(f"phase {phase.name} ({place + 1} of {len(folders)}) begins: {folder}")
+                    outcome = start_run(config, spell(config), folder, cpu)
+                # The next one needs the memory that this one's cycles of references still hold.
+                clear_device_cache(garbage_collection=True)
+                if outcome is not None and outcome.stopped_by is not None:
+                    return outcome
+                processes.on_main(partial(link, place))
     except Exception:
         # A mistake that only the first step shows has removed the phase: what is mended begins anew, under this name.
-        if not resumes and processes.is_main and not first.exists():
+        if not resumes and processes.is_main and not folders[0].exists():
             shutil.rmtree(path, ignore_errors=True)
         raise
+    return outcome
 
 
 def finished_phases(recipe: Recipe, path: Path) -> list[str]:
@@ -304,8 +308,8 @@ def _has_begun(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def _check(recipe: Recipe, cpu: bool, path: Path | None = None) -> "Processes":
-    """Find mistakes of a late phase now, and not after days; where `path` is given, in what is left of it."""
+def _check(recipe: Recipe, path: Path, cpu: bool, resumes: bool) -> "Processes":
+    """Find mistakes of a late phase now, and not after days."""
     from accelerate.utils import DistributedType
 
     from dc_ssdae.data.sources import open_sources
@@ -316,99 +320,22 @@ def _check(recipe: Recipe, cpu: bool, path: Path | None = None) -> "Processes":
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
 
     def check() -> None:
-        finished = [] if path is None else finished_phases(recipe, path)
-        opened = []
+        finished = finished_phases(recipe, path)
         for phase in recipe.phases:
-            if phase.name in finished:
-                continue
-            data = phase.config.data
-            begun = path is not None and _has_begun(recipe.folder(path, phase.name))
-            images = (data.root, data.dataset, data.validation, data.cache)
-            with _naming_phase(phase.name):
-                start_processes(phase.config.training.processes, cpu)
-                _check_trained_terms(recipe, phase)
-                starts = phase.starts_from is None and not begun
-                check_components(phase.config, starts, processes=processes.count, sharded=is_sharded)
-                if images not in opened:
-                    open_sources(*images)
-                    opened.append(images)
+            data, starts = phase.config.data, phase.starts_from is None
+            if phase.name not in finished:
+                with prefixed(f"phase {phase.name}"):
+                    start_processes(phase.config.training.processes, cpu)
+                    starts = starts and not _has_begun(recipe.folder(path, phase.name))
+                    check_components(phase.config, starts, processes=processes.count, sharded=is_sharded)
+                    open_sources(data.root, data.dataset, data.validation, data.cache)
 
     def fetch() -> None:
         for phase in recipe.phases if accelerator.is_local_main_process else ():
-            with _naming_phase(phase.name):
+            with prefixed(f"phase {phase.name}"):
                 fetch_backbones(phase.config.losses)
 
     processes.together(check)
-    if path is None:  # after everything that can be found out without a download
+    if not resumes:  # after everything that can be found out without a download
         processes.together(fetch)
     return processes
-
-
-def _check_trained_terms(recipe: Recipe, phase: Phase) -> None:
-    """Refuse to train what no term learns, and a term that would have to stay as it is made.
-
-    Whether a user's term learns is known when it is built.
-    """
-    config, chosen = phase.config, phase.config.trained_groups()
-    if chosen is None:
-        return
-    active = [name for name, loss in config.losses.items() if loss.weight]
-    learning = [name for name in active if config.losses[name].class_path is not None or name in LEARNING_TERMS]
-    groups = [f"losses.{name}" for name in learning]
-    for selector in chosen:
-        if selector.partition(".")[0] == "losses" and selector not in ("losses", *groups):
-            raise InputError(f"training.train: {unknown_name('parameter group', selector, groups)}")
-    before = {earlier.name: earlier.config.losses for earlier in recipe.phases}.get(phase.starts_from or "")
-    for name in learning:
-        frozen = name in LEARNING_TERMS and not {"losses", f"losses.{name}"}.intersection(chosen)
-        is_new = before is not None and not (name in before and before[name].weight)
-        if frozen and is_new:
-            raise InputError(
-                f"losses.{name} has parameters of its own, which phase {phase.starts_from} does not train: add "
-                f"losses.{name} to training.train, or leave the term out: losses.{name} 0"
-            )
-
-
-def _train(recipe: Recipe, path: Path, spell: Spell, tell: Tell, processes: "Processes", cpu: bool) -> "Outcome | None":
-    """Train the phases that are left, one after the other, from where each of them stopped."""
-    from accelerate.utils.memory import clear_device_cache
-
-    from dc_ssdae.training.start import locked, resume_run, start_run
-    from dc_ssdae.training.trainer import Outcome
-
-    def keep() -> None:
-        if read_recipe(path) != recipe:
-            write_whole(path / RECIPE_FILE, recipe_yaml(recipe).encode())
-
-    outcome = None
-    # Each phase listens for signals itself; this is for one that comes between two phases.
-    with locked(path, processes), StopRequest() as stop:
-        processes.on_main(keep)
-        for place, phase in enumerate(recipe.phases, 1):
-            signal = processes.on_main(lambda: stop.name)
-            if signal is not None:
-                return Outcome(0 if outcome is None else outcome.step, signal)
-            folder = recipe.folder(path, phase.name)
-            config = phase.config.with_training(output=str(folder))
-            if phase.starts_from is not None:
-                config = config.with_training(init_from=str(recipe.folder(path, phase.starts_from)))
-            # One process decides for all: the folder appears while others look.
-            if processes.on_main(partial(_has_begun, folder)):
-                outcome = resume_run(config, spell(config), folder, cpu) or outcome
-            else:
-                tell(f"phase {phase.name} ({place} of {len(recipe.phases)}) begins: {folder}")
-                outcome = start_run(config, spell(config), folder, cpu)
-            # The next one needs the memory that this one's cycles of references still hold.
-            clear_device_cache(garbage_collection=True)
-            if outcome is not None and outcome.stopped_by is not None:
-                return outcome
-            processes.on_main(partial(_link_model, recipe, path, phase.name))
-    return outcome
-
-
-def _link_model(recipe: Recipe, path: Path, name: str) -> None:
-    """Let RUN/model lead to the model of a phase, if it does not lead to a later one's already."""
-    link, names = path / "model", [phase.name for phase in recipe.phases]
-    later = [recipe.folder(path, later).name for later in names[names.index(name) :]]
-    if not (link.is_symlink() and Path(os.readlink(link)).parts[0] in later):
-        replace_link(link, Path(later[0], "model"))

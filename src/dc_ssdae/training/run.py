@@ -35,7 +35,7 @@ from dc_ssdae.files import folder_beside, sync, written_beside
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import read_config, write_latent_statistics
 from dc_ssdae.timing import describe_machine
-from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state, refused_as_damaged
+from dc_ssdae.training.checkpoint import CheckpointFolder, check_tensors, read_state
 from dc_ssdae.training.config import TrainingConfig, keeps_latent
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.weights import WEIGHTS
@@ -56,6 +56,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep_every)
         self.metrics = path / "metrics.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
         self.broken_images = path / "broken_images.jsonl"
         self.model = path / "model"
         self.teacher = path / "teacher"
@@ -68,12 +69,10 @@ def check_new(path: Path) -> None:
     Raises:
         InputError: something is there already.
     """
-    if (path / CONFIG_FILE).is_file() or (path / RECIPE_FILE).is_file():
-        raise InputError(
-            f"{path} is a run already: go on with it by --resume {path}, or choose another --training.output"
-        )
+    is_run = (path / CONFIG_FILE).is_file() or (path / RECIPE_FILE).is_file()
+    what = f"is a run already: go on with it by --resume {path}, or" if is_run else "exists already and is no run;"
     if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already and is no run; choose another --training.output")
+        raise InputError(f"{path} {what} choose another --training.output")
 
 
 def create_run(path: Path, config_text: str, model_config_text: str, teacher: Path | None = None) -> None:
@@ -164,54 +163,58 @@ def run_lock(path: Path) -> Iterator[bool]:
     Raises:
         InputError: another process has the lock.
     """
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle, is_locked = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644), True
     try:
         try:
             # Not flock, which the processes that read images would inherit, and hold for seconds after a kill.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         except (BlockingIOError, PermissionError):
             owner = os.read(handle, 200).decode("utf-8", "replace") or "another process"
             raise InputError(f"{path} is being trained by {owner}; stop that first") from None
         except OSError:
             is_locked = False
-        else:
-            is_locked = True
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield is_locked
     finally:
         os.close(handle)
 
 
-def publish_model(
-    run: RunFolder,
-    ema_file: Path,
-    statistics: LatentStatistics | None = None,
-    latent_stays: bool = False,
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
+def publish_model(run: RunFolder, checkpoint: Path, state: Mapping[str, Any], recovers: bool = False) -> None:
     """Make a checkpoint's averaged weights those of RUN/model, by one rename; without a second copy where it can.
+
+    A run that has skipped all its steps has no model yet.
 
     Args:
         run: the folder.
-        ema_file: the weights.
-        statistics: of their latent, for config.json; None where they are not measured.
-        latent_stays: whether the encoder does not train, and what config.json says of its latent stays true.
-        provenance: of the model, for config.json and the card; None leaves what is there.
+        checkpoint: the checkpoint's folder.
+        state: of the checkpoint: what is known of the latent and of the model's provenance.
+        recovers: leave what has been found out since about the weights that are there: statistics and figures.
 
     Raises:
+        InputError: the checkpoint is damaged.
         OSError: it cannot be written.
     """
-    with written_beside(run.model / WEIGHTS_FILE) as beside:
-        try:
-            os.link(ema_file, beside)
-        except OSError:
-            shutil.copy(ema_file, beside)
-    stale = read_config(run.model).get("latents_mean") is not None and not latent_stays
-    if statistics is not None or stale:
-        write_latent_statistics(run.model, statistics)
+    if 0 < state["step"] == state.get("skipped_steps"):
+        return
+    before, weights, published = read_config(run.model), checkpoint / "ema.safetensors", run.model / WEIGHTS_FILE
+    stays = recovers and published.is_file() and filecmp.cmp(weights, published)
+    if not stays:
+        if recovers:
+            check_tensors(checkpoint, ["ema"])
+        with written_beside(published) as beside:
+            try:
+                os.link(weights, beside)
+            except OSError:
+                shutil.copy(weights, beside)
+    measured, provenance = state.get("latent_statistics"), state.get("provenance")
+    latent_stays = measured is None and keeps_latent(state.get("settings", {}).get("training.train"))
+    if not latent_stays and not (stays and before.get("latents_mean") is not None):
+        write_latent_statistics(run.model, None if measured is None else LatentStatistics(**measured))
     if provenance is not None:
-        note_provenance(run.model, provenance)
+        there = before.get("provenance") or {}
+        is_same = stays and there.get("steps") == provenance.get("steps")
+        note_provenance(run.model, there if is_same else provenance)
     sync(run.model)
 
 
@@ -224,28 +227,9 @@ def recover_run(run: RunFolder) -> None:
     """
     run.checkpoints.recover()
     for entry in run.model.glob(".*.partial"):
-        entry.unlink(missing_ok=True)
-    last, published = run.checkpoints.last(), run.model / WEIGHTS_FILE
-    if last is None:
-        return
-    state = read_state(last)
-    if 0 < state["step"] == state.get("skipped_steps"):
-        return  # nothing is trained yet
-    measured, provenance = state.get("latent_statistics"), state.get("provenance")
-    with refused_as_damaged(last):
-        statistics = None if measured is None else LatentStatistics(**measured)
-        latent_stays = keeps_latent(state.get("settings", {}).get("training.train"))
-    if not (published.is_file() and filecmp.cmp(last / "ema.safetensors", published)):
-        check_tensors(last, ["ema"])
-        publish_model(run, last / "ema.safetensors", statistics, latent_stays, provenance)
-        return
-    config = read_config(run.model)
-    if statistics is not None and config.get("latents_mean") is None:
-        write_latent_statistics(run.model, statistics)
-    if provenance is not None:
-        there = config.get("provenance") or {}
-        # What belongs to these weights stays: figures may have been added to it since.
-        note_provenance(run.model, there if there.get("steps") == provenance.get("steps") else provenance)
+        entry.unlink()
+    if (last := run.checkpoints.last()) is not None:
+        publish_model(run, last, read_state(last), recovers=True)
 
 
 def describe_environment(device: torch.device, processes: int, distribution: str) -> dict[str, Any]:

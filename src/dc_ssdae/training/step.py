@@ -47,11 +47,8 @@ class TrainingStep(nn.Module):
         if objective.wants_decoder_features:
             self._decode_with_features = getattr(model.decoder, "forward_with_features", None)
             if self._decode_with_features is None:
-                terms = [name for name, term in objective.terms.items() if getattr(term, "reads_decoder_features", 0)]
-                raise InputError(
-                    f"losses.{terms[0]} reads the decoder's features, and {type(model.decoder).__name__} has no "
-                    f"forward_with_features; leave the term out: --losses.{terms[0]} 0"
-                )
+                decoder = type(model.decoder).__name__
+                raise InputError(f"{decoder} has no forward_with_features, which a loss reads: try --losses.repa 0")
 
     def forward(
         self, pixels: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None = None
@@ -115,10 +112,10 @@ class TrainingStep(nn.Module):
         super().train(mode)
         for module in self._frozen:
             module.eval()
-        latents_stay = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
+        encoder_trains = any(parameter.requires_grad for parameter in self.model.encoder.parameters())
         for module in self.model.decoder.modules():
             if isinstance(module, GlobalBatchNorm2d):
-                module.inputs_stay = latents_stay
+                module.inputs_stay = not encoder_trains
         return self
 
     def compile_networks(self) -> None:
@@ -152,11 +149,7 @@ class TrainingStep(nn.Module):
             return decode_or_nan(self.model, latent.float())
 
     def _autocast(self, x: Tensor) -> AbstractContextManager[None]:
-        if self._dtype == torch.float32:
-            return nullcontext()
-        if not torch.amp.is_autocast_available(x.device.type):
-            raise InputError(f"training.precision: {x.device.type} has no autocast; use float32")
-        return torch.autocast(x.device.type, self._dtype)
+        return nullcontext() if self._dtype == torch.float32 else torch.autocast(x.device.type, self._dtype)
 
 
 def draw_noise(

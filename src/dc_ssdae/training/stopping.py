@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -18,7 +18,7 @@ class StopRequest:
     """While entered, SIGTERM, SIGINT and SIGHUP only set `name`, until the third SIGINT.
 
     A signal that is ignored, as SIGHUP under nohup, stays so. Outside the main thread, where Python cannot handle
-    signals, this does nothing. Of two, one within the other, each hears of the other's wish.
+    signals, this does nothing. Entered within another one, it gives that one.
     """
 
     def __init__(self) -> None:
@@ -27,26 +27,18 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                handler = signal.getsignal(number)
-                if handler == signal.SIG_IGN:
-                    continue
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, StopRequest):
+                return outer
+            if handler != signal.SIG_IGN and threading.current_thread() is threading.main_thread():
                 self._previous[number] = signal.signal(number, self._note)
-                outer = getattr(handler, "__self__", None)
-                if isinstance(outer, StopRequest):
-                    self.name = outer.name
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-            outer = getattr(handler, "__self__", None)
-            if self.name is not None and isinstance(outer, StopRequest):
-                outer.name = self.name
-        self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name

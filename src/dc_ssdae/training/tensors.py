@@ -13,8 +13,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_parts(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
     """The parts of sharded tensors that this process holds, sharing their memory; plain tensors themselves."""
-    chosen = (tensors[name] for name in names)
-    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in chosen]  # type: ignore[attr-defined]
+    return [tensors[name].to_local() if is_sharded(tensors[name]) else tensors[name] for name in names]  # type: ignore
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -3,14 +3,16 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dc_ssdae.data.loader import (
@@ -29,7 +31,7 @@ from dc_ssdae.model_folder import NOT_MEASURED, read_config
 from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import load_step, place_step
-from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, refused_as_damaged
+from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig, check_changes
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.logging import Loggers, read_lines
@@ -59,60 +61,41 @@ class Outcome(NamedTuple):
     stopped_by: str | None
 
 
-class Exchanged(NamedTuple):
-    """What the processes agree on after a step.
-
-    That is whether to stop, whether one cannot read its next batch, whether images are broken, and the main one's time.
-    """
-
-    stop: bool
-    unreadable: bool
-    broken: bool
-    lap: float
-
-
+@dataclass(eq=False)
 class Trainer:
     """A run in one of its processes.
 
     Args:
         config: of the run.
-        run: its folder, which exists.
+        run_folder: the run's folder, which exists.
         accelerator: the process group.
         processes: the same, for what is exchanged besides gradients.
         sources: the images.
         stop: asked to end.
+        step: steps done.
+        seconds: of training.
+        skipped_steps: steps that were thrown away.
 
     Raises:
         InputError: the last checkpoint does not fit the configuration or the data.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        run: RunFolder,
-        accelerator: Accelerator,
-        processes: Processes,
-        sources: ImageSources,
-        stop: StopRequest,
-    ) -> None:
-        self.config = config
-        self.run_folder = run
-        self.accelerator = accelerator
-        self.processes = processes
-        self.sources = sources
-        self.stop = stop
-        self.step = 0
-        self.seconds = 0.0
-        self.skipped_steps = 0
-        self._skipped_in_a_row = 0
-        self._saved_at: int | None = None
-        self._mark = time.monotonic()
-        self._is_first_step = True
-        self._batches: Iterator[Batch] = iter(())
-        self._upcoming: list[Batch] = []
-        self._unreadable: InputError | None = None
-        self._broken = {str(line.get("name")) for line in read_lines(run.broken_images) if line.get("split") == "train"}
+    config: RunConfig
+    run_folder: RunFolder
+    accelerator: Accelerator
+    processes: Processes
+    sources: ImageSources
+    stop: StopRequest
+    step: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    _skipped_in_a_row: int = 0
+    _saved_at: int | None = None
+    _unreadable: InputError | None = None
+    _mark: float = 0.0
 
+    def __post_init__(self) -> None:
+        config, run, accelerator = self.config, self.run_folder, self.accelerator
         training, device = config.training, accelerator.device
         folder = run.checkpoints.last()
         checkpoint = None if folder is None else read_checkpoint(folder)
@@ -133,24 +116,22 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
         self.ema = ExponentialMovingAverage(self.module.model, training.ema_decay, training.ema_start)
         self._evaluated = evaluated_weights(self.optimizer, self.module.model)
-        trained = {name for name, _ in self.module.named_parameters()}
+        trained = dict(self.module.named_parameters())
         # What a step that is thrown away must not leave behind: statistics of its batch.
         self._buffers = [tensor for name, tensor in self.module.state_dict().items() if name not in trained]
-        self._loss_names = ("total", *self.module.objective.terms)
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
-        self._workers = default_workers(here) if config.data.workers is None else config.data.workers
+        self._logged = ["loss/total", *map("loss/{}".format, self.module.objective.terms), "gradient_norm"]
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes.count))
+        self.workers = default_workers(here) if config.data.workers is None else config.data.workers
         model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
         known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-        watched = self.module, self.ema, training.keeps_latent and known
-        self.measurements = Measurements(config, sources, processes, self._workers, *watched, stop)
-        names = getattr(sources.train, "names_sha256", None)
+        self.measurements = Measurements(self, latent_is_known=training.keeps_latent and known)
+        self._broken = {line["name"] for line in read_lines(run.broken_images) if line["split"] == "train"}
+        names = getattr(self.sources.train, "names_sha256", None)
         self._names_sha256 = names() if callable(names) else None  # not every data set tells its images' names
         self._random = self.module.objective.random_backbones
-        self._origin = origin(config, model_config.get("provenance"), len(sources.train), self._random)
+        self._origin = origin(config, model_config.get("provenance"), len(self.sources.train), self._random)
         if checkpoint is not None:
-            assert folder is not None
-            with refused_as_damaged(folder):
-                self.load_state_dict(checkpoint)
+            self.load_state_dict(checkpoint)
 
     def state_dict(self, with_tensors: bool = True) -> Checkpoint:
         """The whole state; every process must take part in gathering it, and the main one alone has the tensors."""
@@ -165,7 +146,7 @@ class Trainer:
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
-            **self.measurements.state_dict(self.step, self.is_finished()),
+            **self.measurements.state_dict(),
             "provenance": {**self._origin, "steps": self.step, **({"evaluations": evaluations} if evaluations else {})},
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
@@ -189,21 +170,18 @@ class Trainer:
         state, tensors = checkpoint.state, checkpoint.tensors
         check_changes(state["settings"], self.config.fixed_settings(), self.run_folder.path)
         began_with, count = state["images_in_data_set"], len(self.sources.train)
-        if began_with != count:
-            raise InputError(f"the run began with {began_with} training images and the data set now has {count}")
         names = state.get("names_sha256")
-        if None not in (names, self._names_sha256) and names != self._names_sha256:
-            raise InputError(f"the {count} training images have other names than when the run began; put those back")
+        if began_with != count or (names and self._names_sha256 and names != self._names_sha256):
+            told = f"the run began with {began_with} training images and the data set now has {count}"
+            raise InputError(f"{told}, or some have other names: put those of before back")
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer_state(self.optimizer, self.module, tensors["optimizer"], state["optimizer"]["groups"])
-        if self.scaler.is_enabled():
-            scale = float(state["gradient_scaler"]["scale"])
-            self.scaler.load_state_dict({**state["gradient_scaler"], "scale": scale})
+        self.scaler.load_state_dict(state["gradient_scaler"])
         self.step = self._saved_at = state["step"]
         self.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
-        self.measurements.load_state_dict(state, self.is_finished())
+        self.measurements.load_state_dict(state)
 
     def is_finished(self) -> bool:
         """Whether the budget is spent."""
@@ -220,44 +198,39 @@ class Trainer:
         logged = self.processes.is_main, self.step, self.seconds, self.measurements.evaluated_at or 0
         with closing(Loggers(self.run_folder, self.config, *logged)) as loggers:
             if self._random:
-                names = ", ".join(f"losses.{name}" for name in self._random)
+                names = ", ".join(map("losses.{}".format, self._random))
                 loggers.say(f"{names}: random weights in the backbone, whose values and whose training mean nothing")
             try:
-                if self.step and self._due():  # a signal came before it was done
+                if self.step:  # a signal came before it was done
                     self._measure(loggers)
                 self._batches = self._loader()
                 self._mark = time.monotonic()
                 self._upcoming = self._fetch()
-                self._check_exchanged(self._exchange(torch.zeros(0, device=self.accelerator.device))[1], loggers)
-                while not self.is_finished():
-                    self._check_exchanged(self._train_step(loggers), loggers)
-                    # A run of skipped steps may end in failure, which is to name what was before it; at the end it has
-                    # not.
-                    if not self._skipped_in_a_row or self.is_finished():
+                stopped = self._exchange(torch.zeros(0, device=self.accelerator.device))[0] > 0.0
+                while not stopped and not self.is_finished():
+                    stopped = self._train_step(loggers)
+                    # Skipped steps in a row may end in failure, which is to name what was before them; at the end they
+                    # have not.
+                    if not stopped and (not self._skipped_in_a_row or self.is_finished()):
                         self._after_step(loggers)
             except Stopped:  # what was done is saved, or the weights are as they were
                 stopped = True
             if self.step and self._saved_at != self.step:
                 self._save(loggers, must=True)
-        is_done = self.is_finished() and not self._due()
+        self.processes.together(self._check_readable)
+        is_done = self.is_finished() and not self.measurements.due()
         stopped_by = self.stop.name or "a signal to another process"
         return Outcome(self.step, stopped_by if stopped and not is_done else None)
 
     def _loader(self) -> Iterator[Batch]:
         data, training, processes = self.config.data, self.config.training, self.processes
-        drawing = Drawing(
-            seed=training.seed,
-            batch_size=training.batch_size,
-            image_size=data.image_size,
-            aug_scale=data.aug_scale,
-            flip=data.flip,
-            repeat_after=None if self.config.distillation is None else self.config.distillation.cache_steps,
-        )
+        repeat_after = None if self.config.distillation is None else self.config.distillation.cache_steps
+        crop = data.image_size, data.aug_scale, data.flip
+        samples = TrainingSamples(self.sources.train, Drawing(training.seed, training.batch_size, *crop, repeat_after))
         share = processes.index, processes.count, training.accumulation_steps
         places = Places(self.step, training.steps, training.batch_size, *share)
-        samples = TrainingSamples(self.sources.train, drawing)
-        pin_memory = self.accelerator.device.type == "cuda"
-        return training_loader(samples, places, self._workers, pin_memory, lambda: self.stop.name is not None)
+        is_cuda = self.accelerator.device.type == "cuda"
+        return training_loader(samples, places, self.workers, is_cuda, lambda: self.stop.name is not None)
 
     def _fetch(self) -> list[Batch]:
         """Read the batches of the next step; none where that fails, or a signal comes meanwhile: see `_exchange`."""
@@ -267,15 +240,19 @@ class Trainer:
             self._unreadable = error
             return []
 
-    def _train_step(self, loggers: Loggers) -> Exchanged:
-        """Do one step, of the batches that were read before, and log it."""
+    def _check_readable(self) -> None:
+        if self._unreadable is not None:
+            raise self._unreadable
+
+    def _train_step(self, loggers: Loggers) -> bool:
+        """Do one step, of the batches that were read before, and log it; says whether the processes are to stop."""
         training, model, device = self.config.training, self.module.model, self.accelerator.device
         seed_ambient(training.seed, self.step, self.processes.index)
         lr = training.learning_rate(training.progress(self.step + 0.5, self.seconds))
         set_learning_rate(self.optimizer, lr)
         statistics = [buffer.clone() for buffer in self._buffers]
-        batches = self._upcoming
-        local_losses = torch.zeros(len(self._loss_names), device=device)
+        batches, broken = self._upcoming, []
+        local_losses = torch.zeros(len(self._logged) - 1, device=device)
         settings = self.config.data.image_size, training.seed, training.batch_size
         for number, batch in enumerate(batches, 1):
             pixels = batch.pixels.to(device, non_blocking=True)
@@ -286,144 +263,105 @@ class Trainer:
                     raise TrainingFailed("no loss term depends on anything that trains; see training.train and losses")
                 self.accelerator.backward(self.scaler.scale(losses.total / len(batches)))
             local_losses += torch.stack([losses.total, *losses.terms.values()]).detach() / len(batches)
-        norm = self._clip_gradient()
-        broken = [image for batch in batches for image in batch.broken]
+            broken += batch.broken
+        self.scaler.unscale_(self.optimizer)  # in float16
+        clip = math.inf if training.gradient_clip is None else training.gradient_clip
+        norm = gathered(torch.nn.utils.clip_grad_norm_(self.module.parameters(), clip))
         # Before the processes agree, so that all know where one of them can go no further.
         self._upcoming = self._fetch()
-        (*values, gradient_norm), exchanged = self._exchange(torch.cat([local_losses, norm.reshape(1)]), len(broken))
-        entry = {f"loss/{name}": value for name, value in zip(self._loss_names, values, strict=True)}
-        not_finite = [name for name, value in entry.items() if not math.isfinite(value)]
-        if not not_finite and not math.isfinite(gradient_norm):
-            not_finite = ["gradient_norm"]
-        overflow = self._update(not_finite, statistics)
+        agreed = self._exchange(torch.cat([local_losses, norm.reshape(1)]), len(broken))
+        stops, broken_anywhere, lap, *values = agreed
+        entry = dict(zip(self._logged, values, strict=True))
+        not_finite = [name for name in self._logged if not math.isfinite(entry[name])]
+        if len(not_finite) > 1:  # the gradient of a loss that is not finite
+            not_finite.remove("gradient_norm")
+        skipped = self._update(not_finite, statistics)
         self.step += 1
-        self.seconds += exchanged.lap
+        self.seconds += lap
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_set()
         loggers.step(
             {
                 "step": self.step,
                 **entry,
-                "gradient_norm": gradient_norm,
                 "lr": lr,
                 **({"skipped": not_finite} if not_finite else {}),
                 **({"random_backbones": self._random} if self._random else {}),
-                "images_per_second": training.batch_size / max(exchanged.lap, 1e-9),
+                "images_per_second": training.batch_size / max(lap, 1e-9),
                 "seconds": self.seconds,
                 "memory_gib": peak / 2**30,
             }
         )
-        if not_finite:
-            self._report_skipped(not_finite, overflow, loggers)
-        if exchanged.broken:
+        if skipped:
+            loggers.say(f"step {self.step} skipped: {skipped}")
+        if self._skipped_in_a_row >= training.max_skipped_steps:
+            raise TrainingFailed(
+                f"{self._skipped_in_a_row} steps in a row are not finite, at last {', '.join(not_finite)} at step "
+                f"{self.step}; {self._last_good()}"
+            )
+        if broken_anywhere:
             self._report_broken(broken, loggers)
-        return exchanged
+        return stops > 0.0
 
-    def _clip_gradient(self) -> Tensor:
-        """Clip the gradient; gives the norm that it had."""
-        if self._is_first_step and self.processes.count > 1:
-            for name, parameter in self.module.named_parameters():
-                if parameter.requires_grad and parameter.grad is None:  # the others would wait for it in the next step
-                    raise TrainingFailed(
-                        f"{name} gets no gradient; with several processes every parameter must get one: "
-                        "leave it out, or switch off its requires_grad"
-                    )
-        self._is_first_step = False
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-        clip = self.config.training.gradient_clip
-        return gathered(torch.nn.utils.clip_grad_norm_(self.module.parameters(), math.inf if clip is None else clip))
+    def _exchange(self, values: Tensor, broken: int = 0) -> list[float]:
+        """Let the processes agree, by one sum, and one wait for the device, per step.
 
-    def _exchange(self, values: Tensor, broken: int = 0) -> tuple[list[float], Exchanged]:
-        """Take the mean of values (N,) over the processes and agree: one sum, and one wait for the device, per step."""
+        Returns:
+            Above 0 where a process is asked to stop or cannot read its next batch, and where images are broken; the
+            main process's time since the last call; and the means of the values (N,).
+        """
         now = time.monotonic()
-        lap, self._mark = now - self._mark, now
-        main_lap = lap if self.processes.is_main else 0.0
-        flags = [self.stop.name is not None, self._unreadable is not None, broken, main_lap]
-        *sums, stop, unreadable, broken_everywhere, lap = sum_over_processes(
-            torch.cat([values.float(), torch.tensor(flags, dtype=torch.float32, device=values.device)])
-        ).tolist()
-        means = [value / self.processes.count for value in sums]
-        return means, Exchanged(stop > 0.0, unreadable > 0.0, broken_everywhere > 0.0, lap)
+        lap, self._mark = now - self._mark if self.processes.is_main else 0.0, now
+        flags = [self.stop.name is not None or self._unreadable is not None, broken, lap]
+        tensor = torch.tensor(flags, dtype=torch.float32, device=values.device)
+        sums = sum_over_processes(torch.cat([tensor, values.float()])).tolist()
+        return sums[:3] + [value / self.processes.count for value in sums[3:]]
 
-    def _update(self, not_finite: Sequence[str], statistics: Sequence[Tensor]) -> bool:
+    def _update(self, not_finite: Sequence[str], statistics: Sequence[Tensor]) -> str | None:
         """Move the weights and their average, or, where something is not finite, leave all as it was before the step.
 
         Returns:
-            Whether float16's range is to blame: the scaler then halves its scale, which is how it finds the scale.
+            Why the step is skipped; None where it is not.
         """
-        overflow = self.scaler.is_enabled() and not_finite == ["gradient_norm"] and self.scaler.get_scale() > 1.0
-        if not_finite:
-            for buffer, kept in zip(self._buffers, statistics, strict=True):
-                buffer.copy_(kept)
-            self.skipped_steps += 1
-            self._skipped_in_a_row += not overflow
-        else:
+        skipped = None
+        if not not_finite:
             self.scaler.step(self.optimizer)
             self._skipped_in_a_row = 0
             self.ema.update(self.module.model, self.step + 1, self._evaluated)
+        else:
+            for buffer, kept in zip(self._buffers, statistics, strict=True):
+                buffer.copy_(kept)
+            self.skipped_steps += 1
+            skipped = f"{', '.join(not_finite)} overflows float16, whose scale is halved"  # which is how it is found
+            if not_finite != ["gradient_norm"] or self.scaler.get_scale() <= 1.0:  # 1 is float32's
+                self._skipped_in_a_row += 1
+                skipped = f"{', '.join(not_finite)} not finite ({self._skipped_in_a_row} in a row)"
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return overflow
-
-    def _report_skipped(self, not_finite: Sequence[str], overflow: bool, loggers: Loggers) -> None:
-        what, step = ", ".join(not_finite), self.step
-        if overflow:
-            loggers.say(f"step {step} skipped: {what} overflows float16; the scale is now {self.scaler.get_scale():g}")
-            return
-        loggers.say(f"step {step} skipped: {what} not finite ({self._skipped_in_a_row} in a row)")
-        if self._skipped_in_a_row >= self.config.training.max_skipped_steps:
-            raise TrainingFailed(
-                f"{self._skipped_in_a_row} steps in a row are not finite, at last {what} at step {step}; "
-                f"{self._last_good()}"
-            )
+        return skipped
 
     def _report_broken(self, mine: list[BrokenImage], loggers: Loggers) -> None:
-        images = [image for part in self.processes.gather(mine) for image in part]
-        loggers.broken(images, self.step, "train")
-        self._broken.update(image.name for image in images)
+        for images in self.processes.gather(mine):
+            loggers.broken(images, self.step, "train")
+            self._broken.update(image.name for image in images)
         length, share = len(self.sources.train), self.config.data.max_broken_share
         if len(self._broken) > share * length:
-            raise TrainingFailed(
-                f"{len(self._broken)} of {length} training images cannot be read, more than data.max_broken_share "
-                f"{share:g}; {self.run_folder.broken_images} lists them; {self._last_good()}"
-            )
-
-    def _check_exchanged(self, exchanged: Exchanged, loggers: Loggers) -> None:
-        """End the run where some process cannot read its next batch, or was asked to stop.
-
-        Raises:
-            InputError: what cannot be read; the steps that are done are saved.
-            Stopped: a signal.
-        """
-        if exchanged.unreadable:
-            if self.step and self._saved_at != self.step:
-                self._save(loggers)
-            self.processes.together(self._raise_unreadable)
-        if exchanged.stop:
-            raise Stopped
-
-    def _raise_unreadable(self) -> None:
-        if self._unreadable is not None:
-            raise self._unreadable
+            broken = f"{len(self._broken)} of {length} training images cannot be read"
+            raise TrainingFailed(f"{broken}, more than data.max_broken_share {share:g}; {self._last_good()}")
 
     def _after_step(self, loggers: Loggers) -> None:
         """Save and measure where that is due."""
-        due = self._due()
-        if due or self.step % self.config.training.checkpoint_every == 0:
+        if self.step % self.config.training.checkpoint_every == 0 or self.measurements.due():
             self._save(loggers)  # first: to evaluate may take longer than a launcher waits after its signal
-            if due:
-                self._measure(loggers)
+            self._measure(loggers)
             self._mark = time.monotonic()  # the clock is of training alone
-
-    def _due(self) -> list[Callable[[int, Loggers], bool]]:
-        return self.measurements.due(self.step, self.is_finished())
 
     def _measure(self, loggers: Loggers) -> None:
         """Measure what is due at this step, and save what came out."""
-        best = self.measurements.best
-        found_best = [measure(self.step, loggers) for measure in self._due()]
-        if not self._save(loggers, any(found_best)):
-            self.measurements.best = best  # there is no checkpoint of it
+        if self.measurements.due():
+            best = self.measurements.best
+            found_best = self.measurements.measure(loggers)
+            if not self._save(loggers, found_best):
+                self.measurements.best = best  # there is no checkpoint of it
 
     def _save(self, loggers: Loggers, is_best: bool = False, must: bool = False) -> bool:
         """Write a checkpoint and RUN/model; where that fails, the one before stays, and the run goes on.
@@ -434,34 +372,27 @@ class Trainer:
         Raises:
             TrainingFailed: it must be written and cannot be; the weights are not finite; or all steps were skipped.
         """
-        untrained = 0 < self.step == self.skipped_steps
-        if untrained and self.is_finished():
-            raise TrainingFailed(
-                f"all {self.step} steps were skipped, because their losses or gradients are not finite; nothing was "
-                f"trained, and no model is written: look at losses, the learning rate and the data; {self._last_good()}"
-            )
+        if 0 < self.step == self.skipped_steps and self.is_finished():
+            raise TrainingFailed(f"all {self.step} steps were skipped, because losses or gradients are not finite")
         checkpoint = self.state_dict(with_tensors=self._saved_at != self.step)
-        run, latent, latent_stays = self.run_folder, self.measurements.latent, self.config.training.keeps_latent
 
-        def write() -> tuple[bool, str | None]:
+        def write() -> tuple[bool, str]:
             for name, tensor in checkpoint.tensors.get("model", {}).items():
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise TrainingFailed(f"step {self.step}: {name} is not finite; {self._last_good()}")
+            written, what = False, "the checkpoint"
             try:
-                folder = run.checkpoints.save(checkpoint, is_best)
-            except (OSError, InputError) as error:
-                return False, f"the checkpoint cannot be written ({' '.join(str(error).split())})"
-            try:
-                if not untrained:
-                    publish_model(run, folder / "ema.safetensors", latent, latent_stays, checkpoint.state["provenance"])
-            except OSError as error:
-                return True, f"{run.model} cannot be written ({' '.join(str(error).split())})"
-            return True, None
+                folder = self.run_folder.checkpoints.save(checkpoint, is_best)
+                written, what = True, str(self.run_folder.model)
+                publish_model(self.run_folder, folder, checkpoint.state)
+            except (OSError, InputError, SafetensorError) as error:
+                return written, f"{what} cannot be written ({' '.join(str(error).split())})"
+            return True, ""
 
         written, problem = self.processes.on_main(write)
         if written:
             self._saved_at = self.step
-        if problem is not None:
+        if problem:
             message = f"step {self.step}: {problem}; {self._last_good()}"
             if must or self.is_finished():
                 raise TrainingFailed(message)
