@@ -1,6 +1,5 @@
 """What every sampler gives back, and the checks they share."""
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,18 +32,11 @@ class SamplerResult(NamedTuple):
 def root_mean_square(field: Tensor) -> Tensor:
     """Root mean square over everything but the batch: (B, …) -> (B,) float32.
 
-    Each row of pixels is summed in float32, and the rows in float64, so that an image's value does not depend on the
-    batch it is in; Apple's GPUs have no float64.
+    Summed in float64, so that an image's value does not depend on the batch it is in, and no square is too large;
+    Apple's GPUs have no float64.
     """
     wide = torch.float32 if field.device.type == "mps" else torch.float64
-    field = field.to(torch.promote_types(field.dtype, torch.float32))
-    # In units of an image's largest value, whose square may be more than float32 holds.
-    largest = torch.linalg.vector_norm(field.flatten(1), ord=torch.inf, dim=1)
-    unit = torch.where(largest.isfinite() & (largest > 0.0), largest, 1.0)
-    field = field / unit.view(-1, *[1] * (field.ndim - 1))
-    rows = torch.linalg.vector_norm(field, dim=-1, keepdim=True)
-    mean_square = rows.flatten(1).to(wide).square().sum(dim=1) / math.prod(field.shape[1:])
-    return (unit.to(wide) * mean_square.sqrt()).float()
+    return field.flatten(1).to(wide).square().mean(dim=1).sqrt().float()
 
 
 def is_finite(images: Tensor) -> Tensor:
