@@ -142,7 +142,6 @@ def places(mapping: dict[str, Any]) -> list[tuple[str, ...]]:
     return [*((key,) for key in mapping), *nested]
 
 
-@pytest.mark.xfail(strict=True, reason="a section that is no mapping, and a precision that is a list, raise others")
 @settings(deadline=None, derandomize=True)
 @example(place=("all", "training"), value=True)
 @example(place=("all", "training", "precision"), value=[])

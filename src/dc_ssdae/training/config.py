@@ -182,7 +182,7 @@ class TrainingConfig:
     wandb_project: str = setting("dc-ssdae", may_change=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", PRECISION_ALIASES.get(self.precision, self.precision))
+        object.__setattr__(self, "precision", PRECISION_ALIASES.get(str(self.precision), self.precision))
         check_settings(self, "training.")
         if self.steps is None and self.minutes is None:
             raise InputError("training.steps and training.minutes are null; one must end the run", "training.steps")

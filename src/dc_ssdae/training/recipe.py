@@ -100,6 +100,9 @@ def check_phases(phases: Any, source: str, accepted: Iterable[str] | None = None
         if not isinstance(layer, Mapping):
             raise wrong_value(f"phases.{name}", layer, f"a mapping of settings, in {source}")
         check_names(f"section of phases.{name}", layer, sections, f"phases.{name}.")
+        for section, settings in layer.items():
+            if section != "starts_from" and not isinstance(settings, Mapping | None):
+                raise wrong_value(f"phases.{name}.{section}", settings, "a mapping of settings")
     return {name: dict(layer) for name, layer in phases.items()}
 
 
