@@ -4,7 +4,6 @@ All that it says is read from the folder. What may be a stranger's text stands i
 mean nothing, and in YAML that a library writes.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -51,8 +50,7 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
         OSError: it cannot be written; the old one stays.
     """
     path = folder / CARD_FILE
-    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-    if before is not None and not is_ours(before):
+    if path.exists() and not is_ours(path):
         return False
     files = weight_files(folder)
     variant = next(iter(files), None)
@@ -60,15 +58,13 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
     for name, tensor in read_safetensors(*files.get(variant, ())).items():
         if name.rpartition(".")[2] not in BATCH_STATISTICS:
             parameters[name.partition(".")[0]] += tensor.numel()
-    card = render_model_card(read_config(folder), parameters, variant, repo_id)
-    if card != before:
-        write_whole(path, card.encode("utf-8"))
+    write_whole(path, render_model_card(read_config(folder), parameters, variant, repo_id).encode())
     return True
 
 
-def is_ours(card: str) -> bool:
-    """Whether this package wrote a card, and nobody has claimed it since."""
-    return MARKER in card.splitlines()
+def is_ours(path: str | Path) -> bool:
+    """Whether this package wrote the card in a file, and nobody has claimed it since."""
+    return MARKER in Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def note_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
@@ -103,13 +99,7 @@ def note_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
 
 
 def upload_model(
-    folder: Path,
-    repo_id: str,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-    subfolder: str | None = None,
+    folder: Path, repo_id: str, token: str | None = None, private: bool | None = None, **settings: Any
 ) -> Any:
     """Upload a saved model's folder to the hub, with a card that tells how to load it from there.
 
@@ -118,11 +108,9 @@ def upload_model(
     Args:
         folder: of the model; its card, if it is ours, is written anew.
         repo_id: of the repository, which is made if it is not there.
-        commit_message: of the commit.
-        private: whether a new repository is private; None is its owner's default.
         token: of the hub; None is the one that is logged in with.
-        create_pr: propose the files, and leave the repository as it is.
-        subfolder: where in the repository.
+        private: whether a new repository is private; None is its owner's default.
+        settings: commit_message, create_pr and subfolder, as `PretrainedModel.push_to_hub`'s.
 
     Returns:
         As `huggingface_hub.upload_folder`.
@@ -134,18 +122,15 @@ def upload_model(
         repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     except HFValidationError as error:
         raise InputError(f"no repository can be called {repo_id!r}: {' '.join(str(error).split())}") from None
+    subfolder = settings.pop("subfolder", None)
     if subfolder is None:
         write_model_card(folder, repo_id)
-    without_card = subfolder is not None or _has_card_of_its_own(repo_id, token)
-    return huggingface_hub.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        path_in_repo=subfolder,
-        commit_message=commit_message or "Upload DCSSDAE",
-        token=token,
-        create_pr=create_pr,
-        ignore_patterns=[CARD_FILE] if without_card else None,
-    )
+    # Asked first, because a download without a network looks like one without a card.
+    there = subfolder is None and huggingface_hub.file_exists(repo_id, CARD_FILE, token=token)
+    stays = there and not is_ours(huggingface_hub.hf_hub_download(repo_id, CARD_FILE, token=token))
+    ignored = [CARD_FILE] if stays or subfolder is not None else None
+    settings |= {"path_in_repo": subfolder, "ignore_patterns": ignored, "token": token}
+    return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, **settings)
 
 
 def render_model_card(
@@ -163,25 +148,20 @@ def render_model_card(
         InputError: the provenance is damaged.
     """
     provenance = Provenance.from_mapping(config.get("provenance") or {})
-    classes = {part: config[part]["class_path"] for part in ("encoder", "decoder", "dynamics")}
     config = {**NOT_MEASURED, **config}
     card = ModelCard.from_template(
         _metadata(config, provenance),
         template_path=str(TEMPLATE),
         marker=MARKER,
         config=config,
-        size=max(256, config["downsample_factor"]),
-        classes=classes,
-        own_classes=[as_code(name) for name in classes.values() if "." in name],
+        classes={part: config[part]["class_path"] for part in ("encoder", "decoder", "dynamics")},
         parameters=parameters,
         provenance=provenance,
-        evaluations=sorted(provenance.evaluations or (), key=lambda entry: entry.protocol == IN_TRAINING),
         titles=TITLES,
         source=repo_id or PLACEHOLDER,
         variant=variant,
         is_measured=any(config[name] != unknown for name, unknown in NOT_MEASURED.items()),
         as_code=as_code,
-        as_json=json.dumps,
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
 
@@ -189,10 +169,10 @@ def render_model_card(
 def as_code(text: str) -> str:
     """Put text into a code span in one line, where nothing in it means anything."""
     text = " ".join(text.split())
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
+    if "`" not in text:
+        return f"`{text}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{fence} {text} {fence}"
 
 
 def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardData:
@@ -206,7 +186,7 @@ def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardDat
             dataset_type=re.sub(r"[^\w.-]+", "-", evaluation.data, flags=re.ASCII).strip("-") or "images",
             dataset_name=evaluation.data,
             metric_type=name,
-            metric_name=f"{TITLES.get(name, name)} ({evaluation.title()})",
+            metric_name=f"{TITLES.get(name, name)} ({', '.join(map(' '.join, evaluation.facts()))})",
             metric_value=metric.value,
         )
         for evaluation in provenance.evaluations or ()
@@ -221,12 +201,3 @@ def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardDat
         model_name=f"DC-SSDAE {kind}" if results else None,
         eval_results=results or None,
     )
-
-
-def _has_card_of_its_own(repo_id: str, token: str | None) -> bool:
-    """Whether a repository's card is somebody's own."""
-    # Asked first, because a download without a network looks like one without a card.
-    if not huggingface_hub.file_exists(repo_id, CARD_FILE, token=token):
-        return False
-    card = Path(huggingface_hub.hf_hub_download(repo_id, CARD_FILE, token=token))
-    return not is_ours(card.read_text(encoding="utf-8", errors="replace"))

@@ -18,10 +18,10 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
             `huggingface_hub.snapshot_download`; None leaves its default.
 
     Returns:
-        The folder in the cache that holds config.json.
+        The folder in the cache for the model's files.
 
     Raises:
-        MissingInputError: there is no config.json; or the hub, or the model there, is not to be had.
+        MissingInputError: the hub, or the model there, is not to be had.
     """
     from huggingface_hub import snapshot_download
 
@@ -36,9 +36,4 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
     except OSError as error:
         reason = " ".join(str(error).split())
         raise MissingInputError(f"{name}: no such folder, and not to be had from the hub: {reason}") from error
-    folder = Path(snapshot, prefix)
-    if not (folder / "config.json").is_file():
-        raise MissingInputError(
-            f"{name} holds no model{f' in {subfolder}' if subfolder else ''}: config.json is missing"
-        )
-    return folder
+    return Path(snapshot, prefix)

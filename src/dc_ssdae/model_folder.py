@@ -58,12 +58,9 @@ def update_config(folder: Path, settings: Mapping[str, Any]) -> None:
         InputError: there is no config.json.
         OSError: it cannot be written; the old one stays.
     """
-    config = read_config(folder)
-    changed = {**config, **settings}
-    if list(config) == sorted(config):  # as diffusers writes it
-        changed = dict(sorted(changed.items()))
-    if changed != config:
-        write_whole(folder / "config.json", (json.dumps(changed, indent=2) + "\n").encode())
+    changed = {**read_config(folder), **settings}
+    in_order = dict(sorted(changed.items()))  # as diffusers writes it
+    write_whole(folder / "config.json", (json.dumps(in_order, indent=2) + "\n").encode())
 
 
 def model_folder(path: str | Path) -> Path:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, check_type
+from dc_ssdae.errors import InputError
+from dc_ssdae.settings import check_value
 
 DEFAULT_TILE_SIZE = 512
 """Side of a tile in pixels, where the factor f leaves at least four latents of it."""
@@ -30,16 +31,11 @@ def check_tiling(tile_size: int | None, overlap: float, downsample_factor: int) 
     """
     if tile_size is None:
         tile_size = max(DEFAULT_TILE_SIZE, 4 * downsample_factor)
-    check_type("tile_size", tile_size, int)
-    check_type("overlap", overlap, float)
-    if not 0.0 <= overlap <= LARGEST_OVERLAP:
-        raise InputError(f"overlap is {overlap}; it must be from 0 to {LARGEST_OVERLAP}, a share of the tile's side")
+    check_value("tile_size", tile_size, int, {"at_least": 2 * downsample_factor})
+    check_value("overlap", overlap, float, {"at_least": 0.0, "at_most": LARGEST_OVERLAP})
     size, rest = divmod(tile_size, downsample_factor)
-    if rest or size < 2:
-        raise InputError(
-            f"tile_size is {tile_size}; it must be a multiple of f = {downsample_factor}, at least "
-            f"{2 * downsample_factor}"
-        )
+    if rest:
+        raise InputError(f"tile_size is {tile_size}; it must be a multiple of f = {downsample_factor}")
     return size, min(max(round(overlap * size), 1), size - 1) if overlap else 0
 
 

@@ -190,11 +190,11 @@ def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     from dc_ssdae.provenance import TITLES, Provenance
 
     known = Provenance.from_mapping(provenance)
-    origin = "; ".join(f"{what} {how}" for what, how in known.training_lines())
+    origin = "; ".join(map(" ".join, known.facts()))
     facts = [("origin", origin)] if origin else []
     for evaluation in known.evaluations or ():
         metrics = evaluation.metrics.items()
         figures = [f"{TITLES.get(name, name)} {metric}{' *' if metric.note else ''}" for name, metric in metrics]
         notes = [f"* {name}: {metric.note}" for name, metric in metrics if metric.note]
-        facts.append(("measured", "; ".join([evaluation.title(), *figures, *notes])))
+        facts.append(("measured", "; ".join([*map(" ".join, evaluation.facts()), *figures, *notes])))
     return facts
