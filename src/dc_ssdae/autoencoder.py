@@ -23,14 +23,13 @@ from dc_ssdae.decoding import (
     Divergence,
     as_start,
     check_finite,
-    level_of,
     plan_decoding,
     starting_noise,
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.corruption import field_of, predict
 from dc_ssdae.dynamics.energy import as_normal, at_least_float32
-from dc_ssdae.errors import InputError, check_names, check_type, counted
+from dc_ssdae.errors import InputError, check_names, check_type
 from dc_ssdae.latent import DiagonalGaussian, Generators
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import check_image, check_latent_shape
@@ -41,9 +40,14 @@ from dc_ssdae.samplers import SamplerResult, Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_share, is_finite, root_mean_square
 from dc_ssdae.settings import check_value
-from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
+from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling, scaled
 
 __all__ = ["COMPONENTS", "DCSSDAE", "EncoderOutput"]
+
+KL_BLOCKS = ("KLResidualBlock", "SpatialSelfAttention")
+DC_BLOCKS = ("ResBlock", "EfficientViTBlock", "SpaceToChannelDownsample")
+DECODER_BLOCKS = ("ConditionedResidualBlock", "UpLevel", "TransformerBlock")
+"""Blocks whose outputs join their inputs, which must be on one device."""
 
 FAR_OUTSIDE = 2.0
 """What `encode` warns of larger values than; resampling and noise leave [-1, 1] by less."""
@@ -106,17 +110,7 @@ class DCSSDAE(PretrainedModel):
     decoder: UViTDecoder
     _supports_gradient_checkpointing = True
     _range_checked = False
-    # Blocks whose outputs join their inputs, which must be on one device.
-    _no_split_modules = (
-        "KLResidualBlock",
-        "SpatialSelfAttention",
-        "ResBlock",
-        "EfficientViTBlock",
-        "SpaceToChannelDownsample",
-        "ConditionedResidualBlock",
-        "UpLevel",
-        "TransformerBlock",
-    )
+    _no_split_modules = (*KL_BLOCKS, *DC_BLOCKS, *DECODER_BLOCKS)
 
     @register_to_config
     def __init__(
@@ -135,11 +129,11 @@ class DCSSDAE(PretrainedModel):
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.use_tiling = False
-        self.use_slicing = False
+        self.use_tiling = self.use_slicing = False
+        self.spatial_compression_ratio = downsample_factor  # as some pipelines call it
         check_value("latent_channels", latent_channels, int, {"at_least": 1})
         check_type("downsample_factor", downsample_factor, int)
-        settings = {
+        settings: dict[str, Any] = {
             "scaling_factor": check_value("scaling_factor", scaling_factor, float, {"above": 0.0}),
             "shift_factor": check_value("shift_factor", shift_factor, float, {}),
             "latents_mean": check_value("latents_mean", latents_mean, list[float] | None, {}),
@@ -153,21 +147,17 @@ class DCSSDAE(PretrainedModel):
         resolved = {part: resolve_part(part, given, classes) for part, given in parts.items()}
         # diffusers would drop on reload what it lists as left at its default; the resolved settings are to stay.
         registered = {key: value for key, value in self._internal_dict.items() if key != "_use_default_values"}
-        configs = {part: found.config for part, found in resolved.items()}
-        self._internal_dict = FrozenDict({**registered, **configs, **settings})
+        settings |= {part: found.config for part, found in resolved.items()}
+        self._internal_dict = FrozenDict({**registered, **settings})
 
         sizes = {"latent_channels": latent_channels, "downsample_factor": downsample_factor}
         self.dynamics: Dynamics = resolved["dynamics"].build()
         self.encoder = resolved["encoder"].build(**sizes)
         self.decoder = resolved["decoder"].build(**sizes, time_conditioning=self.dynamics.conditions_on_time)
-        ours = self.decoder if isinstance(self.decoder, UViTDecoder) else None
-        is_for_images = ours is not None and (ours.patch > 1 or ours.block_shortcut is not None)
-        if is_for_images and getattr(self.dynamics, "prediction", "image") == "field":
-            warnings.warn(
-                "a decoder with a patch above 1 or a block_shortcut wants prediction 'image' of the dynamics: a field "
-                "carries the noise of all pixels, too much for narrow layers, and a shortcut begins as an image",
-                stacklevel=1,  # always this line, so that Python shows it once
-            )
+        for_images = isinstance(self.decoder, UViTDecoder) and (self.decoder.patch > 1 or self.decoder.block_shortcut)
+        if for_images and getattr(self.dynamics, "prediction", "image") == "field":
+            # A field carries the noise of all pixels, and a shortcut begins as an image.
+            warnings.warn("a decoder with patches or a shortcut wants prediction 'image' of the dynamics", stacklevel=1)
         self._tile = check_tiling(None, DEFAULT_OVERLAP, downsample_factor)
 
     @classmethod
@@ -200,11 +190,9 @@ class DCSSDAE(PretrainedModel):
         """
         posterior, config = self.encoder(x), self.config
         expected = (len(x), config.latent_channels, *(side // config.downsample_factor for side in x.shape[2:]))
-        is_gaussian = isinstance(posterior, DiagonalGaussian)
-        given = tuple(posterior.mean.shape) if is_gaussian else type(posterior).__name__
-        if given != expected:
+        if not isinstance(posterior, DiagonalGaussian) or tuple(posterior.mean.shape) != expected:
             name = config.encoder["class_path"]
-            raise InputError(f"encoder {name} gives {given}, where it must give a DiagonalGaussian of shape {expected}")
+            raise InputError(f"encoder {name} must give a DiagonalGaussian of shape {expected} for these images")
         return posterior
 
     @apply_forward_hook
@@ -225,7 +213,11 @@ class DCSSDAE(PretrainedModel):
         """
         check_image(_floats("images in [-1, 1]", x), self.config.downsample_factor)
         self._check_range(x)
-        posterior = self._posterior_in_pieces(x.to(self.dtype))
+        x = x.to(self.dtype)
+        if self.use_slicing or self.use_tiling:
+            posterior = DiagonalGaussian(*self._moments(x).split(self.config.latent_channels, dim=1))
+        else:
+            posterior = self.posterior(x)
         return EncoderOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def _check_range(self, x: Tensor) -> None:
@@ -239,21 +231,20 @@ class DCSSDAE(PretrainedModel):
             told = f"these images have values from {low:.4g} to {high:.4g}; encode takes images in [-1, 1]: scale them"
             warnings.warn(told, stacklevel=4)  # past encode and diffusers' hook
 
-    def _posterior_in_pieces(self, x: Tensor) -> DiagonalGaussian:
-        """As `posterior`, but image by image, tile by tile, where that is on."""
+    def _moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance (B, 2c, h, w), or mean alone: image by image, tile by tile, where that is on."""
         if self.use_slicing and len(x) > 1:
-            return DiagonalGaussian.join([self._posterior_in_pieces(image) for image in x.split(1)])
+            return torch.cat([self._moments(image) for image in x.split(1)])
         factor = self.config.downsample_factor
-        if not self.use_tiling or max(x.shape[2:]) <= self._tile[0] * factor:
-            return self.posterior(x)
         height, width = (side // factor for side in x.shape[2:])
-
-        def compute(rows: slice, columns: slice) -> Tensor:
-            posterior = self.posterior(x[:, :, _times(rows, factor), _times(columns, factor)])
+        if not self.use_tiling or max(height, width) <= self._tile[0]:
+            posterior = self.posterior(x)
             return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
 
-        moments = blend_tiles(compute, height, width, *self._tile).to(x.dtype)
-        return DiagonalGaussian(*moments.split(self.config.latent_channels, dim=1))
+        def compute(rows: slice, columns: slice) -> Tensor:
+            return self._moments(x[:, :, scaled(rows, factor), scaled(columns, factor)])
+
+        return blend_tiles(compute, height, width, *self._tile).to(x.dtype)
 
     @apply_forward_hook
     def decode(
@@ -319,7 +310,8 @@ class DCSSDAE(PretrainedModel):
         factor = self.config.downsample_factor
         shape = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
         x = starting_noise(z, shape, generator, noise)
-        level = torch.full((x.shape[0],), level_of(self.dynamics, share), device=x.device)
+        pure_noise = self.dynamics.noise_level  # 1.0 minus it is the data's level
+        level = torch.full((x.shape[0],), pure_noise + share * (1.0 - 2.0 * pure_noise), device=x.device)
         if draft is not None:
             x = self.dynamics.corrupt(as_start("draft", draft, z, shape), x, level).x_level
         if sampler == ONE_STEP:
@@ -341,8 +333,7 @@ class DCSSDAE(PretrainedModel):
             # A GPU is waited for only where the sampler has waited for it anyway.
             looks = tolerance is not None or z.device.type == "cpu"
             if looks and not torch.compiler.is_compiling() and bool(result.diverged.any()):
-                lost = f"{int(result.diverged.sum())} of {counted(len(z), 'image')} diverged"
-                told = f"{lost}; the best state is given: try a smaller step_size"
+                told = f"{int(result.diverged.sum())} of {len(z)} images diverged: try a smaller step_size"
                 warnings.warn(told, Divergence, stacklevel=3)  # past diffusers' hook
         sample = result.sample.to(z.dtype)
         return DecoderOutput(sample, *result[1:]) if return_dict else (sample,)
@@ -379,7 +370,7 @@ class DCSSDAE(PretrainedModel):
             factor = self.config.downsample_factor
 
             def compute(rows: slice, columns: slice) -> Tensor:
-                x_tile = x[:, :, _times(rows, factor), _times(columns, factor)]
+                x_tile = x[:, :, scaled(rows, factor), scaled(columns, factor)]
                 return self._predict(x_tile, z[:, :, rows, columns], time, varying_batch)
 
             return blend_tiles(compute, z.shape[2], z.shape[3], *self._tile, scale=factor)
@@ -495,7 +486,3 @@ def _floats(name: str, value: Any) -> Tensor:
 def _is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile has been called on it, in place or around it."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-
-
-def _times(span: slice, factor: int) -> slice:
-    return slice(span.start * factor, span.stop * factor)

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import write_whole
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, update_config, weight_files
-from dc_ssdae.provenance import IN_TRAINING, SPLITS, TITLES, Evaluation, Provenance
+from dc_ssdae.provenance import IN_TRAINING, SPLITS, Evaluation, Provenance
 from dc_ssdae.weights import read_safetensors
 
 CARD_FILE = "README.md"
@@ -98,9 +98,7 @@ def note_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     note_provenance(folder, before.with_evaluation(measured).to_mapping())
 
 
-def upload_model(
-    folder: Path, repo_id: str, token: str | None = None, private: bool | None = None, **settings: Any
-) -> Any:
+def upload_model(folder: Path, repo_id: str, token: str | None = None, **settings: Any) -> Any:
     """Upload a saved model's folder to the hub, with a card that tells how to load it from there.
 
     A card in the repository that is not ours stays. A model in a subfolder is part of something, and gets no card.
@@ -109,8 +107,7 @@ def upload_model(
         folder: of the model; its card, if it is ours, is written anew.
         repo_id: of the repository, which is made if it is not there.
         token: of the hub; None is the one that is logged in with.
-        private: whether a new repository is private; None is its owner's default.
-        settings: commit_message, create_pr and subfolder, as `PretrainedModel.push_to_hub`'s.
+        settings: private, commit_message, create_pr and subfolder, as `PretrainedModel.push_to_hub`'s.
 
     Returns:
         As `huggingface_hub.upload_folder`.
@@ -118,11 +115,11 @@ def upload_model(
     Raises:
         InputError: the repository cannot be called so.
     """
+    private, subfolder = settings.pop("private", None), settings.pop("subfolder", None)
     try:
         repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     except HFValidationError as error:
         raise InputError(f"no repository can be called {repo_id!r}: {' '.join(str(error).split())}") from None
-    subfolder = settings.pop("subfolder", None)
     if subfolder is None:
         write_model_card(folder, repo_id)
     # Asked first, because a download without a network looks like one without a card.
@@ -157,7 +154,6 @@ def render_model_card(
         classes={part: config[part]["class_path"] for part in ("encoder", "decoder", "dynamics")},
         parameters=parameters,
         provenance=provenance,
-        titles=TITLES,
         source=repo_id or PLACEHOLDER,
         variant=variant,
         is_measured=any(config[name] != unknown for name, unknown in NOT_MEASURED.items()),
@@ -180,19 +176,14 @@ def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardDat
     data = provenance.data or ""
     is_on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", data, re.ASCII) and data.rpartition("/")[2] not in SPLITS
     kind = f"f{config['downsample_factor']}c{config['latent_channels']}"
-    results = [
-        EvalResult(
-            task_type="image-reconstruction",
-            dataset_type=re.sub(r"[^\w.-]+", "-", evaluation.data, flags=re.ASCII).strip("-") or "images",
-            dataset_name=evaluation.data,
-            metric_type=name,
-            metric_name=f"{TITLES.get(name, name)} ({', '.join(map(' '.join, evaluation.facts()))})",
-            metric_value=metric.value,
-        )
-        for evaluation in provenance.evaluations or ()
-        for name, metric in evaluation.metrics.items()
-        if evaluation.protocol != IN_TRAINING and metric.note is None and not provenance.untrained
-    ]
+    results = []
+    for evaluation in provenance.evaluations or ():
+        dataset = re.sub(r"[^\w.-]+", "-", evaluation.data, flags=re.ASCII).strip("-") or "images"
+        told = ", ".join(map(" ".join, evaluation.facts()))
+        for name, metric in evaluation.metrics.items():
+            if evaluation.protocol != IN_TRAINING and metric.note is None and not provenance.untrained:
+                figure = (dataset, evaluation.data, name, metric.value)
+                results.append(EvalResult("image-reconstruction", *figure, metric_name=f"{name} ({told})"))
     return ModelCardData(
         library_name="diffusers",
         tags=["dc-ssdae", "autoencoder", "image-tokenizer", kind],

@@ -73,7 +73,6 @@ def import_object(path: str) -> Any:
     owner_name, _, name = path.rpartition(".")
     if not owner_name:
         raise InputError(f"{path!r} is not in a module; write module.Class, such as my_package.my_module.MyClass")
-    owner: object
     try:
         owner = import_module(owner_name)
     except InputError:
@@ -100,7 +99,7 @@ def import_class(class_path: str) -> type:
     return value
 
 
-def find_imported(class_path: str) -> object | None:
+def find_imported(class_path: str) -> Any:
     """Find what a full name stands for among the modules that are imported already; never imports one.
 
     Args:
@@ -111,7 +110,7 @@ def find_imported(class_path: str) -> object | None:
     """
     parts = class_path.split(".")
     for split in range(len(parts) - 1, 0, -1):
-        value: object = sys.modules.get(".".join(parts[:split]))
+        value: Any = sys.modules.get(".".join(parts[:split]))
         if value is not None:
             for name in parts[split:]:
                 # Static, because a module or class can answer getattr with an import.

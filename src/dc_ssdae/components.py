@@ -1,7 +1,7 @@
 """The parts of a model, encoder, decoder and dynamics: their classes, built-in and users', and their settings."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, get_origin, get_type_hints
@@ -23,11 +23,8 @@ COMPONENTS: Mapping[str, Mapping[str, type]] = {
 }
 """The classes of this package that a config may name, by part."""
 
-HANDED_OVER: Mapping[str, tuple[str, ...]] = {
-    "encoder": ("latent_channels", "downsample_factor"),
-    "decoder": ("latent_channels", "downsample_factor", "time_conditioning"),
-    "dynamics": (),
-}
+SIZES = ("latent_channels", "downsample_factor")
+HANDED_OVER = {"encoder": SIZES, "decoder": (*SIZES, "time_conditioning"), "dynamics": ()}
 """What a part's constructor takes from the model's other settings."""
 
 LARGEST_PARAMETERS, LARGEST_MODULES = 10**10, 5_000
@@ -41,14 +38,12 @@ class ResolvedPart:
     """A part of a model before it is built: its class and all its settings.
 
     Args:
-        part: "encoder", "decoder" or "dynamics".
         kind: the class.
         config: as config.json holds it: class_path, bare for a class of this package and module.Class for a user's;
             and init_args with every setting.
         arguments: the same settings as the constructor takes them, with tuples where it asks for tuples.
     """
 
-    part: str
     kind: type
     config: dict[str, Any]
     arguments: dict[str, Any]
@@ -63,14 +58,16 @@ class ResolvedPart:
             InputError: the class refuses its settings, or they make it too large.
         """
         name = self.config["class_path"]
+        hook = register_module_module_registration_hook(_size_limit(name))
         try:
-            with bounded_size(name):
-                return self.kind(**handed_over, **self.arguments)
+            return self.kind(**handed_over, **self.arguments)
         except InputError:
             raise
         except Exception as error:
             message = " ".join(f"its constructor raised {type(error).__name__}: {error}".split())
-            raise InputError(f"{self.part} {name} cannot be built with its settings; {message}") from error
+            raise InputError(f"{name} cannot be built with its settings; {message}") from error
+        finally:
+            hook.remove()
 
 
 def resolve_part(part: str, given: Mapping[str, Any] | None, classes: Sequence[type] = ()) -> ResolvedPart:
@@ -110,7 +107,7 @@ def resolve_part(part: str, given: Mapping[str, Any] | None, classes: Sequence[t
             arguments[key] = _deep_tuple(stored[key])
         if key in settings and key in hints:
             check_type(f"{key} of {name}", arguments[key], hint)
-    return ResolvedPart(part, kind, {"class_path": name, "init_args": stored}, arguments)
+    return ResolvedPart(kind, {"class_path": name, "init_args": stored}, arguments)
 
 
 def find_class(part: str, class_path: object, classes: Sequence[type] = ()) -> type:
@@ -157,13 +154,8 @@ def find_class(part: str, class_path: object, classes: Sequence[type] = ()) -> t
     return kind
 
 
-@contextmanager
-def bounded_size(name: str) -> Iterator[None]:
-    """Stop the building of a network that gets larger than any autoencoder.
-
-    Raises:
-        InputError: it has more than 10 billion parameters or 5,000 modules.
-    """
+def _size_limit(name: str) -> Callable[[nn.Module, str, nn.Module | None], None]:
+    """A hook that stops the building of a network that gets larger than any autoencoder."""
     parameters = modules = 0
 
     def count(_: nn.Module, __: str, added: nn.Module | None) -> None:
@@ -174,11 +166,7 @@ def bounded_size(name: str) -> Iterator[None]:
         if parameters > LARGEST_PARAMETERS or modules > LARGEST_MODULES:
             raise InputError(f"{name} has {parameters:,} parameters in {modules:,} modules: its settings are too large")
 
-    hook = register_module_module_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return count
 
 
 def _deep_tuple(value: Any) -> Any:

@@ -14,7 +14,7 @@ from dc_ssdae.errors import InputError, check_names
 from dc_ssdae.latent import Generators, draw_noise
 from dc_ssdae.samplers import SamplerResult, Schedule, euler, gradient_descent, midpoint, nesterov
 from dc_ssdae.samplers.descent import resolve_schedule
-from dc_ssdae.samplers.result import check_num_steps, check_tolerance, is_finite
+from dc_ssdae.samplers.result import check_num_steps, check_tolerance
 
 ONE_STEP = "one_step"
 DESCENTS: Mapping[str, Callable[..., SamplerResult]] = {
@@ -95,17 +95,11 @@ def plan_decoding(
     Raises:
         InputError: a setting is unknown, out of range, or of another sampler or dynamics.
     """
-    if num_steps is not None:
-        check_num_steps(num_steps)
+    check_num_steps(1 if num_steps is None else num_steps)
     several = num_steps is not None and num_steps > 1
     descends, integrates = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
-    given = {
-        "num_steps": several,
-        "step_size": step_size is not None,
-        "tolerance": tolerance is not None,
-        "momentum": momentum is not None,
-    }
-    named = [name for name, is_given in given.items() if is_given]
+    given = {"num_steps": several or None, "step_size": step_size, "tolerance": tolerance, "momentum": momentum}
+    named = [name for name, value in given.items() if value is not None]
     if sampler is None and descends and named:
         sampler = "nesterov" if "momentum" in named else "gradient_descent"
     elif sampler is None:
@@ -137,11 +131,6 @@ def plan_decoding(
         # What the first step covers, from noise to the image, is no velocity to go on with.
         settings["momentum"] = [0.0, 0.0, *momenta[2:]][:num_steps] if lands else momenta
     return sampler, settings
-
-
-def level_of(dynamics: Dynamics, start: float) -> float:
-    """The dynamics' level of a state with share γ of the image: `noise_level` for 0, the data's for 1."""
-    return dynamics.noise_level + start * (1.0 - 2.0 * dynamics.noise_level)
 
 
 def default_noise(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -210,8 +199,7 @@ def as_start(name: str, images: Tensor, z: Tensor, shape: tuple[int, ...]) -> Te
         InputError: the shape or type does not fit.
     """
     if tuple(images.shape) != shape or not images.is_floating_point():
-        given = f"{images.dtype} of shape {tuple(images.shape)}"
-        raise InputError(f"{name} is {given}; this latent needs floating-point numbers of shape {shape}")
+        raise InputError(f"{name} is {images.dtype} of shape {tuple(images.shape)}; it must be floats of shape {shape}")
     check_finite(name, images)
     return images.to(device=z.device, dtype=torch.float32)
 
@@ -220,8 +208,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse values that are not finite, where looking at them neither waits for a device nor breaks a graph.
 
     Raises:
-        InputError: names the first image that has some.
+        InputError: there are some.
     """
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_finite(tensor).all():
-        first = int(is_finite(tensor).long().argmin())
-        raise InputError(f"{name} holds NaN or infinite values, first in image {first} of 0 to {len(tensor) - 1}")
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not tensor.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinite values")

@@ -45,14 +45,7 @@ class DiagonalGaussian:
     @classmethod
     def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
         """Split (B, 2c, h, w) into mean (first c channels) and log-variance (last c channels)."""
-        mean, logvar = moments.chunk(2, dim=1)
-        return cls(mean, logvar)
-
-    @classmethod
-    def join(cls, parts: Sequence["DiagonalGaussian"]) -> "DiagonalGaussian":
-        """Put the Gaussians of several batches, all with a variance or all without, into one."""
-        logvars = [part.logvar for part in parts if part.logvar is not None]
-        return cls(torch.cat([part.mean for part in parts]), torch.cat(logvars) if logvars else None)
+        return cls(*moments.chunk(2, dim=1))
 
     @property
     def std(self) -> Tensor:
@@ -116,8 +109,8 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
     Args:
         shape: (B, …) of the result.
         generator: one generator, from which the images are drawn one after the other; or a list with one per
-            image; or None for PyTorch's default generator. A CPU generator draws on the CPU whatever the device,
-            so that a seed means the same noise everywhere.
+            image; or None for PyTorch's default generator, from which all are drawn at once. A CPU generator draws on
+            the CPU whatever the device, so that a seed means the same noise everywhere.
         device: where the noise is wanted.
 
     Returns:
@@ -126,17 +119,13 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
     Raises:
         InputError: the list of generators is not as long as the batch.
     """
-    if generator is None and torch.compiler.is_compiling():
-        # At once: a graph for batches of any size cannot go through the images.
+    if generator is None:
         return torch.randn(tuple(shape), device=device, dtype=torch.float32)
     batch, *rest = shape
-    generators = generator if isinstance(generator, Sequence) else [generator] * batch
+    generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
     if len(generators) != batch:
-        raise InputError(f"{len(generators)} generators for {counted(batch, 'image')}; give one, or one per image")
-    noise = [
-        torch.randn(rest, generator=g, device=device if g is None else g.device, dtype=torch.float32).to(device)
-        for g in generators
-    ]
+        raise InputError(f"{counted(len(generators), 'generator')} for {counted(batch, 'image')}; give one, or as many")
+    noise = [torch.randn(rest, generator=g, device=g.device, dtype=torch.float32).to(device) for g in generators]
     return torch.stack(noise) if noise else torch.empty(tuple(shape), device=device)
 
 
@@ -163,9 +152,9 @@ class LatentStatistics:
     count: int
 
     def __post_init__(self) -> None:
-        known = self.mean and all(map(math.isfinite, (*self.mean, *self.std)))
-        if not known or self._total_std == 0.0:
-            raise InputError("the latents have no standard deviation: all values are the same, or some are not finite")
+        is_finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if not is_finite or not (any(self.std) or len(set(self.mean)) > 1):
+            raise InputError("no image was encoded, or the latents' values are not finite, or all the same")
 
     @property
     def shift_factor(self) -> float:
@@ -175,13 +164,9 @@ class LatentStatistics:
     @property
     def scaling_factor(self) -> float:
         """One over the standard deviation of all values of all channels together."""
-        return 1.0 / self._total_std
-
-    @property
-    def _total_std(self) -> float:
-        """Of all values: the mean of the channels' variances, and the variance of their means."""
         shift = self.shift_factor
-        return math.hypot(*self.std, *(mean - shift for mean in self.mean)) / math.sqrt(len(self.mean))
+        # The mean of the channels' variances, and the variance of their means.
+        return 1.0 / (math.hypot(*self.std, *(mean - shift for mean in self.mean)) / math.sqrt(len(self.mean)))
 
     def settings(self) -> dict[str, Any]:
         """The settings of `DCSSDAE` that hold the statistics, under the names that diffusers gives them."""
@@ -202,11 +187,14 @@ class LatentMoments:
 
     Args:
         channels: c.
+        images: that were gathered.
+        values: of each channel that were gathered.
+        gathered: (c,) float64 each: their mean, and Σ (μ - mean)² + Σ σ²; 0 where nothing was gathered.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.images = self.values = 0  # values of each channel
-        self.mean = self.spread = torch.zeros(channels, dtype=torch.float64)  # spread: Σ (μ - mean)² + Σ σ²
+    def __init__(self, channels: int, images: float = 0, values: float = 0, *gathered: Tensor) -> None:
+        self.images, self.values = int(images), int(values)
+        self.mean, self.spread = gathered or 2 * (torch.zeros(channels, dtype=torch.float64),)
 
     def add(self, posterior: DiagonalGaussian, weights: Tensor | None = None) -> None:
         """Take in a batch.
@@ -226,15 +214,13 @@ class LatentMoments:
         mu = _by_channel(mean, chosen)
         if mu.numel() == 0:
             return
-        batch = LatentMoments(mu.shape[0])
-        batch.images, batch.values = int(chosen.sum()), mu.shape[1]
         away = mu - mu[:, :1]
         average = away.mean(dim=1, keepdim=True)
-        batch.mean = (mu[:, :1] + average)[:, 0]
-        batch.spread = (away - average).square().sum(dim=1)
+        spread = (away - average).square().sum(dim=1)
         if posterior.logvar is not None:
-            batch.spread += _by_channel(posterior.logvar, chosen).exp().sum(dim=1)
-        self.merge(batch)
+            spread += _by_channel(posterior.logvar, chosen).exp().sum(dim=1)
+        means = (mu[:, :1] + average)[:, 0]
+        self.merge(LatentMoments(mu.shape[0], int(chosen.sum()), mu.shape[1], means, spread))
 
     def merge(self, other: "LatentMoments") -> None:
         """Take in what another one has gathered.
@@ -259,12 +245,10 @@ class LatentMoments:
     @classmethod
     def from_states(cls, states: Tensor) -> "LatentMoments":
         """Put together what `state` gave in several places, such as the processes of a run: (places, 2 + 2c)."""
-        moments = cls((states.shape[1] - 2) // 2)
+        channels = (states.shape[1] - 2) // 2
+        moments = cls(channels)
         for state in states:
-            part = cls(len(moments.mean))
-            part.images, part.values = (int(count) for count in state[:2])
-            part.mean, part.spread = state[2:].chunk(2)
-            moments.merge(part)
+            moments.merge(cls(channels, *state[:2].tolist(), *state[2:].chunk(2)))
         return moments
 
     def statistics(self) -> LatentStatistics:
@@ -276,13 +260,7 @@ class LatentMoments:
         return LatentStatistics(*self.mean_and_std(), self.images)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, whatever they are.
-
-        Raises:
-            InputError: there are no latents.
-        """
-        if self.images == 0:
-            raise InputError("there are no latents to have statistics: no image was encoded")
+        """Mean and standard deviation of each channel, whatever they are."""
         return self.mean.tolist(), (self.spread / self.values).sqrt().tolist()
 
 

@@ -37,7 +37,7 @@ def parameter_groups(model: DCSSDAE) -> dict[str, list[str]]:
         tensors = [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
         declare: Any = getattr(module, "parameter_groups", None)
         declared = {f"{part}.{group}": held for group, held in declare().items()} if declare else {part: tensors}
-        sorted_tensors: dict[str, list[str]] = {group: [] for group in declared}
+        groups |= {group: [] for group in declared}
         for tensor in tensors:
             holders = [
                 group for group, held in declared.items() if any(f"{tensor}.".startswith(f"{name}.") for name in held)
@@ -46,9 +46,8 @@ def parameter_groups(model: DCSSDAE) -> dict[str, list[str]]:
                 where = " and ".join(map(repr, holders)) or "no group"
                 owner = f"parameter_groups of {part} {model.config[part]['class_path']}"
                 raise InputError(f"{owner}: tensor {tensor!r} is in {where}, and must be in one")
-            sorted_tensors[holders[0]].append(f"{part}.{tensor}")
-        groups.update({group: held for group, held in sorted_tensors.items() if held})
-    return groups
+            groups[holders[0]].append(f"{part}.{tensor}")
+    return {group: held for group, held in groups.items() if held}
 
 
 def group_sizes(model: DCSSDAE) -> dict[str, int]:

@@ -70,15 +70,9 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         channels, factor = self._internal_dict["latent_channels"], self._internal_dict["downsample_factor"]
         stages = factor.bit_length()  # pipelines take 2^(stages - 1) for f
         widths = getattr(self.encoder, "widths", None)
-        if not (isinstance(widths, list | tuple) and len(widths) == stages):
-            widths = [channels] * stages
-        following = zip(FOLLOWING_SETTINGS, (list(widths), list(widths), factor, 3, 3, False), strict=True)
+        widths = list(widths) if isinstance(widths, list | tuple) and len(widths) == stages else [channels] * stages
+        following = zip(FOLLOWING_SETTINGS, (widths, list(widths), factor, 3, 3, False), strict=True)
         return FrozenDict({**self._internal_dict, **dict(following)})
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """The factor f, under the name that some pipelines look for."""
-        return self._internal_dict["downsample_factor"]
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Change settings in the config, to be saved with it, as diffusers does.
@@ -86,8 +80,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: one of them is unknown, does not fit, follows from others, or would make another model.
         """
-        is_built = "decoder" in self.__dict__.get("_modules", {})
-        if is_built and not all(name.startswith("_") for name in kwargs):
+        if "decoder" in self.__dict__.get("_modules", {}) and not all(name.startswith("_") for name in kwargs):
             fixed = (*FOLLOWING_SETTINGS, "latent_channels", "downsample_factor", *COMPONENTS)
             for name in fixed:
                 if kwargs.get(name, self.config[name]) != self.config[name]:
@@ -251,15 +244,14 @@ class PretrainedModel(ModelMixin, ConfigMixin):
                 )
         classes = check_classes(classes)
         changed = {setting: kwargs[setting] for setting in cls._config_names() if setting in kwargs}
-        name = str(pretrained_model_name_or_path)
-        name = str(model_folder(name)) if name == SHIPPED_MODEL else name
+        name, folder = str(pretrained_model_name_or_path), model_folder(pretrained_model_name_or_path)
         subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
         hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
-        is_local = bool(name) and Path(name).is_dir()
+        is_local = folder.is_dir()
         if not (is_local or may_be_on_the_hub(name)):
             raise MissingInputError(f"{name!r}: no such folder, nor the id of a model on the hub")
-        folder = Path(name, subfolder or "") if is_local else fetch_model(name, subfolder, variant, **hub)
-        cls._check_folder(folder, variant, classes, changed)
+        folder = folder / (subfolder or "") if is_local else fetch_model(name, subfolder, variant, **hub)
+        cls._check_folder(folder, variant, {**read_config(folder), **changed}, classes)
         loaded = super().from_pretrained(str(folder), **{**kwargs, "classes": classes, "use_safetensors": True})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # diffusers would save and upload the path of a folder on this machine.
@@ -274,18 +266,16 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         return loaded
 
     @classmethod
-    def _check_folder(
-        cls, folder: Path, variant: str | None, classes: Iterable[type], changed: Mapping[str, Any]
-    ) -> None:
+    def _check_folder(cls, folder: Path, variant: str | None, config: dict[str, Any], classes: list[type]) -> None:
         """Check config and weights by their headers, before diffusers loads what it can and warns of the rest."""
-        expected = cls.without_weights({**read_config(folder), **changed}, classes).state_dict()
+        expected = cls.without_weights(config, classes).state_dict()
         suffix = f".{variant}" if variant else ""
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
         # diffusers also looks for an index under the names that older versions gave it, and before it looks for the
         # weights: with the variant behind the second dot of the whole path, or the third, wherever those are.
         pieces = (folder / f"{WEIGHTS}.safetensors.index.json").as_posix().split(".")
         for old in (Path(".".join([*pieces[:place], str(variant), *pieces[place:]])) for place in (2, 3)):
-            if variant is not None and old.is_file():
+            if variant is not None and old != index and old.is_file():
                 raise InputError(f"{old} is an index under a name that only older versions wrote; move it away")
         files = shard_files(index) if index.is_file() else [folder / f"{WEIGHTS}{suffix}.safetensors"]
         check_same_tensors(f"{files[0] if len(files) == 1 else folder}", expected, read_safetensors(*files))

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 from urllib.parse import urlsplit
@@ -19,17 +20,6 @@ PARTS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 
 IN_TRAINING = "training"
 """The protocol's name of evaluations within a training run, which are there to watch the run."""
-
-TITLES: Mapping[str, str] = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "dreamsim": "DreamSim",
-    "rfid": "rFID",
-    "rfdd": "rFDD",
-    "mse": "MSE",
-}
-"""What people call metrics, with their units; another one goes by its own name."""
 
 LONGEST_TEXT = 200
 LONGEST_LIST = 1000
@@ -139,15 +129,6 @@ class Evaluation(_Record):
     decoding: dict[str, str | float | list[float]] | None = None
     metrics: dict[str, Metric] = setting(record=Metric)
 
-    def __post_init__(self) -> None:
-        known = {name: self.metrics[name] for name in TITLES if name in self.metrics}
-        object.__setattr__(self, "metrics", {**known, **self.metrics})
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What is the same in an evaluation that replaces this one."""
-        return self.protocol, self.data, self.image_size, self.decoding or {}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance(_Record):
@@ -189,14 +170,14 @@ class Provenance(_Record):
 
     def with_evaluation(self, evaluation: Evaluation) -> "Provenance":
         """Add an evaluation, in the place of an earlier one of the same protocol, data, image size and decoding."""
-        kept = [entry for entry in self.evaluations or () if entry.kind != evaluation.kind]
+        kind = attrgetter("protocol", "data", "image_size", "decoding")
+        kept = [entry for entry in self.evaluations or () if kind(entry) != kind(evaluation)]
         return replace(self, evaluations=[*kept, evaluation])
 
 
 def short_name(text: str) -> str | None:
     """Make a name that a provenance takes of any text; None where nothing of it can be shown."""
-    shown = "".join(sign if sign.isprintable() else " " for sign in text)
-    shown = " ".join(shown.split())
+    shown = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     return (shown if len(shown) <= LONGEST_TEXT else f"{shown[: LONGEST_TEXT - 1]}…") or None
 
 
@@ -209,8 +190,7 @@ def name_of_path(path: str | Path) -> str | None:
     text = str(path)
     text = urlsplit(text).path if "://" in text else os.path.abspath(os.path.expanduser(text))
     parts = [part for part in text.split("/") if part]
-    if len(parts) > 1 and parts[-1] == "model":
-        parts.pop()
+    parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
     return short_name("/".join(parts[-2:] if parts[-1:] and parts[-1] in SPLITS else parts[-1:]))
 
 

@@ -58,8 +58,8 @@ def pickle_refused(path: Path, converted: Path | None = None) -> InputError:
         "import torch, safetensors.torch as st; "
         f'st.save_file(torch.load({source}, map_location="cpu", weights_only=True), {target})'
     )
-    command = f"python -c {shlex.quote(code)}"
-    return InputError(f"{path} is a pickle file, which could run code when loaded; convert it: {command}")
+    advice = f"convert it: python -c {shlex.quote(code)}"
+    return InputError(f"{path} is a pickle file, which could run code when loaded; {advice}")
 
 
 def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -82,8 +82,7 @@ def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping
         elif found.dtype not in (FLOATS if wanted.is_floating_point() else (wanted.dtype,)):
             problems.append(f"{name} is of type {found.dtype}, not {wanted.dtype}")
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(f"{what} does not fit; {'; '.join(problems[:5])}{more}")
+        raise InputError(f"{what} does not fit in {len(problems)} places; {'; '.join(problems[:5])}")
 
 
 def shard_files(index: Path) -> list[Path]:

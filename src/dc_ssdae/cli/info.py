@@ -187,14 +187,14 @@ def _profile_as_text(profile: Mapping[str, Any]) -> str:
 
 def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Describe how the model was trained and how it was evaluated, as far as that is known."""
-    from dc_ssdae.provenance import TITLES, Provenance
+    from dc_ssdae.provenance import Provenance
 
     known = Provenance.from_mapping(provenance)
     origin = "; ".join(map(" ".join, known.facts()))
     facts = [("origin", origin)] if origin else []
     for evaluation in known.evaluations or ():
         metrics = evaluation.metrics.items()
-        figures = [f"{TITLES.get(name, name)} {metric}{' *' if metric.note else ''}" for name, metric in metrics]
+        figures = [f"{name} {metric}{' *' if metric.note else ''}" for name, metric in metrics]
         notes = [f"* {name}: {metric.note}" for name, metric in metrics if metric.note]
         facts.append(("measured", "; ".join([*map(" ".join, evaluation.facts()), *figures, *notes])))
     return facts

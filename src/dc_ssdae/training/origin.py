@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dc_ssdae.errors import InputError, as_json
+from dc_ssdae.errors import as_json
 from dc_ssdae.model_folder import may_be_on_the_hub, read_config
 from dc_ssdae.presets import list_presets, load_preset
 from dc_ssdae.provenance import PARTS, Provenance, name_of_path, short_name
@@ -32,10 +32,8 @@ def inherited(config: RunConfig, source: Path | None) -> dict[str, Any]:
     if source is None:
         paths = {part: (getattr(config.model, part) or {}).get("class_path") or "" for part in PARTS}
         return {"untrained": [part for part in PARTS if "." not in paths[part]]}  # a user's may bring its own weights
-    try:
-        theirs = read_config(source).get("provenance")
-    except InputError:  # weights are enough to start from
-        return {}
+    # Weights are enough to start from.
+    theirs = read_config(source).get("provenance") if (source / "config.json").exists() else None
     known = Provenance.from_mapping(theirs or {}).to_mapping()
     return {name: known[name] for name in INHERITED if name in known}
 
