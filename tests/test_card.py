@@ -18,7 +18,6 @@ from tiny_models import edit_config, refusal, tiny
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.card import (
     MARKER,
-    is_ours,
     note_evaluation,
     render_model_card,
     upload_model,
@@ -75,12 +74,12 @@ class TestContent:
             "- **Encoder**: `DCEncoder`, 1,234,567 parameters",
             "- **Decoder**: `UViTDecoder`, 89 parameters",
             "- **Dynamics**: `FlowMatching`",
-            "- **Training data**: `owner/photos`",
-            "- **Training**: 30 steps",
-            "Protocol `dcae`, 5,000 images of `photos/validation`, 256×256 px, decoded in one step:",
-            "| PSNR, dB | 25.125 (25 to 25.25) |",
-            "| LPIPS † | 0.5 |",
-            "- **LPIPS †**: `random`",
+            "- **Data**: `owner/photos`",
+            "- **Steps**: 30",
+            "Protocol `dcae`, data `photos/validation`, images 5,000, image size 256:",
+            "| `psnr` | 25.125 (25 to 25.25) |",
+            "| `lpips` † | 0.5 |",
+            "- **`lpips` †**: `random`",
             'ae = DCSSDAE.from_pretrained("owner/name")',
         ):
             assert line in card.splitlines(), line
@@ -105,15 +104,15 @@ class TestContent:
 
     def test_random_weights_say_so(self) -> None:
         card = render({"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]})
-        assert "> **Random weights: not trained.**" in card
+        assert "> **The encoder has random weights: not trained.**" in card
         assert "model-index" not in front_matter(card)
         assert "> **The decoder has random weights: not trained.**" in render({"untrained": ["decoder"]})
 
     def test_figures_of_the_training_are_told_apart(self) -> None:
         watching = {"protocol": "training", "data": "x", "images": 9, "step": 20, "metrics": {"mse": {"value": 0.125}}}
         card = render({"evaluations": [watching]})
-        assert "During training, after 20 steps, 9 images of `x`" in card
-        assert "| MSE | 0.125 |" in card
+        assert "Protocol `training`, data `x`, images 9, step 20:" in card
+        assert "| `mse` | 0.125 |" in card
         assert "follow no published protocol" in card
         assert "model-index" not in front_matter(card)
 
@@ -182,7 +181,6 @@ class TestInjection:
         except InputError:
             return
         card = render(provenance, encoder={"class_path": f"mine.{third}"})
-        assert is_ours(card)
         assert card.splitlines().count(MARKER) == 1
         matter = front_matter(card)
         assert matter["library_name"] == "diffusers"
@@ -232,9 +230,7 @@ class TestSaving:
         path.write_text(f"{first}more\n")
         model.save_pretrained(tmp_path)
         assert path.read_text() == first
-        before = path.stat()
         assert write_model_card(tmp_path)
-        assert path.stat().st_ino == before.st_ino, "what does not change is not written"
         path.write_text(first.replace(f"{MARKER}\n", "") + "more\n")
         model.save_pretrained(tmp_path)
         assert path.read_text().endswith("more\n")
@@ -244,7 +240,7 @@ class TestSaving:
         note_evaluation(tmp_path, EVALUATION)
         note_evaluation(tmp_path, {**EVALUATION, "metrics": {"psnr": {"value": 30.0}}})
         assert len(DCSSDAE.from_pretrained(tmp_path).config.provenance["evaluations"]) == 1
-        assert "| PSNR, dB | 30 |" in (tmp_path / "README.md").read_text()
+        assert "| `psnr` | 30 |" in (tmp_path / "README.md").read_text()
 
 
 class Hub:

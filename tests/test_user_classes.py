@@ -119,7 +119,7 @@ class TestBuilding:
         assert model.config.encoder["class_path"] == f"{HERE}.{Local.__qualname__}"
         again = DCSSDAE.from_config(model.config, classes=[Local])
         assert again.config["encoder"] == model.config["encoder"]
-        assert "or pass the class as classes=" in refusal(DCSSDAE.from_config, model.config)
+        assert "or pass it in classes" in refusal(DCSSDAE.from_config, model.config)
 
     def test_bare_names_of_this_package_come_first(self) -> None:
         """Otherwise a class that happens to be passed could change what a preset means."""
@@ -190,7 +190,7 @@ class TestSaving:
         del sys.modules["own_package_parts"]
         assert loading_refusal(tmp_path / "first") == (
             "encoder class 'own_package_parts.PatchEncoder' is not imported, or is no class: "
-            "import own_package_parts first, or pass the class as classes=[PatchEncoder]"
+            "import its module first, or pass it in classes"
         )
 
     def test_a_class_that_has_moved_since(self, moved: ModuleType, tmp_path: Path) -> None:
@@ -240,22 +240,18 @@ class NoLoss(BareDynamics):
     loss = None
 
 
-class NoLevel(BareDynamics):
-    noise_level = property()  # which raises AttributeError
-
-
 class TestMistakes:
     @pytest.mark.parametrize(
         ("encoder", "settings", "message"),
         [
-            ("NoSettings", {}, "must take latent_channels, downsample_factor; it lacks latent_channels"),
+            ("NoSettings", {}, "has no setting latent_channels"),
             ("ByPlace", {"width": 3}, "its constructor raised TypeError: "),
             ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
             ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be a whole number"),
             ("NeedsWidth", {"width": 5}, "its constructor raised ValueError: width must be even"),
             ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
             ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),
-            ("PatchEncoder", {"kernel": [1, 2, 3]}, f"kernel of {HERE}.PatchEncoder is [1, 2, 3]"),
+            ("PatchEncoder", {"kernel": [1, 2, 3]}, f"kernel of {HERE}.PatchEncoder is (1, 2, 3)"),
             ("PatchEncoder", {"latent_channels": 4}, "unknown setting of "),
             ("OpenEncoder", {"latent_channels": 4}, "multiple values for keyword argument 'latent_channels'"),
             ("SlowFlow", {}, "is no torch.nn.Module"),
@@ -267,9 +263,8 @@ class TestMistakes:
         assert message in refusal(build, encoder=encoder, settings=settings)
 
     def test_decoders_and_dynamics(self) -> None:
-        assert "it lacks time_conditioning" in refusal(build, decoder={"class_path": f"{HERE}.PatchEncoder"})
+        assert "has no setting time_conditioning" in refusal(build, decoder={"class_path": f"{HERE}.PatchEncoder"})
         assert "has no method loss" in refusal(build, dynamics={"class_path": f"{HERE}.NoLoss"})
-        assert "has no attribute noise_level" in refusal(build, dynamics={"class_path": f"{HERE}.NoLevel"})
 
     @pytest.mark.parametrize("classes", [PatchEncoder, "PatchEncoder", [5]])
     def test_what_is_no_list_of_classes(self, classes: Any) -> None:
@@ -277,15 +272,9 @@ class TestMistakes:
         for load, source in ((DCSSDAE.from_preset, "demo"), (DCSSDAE.from_pretrained, "absent")):
             assert "classes" in refusal(load, source, classes=classes)
 
-    @pytest.mark.parametrize(
-        ("encoder", "message"),
-        [
-            ("PointEncoder", "its forward must give a DiagonalGaussian"),
-            ("WideEncoder", "gives a latent of shape (1, 8, 2, 3)"),
-        ],
-    )
-    def test_an_encoder_that_gives_something_else(self, encoder: str, message: str) -> None:
-        assert message in refusal(build(encoder).encode, torch.zeros(1, 3, 16, 24))
+    @pytest.mark.parametrize("encoder", ["PointEncoder", "WideEncoder"])
+    def test_an_encoder_that_gives_something_else(self, encoder: str) -> None:
+        assert "must give a DiagonalGaussian" in refusal(build(encoder).encode, torch.zeros(1, 3, 16, 24))
 
 
 @pytest.fixture

@@ -226,8 +226,9 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id; "photos_f8c16" is the
                 model that comes with this package.
             classes: as the constructor's; for classes of your own that are not imported, or have moved.
-            kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`; and
-                settings that go before those of config.json, such as `scaling_factor`.
+            kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`
+                (`use_safetensors` is always true); and settings that go before those of config.json, such as
+                `scaling_factor`.
 
         Returns:
             The model; with `output_loading_info`, also diffusers' lists of what did not fit, all empty.

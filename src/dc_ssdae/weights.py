@@ -35,8 +35,8 @@ def read_safetensors(*paths: Path) -> dict[str, Tensor]:
         if not path.exists():
             if pickles := [file for suffix in PICKLE_SUFFIXES if (file := path.with_suffix(suffix)).exists()]:
                 raise pickle_refused(pickles[0])
-            others = ", ".join(sorted(file.name for file in path.parent.glob("*.safetensors")))
-            raise MissingInputError(f"{path}: no such file; beside it is {others or 'no safetensors file'}")
+            beside = min((file.name for file in path.parent.glob("*.safetensors")), default="no safetensors file")
+            raise MissingInputError(f"{path}: no such file; there is {beside}")
         check_file(path)
         try:
             tensors |= load_file(path)
@@ -82,7 +82,7 @@ def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping
         elif found.dtype not in (FLOATS if wanted.is_floating_point() else (wanted.dtype,)):
             problems.append(f"{name} is of type {found.dtype}, not {wanted.dtype}")
     if problems:
-        raise InputError(f"{what} does not fit in {len(problems)} places; {'; '.join(problems[:5])}")
+        raise InputError(f"{what} does not fit; {'; '.join(problems[:5])} ({len(problems)} in all)")
 
 
 def shard_files(index: Path) -> list[Path]:
