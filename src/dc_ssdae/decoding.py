@@ -30,7 +30,6 @@ INTEGRATORS: Mapping[str, Callable[..., SamplerResult]] = {"euler": euler, "midp
 SAMPLERS = (ONE_STEP, *DESCENTS, *INTEGRATORS)
 """What `DCSSDAE.decode` takes as `sampler`."""
 
-DEFAULT_NOISE_SEED = 0
 KEPT_NOISES = 4
 """Sizes of image whose default noise is kept; of 1024 px it has 12 MiB."""
 
@@ -158,7 +157,7 @@ def _draw_default_noise(height: int, width: int, device: torch.device) -> Tensor
 
 @lru_cache(maxsize=KEPT_NOISES)
 def _kept_noise(height: int, width: int, device: torch.device) -> Tensor:
-    fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
+    fixed = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):  # what is kept must do for training too
         return torch.randn(3, height, width, generator=fixed, dtype=torch.float32).to(device)
 

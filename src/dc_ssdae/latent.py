@@ -154,7 +154,9 @@ class LatentStatistics:
     def __post_init__(self) -> None:
         is_finite = all(map(math.isfinite, (*self.mean, *self.std)))
         if not is_finite or not (any(self.std) or len(set(self.mean)) > 1):
-            raise InputError("no image was encoded, or the latents' values are not finite, or all the same")
+            raise InputError(
+                "no image was encoded, or the encoder has collapsed: latents are all the same, or not finite"
+            )
 
     @property
     def shift_factor(self) -> float:

@@ -73,14 +73,15 @@ def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping
     Raises:
         InputError: names the first tensors that are missing, left over, or of another shape or type.
     """
-    problems = [f"missing: {name}" for name in expected if name not in given]
-    problems += [f"left over: {name}" for name in given if name not in expected]
+    problems: list[str] = []
     for name, wanted in expected.items():
         found = given.get(name, wanted)
         if found.shape != wanted.shape:
             problems.append(f"{name} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
         elif found.dtype not in (FLOATS if wanted.is_floating_point() else (wanted.dtype,)):
             problems.append(f"{name} is of type {found.dtype}, not {wanted.dtype}")
+    problems += [f"missing: {name}" for name in expected if name not in given]
+    problems += [f"left over: {name}" for name in given if name not in expected]
     if problems:
         raise InputError(f"{what} does not fit; {'; '.join(problems[:5])} ({len(problems)} in all)")
 

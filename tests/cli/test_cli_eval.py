@@ -164,8 +164,8 @@ class TestAddToModel:
         found = report_of("third")["metrics"]["psnr"]
         assert in_one["metrics"] == {"psnr": {key: found[key] for key in ("value", "low", "high")}}
         interval = f"{found['value']:.5g} ({found['low']:.5g} to {found['high']:.5g})"
-        assert f"| PSNR, dB | {interval} |" in (copied / "README.md").read_text()
-        assert f"PSNR, dB {interval}" in " ".join(" ".join(run("info", copied).out).split())
+        assert f"| `psnr` | {interval} |" in (copied / "README.md").read_text()
+        assert f"psnr {interval}" in " ".join(" ".join(run("info", copied).out).split())
 
     def test_weights_that_changed_meanwhile_get_no_figures(
         self, run: Run, copied: Path, words: Words, monkeypatch: pytest.MonkeyPatch

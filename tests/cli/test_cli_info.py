@@ -77,8 +77,8 @@ def test_where_a_model_comes_from_is_told(run: Run, refusal: Refusal, model_dir:
     assert outcome.code == 0
     assert max(map(len, outcome.out)) <= 80
     text = " ".join(" ".join(outcome.out).split())
-    assert "origin preset demo, with training.lr changed; training 30 steps" in text
-    assert "measured protocol dcae, 9 images of photos, decoded in one step; LPIPS 0.5 *; * lpips: random" in text
+    assert "origin preset demo; settings changed in it training.lr; steps 30" in text
+    assert "measured protocol dcae; data photos; images 9; lpips 0.5 *; * lpips: random" in text
     assert run("info", copy, "--json").json()["provenance"] == provenance
     (copy / "config.json").write_text(json.dumps({**config, "provenance": {"data": "\x1b[31m"}}))
     assert "provenance.data is '\\x1b[31m'" in refusal("info", copy)
@@ -98,7 +98,7 @@ def test_what_is_no_whole_model_is_one_line(refusal: Refusal, model_dir: Path, t
     assert f"{config} is a file" in refusal("info", config)
     assert "config.json is missing" in refusal("info", tmp_path)
     os.truncate(weights, weights.stat().st_size - 10)
-    assert "is truncated: tensor '" in refusal("info", copy)
+    assert "is truncated" in refusal("info", copy)
     weights.unlink()
     assert f"{copy} holds no weights" in refusal("info", copy)
     settings = json.loads(config.read_text())
