@@ -100,7 +100,7 @@ def test_an_index_that_names_a_pickle_is_refused(snapshot: Path, suffix: str) ->
     (snapshot / f"{STEM}{suffix}.safetensors").write_bytes((snapshot / f"{STEM}.safetensors").read_bytes())
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(state, "w.bin")}
     (snapshot / f"{STEM}.safetensors.index{suffix}.json").write_text(json.dumps(index))
-    assert "is no index of safetensors" in refusal(load, snapshot, variant=suffix[1:] or None)
+    assert "w.bin" in refusal(load, snapshot, variant=suffix[1:] or None)
 
 
 def test_what_is_not_there_is_an_error_of_the_system(snapshot: Path) -> None:

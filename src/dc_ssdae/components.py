@@ -127,10 +127,8 @@ def find_class(part: str, class_path: object, classes: Sequence[type] = ()) -> t
     path = class_path if isinstance(class_path, str) else ""
     if path in COMPONENTS[part]:
         return COMPONENTS[part][path]
-    bare = path.rpartition(".")[2]
-    passed = {kind for kind in classes if full_name(kind) == path} or {
-        kind for kind in classes if kind.__name__ == bare
-    }
+    passed = {kind for kind in classes if full_name(kind) == path}
+    passed = passed or {kind for kind in classes if kind.__name__ == path.rpartition(".")[2]}
     if len(passed) > 1:
         names = ", ".join(sorted(map(full_name, passed)))
         raise InputError(f"{part} class {class_path!r} could be several of classes: {names}; pass one of them")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, MissingInputError
+from dc_ssdae.errors import InputError, MissingInputError, shown
 from dc_ssdae.files import check_file
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -99,5 +99,5 @@ def shard_files(index: Path) -> list[Path]:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         files = []
     if not files or any(file.parent != index.parent or file.suffix != ".safetensors" for file in files):
-        raise InputError(f"{index} is no index of safetensors files that lie beside it")
+        raise InputError(f"{index} must name safetensors beside it, not {shown([file.name for file in files])}")
     return files

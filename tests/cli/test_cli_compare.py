@@ -124,7 +124,7 @@ def test_where_all_fail_nothing_is_written(run: Run, words: Words) -> None:
         ("jpeg:50 mine=python:peers.Block", "", "did you mean 'Blocks'"),
         ("jpeg:50 mine=broken", "", "mine: "),
         ("a=jpeg:50 a=bicubic:4", "", "'a'"),
-        ("small", "--sampler one_step --steps 2", "--steps is 2"),
+        ("small", "--sampler one_step --steps 2", "'num_steps'"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_anything_is_measured(

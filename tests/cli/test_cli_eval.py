@@ -191,7 +191,7 @@ class TestAddToModel:
         ("--protocol dcea", "did you mean 'dcae'"),
         ("--metrics psnr,lpisp", "did you mean 'lpips'"),
         ("--sampler nestorov", "did you mean 'nesterov'"),
-        ("--sampler one_step --steps 2", "--steps is 2"),
+        ("--sampler one_step --steps 2", "'num_steps'"),
         ("--size 20", "20"),
         ("--data no/such/folder", "'no/such/folder'"),
         ("--data broken", "'broken/a.png'"),

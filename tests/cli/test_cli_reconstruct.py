@@ -203,7 +203,7 @@ def test_tiles_are_those_of_the_model_in_python(
     [
         ("--sampler nestorov", "did you mean 'nesterov'"),
         ("--sampler euler", "'euler'"),
-        ("--sampler one_step --steps 2", "--steps is 2"),
+        ("--sampler one_step --steps 2", "'num_steps'"),
         ("--tolerance -1", "--tolerance is -1.0"),
         ("--sampler gradient_descent --momentum 0.1", "--momentum"),
         ("--start 0.5", "--draft"),
