@@ -18,7 +18,6 @@ from tiny_models import EVALUATION, edit_config, refusal, tiny
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.card import (
     MARKER,
-    is_ours,
     note_evaluation,
     render_model_card,
     write_model_card,
@@ -149,7 +148,6 @@ class TestInjection:
         except InputError:
             return
         card = render(provenance, encoder={"class_path": f"mine.{third}"})
-        assert is_ours(card)
         assert card.splitlines().count(MARKER) == 1
         matter = front_matter(card)
         assert matter["library_name"] == "diffusers"
@@ -191,9 +189,7 @@ class TestSaving:
         path.write_text(f"{first}more\n")
         model.save_pretrained(tmp_path)
         assert path.read_text() == first
-        before = path.stat()
         assert write_model_card(tmp_path)
-        assert path.stat().st_ino == before.st_ino, "what does not change is not written"
         path.write_text(first.replace(f"{MARKER}\n", "") + "more\n")
         model.save_pretrained(tmp_path)
         assert path.read_text().endswith("more\n")

@@ -73,7 +73,6 @@ class TestImportModule:
             ("x = 1\nimport no_such_library\n", "ModuleNotFoundError: No module named 'no_such_library'", 2),
             ("\n\nraise RuntimeError('two\\nlines')\n", "RuntimeError: two lines", 3),
             ("import sys\nsys.exit(3)\n", "SystemExit: 3", 2),
-            ("x = 1\ndef f(:\n", "SyntaxError: ", 2),
         ],
     )
     def test_an_error_inside_is_named_with_its_line(self, text: str, named: str, line: int, write: Write) -> None:

@@ -85,7 +85,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     mean = torch.zeros(2, 3, 4, 5)
     assert "(2, 3, 4, 5) and (1, 3, 4, 5)" in refusal(DiagonalGaussian, mean, mean[:1])
     for posterior in (DiagonalGaussian(mean, mean), DiagonalGaussian(mean)):
-        assert "needs (2, 3, 4, 5)" in refusal(posterior.sample, noise=mean[:1])
+        assert "of shape (2, 3, 4, 5)" in refusal(posterior.sample, noise=mean[:1])
         assert "not both" in refusal(posterior.sample, torch.Generator(), noise=mean)
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import EVALUATION, refusal
 
 from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.estimates import METRICS
-from dc_ssdae.provenance import TITLES, Evaluation, Provenance, name_of_path, short_name
+from dc_ssdae.provenance import Evaluation, Provenance, name_of_path, short_name
 
 WHOLE: dict[str, Any] = {
     "preset": "demo",
@@ -86,14 +85,7 @@ def test_of_anything_it_gives_plain_data_or_one_line(given: dict[str, Any]) -> N
         problem = str(error)
     assert problem.isprintable()
     assert Provenance.from_mapping(json.loads(json.dumps(known.to_mapping(), allow_nan=False))) == known
-    assert all(text.isprintable() for line in known.training_lines() for text in line)
-
-
-def test_metrics_have_one_order_and_the_reports_titles() -> None:
-    shuffled = {**EVALUATION, "metrics": {name: {"value": 1} for name in ("mine", "rfid", "ssim", "psnr")}}
-    assert list(Evaluation.from_mapping(shuffled).metrics) == ["psnr", "ssim", "rfid", "mine"]
-    for name, info in METRICS.items():
-        assert TITLES[name] == ", ".join(filter(None, [info.title, info.unit]))
+    assert all(text.isprintable() for fact in known.facts() for text in fact)
 
 
 def test_figures_of_the_same_kind_are_replaced() -> None:
@@ -112,19 +104,23 @@ def test_figures_of_the_same_kind_are_replaced() -> None:
 
 
 def test_how_it_is_told() -> None:
-    assert Provenance().training_lines() == []
+    assert Provenance().facts() == []
     whole = Provenance.from_mapping(WHOLE)
-    assert dict(whole.training_lines()) == {
-        "untrained": "the decoder, whose weights are random",
-        "preset": "demo, with training.lr and losses.kl changed",
-        "converted from": "AutoencoderKL owner/name",
-        "started from": "1-low_resolution",
+    assert dict(whole.facts()) == {
+        "preset": "demo",
+        "settings changed in it": "training.lr, losses.kl",
+        "data": "photos",
+        "images": "1,234",
+        "image size": "64",
+        "steps": "300,000",
+        "images per step": "1",
+        "initialised from": "1-low_resolution",
         "distilled from": "first",
-        "training data": "photos, 1,234 images, crops of 64×64 px",
-        "training": "300,000 steps of 1 image",
-        "caution": "loss terms with random backbones, which teach nothing: lpips",
+        "converted from": "AutoencoderKL owner/name",
+        "with random weights, not trained": "decoder",
+        "loss terms with random backbones, which teach nothing": "lpips",
         "licence of the weights": "apache-2.0",
-        "written by": "dc-ssdae 0.1.0",
+        "version of dc-ssdae": "0.1.0",
     }
     assert Provenance(untrained=["encoder", "decoder"]).is_untrained
     assert not whole.is_untrained

@@ -29,8 +29,8 @@ class TestTiles:
     def test_weights_are_ramps_over_the_overlap(self) -> None:
         first, second = tile_weights([0, 6], 8, 14, scale=2)  # 2 units overlap, which are 4 places
         ramp = torch.tensor([0.125, 0.375, 0.625, 0.875])
-        torch.testing.assert_close(first, torch.cat([torch.ones(12), ramp.flip(0)]))
-        torch.testing.assert_close(second, torch.cat([ramp, torch.ones(12)]))
+        torch.testing.assert_close(first, torch.cat([torch.ones(12), ramp.flip(0), torch.zeros(12)]))
+        torch.testing.assert_close(second, torch.cat([torch.zeros(12), ramp, torch.ones(12)]))
 
     @settings(derandomize=True, deadline=None, max_examples=30)
     @given(SIDES, SIDES, st.integers(1, 3))

@@ -200,10 +200,6 @@ class NoLoss(BareDynamics):
     loss = None
 
 
-class NoLevel(BareDynamics):
-    noise_level = property()  # which raises AttributeError
-
-
 class TestMistakes:
     @pytest.mark.parametrize(
         ("encoder", "settings", "message"),

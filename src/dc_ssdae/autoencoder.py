@@ -1,8 +1,7 @@
 """DCSSDAE: joins an encoder, a decoder and a dynamics; encode, decode, save, load."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,16 +21,16 @@ from dc_ssdae.decoding import (
     ONE_STEP,
     DecoderOutput,
     Divergence,
+    as_start,
     check_finite,
-    level_of,
     plan_decoding,
-    starting_image,
+    starting_noise,
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
-from dc_ssdae.dynamics.corruption import field_of
+from dc_ssdae.dynamics.corruption import field_of, predict
 from dc_ssdae.dynamics.energy import as_normal, at_least_float32
-from dc_ssdae.errors import InputError, check_at_least, check_names, check_type, counted
-from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.errors import InputError, check_names, check_type
+from dc_ssdae.latent import DiagonalGaussian, Generators
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import check_image, check_latent_shape
 from dc_ssdae.presets import load_preset
@@ -39,10 +38,16 @@ from dc_ssdae.pretrained import PretrainedModel
 from dc_ssdae.provenance import Provenance
 from dc_ssdae.samplers import SamplerResult, Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
-from dc_ssdae.samplers.result import check_number, check_share, is_finite, root_mean_square
-from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
+from dc_ssdae.samplers.result import check_share, is_finite, root_mean_square
+from dc_ssdae.settings import check_value
+from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling, scaled
 
 __all__ = ["COMPONENTS", "DCSSDAE", "EncoderOutput"]
+
+KL_BLOCKS = ("KLResidualBlock", "SpatialSelfAttention")
+DC_BLOCKS = ("ResBlock", "EfficientViTBlock", "SpaceToChannelDownsample")
+DECODER_BLOCKS = ("ConditionedResidualBlock", "UpLevel", "TransformerBlock")
+"""Blocks whose outputs join their inputs, which must be on one device."""
 
 FAR_OUTSIDE = 2.0
 """What `encode` warns of larger values than; resampling and noise leave [-1, 1] by less."""
@@ -105,17 +110,7 @@ class DCSSDAE(PretrainedModel):
     decoder: UViTDecoder
     _supports_gradient_checkpointing = True
     _range_checked = False
-    # Blocks whose outputs join their inputs, which must be on one device.
-    _no_split_modules = (
-        "KLResidualBlock",
-        "SpatialSelfAttention",
-        "ResBlock",
-        "EfficientViTBlock",
-        "SpaceToChannelDownsample",
-        "ConditionedResidualBlock",
-        "UpLevel",
-        "TransformerBlock",
-    )
+    _no_split_modules = (*KL_BLOCKS, *DC_BLOCKS, *DECODER_BLOCKS)
 
     @register_to_config
     def __init__(
@@ -134,40 +129,35 @@ class DCSSDAE(PretrainedModel):
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.use_tiling = False
-        self.use_slicing = False
-        check_type("latent_channels", latent_channels, int)
+        self.use_tiling = self.use_slicing = False
+        self.spatial_compression_ratio = downsample_factor  # as some pipelines call it
+        check_value("latent_channels", latent_channels, int, {"at_least": 1})
         check_type("downsample_factor", downsample_factor, int)
-        check_at_least(1, latent_channels=latent_channels)
-        normalisation = {
-            "scaling_factor": check_number(
-                "scaling_factor", scaling_factor, lambda value: value > 0.0, "finite and above 0"
-            ),
-            "shift_factor": check_number("shift_factor", shift_factor, lambda value: True, "finite"),
-            "latents_mean": _check_channels("latents_mean", latents_mean, latent_channels, lowest=-math.inf),
-            "latents_std": _check_channels("latents_std", latents_std, latent_channels, lowest=0.0),
+        settings: dict[str, Any] = {
+            "scaling_factor": check_value("scaling_factor", scaling_factor, float, {"above": 0.0}),
+            "shift_factor": check_value("shift_factor", shift_factor, float, {}),
+            "latents_mean": check_value("latents_mean", latents_mean, list[float] | None, {}),
+            "latents_std": check_value("latents_std", latents_std, list[float] | None, {"at_least": 0.0}),
+            "provenance": None if provenance is None else Provenance.from_mapping(provenance).to_mapping(),
         }
+        if any(numbers is not None and len(numbers) != latent_channels for numbers in (latents_mean, latents_std)):
+            raise InputError(f"latents_mean and latents_std need as many numbers as latent_channels, {latent_channels}")
         classes = check_classes(classes)
         parts = {"encoder": encoder, "decoder": decoder, "dynamics": dynamics}
         resolved = {part: resolve_part(part, given, classes) for part, given in parts.items()}
         # diffusers would drop on reload what it lists as left at its default; the resolved settings are to stay.
         registered = {key: value for key, value in self._internal_dict.items() if key != "_use_default_values"}
-        known = None if provenance is None else Provenance.from_mapping(provenance).to_mapping()
-        configs = {part: found.config for part, found in resolved.items()}
-        self._internal_dict = FrozenDict({**registered, **configs, **normalisation, "provenance": known})
+        settings |= {part: found.config for part, found in resolved.items()}
+        self._internal_dict = FrozenDict({**registered, **settings})
 
         sizes = {"latent_channels": latent_channels, "downsample_factor": downsample_factor}
         self.dynamics: Dynamics = resolved["dynamics"].build()
         self.encoder = resolved["encoder"].build(**sizes)
         self.decoder = resolved["decoder"].build(**sizes, time_conditioning=self.dynamics.conditions_on_time)
-        is_ours = isinstance(self.decoder, UViTDecoder)
-        is_for_images = is_ours and (self.decoder.patch > 1 or self.decoder.block_shortcut is not None)
-        if is_for_images and getattr(self.dynamics, "prediction", "image") == "field":
-            warnings.warn(
-                "a decoder with a patch above 1 or a block_shortcut wants prediction 'image' of the dynamics: a field "
-                "carries the noise of all pixels, too much for narrow layers, and a shortcut begins as an image",
-                stacklevel=1,  # always this line, so that Python shows it once
-            )
+        for_images = isinstance(self.decoder, UViTDecoder) and (self.decoder.patch > 1 or self.decoder.block_shortcut)
+        if for_images and getattr(self.dynamics, "prediction", "image") == "field":
+            # A field carries the noise of all pixels, and a shortcut begins as an image.
+            warnings.warn("a decoder with patches or a shortcut wants prediction 'image' of the dynamics", stacklevel=1)
         self._tile = check_tiling(None, DEFAULT_OVERLAP, downsample_factor)
 
     @classmethod
@@ -200,14 +190,10 @@ class DCSSDAE(PretrainedModel):
         """
         posterior, config = self.encoder(x), self.config
         expected = (len(x), config.latent_channels, *(side // config.downsample_factor for side in x.shape[2:]))
-        is_gaussian = isinstance(posterior, DiagonalGaussian)
-        if is_gaussian and tuple(posterior.mean.shape) == expected:
-            return posterior
-        given = f"a latent of shape {tuple(posterior.mean.shape)}" if is_gaussian else f"a {type(posterior).__name__}"
-        raise InputError(
-            f"encoder {config.encoder['class_path']} gives {given} for images of shape {tuple(x.shape)}; its forward "
-            f"must give a DiagonalGaussian of shape {expected}"
-        )
+        if not isinstance(posterior, DiagonalGaussian) or tuple(posterior.mean.shape) != expected:
+            name = config.encoder["class_path"]
+            raise InputError(f"encoder {name} must give a DiagonalGaussian of shape {expected} for these images")
+        return posterior
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussian]:
@@ -228,10 +214,10 @@ class DCSSDAE(PretrainedModel):
         check_image(_floats("images in [-1, 1]", x), self.config.downsample_factor)
         self._check_range(x)
         x = x.to(self.dtype)
-        if self.use_slicing and len(x) > 1:
-            posterior = DiagonalGaussian.join([self._posterior_in_tiles(image) for image in x.split(1)])
+        if self.use_slicing or self.use_tiling:
+            posterior = DiagonalGaussian(*self._moments(x).split(self.config.latent_channels, dim=1))
         else:
-            posterior = self._posterior_in_tiles(x)
+            posterior = self.posterior(x)
         return EncoderOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def _check_range(self, x: Tensor) -> None:
@@ -242,31 +228,30 @@ class DCSSDAE(PretrainedModel):
         is_far = max(-low, high) > FAR_OUTSIDE
         self._range_checked = is_far or x.device.type != "cpu"
         if is_far:
-            warnings.warn(
-                f"these images have values from {low:.4g} to {high:.4g}; encode takes images in [-1, 1]: scale them",
-                stacklevel=4,  # past encode and diffusers' hook
-            )
+            told = f"these images have values from {low:.4g} to {high:.4g}; encode takes images in [-1, 1]: scale them"
+            warnings.warn(told, stacklevel=4)  # past encode and diffusers' hook
 
-    def _posterior_in_tiles(self, x: Tensor) -> DiagonalGaussian:
-        """As `posterior`, but tile by tile where tiling is on and the images are larger than a tile."""
+    def _moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance (B, 2c, h, w), or mean alone: image by image, tile by tile, where that is on."""
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([self._moments(image) for image in x.split(1)])
         factor = self.config.downsample_factor
-        if not self.use_tiling or max(x.shape[2:]) <= self._tile[0] * factor:
-            return self.posterior(x)
         height, width = (side // factor for side in x.shape[2:])
-
-        def compute(rows: slice, columns: slice) -> Tensor:
-            posterior = self.posterior(x[:, :, _times(rows, factor), _times(columns, factor)])
+        if not self.use_tiling or max(height, width) <= self._tile[0]:
+            posterior = self.posterior(x)
             return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
 
-        moments = blend_tiles(compute, height, width, *self._tile).to(x.dtype)
-        return DiagonalGaussian(*moments.split(self.config.latent_channels, dim=1))
+        def compute(rows: slice, columns: slice) -> Tensor:
+            return self._moments(x[:, :, scaled(rows, factor), scaled(columns, factor)])
+
+        return blend_tiles(compute, height, width, *self._tile).to(x.dtype)
 
     @apply_forward_hook
     def decode(
         self,
         z: Tensor,
         return_dict: bool = True,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         num_steps: int | None = None,
         step_size: Schedule | None = None,
         noise: Tensor | None = None,
@@ -324,9 +309,12 @@ class DCSSDAE(PretrainedModel):
         z = self._check_latents(z)
         factor = self.config.downsample_factor
         shape = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
-        x = starting_image(self.dynamics, z, shape, generator, noise, draft, share)
+        x = starting_noise(z, shape, generator, noise)
+        pure_noise = self.dynamics.noise_level  # 1.0 minus it is the data's level
+        level = torch.full((x.shape[0],), pure_noise + share * (1.0 - 2.0 * pure_noise), device=x.device)
+        if draft is not None:
+            x = self.dynamics.corrupt(as_start("draft", draft, z, shape), x, level).x_level
         if sampler == ONE_STEP:
-            level = torch.full((x.shape[0],), level_of(self.dynamics, share), device=x.device)
             time = level if self.dynamics.conditions_on_time else None
             prediction = self._predict(x, z, time)
             sample = self.dynamics.clean_estimate(x, prediction, level)
@@ -336,21 +324,17 @@ class DCSSDAE(PretrainedModel):
             states = torch.stack([x, sample]) if return_trajectory else None
             result = SamplerResult(sample, torch.ones_like(level, dtype=torch.int64), rms, ~is_finite(sample), states)
         elif sampler in INTEGRATORS:
-            velocity = partial(self._field, z)
-            result = INTEGRATORS[sampler](velocity, x, return_trajectory=return_trajectory, **settings)
+            settings |= {"return_trajectory": return_trajectory}
+            result = INTEGRATORS[sampler](lambda x, time: self._field(x, z, time), x, **settings)
         else:
             bucket = tolerance is not None and any(map(_is_compiled, self.decoder.modules()))
             settings |= {"condition": z, "bucket": bucket, "return_trajectory": return_trajectory}
-            result = DESCENTS[sampler](lambda x, z: self._field(z, x, varying_batch=bucket), x, **settings)
+            result = DESCENTS[sampler](lambda x, z: self._field(x, z, None, bucket), x, **settings)
             # A GPU is waited for only where the sampler has waited for it anyway.
             looks = tolerance is not None or z.device.type == "cpu"
             if looks and not torch.compiler.is_compiling() and bool(result.diverged.any()):
-                lost = int(result.diverged.sum())
-                warnings.warn(
-                    f"{lost} of {counted(len(z), 'image')} diverged; the best state is given: try a smaller step_size",
-                    Divergence,
-                    stacklevel=3,  # past diffusers' hook
-                )
+                told = f"{int(result.diverged.sum())} of {len(z)} images diverged: try a smaller step_size"
+                warnings.warn(told, Divergence, stacklevel=3)  # past diffusers' hook
         sample = result.sample.to(z.dtype)
         return DecoderOutput(sample, *result[1:]) if return_dict else (sample,)
 
@@ -372,9 +356,9 @@ class DCSSDAE(PretrainedModel):
         if time is not None:
             time = torch.as_tensor(time, dtype=torch.float32, device=x.device)
             time = time.expand(len(x)) if time.ndim == 0 else time
-        return self._field(_floats("latents", z).to(self.dtype), _floats("images", x), time)
+        return self._field(_floats("images", x), _floats("latents", z).to(self.dtype), time)
 
-    def _field(self, z: Tensor, x: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
+    def _field(self, x: Tensor, z: Tensor, time: Tensor | None, varying_batch: bool = False) -> Tensor:
         return field_of(self.dynamics, x, self._predict(x, z, time, varying_batch), time)
 
     def _predict(self, x: Tensor, z: Tensor, time: Tensor | None = None, varying_batch: bool = False) -> Tensor:
@@ -386,23 +370,18 @@ class DCSSDAE(PretrainedModel):
             factor = self.config.downsample_factor
 
             def compute(rows: slice, columns: slice) -> Tensor:
-                x_tile = x[:, :, _times(rows, factor), _times(columns, factor)]
+                x_tile = x[:, :, scaled(rows, factor), scaled(columns, factor)]
                 return self._predict(x_tile, z[:, :, rows, columns], time, varying_batch)
 
             return blend_tiles(compute, z.shape[2], z.shape[3], *self._tile, scale=factor)
 
-        def inputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        def network(x: Tensor) -> Tensor:
             x = as_normal(x.to(z.dtype))
             if varying_batch:
                 mark_varying_batch(x)
-            return x, as_normal(z), None if time is None else as_normal(time)
+            return at_least_float32(self.decoder(x, as_normal(z), None if time is None else as_normal(time)))
 
-        predict = getattr(self.dynamics, "predict", None)
-        if predict is None:
-            prediction = self.decoder(*inputs(x))
-        else:
-            prediction = predict(lambda x: at_least_float32(self.decoder(*inputs(x))), x)
-        return prediction.to(torch.promote_types(x.dtype, torch.float32))
+        return predict(self.dynamics, network, x).to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
         """The explicit energy of images given latents, which a decode lowers (Wang and Du 2025, Equilibrium Matching).
@@ -431,11 +410,7 @@ class DCSSDAE(PretrainedModel):
         return z
 
     def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True, generator: Generators = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Reconstruct images: decode, in one step from the default noise, their encoding.
 
@@ -490,11 +465,8 @@ class DCSSDAE(PretrainedModel):
                 `torch.utils.checkpoint.checkpoint`, not re-entrant.
 
         Raises:
-            InputError: neither encoder nor decoder has an attribute `gradient_checkpointing` to be switched.
+            ValueError: neither encoder nor decoder has an attribute `gradient_checkpointing` to be switched.
         """
-        if not any(hasattr(module, "gradient_checkpointing") for module in self.modules()):
-            names = " nor ".join(f"{part} {self.config[part]['class_path']}" for part in ("encoder", "decoder"))
-            raise InputError(f"neither {names} supports gradient checkpointing; leave it out")
         # Not diffusers' own default, a local function, with which a model cannot be pickled.
         default = partial(checkpoint, use_reentrant=False)
         super().enable_gradient_checkpointing(gradient_checkpointing_func or default)
@@ -502,18 +474,6 @@ class DCSSDAE(PretrainedModel):
 
 # diffusers writes a class's module into a pipeline's model_index.json and imports nothing more to find it there.
 DCSSDAE.__module__ = "dc_ssdae"
-
-
-def _check_channels(name: str, values: list[float] | None, channels: int, lowest: float) -> list[float] | None:
-    """Check a setting with a number per channel, and make every number a float."""
-    if values is None:
-        return None
-    check_type(name, values, list)
-    if len(values) != channels:
-        raise InputError(f"{name} has {counted(len(values), 'number')}; latent_channels {channels} needs {channels}")
-    wanted = "finite" if lowest < 0.0 else f"finite and at least {lowest}"
-    named = {f"{name}[{place}]": value for place, value in enumerate(values)}
-    return [check_number(key, value, lambda number: number >= lowest, wanted) for key, value in named.items()]
 
 
 def _floats(name: str, value: Any) -> Tensor:
@@ -526,7 +486,3 @@ def _floats(name: str, value: Any) -> Tensor:
 def _is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile has been called on it, in place or around it."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-
-
-def _times(span: slice, factor: int) -> slice:
-    return slice(span.start * factor, span.stop * factor)

@@ -4,7 +4,6 @@ All that it says is read from the folder. What may be a stranger's text stands i
 mean nothing, and in YAML that a library writes.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import write_whole
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, update_config, weight_files
-from dc_ssdae.provenance import IN_TRAINING, SPLITS, TITLES, Evaluation, Provenance
+from dc_ssdae.provenance import IN_TRAINING, SPLITS, Evaluation, Provenance
 from dc_ssdae.weights import read_safetensors
 
 CARD_FILE = "README.md"
@@ -51,8 +50,7 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
         OSError: it cannot be written; the old one stays.
     """
     path = folder / CARD_FILE
-    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-    if before is not None and not is_ours(before):
+    if path.exists() and not is_ours(path):
         return False
     files = weight_files(folder)
     variant = next(iter(files), None)
@@ -60,15 +58,13 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
     for name, tensor in read_safetensors(*files.get(variant, ())).items():
         if name.rpartition(".")[2] not in BATCH_STATISTICS:
             parameters[name.partition(".")[0]] += tensor.numel()
-    card = render_model_card(read_config(folder), parameters, variant, repo_id)
-    if card != before:
-        write_whole(path, card.encode("utf-8"))
+    write_whole(path, render_model_card(read_config(folder), parameters, variant, repo_id).encode())
     return True
 
 
-def is_ours(card: str) -> bool:
-    """Whether this package wrote a card, and nobody has claimed it since."""
-    return MARKER in card.splitlines()
+def is_ours(path: str | Path) -> bool:
+    """Whether this package wrote the card in a file, and nobody has claimed it since."""
+    return MARKER in Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def note_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
@@ -102,15 +98,7 @@ def note_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     note_provenance(folder, before.with_evaluation(measured).to_mapping())
 
 
-def upload_model(
-    folder: Path,
-    repo_id: str,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-    subfolder: str | None = None,
-) -> Any:
+def upload_model(folder: Path, repo_id: str, token: str | None = None, **settings: Any) -> Any:
     """Upload a saved model's folder to the hub, with a card that tells how to load it from there.
 
     A card in the repository that is not ours stays. A model in a subfolder is part of something, and gets no card.
@@ -118,11 +106,8 @@ def upload_model(
     Args:
         folder: of the model; its card, if it is ours, is written anew.
         repo_id: of the repository, which is made if it is not there.
-        commit_message: of the commit.
-        private: whether a new repository is private; None is its owner's default.
         token: of the hub; None is the one that is logged in with.
-        create_pr: propose the files, and leave the repository as it is.
-        subfolder: where in the repository.
+        settings: private, commit_message, create_pr and subfolder, as `PretrainedModel.push_to_hub`'s.
 
     Returns:
         As `huggingface_hub.upload_folder`.
@@ -130,22 +115,19 @@ def upload_model(
     Raises:
         InputError: the repository cannot be called so.
     """
+    private, subfolder = settings.pop("private", None), settings.pop("subfolder", None)
     try:
         repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     except HFValidationError as error:
         raise InputError(f"no repository can be called {repo_id!r}: {' '.join(str(error).split())}") from None
     if subfolder is None:
         write_model_card(folder, repo_id)
-    without_card = subfolder is not None or _has_card_of_its_own(repo_id, token)
-    return huggingface_hub.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        path_in_repo=subfolder,
-        commit_message=commit_message or "Upload DCSSDAE",
-        token=token,
-        create_pr=create_pr,
-        ignore_patterns=[CARD_FILE] if without_card else None,
-    )
+    # Asked first, because a download without a network looks like one without a card.
+    there = subfolder is None and huggingface_hub.file_exists(repo_id, CARD_FILE, token=token)
+    stays = there and not is_ours(huggingface_hub.hf_hub_download(repo_id, CARD_FILE, token=token))
+    ignored = [CARD_FILE] if stays or subfolder is not None else None
+    settings |= {"path_in_repo": subfolder, "ignore_patterns": ignored, "token": token}
+    return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, **settings)
 
 
 def render_model_card(
@@ -163,25 +145,19 @@ def render_model_card(
         InputError: the provenance is damaged.
     """
     provenance = Provenance.from_mapping(config.get("provenance") or {})
-    classes = {part: config[part]["class_path"] for part in ("encoder", "decoder", "dynamics")}
     config = {**NOT_MEASURED, **config}
     card = ModelCard.from_template(
         _metadata(config, provenance),
         template_path=str(TEMPLATE),
         marker=MARKER,
         config=config,
-        size=max(256, config["downsample_factor"]),
-        classes=classes,
-        own_classes=[as_code(name) for name in classes.values() if "." in name],
+        classes={part: config[part]["class_path"] for part in ("encoder", "decoder", "dynamics")},
         parameters=parameters,
         provenance=provenance,
-        evaluations=sorted(provenance.evaluations or (), key=lambda entry: entry.protocol == IN_TRAINING),
-        titles=TITLES,
         source=repo_id or PLACEHOLDER,
         variant=variant,
         is_measured=any(config[name] != unknown for name, unknown in NOT_MEASURED.items()),
         as_code=as_code,
-        as_json=json.dumps,
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
 
@@ -189,10 +165,10 @@ def render_model_card(
 def as_code(text: str) -> str:
     """Put text into a code span in one line, where nothing in it means anything."""
     text = " ".join(text.split())
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
+    if "`" not in text:
+        return f"`{text}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{fence} {text} {fence}"
 
 
 def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardData:
@@ -200,19 +176,14 @@ def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardDat
     data = provenance.data or ""
     is_on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", data, re.ASCII) and data.rpartition("/")[2] not in SPLITS
     kind = f"f{config['downsample_factor']}c{config['latent_channels']}"
-    results = [
-        EvalResult(
-            task_type="image-reconstruction",
-            dataset_type=re.sub(r"[^\w.-]+", "-", evaluation.data, flags=re.ASCII).strip("-") or "images",
-            dataset_name=evaluation.data,
-            metric_type=name,
-            metric_name=f"{TITLES.get(name, name)} ({evaluation.title()})",
-            metric_value=metric.value,
-        )
-        for evaluation in provenance.evaluations or ()
-        for name, metric in evaluation.metrics.items()
-        if evaluation.protocol != IN_TRAINING and metric.note is None and not provenance.untrained
-    ]
+    results = []
+    for evaluation in provenance.evaluations or ():
+        dataset = re.sub(r"[^\w.-]+", "-", evaluation.data, flags=re.ASCII).strip("-") or "images"
+        told = ", ".join(map(" ".join, evaluation.facts()))
+        for name, metric in evaluation.metrics.items():
+            if evaluation.protocol != IN_TRAINING and metric.note is None and not provenance.untrained:
+                figure = (dataset, evaluation.data, name, metric.value)
+                results.append(EvalResult("image-reconstruction", *figure, metric_name=f"{name} ({told})"))
     return ModelCardData(
         library_name="diffusers",
         tags=["dc-ssdae", "autoencoder", "image-tokenizer", kind],
@@ -221,12 +192,3 @@ def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardDat
         model_name=f"DC-SSDAE {kind}" if results else None,
         eval_results=results or None,
     )
-
-
-def _has_card_of_its_own(repo_id: str, token: str | None) -> bool:
-    """Whether a repository's card is somebody's own."""
-    # Asked first, because a download without a network looks like one without a card.
-    if not huggingface_hub.file_exists(repo_id, CARD_FILE, token=token):
-        return False
-    card = Path(huggingface_hub.hf_hub_download(repo_id, CARD_FILE, token=token))
-    return not is_ours(card.read_text(encoding="utf-8", errors="replace"))

@@ -1,10 +1,10 @@
 """The parts of a model, encoder, decoder and dynamics: their classes, built-in and users', and their settings."""
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from inspect import Parameter, signature
+from typing import Any, get_origin, get_type_hints
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -14,6 +14,7 @@ from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, as_json, check_names, check_type, unknown_name
 from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.presets import DEFAULT_CLASSES
+from dc_ssdae.settings import alternatives
 
 COMPONENTS: Mapping[str, Mapping[str, type]] = {
     "encoder": {"DCEncoder": DCEncoder, "KLEncoder": KLEncoder, "DiffusersEncoder": DiffusersEncoder},
@@ -22,18 +23,14 @@ COMPONENTS: Mapping[str, Mapping[str, type]] = {
 }
 """The classes of this package that a config may name, by part."""
 
-HANDED_OVER: Mapping[str, tuple[str, ...]] = {
-    "encoder": ("latent_channels", "downsample_factor"),
-    "decoder": ("latent_channels", "downsample_factor", "time_conditioning"),
-    "dynamics": (),
-}
+SIZES = ("latent_channels", "downsample_factor")
+HANDED_OVER = {"encoder": SIZES, "decoder": (*SIZES, "time_conditioning"), "dynamics": ()}
 """What a part's constructor takes from the model's other settings."""
 
-LARGEST = {"parameters": 10**10, "modules": 5_000}
+LARGEST_PARAMETERS, LARGEST_MODULES = 10**10, 5_000
 """What a part may have; a stranger's config.json could ask for any size."""
 
 DYNAMICS_METHODS = ("sample_level", "corrupt", "clean_estimate", "loss")
-DYNAMICS_ATTRIBUTES = ("conditions_on_time", "noise_level")
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,12 @@ class ResolvedPart:
     """A part of a model before it is built: its class and all its settings.
 
     Args:
-        part: "encoder", "decoder" or "dynamics".
         kind: the class.
         config: as config.json holds it: class_path, bare for a class of this package and module.Class for a user's;
             and init_args with every setting.
         arguments: the same settings as the constructor takes them, with tuples where it asks for tuples.
     """
 
-    part: str
     kind: type
     config: dict[str, Any]
     arguments: dict[str, Any]
@@ -63,20 +58,16 @@ class ResolvedPart:
             InputError: the class refuses its settings, or they make it too large.
         """
         name = self.config["class_path"]
+        hook = register_module_module_registration_hook(_size_limit(name))
         try:
-            with bounded_size(name):
-                built = self.kind(**handed_over, **self.arguments)
+            return self.kind(**handed_over, **self.arguments)
         except InputError:
             raise
         except Exception as error:
-            message = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(
-                f"{self.part} {name} cannot be built with its settings; its constructor raised {message}"
-            ) from error
-        for attribute in DYNAMICS_ATTRIBUTES if self.part == "dynamics" else ():
-            if not hasattr(built, attribute):
-                raise InputError(f"dynamics {name} has no attribute {attribute}")
-        return built
+            message = " ".join(f"its constructor raised {type(error).__name__}: {error}".split())
+            raise InputError(f"{name} cannot be built with its settings; {message}") from error
+        finally:
+            hook.remove()
 
 
 def resolve_part(part: str, given: Mapping[str, Any] | None, classes: Sequence[type] = ()) -> ResolvedPart:
@@ -97,21 +88,26 @@ def resolve_part(part: str, given: Mapping[str, Any] | None, classes: Sequence[t
     name = kind.__name__ if kind in COMPONENTS[part].values() else full_name(kind)
     settings = {} if given.get("init_args") is None else given["init_args"]
     check_type(f"init_args of {part}", settings, Mapping)
-    parameters, takes_any = _constructor(kind)
-    defaults = {key: value.default for key, value in parameters.items() if key not in HANDED_OVER[part]}
+    parameters = [entry for entry in signature(kind).parameters.values() if entry.kind != Parameter.VAR_POSITIONAL]
+    takes_any = any(entry.kind == Parameter.VAR_KEYWORD for entry in parameters)
+    named = [entry for entry in parameters if entry.kind != Parameter.VAR_KEYWORD]
+    defaults = {entry.name: entry.default for entry in named if entry.name not in HANDED_OVER[part]}
     if not takes_any:
         check_names(f"setting of {name}", settings, defaults)
-    hints, stored, arguments = _type_hints(kind), {}, {}
+    hints, stored, arguments = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    with suppress(NameError, TypeError, AttributeError):  # hints that only a type checker can read
+        hints = get_type_hints(kind.__init__)  # type: ignore[misc]
     for key, value in {**defaults, **settings}.items():
-        if value is inspect.Parameter.empty:
+        if value is Parameter.empty:
             raise InputError(f"{name} needs its setting {key!r}: give it in init_args of {part}")
         hint = hints.get(key, tuple if isinstance(defaults.get(key), tuple) else Any)
-        stored[key] = as_json(f"{key} of {name}", value)
         # Made from what config.json will hold, so that what is accepted here can also be loaded.
-        arguments[key] = _as_hinted(stored[key], hint)
+        stored[key] = arguments[key] = as_json(f"{key} of {name}", value)
+        if any(tuple in (choice, get_origin(choice)) for choice in alternatives(hint)):
+            arguments[key] = _deep_tuple(stored[key])
         if key in settings and key in hints:
             check_type(f"{key} of {name}", arguments[key], hint)
-    return ResolvedPart(part, kind, {"class_path": name, "init_args": stored}, arguments)
+    return ResolvedPart(kind, {"class_path": name, "init_args": stored}, arguments)
 
 
 def find_class(part: str, class_path: object, classes: Sequence[type] = ()) -> type:
@@ -128,94 +124,47 @@ def find_class(part: str, class_path: object, classes: Sequence[type] = ()) -> t
     Raises:
         InputError: there is none, or it cannot be such a part.
     """
-    if isinstance(class_path, str) and class_path in COMPONENTS[part]:
-        return COMPONENTS[part][class_path]
-    kind = _users_class(part, class_path, classes)
-    named = f"{part} class {class_path!r}"
-    if part == "dynamics":
-        missing = [name for name in DYNAMICS_METHODS if not callable(getattr(kind, name, None))]
-        if missing:
-            raise InputError(f"{named} has no method {missing[0]}")
-    elif not issubclass(kind, nn.Module):
-        raise InputError(f"{named} is no torch.nn.Module")
-    parameters, takes_any = _constructor(kind)
-    # A constructor that takes anything hands it on to a base class's. Were that not asked for, a file could have any
-    # such module built that happens to be imported, with settings of its choice.
-    named_by = [_constructor(base)[0] for base in kind.__mro__] if takes_any else [parameters]
-    for name in HANDED_OVER[part]:
-        if not any(name in names for names in named_by):
-            raise InputError(f"{named}: its constructor must take {', '.join(HANDED_OVER[part])}; it lacks {name}")
-    return kind
-
-
-def _users_class(part: str, class_path: object, classes: Sequence[type]) -> type:
-    """Find a class of the user's among those passed, or else among the imported ones."""
-    steps = class_path.split(".") if isinstance(class_path, str) else [""]
-    passed = {kind for kind in classes if full_name(kind) == class_path}
-    passed = passed or {kind for kind in classes if kind.__name__ == steps[-1]}
+    path = class_path if isinstance(class_path, str) else ""
+    if path in COMPONENTS[part]:
+        return COMPONENTS[part][path]
+    passed = {kind for kind in classes if full_name(kind) == path}
+    passed = passed or {kind for kind in classes if kind.__name__ == path.rpartition(".")[2]}
     if len(passed) > 1:
         names = ", ".join(sorted(map(full_name, passed)))
         raise InputError(f"{part} class {class_path!r} could be several of classes: {names}; pass one of them")
-    if passed:
-        return passed.pop()
-    if len(steps) < 2 or not all(step.isidentifier() or step == "<locals>" for step in steps):
+    kind = next(iter(passed), None) or find_imported(path)
+    if "." not in path and not passed:
         raise unknown_name(f"class of {part}", class_path, COMPONENTS[part])
-    kind = find_imported(".".join(steps))
+    named = f"{part} class {class_path!r}"
     if not isinstance(kind, type):
-        raise InputError(
-            f"{part} class {class_path!r} is not imported, or is no class: import {'.'.join(steps[:-1])} first, "
-            f"or pass the class as classes=[{steps[-1]}]"
-        )
+        raise InputError(f"{named} is not imported, or is no class: import its module first, or pass it in classes")
+    if part == "dynamics":
+        lacking = [f"method {name}" for name in DYNAMICS_METHODS if not callable(getattr(kind, name, None))]
+    elif not issubclass(kind, nn.Module):
+        raise InputError(f"{named} is no torch.nn.Module")
+    else:
+        # Of the bases too, to which a constructor that takes anything hands it on. Were this not asked for, a file
+        # could have any module built whose class happens to be imported, with settings of its choice.
+        taken = {name for base in kind.__mro__ for name in signature(base.__init__).parameters}  # type: ignore[misc]
+        lacking = [f"setting {name}" for name in HANDED_OVER[part] if name not in taken]
+    if lacking:
+        raise InputError(f"{named} has no {lacking[0]}")
     return kind
 
 
-@contextmanager
-def bounded_size(name: str) -> Iterator[None]:
-    """Stop the building of a network that gets larger than any autoencoder.
-
-    Raises:
-        InputError: it has more than 10 billion parameters or 5,000 modules.
-    """
-    counts = dict.fromkeys(LARGEST, 0)
+def _size_limit(name: str) -> Callable[[nn.Module, str, nn.Module | None], None]:
+    """A hook that stops the building of a network that gets larger than any autoencoder."""
+    parameters = modules = 0
 
     def count(_: nn.Module, __: str, added: nn.Module | None) -> None:
+        nonlocal parameters, modules
         if added is not None:
-            counts["modules"] += 1
-            counts["parameters"] += sum(parameter.numel() for parameter in added.parameters(recurse=False))
-        for what, largest in LARGEST.items():
-            if counts[what] > largest:
-                raise InputError(f"{name} has more than {largest:,} {what}: its settings are too large")
+            modules += 1
+            parameters += sum(parameter.numel() for parameter in added.parameters(recurse=False))
+        if parameters > LARGEST_PARAMETERS or modules > LARGEST_MODULES:
+            raise InputError(f"{name} has {parameters:,} parameters in {modules:,} modules: its settings are too large")
 
-    hook = register_module_module_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _constructor(kind: type) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters of a class's constructor by name, and whether it takes any others."""
-    parameters = inspect.signature(kind).parameters
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}
-    return named, any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-
-
-def _type_hints(kind: type) -> dict[str, Any]:
-    try:
-        return get_type_hints(kind.__init__)  # type: ignore[misc]
-    except (NameError, TypeError, AttributeError):  # hints that only a type checker can read
-        return {}
-
-
-def _as_hinted(value: Any, hint: Any) -> Any:
-    """Give a setting that JSON holds as a list, or as lists of lists, as the tuple that its type hint asks for."""
-    candidates = (value, tuple(value), _deep_tuple(value)) if isinstance(value, list) else ()
-    for candidate in candidates:
-        with suppress(InputError):
-            check_type("", candidate, hint)
-            return candidate
-    return value
+    return count
 
 
 def _deep_tuple(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Decoding as a choice of sampler: what `DCSSDAE.decode` does with a start, a field and its settings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -10,11 +10,11 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching, FlowMatching
-from dc_ssdae.errors import InputError, unknown_name
-from dc_ssdae.latent import draw_noise
+from dc_ssdae.errors import InputError, check_names
+from dc_ssdae.latent import Generators, draw_noise
 from dc_ssdae.samplers import SamplerResult, Schedule, euler, gradient_descent, midpoint, nesterov
 from dc_ssdae.samplers.descent import resolve_schedule
-from dc_ssdae.samplers.result import check_num_steps, check_tolerance, is_finite
+from dc_ssdae.samplers.result import check_num_steps, check_tolerance
 
 ONE_STEP = "one_step"
 DESCENTS: Mapping[str, Callable[..., SamplerResult]] = {
@@ -30,7 +30,6 @@ INTEGRATORS: Mapping[str, Callable[..., SamplerResult]] = {"euler": euler, "midp
 SAMPLERS = (ONE_STEP, *DESCENTS, *INTEGRATORS)
 """What `DCSSDAE.decode` takes as `sampler`."""
 
-DEFAULT_NOISE_SEED = 0
 KEPT_NOISES = 4
 """Sizes of image whose default noise is kept; of 1024 px it has 12 MiB."""
 
@@ -95,26 +94,20 @@ def plan_decoding(
     Raises:
         InputError: a setting is unknown, out of range, or of another sampler or dynamics.
     """
-    if num_steps is not None:
-        check_num_steps(num_steps)
-    given = {"step_size": step_size, "momentum": momentum, "tolerance": tolerance}
-    named = [name for name, value in given.items() if value is not None]
+    check_num_steps(1 if num_steps is None else num_steps)
     several = num_steps is not None and num_steps > 1
     descends, integrates = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
-    fitting = (ONE_STEP, *(DESCENTS if descends else INTEGRATORS if integrates else ()))
-    if sampler is None and descends and (several or named):
+    given = {"num_steps": several or None, "step_size": step_size, "tolerance": tolerance, "momentum": momentum}
+    named = [name for name, value in given.items() if value is not None]
+    if sampler is None and descends and named:
         sampler = "nesterov" if "momentum" in named else "gradient_descent"
     elif sampler is None:
         sampler = "euler" if integrates and several else ONE_STEP
-    if sampler not in fitting:
-        raise unknown_name(f"sampler of {type(dynamics).__name__}", sampler, fitting)
-    if sampler == ONE_STEP and several:
-        samplers = f"the samplers of {type(dynamics).__name__} are {', '.join(fitting)}"
-        raise InputError(f"num_steps is {num_steps}; sampler 'one_step' has one; {samplers}")
-    if named and sampler not in DESCENTS:
-        raise InputError(f"{named[0]} is for a descent of equilibrium matching; sampler {sampler!r} has none")
-    if "momentum" in named and sampler == "gradient_descent":
-        raise InputError("momentum is for sampler 'nesterov' or 'nesterov_eqm'; gradient_descent has none")
+    fitting = (ONE_STEP, *(DESCENTS if descends else INTEGRATORS if integrates else ()))
+    check_names(f"sampler of {type(dynamics).__name__}", [sampler], fitting)
+    takes = {ONE_STEP: (), "gradient_descent": ("num_steps", "step_size", "tolerance")}
+    accepted = takes.get(sampler, ("num_steps",) if integrates else given)
+    check_names(f"setting of sampler {sampler!r} of {type(dynamics).__name__}", named, accepted)
     if sampler == ONE_STEP:
         return sampler, {}
     if not isinstance(dynamics, EquilibriumMatching):
@@ -130,18 +123,13 @@ def plan_decoding(
     settings: dict[str, Any] = {
         "num_steps": num_steps,
         "step_size": resolve_schedule("step_size", step_size, num_steps),
-        "tolerance": None if tolerance is None else tolerance * dynamics.gradient_scale,
     }
+    settings["tolerance"] = None if tolerance is None else tolerance * dynamics.gradient_scale
     if sampler != "gradient_descent":
         momenta = resolve_schedule("momentum", DEFAULT_MOMENTUM if momentum is None else momentum, num_steps)
         # What the first step covers, from noise to the image, is no velocity to go on with.
         settings["momentum"] = [0.0, 0.0, *momenta[2:]][:num_steps] if lands else momenta
     return sampler, settings
-
-
-def level_of(dynamics: Dynamics, start: float) -> float:
-    """The dynamics' level of a state with share γ of the image: `noise_level` for 0, the data's for 1."""
-    return dynamics.noise_level + start * (1.0 - 2.0 * dynamics.noise_level)
 
 
 def default_noise(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -169,7 +157,7 @@ def _draw_default_noise(height: int, width: int, device: torch.device) -> Tensor
 
 @lru_cache(maxsize=KEPT_NOISES)
 def _kept_noise(height: int, width: int, device: torch.device) -> Tensor:
-    fixed = torch.Generator().manual_seed(DEFAULT_NOISE_SEED)
+    fixed = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):  # what is kept must do for training too
         return torch.randn(3, height, width, generator=fixed, dtype=torch.float32).to(device)
 
@@ -179,25 +167,14 @@ def _(height: int, width: int, device: torch.device) -> Tensor:
     return torch.empty(3, height, width, device=device, dtype=torch.float32)
 
 
-def starting_image(
-    dynamics: Dynamics,
-    z: Tensor,
-    shape: tuple[int, int, int, int],
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    noise: Tensor | None,
-    draft: Tensor | None,
-    start: float,
-) -> Tensor:
-    """What a decode of z starts from: noise, which is given, drawn, or by default the same for every image; or a draft.
+def starting_noise(z: Tensor, shape: tuple[int, ...], generator: Generators, noise: Tensor | None) -> Tensor:
+    """The noise that a decode of z starts from: given, drawn, or by default the same for every image.
 
     Args:
-        dynamics: of the model.
         z: (B, c, h, w), for its device.
         shape: (B, 3, H, W).
         generator: one for all images, or one per image.
         noise: of that shape, in place of a generator.
-        draft: images of that shape in [-1, 1], for γ · draft + (1 − γ) · noise.
-        start: γ.
 
     Returns:
         Float32, contiguous: strides that changed with the first step would make torch.compile compile twice.
@@ -205,27 +182,23 @@ def starting_image(
     Raises:
         InputError: noise and generator are both given, or something does not fit.
     """
+    if noise is not None and generator is not None:
+        raise InputError("give noise or generator, not both")
     if noise is not None:
-        if generator is not None:
-            raise InputError("give noise or generator, not both")
-        x = _as_start("noise", noise, z, shape).contiguous()
-    elif generator is None:
-        x = default_noise(*shape[2:], z.device).expand(shape).contiguous()
-    else:
-        x = draw_noise(shape, generator, z.device)
-    if draft is None:
-        return x
-    draft = _as_start("draft", draft, z, shape)
-    return dynamics.corrupt(draft, x, torch.full(shape[:1], level_of(dynamics, start), device=x.device)).x_level
+        return as_start("noise", noise, z, shape).contiguous()
+    if generator is not None:
+        return draw_noise(shape, generator, z.device)
+    return default_noise(shape[2], shape[3], z.device).expand(shape).contiguous()
 
 
-def _as_start(name: str, images: Tensor, z: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Images of that shape, as float32 on z's device."""
+def as_start(name: str, images: Tensor, z: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Images of that shape, as float32 on z's device.
+
+    Raises:
+        InputError: the shape or type does not fit.
+    """
     if tuple(images.shape) != shape or not images.is_floating_point():
-        kind = str(images.dtype).removeprefix("torch.")
-        raise InputError(
-            f"{name} has shape {tuple(images.shape)} and is {kind}; this latent needs {shape}, floating-point numbers"
-        )
+        raise InputError(f"{name} is {images.dtype} of shape {tuple(images.shape)}; it must be floats of shape {shape}")
     check_finite(name, images)
     return images.to(device=z.device, dtype=torch.float32)
 
@@ -234,11 +207,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse values that are not finite, where looking at them neither waits for a device nor breaks a graph.
 
     Raises:
-        InputError: names the rows.
+        InputError: there are some.
     """
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    places = (~is_finite(tensor)).nonzero().flatten().tolist()
-    if places:
-        rows = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")
-        raise InputError(f"{name} holds NaN or infinite values, in rows {rows} of 0 to {len(tensor) - 1}")
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not tensor.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinite values")

@@ -15,13 +15,13 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
         subfolder: where in the repository it lies.
         variant: of the weight files, such as "fp16"; None takes those without.
         settings: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only` of
-            `huggingface_hub.snapshot_download`; None leaves its default.
+            `huggingface_hub.snapshot_download`.
 
     Returns:
-        The folder in the cache that holds config.json.
+        The folder in the cache for the model's files.
 
     Raises:
-        MissingInputError: there is no config.json; or the hub, or the model there, is not to be had.
+        MissingInputError: the hub, or the model there, is not to be had.
     """
     from huggingface_hub import snapshot_download
 
@@ -29,16 +29,10 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
     if variant is not None:
         weights = [f".{variant}*.safetensors", f"*.{variant}.safetensors", f"*.index*{variant}*.json"]
     prefix = PurePosixPath(subfolder or "")
-    given = {key: value for key, value in settings.items() if value is not None}
     patterns = [str(prefix / "config.json"), *(str(prefix / f"{WEIGHTS}{ending}") for ending in weights)]
     try:
-        snapshot = snapshot_download(name, allow_patterns=patterns, **given)
+        snapshot = snapshot_download(name, allow_patterns=patterns, **settings)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise MissingInputError(f"{name}: no such folder, and not to be had from the hub: {reason}") from error
-    folder = Path(snapshot, prefix)
-    if not (folder / "config.json").is_file():
-        raise MissingInputError(
-            f"{name} holds no model{f' in {subfolder}' if subfolder else ''}: config.json is missing"
-        )
-    return folder
+    return Path(snapshot, prefix)

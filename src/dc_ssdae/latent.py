@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dc_ssdae.errors import InputError, counted
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""Where noise comes from: one generator for a whole batch, or one per image; None is PyTorch's default one."""
+
 LOGVAR_RANGE = (-30.0, 20.0)
 
 LOGVAR_IN_TRAINING = 2.0
@@ -42,14 +45,7 @@ class DiagonalGaussian:
     @classmethod
     def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
         """Split (B, 2c, h, w) into mean (first c channels) and log-variance (last c channels)."""
-        mean, logvar = moments.chunk(2, dim=1)
-        return cls(mean, logvar)
-
-    @classmethod
-    def join(cls, parts: Sequence["DiagonalGaussian"]) -> "DiagonalGaussian":
-        """Put the Gaussians of several batches, all with a variance or all without, into one."""
-        logvars = [part.logvar for part in parts if part.logvar is not None]
-        return cls(torch.cat([part.mean for part in parts]), torch.cat(logvars) if logvars else None)
+        return cls(*moments.chunk(2, dim=1))
 
     @property
     def std(self) -> Tensor:
@@ -65,11 +61,7 @@ class DiagonalGaussian:
         """The most likely latent, which is the mean: (B, c, h, w)."""
         return self.mean
 
-    def sample(
-        self,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        noise: Tensor | None = None,
-    ) -> Tensor:
+    def sample(self, generator: Generators = None, noise: Tensor | None = None) -> Tensor:
         """Draw one latent per image by the reparameterisation trick, so that gradients reach mean and logvar.
 
         Args:
@@ -83,15 +75,12 @@ class DiagonalGaussian:
             InputError: the list of generators is not as long as the batch; the noise is not of the mean's shape;
                 generator and noise are both given.
         """
-        if noise is not None:
-            if generator is not None:
-                raise InputError("give noise or generator, not both")
-            if noise.shape != self.mean.shape:
-                raise InputError(f"noise has shape {tuple(noise.shape)}; this latent needs {tuple(self.mean.shape)}")
+        if noise is not None and (generator is not None or noise.shape != self.mean.shape):
+            raise InputError(f"give a generator, or noise of shape {tuple(self.mean.shape)}, not both")
         if self.logvar is None:
             return self.mean
         if noise is None:
-            noise = draw_noise(self.mean.shape, generator, device=self.mean.device)
+            noise = draw_noise(self.mean.shape, generator, self.mean.device)
         noise = noise.to(device=self.mean.device, dtype=torch.float32)
         std = torch.exp(0.5 * self.logvar.float())
         return (self.mean.float() + std * noise).to(self.mean.dtype)
@@ -114,18 +103,14 @@ def _clamped(values: Tensor, lowest: float, highest: float) -> Tensor:
     return clamped.detach() + (values - values.detach()) if values.requires_grad else clamped
 
 
-def draw_noise(
-    shape: Sequence[int],
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device | str = "cpu") -> Tensor:
     """Draw standard normal noise image by image, so that an image's noise does not depend on the batch's size.
 
     Args:
         shape: (B, …) of the result.
         generator: one generator, from which the images are drawn one after the other; or a list with one per
-            image; or None for PyTorch's default generator. A CPU generator draws on the CPU whatever the device,
-            so that a seed means the same noise everywhere.
+            image; or None for PyTorch's default generator, from which all are drawn at once. A CPU generator draws on
+            the CPU whatever the device, so that a seed means the same noise everywhere.
         device: where the noise is wanted.
 
     Returns:
@@ -134,20 +119,13 @@ def draw_noise(
     Raises:
         InputError: the list of generators is not as long as the batch.
     """
-    if generator is None and torch.compiler.is_compiling():
-        # At once: a graph for batches of any size cannot go through the images.
+    if generator is None:
         return torch.randn(tuple(shape), device=device, dtype=torch.float32)
     batch, *rest = shape
-    is_one = generator is None or isinstance(generator, torch.Generator)
-    generators: list[Any] = [generator] * batch if is_one else list(generator)  # type: ignore[arg-type]
+    generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
     if len(generators) != batch:
-        raise InputError(
-            f"{counted(len(generators), 'generator')} for {counted(batch, 'image')}; give one, or one per image"
-        )
-    noise = [
-        torch.randn(rest, generator=g, device=device if g is None else g.device, dtype=torch.float32).to(device)
-        for g in generators
-    ]
+        raise InputError(f"{counted(len(generators), 'generator')} for {counted(batch, 'image')}; give one, or as many")
+    noise = [torch.randn(rest, generator=g, device=g.device, dtype=torch.float32).to(device) for g in generators]
     return torch.stack(noise) if noise else torch.empty(tuple(shape), device=device)
 
 
@@ -165,8 +143,8 @@ class LatentStatistics:
         count: of images.
 
     Raises:
-        InputError: a number is not finite; or every value of every latent is the same number, so that no scaling gives
-            a standard deviation of 1.
+        InputError: there is no number, or one is not finite; or every value of every latent is the same, so that no
+            scaling gives a standard deviation of 1.
     """
 
     mean: list[float]
@@ -174,12 +152,11 @@ class LatentStatistics:
     count: int
 
     def __post_init__(self) -> None:
-        if not self.mean or len(self.mean) != len(self.std):
-            raise InputError(f"a mean and a std per channel are needed, not {len(self.mean)} and {len(self.std)}")
-        if not all(map(math.isfinite, (*self.mean, *self.std))):
-            raise InputError("the latents' statistics are not finite: the encoder gives infinities, or NaN")
-        if not (self._total_std > 0 and math.isfinite(self.scaling_factor)):
-            raise InputError("every value of every latent is the same, which nothing scales: the encoder has collapsed")
+        is_finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if not is_finite or not (any(self.std) or len(set(self.mean)) > 1):
+            raise InputError(
+                "no image was encoded, or the encoder has collapsed: latents are all the same, or not finite"
+            )
 
     @property
     def shift_factor(self) -> float:
@@ -189,13 +166,9 @@ class LatentStatistics:
     @property
     def scaling_factor(self) -> float:
         """One over the standard deviation of all values of all channels together."""
-        return 1.0 / self._total_std
-
-    @property
-    def _total_std(self) -> float:
-        """Of all values: the mean of the channels' variances, and the variance of their means."""
         shift = self.shift_factor
-        return math.hypot(*self.std, *(mean - shift for mean in self.mean)) / math.sqrt(len(self.mean))
+        # The mean of the channels' variances, and the variance of their means.
+        return 1.0 / (math.hypot(*self.std, *(mean - shift for mean in self.mean)) / math.sqrt(len(self.mean)))
 
     def settings(self) -> dict[str, Any]:
         """The settings of `DCSSDAE` that hold the statistics, under the names that diffusers gives them."""
@@ -216,12 +189,14 @@ class LatentMoments:
 
     Args:
         channels: c.
+        images: that were gathered.
+        values: of each channel that were gathered.
+        gathered: (c,) float64 each: their mean, and Σ (μ - mean)² + Σ σ²; 0 where nothing was gathered.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
-        self.images = self._values = 0  # values of each channel
-        self._mean = self._spread = torch.zeros(channels, dtype=torch.float64)  # spread: Σ (μ - mean)² + Σ σ²
+    def __init__(self, channels: int, images: float = 0, values: float = 0, *gathered: Tensor) -> None:
+        self.images, self.values = int(images), int(values)
+        self.mean, self.spread = gathered or 2 * (torch.zeros(channels, dtype=torch.float64),)
 
     def add(self, posterior: DiagonalGaussian, weights: Tensor | None = None) -> None:
         """Take in a batch.
@@ -241,13 +216,13 @@ class LatentMoments:
         mu = _by_channel(mean, chosen)
         if mu.numel() == 0:
             return
-        origin = mu[:, :1]
-        away = mu - origin
+        away = mu - mu[:, :1]
         average = away.mean(dim=1, keepdim=True)
         spread = (away - average).square().sum(dim=1)
         if posterior.logvar is not None:
             spread += _by_channel(posterior.logvar, chosen).exp().sum(dim=1)
-        self._join(int(chosen.sum()), mu.shape[1], (origin + average)[:, 0], spread)
+        means = (mu[:, :1] + average)[:, 0]
+        self.merge(LatentMoments(mu.shape[0], int(chosen.sum()), mu.shape[1], means, spread))
 
     def merge(self, other: "LatentMoments") -> None:
         """Take in what another one has gathered.
@@ -255,20 +230,27 @@ class LatentMoments:
         Raises:
             InputError: the numbers of channels differ.
         """
-        self._join(other.images, other._values, other._mean, other._spread)
+        if other.mean.shape != self.mean.shape:
+            raise InputError(f"the statistics are of {len(self.mean)} channels; these latents have {len(other.mean)}")
+        if other.values == 0:
+            return
+        total = self.values + other.values
+        apart = other.mean - self.mean
+        self.spread = self.spread + other.spread + apart.square() * (self.values * other.values / total)
+        self.mean = other.mean.clone() if self.values == 0 else self.mean + apart * (other.values / total)
+        self.images, self.values = self.images + other.images, total
 
     def state(self) -> Tensor:
         """All that was gathered, as (2 + 2c,) float64 on the CPU, of which `from_states` makes the whole again."""
-        counts = torch.tensor([self.images, self._values], dtype=torch.float64)
-        return torch.cat([counts, self._mean, self._spread])
+        return torch.cat([torch.tensor([self.images, self.values], dtype=torch.float64), self.mean, self.spread])
 
     @classmethod
     def from_states(cls, states: Tensor) -> "LatentMoments":
         """Put together what `state` gave in several places, such as the processes of a run: (places, 2 + 2c)."""
-        moments = cls((states.shape[1] - 2) // 2)
+        channels = (states.shape[1] - 2) // 2
+        moments = cls(channels)
         for state in states:
-            images, values = (int(count) for count in state[:2])
-            moments._join(images, values, *state[2:].chunk(2))
+            moments.merge(cls(channels, *state[:2].tolist(), *state[2:].chunk(2)))
         return moments
 
     def statistics(self) -> LatentStatistics:
@@ -280,26 +262,8 @@ class LatentMoments:
         return LatentStatistics(*self.mean_and_std(), self.images)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, whatever they are.
-
-        Raises:
-            InputError: there are no latents.
-        """
-        if self.images == 0:
-            raise InputError("there are no latents to have statistics: no image was encoded")
-        return self._mean.tolist(), (self._spread / self._values).sqrt().tolist()
-
-    def _join(self, images: int, values: int, mean: Tensor, spread: Tensor) -> None:
-        if len(mean) != self.channels:
-            raise InputError(f"the statistics are of {self.channels} channels; these latents have {len(mean)}")
-        if values == 0:
-            return
-        total = self._values + values
-        apart = mean - self._mean
-        self._spread = self._spread + spread + apart.square() * (self._values * values / total)
-        self._mean = mean.clone() if self._values == 0 else self._mean + apart * (values / total)
-        self.images += images
-        self._values = total
+        """Mean and standard deviation of each channel, whatever they are."""
+        return self.mean.tolist(), (self.spread / self.values).sqrt().tolist()
 
 
 def _by_channel(values: Tensor, chosen: Tensor) -> Tensor:

@@ -25,16 +25,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
-        hint = f"; the run's model is {folder / 'model'}" if (folder / "config.yaml").is_file() else ""
-        raise MissingInputError(f"{folder} holds no model: config.json is missing{hint}")
+        raise MissingInputError(f"{folder} holds no model: config.json is missing")
     check_file(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return config
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON object: {error}") from None
 
 
 def write_latent_statistics(folder: Path, statistics: LatentStatistics | None) -> None:
@@ -58,12 +54,8 @@ def update_config(folder: Path, settings: Mapping[str, Any]) -> None:
         InputError: there is no config.json.
         OSError: it cannot be written; the old one stays.
     """
-    config = read_config(folder)
-    changed = {**config, **settings}
-    if list(config) == sorted(config):  # as diffusers writes it
-        changed = dict(sorted(changed.items()))
-    if changed != config:
-        write_whole(folder / "config.json", (json.dumps(changed, indent=2) + "\n").encode())
+    changed = sorted({**read_config(folder), **settings}.items())  # as diffusers writes them
+    write_whole(folder / "config.json", (json.dumps(dict(changed), indent=2) + "\n").encode())
 
 
 def model_folder(path: str | Path) -> Path:
@@ -75,18 +67,11 @@ def model_folder(path: str | Path) -> Path:
 
     Returns:
         The folder that holds config.json; `path` itself where neither does.
-
-    Raises:
-        InputError: it is a run that has not written a model yet.
     """
     if str(path) == SHIPPED_MODEL and not os.path.exists(path):
         return Path(__file__).parent / "shipped" / SHIPPED_MODEL
     path = Path(path)
-    if (path / "config.json").exists():
-        return path
-    model = path / "model"
-    if (path / "config.yaml").exists() and not any(model.glob(f"{WEIGHTS}*.safetensors")):
-        raise InputError(f"{path} has no model yet: the first checkpoint writes it")
+    model = path if (path / "config.json").exists() else path / "model"
     return model if (model / "config.json").exists() else path
 
 
@@ -101,6 +86,4 @@ def weight_files(folder: Path) -> dict[str | None, list[Path]]:
 
 def may_be_on_the_hub(name: str) -> bool:
     """Tell a hub id, OWNER/MODEL, from a misspelt path, which should not wait for the network."""
-    owner, slash, model = name.partition("/")
-    is_id = bool(slash and model) and "/" not in model and owner not in ("", ".", "..", "~")
-    return is_id and not os.path.exists(owner) and not os.path.exists(name)
+    return bool(re.fullmatch(r"\w[\w.-]*/[^/]+", name)) and not os.path.exists(name.partition("/")[0])

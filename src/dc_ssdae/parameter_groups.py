@@ -7,10 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.errors import InputError, check_type, unknown_name
-
-_GROUP_NAME = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
-_INDEX_FROM_END = re.compile(r"-[1-9][0-9]{0,8}")
+from dc_ssdae.components import COMPONENTS
+from dc_ssdae.errors import InputError, check_names
 
 
 def parameter_groups(model: DCSSDAE) -> dict[str, list[str]]:
@@ -29,24 +27,27 @@ def parameter_groups(model: DCSSDAE) -> dict[str, list[str]]:
         state dict is in exactly one group; a group without any is left out.
 
     Raises:
-        InputError: a class's declaration leaves a tensor out, claims it for two groups, or names what is not there.
+        InputError: a class's declaration leaves a tensor out, or claims it for two groups.
     """
-    groups = {}
-    for part in ("encoder", "decoder", "dynamics"):
+    groups: dict[str, list[str]] = {}
+    for part in COMPONENTS:
         module = getattr(model, part)
         if not isinstance(module, nn.Module):  # most dynamics have no tensors
             continue
         tensors = [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
         declare: Any = getattr(module, "parameter_groups", None)
-        if not callable(declare):
-            sorted_tensors = {part: tensors}
-        else:
-            owner = f"parameter_groups of {part} {model.config[part]['class_path']}"
-            declared = declare()
-            check_type(owner, declared, dict[str, list[str] | tuple[str, ...]])
-            sorted_tensors = {f"{part}.{name}": held for name, held in _sort(tensors, declared, owner).items()}
-        groups.update({name: [f"{part}.{tensor}" for tensor in held] for name, held in sorted_tensors.items() if held})
-    return groups
+        declared = {f"{part}.{group}": held for group, held in declare().items()} if declare else {part: tensors}
+        groups |= {group: [] for group in declared}
+        for tensor in tensors:
+            holders = [
+                group for group, held in declared.items() if any(f"{tensor}.".startswith(f"{name}.") for name in held)
+            ]
+            if len(holders) != 1:
+                where = " and ".join(map(repr, holders)) or "no group"
+                owner = f"parameter_groups of {part} {model.config[part]['class_path']}"
+                raise InputError(f"{owner}: tensor {tensor!r} is in {where}, and must be in one")
+            groups[holders[0]].append(f"{part}.{tensor}")
+    return {group: held for group, held in groups.items() if held}
 
 
 def group_sizes(model: DCSSDAE) -> dict[str, int]:
@@ -79,53 +80,24 @@ def select_groups(groups: Mapping[str, list[str]], wanted: Sequence[str]) -> lis
     Raises:
         InputError: a selector means no group; or there is no selector.
     """
-    if isinstance(wanted, str):
-        raise InputError(f"parameter groups are given as a list, such as [{wanted!r}]")
     selectors = {".".join(name.split(".")[:count]) for name in groups for count in range(1, name.count(".") + 2)}
     if not wanted:
         raise InputError(f"no parameter group is named; name at least one of {', '.join(sorted(selectors))}")
     chosen: set[str] = set()
     for selector in wanted:
-        meant = _meant_by(selector, groups)
-        if not meant:
-            raise unknown_name("parameter group", selector, selectors)
-        chosen.update(meant)
+        meaning = _counted_from_start(selector, groups)
+        check_names("parameter group", [meaning], selectors)
+        # A name of its own means that group alone, also where others begin with it.
+        chosen |= {meaning} if meaning in groups else {name for name in groups if name.startswith(f"{meaning}.")}
     return [name for name in groups if name in chosen]
 
 
-def _sort(tensors: Sequence[str], declared: Mapping[str, Sequence[str]], owner: str) -> dict[str, list[str]]:
-    """Give each declared group the tensors that it holds, in the order of `tensors`."""
-    for group, prefixes in declared.items():
-        if not _GROUP_NAME.fullmatch(group):
-            raise InputError(f"{owner} names a group {group!r}; use letters, digits, _, - and dots")
-        for prefix in prefixes:
-            if not any(_is_in(prefix, tensor) for tensor in tensors):
-                raise InputError(f"{owner}: {group!r} holds {prefix!r}, which is no tensor's name")
-    groups: dict[str, list[str]] = {group: [] for group in declared}
-    for tensor in tensors:
-        holders = [group for group, prefixes in declared.items() if any(_is_in(prefix, tensor) for prefix in prefixes)]
-        if len(holders) != 1:
-            where = " and ".join(map(repr, holders)) or "no group"
-            raise InputError(f"{owner}: tensor {tensor!r} is in {where}, and must be in one")
-        groups[holders[0]].append(tensor)
-    return groups
-
-
-def _is_in(prefix: str, tensor: str) -> bool:
-    return f"{tensor}.".startswith(f"{prefix}.")
-
-
-def _meant_by(selector: str, names: Iterable[str]) -> list[str]:
-    candidates = [name.split(".") for name in names]
-    resolved = []
-    for place, step in enumerate(str(selector).split(".")):
-        candidates = [steps for steps in candidates if len(steps) > place]
-        if _INDEX_FROM_END.fullmatch(step):
-            numbers = list(dict.fromkeys(steps[place] for steps in candidates if steps[place].isdecimal()))
-            if len(numbers) < -int(step):
-                return []
-            step = numbers[int(step)]
-        candidates = [steps for steps in candidates if steps[place] == step]
-        resolved.append(step)
-    # A name of its own means that group alone, also where others begin with it.
-    return [".".join(steps) for steps in candidates if steps == resolved] or [".".join(steps) for steps in candidates]
+def _counted_from_start(selector: str, groups: Iterable[str]) -> str:
+    """Replace each negative number by the one that it stands for; as it is where there are not so many."""
+    before = ""
+    for step in selector.split("."):
+        following = [name.removeprefix(before).split(".")[0] for name in groups if name.startswith(before)]
+        numbers = list(dict.fromkeys(filter(str.isdecimal, following)))
+        is_there = re.fullmatch("-[1-9][0-9]*", step) and -int(step) <= len(numbers)
+        before += f"{numbers[int(step)] if is_there else step}."
+    return before.removesuffix(".")

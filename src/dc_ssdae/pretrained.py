@@ -17,18 +17,11 @@ from torch import nn
 from dc_ssdae.card import upload_model, write_model_card
 from dc_ssdae.classes import check_classes
 from dc_ssdae.components import COMPONENTS
-from dc_ssdae.errors import InputError, MissingInputError, check_names, shown
+from dc_ssdae.errors import InputError, MissingInputError, check_names
 from dc_ssdae.hub import fetch_model
-from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config, weight_files
+from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config
 from dc_ssdae.presets import SHIPPED_MODEL
-from dc_ssdae.weights import (
-    PICKLE_SUFFIXES,
-    WEIGHTS,
-    check_same_tensors,
-    pickle_refused,
-    read_safetensors,
-    shard_files,
-)
+from dc_ssdae.weights import WEIGHTS, check_same_tensors, read_safetensors, shard_files
 
 FOLLOWING_SETTINGS = (
     "block_out_channels",
@@ -40,50 +33,21 @@ FOLLOWING_SETTINGS = (
 )
 """What `DCSSDAE.config` tells besides the model's own settings, because pipelines and training scripts ask for it."""
 
+FOLLOWING_WIDTHS = ("block_out_channels", "encoder_block_out_channels")
+FOLLOWING_SETTINGS = (*FOLLOWING_WIDTHS, "spatial_compression_ratio", "in_channels", "out_channels", "force_upcast")
+"""What `DCSSDAE.config` tells besides the model's own settings, because pipelines and training scripts ask for it."""
+
+EMA_SETTINGS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
+"""What diffusers' `EMAModel` keeps in the config of the model whose averaged weights it saves."""
+
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 """What `from_pretrained` takes for a model on the hub."""
 
-LOADING_ARGUMENTS = (
-    *HUB_ARGUMENTS,
-    "device_map",
-    "disable_mmap",
-    "dtype",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "offload_folder",
-    "offload_state_dict",
-    "output_loading_info",
-    "subfolder",
-    "torch_dtype",
-    "variant",
-)
-"""What `from_pretrained` passes on to diffusers, which would drop an unknown argument without a word."""
-
-FIXED_ARGUMENTS: Mapping[str, tuple[object, str]] = {
-    "use_safetensors": (True, "only safetensors are loaded"),
-    "use_flashpack": (False, "only safetensors are loaded"),
-    "flashpack_kwargs": ({}, "only safetensors are loaded"),
-    "ignore_mismatched_sizes": (False, "all weights must fit config.json"),
-    "quantization_config": ({}, "models are loaded in floating point"),
-    "parallel_config": ({}, "models are loaded whole"),
-    "proxies": ({}, "set the environment variable HTTPS_PROXY"),
-    "mirror": ("", "set the environment variable HF_ENDPOINT"),
-}
-"""Arguments of diffusers that have one value here besides None, and why."""
+REFUSED_ARGUMENTS = ("ignore_mismatched_sizes", "parallel_config", "proxies", "quantization_config", "use_flashpack")
+"""Arguments of diffusers' `from_pretrained` that would make loading less strict, or do nothing here."""
 
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 """What `save_pretrained` hands on to `upload_model` where it also uploads."""
-
-EMA_SETTINGS = (
-    "decay",
-    "inv_gamma",
-    "min_decay",
-    "optimization_step",
-    "power",
-    "update_after_step",
-    "use_ema_warmup",
-)
-"""What diffusers' `EMAModel` keeps in the config of the model whose averaged weights it saves."""
 
 
 class PretrainedModel(ModelMixin, ConfigMixin):
@@ -106,53 +70,25 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         channels, factor = self._internal_dict["latent_channels"], self._internal_dict["downsample_factor"]
         stages = factor.bit_length()  # pipelines take 2^(stages - 1) for f
         widths = getattr(self.encoder, "widths", None)
-        if not (isinstance(widths, list | tuple) and len(widths) == stages):
-            widths = [channels] * stages
-        following = zip(FOLLOWING_SETTINGS, (list(widths), list(widths), factor, 3, 3, False), strict=True)
+        widths = list(widths) if isinstance(widths, list | tuple) and len(widths) == stages else [channels] * stages
+        following = zip(FOLLOWING_SETTINGS, (widths, list(widths), factor, 3, 3, False), strict=True)
         return FrozenDict({**self._internal_dict, **dict(following)})
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """The factor f, under the name that some pipelines look for."""
-        return self._internal_dict["downsample_factor"]
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Change settings in the config, to be saved with it, as diffusers does.
 
         Raises:
-            InputError: one of them follows from others, is unknown, does not fit, or would make another model.
+            InputError: one of them is unknown, does not fit, follows from others, or would make another model.
         """
-        settings = {name: value for name, value in kwargs.items() if not name.startswith("_")}
-        if settings and "decoder" in self.__dict__.get("_modules", {}):  # once it is built
-            parts = [type(getattr(self, part)) for part in COMPONENTS]
-            built = self.without_weights({**self._internal_dict, **settings}, parts)._internal_dict
-            for name in ("latent_channels", "downsample_factor", *COMPONENTS):
-                if built[name] != self._internal_dict[name]:
+        if "decoder" in self.__dict__.get("_modules", {}) and not all(name.startswith("_") for name in kwargs):
+            fixed = (*FOLLOWING_SETTINGS, "latent_channels", "downsample_factor", *COMPONENTS)
+            for name in fixed:
+                if kwargs.get(name, self.config[name]) != self.config[name]:
                     raise InputError(f"{name} cannot be changed once the model is built; build one with from_config")
-            kwargs = {name: built.get(name, value) for name, value in kwargs.items() if name not in FOLLOWING_SETTINGS}
+            parts = [type(getattr(self, part)) for part in COMPONENTS]
+            built = self.without_weights({**self._internal_dict, **kwargs}, parts)._internal_dict
+            kwargs = {name: built.get(name, value) for name, value in kwargs.items() if name not in fixed}
         super().register_to_config(**kwargs)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Build a model with fresh random weights from what `config` gives, or `load_config`.
-
-        Args:
-            config: the settings. What follows from others may be among them.
-            kwargs: settings that go before those in `config`, `classes` as the constructor's, and diffusers' own
-                arguments.
-
-        Raises:
-            InputError: a setting is unknown, missing or does not fit.
-        """
-        if not isinstance(config, Mapping):  # a folder, as diffusers takes it too
-            config = read_config(Path(config))
-        given = {name: config[name] for name in FOLLOWING_SETTINGS if name in config}
-        built = super().from_config({name: config[name] for name in config if name not in given}, **kwargs)
-        follows = (built[0] if isinstance(built, tuple) else built).config
-        for name, value in given.items():
-            if not (kwargs.keys() & set(cls._config_names())) and value != follows[name]:
-                raise InputError(f"{name} is {value!r}; it follows from the other settings as {follows[name]!r}")
-        return built
 
     @classmethod
     def without_weights(cls, config: Mapping[str, Any], classes: Iterable[type] = ()) -> Self:
@@ -184,28 +120,21 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         """
         classes = kwargs.pop("classes", ())
         class_name = config_dict.get("_class_name", cls.__name__)
-        if class_name not in [kind.__name__ for kind in cls._own_classes()]:
+        if class_name not in [kind.__name__ for kind in cls.__mro__]:
             raise InputError(f"config.json is of a {class_name!r}, not of a {cls.__name__!r}")
-        ema = {name: value for name, value in config_dict.items() if name in EMA_SETTINGS}
-        config_dict = {name: value for name, value in config_dict.items() if name not in ema}
-        settings = [name for name in config_dict if not name.startswith("_")]
-        check_names("setting in config.json", settings, cls._config_names())
-        check_names(f"setting of {cls.__name__}", kwargs, cls._config_names())
+        ema = {name: config_dict[name] for name in EMA_SETTINGS if name in config_dict}
+        config_dict = {name: config_dict[name] for name in config_dict if name not in (*ema, *FOLLOWING_SETTINGS)}
+        settings = [name for name in (*config_dict, *kwargs) if not name.startswith("_")]
+        check_names(f"setting of {cls.__name__}", settings, cls._config_names())
         for name in ("latent_channels", "downsample_factor"):
-            if name not in config_dict and name not in kwargs:
+            if name not in settings:
                 raise InputError(f"config.json lacks {name}")
         init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         return {**init, "classes": classes}, {**unused, **ema}, hidden
 
     @classmethod
-    def _own_classes(cls) -> "list[type[PretrainedModel]]":
-        """This class and those it derives from, whose models it can load."""
-        return [kind for kind in cls.__mro__ if issubclass(kind, PretrainedModel) and kind is not PretrainedModel]
-
-    @classmethod
     def _config_names(cls) -> list[str]:
-        names = [name for kind in cls._own_classes() for name in inspect.signature(kind.__init__).parameters]
-        return [name for name in dict.fromkeys(names) if name not in ("self", *cls.ignore_for_config)]
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "classes")]
 
     def save_pretrained(
         self,
@@ -238,8 +167,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         if not safe_serialization or kwargs.get("use_flashpack"):
             raise InputError("models are saved as safetensors only: leave safe_serialization and use_flashpack out")
         folder, push = Path(save_directory), kwargs.pop("push_to_hub", False)
-        upload: dict[str, Any] = {"repo_id": folder.resolve().name}
-        upload |= {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
+        upload = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
         suffix = f".{variant}" if variant else ""
         # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
         Path(folder, f"{WEIGHTS}.safetensors.index{suffix}.json").unlink(missing_ok=True)
@@ -252,7 +180,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         for file in folder.glob(f"{WEIGHTS}*.safetensors"):
             file.chmod(mode)
         if push:
-            return upload_model(folder, **upload)
+            return upload_model(folder, **{"repo_id": folder.resolve().name, **upload})
         write_model_card(folder)
         return None
 
@@ -268,38 +196,25 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             for name, module in wrapped:
                 self.set_submodule(name, module)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> Any:
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **settings: Any) -> Any:
         """Upload the model to the hub, with a card; a card there that is not ours stays.
 
         Args:
             repo_id: of the repository, OWNER/NAME or, under your own name, NAME; made if it is not there.
             commit_message: of the commit.
-            private: whether a new repository is private; None is its owner's default.
-            token: of the hub; None is the one that is logged in with.
-            create_pr: propose the files, and leave the repository as it is.
-            safe_serialization: True; there is no other format.
-            variant: of the weight files, such as "fp16".
-            subfolder: where in the repository; without a card there.
+            settings: `private`, whether a new repository is; `token`, in place of the one that is logged in with;
+                `create_pr`, to propose the files and leave the repository as it is; `subfolder`, where in the
+                repository, without a card there; `variant` of the weight files, such as "fp16".
 
         Returns:
             As `huggingface_hub.upload_folder`.
 
         Raises:
-            InputError: the repository cannot be called so; or another format is asked for.
+            InputError: the repository cannot be called so; or another format than safetensors is asked for.
         """
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant, safe_serialization=safe_serialization)
-            return upload_model(Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
+            settings |= {"repo_id": repo_id, "commit_message": commit_message, "push_to_hub": True}
+            return self.save_pretrained(folder, **settings)
 
     @classmethod
     def from_pretrained(
@@ -311,8 +226,9 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id; "photos_f8c16" is the
                 model that comes with this package.
             classes: as the constructor's; for classes of your own that are not imported, or have moved.
-            kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`; and
-                settings that go before those of config.json, such as `scaling_factor`.
+            kwargs: diffusers' loading arguments, such as `torch_dtype`, `subfolder`, `revision`, `variant`
+                (`use_safetensors` is always true); and settings that go before those of config.json, such as
+                `scaling_factor`.
 
         Returns:
             The model; with `output_loading_info`, also diffusers' lists of what did not fit, all empty.
@@ -322,85 +238,45 @@ class PretrainedModel(ModelMixin, ConfigMixin):
                 that is missing, left over, truncated, or of another shape. The message names it.
             MissingInputError: a folder, a file or the variant is not there.
         """
-        names = cls._config_names()
-        check_names("argument of from_pretrained", kwargs, ("classes", *LOADING_ARGUMENTS, *FIXED_ARGUMENTS, *names))
-        for argument, (fixed, why) in FIXED_ARGUMENTS.items():
-            if (value := kwargs.pop(argument, None)) not in (None, fixed):
-                raise InputError(f"{argument} cannot be {shown(value)}: {why}; leave it out")
+        for refused in REFUSED_ARGUMENTS:
+            if kwargs.pop(refused, None):
+                raise InputError(
+                    f"{refused} is not for these models: whole safetensors that fit config.json are loaded"
+                )
         classes = check_classes(classes)
-        changed = {setting: kwargs[setting] for setting in names if setting in kwargs}
-        with_info = kwargs.pop("output_loading_info", False)
-        name = str(pretrained_model_name_or_path)
-        name = str(model_folder(name)) if name == SHIPPED_MODEL else name
+        changed = {setting: kwargs[setting] for setting in cls._config_names() if setting in kwargs}
+        name, folder = str(pretrained_model_name_or_path), model_folder(pretrained_model_name_or_path)
         subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
         hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
-        is_local = bool(name) and Path(name).is_dir()
+        is_local = folder.is_dir()
         if not (is_local or may_be_on_the_hub(name)):
             raise MissingInputError(f"{name!r}: no such folder, nor the id of a model on the hub")
-        folder = Path(name, subfolder or "") if is_local else fetch_model(name, subfolder, variant, **hub)
-        try:
-            cls._check_folder(folder, variant, classes, changed)
-        except InputError as error:
-            # A path in the cache says little; the repository's name does.
-            raise type(error)(str(error).replace(str(folder), str(folder) if is_local else name)) from None
-        model, info = super().from_pretrained(
-            str(folder), **{**kwargs, "classes": classes, "use_safetensors": True, "output_loading_info": True}
-        )
-        problems = [f"{kind.replace('_', ' ')}: {items}" for kind, items in info.items() if items]
-        if problems:
-            raise InputError(f"{name} does not fit its config.json; {'; '.join(problems)}")
+        folder = folder / (subfolder or "") if is_local else fetch_model(name, subfolder, variant, **hub)
+        cls._check_folder(folder, variant, {**read_config(folder), **changed}, classes)
+        loaded = super().from_pretrained(str(folder), **{**kwargs, "classes": classes, "use_safetensors": True})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         # diffusers would save and upload the path of a folder on this machine.
         known = {key: value for key, value in model._internal_dict.items() if key != "_name_or_path"}
         model._internal_dict = FrozenDict(known if is_local else {**known, "_name_or_path": name})
         if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-            _restore_buffers(model, kwargs["offload_folder"])
-        return (model, info) if with_info else model  # type: ignore[return-value]
+            # diffusers puts the statistics of batch norm on the disk with the weights and never reads them back.
+            stored = OffloadedWeightsLoader(save_folder=str(kwargs["offload_folder"]))
+            for key, buffer in model.named_buffers():
+                if key in stored:
+                    buffer.copy_(stored[key])
+        return loaded
 
     @classmethod
-    def _check_folder(
-        cls, folder: Path, variant: str | None, classes: Iterable[type], changed: Mapping[str, Any]
-    ) -> None:
+    def _check_folder(cls, folder: Path, variant: str | None, config: dict[str, Any], classes: list[type]) -> None:
         """Check config and weights by their headers, before diffusers loads what it can and warns of the rest."""
-        config = {**read_config(folder), **changed}
-        if "quantization_config" in config:
-            raise InputError(f"{folder}: its weights are quantised; take those in float32, float16 or bfloat16")
         expected = cls.without_weights(config, classes).state_dict()
         suffix = f".{variant}" if variant else ""
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
-        single = folder / f"{WEIGHTS}{suffix}.safetensors"
-        if variant is not None and not index.is_file():
-            _refuse_old_index(folder, variant)
-        if not (index.is_file() or single.is_file()):
-            raise _no_weights(single)
-        files = shard_files(index) if index.is_file() else [single]
+        # diffusers also looks for an index under the names that older versions gave it, and before it looks for the
+        # weights: with the variant behind the second dot of the whole path, or the third, wherever those are.
+        pieces = (folder / f"{WEIGHTS}.safetensors.index.json").as_posix().split(".")
+        for old in (Path(".".join([*pieces[:place], str(variant), *pieces[place:]])) for place in (2, 3)):
+            if variant is not None and old != index and old.is_file():
+                raise InputError(f"{old} is an index under a name that only older versions wrote; move it away")
+        files = shard_files(index) if index.is_file() else [folder / f"{WEIGHTS}{suffix}.safetensors"]
         check_same_tensors(f"{files[0] if len(files) == 1 else folder}", expected, read_safetensors(*files))
-
-
-def _refuse_old_index(folder: Path, variant: str) -> None:
-    """Refuse an index of shards where diffusers looks for one before it looks for the weights.
-
-    It puts the variant behind the second dot of the whole path, or the third, wherever those are.
-    """
-    pieces = (folder / f"{WEIGHTS}.safetensors.index.json").as_posix().split(".")
-    for place in (2, 3):
-        index = Path(".".join([*pieces[:place], variant, *pieces[place:]]))
-        if index.is_file():
-            raise InputError(f"{index} is an index under a name that only older versions wrote; move it away")
-
-
-def _no_weights(wanted: Path) -> InputError:
-    """What to say of a folder that lacks the weight file that is wanted: whether it has a pickle, or a variant."""
-    pickles = [file for file in sorted(wanted.parent.glob("*")) if file.suffix in PICKLE_SUFFIXES]
-    if pickles:
-        return pickle_refused(min(pickles, key=lambda file: file.stem != wanted.stem), wanted)
-    found = [f"the variant {name!r}" if name else "one without a variant" for name in weight_files(wanted.parent)]
-    there = f"there is {' and '.join(found)}" if found else "there are no safetensors, and a pickle is never loaded"
-    return MissingInputError(f"{wanted}: no such file; {there}")
-
-
-def _restore_buffers(model: nn.Module, folder: str | Path) -> None:
-    """Read what diffusers puts on the disk with the weights and never reads back: the statistics of batch norm."""
-    stored = OffloadedWeightsLoader(save_folder=str(folder))
-    for name, buffer in model.named_buffers():
-        if name in stored:
-            buffer.copy_(stored[name])

@@ -4,33 +4,22 @@ It may come from a stranger's config.json and goes into model cards and terminal
 """
 
 import os
-import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 from urllib.parse import urlsplit
 
-from dc_ssdae.errors import InputError, as_json, check_names, check_type, counted
-from dc_ssdae.settings import check_value, is_required, setting
+from dc_ssdae.errors import as_json, check_names, check_type, wrong_value
+from dc_ssdae.settings import check_value, setting
 
 PARTS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 """What may be untrained."""
 
 IN_TRAINING = "training"
 """The protocol's name of evaluations within a training run, which are there to watch the run."""
-
-TITLES: Mapping[str, str] = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "dreamsim": "DreamSim",
-    "rfid": "rFID",
-    "rfdd": "rFDD",
-    "mse": "MSE",
-}
-"""What people call metrics, with their units; another one goes by its own name."""
 
 LONGEST_TEXT = 200
 LONGEST_LIST = 1000
@@ -50,36 +39,48 @@ class _Record:
         """Check a mapping, and make a record of it.
 
         Args:
-            given: values by the names of the fields, as JSON has them.
+            given: values by the names of the fields, as JSON has them; null is as good as left out.
             name: of the mapping, for messages.
 
         Raises:
             InputError: a key is unknown or missing; or a value is of the wrong type, too long, or no single line.
         """
         check_type(name, given, Mapping)
-        known, hints = {entry.name: entry for entry in fields(cls)}, get_type_hints(cls)
-        check_names(f"key of {name}", given, known)
-        for key, entry in known.items():
-            if key not in given and is_required(entry):
-                raise InputError(f"{name} lacks {key}")
-        values = {}
-        for key, value in given.items():
-            label, limits = f"{name}.{key}", known[key].metadata
-            records = limits.get("records")
-            if records is not None and isinstance(value, Mapping):
-                _check_short(label, list(value))
-                value = {item: records.from_mapping(value[item], f"{label}.{item}") for item in value}
-            elif records is not None and isinstance(value, list | tuple):
-                value = [records.from_mapping(item, f"{label}[{place}]") for place, item in enumerate(value)]
-            else:
-                value = as_json(label, value)
-                _check_short(label, value)
-            values[key] = check_value(label, value, hints[key], limits)
+        check_names(f"key of {name}", given, [entry.name for entry in fields(cls)])
+        hints, values = get_type_hints(cls), {}
+        for entry in fields(cls):
+            label = f"{name}.{entry.name}"
+            value = as_json(label, given.get(entry.name))
+            if not _is_short(value):
+                wanted = (
+                    f"a line of 1 to {LONGEST_TEXT} printable characters, a finite number, or at most {LONGEST_LIST}"
+                )
+                raise wrong_value(label, value, f"{wanted} of them")
+            record = entry.metadata.get("record")
+            if record is not None and isinstance(value, dict):
+                value = {key: record.from_mapping(item, f"{label}.{key}") for key, item in value.items()}
+            elif record is not None and isinstance(value, list):
+                value = [record.from_mapping(item, f"{label}[{place}]") for place, item in enumerate(value)]
+            values[entry.name] = check_value(label, value, hints[entry.name], entry.metadata)
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
         """What is known, as config.json holds it."""
-        return asdict(self, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
+        return asdict(self, dict_factory=lambda pairs: {key: value for key, value in pairs if value not in (None, [])})
+
+    def facts(self, quote: Quote = str) -> list[tuple[str, str]]:
+        """What is known in words, but for other records: pairs of a label and a text, in the order of the fields.
+
+        Args:
+            quote: for what may be a stranger's text.
+        """
+        found = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if "record" not in entry.metadata and value not in (None, [], {}):
+                label = entry.metadata.get("label", entry.name.replace("_", " "))
+                found.append((label, _in_words(value, quote)))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,8 @@ class Metric(_Record):
 
     def __str__(self) -> str:
         """The value with its interval, if it has one, to five digits."""
-        has_interval = self.low is not None and self.high is not None
-        return f"{self.value:.5g}" + (f" ({self.low:.5g} to {self.high:.5g})" if has_interval else "")
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.5g} to {self.high:.5g})"
+        return f"{self.value:.5g}{interval}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,41 +127,7 @@ class Evaluation(_Record):
     step: int | None = setting(None, at_least=0)
     dtype: str | None = None
     decoding: dict[str, str | float | list[float]] | None = None
-    metrics: dict[str, Metric] = setting(records=Metric)
-
-    def __post_init__(self) -> None:
-        known = {name: self.metrics[name] for name in TITLES if name in self.metrics}
-        object.__setattr__(self, "metrics", {**known, **self.metrics})
-
-    @property
-    def has_intervals(self) -> bool:
-        """Whether any metric has one."""
-        return any(metric.low is not None for metric in self.metrics.values())
-
-    def replaces(self, other: "Evaluation") -> bool:
-        """Whether another evaluation has the same protocol, data, image size and decoding."""
-        same = all(getattr(self, name) == getattr(other, name) for name in ("protocol", "data", "image_size"))
-        return same and (self.decoding or {}) == (other.decoding or {})
-
-    def title(self, quote: Quote = str) -> str:
-        """Say how the evaluation was made: its protocol, images and decoding.
-
-        Args:
-            quote: for what may be a stranger's text.
-        """
-        parts = ["during training" if self.protocol == IN_TRAINING else f"protocol {quote(self.protocol)}"]
-        if self.step is not None:
-            parts.append(f"after {counted(self.step, 'step')}")
-        parts.append(f"{counted(self.images, 'image')} of {quote(self.data)}")
-        if self.image_size is not None:
-            parts.append(f"{self.image_size}×{self.image_size} px")
-        if self.dtype is not None:
-            parts.append(quote(self.dtype))
-        settings = []
-        for name, value in (self.decoding or {}).items():
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            settings.append(f"{quote(name)} {quote(text)}")
-        return ", ".join([*parts, f"decoded with {', '.join(settings)}" if settings else "decoded in one step"])
+    metrics: dict[str, Metric] = setting(record=Metric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,66 +153,31 @@ class Provenance(_Record):
     """
 
     preset: str | None = None
-    changes: list[str] | None = None
+    changes: list[str] | None = setting(None, label="settings changed in it")
     data: str | None = None
     images: int | None = setting(None, at_least=0)
     image_size: int | None = setting(None, at_least=0)
     steps: int | None = setting(None, at_least=0)
-    batch_size: int | None = setting(None, at_least=0)
+    batch_size: int | None = setting(None, at_least=0, label="images per step")
     initialised_from: str | None = None
-    teacher: str | None = None
-    source: str | None = None
-    untrained: list[Literal["encoder", "decoder"]] | None = None
-    random_backbones: list[str] | None = None
-    license: str | None = None
-    version: str | None = None
-    evaluations: list[Evaluation] | None = setting(None, records=Evaluation)
-
-    @property
-    def is_untrained(self) -> bool:
-        """Whether all weights are known to be random."""
-        return set(PARTS) <= set(self.untrained or ())
+    teacher: str | None = setting(None, label="distilled from")
+    source: str | None = setting(None, label="converted from")
+    untrained: list[Literal["encoder", "decoder"]] | None = setting(None, label="with random weights, not trained")
+    random_backbones: list[str] | None = setting(None, label="loss terms with random backbones, which teach nothing")
+    license: str | None = setting(None, label="licence of the weights")
+    version: str | None = setting(None, label="version of dc-ssdae")
+    evaluations: list[Evaluation] | None = setting(None, record=Evaluation)
 
     def with_evaluation(self, evaluation: Evaluation) -> "Provenance":
         """Add an evaluation, in the place of an earlier one of the same protocol, data, image size and decoding."""
-        kept = [entry for entry in self.evaluations or () if not evaluation.replaces(entry)]
+        kind = attrgetter("protocol", "data", "image_size", "decoding")
+        kept = [entry for entry in self.evaluations or () if kind(entry) != kind(evaluation)]
         return replace(self, evaluations=[*kept, evaluation])
-
-    def training_lines(self, quote: Quote = str) -> list[tuple[str, str]]:
-        """Say what is known of the training: pairs of what and how, without what is not known.
-
-        Args:
-            quote: for what may be a stranger's text.
-        """
-
-        text = {key: quote(value) for key, value in vars(self).items() if isinstance(value, str)}
-        untrained = f"the {self.untrained[0]}, whose weights are random" if self.untrained else None
-        *others, last = map(quote, self.changes or [""])
-        changed = f", with {', '.join(others)}{' and ' if others else ''}{last} changed" if self.changes else ""
-        images = counted(self.images, "image") if self.images else ""
-        size = f"crops of {self.image_size}×{self.image_size} px" if self.image_size else ""
-        steps = counted(self.steps, "step") if self.steps is not None else ""
-        batch = f"{'of' if steps else 'batches of'} {counted(self.batch_size, 'image')}" if self.batch_size else ""
-        backbones = ", ".join(map(quote, self.random_backbones or ()))
-        lines = {
-            "untrained": "all of it: the weights are random" if self.is_untrained else untrained,
-            "preset": self.preset and text["preset"] + changed,
-            "converted from": text.get("source"),
-            "started from": text.get("initialised_from"),
-            "distilled from": text.get("teacher"),
-            "training data": ", ".join(filter(None, [text.get("data"), images, size])),
-            "training": " ".join(filter(None, [steps, batch])),
-            "caution": backbones and f"loss terms with random backbones, which teach nothing: {backbones}",
-            "licence of the weights": text.get("license"),
-            "written by": self.version and f"dc-ssdae {text['version']}",
-        }
-        return [(what, how) for what, how in lines.items() if how]
 
 
 def short_name(text: str) -> str | None:
     """Make a name that a provenance takes of any text; None where nothing of it can be shown."""
-    shown = "".join(sign if sign.isprintable() else " " for sign in text)
-    shown = " ".join(shown.split())
+    shown = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     return (shown if len(shown) <= LONGEST_TEXT else f"{shown[: LONGEST_TEXT - 1]}…") or None
 
 
@@ -258,20 +190,19 @@ def name_of_path(path: str | Path) -> str | None:
     text = str(path)
     text = urlsplit(text).path if "://" in text else os.path.abspath(os.path.expanduser(text))
     parts = [part for part in text.split("/") if part]
-    if len(parts) > 1 and parts[-1] == "model":
-        parts.pop()
+    parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
     return short_name("/".join(parts[-2:] if parts[-1:] and parts[-1] in SPLITS else parts[-1:]))
 
 
-def _check_short(name: str, value: Any) -> None:
-    if not _is_short(value):
-        raise InputError(
-            f"{name} is {' '.join(reprlib.repr(value).split())}; it must be a line of 1 to {LONGEST_TEXT} printable "
-            f"characters, a finite number, or a list or mapping of at most {LONGEST_LIST} of them"
-        )
+def _in_words(value: Any, quote: Quote) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{quote(name)} {_in_words(item, quote)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_in_words(item, quote) for item in value)
+    return quote(value) if isinstance(value, str) else f"{value:,}"
 
 
-def _is_short(value: Any, depth: int = 3) -> bool:
+def _is_short(value: Any, depth: int = 4) -> bool:
     """Whether it is a short line, a finite number, or a short list or mapping of such."""
     if isinstance(value, str):
         return value.strip() != "" and len(value) <= LONGEST_TEXT and value.isprintable()

@@ -1,11 +1,13 @@
 """Overlapping tiles: what an image is gone through in when all of it at once would not fit into memory."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, check_type
+from dc_ssdae.errors import InputError
+from dc_ssdae.settings import check_value
 
 DEFAULT_TILE_SIZE = 512
 """Side of a tile in pixels, where the factor f leaves at least four latents of it."""
@@ -28,18 +30,12 @@ def check_tiling(tile_size: int | None, overlap: float, downsample_factor: int) 
     Raises:
         InputError: one of them is out of range.
     """
-    if tile_size is None:
-        tile_size = max(DEFAULT_TILE_SIZE, 4 * downsample_factor)
-    check_type("tile_size", tile_size, int)
-    check_type("overlap", overlap, float)
-    if not 0.0 <= overlap <= LARGEST_OVERLAP:
-        raise InputError(f"overlap is {overlap}; it must be from 0 to {LARGEST_OVERLAP}, a share of the tile's side")
+    tile_size = max(DEFAULT_TILE_SIZE, 4 * downsample_factor) if tile_size is None else tile_size
+    check_value("tile_size", tile_size, int, {"at_least": 2 * downsample_factor})
+    check_value("overlap", overlap, float, {"at_least": 0.0, "at_most": LARGEST_OVERLAP})
     size, rest = divmod(tile_size, downsample_factor)
-    if rest or size < 2:
-        raise InputError(
-            f"tile_size is {tile_size}; it must be a multiple of f = {downsample_factor}, at least "
-            f"{2 * downsample_factor}"
-        )
+    if rest:
+        raise InputError(f"tile_size is {tile_size}; it must be a multiple of f = {downsample_factor}")
     return size, min(max(round(overlap * size), 1), size - 1) if overlap else 0
 
 
@@ -66,21 +62,18 @@ def tile_weights(starts: Sequence[int], size: int, length: int, scale: int = 1) 
         scale: places of the result for each unit of the side.
 
     Returns:
-        float32 (tiles, size · scale).
+        float32 (tiles, length · scale), 0 outside the tile.
     """
     size = min(size, length)
-    ends = [start + size for start in starts]
-    place = torch.arange(size * scale, dtype=torch.float64) + 0.5
-    weights = torch.ones(len(starts), size * scale, dtype=torch.float64)
-    for index in range(1, len(starts)):
-        if ramp := scale * (ends[index - 1] - starts[index]):
-            weights[index] *= (place / ramp).clamp(max=1.0)
-            weights[index - 1] *= ((size * scale - place) / ramp).clamp(max=1.0)
-    total = torch.zeros(length * scale, dtype=torch.float64)
-    spans = [slice(start * scale, end * scale) for start, end in zip(starts, ends, strict=True)]
-    for span, weight in zip(spans, weights, strict=True):
-        total[span] += weight
-    return torch.stack([weight / total[span] for span, weight in zip(spans, weights, strict=True)]).float()
+    place = torch.arange(length * scale, dtype=torch.float64) + 0.5
+    weights = torch.zeros(len(starts), length * scale, dtype=torch.float64)
+    for weight, start in zip(weights, starts, strict=True):
+        weight[start * scale : (start + size) * scale] = 1.0
+    for index, (before, start) in enumerate(itertools.pairwise(starts)):
+        if ramp := scale * (before + size - start):
+            weights[index + 1] *= ((place - start * scale) / ramp).clamp(0.0, 1.0)
+            weights[index] *= (((before + size) * scale - place) / ramp).clamp(0.0, 1.0)
+    return (weights / weights.sum(dim=0)).float()
 
 
 def blend_tiles(
@@ -102,16 +95,20 @@ def blend_tiles(
     tops, lefts = tile_starts(height, size, overlap), tile_starts(width, size, overlap)
     if len(tops) == len(lefts) == 1:
         return compute(slice(0, height), slice(0, width)).float()
-    row_weights = tile_weights(tops, size, height, scale)
-    column_weights = tile_weights(lefts, size, width, scale)
     blended: Tensor | None = None
-    for top, down in zip(tops, row_weights, strict=True):
-        for left, across in zip(lefts, column_weights, strict=True):
-            tile = compute(slice(top, min(top + size, height)), slice(left, min(left + size, width))).float()
+    for top, down in zip(tops, tile_weights(tops, size, height, scale), strict=True):
+        rows = slice(top, min(top + size, height))
+        for left, across in zip(lefts, tile_weights(lefts, size, width, scale), strict=True):
+            columns = slice(left, min(left + size, width))
+            tile = compute(rows, columns).float()
             if blended is None:
                 blended = tile.new_zeros(*tile.shape[:2], height * scale, width * scale)
-            tile = tile * down.to(tile.device)[:, None] * across.to(tile.device)
-            rows = slice(top * scale, top * scale + tile.shape[2])
-            blended[:, :, rows, left * scale : left * scale + tile.shape[3]] += tile
+            y, x = scaled(rows, scale), scaled(columns, scale)
+            blended[:, :, y, x] += tile * down[y].to(tile.device)[:, None] * across[x].to(tile.device)
     assert blended is not None
     return blended
+
+
+def scaled(span: slice, scale: int) -> slice:
+    """A span of a side that is `scale` times as long."""
+    return slice(span.start * scale, span.stop * scale)

@@ -10,16 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, MissingInputError
+from dc_ssdae.errors import InputError, MissingInputError, shown
 from dc_ssdae.files import check_file
 
 WEIGHTS = "diffusion_pytorch_model"
 """Stem of the names that diffusers gives weight files."""
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-
-LARGEST_HEADER = 100_000_000
-"""Bytes of a header that safetensors reads."""
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The types that a floating-point tensor is loaded from."""
@@ -29,36 +26,24 @@ def read_safetensors(*paths: Path) -> dict[str, Tensor]:
     """Read all tensors of files onto the CPU; the files are mapped, and bytes are read when they are used.
 
     Raises:
-        InputError: a file is missing, no safetensors file, or truncated; names the first tensor cut off.
+        InputError: a file is missing, no safetensors file, or truncated.
     """
     tensors: dict[str, Tensor] = {}
     for path in paths:
         if path.suffix in PICKLE_SUFFIXES:
             raise pickle_refused(path)
         if not path.exists():
-            raise MissingInputError(f"{path}: no such file")
+            if pickles := [file for suffix in PICKLE_SUFFIXES if (file := path.with_suffix(suffix)).exists()]:
+                raise pickle_refused(pickles[0])
+            beside = min((file.name for file in path.parent.glob("*.safetensors")), default="no safetensors file")
+            raise MissingInputError(f"{path}: no such file; there is {beside}")
         check_file(path)
         try:
             tensors |= load_file(path)
         except (SafetensorError, TypeError, RuntimeError) as error:
-            reason = _cut_off(path) or f"not a valid safetensors file: {str(error).splitlines()[0]}"
-            raise InputError(f"{path} is {reason}") from None
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is truncated, or no safetensors file: {reason}") from None
     return tensors
-
-
-def _cut_off(path: Path) -> str | None:
-    """Say which tensors of a safetensors file are cut off; None where it has another fault."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, LARGEST_HEADER)))
-        header.pop("__metadata__", None)
-        cut_off = [name for name, entry in header.items() if 8 + length + entry["data_offsets"][1] > size]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return None
-    incomplete = f"({len(cut_off)} of {len(header)} tensors incomplete)"
-    return f"truncated: tensor {cut_off[0]!r} is cut off {incomplete}" if cut_off else None
 
 
 def pickle_refused(path: Path, converted: Path | None = None) -> InputError:
@@ -73,8 +58,8 @@ def pickle_refused(path: Path, converted: Path | None = None) -> InputError:
         "import torch, safetensors.torch as st; "
         f'st.save_file(torch.load({source}, map_location="cpu", weights_only=True), {target})'
     )
-    command = f"python -c {shlex.quote(code)}"
-    return InputError(f"{path} is a pickle file, which could run code when loaded; convert it: {command}")
+    advice = f"convert it: python -c {shlex.quote(code)}"
+    return InputError(f"{path} is a pickle file, which could run code when loaded; {advice}")
 
 
 def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -88,22 +73,17 @@ def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping
     Raises:
         InputError: names the first tensors that are missing, left over, or of another shape or type.
     """
-    missing = [name for name in expected if name not in given]
-    left_over = [name for name in given if name not in expected]
-    misfits = []
+    problems: list[str] = []
     for name, wanted in expected.items():
         found = given.get(name, wanted)
         if found.shape != wanted.shape:
-            misfits.append(f"{name} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
+            problems.append(f"{name} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
         elif found.dtype not in (FLOATS if wanted.is_floating_point() else (wanted.dtype,)):
-            misfits.append(f"{name} is of type {found.dtype}, not {wanted.dtype}")
-    problems = [
-        f"{label}{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for label, names in (("missing: ", missing), ("left over: ", left_over), ("", misfits))
-        if names
-    ]
+            problems.append(f"{name} is of type {found.dtype}, not {wanted.dtype}")
+    problems += [f"missing: {name}" for name in expected if name not in given]
+    problems += [f"left over: {name}" for name in given if name not in expected]
     if problems:
-        raise InputError(f"{what} does not fit; {'; '.join(problems)}")
+        raise InputError(f"{what} does not fit; {'; '.join(problems[:5])} ({len(problems)} in all)")
 
 
 def shard_files(index: Path) -> list[Path]:
@@ -117,12 +97,7 @@ def shard_files(index: Path) -> list[Path]:
         dict(content["metadata"])  # which diffusers reads
         files = [index.parent / name for name in sorted(set(content["weight_map"].values()))]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise InputError(f"{index} is no index of sharded weights") from None
-    if not files:
-        raise InputError(f"{index} names no shards")
-    for file in files:
-        if file.suffix in PICKLE_SUFFIXES:
-            raise pickle_refused(file)
-        if file.parent != index.parent or file.suffix != ".safetensors":
-            raise InputError(f"{index} names {str(file)!r}; shards are safetensors files beside their index")
+        files = []
+    if not files or any(file.parent != index.parent or file.suffix != ".safetensors" for file in files):
+        raise InputError(f"{index} must name safetensors beside it, not {shown([file.name for file in files])}")
     return files

@@ -81,7 +81,7 @@ def test_a_size_that_is_no_multiple_of_f_is_told(run: Run) -> None:
 def test_what_is_no_whole_model_is_one_line(refusal: Refusal, copy: Path) -> None:
     weights = copy / WEIGHTS
     os.truncate(weights, weights.stat().st_size - 10)
-    assert "is truncated: tensor '" in refusal("info", copy)
+    assert "is truncated" in refusal("info", copy)
     weights.unlink()
     assert "copy holds no weights" in refusal("info", copy)
     edit_config(copy, latent_chanels=4)

@@ -211,7 +211,7 @@ def test_the_cache_goes_to_shards_that_name_none(tmp_path: Path) -> None:
         ({"class_path": "ImageFolder", "init_args": {"root": 5}}, "root of ImageFolder is 5"),
         ({"class_path": "Shards", "init_args": {"urls": {"a": 1}}}, "urls of Shards"),
         ({"class_path": "HubDataset", "init_args": {"path": "x", "split": False}}, "split of HubDataset is False"),
-        ({"class_path": "no_such_module.Photos"}, "no module named 'no_such_module'"),
+        ({"class_path": "no_such_module.Photos"}, "No module named 'no_such_module'"),
         ({"class_path": "own_data.Photoss"}, "did you mean 'Photos'"),
         ({"class_path": "own_data.CONSTANT"}, "is a int, not a class"),
         ({"class_path": "own_data.Photos"}, "missing a required argument: 'count'"),

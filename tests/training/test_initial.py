@@ -91,7 +91,7 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     for name, message in (
         ("nowhere", "nowhere"),
         ("other", "training.init_from .* has shape"),
-        ("begun", "no model yet"),
+        ("begun", "no such file"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             load_initial_weights(step, str(tmp_path / name))

@@ -139,12 +139,12 @@ def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type
 
 def _as_rows(profile: dict[str, Any]) -> list[tuple[str, str]]:
     """Label what is known of a model, a row each."""
-    from dc_ssdae.provenance import TITLES, Provenance
+    from dc_ssdae.provenance import Provenance
 
     known = Provenance.from_mapping(profile.pop("provenance") or {})
-    profile |= known.training_lines()
+    profile |= known.facts()
     for number, evaluation in enumerate(known.evaluations or (), 1):
         metrics = evaluation.metrics.items()
-        figures = [f"{TITLES.get(name, name)} {metric} {metric.note or ''}".strip() for name, metric in metrics]
-        profile[f"evaluation {number}"] = "; ".join([evaluation.title(), *figures])
+        figures = [f"{name} {metric} {metric.note or ''}".strip() for name, metric in metrics]
+        profile[f"evaluation {number}"] = "; ".join([*map(" ".join, evaluation.facts()), *figures])
     return list(cells(profile).items())

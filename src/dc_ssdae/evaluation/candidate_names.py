@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.classes import find_imported, import_module, importing_from
+from dc_ssdae.classes import import_object, importing_from
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.evaluation.candidates import (
     RANDOM_WEIGHTS,
@@ -246,18 +246,7 @@ def _untrained(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, label: 
 def _find_python(path: str) -> Any:
     """Import what module.name, or module.Class.name, stands for; a class is called without arguments."""
     with importing_from(Path.cwd()):
-        module_name, _, name = path.rpartition(".")
-        owner: Any
-        try:
-            owner = import_module(module_name)
-        except InputError as error:
-            # What looks like a module may be a class that holds the name; the modules before it are imported by now.
-            owner = find_imported(module_name)
-            if error.__cause__ is not None or owner is None:
-                raise
-        if not hasattr(owner, name):
-            raise unknown_name(f"object of {module_name}", name, [key for key in dir(owner) if not key.startswith("_")])
-        value = getattr(owner, name)
+        value = import_object(path)
         if not isinstance(value, type):
             return value
         try:

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dc_ssdae.errors import InputError, as_json
+from dc_ssdae.errors import as_json
 from dc_ssdae.model_folder import may_be_on_the_hub, read_config
 from dc_ssdae.presets import list_presets, load_preset
 from dc_ssdae.provenance import PARTS, Provenance, name_of_path, short_name
@@ -32,10 +32,8 @@ def inherited(config: RunConfig, source: Path | None) -> dict[str, Any]:
     if source is None:
         paths = {part: (getattr(config.model, part) or {}).get("class_path") or "" for part in PARTS}
         return {"untrained": [part for part in PARTS if "." not in paths[part]]}  # a user's may bring its own weights
-    try:
-        theirs = read_config(source).get("provenance")
-    except InputError:  # weights are enough to start from
-        return {}
+    # Weights are enough to start from.
+    theirs = read_config(source).get("provenance") if (source / "config.json").exists() else None
     known = Provenance.from_mapping(theirs or {}).to_mapping()
     return {name: known[name] for name in INHERITED if name in known}
 
@@ -54,8 +52,8 @@ def origin(
     Raises:
         InputError: `before` cannot be used.
     """
-    known = Provenance.from_mapping(before or {})
     training, distillation = config.training, config.distillation
+    known = Provenance.from_mapping(before or {}).to_mapping()
     trained = PARTS if training.train is None else [name.partition(".")[0] for name in training.train]
     found = Provenance(
         preset=None if training.preset is None else short_name(training.preset),
@@ -66,13 +64,13 @@ def origin(
         batch_size=training.batch_size,
         initialised_from=None if training.init_from is None else name_of_path(training.init_from),
         teacher=None if distillation is None else name_of_path(distillation.teacher),
-        source=known.source,
-        untrained=[part for part in known.untrained or () if part not in trained],
+        source=known.get("source"),
+        untrained=[part for part in known.get("untrained", ()) if part not in trained],
         random_backbones=list(random_backbones),
-        license=known.license,
+        license=known.get("license"),
         version=version("dc-ssdae"),
     )
-    return {name: value for name, value in found.to_mapping().items() if value != []}
+    return found.to_mapping()
 
 
 def changed_settings(config: RunConfig) -> list[str]:
@@ -83,26 +81,23 @@ def changed_settings(config: RunConfig) -> list[str]:
     configs = (config, RunConfig.from_mapping(load_preset(preset)))
     # As JSON has them, with lists for tuples, so that settings from YAML compare equal with defaults.
     ours, theirs = (as_json("the settings", resolved(one).fixed_settings()) for one in configs)
-    names = [name for name in {**theirs, **ours} if name not in NO_CHANGES and ours.get(name) != theirs.get(name)]
-    return [name for name in map(short_name, names) if name is not None]
+    return [name for name in {**theirs, **ours} if name not in NO_CHANGES and ours.get(name) != theirs.get(name)]
 
 
 def data_name(data: DataConfig, validation: bool = False) -> str | None:
     """Name the training images, or the validation images, without telling where they lie."""
     if validation and data.validation is not None:
         return _source_name(data.validation)
-    whole = data.root if data.dataset is None else data.dataset
-    name = None if whole is None else _source_name(whole)
-    return f"{name}/validation" if validation and name is not None else name
+    name = _source_name(data.dataset or data.root)
+    return f"{name}/validation" if validation and name else name
 
 
-def _source_name(source: str | Mapping[str, Any]) -> str | None:
-    if isinstance(source, str):
-        return name_of_path(source)
-    settings = source.get("init_args") or {}
-    path = next((settings[name] for name in ("path", "root", "urls") if settings.get(name)), None)
-    first = path[0] if isinstance(path, list) else path
-    if "." in source["class_path"] or not isinstance(first, str):
-        return short_name(source["class_path"].rpartition(".")[2])
-    is_hub_id = source["class_path"] == "HubDataset" and may_be_on_the_hub(first)
-    return short_name(first) if is_hub_id else name_of_path(first)
+def _source_name(source: str | Mapping[str, Any] | None) -> str | None:
+    if source is None or isinstance(source, str):
+        return source and name_of_path(source)
+    kind, settings = source["class_path"], source.get("init_args") or {}
+    place = settings.get("path") or settings.get("root") or settings.get("urls")
+    first = place[0] if isinstance(place, list) else place
+    if "." in kind or not isinstance(first, str):
+        return short_name(kind.rpartition(".")[2])
+    return short_name(first) if kind == "HubDataset" and may_be_on_the_hub(first) else name_of_path(first)
