@@ -26,11 +26,11 @@ def columns(lines: Sequence[str]) -> dict[str, list[str]]:
     return {name: values for name, *values in cells}
 
 
-def check_spread(cell: str) -> None:
-    median, low, high = (
-        float(number.replace(",", "")) for number in re.findall(r"[0-9,.e+-]+[0-9]", re.sub(r"\.\.", " ", cell))
-    )
-    assert 0.0 < low <= 1.01 * median <= 1.02 * high, "rounded to fewer digits"
+def check_spread(cell: str) -> float:
+    """Check a cell "median (low..high)", whose quartiles are rounded to fewer digits; gives the median."""
+    median, low, high = map(float, re.split(r" \(|\.\.", cell.replace(",", "").removesuffix(")")))
+    assert 0.0 < low <= 1.01 * median <= 1.02 * high
+    return median
 
 
 def test_models_in_alternation(run: Run) -> None:
@@ -55,41 +55,35 @@ def test_a_model_as_json(run: Run) -> None:
 
 def test_data(run: Run, photos: Path) -> None:
     Path("photos/train/1-bad.png").write_bytes(b"no image")
-    words = ("bench", "data", photos, "--seconds", 0.01, "--image-size", 32)
-    outcome = run(*words, photos / "train", "--packed", "--aug-scale", 1.5, "--workers", "0,1")
+    words = ("bench", "data", photos, "--seconds", 0.01, "--image-size", 32, "--workers", "0,1")
+    outcome = run(*words, photos / "train", "--packed", "--aug-scale", 1.5, "--json")
     assert outcome.code == 0
-    rows, text = tables(outcome.out)[0][1:], " ".join(outcome.out)
-    names, stages = (
-        ("photos", "photos/train", "photos (packed)"),
-        ("read+decode", "crop+flip", "whole sample", "1 worker"),
-    )
-    assert [row[:2] for row in rows] == [[name, stage] for name in names for stage in stages]
-    for row in rows:
-        check_spread(*row[2:4])
-        check_spread(*row[4:])
-    assert {row[4] for row in rows[:4]} == {"1.000"}
-    for told in ("aug_scale 1.5", "1 broken among the images measured", "the first 3 were used"):
-        assert told in text
+    figures = outcome.json()
+    assert (figures["benchmark"], figures["image_size"], figures["aug_scale"]) == ("data", 32, 1.5)
+    held = [(source["name"], source["images"], len(source["broken"])) for source in figures["sources"]]
+    assert held == [("photos", 4, 1), ("photos/train", 4, 1), ("photos (packed)", 3, 0)]
     assert outcome.err
     assert all("1-bad.png" in line for line in outcome.err), "packing told of it"
-    figures = run(*words, "--json").json()
-    assert (figures["benchmark"], figures["image_size"], figures["sources"][0]["images"]) == ("data", 32, 4)
+    found = columns(run(*words).out)
+    assert found["name"] == ["photos"]
+    for rate in ("stages.read", "stages.crop", "stages.sample", "loader.1"):
+        check_spread(found[f"{rate}.images_per_second"][0])
+        assert found[f"{rate}.ratio"] == ["1 (1..1)"]
+    assert "1-bad.png" in found["broken"][0]
 
 
 def test_steps(run: Run) -> None:
     outcome = run(*TRAIN, "--steps", 2, "--compare", "training.gradient_checkpointing=true")
     assert (outcome.code, outcome.err) == (0, [])
-    speeds, costs, _ = tables(outcome.out)
-    for rows in (speeds, costs):
-        assert [row[0] for row in rows] == ["configuration", "demo", "training.gradient_checkpointing=true"]
-    for row in speeds[1:]:
-        check_spread(*row[2:4])
-        assert number(row[1]) * number(row[2]) == pytest.approx(1000.0, rel=0.05)  # one image per step
-    assert speeds[1][4:] == ["1", "-"]
-    check_spread(*speeds[2][4:])
-    assert all(number(cell) > 0.0 for cell in costs[1][1:5])
-    assert costs[2][4] == "-", "a process has but one largest resident set"
-    assert "2 steps of 1 random image of 16 px, float32, adamw" in " ".join(outcome.out)
+    found = columns(outcome.out)
+    assert found["name"] == ["demo", "training.gradient_checkpointing=true"]
+    for seconds, rate in zip(found["seconds"], found["images_per_second"], strict=True):
+        assert check_spread(seconds) * check_spread(rate) == pytest.approx(1.0, rel=0.05)  # one image per step
+    assert found["ratio"][0] == "-"
+    check_spread(found["ratio"][1])
+    assert all(check_spread(found[f"phases.{phase}"][0]) for phase in ("forward", "backward", "update"))
+    assert int(found["peak_memory_bytes"][0]) > 0
+    assert found["peak_memory_bytes"][1] == "-", "a process has but one largest resident set"
     figures = run(*TRAIN, "--json", "--steps=1").json()
     assert (figures["benchmark"], figures["steps"], figures["config"]["data"]["image_size"]) == ("train", 1, 16)
     assert set(figures["configurations"][0]["phases"]) == {"forward", "backward", "update"}

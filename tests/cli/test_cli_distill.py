@@ -147,8 +147,8 @@ def test_a_whole_distillation(run: Run, refusal: Refusal, teacher: Path) -> None
     assert steps_done(out) == [1, 2]
     assert any(f"done after step 2: the model is {out / 'model'}" in line for line in outcome.err)
     names = ["teacher, 1 step", "teacher, 2 steps", "student, 1 step"]
-    assert all(line.startswith(name) for line, name in zip(outcome.out[1:4], names, strict=True))
-    assert "2 validation images of 32 px" in outcome.out[4]
+    assert all(name in outcome.out[0] for name in names)
+    assert any("2 validation images of 32 px" in line for line in outcome.out)
     report = json.loads((out / "distillation.json").read_text())
     assert [entry["name"] for entry in report["decodings"]] == names
     assert (out / "distillation.png").is_file()
@@ -175,5 +175,5 @@ def test_a_distillation_of_flow_matching_without_validation_images(run: Run, pho
     training = ("--training.batch_size", 2, "--training.precision", "float32", "--training.steps", 1)
     outcome = run("distill", "--teacher", flow, *data, *training, "--steps", 3, "--losses.lpips", 0)
     assert outcome.code == 0, outcome.err
-    assert any(line.startswith("teacher, 3 steps") for line in outcome.out)
+    assert "teacher, 3 steps" in outcome.out[0]
     assert any("3 training images" in line for line in outcome.out)

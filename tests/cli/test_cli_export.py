@@ -10,8 +10,8 @@ def test_programs_of_a_saved_model(run: Run, model_dir: Path) -> None:
     out = Path("made/programs")
     outcome = run("export", "--model", model_dir, "--out", out, "--size", 16, 24)
     assert (outcome.code, outcome.err) == (0, [])
-    encoder, decoder, _, files = outcome.out
-    assert encoder.startswith("encoder.pt2: x (batch, 3, 16, 24) -> mean (batch, 4, 2, 3), logvar (batch, 4, 2, 3); ")
-    assert decoder.startswith("decoder.pt2: z (batch, 4, 2, 3), noise (batch, 3, 16, 24) -> image (batch, 3, 16, 24)")
-    assert files.startswith("decoder.pt2, encoder.pt2, export.json, noise.safetensors: ")
-    assert sorted(path.name for path in out.iterdir()) == files.partition(":")[0].split(", ")
+    encoder, decoder, files = outcome.out
+    assert encoder.startswith("encoder.pt2: {'x': ['batch', 3, 16, 24]} -> {'mean': ['batch', 4, 2, 3], 'logvar': ")
+    assert decoder.startswith("decoder.pt2: {'z': ['batch', 4, 2, 3], 'noise': ['batch', 3, 16, 24]} -> {'image': ")
+    assert files.startswith("decoder.pt2, encoder.pt2, export.json, noise.safetensors -> ")
+    assert sorted(path.name for path in out.iterdir()) == files.partition(" -> ")[0].split(", ")

@@ -113,13 +113,9 @@ def test_bad_latents_among_good_ones(encoded: Path, run: Run, refusal: Refusal, 
         ({**WHOLE, "original_size": SIZE + 8}, {}),
     ],
 )
-def test_a_file_with_wrong_parts_is_refused(
-    tensors: dict[str, torch.Tensor], metadata: dict[str, str], named: str
-) -> None:
+def test_a_file_with_wrong_parts_is_refused(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     save_file(tensors, "x.safetensors", {**METADATA, **metadata})
-    message = refusal_of(read_latent, Path("x.safetensors"))
-    assert message.startswith("x.safetensors: ")
-    assert named in message
+    assert refusal_of(read_latent, Path("x.safetensors")).startswith("x.safetensors: ")
 
 
 def test_a_latent_that_is_not_finite_is_not_written() -> None:

@@ -43,11 +43,12 @@ for words in {[["--version"], ["info"], configured, *helped]!r}:
 def test_help_lists_every_command_and_describes_its_options(run: Run) -> None:
     outcome = run("--help")
     assert max(map(len, outcome.out)) <= 80
-    for name, command in COMMANDS.items():
-        assert any(line.split() == [*name.split(), *command.help.split()] for line in outcome.out)
-        module = importlib.import_module(f"dc_ssdae.cli.{command.module}")
-        options = getattr(module, command.options)
-        assert callable(getattr(module, command.function))
+    for name, told in COMMANDS.items():
+        assert any(line.split() == [*name.split(), *told.split()] for line in outcome.out)
+        first, _, second = name.partition(" ")
+        module = importlib.import_module(f"dc_ssdae.cli.{first}")
+        options = getattr(module, f"{second.capitalize()}Options")
+        assert callable(getattr(module, f"run_{second}" if second else "run"))
         assert all(documentation(options)[1][entry.name] for entry in fields(options))
         assert run(*name.split(), "--help").out[0].startswith(f"usage: dc-ssdae {name} ")
 
@@ -122,21 +123,21 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatc
 def test_out_of_memory_fails_one_file_with_a_hint_and_a_bug_ends_it(
     debug: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def process(job: Job) -> Done:
-        if job.source.name == "bug":
+    def process(source: Path, target: Path) -> tuple[str, tuple[str, ...]]:
+        if source.name == "bug":
             raise RuntimeError("shapes cannot be multiplied")
-        if job.source.name == "big":
+        if source.name == "big":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return Done(f"{job.source} done")
+        return "done", ()
 
-    jobs = [Job(Path(name), Path(f"{name}.png")) for name in ("one", "big", "two")]
-    assert for_each_file(Options(debug=debug), jobs, process) == 2
+    targets = {Path(name): Path(f"{name}.png") for name in ("one", "big", "two")}
+    assert for_each_file(Options(debug=debug), targets, process) == 2
     captured = capsys.readouterr()
-    assert captured.out.splitlines() == [f"{name}: done -> {tmp_path / name}.png" for name in ("one", "two")]
+    assert captured.out.splitlines() == [f"{name}: done -> {name}.png" for name in ("one", "two")]
     assert ("Traceback" in captured.err) is debug
     assert re.match(r"dc-ssdae: big: out of memory; try ", captured.err.splitlines()[-1])
     with pytest.raises(RuntimeError, match="shapes"):
-        for_each_file(Options(), [Job(Path("bug"), Path("bug.png"))], process)
+        for_each_file(Options(), {Path("bug"): Path("bug.png")}, process)
 
 
 def test_a_command_that_ends_well_closes_its_process_group(run: Run, tmp_path: Path) -> None:

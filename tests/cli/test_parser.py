@@ -54,7 +54,7 @@ def parse(*words: str) -> MadeOptions:
 
 
 def test_every_kind_of_option() -> None:
-    assert parse("a", "--out", "o") == MadeOptions(source=Path("a"), out=Path("o"))
+    assert parse("a", "--out", "o") == MadeOptions(source=Path("a"), out=Path("o"), program="dc-ssdae make")
     words = "a --num_steps 2 b --out=o --import x c --rate 0.1,2 --import y --size 8 16 --kind large --quick"
     assert parse(*words.split()) == MadeOptions(
         source=Path("a"),
@@ -76,7 +76,7 @@ def test_every_kind_of_option() -> None:
     [
         ("", "SRC", "missing: SRC, --out; usage: dc-ssdae make SRC --out DIR [options]"),
         ("a --out", "--out", "expected one argument"),
-        ("a --out=", "--out", "empty"),
+        ("a --out=", "--out", "missing"),
         ("a --out o --num_steps 10", "--steps", "10"),
         ("a --out o --rate nan", "--rate", "nan"),
         ("a --out o --rate 1,x", "--rate", "x"),

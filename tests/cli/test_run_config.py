@@ -108,11 +108,11 @@ def test_a_settings_word_has_the_fields_type(flag: str, path: str, value: Any) -
         ("--confg demo", "--confg", "did you mean '--config'"),
         ("--training.minutes=", None, "--training.minutes has no value"),
         ("--losses.kl", None, "--losses.kl has no value"),
-        ("garbage", None, "unexpected word 'garbage'"),
+        ("garbage", "garbage", "unknown word 'garbage'"),
         ("--config demmo", None, "did you mean 'demo'?"),
-        ("--config demmo.yaml", None, "no such file 'demmo.yaml'"),
-        ("--config ~nobody/x.yaml", None, "no such file '~nobody/x.yaml'"),
-        ("--phases.low.training.lr=1", None, "--recipe"),
+        ("--config demmo.yaml", None, "'demmo.yaml'"),
+        ("--config ~nobody/x.yaml", None, "'~nobody/x.yaml'"),
+        ("--phases.low.training.lr=1", "phases", "'phases'"),
     ],
 )
 def test_a_wrong_word_is_named(words: str, field: str | None, told: str) -> None:
