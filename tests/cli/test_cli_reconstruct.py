@@ -205,7 +205,7 @@ def test_tiles_are_those_of_the_model_in_python(
         ("--sampler euler", "'euler'"),
         ("--sampler one_step --steps 2", "'num_steps'"),
         ("--tolerance -1", "--tolerance is -1.0"),
-        ("--sampler gradient_descent --momentum 0.1", "--momentum"),
+        ("--sampler gradient_descent --momentum 0.1", "'momentum'"),
         ("--start 0.5", "--draft"),
         ("--tile_size 36", "tile_size is 36"),
         ("--model nobody/nothing", "nobody/nothing"),
