@@ -94,13 +94,9 @@ class ToldElsewhere(InputError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is not enough memory, on whatever device."""
-    import torch
-
-    # On the CPU and on Apple's GPUs it is a plain RuntimeError.
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    says_so = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return says_so or isinstance(error, MemoryError)
 
 
 @contextmanager

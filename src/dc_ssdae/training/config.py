@@ -12,7 +12,7 @@ from dc_ssdae.settings import LARGEST_SEED, check_settings, is_required, setting
 
 Precision = Literal["float32", "bfloat16", "float16"]
 OptimizerName = Literal["schedule_free_radam", "adamw"]
-Direction = Literal["max", "min"]
+Metric = Literal["psnr", "ssim", "mse"]
 
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -22,8 +22,8 @@ BUILT_IN_LOSSES: Mapping[str, float] = {"dynamics": 1.0, "lpips": 0.5, "repa": 0
 LARGEST_SIZE = 2**16
 """Largest side of an image in pixels, and largest number of latent channels."""
 
-METRICS: Mapping[str, Direction] = {"psnr": "max", "ssim": "max", "mse": "min"}
-"""What an evaluation measures, and which way is better."""
+METRICS: Mapping[Metric, float] = {"psnr": 1.0, "ssim": 1.0, "mse": -1.0}
+"""What an evaluation within a run measures; 1 where more is better, else -1."""
 
 
 def keeps_latent(train: Sequence[str] | None) -> bool:
@@ -136,8 +136,7 @@ class TrainingConfig:
         keep_every: number of steps between checkpoints that are kept for good, a multiple of checkpoint_every; null
             keeps only the last and the best.
         evaluate_every: number of steps between evaluations of the averaged weights on validation images.
-        best_metric: metric that decides which checkpoint is best: psnr, ssim or mse, with NAME:max or NAME:min to set
-            the direction.
+        best_metric: metric that decides which checkpoint is best.
         sample_images: number of validation images whose reconstructions are logged at each evaluation.
         latent_statistics: largest number of training images on which the mean and standard deviation of the latent are
             measured at the end, for the model's config.json; 0 measures nothing. If the encoder does not train, its
@@ -172,7 +171,7 @@ class TrainingConfig:
     checkpoint_every: int = setting(1000, at_least=1, may_change=True)
     keep_every: int | None = setting(None, at_least=1, may_change=True)
     evaluate_every: int = setting(5000, at_least=1, may_change=True)
-    best_metric: str = "psnr"
+    best_metric: Metric = "psnr"
     sample_images: int = setting(8, at_least=0, may_change=True)
     latent_statistics: int = setting(10_000, at_least=0, may_change=True)
     max_skipped_steps: int = setting(10, at_least=1, may_change=True)
@@ -196,17 +195,6 @@ class TrainingConfig:
             raise wrong_value("training.keep_every", self.keep_every, wanted)
         if self.train == []:
             raise wrong_value("training.train", [], "names of the groups that train, or null for all")
-        _ = self.best
-
-    @property
-    def best(self) -> tuple[str, Direction]:
-        """Name and direction of the best metric."""
-        name, colon, direction = self.best_metric.partition(":")
-        if name not in METRICS:
-            raise unknown_name("training.best_metric", name, METRICS, "training.best_metric")
-        if colon and direction not in ("max", "min"):
-            raise unknown_name(f"direction of {name}", direction, ("max", "min"), "training.best_metric")
-        return name, direction if colon else METRICS[name]  # type: ignore[return-value]
 
     @property
     def keeps_latent(self) -> bool:

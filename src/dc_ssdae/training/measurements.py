@@ -147,8 +147,8 @@ class Measurements:
         random = run.module.objective.random_backbones
         remark = {"random_backbones": random} if random else {}
         loggers.evaluation({"step": step, **result.values, "images": result.images, **remark})
-        name, direction = run.config.training.best
-        value, sign = result.values[name], 1.0 if direction == "max" else -1.0
+        name = run.config.training.best_metric
+        value, sign = result.values[name], METRICS[name]
         if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
             return False
         self.best = {"metric": name, "value": value, "step": step}
