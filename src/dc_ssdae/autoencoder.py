@@ -478,8 +478,7 @@ DCSSDAE.__module__ = "dc_ssdae"
 
 def _floats(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"{name} must be a tensor of floating-point numbers, not {given}")
+        raise InputError(f"{name} must be a floating-point tensor, not {getattr(value, 'dtype', type(value).__name__)}")
     return value
 
 

@@ -15,8 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 
 from dc_ssdae.errors import InputError
-from dc_ssdae.files import write_whole
-from dc_ssdae.model_folder import NOT_MEASURED, read_config, update_config, weight_files
+from dc_ssdae.model_folder import NOT_MEASURED, read_config, update_config, weight_files, write_changed
 from dc_ssdae.provenance import IN_TRAINING, SPLITS, Evaluation, Provenance
 from dc_ssdae.weights import read_safetensors
 
@@ -58,7 +57,7 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
     for name, tensor in read_safetensors(*files.get(variant, ())).items():
         if name.rpartition(".")[2] not in BATCH_STATISTICS:
             parameters[name.partition(".")[0]] += tensor.numel()
-    write_whole(path, render_model_card(read_config(folder), parameters, variant, repo_id).encode())
+    write_changed(path, render_model_card(read_config(folder), parameters, variant, repo_id))
     return True
 
 

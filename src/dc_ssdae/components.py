@@ -64,8 +64,7 @@ class ResolvedPart:
         except InputError:
             raise
         except Exception as error:
-            message = " ".join(f"its constructor raised {type(error).__name__}: {error}".split())
-            raise InputError(f"{name} cannot be built with its settings; {message}") from error
+            raise InputError(" ".join(f"{name} cannot be built: {type(error).__name__}: {error}".split())) from error
         finally:
             hook.remove()
 

@@ -152,8 +152,7 @@ class LatentStatistics:
     count: int
 
     def __post_init__(self) -> None:
-        is_finite = all(map(math.isfinite, (*self.mean, *self.std)))
-        if not is_finite or not (any(self.std) or len(set(self.mean)) > 1):
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or not (any(self.std) or len(set(self.mean)) > 1):
             raise InputError(
                 "no image was encoded, or the encoder has collapsed: latents are all the same, or not finite"
             )

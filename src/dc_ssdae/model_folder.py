@@ -55,7 +55,13 @@ def update_config(folder: Path, settings: Mapping[str, Any]) -> None:
         OSError: it cannot be written; the old one stays.
     """
     changed = sorted({**read_config(folder), **settings}.items())  # as diffusers writes them
-    write_whole(folder / "config.json", (json.dumps(dict(changed), indent=2) + "\n").encode())
+    write_changed(folder / "config.json", json.dumps(dict(changed), indent=2) + "\n")
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Write a file as `write_whole` does, unless it holds this text already: a finished run's folder stays as it is."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_whole(path, text.encode())
 
 
 def model_folder(path: str | Path) -> Path:
