@@ -29,8 +29,6 @@ def test_the_head_is_saved_backbones_are_not_and_random_weights_are_said(
     assert {name for name in saved if name.startswith("objective.")} == {
         f"objective.terms.repa.head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
     }
-    # Backbones included it would be millions of values.
-    assert sum(tensor.numel() for tensor in saved.values()) < 100_000
     published = load_file(path / "model" / "diffusion_pytorch_model.safetensors")
     assert published.keys() == DCSSDAE.from_pretrained(path / "model").state_dict().keys()
     assert "losses.lpips, losses.repa: random weights in the backbone" in capsys.readouterr().err

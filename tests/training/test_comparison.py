@@ -58,11 +58,8 @@ def test_the_figures_by_hand(tmp_path: Path, dynamics: Any, steps: int, step_siz
         assert row["psnr"] == pytest.approx(psnr, abs=1e-3)
         assert row["mse"] == pytest.approx(mse, rel=1e-3)
         assert row["to_target"] == pytest.approx(to_target, rel=1e-3, abs=1e-9)
-        assert -1.0 < row["ssim"] < 1.0
     assert found[1]["to_target"] == 0.0
     assert found[2]["to_target"] > 1e-4
-    if steps > 1:
-        assert found[0]["to_target"] > 1e-4
 
 
 def test_broken_images_are_left_out(tmp_path: Path) -> None:

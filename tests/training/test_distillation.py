@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from states import differences, different, without_zeros
 from terms import HOOKED, Hooked, at, send
-from tiny import VARIABLE, batch, last, metrics, resume, run_config, start, trainer_of
+from tiny import batch, last, metrics, resume, run_config, start, trainer_of
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
@@ -24,7 +24,6 @@ from dc_ssdae.parameter_groups import parameter_groups
 from dc_ssdae.training.build import build_model, build_step, decoder_groups
 from dc_ssdae.training.config import DistillationConfig, RunConfig
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
-from dc_ssdae.training.logging import read_lines
 from dc_ssdae.training.run import WEIGHTS_FILE
 from dc_ssdae.training.trainer import Outcome, Trainer
 
@@ -192,9 +191,6 @@ def whole_run(photos: Path, teacher: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_what_a_run_leaves_behind(whole_run: Path, teacher: Path) -> None:
-    for line in read_lines(whole_run / "metrics.jsonl"):
-        assert set(line) == {"step", "loss/total", "loss/dynamics", "gradient_norm", "lr", *VARIABLE}
-        assert line["gradient_norm"] > 0.0
     before, tensors = load_file(teacher / WEIGHTS_FILE), last(whole_run).tensors
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors["model"].items()}
     frozen = before.keys() - different(before, weights)
@@ -280,9 +276,6 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(photos: Path, teacher: P
     path = tmp_path / "stopped"
     Hooked.hook = at({3: send(signal.SIGTERM)})
     assert start(config, path) == Outcome(4, "SIGTERM")
-    random_model(seed=9).save_pretrained(own)  # in its place
-    Hooked.hook = at({2: send(signal.SIGTERM)})
-    assert resume(config, path) == Outcome(7, "SIGTERM")
     shutil.rmtree(own)
     shutil.rmtree(path / "teacher_cache", ignore_errors=True)
     Hooked.hook = None
@@ -302,11 +295,7 @@ def test_mistakes_leave_no_run(teachers: dict[str, Path], photos: Path, tmp_path
     for config, told in (
         (distillation(damaged, photos), r"distillation\.teacher .*damaged"),
         (distillation(tmp_path / "nowhere", photos), r"distillation\.teacher .*nowhere"),
-        (distillation(teacher, photos, taught={"steps": 1, "step_size": 0.1}), r"distillation\.step_size"),
-        (
-            distillation(teachers["flow"], photos, dynamics="flow", taught={"step_size": 0.1}),
-            r"distillation\.step_size",
-        ),
+        (distillation(teachers["flow"], photos, dynamics="flow", taught={"step_size": 0.1}), "step_size is for a desc"),
         (distillation(teacher, photos, train=None), r"training\.train is .* the decoder alone"),
         (distillation(teacher, photos, init_from=str(teacher)), r"training\.init_from"),
         (replace(good, model=replace(good.model, latent_channels=6)), "linear does not fit; .* has shape"),

@@ -62,11 +62,6 @@ def of_term(step: TrainingStep, name: str) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in step.state_dict().items() if key.startswith(prefix)}
 
 
-def assert_is_average(step: TrainingStep, source: TrainingStep) -> None:
-    expected = {name: tensor + 1 for name, tensor in source.model.state_dict().items()}
-    assert different(step.model.state_dict(), expected) == set()
-
-
 @pytest.mark.parametrize("other", ["two", "three"])
 def test_a_term_of_another_form_starts_anew_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
@@ -77,7 +72,8 @@ def test_a_term_of_another_form_starts_anew_and_says_so(
     assert load_initial_weights(step, str(tmp_path / "run")) == of_term(step, "one").keys()
     assert different(of_term(step, other), before) == set()
     assert different(of_term(step, "one"), of_term(source, "one")) == set()
-    assert_is_average(step, source)
+    average = {name: tensor + 1 for name, tensor in source.model.state_dict().items()}
+    assert different(step.model.state_dict(), average) == set()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"losses.{other} starts anew: {tmp_path / 'run'} does not fit; ")
     # The model's folder alone has no terms.
@@ -88,11 +84,8 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     step = step_of(2)
     DCSSDAE.from_preset("demo").save_pretrained(tmp_path / "other")
     create_run(tmp_path / "begun", "", step.model.to_json_string())
-    for name, message in (
-        ("nowhere", "nowhere"),
-        ("other", "training.init_from .* has shape"),
-        ("begun", "no such file"),
-    ):
+    told = {"nowhere": "nowhere", "other": "training.init_from .* has shape", "begun": "no such file"}
+    for name, message in told.items():
         with pytest.raises(InputError, match=message) as caught:
             load_initial_weights(step, str(tmp_path / name))
         assert len(str(caught.value).splitlines()) == 1

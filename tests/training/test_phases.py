@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import pytest
 import torch
 from killed import KILLED, run_in_child
 from states import differences, different
-from terms import HOOKED, Hooked, send
+from terms import HOOKED, Hooked, at, send
 from tiny import last, run_config
 from torch import Tensor, nn
 
@@ -66,12 +66,6 @@ def start(recipe: Recipe, path: Path) -> Outcome | None:
 
 def resume(recipe: Recipe, path: Path) -> Outcome | None:
     return train_recipe(recipe, path, config_yaml, [].append, resumes=True, cpu=True)
-
-
-def assert_same_checkpoints(one: Path, other: Path) -> None:
-    first, second = last(one), last(other)
-    assert differences(first, second) == set()
-    assert {**first.state, "seconds": 0} == {**second.state, "seconds": 0}
 
 
 class Trained(NamedTuple):
@@ -162,10 +156,8 @@ def test_a_mistake_in_a_phase_is_found_before_the_first(
 
 
 def test_a_mistake_that_a_first_step_shows_leaves_the_phases_before_it(photos: Path, tmp_path: Path) -> None:
-    nothing = {
-        "train": ["encoder"],
-        "losses": {"dynamics": 0.0, "kl": 0.0, "still": {"class_path": f"{__name__}.Still"}},
-    }
+    still = {"class_path": f"{__name__}.Still"}
+    nothing = {"train": ["encoder"], "losses": {"dynamics": 0.0, "kl": 0.0, "still": still}}
     with pytest.raises(TrainingFailed, match="no loss term depends on anything that trains"):
         start(recipe_of(photos, {"one": {"steps": 2}, "two": nothing}), tmp_path / "run")
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == {".lock", "1-one", "model", "recipe.yaml"}
@@ -204,24 +196,12 @@ def stopped_recipe(photos: Path, **training: Any) -> Recipe:
 
 def assert_same_recipes(path: Path, whole: Path) -> None:
     for folder in ("1-one", "2-two", "3-three"):
-        assert_same_checkpoints(path / folder, whole / folder)
+        found, expected = last(path / folder), last(whole / folder)
+        assert differences(found, expected) == set()
+        assert {**found.state, "seconds": 0} == {**expected.state, "seconds": 0}
     assert os.readlink(path / "model") == "3-three/model"
     model = DCSSDAE.from_pretrained(path / "model")
     assert different(model.state_dict(), last(whole / "3-three").tensors["ema"]) == set()
-
-
-def at_call(number: int, work: Callable[[], object]) -> Callable[[int, Tensor], Tensor]:
-    """A hook that does something once, at a call counted over all phases."""
-    seen = 0
-
-    def hook(call: int, value: Tensor) -> Tensor:
-        nonlocal seen
-        seen += 1
-        if seen == number + 1:
-            work()
-        return value
-
-    return hook
 
 
 interrupt = send(signal.SIGTERM)
@@ -266,10 +246,10 @@ def test_stopped_by_signals_it_ends_as_if_nothing_had_happened(photos: Path, who
         between.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: interrupt())
         assert start(recipe, path) == Outcome(3, "SIGTERM")
     assert not (path / "2-two").exists()
-    Hooked.hook = at_call(2, interrupt)  # in the last step of a phase
+    Hooked.hook = at({2: interrupt})  # in the last step of a phase
     assert resume(recipe, path) == Outcome(3, "SIGTERM")
     assert not (path / "3-three").exists()
-    Hooked.hook = at_call(1, interrupt)  # in the middle of a phase
+    Hooked.hook = at({1: interrupt})  # in the middle of a phase
     assert resume(recipe, path) == Outcome(2, "SIGTERM")
     assert finished_phases(recipe, path) == ["one", "two"]
     assert os.readlink(path / "model") == "2-two/model"
@@ -338,7 +318,7 @@ def contents(path: Path) -> dict[Path, bytes]:
 if __name__ == "__main__":
     of_photos, into = map(Path, sys.argv[1:3])
     for place in map(int, sys.argv[3:]):
-        at, later = KILLS[place]
+        since, later = KILLS[place]
         run = into / str(place) / "run"
-        if run_in_child(partial(start, stopped_recipe(of_photos), run), later, since=at) != KILLED:
-            sys.exit(f"it was not killed at {at}")
+        if run_in_child(partial(start, stopped_recipe(of_photos), run), later, since=since) != KILLED:
+            sys.exit(f"it was not killed at {since}")

@@ -121,9 +121,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
 def train_to(run: RunFolder, step: int) -> None:
     """Save a checkpoint, the best so far, and publish its model."""
     tensors, state = checkpoint(step, best=step)
-    provenance = {"steps": step, "data": "photos"}
-    folder = run.checkpoints.save(Checkpoint(tensors, {**state, "provenance": provenance}), is_best=True)
-    publish_model(run, folder / "ema.safetensors", provenance=provenance)
+    state = {**state, "provenance": {"steps": step, "data": "photos"}}
+    publish_model(run, run.checkpoints.save(Checkpoint(tensors, state), is_best=True), state)
 
 
 @pytest.fixture
@@ -142,7 +141,7 @@ def test_where_no_links_can_be_made_the_model_is_a_copy(run: RunFolder, monkeypa
     folder = run.checkpoints.save(checkpoint(20))
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", MagicMock(side_effect=PermissionError(1, "Operation not permitted")))
-        publish_model(run, folder / "ema.safetensors")
+        publish_model(run, folder, {"step": 20})
     recover_run(run)
     assert published(run) == 20.0
     assert not (run.model / WEIGHTS_FILE).samefile(folder / "ema.safetensors"), "the same content is left alone"
