@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dc_ssdae.errors import InputError, ToldElsewhere
+from dc_ssdae.errors import InputError
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Processes:
             failure = " ".join(str(error).split()) or type(error).__name__
         failures = [text for text in self.gather(failure) if text is not None]
         if failures:
-            raise InputError(failures[0]) if self.is_main else ToldElsewhere(failures[0])
+            raise InputError(failures[0])
         return result  # type: ignore[return-value]  # it is there, or there was a failure
 
     def on_main(self, work: Callable[[], T]) -> T:

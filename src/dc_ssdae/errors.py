@@ -20,6 +20,9 @@ class InputError(ValueError):
         field: name of the setting or option that is wrong, such as training.lr; None where it is none, or not known.
     """
 
+    in_one_process = False
+    """Whether other processes of the same run may not know of it; else they raise it too, and the main one tells it."""
+
     def __init__(self, message: str = "", field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
@@ -86,10 +89,6 @@ def shown(value: object) -> str:
 def counted(number: int, thing: str) -> str:
     """A number of things in words: "1 image", "24 images"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-class ToldElsewhere(InputError):
-    """An error that another process of the same run reports; this one ends without a word."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

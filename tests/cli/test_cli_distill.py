@@ -142,6 +142,7 @@ def test_a_whole_distillation(run: Run, refusal: Refusal, teacher: Path) -> None
     words = ("distill", "--teacher", teacher, "--steps", 2, "--training.steps", 2)
     outcome = run(*words)
     assert outcome.code == 0, outcome.err
+    assert any("PSNR on 2 validation images: teacher, 1 step " in line for line in outcome.err)
     out = Path("runs/first-distilled")
     assert os.listdir("runs") == [out.name]
     assert steps_done(out) == [1, 2]

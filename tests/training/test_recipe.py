@@ -116,7 +116,7 @@ def test_a_configuration_with_phases_lies_over_the_recipe(write: Write) -> None:
         (RECIPE, "--phases.head.training.init_from x", "phases.head has both"),
         (RECIPE, "--phases.head.data.image_size 60", "phase head: data.image_size"),
         ("description: none", "", "phases is None"),
-        ("phases: {low: {model: {latent_channels: 4}}}", "", "section model"),
+        ("phases: {low: {model: {latent_channels: 8}}, high: {}}", "", "sections model"),
         ("phases: {low: {trainin: {}}}", "", "did you mean 'training'?"),
         ("phases: {low: {training: {train: decoder}}}", "", "phase low: training.train"),
         ("phases: {low: {starts_from: low}}", "", "'low'"),

@@ -4,6 +4,7 @@ import json
 import logging
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from dc_ssdae.settings import setting
 
 
 @dataclass(kw_only=True)
-class ModelBenchOptions(DeviceOptions, JsonOptions):
-    """For benchmarks of models.
+class EncodeOptions(DeviceOptions, JsonOptions):
+    """Time how long models take to encode random images; several models take turns in one process.
+
+    Prints medians and quartiles over the rounds; ratios are to the first model. On a CPU, processor time is measured,
+    which depends little on other work on the machine. share_of_peak compares FLOPs per second with this machine's
+    fastest 3 x 3 convolution; the memory includes the weights.
 
     Args:
         model: model to time, named as in dc-ssdae compare: a folder or hub id, preset:NAME, diffusers:FOLDER_OR_ID, or
@@ -39,17 +44,7 @@ class ModelBenchOptions(DeviceOptions, JsonOptions):
 
 
 @dataclass(kw_only=True)
-class EncodeOptions(ModelBenchOptions):
-    """Time how long models take to encode random images; several models take turns in one process.
-
-    Prints medians and quartiles over the rounds; ratios are to the first model. On a CPU, processor time is measured,
-    which depends little on other work on the machine. share_of_peak compares FLOPs per second with this machine's
-    fastest 3 x 3 convolution; the memory includes the weights.
-    """
-
-
-@dataclass(kw_only=True)
-class DecodeOptions(ModelBenchOptions):
+class DecodeOptions(EncodeOptions):
     """Time how long models take to decode random images; several models take turns in one process.
 
     Prints medians and quartiles over the rounds; ratios are to the first model. On a CPU, processor time is measured,
@@ -102,7 +97,7 @@ class TrainOptions(RunOptions, JsonOptions):
     compare: list[str] = setting([], repeated=True, metavar="SETTING=VALUE")
 
 
-def run_encode(options: ModelBenchOptions, work: str = "encode") -> None:
+def run_encode(options: EncodeOptions, work: str = "encode") -> None:
     """Time encoding, or decoding, and print."""
     import torch
 
@@ -112,7 +107,7 @@ def run_encode(options: ModelBenchOptions, work: str = "encode") -> None:
     from dc_ssdae.evaluation.speed import measure_speed
     from dc_ssdae.timing import describe_machine
 
-    device, dtype = select_device(options.device), getattr(torch, options.dtype)
+    device, dtype, threads = select_device(options.device), getattr(torch, options.dtype), options.threads
     candidates = {}
     for spec in name_apart([parse_candidate(text) for text in (options.model, *options.against)]):
         candidates[spec.label] = candidate = open_candidate(spec, dtype).to(device)
@@ -122,12 +117,10 @@ def run_encode(options: ModelBenchOptions, work: str = "encode") -> None:
         for part in ("encoder", "decoder") if options.compile else ():
             getattr(module, part).compile()
     figures = []
-    for size in dict.fromkeys(options.size):
-        figures += measure_speed(
-            work, candidates, size, options.batch_size, device, dtype, options.rounds, options.threads
-        )
+    for size in options.size:
+        figures += measure_speed(work, candidates, size, options.batch_size, device, dtype, options.rounds, threads)
     settings = options.given("dtype", "compile", "rounds")
-    machine = {**describe_machine(device), "threads": options.threads}
+    machine = {**describe_machine(device), "threads": threads}
     _print(options, {"benchmark": work, **settings, "figures": figures, "machine": machine}, "figures")
 
 
@@ -142,13 +135,12 @@ def run_data(options: DataOptions) -> None:
     from dc_ssdae.data.sources import open_path
     from dc_ssdae.timing import describe_machine
 
-    paths = [training_images(name) for name in options.sources]
-    sources = [(name, open_path(path, None)) for name, path in zip(options.sources, paths, strict=True)]
-    workers = [count for count in dict.fromkeys(options.workers) if count]
+    sources = [(name, open_path(training_images(name), None)) for name in options.sources]
+    workers = [count for count in options.workers if count]
     with ExitStack() as stack:
         if options.packed:
-            shards = stack.enter_context(packed(paths[0], lambda line: complain(options.program, line)))
-            sources.append((f"{options.sources[0]} (packed)", shards))
+            first, report = options.sources[0], partial(complain, options.program)
+            sources.append((f"{first} (packed)", stack.enter_context(packed(training_images(first), report))))
         figures = measure_data(sources, options.image_size, options.aug_scale, options.seconds, workers)
     settings = options.given("image_size", "aug_scale")
     machine = {**describe_machine(), "threads": 1}

@@ -8,13 +8,13 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dc_ssdae.errors import InputError, ToldElsewhere, advising_on_memory, counted
+from dc_ssdae.errors import InputError, advising_on_memory, counted
 
 if TYPE_CHECKING:
     import torch
@@ -218,42 +218,26 @@ def tell_of_images(program: str, size: int, broken: "Sequence[BrokenImage]", enl
 
 
 def writable_model(model: str, instead: str) -> Path:
-    """Find a model's folder and check that it can be written to, before the time that measuring takes.
+    """Find a model's folder, and check that it can be written to before the time that measuring takes.
 
     Args:
         model: a saved model or a run of this package.
         instead: what to do where it cannot be written to.
 
     Raises:
-        InputError: it is no folder with a model, or nothing can be written there.
+        InputError: it is no folder, or nothing can be written there.
     """
-    from dc_ssdae.model_folder import model_folder, read_config
+    from dc_ssdae.model_folder import model_folder
 
     folder = model_folder(model)
     if not os.access(folder, os.W_OK):
         raise InputError(f"{model} is no folder of a model or run that can be written to; {instead}")
-    read_config(folder)
     return folder
 
 
 def is_main_process() -> bool:
     """Whether this is the main process, which prints messages."""
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def told_by_one_process() -> Iterator[None]:
-    """Let only the main process report an error that all processes of a command raise."""
-    try:
-        yield
-    except InputError as error:
-        if is_main_process():
-            raise
-        from dc_ssdae.data.loader import ReadingFailed
-
-        if isinstance(error, ReadingFailed):  # which this process alone may know
-            raise
-        raise ToldElsewhere(str(error)) from error
 
 
 def main_first(processes: "Processes", load: Callable[[], T]) -> T:

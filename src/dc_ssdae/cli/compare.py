@@ -4,10 +4,10 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
-from dc_ssdae.cli.common import check_outputs, complain, describe, write_outputs
+from dc_ssdae.cli.common import check_outputs, complain, write_outputs
 from dc_ssdae.cli.evaluation import open_evaluation, tell_report
 from dc_ssdae.cli.options import EvaluationOptions
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, prefixed
 from dc_ssdae.settings import setting
 
 FILES = ("index.html", "table.md", "table.json", "pareto.png")
@@ -54,10 +54,8 @@ def run(options: Options) -> int:
     # All of them before the hours that measuring takes: what cannot be loaded is a mistake to mend at once.
     candidates: dict[str, Candidate] = {}
     for spec in specs:
-        try:
+        with prefixed(spec.label):
             candidates[spec.label] = open_candidate(spec, getattr(torch, options.dtype), classes, about["decoding"])
-        except (InputError, OSError) as error:
-            raise InputError(f"{spec.label}: {describe(error)}") from error
     openers = {label: partial(candidates.__getitem__, label) for label in candidates}
 
     def tell(label: str, reason: str) -> None:

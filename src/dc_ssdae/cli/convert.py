@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,19 +90,18 @@ def run_diffusers(options: DiffusersOptions) -> None:
     check_output_folder(options)
     if options.decoder is not None and (options.decoder_size or options.dynamics):
         raise InputError("--decoder-size and --dynamics are for a new decoder; they cannot be given with --decoder")
-    from dc_ssdae.components import COMPONENTS
     from dc_ssdae.interop.diffusers_encoders import convert_diffusers
     from dc_ssdae.presets import dump_yaml
+    from dc_ssdae.training.config import ModelConfig
 
     remarks: list[str] = []
     given = options.given("decoder_size", "dynamics", "seed", "subfolder", "variant", "decoder")
     model = convert_diffusers(options.source, remark=remarks.append, **given)
     _save(options, model)
     config = model.config
-    names = ("latent_channels", "downsample_factor", *COMPONENTS)
     run = {
         "description": f"a decoder on the frozen encoder of {config.provenance['source']}",
-        "model": json.loads(json.dumps({name: config[name] for name in names})),
+        "model": json.loads(json.dumps({entry.name: config[entry.name] for entry in fields(ModelConfig)})),
         "training": {"train": ["decoder", "losses.repa"]},
         "losses": {"kl": 0.0},
     }

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dc_ssdae.cli.common import check_outputs, say, select_device
+from dc_ssdae.cli.common import check_output_folder, say, select_device
 from dc_ssdae.cli.options import DeviceOptions, OutputOptions, SeedOptions
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.errors import counted
 from dc_ssdae.presets import SHIPPED_MODEL
 from dc_ssdae.settings import setting
 
@@ -29,8 +29,8 @@ class Options(OutputOptions, SeedOptions, DeviceOptions):
     nothing.
 
     Args:
-        minutes: training time in minutes; by default 3.
-        steps: number of training steps, instead of --minutes; such a run is reproducible.
+        minutes: training time in minutes; by default 3, or no limit with --steps.
+        steps: number of training steps; without --minutes, such a run is reproducible.
         dtype: precision in which the networks compute during training.
     """
 
@@ -42,24 +42,19 @@ class Options(OutputOptions, SeedOptions, DeviceOptions):
 
 def run(options: Options) -> None:
     """Train, evaluate, save and report."""
-    if options.minutes is not None and options.steps is not None:
-        raise InputError("--minutes and --steps cannot be given together")
     device = select_device(options.device)
-    from dc_ssdae.training.run import check_new
+    from dc_ssdae.training.run import check_new, remove_run
 
+    check_output_folder(options)
     file = options.out / "config.yaml"
-    # An earlier demo may be replaced, no other run.
-    replaces = file.is_file() and SAMPLE_PHOTOS in file.read_text(encoding="utf-8", errors="replace")
-    if replaces:
-        check_outputs(options, [file])
-    else:
-        check_new(options.out)  # before the seconds that the shipped model takes
+    if file.is_file() and SAMPLE_PHOTOS in file.read_text(encoding="utf-8", errors="replace"):
+        remove_run(options.out)  # an earlier demo may be replaced, no other run
+    check_new(options.out)  # before the seconds that the shipped model takes
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.cli.run_config import config_yaml
     from dc_ssdae.data.sample_photos import sample_photos
-    from dc_ssdae.training.run import remove_run
     from dc_ssdae.training.start import start_run
 
     config = _configuration(options)
@@ -69,8 +64,6 @@ def run(options: Options) -> None:
     say(f"Reconstructing {counted(len(held_out), 'photo')} with {SHIPPED_MODEL}, which comes with this package")
     shipped = _evaluate(DCSSDAE.from_pretrained(), held_out, device)
     say(f"Training preset {PRESET!r} on {device}")
-    if replaces:
-        remove_run(options.out)
     start_run(config, config_yaml(config), options.out, cpu=device.type == "cpu")
     model = DCSSDAE.from_pretrained(options.out / "model")
     _report(options.out, shipped, _evaluate(model, held_out, device), config)
@@ -84,7 +77,7 @@ def _configuration(options: Options) -> "RunConfig":
     training = {
         "preset": PRESET,
         "steps": options.steps,
-        "minutes": None if options.steps else options.minutes or 3.0,
+        "minutes": options.minutes or (None if options.steps else 3.0),
         "seed": options.seed,
         "precision": options.dtype,
         "output": str(options.out),

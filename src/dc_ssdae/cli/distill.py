@@ -1,14 +1,15 @@
 """`dc-ssdae distill`: trains a model to decode in one step what a teacher decodes in several, and compares them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import is_main_process, say, side_by_side
+from dc_ssdae.cli.common import complain, is_main_process, say, select_device, side_by_side
 from dc_ssdae.cli.run_config import RunOptions, read_config_of, read_run_config
 from dc_ssdae.cli.train import new_run_folder, resume, start, watching_training
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, counted, prefixed
 from dc_ssdae.presets import read_yaml
 from dc_ssdae.settings import setting
 from dc_ssdae.training.config import ModelConfig, RunConfig
@@ -48,6 +49,7 @@ def run(options: Options) -> None:
     with watching_training(options.resume is not None):
         if options.resume is None:
             config, path = _new_config(options)
+            _preview(options.program, config)
             outcome: Outcome | None = start(options.program, config, path)
         else:
             if options.teacher is not None or options.steps is not None:
@@ -67,6 +69,7 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
         InputError: no teacher is given; or its run reads images by a class that is not of this package.
     """
     from dc_ssdae.data.sources import check_runs_nothing
+    from dc_ssdae.provenance import name_of_path
 
     if options.teacher is None:
         raise InputError("which model is the teacher? give --teacher DIR, the folder of a saved model or of a run")
@@ -77,35 +80,27 @@ def _new_config(options: Options) -> tuple[RunConfig, Path]:
         check_runs_nothing(value, Path(options.teacher))
         class_path = str(value.get("class_path")) if isinstance(value, Mapping) else ""
         if "." in class_path and not class_path.startswith("dc_ssdae."):
-            raise InputError(
-                f"--teacher {options.teacher} reads images by {class_path}; if you trust it, give it as --data.{name}"
-            )
+            raise InputError(f"the teacher's run reads images by {class_path}; if you trust it, give --data.{name}")
     # Also as settings, which go over what a file says, such as the config.yaml of an earlier distillation.
-    options.settings.append(("distillation.teacher", options.teacher))
-    if options.steps is not None:
-        options.settings.append(("distillation.steps", str(options.steps)))
+    given = options.given("teacher", "steps")
+    options.settings += [(f"distillation.{name}", str(value)) for name, value in given.items()]
     config, _ = read_run_config(options, base)
-    teacher = Path(options.teacher).absolute()
-    name = teacher.parent.name if teacher.name == "model" else teacher.name
-    return config, new_run_folder(config.training.output, f"{name}-distilled")
+    return config, new_run_folder(config.training.output, f"{name_of_path(options.teacher)}-distilled")
 
 
 def _base(teacher: str) -> dict[str, Any]:
     """Make the default configuration of a student: the teacher's model, and the settings of its run, if it has one."""
-    from dc_ssdae.autoencoder import COMPONENTS
     from dc_ssdae.model_folder import model_folder, read_config
     from dc_ssdae.training.build import decoder_groups
 
     folder = model_folder(teacher)
     config = read_config(folder)
-    names = ("latent_channels", "downsample_factor", *COMPONENTS)
-    if missing := [name for name in names if name not in config]:
-        raise InputError(f"--teacher {teacher}: its config.json lacks {', '.join(missing)}")
-    model = {name: config[name] for name in names}
+    model: dict[str, Any] = {entry.name: config.get(entry.name) for entry in fields(ModelConfig)}
     base = read_config_of(folder)
     training, losses = base.get("training", {}), base.get("losses", {})
     # The latent's batch norm has seen all latents there are: the encoder no longer changes.
-    groups = [name for name in decoder_groups(ModelConfig(**model)) if name != "decoder.latent_inputs"]
+    with prefixed(f"--teacher {teacher}"):
+        groups = [name for name in decoder_groups(ModelConfig(**model)) if name != "decoder.latent_inputs"]
     seed = training.get("seed", 0) + 1  # not the crops and noise of the teacher's run
     return {
         **base,
@@ -114,6 +109,23 @@ def _base(teacher: str) -> dict[str, Any]:
         "losses": {**{name: losses[name] for name in ("dynamics", "lpips") if name in losses}, "repa": 0.0, "kl": 0.0},
         "distillation": {"teacher": teacher, "steps": 8},
     }
+
+
+def _preview(program: str, config: RunConfig) -> None:
+    """Report what the teacher's steps are worth before time is spent on learning them."""
+    from dc_ssdae.training.build import load_teacher, own_classes
+    from dc_ssdae.training.comparison import compare, open_images
+
+    if not is_main_process() or config.distillation is None:
+        return
+    steps, step_size = config.distillation.steps, config.distillation.step_size
+    with suppress(InputError):  # the run itself finds the mistake, for all processes
+        images, split = open_images(config, 16)
+        teacher = load_teacher(Path(config.distillation.teacher), own_classes(config.model)).to(select_device("auto"))
+        (one, several, _), count = compare(teacher, teacher, images, steps, step_size)
+        figures = ", ".join(f"{entry['name']} {entry['psnr']:.2f} dB" for entry in (one, several))
+        worse = "; the steps make it worse: try fewer, or another step size" if several["psnr"] < one["psnr"] else ""
+        complain(program, f"PSNR on {counted(count, f'{split} image')}: {figures}{worse}")
 
 
 def _compare(path: Path, config: RunConfig) -> None:
@@ -126,7 +138,6 @@ def _compare(path: Path, config: RunConfig) -> None:
     report = compare_distilled(config, path)
     say(side_by_side(report["decodings"]))
     say(f"Means over {report['images']} {report['split']} images of {report['image_size']} px, cut from the centre.")
-    if report["random_backbones"]:
-        names = ", ".join(report["random_backbones"])
-        say(f"The student's figures mean nothing: losses with random weights in the backbone: {names}.")
+    for name in report["random_backbones"]:
+        say(f"The student's figures mean nothing: the backbone of losses.{name} has random weights.")
     say(f"{path / REPORT_FILE}, {path / PICTURE_FILE} (its rows: the originals, then as above)")

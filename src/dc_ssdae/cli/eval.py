@@ -7,7 +7,6 @@ from dc_ssdae.cli.common import (
     advising_on_batches,
     check_outputs,
     say,
-    told_by_one_process,
     writable_model,
     write_outputs,
 )
@@ -41,16 +40,14 @@ class Options(EvaluationOptions):
     add_to_model: bool = setting(False, name="--add-to-model")
 
 
-@told_by_one_process()
 def run(options: Options) -> None:
     """Measure, write and print; the worst and best images are reconstructed again."""
     from dc_ssdae.evaluation.candidate_names import open_candidate, parse_candidate
 
     spec = parse_candidate(options.model)
     check_outputs(options, [options.out / name for name in FILES])
-    folder = None
-    if options.add_to_model:
-        folder = writable_model(spec.value if spec.kind == "ours" else options.model, "leave --add-to-model out")
+    name = spec.value if spec.kind == "ours" else options.model
+    folder = writable_model(name, "leave --add-to-model out") if options.add_to_model else None
     before = _weights_in(folder)
     images, device, processes, classes, about = open_evaluation(options)
     import torch
@@ -80,14 +77,10 @@ def run(options: Options) -> None:
         return
     if before != _weights_in(folder):
         raise InputError(f"the weights in {folder} have changed while they were measured; nothing is written there")
-    figures = report.as_provenance()
-    if not figures["metrics"]:
-        raise InputError(f"no metric has a value; nothing is written to {folder}")
-    note_evaluation(folder, figures)
+    note_evaluation(folder, report.as_provenance())
     say(f"-> {folder / 'config.json'}, {folder / CARD_FILE}")
 
 
 def _weights_in(folder: Path | None) -> list[tuple[Path, int]]:
     """Identify the weights of a model by their files: a run that continues replaces them."""
-    files = [] if folder is None else sorted(folder.glob("*.safetensors"))
-    return [(file, file.stat().st_mtime_ns) for file in files]
+    return [(file, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))] if folder else []

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dc_ssdae.cli.common import complain, import_classes, main_first, say, select_device
@@ -55,18 +55,15 @@ def open_evaluation(options: EvaluationOptions) -> "Opened":
     settings = EvaluationSettings(protocol, options.size or protocol.size, options.batch, workers, options.seed)
     sources = open_sources(options.data, None, None, None)
     source = sources.validation or sources.train
-    root = options.data
-    name = root if "://" in root or "{" in root else name_of_path(Path(root).expanduser().resolve()) or root
+    name = name_of_path(options.data) or options.data
     images, classes = settings.images(source, options.limit), import_classes(options.modules)
     processes = Processes.join(device)
-    if processes.count > 1 and device.type == "cuda":
-        device = torch.device(processes.device)
+    device = torch.device(processes.device)
     chosen = options.given("random_backbones", "download", "replicates", "seed")
+    load = partial(load_metrics, protocol, device, options.metrics, size=settings.size, **chosen)
     report = {
         "settings": settings,
-        "suite": main_first(
-            processes, lambda: load_metrics(protocol, device, options.metrics, size=settings.size, **chosen)
-        ),
+        "suite": main_first(processes, load),
         "data": name + ("/validation" if sources.validation else ""),
         "total": len(source),
         "machine": describe_machine(device),

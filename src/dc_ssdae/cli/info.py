@@ -76,11 +76,7 @@ def _profile(options: Options, name: str, classes: Sequence[type]) -> dict[str, 
         if size % config.downsample_factor == 0:
             flops = {f"{work}_flops": count for work, count in count_flops(model, size)._asdict().items()}
             sizes[str(size)] = {"latent_shape": latent_shape(model, size, size), **flops}
-    parts = {}
-    for part in COMPONENTS:
-        # A setting that is None follows from the others.
-        settings = {key: value for key, value in config[part]["init_args"].items() if value is not None}
-        parts[part] = {"class_path": config[part]["class_path"], **settings}
+    parts = {part: {"class_path": config[part]["class_path"], **config[part]["init_args"]} for part in COMPONENTS}
     names = ("downsample_factor", "latent_channels", "shift_factor", "scaling_factor", "latents_mean", "latents_std")
     return {
         "name": name,
@@ -122,18 +118,17 @@ def _open(name: str, classes: Sequence[type]) -> "tuple[DCSSDAE, Path | None, li
 
 
 def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type]) -> dict[str, Any]:
-    """Time a preset with random weights, or a folder's model, at the smallest of SIZES that is a multiple of f."""
+    """Time a preset with random weights, or a folder's model, at the smaller of SIZES, or f where that is larger."""
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.evaluation.profile import measure_seconds
 
-    is_saved = isinstance(source, Path)
-    model = DCSSDAE.from_pretrained(source, classes=classes) if is_saved else DCSSDAE.from_preset(source)
+    is_preset = isinstance(source, str)
+    model = DCSSDAE.from_preset(source) if is_preset else DCSSDAE.from_pretrained(source, classes=classes)
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
     torch.nn.Module.to(model, device=select_device(device), dtype=getattr(torch, dtype))
-    factor = model.config.downsample_factor
-    size = next((size for size in SIZES if size % factor == 0), factor)
+    size = max(SIZES[0], model.config.downsample_factor)  # both are powers of two
     return {"device": str(model.device), "size": size, **measure_seconds(model, size)._asdict()}
 
 
@@ -144,7 +139,6 @@ def _as_rows(profile: dict[str, Any]) -> list[tuple[str, str]]:
     known = Provenance.from_mapping(profile.pop("provenance") or {})
     profile |= known.facts()
     for number, evaluation in enumerate(known.evaluations or (), 1):
-        metrics = evaluation.metrics.items()
-        figures = [f"{name} {metric} {metric.note or ''}".strip() for name, metric in metrics]
+        figures = [f"{name} {metric} {metric.note or ''}".strip() for name, metric in evaluation.metrics.items()]
         profile[f"evaluation {number}"] = "; ".join([*map(" ".join, evaluation.facts()), *figures])
     return list(cells(profile).items())

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dc_ssdae import __version__
-from dc_ssdae.errors import InputError, shown
+from dc_ssdae.errors import InputError
 from dc_ssdae.files import write_whole
 from dc_ssdae.weights import read_safetensors
 
@@ -59,10 +59,7 @@ def read_latent(path: Path) -> LatentFile:
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         fits = False
     if not fits:
-        held = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
-        raise InputError(
-            f"{path}: not a latent file as dc-ssdae encode writes it: it holds {shown({**held, **metadata})}"
-        )
+        raise InputError(f"{path}: not a latent file as dc-ssdae encode writes it")
     _check_finite(path, latent)
     return LatentFile(latent, (height, width), factor)
 

@@ -2,10 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dc_ssdae.cli.common import complain, load_model, main_first, say_part, select_device, told_by_one_process
+from dc_ssdae.cli.common import complain, load_model, main_first, say_part, select_device
 from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import LARGEST_SEED, setting
@@ -49,7 +50,6 @@ class Options(ModelOptions, BatchOptions, ShardOptions):
     images: int | None = setting(None, at_least=1, metavar="N")
 
 
-@told_by_one_process()
 def run(options: Options) -> None:
     """Encode the images."""
     if options.seed is not None and options.store != "sample":
@@ -62,54 +62,40 @@ def run(options: Options) -> None:
     from dc_ssdae.provenance import name_of_path
 
     processes = Processes.join(device)
-    if processes.count > 1 and device.type == "cuda":
-        options.device = str(processes.device)
+    options.device = str(processes.device)
     seed, store_dtype = options.seed or 0, options.store_dtype or options.dtype
     settings = LatentSettings(options.size, options.store, options.flip, seed, store_dtype, options.shard_size)
     parts = processes.together(lambda: _open_parts(options.data, options.out, options.cache))
     model = main_first(processes, lambda: load_model(options))
     # Files that others read tell no local path.
     name = (name_of_path(options.model) or "model") if Path(options.model).is_dir() else options.model
+    encoder, report = LatentEncoder.of(model, name), partial(complain, options.program)
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    done = encode_latents(
-        parts,
-        options.out,
-        LatentEncoder.of(model, name),
-        settings,
-        only=options.split,
-        limit=options.images,
-        batch_size=options.batch,
-        workers=default_workers(processes_here) if options.workers is None else options.workers,
-        processes=processes,
-        max_broken_share=options.max_broken_share,
-        report=lambda line: complain(options.program, line),
-    )
+    workers = default_workers(processes_here) if options.workers is None else options.workers
+    chosen: dict[str, Any] = {"only": options.split, "limit": options.images, **options.given("max_broken_share")}
+    work: dict[str, Any] = {"batch_size": options.batch, "workers": workers, "processes": processes, "report": report}
+    done = encode_latents(parts, options.out, encoder, settings, **chosen, **work)
     for part in done if processes.is_main else ():
         say_part(part, f"; {part.unlabelled} without a label (-1)" if part.unlabelled else "")
 
 
 def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSource]":
     """Open the images of each part, by its name, which is "" if the data has no parts."""
-    from dc_ssdae.data.resumable import check_places
-    from dc_ssdae.data.sources import check_runs_nothing, open_path, open_sources, split_folders
-
-    if not data.endswith((".yaml", ".yml")):
-        root = os.path.expanduser(data)
-        check_places(root, out)
-        return {name: open_path(folder, cache) for name, folder in (split_folders(root) or {"": root}).items()}
     from dc_ssdae.classes import importing_from
+    from dc_ssdae.data.resumable import check_places
+    from dc_ssdae.data.sources import check_runs_nothing, open_sources
     from dc_ssdae.presets import read_yaml
     from dc_ssdae.training.config import DataConfig
 
-    section = read_yaml(Path(data)).get("data")
-    if not isinstance(section, dict):
-        raise InputError(f"{data} has no section data; it names images by root or dataset, as a run's config.yaml does")
-    given: dict[str, Any] = {name: section.get(name) for name in ("root", "dataset", "validation", "cache")}
-    named = DataConfig(**given)
-    for value in (named.root, named.dataset, named.validation):
-        check_runs_nothing(value, Path(data))
+    section: Any = {"root": data}
+    if data.endswith((".yaml", ".yml")):
+        section = read_yaml(Path(data)).get("data")
+        if not isinstance(section, dict):
+            raise InputError(f"{data} has no section data, as a run's config.yaml has, with root or dataset")
+        check_runs_nothing(section, Path(data))
+    named = DataConfig(**{name: section.get(name) for name in ("root", "dataset", "validation", "cache")})
     if named.root is not None:
-        check_places(named.root, out)
+        check_places(os.path.expanduser(named.root), out)
     with importing_from(Path.cwd()):
         sources = open_sources(named.root, named.dataset, named.validation, cache or named.cache)
     validation = {} if sources.validation is None else {"validation": sources.validation}

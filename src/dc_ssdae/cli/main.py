@@ -4,11 +4,12 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from dc_ssdae.cli.common import complain, describe
-from dc_ssdae.errors import InputError, ToldElsewhere, lenient_stderr, unknown_name
+from dc_ssdae.cli.common import complain, describe, is_main_process
+from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.errors import InputError, lenient_stderr, unknown_name
+from dc_ssdae.machine import keep_freed_memory
 
 PROGRAM = "dc-ssdae"
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -62,9 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             name, rest = choose_command([word for word in words if word != "--debug"])
             program = f"{PROGRAM} {name}"
-            function, options = prepare_command(name, rest)
+            keep_freed_memory()
+            first, _, second = name.partition(" ")
+            module = importlib.import_module(f"dc_ssdae.cli.{first}")
+            options = CommandParser(getattr(module, f"{second.capitalize()}Options"), program).parse(rest)
             options.debug = debug
-            code = function(options) or 0
+            code = getattr(module, f"run_{second}" if second else "run")(options) or 0
             if "dc_ssdae.distributed" in sys.modules:
                 # Here, because a recipe's phases share the group; a failure leaves it, where closing it could hang.
                 sys.modules["dc_ssdae.distributed"].leave_group()
@@ -82,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if debug:
                 traceback.print_exception(error)
             interrupted = isinstance(error, KeyboardInterrupt)
-            if not isinstance(error, ToldElsewhere):
+            # All processes of a run raise an InputError, unless it says otherwise.
+            if is_main_process() or getattr(error, "in_one_process", True):
                 complain(program, "interrupted" if interrupted else describe(error))
             return INTERRUPTED if interrupted else USER_ERROR
 
@@ -121,20 +126,3 @@ def print_commands(program: str, names: Sequence[str]) -> None:
     for name in names:
         print(f"  {name:{width}}  {COMMANDS[name]}")
     print(f"\n{program} COMMAND --help describes a command.")
-
-
-def prepare_command(name: str, words: Sequence[str]) -> tuple[Callable[[Any], int | None], Any]:
-    """Import a command and parse its words; gives its function and the options to call it with.
-
-    Raises:
-        InputError: a word is wrong.
-        SystemExit: after --help, with 0.
-    """
-    from dc_ssdae.cli.parser import CommandParser
-    from dc_ssdae.machine import keep_freed_memory
-
-    keep_freed_memory()
-    first, _, second = name.partition(" ")
-    module = importlib.import_module(f"dc_ssdae.cli.{first}")
-    parser = CommandParser(getattr(module, f"{second.capitalize()}Options"), f"{PROGRAM} {name}")
-    return getattr(module, f"run_{second}" if second else "run"), parser.parse(words)

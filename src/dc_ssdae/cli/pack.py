@@ -1,6 +1,7 @@
 """`dc-ssdae pack`: a folder of images to tar shards."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -50,14 +51,7 @@ def run(options: Options) -> None:
     quality = None if options.format == "png" else options.quality or 95
     size = None if options.size == "none" else int(options.size)
     settings = PackSettings(size, options.format, quality, options.shard_size, not options.keep_order)
-    parts = pack(
-        options.source,
-        options.destination,
-        settings,
-        workers=options.workers or min(cores(), 16),
-        max_broken_share=options.max_broken_share,
-        cache=options.cache,
-        report=lambda line: complain(options.program, line),
-    )
-    for part in parts:
+    workers, report = options.workers or min(cores(), 16), partial(complain, options.program)
+    given = options.given("max_broken_share", "cache")
+    for part in pack(options.source, options.destination, settings, workers, report=report, **given):
         say_part(part, f"; {part.kept} kept byte by byte, colour profiles included" if part.kept else "")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dc_ssdae.errors import InputError, did_you_mean
 from dc_ssdae.settings import alternatives, check_settings, documentation, is_required, metavar, setting
@@ -102,15 +102,13 @@ class CommandParser(argparse.ArgumentParser):
             raise InputError(f"missing: {', '.join(missing)}; usage: {self.usage}", missing[0])
         return self._options(program=self.prog, **given)
 
-    def error(self, message: str) -> NoReturn:
-        """Raise the message as an `InputError`."""
-        raise InputError(message)
-
     def add_option(self, entry: Field[Any], hint: Any, text: str) -> None:
         """Add an option for a field of type `hint`, with the help `text`."""
         kind = next(kind for kind in alternatives(hint) if kind is not NoneType)
         about = entry.metadata
-        details: dict[str, Any] = {"help": _with_default(entry, text).replace("%", "%%"), "default": None}
+        told = isinstance(entry.default, int | float | str | Path) and kind is not bool
+        default = f" (default: {entry.default})" if told else ""
+        details: dict[str, Any] = {"help": f"{text.rstrip('.')}{default}".replace("%", "%%"), "default": None}
         if kind is bool:
             details["action"] = "store_true"
         else:
@@ -130,8 +128,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def option_name(entry: Field[Any]) -> Any:
     """Spell a field's option; None for a field that is not an option."""
-    is_word = "positional" in entry.metadata
-    return entry.metadata["metavar"] if is_word else entry.metadata.get("name", f"--{entry.name}")
+    about = entry.metadata
+    return about["metavar"] if "positional" in about else about.get("name", f"--{entry.name}")
 
 
 def reader(hint: Any) -> Callable[[str], Any]:
@@ -170,9 +168,3 @@ def _usage(entry: Field[Any]) -> str:
     """Spell a required option for the usage line."""
     is_word = "positional" in entry.metadata
     return str(option_name(entry)) if is_word else f"{option_name(entry)} {entry.metadata['metavar']}"
-
-
-def _with_default(entry: Field[Any], text: str) -> str:
-    """Append the default to an option's help, where it is a plain value."""
-    told = isinstance(entry.default, int | float | str | Path) and not isinstance(entry.default, bool)
-    return f"{text.rstrip('.')} (default: {entry.default})" if told else text.rstrip(".")

@@ -3,7 +3,7 @@
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -43,7 +43,8 @@ class RunOptions(Options):
             summary, described = documentation(kind)
             group, hints = parser.add_argument_group(section, summary), get_type_hints(kind)
             for entry in fields(kind):
-                text = f"{described[entry.name].rstrip('.')} ({_default(entry)})".replace("%", "%%")
+                default = "no default" if is_required(entry) else f"default: {dump_yaml(entry.default).strip()}"
+                text = f"{described[entry.name].rstrip('.')} ({default})".replace("%", "%%")
                 group.add_argument(f"--{section}.{entry.name}", metavar=metavar(hints[entry.name]), help=text)
         losses = documentation(RunConfig)[1]["losses"]
         defaults = ", ".join(f"{name} {weight:g}" for name, weight in BUILT_IN_LOSSES.items())
@@ -118,27 +119,25 @@ def read_layer(word: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_settings(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Nest dotted settings; of two values for one setting the later one counts."""
+    """Nest dotted settings; of two values for one setting the later one counts.
+
+    A word is read as YAML, unless the setting is text; whether the value fits is checked later.
+    """
     nested: dict[str, Any] = {}
     for key, text in pairs:
-        value = read_value(key, text)
+        section, _, name = key.rpartition(".")
+        hints = get_type_hints(SECTIONS.get(section.rpartition(".")[2], type(None)))
+        try:
+            value = parse_yaml(text, f"--{key}")
+        except InputError:
+            value = text
+        if str in alternatives(hints.get(name)) and not isinstance(value, Mapping | None):
+            value = text
         for part in reversed(key.split(".")):
             value = {part: value}
         # Here a class_path drops nothing: its init_args may stand before it on the line.
         nested = lay_over(nested, value, drops=False)
     return nested
-
-
-def read_value(key: str, text: str) -> Any:
-    """Read a setting's word as YAML, unless the setting is text; whether the value fits is checked later."""
-    section, _, name = key.rpartition(".")
-    hints = get_type_hints(SECTIONS.get(section.rpartition(".")[2], type(None)))
-    kinds = alternatives(hints.get(name))
-    try:
-        value = parse_yaml(text, f"--{key}")
-    except InputError:
-        return text
-    return text if str in kinds and not isinstance(value, Mapping | None) else value
 
 
 def config_yaml(config: RunConfig) -> str:
@@ -155,8 +154,3 @@ def config_yaml(config: RunConfig) -> str:
 
 def _comment(text: str) -> str:
     return textwrap.fill(text, width=98, initial_indent="# ", subsequent_indent="# ") + "\n"
-
-
-def _default(entry: Field[Any]) -> str:
-    value = list(entry.default) if isinstance(entry.default, tuple) else entry.default
-    return "no default" if is_required(entry) else f"default: {dump_yaml(value).strip()}"

@@ -55,12 +55,11 @@ def run(options: Options) -> None:
     tell_of_images(options.program, options.size, survey.broken, survey.enlarged, len(images))
     statistics, broken = survey.moments.statistics(), [image.name for image in survey.broken]
     found = {"images": statistics.count, "broken": broken, "size": options.size, **statistics.settings()}
-    written = None
+    found["written"] = None
     try:
         if folder is not None:
             write_latent_statistics(folder, statistics)
-            written = str(folder / "config.json")
+            found["written"] = str(folder / "config.json")
             write_model_card(folder)
     finally:  # also where they cannot be written: long work may have gone into them
-        found["written"] = written
         show(found, options.json, lambda: table(list(cells(found).items()), "ll"))

@@ -52,7 +52,7 @@ class SamplingOptions(ModelOptions, OutputOptions, BatchOptions):
     rounds: int = setting(3, at_least=1, metavar="R")
     samplers: list[str] | None = setting(None, metavar="NAME,...")
     steps: list[int] | None = setting(None, at_least=1, metavar="N,...")
-    step_sizes: list[str] | None = setting(None, metavar="X,...")
+    step_sizes: list[str] = setting(["default", "0.5"], metavar="X,...")
     momenta: list[float] | None = setting(None, metavar="X,...")
     tolerances: list[float] | None = setting(None, metavar="X,...")
     descents: list[float] | None = setting(None, metavar="X,...")
@@ -75,15 +75,10 @@ def run_sampling(options: SamplingOptions) -> None:
     check_names("sampler", options.samplers or (), SAMPLERS)
     check_outputs(options, [options.out / name for name in FILES])
     given = options.given("steps", "samplers", "momenta", "tolerances", "descents")
-    if options.step_sizes is not None:
-        given["step_sizes"] = [_step_size(text) for text in options.step_sizes]
-    grid = Grid(**given)
-    texts = [text for text in (options.baseline, options.model) if text is not None]
-    specs = name_apart([parse_candidate(text) for text in texts])
-    labels = [spec.label for spec in specs]
-    paths = [spec.value if spec.kind == "ours" else text for spec, text in zip(specs, texts, strict=True)]
-    models = {label: load_model(replace(options, model=path)) for label, path in zip(labels, paths, strict=True)}
-    device = models[labels[0]].device
+    grid = Grid(step_sizes=[_step_size(text) for text in options.step_sizes], **given)
+    specs = name_apart([parse_candidate(text) for text in (options.baseline, options.model) if text is not None])
+    models = {spec.label: load_model(replace(options, model=spec.value)) for spec in specs}
+    device = models[specs[0].label].device
     lpips, notes = _lpips(options.lpips, device)
     sources = open_sources(options.data, None, None, None)
     images = ValidationImages(sources.validation or sources.train, options.size, options.images)
@@ -95,12 +90,10 @@ def run_sampling(options: SamplingOptions) -> None:
     bar = tqdm(total=count, unit="decode", leave=False, disable=None)
     with advising_on_batches(options), bar, torch.inference_mode():
         measurements = measure_sampling(models, pixels, grid, options.batch, options.rounds, lpips, bar.update)
-    protocol = (
-        f"{counted(len(pixels), 'image')} of {options.size} px (shorter side resized, cut from the centre), modes of "
-        f"their latents, decode's default noise, {options.dtype}, batches of {options.batch}, output rounded to uint8. "
-        f"Times: medians of {counted(options.rounds, 'round')} in alternating order, of decode alone."
-    )
-    study = SamplingStudy(measurements, labels, [protocol, *notes], describe_machine(device))
+    measured = f"{counted(len(pixels), 'image')} of {options.size} px, cut from the centre, batches of {options.batch}"
+    times = f"times are medians of {counted(options.rounds, 'round')} of decode alone"
+    protocol = f"{measured}, {options.dtype}, output rounded to uint8; {times}."
+    study = SamplingStudy(measurements, list(models), [protocol, *notes], describe_machine(device))
     text = study.as_markdown()
     say(text)
     write_outputs(options, dict(zip(FILES, (study.as_json(), text, study.as_picture()), strict=True)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.classes import importing_from
-from dc_ssdae.cli.common import complain_once, is_main_process, told_by_one_process
+from dc_ssdae.cli.common import complain_once, is_main_process
 from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_layer, read_run_config, read_settings
 from dc_ssdae.errors import InputError, check_names, unknown_name
 from dc_ssdae.presets import list_recipes, load_recipe, read_yaml
@@ -70,11 +70,10 @@ def run(options: Options) -> None:
 def start(program: str, config: RunConfig, path: Path) -> "Outcome":
     """Train in a new folder."""
     from dc_ssdae.training.build import resolved
-    from dc_ssdae.training.start import new_run
+    from dc_ssdae.training.start import start_run
 
     config = resolved(config)
-    with new_run(config, config_yaml(config), path) as trainer:
-        outcome = trainer.run()
+    outcome = start_run(config, config_yaml(config), path)
     tell_end(program, outcome, path)
     return outcome
 
@@ -144,37 +143,26 @@ def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
     name, content = (word, load_recipe(word)) if word in list_recipes() else (file.stem, read_yaml(file))
     check_names(f"section of recipe {name}", content, ("description", "phases"))
     phases = check_phases(content.get("phases"), f"recipe {name}")
-    settings, folder = _take_model(phases), name
-    has_model = bool(settings)
+    settings: dict[str, Any] = {}
+    folder = name
     for config in options.config:
         config_name, layer = read_layer(config)
         folder = f"{config_name}-{name}"
         own = check_phases(layer.pop("phases"), config) if "phases" in layer else {}
-        if _take_model(own) or has_model:
-            raise InputError(f"--config {config}: a section model stands in phases; give one beside them, for all")
         phases, settings = lay_over(phases, own), lay_over(settings, layer)
     flags = read_settings(options.settings)
-    return make_recipe(settings, phases, flags, flags.pop("phases", {})), folder
-
-
-def _take_model(phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Take section model, which must be the same in all, out of the phases of a printed recipe or of RUN/recipe.yaml.
-
-    Raises:
-        InputError: the phases have different ones.
-    """
-    models = [layer.pop("model", None) for layer in phases.values()]
-    if any(model != models[0] for model in models):
+    recipe = make_recipe(settings, phases, flags, flags.pop("phases", {}))
+    if any(phase.config.model != recipe.phases[0].config.model for phase in recipe.phases):
         raise InputError("the phases have different sections model; give one for all, with --config")
-    return {"model": models[0]} if models and models[0] is not None else {}
+    return recipe, folder
 
 
 @contextmanager
 def watching_training(resumes: bool) -> Iterator[None]:
-    """Import users' classes from the current folder, heed signals, and report an error of all processes once."""
+    """Import users' classes from the current folder, and heed signals."""
     # Signals not only once the trainer is built: a run that is resumed ends well whenever one comes.
     signals = StopRequest() if resumes else nullcontext()
-    with importing_from(Path.cwd()), told_by_one_process(), signals:
+    with importing_from(Path.cwd()), signals:
         yield
 
 

@@ -44,7 +44,9 @@ SHARED_MEMORY = "/dev/shm"
 
 
 class ReadingFailed(InputError):
-    """The data set can no longer be read; this process alone may know."""
+    """The data set can no longer be read."""
+
+    in_one_process = True
 
 
 class BrokenImage(NamedTuple):

@@ -26,13 +26,31 @@ PICTURED = 6
 """Number of images in the picture."""
 
 
+def open_images(config: RunConfig, most: int) -> tuple[ValidationImages, str]:
+    """Open the images to compare on: the run's validation images, or training images where there are none.
+
+    Args:
+        config: of the run.
+        most: largest number of images.
+
+    Returns:
+        The images, and their split, "validation" or "training".
+
+    Raises:
+        InputError: the images cannot be read.
+    """
+    data = config.data
+    sources = open_sources(data.root, data.dataset, data.validation, data.cache)
+    source, count = sources.validation or sources.train, min(most, data.validation_images)
+    images = ValidationImages(source, data.image_size, count, workers_option="data.workers")
+    return images, "validation" if sources.validation else "training"
+
+
 def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     """Compare a run's student with its teacher, and write RUN/distillation.json and .png.
 
-    The images are the run's validation images, or training images where there are none.
-
     Args:
-        config: of the run, with its distillation.
+        config: of the run, with its distillation; the images are those of `open_images`.
         path: of the run.
 
     Returns:
@@ -42,20 +60,18 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     Raises:
         InputError: a model or the images cannot be read.
     """
-    run, classes, data, distillation = RunFolder(path), own_classes(config.model), config.data, config.distillation
+    run, classes, distillation = RunFolder(path), own_classes(config.model), config.distillation
     assert distillation is not None
     teacher, student = load_teacher(run.teacher, classes), DCSSDAE.from_pretrained(run.model, classes=classes)
-    sources = open_sources(data.root, data.dataset, data.validation, data.cache)
-    source, count = sources.validation or sources.train, data.validation_images
-    images = ValidationImages(source, data.image_size, count, workers_option="data.workers")
+    images, split = open_images(config, config.data.validation_images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps, step_size = distillation.steps, distillation.step_size
     decodings, measured = compare(teacher.to(device), student.to(device), images, steps, step_size, path / PICTURE_FILE)
     terms = {name: term.init_args for name, term in config.losses.items() if term.weight}
     report = {
         "images": measured,
-        "split": "validation" if sources.validation else "training",
-        "image_size": data.image_size,
+        "split": split,
+        "image_size": config.data.image_size,
         "teacher_steps": steps,
         "step_size": step_size,
         "random_backbones": [name for name, settings in terms.items() if settings.get("weights") == "random"],
