@@ -150,8 +150,7 @@ def _train(config: RunConfig, device: torch.device, entry: dict[str, Any]) -> It
             scaler.scale(loss).backward()
             total += loss.detach()
             yield "backward"
-        if scaler.is_enabled():
-            scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # in float16
         clip = math.inf if training.gradient_clip is None else training.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         # A run looks at its losses here, once per step, and waits for the device.

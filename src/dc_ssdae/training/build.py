@@ -48,9 +48,7 @@ def resolved(config: RunConfig) -> RunConfig:
         InputError: a class or a setting is unknown or does not fit.
     """
     classes = own_classes(config.model)
-    parts: dict[str, Any] = {}
-    for part in COMPONENTS:
-        parts[part] = resolve_part(part, getattr(config.model, part), classes).config
+    parts: Any = {part: resolve_part(part, getattr(config.model, part), classes).config for part in COMPONENTS}
     return replace(config, model=replace(config.model, **parts))
 
 
@@ -97,12 +95,12 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     objective = build_objective(config.losses, model)
-    given, settings = config.distillation, (config.training.precision, config.training.channels_last)
+    given, precision = config.distillation, config.training.precision
     if given is None:
-        step = TrainingStep(model, objective, *settings)
+        step = TrainingStep(model, objective, precision)
     else:
         loaded = load_teacher(teacher or Path(given.teacher), own_classes(config.model))
-        step = DistillationStep(model, objective, loaded, given.steps, given.step_size, *settings)
+        step = DistillationStep(model, objective, loaded, given, precision)
     chosen = config.trained_groups()
     if chosen is not None:
         groups = {group: [f"model.{name}" for name in names] for group, names in parameter_groups(model).items()}

@@ -18,6 +18,7 @@ from dc_ssdae.dynamics import Corruption
 from dc_ssdae.files import written_beside
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Objective
+from dc_ssdae.training.config import DistillationConfig
 from dc_ssdae.training.step import TrainingStep, decode_or_nan
 
 
@@ -31,20 +32,19 @@ class DistillationStep(TrainingStep):
         model: the student.
         objective: as `TrainingStep`'s.
         teacher: a model of the same architecture. It is no submodule: it neither trains nor gets into checkpoints.
-        steps: the teacher's, K.
-        step_size: of the teacher's descent; None is `DCSSDAE.decode`'s default.
-        how: precision, also of the teacher's networks, and channels_last, as `TrainingStep`'s.
+        how: the teacher's number of steps, and their size.
+        precision: as `TrainingStep`'s, also of the teacher's networks.
     """
 
     teacher: DCSSDAE
 
     def __init__(
-        self, model: DCSSDAE, objective: Objective, teacher: DCSSDAE, steps: int, step_size: float | None, *how: Any
+        self, model: DCSSDAE, objective: Objective, teacher: DCSSDAE, how: DistillationConfig, precision: str
     ) -> None:
-        super().__init__(model, objective, *how)
+        super().__init__(model, objective, precision)
         # Not registered: it neither trains nor gets into checkpoints.
         object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
-        self._decode = partial(decode_or_nan, teacher, num_steps=steps, step_size=step_size)
+        self._decode = partial(decode_or_nan, teacher, num_steps=how.steps, step_size=how.step_size)
         self.cache: TeacherCache | None = None
 
     def corrupt_and_encode(

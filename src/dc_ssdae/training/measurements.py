@@ -19,7 +19,6 @@ from dc_ssdae.evaluation.latent_statistics import latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.latent import LatentMoments
 from dc_ssdae.provenance import IN_TRAINING
-from dc_ssdae.training.config import METRICS
 from dc_ssdae.training.logging import Loggers
 from dc_ssdae.training.origin import data_name
 from dc_ssdae.training.stopping import Stopped
@@ -31,7 +30,6 @@ T = TypeVar("T")
 Reconstruct = Callable[[Tensor], Tensor]
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
-assert MEASURES.keys() == METRICS.keys()
 
 EVALUATION_BATCH = 16
 
@@ -42,7 +40,7 @@ class Measurements:
 
     Args:
         run: whose averaged model to measure.
-        latent_is_known: whether the latent's statistics need no measuring.
+        wants_latent: whether to measure the latent's statistics at the end.
         best: metric, value and step of the best evaluation.
         latent: `LatentStatistics` as a mapping, None where they are not measured.
         evaluations: the last evaluation, as the model's provenance has it.
@@ -51,7 +49,7 @@ class Measurements:
     """
 
     run: "Trainer"
-    latent_is_known: bool
+    wants_latent: bool
     best: dict[str, Any] | None = None
     latent: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -82,8 +80,7 @@ class Measurements:
         """List what `measure` does before the next step."""
         run, training, is_finished = self.run, self.run.config.training, self.run.is_finished()
         due: list[Callable[[Loggers], bool]] = []
-        wants_latent = training.latent_statistics > 0 and not self.latent_is_known
-        if wants_latent and is_finished and self.measured_at != run.step:
+        if self.wants_latent and is_finished and self.measured_at != run.step:
             due.append(self._measure_latent)
         is_its_time = is_finished or run.step % training.evaluate_every == 0
         if is_its_time and run.sources.validation is not None and self.evaluated_at != run.step:

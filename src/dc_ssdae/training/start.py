@@ -80,6 +80,9 @@ def new_run(
             if processes.is_main:
                 environment = describe_environment(accelerator.device, processes.count, distribution.value)
                 JsonLines(path / "environment.jsonl", partial(print, file=sys.stderr)).write(environment)
+                if data.root is not None and sources.validation is None:
+                    told = "has no validation/: nothing is evaluated, no checkpoint is the best"
+                    print(f"{data.root} {told}", file=sys.stderr)
                 if note := slow_dtype_note(accelerator.device, config.training.precision):
                     print(f"{note}: try --training.precision float32", file=sys.stderr)
             # cuDNN tries its algorithms once on the batches, which are alike in size, and takes the fastest.

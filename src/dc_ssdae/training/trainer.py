@@ -124,7 +124,7 @@ class Trainer:
         self.workers = default_workers(here) if config.data.workers is None else config.data.workers
         model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
         known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-        self.measurements = Measurements(self, latent_is_known=training.keeps_latent and known)
+        self.measurements = Measurements(self, training.latent_statistics > 0 and not (training.keeps_latent and known))
         self._broken = {line["name"] for line in read_lines(run.broken_images) if line["split"] == "train"}
         names = getattr(self.sources.train, "names_sha256", None)
         self._names_sha256 = names() if callable(names) else None  # not every data set tells its images' names
@@ -155,11 +155,10 @@ class Trainer:
             "optimizer": {"class": type(self.optimizer).__name__, "groups": groups},
             "gradient_scaler": self.scaler.state_dict(),
         }
-        if not with_tensors:
-            return Checkpoint({}, state)
         files = {"model": self.module.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer_tensors}
         # Every process gathers what is sharded; eight whole copies would be too much for many a node.
-        return Checkpoint({file: whole(tensors, self.processes.is_main) for file, tensors in files.items()}, state)
+        wanted = files.items() if with_tensors else ()
+        return Checkpoint({file: whole(tensors, self.processes.is_main) for file, tensors in wanted}, state)
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Go on from a state, whatever number of processes it comes from; the module's weights are loaded before.
@@ -197,9 +196,6 @@ class Trainer:
         stopped = False
         logged = self.processes.is_main, self.step, self.seconds, self.measurements.evaluated_at or 0
         with closing(Loggers(self.run_folder, self.config, *logged)) as loggers:
-            if self._random:
-                names = ", ".join(map("losses.{}".format, self._random))
-                loggers.say(f"{names}: random weights in the backbone, whose values and whose training mean nothing")
             try:
                 if self.step:  # a signal came before it was done
                     self._measure(loggers)
@@ -209,10 +205,13 @@ class Trainer:
                 stopped = self._exchange(torch.zeros(0, device=self.accelerator.device))[0] > 0.0
                 while not stopped and not self.is_finished():
                     stopped = self._train_step(loggers)
+                    is_due = self.step % self.config.training.checkpoint_every == 0 or self.measurements.due()
                     # Skipped steps in a row may end in failure, which is to name what was before them; at the end they
                     # have not.
-                    if not stopped and (not self._skipped_in_a_row or self.is_finished()):
-                        self._after_step(loggers)
+                    if is_due and not stopped and (not self._skipped_in_a_row or self.is_finished()):
+                        self._save(loggers)  # first: to evaluate may take longer than a launcher waits after its signal
+                        self._measure(loggers)
+                        self._mark = time.monotonic()  # the clock is of training alone
             except Stopped:  # what was done is saved, or the weights are as they were
                 stopped = True
             if self.step and self._saved_at != self.step:
@@ -294,10 +293,7 @@ class Trainer:
         if skipped:
             loggers.say(f"step {self.step} skipped: {skipped}")
         if self._skipped_in_a_row >= training.max_skipped_steps:
-            raise TrainingFailed(
-                f"{self._skipped_in_a_row} steps in a row are not finite, at last {', '.join(not_finite)} at step "
-                f"{self.step}; {self._last_good()}"
-            )
+            raise TrainingFailed(f"step {self.step}: {skipped}; {self._last_good()}")
         if broken_anywhere:
             self._report_broken(broken, loggers)
         return stops > 0.0
@@ -348,13 +344,6 @@ class Trainer:
             broken = f"{len(self._broken)} of {length} training images cannot be read"
             raise TrainingFailed(f"{broken}, more than data.max_broken_share {share:g}; {self._last_good()}")
 
-    def _after_step(self, loggers: Loggers) -> None:
-        """Save and measure where that is due."""
-        if self.step % self.config.training.checkpoint_every == 0 or self.measurements.due():
-            self._save(loggers)  # first: to evaluate may take longer than a launcher waits after its signal
-            self._measure(loggers)
-            self._mark = time.monotonic()  # the clock is of training alone
-
     def _measure(self, loggers: Loggers) -> None:
         """Measure what is due at this step, and save what came out."""
         if self.measurements.due():
@@ -400,6 +389,5 @@ class Trainer:
         return written
 
     def _last_good(self) -> str:
-        if self._saved_at is None:
-            return "there is no checkpoint yet"
-        return f"the last good checkpoint is {self.run_folder.checkpoints.of_step(self._saved_at)}"
+        last = self.run_folder.checkpoints.last()
+        return "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
