@@ -98,8 +98,7 @@ class TeacherCache:
 
     def get(self, draw: Tensor, teach: Callable[[], Tensor]) -> Tensor:
         """Give the results of draws (B,), which `teach` makes and are kept where they are not there."""
-        images = self.read(draw)
-        if images is None:
+        if (images := self.read(draw)) is None:
             images = teach()
             self.write(draw, images)
         return images
@@ -129,8 +128,7 @@ class TeacherCache:
                     save_file({"image": image, "crc32": torch.tensor(_crc32(image, number))}, beside)
         except (OSError, SafetensorError) as error:
             self._full = True
-            line = " ".join(str(error).split())
-            tqdm.write(f"{self.folder} cannot be written ({line}); no more results are kept", file=sys.stderr)
+            tqdm.write(f"{self.folder} cannot be written ({error}); no more results are kept", file=sys.stderr)
 
 
 def _crc32(image: Tensor, number: int) -> int:

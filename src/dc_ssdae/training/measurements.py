@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -141,9 +140,7 @@ class Measurements:
             "metrics": metrics,
         }
         self.evaluations = [entry] if metrics else []
-        random = run.module.objective.random_backbones
-        remark = {"random_backbones": random} if random else {}
-        loggers.evaluation({"step": step, **result.values, "images": result.images, **remark})
+        loggers.evaluation({"step": step, **result.values, "images": result.images, **run.remarks})
         name, direction = run.config.training.best
         value, sign = result.values[name], 1.0 if direction == "max" else -1.0
         if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
@@ -185,20 +182,19 @@ def evaluate(
         batch_size: images at a time in each process.
         workers: that read images.
     """
-    count = len(images)
+    count, own = len(images), processes.share(len(images))
     # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
     places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
     results = torch.zeros(count, len(MEASURES) + 1, dtype=torch.float64)
     broken: list[BrokenImage] = []
-    unread = iter(places)
     for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
         reconstructed = reconstruct(torch.stack([image.pixels for image in batch])).cpu()
-        for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
-            if place < count and image.broken is not None:
+        for image, output in zip(batch, reconstructed, strict=True):
+            if image.place in own and image.broken is not None:
                 broken.append(image.broken)
-            elif place < count:
-                results[place] = results.new_tensor([*measure(image.pixels, output), 1.0])
+            elif image.place in own:
+                results[image.place] = results.new_tensor([*measure(image.pixels, output), 1.0])
     total = processes.sum(results).sum(dim=0)
     means = (total[:-1] / total[-1]).tolist()
     broken = [image for part in processes.gather(broken) for image in part]

@@ -58,7 +58,6 @@ class RunFolder:
         self.broken_images = path / "broken_images.jsonl"
         self.model = path / "model"
         self.teacher = path / "teacher"
-        self.teacher_cache = path / "teacher_cache"
 
 
 def check_new(path: Path) -> None:
@@ -136,8 +135,7 @@ def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
     Raises:
         InputError: the checkpoint is damaged.
     """
-    last = run.checkpoints.last()
-    if last is None:
+    if (last := run.checkpoints.last()) is None:
         return False
     state = read_state(last)
     return training.progress(state["step"], state["seconds"]) >= 1.0 and not state.get("incomplete")

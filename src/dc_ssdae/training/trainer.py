@@ -128,8 +128,9 @@ class Trainer:
         self._broken = {line["name"] for line in read_lines(run.broken_images) if line["split"] == "train"}
         names = getattr(self.sources.train, "names_sha256", None)
         self._names_sha256 = names() if callable(names) else None  # not every data set tells its images' names
-        self._random = self.module.objective.random_backbones
-        self._origin = origin(config, model_config.get("provenance"), len(self.sources.train), self._random)
+        random = self.module.objective.random_backbones
+        self.remarks = {"random_backbones": random} if random else {}
+        self._origin = origin(config, model_config.get("provenance"), len(self.sources.train), random)
         if checkpoint is not None:
             self.load_state_dict(checkpoint)
 
@@ -137,7 +138,6 @@ class Trainer:
         """The whole state; every process must take part in gathering it, and the main one alone has the tensors."""
         optimizer_tensors, groups = optimizer_state(self.optimizer, self.module)
         length, drawn = len(self.sources.train), self.step * self.config.training.batch_size
-        evaluations = self.measurements.evaluations
         state = {
             "step": self.step,
             "images_drawn": drawn,
@@ -147,7 +147,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             **self.measurements.state_dict(),
-            "provenance": {**self._origin, "steps": self.step, **({"evaluations": evaluations} if evaluations else {})},
+            "provenance": {**self._origin, "steps": self.step, "evaluations": self.measurements.evaluations},
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "names_sha256": self._names_sha256,
@@ -168,11 +168,10 @@ class Trainer:
         """
         state, tensors = checkpoint.state, checkpoint.tensors
         check_changes(state["settings"], self.config.fixed_settings(), self.run_folder.path)
-        began_with, count = state["images_in_data_set"], len(self.sources.train)
+        began, count = state["images_in_data_set"], len(self.sources.train)
         names = state.get("names_sha256")
-        if began_with != count or (names and self._names_sha256 and names != self._names_sha256):
-            told = f"the run began with {began_with} training images and the data set now has {count}"
-            raise InputError(f"{told}, or some have other names: put those of before back")
+        if began != count or (names and self._names_sha256 and names != self._names_sha256):
+            raise InputError(f"the run began with {began} images; now there are {count}, or they have other names")
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer_state(self.optimizer, self.module, tensors["optimizer"], state["optimizer"]["groups"])
         self.scaler.load_state_dict(state["gradient_scaler"])
@@ -270,26 +269,19 @@ class Trainer:
         self._upcoming = self._fetch()
         agreed = self._exchange(torch.cat([local_losses, norm.reshape(1)]), len(broken))
         stops, broken_anywhere, lap, *values = agreed
-        entry = dict(zip(self._logged, values, strict=True))
-        not_finite = [name for name in self._logged if not math.isfinite(entry[name])]
+        losses_and_norm = dict(zip(self._logged, values, strict=True))
+        not_finite = [name for name, value in losses_and_norm.items() if not math.isfinite(value)]
         if len(not_finite) > 1:  # the gradient of a loss that is not finite
             not_finite.remove("gradient_norm")
         skipped = self._update(not_finite, statistics)
         self.step += 1
         self.seconds += lap
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_set()
-        loggers.step(
-            {
-                "step": self.step,
-                **entry,
-                "lr": lr,
-                **({"skipped": not_finite} if not_finite else {}),
-                **({"random_backbones": self._random} if self._random else {}),
-                "images_per_second": training.batch_size / max(lap, 1e-9),
-                "seconds": self.seconds,
-                "memory_gib": peak / 2**30,
-            }
-        )
+        entry = {"step": self.step, **losses_and_norm, "lr": lr, **self.remarks}
+        if not_finite:
+            entry["skipped"] = not_finite
+        speed = training.batch_size / max(lap, 1e-9)
+        loggers.step({**entry, "images_per_second": speed, "seconds": self.seconds, "memory_gib": peak / 2**30})
         if skipped:
             loggers.say(f"step {self.step} skipped: {skipped}")
         if self._skipped_in_a_row >= training.max_skipped_steps:
@@ -339,10 +331,9 @@ class Trainer:
         for images in self.processes.gather(mine):
             loggers.broken(images, self.step, "train")
             self._broken.update(image.name for image in images)
-        length, share = len(self.sources.train), self.config.data.max_broken_share
-        if len(self._broken) > share * length:
-            broken = f"{len(self._broken)} of {length} training images cannot be read"
-            raise TrainingFailed(f"{broken}, more than data.max_broken_share {share:g}; {self._last_good()}")
+        broken, count = len(self._broken), len(self.sources.train)
+        if broken > self.config.data.max_broken_share * count:
+            raise TrainingFailed(f"{broken} of {count} training images cannot be read, more than data.max_broken_share")
 
     def _measure(self, loggers: Loggers) -> None:
         """Measure what is due at this step, and save what came out."""
