@@ -95,12 +95,11 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     objective = build_objective(config.losses, model)
-    given, precision = config.distillation, config.training.precision
-    if given is None:
-        step = TrainingStep(model, objective, precision)
+    if config.distillation is None:
+        step = TrainingStep(model, objective, config.training.precision)
     else:
-        loaded = load_teacher(teacher or Path(given.teacher), own_classes(config.model))
-        step = DistillationStep(model, objective, loaded, given, precision)
+        loaded = load_teacher(teacher or Path(config.distillation.teacher), own_classes(config.model))
+        step = DistillationStep(model, objective, loaded, config.distillation, config.training.precision)
     chosen = config.trained_groups()
     if chosen is not None:
         groups = {group: [f"model.{name}" for name in names] for group, names in parameter_groups(model).items()}
@@ -138,7 +137,7 @@ def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) 
     source = training.init_from if distillation is None else str(run.teacher)
     loaded = set() if source is None else load_initial_weights(step, source)
     if new := sorted(name.split(".")[2] for name in step.held_back - loaded if name.startswith("objective.")):
-        raise InputError(f"losses.{new[0]} has new parameters, which would not train: add it to training.train")
+        raise InputError(f"losses.{new[0]} has parameters that are new and would not train: add it to training.train")
     return step
 
 

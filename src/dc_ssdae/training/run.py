@@ -107,7 +107,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, or something is there by now.
     """
-    with folder_beside(path) as partial:
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process has left
+    with folder_beside(path, partial):
         yield partial
         for entry in (*partial.rglob("*"), partial):
             if not entry.is_symlink():

@@ -190,7 +190,6 @@ def _create(config: RunConfig, config_text: str, path: Path, model: DCSSDAE) -> 
     source = teacher if training.init_from is None else model_folder(training.init_from)
     settings = json.loads(model.to_json_string())
     if source is not None and training.keeps_latent:
-        given = read_config(source)
-        settings |= {name: given[name] for name in NOT_MEASURED if name in given}
+        settings |= {name: value for name, value in read_config(source).items() if name in NOT_MEASURED}
     settings["provenance"] = inherited(config, source)
     create_run(path, config_text, json.dumps(settings, indent=2, sort_keys=True) + "\n", teacher)

@@ -277,9 +277,8 @@ class Trainer:
         self.step += 1
         self.seconds += lap
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_set()
-        entry = {"step": self.step, **losses_and_norm, "lr": lr, **self.remarks}
-        if not_finite:
-            entry["skipped"] = not_finite
+        skips = {"skipped": not_finite} if not_finite else {}
+        entry = {"step": self.step, **losses_and_norm, "lr": lr, **skips, **self.remarks}
         speed = training.batch_size / max(lap, 1e-9)
         loggers.step({**entry, "images_per_second": speed, "seconds": self.seconds, "memory_gib": peak / 2**30})
         if skipped:
