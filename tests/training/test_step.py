@@ -11,7 +11,7 @@ from torch import Tensor
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.errors import InputError
 from dc_ssdae.losses import Losses
-from dc_ssdae.training.build import build_step, check_components
+from dc_ssdae.training.build import build_step, check_components, place_step
 from dc_ssdae.training.step import TrainingStep, draw_noise
 
 DYNAMICS: dict[str, dict[str, Any]] = {
@@ -28,11 +28,11 @@ def training_step(
     """The same weights whatever the rest."""
     torch.manual_seed(0)
     training = {"precision": precision, "channels_last": channels_last, **settings}
-    step = build_step(run_config(model={"dynamics": DYNAMICS[dynamics]}, losses={"kl": 0.01}, **training))
+    config = run_config(model={"dynamics": DYNAMICS[dynamics]}, losses={"kl": 0.01}, **training)
+    step = build_step(config)
     without_zeros(step)
-    if channels_last:
-        step.to(memory_format=torch.channels_last)
-    return step.train()
+    place_step(step, config, torch.device("cpu"))
+    return step
 
 
 def gradients(step: TrainingStep, losses: Losses) -> dict[str, Tensor]:

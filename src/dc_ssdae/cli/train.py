@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +119,7 @@ def resume_phases(options: RunOptions, path: Path) -> None:
 
 
 def _train_phases(options: RunOptions, recipe: Recipe, path: Path, resumes: bool = False) -> None:
-    outcome = train_recipe(recipe, path, config_yaml, partial(complain_once, options.program), resumes)
+    outcome = train_recipe(recipe, path, config_yaml, resumes)
     tell_end(options.program, outcome, path, f"phases.{recipe.phases[-1].name}.")
 
 

@@ -14,8 +14,9 @@ import torch
 
 from dc_ssdae.errors import advising_on_memory
 from dc_ssdae.evaluation.profile import count_flops, wait_for
+from dc_ssdae.losses.total import BUILT_IN
 from dc_ssdae.timing import Spread, measure_alternately, resident_set
-from dc_ssdae.training.build import build_model, build_step, has_backbone, own_classes, place_step
+from dc_ssdae.training.build import build_model, build_step, own_classes, place_step
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.optimizer import build_optimizer, evaluated_weights
@@ -96,7 +97,8 @@ def measure_training(configs: Mapping[str, RunConfig], device: torch.device, ste
 
 def random_backbones(config: RunConfig) -> list[str]:
     """Name the built-in loss terms that look through a backbone, whose weights are random in a benchmark."""
-    return [name for name, loss in config.losses.items() if loss.class_path is None and has_backbone(name, loss)]
+    built_in = [name for name, loss in config.losses.items() if loss.weight and loss.class_path is None]
+    return [name for name in built_in if hasattr(BUILT_IN[name], "fetch")]
 
 
 def _time_steps(phases: Iterator[str], device: torch.device, advice: str, steps: int) -> list[dict[str, float]]:
@@ -150,8 +152,7 @@ def _train(config: RunConfig, device: torch.device, entry: dict[str, Any]) -> It
             scaler.scale(loss).backward()
             total += loss.detach()
             yield "backward"
-        if scaler.is_enabled():
-            scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # in float16
         clip = math.inf if training.gradient_clip is None else training.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         # A run looks at its losses here, once per step, and waits for the device.

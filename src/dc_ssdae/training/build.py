@@ -48,9 +48,7 @@ def resolved(config: RunConfig) -> RunConfig:
         InputError: a class or a setting is unknown or does not fit.
     """
     classes = own_classes(config.model)
-    parts: dict[str, Any] = {}
-    for part in COMPONENTS:
-        parts[part] = resolve_part(part, getattr(config.model, part), classes).config
+    parts: Any = {part: resolve_part(part, getattr(config.model, part), classes).config for part in COMPONENTS}
     return replace(config, model=replace(config.model, **parts))
 
 
@@ -97,12 +95,11 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     objective = build_objective(config.losses, model)
-    given, settings = config.distillation, (config.training.precision, config.training.channels_last)
-    if given is None:
-        step = TrainingStep(model, objective, *settings)
+    if config.distillation is None:
+        step = TrainingStep(model, objective, config.training.precision)
     else:
-        loaded = load_teacher(teacher or Path(given.teacher), own_classes(config.model))
-        step = DistillationStep(model, objective, loaded, given.steps, given.step_size, *settings)
+        loaded = load_teacher(teacher or Path(config.distillation.teacher), own_classes(config.model))
+        step = DistillationStep(model, objective, loaded, config.distillation, config.training.precision)
     chosen = config.trained_groups()
     if chosen is not None:
         groups = {group: [f"model.{name}" for name in names] for group, names in parameter_groups(model).items()}
@@ -131,7 +128,7 @@ def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) 
     distillation, training = config.distillation, config.training
     step = build_step(config, run.teacher if run.teacher.is_dir() else None)
     if isinstance(step, DistillationStep) and distillation is not None and distillation.cache_steps is not None:
-        step.cache = TeacherCache(run.teacher_cache, distillation.cache_steps * training.batch_size)
+        step.cache = TeacherCache(run.path / "teacher_cache", distillation.cache_steps * training.batch_size)
     if checkpoint is not None:
         weights = checkpoint.tensors["model"]
         check_same_tensors(f"{run.checkpoints.last()}/model.safetensors", step.state_dict(), weights)
@@ -139,12 +136,8 @@ def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) 
         return step
     source = training.init_from if distillation is None else str(run.teacher)
     loaded = set() if source is None else load_initial_weights(step, source)
-    new = sorted(name.split(".")[2] for name in step.held_back - loaded if name.startswith("objective."))
-    if new:
-        raise InputError(
-            f"losses.{new[0]} has parameters of its own, which are new and would not train: add losses.{new[0]} to "
-            f"training.train, start from a run that has trained them, or leave the term out: --losses.{new[0]} 0"
-        )
+    if new := sorted(name.split(".")[2] for name in step.held_back - loaded if name.startswith("objective.")):
+        raise InputError(f"losses.{new[0]} has parameters that are new and would not train: add it to training.train")
     return step
 
 
@@ -170,16 +163,14 @@ def load_initial_weights(step: TrainingStep, source: str) -> set[str]:
     loaded: set[str] = set()
     for name, term in step.objective.terms.items():
         prefix = f"objective.terms.{name}."
-        expected = term.state_dict(prefix=prefix)
         given = {key: tensor for key, tensor in before.items() if key.startswith(prefix)}
-        if before and expected:
+        if before and (expected := term.state_dict(prefix=prefix)):
             try:
                 check_same_tensors(source, expected, given)
-            except InputError as error:
-                print(f"losses.{name} starts anew: {error}", file=sys.stderr)
-            else:
                 step.load_state_dict(given, strict=False)
                 loaded |= given.keys()
+            except InputError as error:
+                print(f"losses.{name} starts anew: {error}", file=sys.stderr)
     return loaded
 
 
@@ -241,8 +232,7 @@ def check_components(
     with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
         model = build_model(config.model)
     if getattr(model.dynamics, "explicit_energy", None) is not None and (training.compile or sharded):
-        told = "an explicit_energy takes second derivatives, which torch.compile has not, and nobody tried with FSDP"
-        raise InputError(f"{told}: set training.compile false, and run without sharding")
+        raise InputError("an explicit_energy takes second derivatives: set training.compile false, and use no FSDP")
     if distillation is not None:
         _check_teacher(model, config, distillation.teacher if teacher is None else str(teacher))
     elif starts and training.init_from is not None:
@@ -263,10 +253,7 @@ def check_components(
     has_source = training.init_from is not None or distillation is not None
     # A class of the user's may bring its own weights.
     if starts and training.keeps_latent and not has_source and encoder in COMPONENTS["encoder"]:
-        raise InputError(
-            "training.train leaves the encoder out, whose weights would be random and stay so: start from a model by "
-            "--training.init_from DIR (dc-ssdae convert diffusers makes one of a published encoder), or train it too"
-        )
+        raise InputError("training.train leaves the encoder out, whose weights are random: set training.init_from")
     return model
 
 
@@ -277,19 +264,9 @@ def fetch_backbones(losses: Mapping[str, LossConfig]) -> None:
         InputError: they are not to be had; says which file is wanted and where to put it.
     """
     for name, loss in losses.items():
-        if has_backbone(name, loss):
-            with _term_class(name, loss) as kind:
+        with _term_class(name, loss) as kind:
+            if loss.weight and hasattr(kind, "fetch"):
                 kind.fetch(**loss.init_args)
-
-
-def has_backbone(name: str, loss: LossConfig) -> bool:
-    """Tell whether a term counts and looks at images through a frozen network with weights of its own.
-
-    Raises:
-        InputError: its class cannot be imported.
-    """
-    with _term_class(name, loss) as kind:
-        return bool(loss.weight) and hasattr(kind, "fetch")
 
 
 def load_teacher(folder: Path, classes: Sequence[type]) -> DCSSDAE:

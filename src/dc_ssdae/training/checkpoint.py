@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, shown
+from dc_ssdae.errors import InputError
 from dc_ssdae.files import folder_beside, replace_link, sha256, sync, temporary_name, write_json
 from dc_ssdae.weights import read_safetensors
 
@@ -27,9 +27,6 @@ FORMAT = 1
 STATE_FILE = "state.json"
 TENSOR_FILES = ("model", "ema", "optimizer")
 LAST, BEST = "last", "best"
-
-_MAPPINGS = ("best", "latent_statistics", "provenance", "settings", "optimizer", "gradient_scaler", "sha256")
-"""The parts of a state that are JSON objects, or null."""
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -208,9 +205,4 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "step" not in state:
         raise InputError(f"{path} is not a checkpoint's state of format {FORMAT}")
-    kinds = {"step": int, "seconds": int | float, **dict.fromkeys(_MAPPINGS, dict | None)}
-    for name, kind in kinds.items():
-        value = state.get(name)
-        if name in state and (not isinstance(value, kind) or (isinstance(value, int | float) and value < 0)):
-            raise InputError(f"{path} is damaged: its {name} is {shown(value)}")
     return state

@@ -9,7 +9,7 @@ from torchvision.utils import make_grid
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range, to_uint8, write_png
-from dc_ssdae.data.loader import ValidationImages
+from dc_ssdae.data.loader import ValidationImages, validation_loader
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError, counted
 from dc_ssdae.files import write_json
@@ -113,9 +113,8 @@ def compare(
     who = [("teacher", 1), ("teacher", steps), ("student", 1)]
     measured: list[list[list[float]]] = []  # by image, by decoding
     pictured: list[Tensor] = []  # of each image the original and the decodings, (4, 3, S, S)
-    for start in range(0, len(images), BATCH):
-        read = [images[place] for place in range(start, min(start + BATCH, len(images)))]
-        originals = [image.pixels for image in read if image.broken is None]
+    for batch in validation_loader(images, range(len(images)), BATCH, workers=0):
+        originals = [image.pixels for image in batch if image.broken is None]
         if not originals:
             continue
         x = to_model_range(torch.stack(originals)).to(teacher.device)

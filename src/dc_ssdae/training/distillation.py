@@ -18,6 +18,7 @@ from dc_ssdae.dynamics import Corruption
 from dc_ssdae.files import written_beside
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Objective
+from dc_ssdae.training.config import DistillationConfig
 from dc_ssdae.training.step import TrainingStep, decode_or_nan
 
 
@@ -31,20 +32,19 @@ class DistillationStep(TrainingStep):
         model: the student.
         objective: as `TrainingStep`'s.
         teacher: a model of the same architecture. It is no submodule: it neither trains nor gets into checkpoints.
-        steps: the teacher's, K.
-        step_size: of the teacher's descent; None is `DCSSDAE.decode`'s default.
-        how: precision, also of the teacher's networks, and channels_last, as `TrainingStep`'s.
+        how: the teacher's number of steps, and their size.
+        precision: as `TrainingStep`'s, also of the teacher's networks.
     """
 
     teacher: DCSSDAE
 
     def __init__(
-        self, model: DCSSDAE, objective: Objective, teacher: DCSSDAE, steps: int, step_size: float | None, *how: Any
+        self, model: DCSSDAE, objective: Objective, teacher: DCSSDAE, how: DistillationConfig, precision: str
     ) -> None:
-        super().__init__(model, objective, *how)
+        super().__init__(model, objective, precision)
         # Not registered: it neither trains nor gets into checkpoints.
         object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
-        self._decode = partial(decode_or_nan, teacher, num_steps=steps, step_size=step_size)
+        self._decode = partial(decode_or_nan, teacher, num_steps=how.steps, step_size=how.step_size)
         self.cache: TeacherCache | None = None
 
     def corrupt_and_encode(
@@ -98,8 +98,7 @@ class TeacherCache:
 
     def get(self, draw: Tensor, teach: Callable[[], Tensor]) -> Tensor:
         """Give the results of draws (B,), which `teach` makes and are kept where they are not there."""
-        images = self.read(draw)
-        if images is None:
+        if (images := self.read(draw)) is None:
             images = teach()
             self.write(draw, images)
         return images
@@ -129,8 +128,7 @@ class TeacherCache:
                     save_file({"image": image, "crc32": torch.tensor(_crc32(image, number))}, beside)
         except (OSError, SafetensorError) as error:
             self._full = True
-            line = " ".join(str(error).split())
-            tqdm.write(f"{self.folder} cannot be written ({line}); no more results are kept", file=sys.stderr)
+            tqdm.write(f"{self.folder} cannot be written ({error}); no more results are kept", file=sys.stderr)
 
 
 def _crc32(image: Tensor, number: int) -> int:

@@ -109,8 +109,7 @@ class Loggers:
         self._evaluations.cut(evaluated + 1)
         self._broken.cut(math.inf)
         self._named = {line["name"] for line in read_lines(self._broken.path)}
-        purge_step = first_step + 1 if first_step else None
-        self._trackers: list[GeneralTracker] = [_TensorBoard("tensorboard", run.path, purge_step=purge_step)]
+        self._trackers: list[GeneralTracker] = [_TensorBoard("tensorboard", run.path, purge_step=first_step + 1)]
         if active and config.training.wandb:
             self._trackers.append(_wandb(run, config))
         self._track("start")

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +18,6 @@ from dc_ssdae.evaluation.latent_statistics import latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.latent import LatentMoments
 from dc_ssdae.provenance import IN_TRAINING
-from dc_ssdae.training.config import METRICS
 from dc_ssdae.training.logging import Loggers
 from dc_ssdae.training.origin import data_name
 from dc_ssdae.training.stopping import Stopped
@@ -31,7 +29,6 @@ T = TypeVar("T")
 Reconstruct = Callable[[Tensor], Tensor]
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
-assert MEASURES.keys() == METRICS.keys()
 
 EVALUATION_BATCH = 16
 
@@ -42,7 +39,7 @@ class Measurements:
 
     Args:
         run: whose averaged model to measure.
-        latent_is_known: whether the latent's statistics need no measuring.
+        wants_latent: whether to measure the latent's statistics at the end.
         best: metric, value and step of the best evaluation.
         latent: `LatentStatistics` as a mapping, None where they are not measured.
         evaluations: the last evaluation, as the model's provenance has it.
@@ -51,7 +48,7 @@ class Measurements:
     """
 
     run: "Trainer"
-    latent_is_known: bool
+    wants_latent: bool
     best: dict[str, Any] | None = None
     latent: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -82,8 +79,7 @@ class Measurements:
         """List what `measure` does before the next step."""
         run, training, is_finished = self.run, self.run.config.training, self.run.is_finished()
         due: list[Callable[[Loggers], bool]] = []
-        wants_latent = training.latent_statistics > 0 and not self.latent_is_known
-        if wants_latent and is_finished and self.measured_at != run.step:
+        if self.wants_latent and is_finished and self.measured_at != run.step:
             due.append(self._measure_latent)
         is_its_time = is_finished or run.step % training.evaluate_every == 0
         if is_its_time and run.sources.validation is not None and self.evaluated_at != run.step:
@@ -144,9 +140,7 @@ class Measurements:
             "metrics": metrics,
         }
         self.evaluations = [entry] if metrics else []
-        random = run.module.objective.random_backbones
-        remark = {"random_backbones": random} if random else {}
-        loggers.evaluation({"step": step, **result.values, "images": result.images, **remark})
+        loggers.evaluation({"step": step, **result.values, "images": result.images, **run.remarks})
         name = run.config.training.best_metric
         value, sign = result.values[name], METRICS[name]
         if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
@@ -188,20 +182,19 @@ def evaluate(
         batch_size: images at a time in each process.
         workers: that read images.
     """
-    count = len(images)
+    count, own = len(images), processes.share(len(images))
     # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
     places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
     # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
     results = torch.zeros(count, len(MEASURES) + 1, dtype=torch.float64)
     broken: list[BrokenImage] = []
-    unread = iter(places)
     for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
         reconstructed = reconstruct(torch.stack([image.pixels for image in batch])).cpu()
-        for place, image, output in zip(islice(unread, len(batch)), batch, reconstructed, strict=True):
-            if place < count and image.broken is not None:
+        for image, output in zip(batch, reconstructed, strict=True):
+            if image.place in own and image.broken is not None:
                 broken.append(image.broken)
-            elif place < count:
-                results[place] = results.new_tensor([*measure(image.pixels, output), 1.0])
+            elif image.place in own:
+                results[image.place] = results.new_tensor([*measure(image.pixels, output), 1.0])
     total = processes.sum(results).sum(dim=0)
     means = (total[:-1] / total[-1]).tolist()
     broken = [image for part in processes.gather(broken) for image in part]

@@ -55,7 +55,7 @@ def origin(
     training, distillation = config.training, config.distillation
     known = Provenance.from_mapping(before or {}).to_mapping()
     trained = PARTS if training.train is None else [name.partition(".")[0] for name in training.train]
-    found = Provenance(
+    return Provenance(
         preset=None if training.preset is None else short_name(training.preset),
         changes=changed_settings(config),
         data=data_name(config.data),
@@ -69,8 +69,7 @@ def origin(
         random_backbones=list(random_backbones),
         license=known.get("license"),
         version=version("dc-ssdae"),
-    )
-    return found.to_mapping()
+    ).to_mapping()
 
 
 def changed_settings(config: RunConfig) -> list[str]:

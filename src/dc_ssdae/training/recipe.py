@@ -7,7 +7,6 @@ RUN/model         a link to the model of the last phase that has ended, of the f
 Reading and checking a recipe needs no torch; what trains imports it when it is called.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -31,12 +30,6 @@ PHASE_SECTIONS = ("starts_from", "model", "data", "training", "losses")
 
 Settings = Mapping[str, Any]
 """Sections of settings, as `RunConfig.from_mapping` takes them."""
-
-Spell = Callable[[RunConfig], str]
-"""Writes a configuration as YAML."""
-
-Tell = Callable[[str], None]
-"""Says a line to the user, once over all processes."""
 
 
 class Phase(NamedTuple):
@@ -92,9 +85,8 @@ def check_phases(phases: Any, source: str, accepted: Iterable[str] | None = None
     sections = PHASE_SECTIONS if accepted is None else ("data", "training", "losses")
     if not isinstance(phases, Mapping) or (not phases and accepted is None):
         raise wrong_value("phases", phases, f"a mapping of phases, in {source}")
+    check_names("phase of the recipe", phases, phases if accepted is None else accepted, "phases.")
     for name, layer in phases.items():
-        if accepted is not None and name not in accepted:
-            raise unknown_name("phase of the recipe", name, accepted, f"phases.{name}")
         if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
             raise InputError(f"a phase is called {shown(name)}; use letters, digits and underscores", "phases")
         if not isinstance(layer, Mapping):
@@ -204,7 +196,7 @@ def resolved_recipe(recipe: Recipe) -> Recipe:
 
 
 def train_recipe(
-    recipe: Recipe, path: Path, spell: Spell, tell: Tell, resumes: bool = False, cpu: bool = False
+    recipe: Recipe, path: Path, spell: Callable[[RunConfig], str], resumes: bool = False, cpu: bool = False
 ) -> "Outcome | None":
     """Train the phases of a recipe in a new folder, or go on in the phase where that stopped.
 
@@ -212,7 +204,6 @@ def train_recipe(
         recipe: with all settings resolved. Where it goes on, budgets may have changed: the folder keeps this one.
         path: of the folder.
         spell: writes a phase's configuration.
-        tell: is told where each phase begins.
         resumes: whether the folder is there.
         cpu: use no GPU.
 
@@ -226,28 +217,22 @@ def train_recipe(
     """
     from accelerate.utils.memory import clear_device_cache
 
-    from dc_ssdae.training.run import check_new, new_folder
+    from dc_ssdae.training.run import new_folder
     from dc_ssdae.training.start import locked, resume_run, start_run
     from dc_ssdae.training.trainer import Outcome
 
     folders = [recipe.folder(path, phase.name) for phase in recipe.phases]
-    models = [f"{folder.name}/model" for folder in folders]
     processes = _check(recipe, path, cpu, resumes)
 
     def create() -> None:
-        check_new(path)
         with new_folder(path) as partial:
             (partial / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
-            replace_link(partial / "model", models[0])
-
-    def keep() -> None:
-        if read_recipe(path) != recipe:
-            write_whole(path / RECIPE_FILE, recipe_yaml(recipe).encode())
+            replace_link(partial / "model", f"{folders[0].name}/model")
 
     def link(place: int) -> None:
-        """Let RUN/model lead to the model of a phase, if it does not lead to a later one's already."""
-        if not ((path / "model").is_symlink() and os.readlink(path / "model") in models[place:]):
-            replace_link(path / "model", models[place])
+        """Let RUN/model lead to the model of a phase that has ended, unless a later one has begun since."""
+        if not any(map(_has_begun, folders[place + 1 :])):
+            replace_link(path / "model", f"{folders[place].name}/model")
 
     if not resumes:
         processes.on_main(create)
@@ -255,10 +240,9 @@ def train_recipe(
     try:
         # Each phase listens for signals itself; this is for one that comes between two phases.
         with locked(path, processes), StopRequest() as stop:
-            processes.on_main(keep)
+            processes.on_main(partial(write_whole, path / RECIPE_FILE, recipe_yaml(recipe).encode()))
             for place, (phase, folder) in enumerate(zip(recipe.phases, folders, strict=True)):
-                signal = processes.on_main(lambda: stop.name)
-                if signal is not None:
+                if (signal := processes.on_main(lambda: stop.name)) is not None:
                     return Outcome(0 if outcome is None else outcome.step, signal)
                 config = phase.config.with_training(output=str(folder))
                 if phase.starts_from is not None:
@@ -267,7 +251,6 @@ def train_recipe(
                 if processes.on_main(partial(_has_begun, folder)):
                     outcome = resume_run(config, spell(config), folder, cpu) or outcome
                 else:
-                    tell(f"phase {phase.name} ({place + 1} of {len(folders)}) begins: {folder}")
                     outcome = start_run(config, spell(config), folder, cpu)
                 # The next one needs the memory that this one's cycles of references still hold.
                 clear_device_cache(garbage_collection=True)
@@ -282,21 +265,6 @@ def train_recipe(
     return outcome
 
 
-def finished_phases(recipe: Recipe, path: Path) -> list[str]:
-    """Names of the phases that have spent their budget.
-
-    Raises:
-        InputError: a checkpoint is damaged.
-    """
-    from dc_ssdae.training.run import RunFolder, is_finished
-
-    return [
-        phase.name
-        for phase in recipe.phases
-        if is_finished(RunFolder(recipe.folder(path, phase.name)), phase.config.training)
-    ]
-
-
 def settled_phases(recipe: Recipe, path: Path) -> list[str]:
     """Names of the finished phases that another one has started from: these cannot go on any more.
 
@@ -304,7 +272,13 @@ def settled_phases(recipe: Recipe, path: Path) -> list[str]:
         InputError: a checkpoint is damaged.
     """
     sources = {phase.starts_from for phase in recipe.phases if _has_begun(recipe.folder(path, phase.name))}
-    return [name for name in finished_phases(recipe, path) if name in sources]
+    return [phase.name for phase in recipe.phases if phase.name in sources and _is_finished(recipe, path, phase)]
+
+
+def _is_finished(recipe: Recipe, path: Path, phase: Phase) -> bool:
+    from dc_ssdae.training.run import RunFolder, is_finished
+
+    return is_finished(RunFolder(recipe.folder(path, phase.name)), phase.config.training)
 
 
 def _has_begun(folder: Path) -> bool:
@@ -321,24 +295,20 @@ def _check(recipe: Recipe, path: Path, cpu: bool, resumes: bool) -> "Processes":
 
     accelerator, processes = start_processes(recipe.phases[0].config.training.processes, cpu)
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    fetching = recipe.phases if accelerator.is_local_main_process and not resumes else ()
 
     def check() -> None:
-        finished = finished_phases(recipe, path)
         for phase in recipe.phases:
-            data, starts = phase.config.data, phase.starts_from is None
-            if phase.name not in finished:
+            config, data = phase.config, phase.config.data
+            if not _is_finished(recipe, path, phase):
                 with prefixed(f"phase {phase.name}"):
-                    start_processes(phase.config.training.processes, cpu)
-                    starts = starts and not _has_begun(recipe.folder(path, phase.name))
-                    check_components(phase.config, starts, processes=processes.count, sharded=is_sharded)
+                    start_processes(config.training.processes, cpu)
+                    starts = phase.starts_from is None and not _has_begun(recipe.folder(path, phase.name))
+                    check_components(config, starts, processes=processes.count, sharded=is_sharded)
                     open_sources(data.root, data.dataset, data.validation, data.cache)
-
-    def fetch() -> None:
-        for phase in recipe.phases if accelerator.is_local_main_process else ():
+        for phase in fetching:  # after everything that can be found out without a download
             with prefixed(f"phase {phase.name}"):
                 fetch_backbones(phase.config.losses)
 
     processes.together(check)
-    if not resumes:  # after everything that can be found out without a download
-        processes.together(fetch)
     return processes

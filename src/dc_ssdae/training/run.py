@@ -12,7 +12,6 @@ RUN/teacher/           of a distillation: a copy of the model to learn from;  te
 
 import fcntl
 import filecmp
-import glob
 import os
 import platform
 import shutil
@@ -20,9 +19,8 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ import torch
 
 from dc_ssdae.card import note_provenance
 from dc_ssdae.errors import InputError
-from dc_ssdae.files import folder_beside, sync, written_beside
+from dc_ssdae.files import folder_beside, sync, temporary_name, written_beside
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.model_folder import read_config, write_latent_statistics
 from dc_ssdae.timing import describe_machine
@@ -60,7 +58,6 @@ class RunFolder:
         self.broken_images = path / "broken_images.jsonl"
         self.model = path / "model"
         self.teacher = path / "teacher"
-        self.teacher_cache = path / "teacher_cache"
 
 
 def check_new(path: Path) -> None:
@@ -105,17 +102,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder to fill, which takes its place at the end of the block by one rename, unless something failed.
 
     Args:
-        path: of the folder. What killed processes left beside it is removed, where the file system has locks.
+        path: of the folder.
 
     Raises:
         OSError: it cannot be written, or something is there by now.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial"):
-        with suppress(InputError, OSError), run_lock(left) as is_locked:  # else another process is filling it
-            if is_locked:
-                shutil.rmtree(left)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    with folder_beside(path, partial), run_lock(partial):
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process has left
+    with folder_beside(path, partial):
         yield partial
         for entry in (*partial.rglob("*"), partial):
             if not entry.is_symlink():
@@ -131,7 +125,7 @@ def remove_run(path: Path) -> None:
         InputError: the run is being trained.
         OSError: it cannot be removed.
     """
-    away = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    away = temporary_name(path)
     with run_lock(path):
         path.rename(away)  # so that no part of it is left under its name
     shutil.rmtree(away)
@@ -143,41 +137,35 @@ def is_finished(run: RunFolder, training: TrainingConfig) -> bool:
     Raises:
         InputError: the checkpoint is damaged.
     """
-    last = run.checkpoints.last()
-    if last is None:
+    if (last := run.checkpoints.last()) is None:
         return False
     state = read_state(last)
     return training.progress(state["step"], state["seconds"]) >= 1.0 and not state.get("incomplete")
 
 
 @contextmanager
-def run_lock(path: Path) -> Iterator[bool]:
+def run_lock(path: Path) -> Iterator[None]:
     """Keep other processes from writing into a folder; the system ends the lock with this process, however that ends.
 
     Args:
         path: of the folder of a run or of a recipe.
 
-    Yields:
-        Whether the folder is locked: some file systems have no locks.
-
     Raises:
         InputError: another process has the lock.
     """
-    handle, is_locked = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644), True
-    try:
+    with (path / ".lock").open("a+b", buffering=0) as file:
         try:
             # Not flock, which the processes that read images would inherit, and hold for seconds after a kill.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         except (BlockingIOError, PermissionError):
-            owner = os.read(handle, 200).decode("utf-8", "replace") or "another process"
+            file.seek(0)
+            owner = file.read(200).decode("utf-8", "replace") or "another process"
             raise InputError(f"{path} is being trained by {owner}; stop that first") from None
-        except OSError:
-            is_locked = False
-        yield is_locked
-    finally:
-        os.close(handle)
+        except OSError:  # some file systems have no locks
+            pass
+        yield
 
 
 def publish_model(run: RunFolder, checkpoint: Path, state: Mapping[str, Any], recovers: bool = False) -> None:

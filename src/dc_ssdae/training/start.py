@@ -67,6 +67,8 @@ def new_run(
             return model, open_sources(data.root, data.dataset, data.validation, data.cache)
 
         model, sources = processes.together(check)
+        if processes.is_main and data.root is not None and sources.validation is None:
+            print(f"{data.root} has no validation/: nothing is evaluated, no checkpoint is the best", file=sys.stderr)
         for first in (True, False):  # a download is for one process of each machine; the others find it then
             mine = config.losses if accelerator.is_local_main_process is first else {}
             processes.together(partial(fetch_backbones, mine))
@@ -147,25 +149,18 @@ def start_processes(wanted: int | None, cpu: bool = False) -> tuple[Accelerator,
     Raises:
         InputError: the engine does not give what was asked for; says how to get it.
     """
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[patience])
-    engine, count = accelerator.distributed_type, accelerator.num_processes
+    accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    engine, count, device = accelerator.distributed_type, accelerator.num_processes, accelerator.device.type
     accumulated, told = accelerator.gradient_accumulation_steps, "Accelerate was told to"
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    has_fsdp = accelerator.device.type != "cpu" and engine == DistributedType.FSDP
+    has_fsdp2 = engine == DistributedType.FSDP and device != "cpu" and os.environ.get("FSDP_VERSION", "1") == "2"
     refusals = (
         (accumulated != 1, f"{told} accumulate over {accumulated} steps; set training.accumulation_steps instead"),
         (engine not in ENGINES, f"{told} use {engine.value}; this trainer runs on {', '.join(ENGINES)}"),
-        (
-            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
-            f"{told} compile; leave --dynamo_backend out, and set training.compile",
-        ),
+        (compiles, f"{told} compile; leave --dynamo_backend out, and set training.compile"),
         (wanted not in (None, count), f"training.processes is {wanted}, but the launcher started {count}"),
-        (
-            wants_fsdp and not (has_fsdp and os.environ.get("FSDP_VERSION", "1") == "2"),
-            f"FSDP was asked for, but Accelerate runs {engine.value} on {accelerator.device.type}; this trainer shards "
-            "on GPUs alone, started by accelerate launch --use_fsdp --fsdp_version 2",
-        ),
+        (wants_fsdp and not has_fsdp2, f"{told} use FSDP, which here needs GPUs and --fsdp_version 2"),
     )
     for is_refused, message in refusals:
         if is_refused:
@@ -195,7 +190,6 @@ def _create(config: RunConfig, config_text: str, path: Path, model: DCSSDAE) -> 
     source = teacher if training.init_from is None else model_folder(training.init_from)
     settings = json.loads(model.to_json_string())
     if source is not None and training.keeps_latent:
-        given = read_config(source)
-        settings |= {name: given[name] for name in NOT_MEASURED if name in given}
+        settings |= {name: value for name, value in read_config(source).items() if name in NOT_MEASURED}
     settings["provenance"] = inherited(config, source)
     create_run(path, config_text, json.dumps(settings, indent=2, sort_keys=True) + "\n", teacher)

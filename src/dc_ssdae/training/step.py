@@ -26,29 +26,25 @@ class TrainingStep(nn.Module):
         model: the autoencoder.
         objective: its terms may hold parameters, which train too.
         precision: "float32", or "bfloat16" or "float16" for autocast around the networks; losses stay float32.
-        channels_last: bring the images into that memory order; None leaves it to `build.place_step`.
 
     Attributes:
-        memory_format: memory order of the images.
+        memory_format: memory order of the images; `build.place_step` chooses it.
         held_back: names of the parameters that `freeze_all_but` keeps from training.
     """
 
-    def __init__(
-        self, model: DCSSDAE, objective: Objective, precision: str = "float32", channels_last: bool | None = None
-    ) -> None:
+    def __init__(self, model: DCSSDAE, objective: Objective, precision: str = "float32") -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self._dtype = getattr(torch, precision)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.memory_format = torch.contiguous_format
         self._frozen: list[nn.Module] = []
         self.held_back: set[str] = set()
         self._decode_with_features: Callable[..., tuple[Tensor, Tensor]] | None = None
         if objective.wants_decoder_features:
             self._decode_with_features = getattr(model.decoder, "forward_with_features", None)
             if self._decode_with_features is None:
-                decoder = type(model.decoder).__name__
-                raise InputError(f"{decoder} has no forward_with_features, which a loss reads: try --losses.repa 0")
+                raise InputError(f"{type(model.decoder).__name__} has no forward_with_features, which a loss reads")
 
     def forward(
         self, pixels: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None = None

@@ -124,12 +124,13 @@ class Trainer:
         self.workers = default_workers(here) if config.data.workers is None else config.data.workers
         model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
         known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-        self.measurements = Measurements(self, latent_is_known=training.keeps_latent and known)
+        self.measurements = Measurements(self, training.latent_statistics > 0 and not (training.keeps_latent and known))
         self._broken = {line["name"] for line in read_lines(run.broken_images) if line["split"] == "train"}
         names = getattr(self.sources.train, "names_sha256", None)
         self._names_sha256 = names() if callable(names) else None  # not every data set tells its images' names
-        self._random = self.module.objective.random_backbones
-        self._origin = origin(config, model_config.get("provenance"), len(self.sources.train), self._random)
+        random = self.module.objective.random_backbones
+        self.remarks = {"random_backbones": random} if random else {}
+        self._origin = origin(config, model_config.get("provenance"), len(self.sources.train), random)
         if checkpoint is not None:
             self.load_state_dict(checkpoint)
 
@@ -137,7 +138,6 @@ class Trainer:
         """The whole state; every process must take part in gathering it, and the main one alone has the tensors."""
         optimizer_tensors, groups = optimizer_state(self.optimizer, self.module)
         length, drawn = len(self.sources.train), self.step * self.config.training.batch_size
-        evaluations = self.measurements.evaluations
         state = {
             "step": self.step,
             "images_drawn": drawn,
@@ -147,7 +147,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             **self.measurements.state_dict(),
-            "provenance": {**self._origin, "steps": self.step, **({"evaluations": evaluations} if evaluations else {})},
+            "provenance": {**self._origin, "steps": self.step, "evaluations": self.measurements.evaluations},
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "names_sha256": self._names_sha256,
@@ -155,11 +155,10 @@ class Trainer:
             "optimizer": {"class": type(self.optimizer).__name__, "groups": groups},
             "gradient_scaler": self.scaler.state_dict(),
         }
-        if not with_tensors:
-            return Checkpoint({}, state)
         files = {"model": self.module.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer_tensors}
         # Every process gathers what is sharded; eight whole copies would be too much for many a node.
-        return Checkpoint({file: whole(tensors, self.processes.is_main) for file, tensors in files.items()}, state)
+        wanted = files.items() if with_tensors else ()
+        return Checkpoint({file: whole(tensors, self.processes.is_main) for file, tensors in wanted}, state)
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Go on from a state, whatever number of processes it comes from; the module's weights are loaded before.
@@ -169,11 +168,10 @@ class Trainer:
         """
         state, tensors = checkpoint.state, checkpoint.tensors
         check_changes(state["settings"], self.config.fixed_settings(), self.run_folder.path)
-        began_with, count = state["images_in_data_set"], len(self.sources.train)
+        began, count = state["images_in_data_set"], len(self.sources.train)
         names = state.get("names_sha256")
-        if began_with != count or (names and self._names_sha256 and names != self._names_sha256):
-            told = f"the run began with {began_with} training images and the data set now has {count}"
-            raise InputError(f"{told}, or some have other names: put those of before back")
+        if began != count or (names and self._names_sha256 and names != self._names_sha256):
+            raise InputError(f"the run began with {began} images; now there are {count}, or they have other names")
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer_state(self.optimizer, self.module, tensors["optimizer"], state["optimizer"]["groups"])
         self.scaler.load_state_dict(state["gradient_scaler"])
@@ -197,9 +195,6 @@ class Trainer:
         stopped = False
         logged = self.processes.is_main, self.step, self.seconds, self.measurements.evaluated_at or 0
         with closing(Loggers(self.run_folder, self.config, *logged)) as loggers:
-            if self._random:
-                names = ", ".join(map("losses.{}".format, self._random))
-                loggers.say(f"{names}: random weights in the backbone, whose values and whose training mean nothing")
             try:
                 if self.step:  # a signal came before it was done
                     self._measure(loggers)
@@ -209,10 +204,13 @@ class Trainer:
                 stopped = self._exchange(torch.zeros(0, device=self.accelerator.device))[0] > 0.0
                 while not stopped and not self.is_finished():
                     stopped = self._train_step(loggers)
+                    is_due = self.step % self.config.training.checkpoint_every == 0 or self.measurements.due()
                     # Skipped steps in a row may end in failure, which is to name what was before them; at the end they
                     # have not.
-                    if not stopped and (not self._skipped_in_a_row or self.is_finished()):
-                        self._after_step(loggers)
+                    if is_due and not stopped and (not self._skipped_in_a_row or self.is_finished()):
+                        self._save(loggers)  # first: to evaluate may take longer than a launcher waits after its signal
+                        self._measure(loggers)
+                        self._mark = time.monotonic()  # the clock is of training alone
             except Stopped:  # what was done is saved, or the weights are as they were
                 stopped = True
             if self.step and self._saved_at != self.step:
@@ -271,33 +269,22 @@ class Trainer:
         self._upcoming = self._fetch()
         agreed = self._exchange(torch.cat([local_losses, norm.reshape(1)]), len(broken))
         stops, broken_anywhere, lap, *values = agreed
-        entry = dict(zip(self._logged, values, strict=True))
-        not_finite = [name for name in self._logged if not math.isfinite(entry[name])]
+        losses_and_norm = dict(zip(self._logged, values, strict=True))
+        not_finite = [name for name, value in losses_and_norm.items() if not math.isfinite(value)]
         if len(not_finite) > 1:  # the gradient of a loss that is not finite
             not_finite.remove("gradient_norm")
         skipped = self._update(not_finite, statistics)
         self.step += 1
         self.seconds += lap
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_set()
-        loggers.step(
-            {
-                "step": self.step,
-                **entry,
-                "lr": lr,
-                **({"skipped": not_finite} if not_finite else {}),
-                **({"random_backbones": self._random} if self._random else {}),
-                "images_per_second": training.batch_size / max(lap, 1e-9),
-                "seconds": self.seconds,
-                "memory_gib": peak / 2**30,
-            }
-        )
+        skips = {"skipped": not_finite} if not_finite else {}
+        entry = {"step": self.step, **losses_and_norm, "lr": lr, **skips, **self.remarks}
+        speed = training.batch_size / max(lap, 1e-9)
+        loggers.step({**entry, "images_per_second": speed, "seconds": self.seconds, "memory_gib": peak / 2**30})
         if skipped:
             loggers.say(f"step {self.step} skipped: {skipped}")
         if self._skipped_in_a_row >= training.max_skipped_steps:
-            raise TrainingFailed(
-                f"{self._skipped_in_a_row} steps in a row are not finite, at last {', '.join(not_finite)} at step "
-                f"{self.step}; {self._last_good()}"
-            )
+            raise TrainingFailed(f"step {self.step}: {skipped}; {self._last_good()}")
         if broken_anywhere:
             self._report_broken(broken, loggers)
         return stops > 0.0
@@ -343,17 +330,9 @@ class Trainer:
         for images in self.processes.gather(mine):
             loggers.broken(images, self.step, "train")
             self._broken.update(image.name for image in images)
-        length, share = len(self.sources.train), self.config.data.max_broken_share
-        if len(self._broken) > share * length:
-            broken = f"{len(self._broken)} of {length} training images cannot be read"
-            raise TrainingFailed(f"{broken}, more than data.max_broken_share {share:g}; {self._last_good()}")
-
-    def _after_step(self, loggers: Loggers) -> None:
-        """Save and measure where that is due."""
-        if self.step % self.config.training.checkpoint_every == 0 or self.measurements.due():
-            self._save(loggers)  # first: to evaluate may take longer than a launcher waits after its signal
-            self._measure(loggers)
-            self._mark = time.monotonic()  # the clock is of training alone
+        broken, count = len(self._broken), len(self.sources.train)
+        if broken > self.config.data.max_broken_share * count:
+            raise TrainingFailed(f"{broken} of {count} training images cannot be read, more than data.max_broken_share")
 
     def _measure(self, loggers: Loggers) -> None:
         """Measure what is due at this step, and save what came out."""
@@ -400,6 +379,5 @@ class Trainer:
         return written
 
     def _last_good(self) -> str:
-        if self._saved_at is None:
-            return "there is no checkpoint yet"
-        return f"the last good checkpoint is {self.run_folder.checkpoints.of_step(self._saved_at)}"
+        last = self.run_folder.checkpoints.last()
+        return "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
