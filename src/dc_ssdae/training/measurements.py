@@ -18,6 +18,7 @@ from dc_ssdae.evaluation.latent_statistics import latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.latent import LatentMoments
 from dc_ssdae.provenance import IN_TRAINING
+from dc_ssdae.training.config import METRICS
 from dc_ssdae.training.logging import Loggers
 from dc_ssdae.training.origin import data_name
 from dc_ssdae.training.stopping import Stopped
