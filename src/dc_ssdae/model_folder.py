@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dc_ssdae.errors import InputError, MissingInputError
-from dc_ssdae.files import check_file, write_whole
+from dc_ssdae.files import check_file, write_json
 from dc_ssdae.latent import LatentStatistics
 from dc_ssdae.presets import SHIPPED_MODEL
 from dc_ssdae.weights import WEIGHTS
@@ -54,8 +54,8 @@ def update_config(folder: Path, settings: Mapping[str, Any]) -> None:
         InputError: there is no config.json.
         OSError: it cannot be written; the old one stays.
     """
-    changed = sorted({**read_config(folder), **settings}.items())  # as diffusers writes them
-    write_whole(folder / "config.json", (json.dumps(dict(changed), indent=2) + "\n").encode())
+    changed = {**read_config(folder), **settings}
+    write_json(folder / "config.json", dict(sorted(changed.items())))  # as diffusers writes it
 
 
 def model_folder(path: str | Path) -> Path:
@@ -70,9 +70,8 @@ def model_folder(path: str | Path) -> Path:
     """
     if str(path) == SHIPPED_MODEL and not os.path.exists(path):
         return Path(__file__).parent / "shipped" / SHIPPED_MODEL
-    path = Path(path)
-    model = path if (path / "config.json").exists() else path / "model"
-    return model if (model / "config.json").exists() else path
+    places = (Path(path), Path(path, "model"))
+    return next((place for place in places if (place / "config.json").exists()), places[0])
 
 
 def weight_files(folder: Path) -> dict[str | None, list[Path]]:
