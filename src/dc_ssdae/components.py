@@ -127,11 +127,13 @@ def find_class(part: str, class_path: object, classes: Sequence[type] = ()) -> t
     kind = next(iter(passed)) if len(passed) == 1 else find_imported(path)
     if "." not in path and not passed:
         raise unknown_name(f"class of {part}", class_path, COMPONENTS[part])
-    named, base = f"{part} class {class_path!r}", object if part == "dynamics" else nn.Module
-    if not isinstance(kind, type) or not issubclass(kind, base):
-        raise InputError(f"{named} is not imported, or no {base.__name__}: import its module, or pass one such class")
+    named = f"{part} class {class_path!r}"
+    if not isinstance(kind, type):
+        raise InputError(f"{named} is not imported, or is no class: import its module, or pass one such class")
     if part == "dynamics":
         lacking = [f"method {name}" for name in DYNAMICS_METHODS if not callable(getattr(kind, name, None))]
+    elif not issubclass(kind, nn.Module):
+        raise InputError(f"{named} is no torch.nn.Module")
     else:
         # Of the bases too, to which a constructor that takes anything hands it on. Were this not asked for, a file
         # could have any module built whose class happens to be imported, with settings of its choice.

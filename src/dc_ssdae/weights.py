@@ -53,9 +53,8 @@ def pickle_refused(path: Path, converted: Path | None = None) -> InputError:
     """
     source, target = (json.dumps(str(file)) for file in (path, converted or path.with_suffix(".safetensors")))
     tensors = f'torch.load({source}, map_location="cpu", weights_only=True)'
-    code = f"import torch, safetensors.torch as st; st.save_file({tensors}, {target})"
-    advice = f"convert it: python -c {shlex.quote(code)}"
-    return InputError(f"{path} is a pickle file, which could run code when loaded; {advice}")
+    code = shlex.quote(f"import torch, safetensors.torch as st; st.save_file({tensors}, {target})")
+    return InputError(f"{path} is a pickle file, which could run code when loaded; convert it: python -c {code}")
 
 
 def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
