@@ -33,5 +33,6 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
     try:
         snapshot = snapshot_download(name, allow_patterns=patterns, **settings)
     except OSError as error:
-        raise MissingInputError(f"{name} is no folder, nor on the hub: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise MissingInputError(f"{name}: no such folder, and not to be had from the hub: {reason}") from error
     return Path(snapshot, prefix)

@@ -54,8 +54,8 @@ def update_config(folder: Path, settings: Mapping[str, Any]) -> None:
         InputError: there is no config.json.
         OSError: it cannot be written; the old one stays.
     """
-    changed = {**read_config(folder), **settings}
-    write_json(folder / "config.json", dict(sorted(changed.items())))  # as diffusers writes it
+    # Sorted, as diffusers writes it.
+    write_json(folder / "config.json", dict(sorted({**read_config(folder), **settings}.items())))
 
 
 def model_folder(path: str | Path) -> Path:
