@@ -1,7 +1,7 @@
 """DCSSDAE: joins an encoder, a decoder and a dynamics; encode, decode, save, load."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,6 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dc_ssdae.classes import check_classes
 from dc_ssdae.components import COMPONENTS, resolve_part
@@ -29,7 +28,7 @@ from dc_ssdae.decoding import (
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
 from dc_ssdae.dynamics.corruption import field_of, predict
 from dc_ssdae.dynamics.energy import as_normal, at_least_float32
-from dc_ssdae.errors import InputError, check_names, check_type
+from dc_ssdae.errors import InputError, check_names
 from dc_ssdae.latent import DiagonalGaussian, Generators
 from dc_ssdae.networks import UViTDecoder
 from dc_ssdae.networks.blocks import check_image, check_latent_shape
@@ -40,13 +39,12 @@ from dc_ssdae.samplers import SamplerResult, Schedule
 from dc_ssdae.samplers.descent import mark_varying_batch
 from dc_ssdae.samplers.result import check_share, is_finite, root_mean_square
 from dc_ssdae.settings import check_value
-from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling, scaled
+from dc_ssdae.tiling import DEFAULT_OVERLAP, blend_tiles, check_tiling
 
 __all__ = ["COMPONENTS", "DCSSDAE", "EncoderOutput"]
 
-KL_BLOCKS = ("KLResidualBlock", "SpatialSelfAttention")
-DC_BLOCKS = ("ResBlock", "EfficientViTBlock", "SpaceToChannelDownsample")
-DECODER_BLOCKS = ("ConditionedResidualBlock", "UpLevel", "TransformerBlock")
+OF_ENCODERS = ("KLResidualBlock", "SpatialSelfAttention", "ResBlock", "EfficientViTBlock", "SpaceToChannelDownsample")
+OF_DECODERS = ("ConditionedResidualBlock", "UpLevel", "TransformerBlock")
 """Blocks whose outputs join their inputs, which must be on one device."""
 
 FAR_OUTSIDE = 2.0
@@ -110,7 +108,7 @@ class DCSSDAE(PretrainedModel):
     decoder: UViTDecoder
     _supports_gradient_checkpointing = True
     _range_checked = False
-    _no_split_modules = (*KL_BLOCKS, *DC_BLOCKS, *DECODER_BLOCKS)
+    _no_split_modules = (*OF_ENCODERS, *OF_DECODERS)
 
     @register_to_config
     def __init__(
@@ -132,7 +130,6 @@ class DCSSDAE(PretrainedModel):
         self.use_tiling = self.use_slicing = False
         self.spatial_compression_ratio = downsample_factor  # as some pipelines call it
         check_value("latent_channels", latent_channels, int, {"at_least": 1})
-        check_type("downsample_factor", downsample_factor, int)
         settings: dict[str, Any] = {
             "scaling_factor": check_value("scaling_factor", scaling_factor, float, {"above": 0.0}),
             "shift_factor": check_value("shift_factor", shift_factor, float, {}),
@@ -191,8 +188,7 @@ class DCSSDAE(PretrainedModel):
         posterior, config = self.encoder(x), self.config
         expected = (len(x), config.latent_channels, *(side // config.downsample_factor for side in x.shape[2:]))
         if not isinstance(posterior, DiagonalGaussian) or tuple(posterior.mean.shape) != expected:
-            name = config.encoder["class_path"]
-            raise InputError(f"encoder {name} must give a DiagonalGaussian of shape {expected} for these images")
+            raise InputError(f"encoder {config.encoder['class_path']} must give a DiagonalGaussian of shape {expected}")
         return posterior
 
     @apply_forward_hook
@@ -224,27 +220,21 @@ class DCSSDAE(PretrainedModel):
         """Warn once of images far outside [-1, 1]; on other devices than the CPU, which must wait, look once."""
         if torch.compiler.is_compiling() or self._range_checked or x.is_meta:
             return
-        low, high = map(float, x.detach().aminmax())
-        is_far = max(-low, high) > FAR_OUTSIDE
-        self._range_checked = is_far or x.device.type != "cpu"
-        if is_far:
-            told = f"these images have values from {low:.4g} to {high:.4g}; encode takes images in [-1, 1]: scale them"
-            warnings.warn(told, stacklevel=4)  # past encode and diffusers' hook
+        largest = float(x.detach().abs().max())
+        self._range_checked = largest > FAR_OUTSIDE or x.device.type != "cpu"
+        if largest > FAR_OUTSIDE:
+            # The line warned of is past encode and diffusers' hook.
+            warnings.warn(f"encode takes images in [-1, 1]; these have values up to ±{largest:.4g}", stacklevel=4)
 
     def _moments(self, x: Tensor) -> Tensor:
         """Mean and log-variance (B, 2c, h, w), or mean alone: image by image, tile by tile, where that is on."""
         if self.use_slicing and len(x) > 1:
             return torch.cat([self._moments(image) for image in x.split(1)])
         factor = self.config.downsample_factor
-        height, width = (side // factor for side in x.shape[2:])
-        if not self.use_tiling or max(height, width) <= self._tile[0]:
-            posterior = self.posterior(x)
-            return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
-
-        def compute(rows: slice, columns: slice) -> Tensor:
-            return self._moments(x[:, :, scaled(rows, factor), scaled(columns, factor)])
-
-        return blend_tiles(compute, height, width, *self._tile).to(x.dtype)
+        if self.use_tiling and max(x.shape[2:]) > self._tile[0] * factor:
+            return blend_tiles(self._moments, [(x, factor)], *self._tile).to(x.dtype)
+        posterior = self.posterior(x)
+        return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
 
     @apply_forward_hook
     def decode(
@@ -307,8 +297,7 @@ class DCSSDAE(PretrainedModel):
         share = 0.0 if start is None else check_share("start", start)
         sampler, settings = plan_decoding(self.dynamics, sampler, num_steps, step_size, momentum, tolerance, share)
         z = self._check_latents(z)
-        factor = self.config.downsample_factor
-        shape = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
+        shape = (z.shape[0], 3, *(side * self.config.downsample_factor for side in z.shape[2:]))
         x = starting_noise(z, shape, generator, noise)
         pure_noise = self.dynamics.noise_level  # 1.0 minus it is the data's level
         level = torch.full((x.shape[0],), pure_noise + share * (1.0 - 2.0 * pure_noise), device=x.device)
@@ -368,12 +357,8 @@ class DCSSDAE(PretrainedModel):
             return torch.cat([self._predict(*image) for image in zip(x.split(1), z.split(1), times, strict=True)])
         if self.use_tiling and max(z.shape[2:]) > self._tile[0]:
             factor = self.config.downsample_factor
-
-            def compute(rows: slice, columns: slice) -> Tensor:
-                x_tile = x[:, :, scaled(rows, factor), scaled(columns, factor)]
-                return self._predict(x_tile, z[:, :, rows, columns], time, varying_batch)
-
-            return blend_tiles(compute, z.shape[2], z.shape[3], *self._tile, scale=factor)
+            compute = partial(self._predict, time=time, varying_batch=varying_batch)
+            return blend_tiles(compute, [(x, factor), (z, 1)], *self._tile, scale=factor)
 
         def network(x: Tensor) -> Tensor:
             x = as_normal(x.to(z.dtype))
@@ -456,20 +441,6 @@ class DCSSDAE(PretrainedModel):
     def disable_slicing(self) -> None:
         """Encode and decode the images of a batch together."""
         self.use_slicing = False
-
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
-        """Compute the activations of encoder and decoder again in the backward pass instead of keeping them.
-
-        Args:
-            gradient_checkpointing_func: called with a block and its inputs in place of the block; None is
-                `torch.utils.checkpoint.checkpoint`, not re-entrant.
-
-        Raises:
-            ValueError: neither encoder nor decoder has an attribute `gradient_checkpointing` to be switched.
-        """
-        # Not diffusers' own default, a local function, with which a model cannot be pickled.
-        default = partial(checkpoint, use_reentrant=False)
-        super().enable_gradient_checkpointing(gradient_checkpointing_func or default)
 
 
 # diffusers writes a class's module into a pipeline's model_index.json and imports nothing more to find it there.

@@ -12,26 +12,17 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
 
-from dc_ssdae.errors import InputError
 from dc_ssdae.model_folder import NOT_MEASURED, read_config, update_config, weight_files, write_changed
 from dc_ssdae.provenance import IN_TRAINING, SPLITS, Evaluation, Provenance
 from dc_ssdae.weights import read_safetensors
 
 CARD_FILE = "README.md"
-TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 
 MARKER = (
     "<!-- dc-ssdae writes this file, and writes it anew with the model. Delete this line to keep your own edits. -->"
 )
 """The line by which a card of ours is told from a user's own file."""
-
-PLACEHOLDER = "PATH/TO/THIS/FOLDER"
-"""What is loaded, where the model is in no repository: a path of this machine would be of no use to others."""
-
-BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Last parts of the names of tensors that are no parameters."""
 
 
 def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
@@ -51,11 +42,10 @@ def write_model_card(folder: Path, repo_id: str | None = None) -> bool:
     path = folder / CARD_FILE
     if path.exists() and not is_ours(path):
         return False
-    files = weight_files(folder)
-    variant = next(iter(files), None)
+    variant, files = next(iter(weight_files(folder).items()), (None, []))
     parameters: Counter[str] = Counter()
-    for name, tensor in read_safetensors(*files.get(variant, ())).items():
-        if name.rpartition(".")[2] not in BATCH_STATISTICS:
+    for name, tensor in read_safetensors(*files).items():
+        if name.rpartition(".")[2] not in ("running_mean", "running_var", "num_batches_tracked"):
             parameters[name.partition(".")[0]] += tensor.numel()
     write_changed(path, render_model_card(read_config(folder), parameters, variant, repo_id))
     return True
@@ -110,23 +100,16 @@ def upload_model(folder: Path, repo_id: str, token: str | None = None, **setting
 
     Returns:
         As `huggingface_hub.upload_folder`.
-
-    Raises:
-        InputError: the repository cannot be called so.
     """
     private, subfolder = settings.pop("private", None), settings.pop("subfolder", None)
-    try:
-        repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    except HFValidationError as error:
-        raise InputError(f"no repository can be called {repo_id!r}: {' '.join(str(error).split())}") from None
+    repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if subfolder is None:
         write_model_card(folder, repo_id)
     # Asked first, because a download without a network looks like one without a card.
     there = subfolder is None and huggingface_hub.file_exists(repo_id, CARD_FILE, token=token)
     stays = there and not is_ours(huggingface_hub.hf_hub_download(repo_id, CARD_FILE, token=token))
-    ignored = [CARD_FILE] if stays or subfolder is not None else None
-    settings |= {"path_in_repo": subfolder, "ignore_patterns": ignored, "token": token}
-    return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, **settings)
+    settings |= {"ignore_patterns": [CARD_FILE] if stays or subfolder is not None else None, "token": token}
+    return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, **settings)
 
 
 def render_model_card(
@@ -147,13 +130,13 @@ def render_model_card(
     config = {**NOT_MEASURED, **config}
     card = ModelCard.from_template(
         _metadata(config, provenance),
-        template_path=str(TEMPLATE),
+        template_path=str(Path(__file__).with_suffix(".md.jinja")),
         marker=MARKER,
         config=config,
         classes={part: config[part]["class_path"] for part in ("encoder", "decoder", "dynamics")},
         parameters=parameters,
         provenance=provenance,
-        source=repo_id or PLACEHOLDER,
+        source=repo_id or "PATH/TO/THIS/FOLDER",  # a path of this machine would be of no use to others
         variant=variant,
         is_measured=any(config[name] != unknown for name, unknown in NOT_MEASURED.items()),
         as_code=as_code,
@@ -164,10 +147,9 @@ def render_model_card(
 def as_code(text: str) -> str:
     """Put text into a code span in one line, where nothing in it means anything."""
     text = " ".join(text.split())
-    if "`" not in text:
-        return f"`{text}`"
-    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
-    return f"{fence} {text} {fence}"
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
 def _metadata(config: Mapping[str, Any], provenance: Provenance) -> ModelCardData:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_type, unknown_name
 
 
 def full_name(kind: type) -> str:
@@ -24,9 +24,8 @@ def check_classes(classes: Iterable[type]) -> list[type]:
     Raises:
         InputError: it is no list, or holds something else.
     """
-    listed = list(classes) if isinstance(classes, Iterable) else [classes]
-    if not isinstance(classes, Iterable) or not all(isinstance(kind, type) for kind in listed):
-        raise InputError(f"classes is {classes!r}; it must be a list of classes, such as classes=[MyEncoder]")
+    listed = list(classes) if isinstance(classes, Iterable) else classes
+    check_type("classes", listed, list[type])
     return listed
 
 

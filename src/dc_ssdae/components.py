@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -33,8 +32,7 @@ LARGEST_PARAMETERS, LARGEST_MODULES = 10**10, 5_000
 DYNAMICS_METHODS = ("sample_level", "corrupt", "clean_estimate", "loss")
 
 
-@dataclass(frozen=True)
-class ResolvedPart:
+class ResolvedPart(NamedTuple):
     """A part of a model before it is built: its class and all its settings.
 
     Args:
@@ -58,15 +56,14 @@ class ResolvedPart:
             InputError: the class refuses its settings, or they make it too large.
         """
         name = self.config["class_path"]
-        hook = register_module_module_registration_hook(_size_limit(name))
         try:
-            return self.kind(**handed_over, **self.arguments)
+            with register_module_module_registration_hook(_size_limit(name)):
+                return self.kind(**handed_over, **self.arguments)
         except InputError:
             raise
         except Exception as error:
-            raise InputError(" ".join(f"{name} cannot be built: {type(error).__name__}: {error}".split())) from error
-        finally:
-            hook.remove()
+            message = " ".join(f"its constructor raised {type(error).__name__}: {error}".split())
+            raise InputError(f"{name} cannot be built with its settings; {message}") from error
 
 
 def resolve_part(part: str, given: Mapping[str, Any] | None, classes: Sequence[type] = ()) -> ResolvedPart:
@@ -87,11 +84,10 @@ def resolve_part(part: str, given: Mapping[str, Any] | None, classes: Sequence[t
     name = kind.__name__ if kind in COMPONENTS[part].values() else full_name(kind)
     settings = {} if given.get("init_args") is None else given["init_args"]
     check_type(f"init_args of {part}", settings, Mapping)
-    parameters = [entry for entry in signature(kind).parameters.values() if entry.kind != Parameter.VAR_POSITIONAL]
-    takes_any = any(entry.kind == Parameter.VAR_KEYWORD for entry in parameters)
-    named = [entry for entry in parameters if entry.kind != Parameter.VAR_KEYWORD]
+    parameters = signature(kind).parameters.values()
+    named = [entry for entry in parameters if entry.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
     defaults = {entry.name: entry.default for entry in named if entry.name not in HANDED_OVER[part]}
-    if not takes_any:
+    if not any(entry.kind == Parameter.VAR_KEYWORD for entry in parameters):
         check_names(f"setting of {name}", settings, defaults)
     hints, stored, arguments = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     with suppress(NameError, TypeError, AttributeError):  # hints that only a type checker can read
@@ -128,15 +124,12 @@ def find_class(part: str, class_path: object, classes: Sequence[type] = ()) -> t
         return COMPONENTS[part][path]
     passed = {kind for kind in classes if full_name(kind) == path}
     passed = passed or {kind for kind in classes if kind.__name__ == path.rpartition(".")[2]}
-    if len(passed) > 1:
-        names = ", ".join(sorted(map(full_name, passed)))
-        raise InputError(f"{part} class {class_path!r} could be several of classes: {names}; pass one of them")
-    kind = next(iter(passed), None) or find_imported(path)
+    kind = next(iter(passed)) if len(passed) == 1 else find_imported(path)
     if "." not in path and not passed:
         raise unknown_name(f"class of {part}", class_path, COMPONENTS[part])
     named = f"{part} class {class_path!r}"
     if not isinstance(kind, type):
-        raise InputError(f"{named} is not imported, or is no class: import its module first, or pass it in classes")
+        raise InputError(f"{named} is not imported, or is no class: import its module, or pass one such class")
     if part == "dynamics":
         lacking = [f"method {name}" for name in DYNAMICS_METHODS if not callable(getattr(kind, name, None))]
     elif not issubclass(kind, nn.Module):

@@ -30,9 +30,6 @@ INTEGRATORS: Mapping[str, Callable[..., SamplerResult]] = {"euler": euler, "midp
 SAMPLERS = (ONE_STEP, *DESCENTS, *INTEGRATORS)
 """What `DCSSDAE.decode` takes as `sampler`."""
 
-KEPT_NOISES = 4
-"""Sizes of image whose default noise is kept; of 1024 px it has 12 MiB."""
-
 DEFAULT_NUM_STEPS = 4
 """Of samplers that take several. (Measured; docs/results.md: more cost more, and none was better.)"""
 
@@ -120,11 +117,9 @@ def plan_decoding(
         step_size = dynamics.step_sizes(num_steps, start)
         if tolerance is not None:
             step_size = [step_size[0], *[STOPPING_STEP / dynamics.stiffness] * (num_steps - 1)]
-    settings: dict[str, Any] = {
-        "num_steps": num_steps,
-        "step_size": resolve_schedule("step_size", step_size, num_steps),
-    }
-    settings["tolerance"] = None if tolerance is None else tolerance * dynamics.gradient_scale
+    sizes = resolve_schedule("step_size", step_size, num_steps)
+    threshold = None if tolerance is None else tolerance * dynamics.gradient_scale
+    settings: dict[str, Any] = {"num_steps": num_steps, "step_size": sizes, "tolerance": threshold}
     if sampler != "gradient_descent":
         momenta = resolve_schedule("momentum", DEFAULT_MOMENTUM if momentum is None else momentum, num_steps)
         # What the first step covers, from noise to the image, is no velocity to go on with.
@@ -155,7 +150,7 @@ def _draw_default_noise(height: int, width: int, device: torch.device) -> Tensor
     return _kept_noise(height, width, device).clone()  # a graph may write into what it gets
 
 
-@lru_cache(maxsize=KEPT_NOISES)
+@lru_cache(maxsize=4)  # sizes of image; the noise for 1024 px has 12 MiB
 def _kept_noise(height: int, width: int, device: torch.device) -> Tensor:
     fixed = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):  # what is kept must do for training too

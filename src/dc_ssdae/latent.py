@@ -152,10 +152,9 @@ class LatentStatistics:
     count: int
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (*self.mean, *self.std))) or not (any(self.std) or len(set(self.mean)) > 1):
-            raise InputError(
-                "no image was encoded, or the encoder has collapsed: latents are all the same, or not finite"
-            )
+        differ = any(self.std) or len(set(self.mean)) > 1
+        if not differ or not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise InputError("no image was encoded, or the encoder has collapsed: latents are alike, or not finite")
 
     @property
     def shift_factor(self) -> float:
@@ -171,12 +170,8 @@ class LatentStatistics:
 
     def settings(self) -> dict[str, Any]:
         """The settings of `DCSSDAE` that hold the statistics, under the names that diffusers gives them."""
-        return {
-            "scaling_factor": self.scaling_factor,
-            "shift_factor": self.shift_factor,
-            "latents_mean": list(self.mean),
-            "latents_std": list(self.std),
-        }
+        as_a_whole = {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
+        return {**as_a_whole, "latents_mean": list(self.mean), "latents_std": list(self.std)}
 
 
 class LatentMoments:
@@ -209,19 +204,16 @@ class LatentMoments:
         Raises:
             InputError: the number of channels is another.
         """
-        mean = posterior.mean
         # Chosen, not multiplied by 0, which would keep a NaN; and on the CPU, because not every device has float64.
-        chosen = torch.ones(mean.shape[0], dtype=torch.bool) if weights is None else weights.detach().cpu() != 0
-        mu = _by_channel(mean, chosen)
+        chosen = torch.ones(len(posterior.mean)).bool() if weights is None else weights.detach().cpu() != 0
+        mu = _by_channel(posterior.mean, chosen)
         if mu.numel() == 0:
             return
-        away = mu - mu[:, :1]
-        average = away.mean(dim=1, keepdim=True)
-        spread = (away - average).square().sum(dim=1)
+        variance, mean = torch.var_mean(mu - mu[:, :1], dim=1, correction=0)
+        spread = variance * mu.shape[1]
         if posterior.logvar is not None:
             spread += _by_channel(posterior.logvar, chosen).exp().sum(dim=1)
-        means = (mu[:, :1] + average)[:, 0]
-        self.merge(LatentMoments(mu.shape[0], int(chosen.sum()), mu.shape[1], means, spread))
+        self.merge(LatentMoments(mu.shape[0], int(chosen.sum()), mu.shape[1], mu[:, 0] + mean, spread))
 
     def merge(self, other: "LatentMoments") -> None:
         """Take in what another one has gathered.
@@ -236,7 +228,7 @@ class LatentMoments:
         total = self.values + other.values
         apart = other.mean - self.mean
         self.spread = self.spread + other.spread + apart.square() * (self.values * other.values / total)
-        self.mean = other.mean.clone() if self.values == 0 else self.mean + apart * (other.values / total)
+        self.mean = self.mean + apart * (other.values / total)
         self.images, self.values = self.images + other.images, total
 
     def state(self) -> Tensor:
@@ -246,10 +238,9 @@ class LatentMoments:
     @classmethod
     def from_states(cls, states: Tensor) -> "LatentMoments":
         """Put together what `state` gave in several places, such as the processes of a run: (places, 2 + 2c)."""
-        channels = (states.shape[1] - 2) // 2
-        moments = cls(channels)
+        moments = cls(states.shape[1] // 2 - 1)
         for state in states:
-            moments.merge(cls(channels, *state[:2].tolist(), *state[2:].chunk(2)))
+            moments.merge(cls(len(moments.mean), *state[:2].tolist(), *state[2:].chunk(2)))
         return moments
 
     def statistics(self) -> LatentStatistics:

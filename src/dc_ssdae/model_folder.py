@@ -76,9 +76,8 @@ def model_folder(path: str | Path) -> Path:
     """
     if str(path) == SHIPPED_MODEL and not os.path.exists(path):
         return Path(__file__).parent / "shipped" / SHIPPED_MODEL
-    path = Path(path)
-    model = path if (path / "config.json").exists() else path / "model"
-    return model if (model / "config.json").exists() else path
+    places = (Path(path), Path(path, "model"))
+    return next((place for place in places if (place / "config.json").exists()), places[0])
 
 
 def weight_files(folder: Path) -> dict[str | None, list[Path]]:

@@ -30,18 +30,16 @@ def parameter_groups(model: DCSSDAE) -> dict[str, list[str]]:
         InputError: a class's declaration leaves a tensor out, or claims it for two groups.
     """
     groups: dict[str, list[str]] = {}
-    for part in COMPONENTS:
-        module = getattr(model, part)
-        if not isinstance(module, nn.Module):  # most dynamics have no tensors
-            continue
+    # Most dynamics are no module.
+    modules = {part: module for part in COMPONENTS if isinstance(module := getattr(model, part), nn.Module)}
+    for part, module in modules.items():
         tensors = [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
         declare: Any = getattr(module, "parameter_groups", None)
         declared = {f"{part}.{group}": held for group, held in declare().items()} if declare else {part: tensors}
+        beginnings = {group: tuple(f"{name}." for name in held) for group, held in declared.items()}
         groups |= {group: [] for group in declared}
         for tensor in tensors:
-            holders = [
-                group for group, held in declared.items() if any(f"{tensor}.".startswith(f"{name}.") for name in held)
-            ]
+            holders = [group for group, names in beginnings.items() if f"{tensor}.".startswith(names)]
             if len(holders) != 1:
                 where = " and ".join(map(repr, holders)) or "no group"
                 owner = f"parameter_groups of {part} {model.config[part]['class_path']}"

@@ -1,8 +1,7 @@
 """What makes an autoencoder a model of diffusers: its config, and saving, loading and uploading, all of it strict."""
 
-import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
@@ -23,18 +22,8 @@ from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config
 from dc_ssdae.presets import SHIPPED_MODEL
 from dc_ssdae.weights import WEIGHTS, check_same_tensors, read_safetensors, shard_files
 
-FOLLOWING_SETTINGS = (
-    "block_out_channels",
-    "encoder_block_out_channels",
-    "spatial_compression_ratio",
-    "in_channels",
-    "out_channels",
-    "force_upcast",
-)
-"""What `DCSSDAE.config` tells besides the model's own settings, because pipelines and training scripts ask for it."""
-
-FOLLOWING_WIDTHS = ("block_out_channels", "encoder_block_out_channels")
-FOLLOWING_SETTINGS = (*FOLLOWING_WIDTHS, "spatial_compression_ratio", "in_channels", "out_channels", "force_upcast")
+STAGES = ("block_out_channels", "encoder_block_out_channels")
+FOLLOWING_SETTINGS = (*STAGES, "spatial_compression_ratio", "in_channels", "out_channels", "force_upcast")
 """What `DCSSDAE.config` tells besides the model's own settings, because pipelines and training scripts ask for it."""
 
 EMA_SETTINGS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
@@ -57,7 +46,6 @@ class PretrainedModel(ModelMixin, ConfigMixin):
     """
 
     _internal_dict: FrozenDict
-    encoder: nn.Module
     ignore_for_config: ClassVar[list[str]] = ["classes"]
 
     def __getattr__(self, name: str) -> Any:
@@ -68,10 +56,8 @@ class PretrainedModel(ModelMixin, ConfigMixin):
     def config(self) -> FrozenDict:
         """The settings, and what diffusers' pipelines look for besides, which follows from them and is not saved."""
         channels, factor = self._internal_dict["latent_channels"], self._internal_dict["downsample_factor"]
-        stages = factor.bit_length()  # pipelines take 2^(stages - 1) for f
-        widths = getattr(self.encoder, "widths", None)
-        widths = list(widths) if isinstance(widths, list | tuple) and len(widths) == stages else [channels] * stages
-        following = zip(FOLLOWING_SETTINGS, (widths, list(widths), factor, 3, 3, False), strict=True)
+        stages = [channels] * factor.bit_length()  # only their number counts: pipelines take 2^(number - 1) for f
+        following = zip(FOLLOWING_SETTINGS, (stages, list(stages), factor, 3, 3, False), strict=True)
         return FrozenDict({**self._internal_dict, **dict(following)})
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -82,9 +68,8 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         """
         if "decoder" in self.__dict__.get("_modules", {}) and not all(name.startswith("_") for name in kwargs):
             fixed = (*FOLLOWING_SETTINGS, "latent_channels", "downsample_factor", *COMPONENTS)
-            for name in fixed:
-                if kwargs.get(name, self.config[name]) != self.config[name]:
-                    raise InputError(f"{name} cannot be changed once the model is built; build one with from_config")
+            if changed := [name for name in fixed if kwargs.get(name, self.config[name]) != self.config[name]]:
+                raise InputError(f"{changed[0]} cannot be changed once the model is built; build one with from_config")
             parts = [type(getattr(self, part)) for part in COMPONENTS]
             built = self.without_weights({**self._internal_dict, **kwargs}, parts)._internal_dict
             kwargs = {name: built.get(name, value) for name, value in kwargs.items() if name not in fixed}
@@ -111,9 +96,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         return nn.Module.to(model, "meta")
 
     @classmethod
-    def extract_init_dict(
-        cls, config_dict: Mapping[str, Any], **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
         """Refuse what diffusers would drop with a warning: another class's config, or an unknown setting.
 
         `from_config` calls it with its arguments; among them `classes`, as the constructor's.
@@ -126,9 +109,8 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         config_dict = {name: config_dict[name] for name in config_dict if name not in (*ema, *FOLLOWING_SETTINGS)}
         settings = [name for name in (*config_dict, *kwargs) if not name.startswith("_")]
         check_names(f"setting of {cls.__name__}", settings, cls._config_names())
-        for name in ("latent_channels", "downsample_factor"):
-            if name not in settings:
-                raise InputError(f"config.json lacks {name}")
+        if lacking := [name for name in ("latent_channels", "downsample_factor") if name not in settings]:
+            raise InputError(f"config.json lacks {lacking[0]}")
         init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         return {**init, "classes": classes}, {**unused, **ema}, hidden
 
@@ -161,7 +143,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             With `push_to_hub`, as `huggingface_hub.upload_folder`.
 
         Raises:
-            InputError: another format than safetensors is asked for; or the repository cannot be called so.
+            InputError: another format than safetensors is asked for.
         """
         # Named parameters, because a pipeline that is saved hands on only what it finds in the signature.
         if not safe_serialization or kwargs.get("use_flashpack"):
@@ -171,30 +153,23 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         suffix = f".{variant}" if variant else ""
         # diffusers takes an earlier save's shards away and leaves their index, which would be read in their place.
         Path(folder, f"{WEIGHTS}.safetensors.index{suffix}.json").unlink(missing_ok=True)
-        with self._not_wrapped():
-            super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
+        # What torch.compile has put around modules is taken off meanwhile: their tensors have other names in it.
+        wrapped = [(name, module) for name, module in self.named_modules() if hasattr(module, "_orig_mod")]
+        try:
+            for name, module in reversed(wrapped):  # inside ones first, whose names hold those around them
+                self.set_submodule(name, module._orig_mod)
+            super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **kwargs)
+        finally:
+            for name, module in wrapped:
+                self.set_submodule(name, module)
         if not kwargs.get("is_main_process", True):
             return None
         # safetensors writes files that only their owner may read, whatever the umask: useless to a team's folder.
         mode = Path(folder, "config.json").stat().st_mode
         for file in folder.glob(f"{WEIGHTS}*.safetensors"):
             file.chmod(mode)
-        if push:
-            return upload_model(folder, **{"repo_id": folder.resolve().name, **upload})
         write_model_card(folder)
-        return None
-
-    @contextlib.contextmanager
-    def _not_wrapped(self) -> Iterator[None]:
-        """Take modules out of what torch.compile has put around them, whose tensors have other names."""
-        wrapped = [(name, module) for name, module in self.named_modules() if hasattr(module, "_orig_mod")]
-        try:
-            for name, module in reversed(wrapped):  # inside ones first, whose names hold those around them
-                self.set_submodule(name, module._orig_mod)
-            yield
-        finally:
-            for name, module in wrapped:
-                self.set_submodule(name, module)
+        return upload_model(folder, **{"repo_id": folder.resolve().name, **upload}) if push else None
 
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, **settings: Any) -> Any:
         """Upload the model to the hub, with a card; a card there that is not ours stays.
@@ -210,11 +185,11 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             As `huggingface_hub.upload_folder`.
 
         Raises:
-            InputError: the repository cannot be called so; or another format than safetensors is asked for.
+            InputError: another format than safetensors is asked for.
         """
         with TemporaryDirectory() as folder:
-            settings |= {"repo_id": repo_id, "commit_message": commit_message, "push_to_hub": True}
-            return self.save_pretrained(folder, **settings)
+            settings |= {"repo_id": repo_id, "commit_message": commit_message}
+            return self.save_pretrained(folder, push_to_hub=True, **settings)
 
     @classmethod
     def from_pretrained(
@@ -238,11 +213,8 @@ class PretrainedModel(ModelMixin, ConfigMixin):
                 that is missing, left over, truncated, or of another shape. The message names it.
             MissingInputError: a folder, a file or the variant is not there.
         """
-        for refused in REFUSED_ARGUMENTS:
-            if kwargs.pop(refused, None):
-                raise InputError(
-                    f"{refused} is not for these models: whole safetensors that fit config.json are loaded"
-                )
+        if refused := [argument for argument in REFUSED_ARGUMENTS if kwargs.pop(argument, None)]:
+            raise InputError(f"{refused[0]} is not for these models, which load whole safetensors that fit config.json")
         classes = check_classes(classes)
         changed = {setting: kwargs[setting] for setting in cls._config_names() if setting in kwargs}
         name, folder = str(pretrained_model_name_or_path), model_folder(pretrained_model_name_or_path)

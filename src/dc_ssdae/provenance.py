@@ -26,9 +26,6 @@ LONGEST_LIST = 1000
 SPLITS = ("train", "validation", "val", "test")
 """Names of folders that say nothing without the one above."""
 
-Quote = Callable[[str], str]
-"""Makes a text safe for where it goes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
@@ -52,10 +49,7 @@ class _Record:
             label = f"{name}.{entry.name}"
             value = as_json(label, given.get(entry.name))
             if not _is_short(value):
-                wanted = (
-                    f"a line of 1 to {LONGEST_TEXT} printable characters, a finite number, or at most {LONGEST_LIST}"
-                )
-                raise wrong_value(label, value, f"{wanted} of them")
+                raise wrong_value(label, value, f"a line of 1 to {LONGEST_TEXT} characters, a finite number, or a list")
             record = entry.metadata.get("record")
             if record is not None and isinstance(value, dict):
                 value = {key: record.from_mapping(item, f"{label}.{key}") for key, item in value.items()}
@@ -68,11 +62,11 @@ class _Record:
         """What is known, as config.json holds it."""
         return asdict(self, dict_factory=lambda pairs: {key: value for key, value in pairs if value not in (None, [])})
 
-    def facts(self, quote: Quote = str) -> list[tuple[str, str]]:
+    def facts(self, quote: Callable[[str], str] = str) -> list[tuple[str, str]]:
         """What is known in words, but for other records: pairs of a label and a text, in the order of the fields.
 
         Args:
-            quote: for what may be a stranger's text.
+            quote: makes what may be a stranger's text safe for where it goes.
         """
         found = []
         for entry in fields(self):
@@ -187,14 +181,13 @@ def name_of_path(path: str | Path) -> str | None:
     Args:
         path: of any kind; of a folder that is called like anybody's train/ or model/, the part above tells more.
     """
-    text = str(path)
-    text = urlsplit(text).path if "://" in text else os.path.abspath(os.path.expanduser(text))
+    text = urlsplit(str(path)).path if "://" in str(path) else os.path.abspath(os.path.expanduser(path))
     parts = [part for part in text.split("/") if part]
     parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
     return short_name("/".join(parts[-2:] if parts[-1:] and parts[-1] in SPLITS else parts[-1:]))
 
 
-def _in_words(value: Any, quote: Quote) -> str:
+def _in_words(value: Any, quote: Callable[[str], str]) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{quote(name)} {_in_words(item, quote)}" for name, item in value.items())
     if isinstance(value, list):

@@ -9,11 +9,7 @@ from torch import Tensor
 from dc_ssdae.errors import InputError
 from dc_ssdae.settings import check_value
 
-DEFAULT_TILE_SIZE = 512
-"""Side of a tile in pixels, where the factor f leaves at least four latents of it."""
-
 DEFAULT_OVERLAP = 0.25
-LARGEST_OVERLAP = 0.75
 
 
 def check_tiling(tile_size: int | None, overlap: float, downsample_factor: int) -> tuple[int, int]:
@@ -30,9 +26,9 @@ def check_tiling(tile_size: int | None, overlap: float, downsample_factor: int) 
     Raises:
         InputError: one of them is out of range.
     """
-    tile_size = max(DEFAULT_TILE_SIZE, 4 * downsample_factor) if tile_size is None else tile_size
+    tile_size = max(512, 4 * downsample_factor) if tile_size is None else tile_size
     check_value("tile_size", tile_size, int, {"at_least": 2 * downsample_factor})
-    check_value("overlap", overlap, float, {"at_least": 0.0, "at_most": LARGEST_OVERLAP})
+    check_value("overlap", overlap, float, {"at_least": 0.0, "at_most": 0.75})
     size, rest = divmod(tile_size, downsample_factor)
     if rest:
         raise InputError(f"tile_size is {tile_size}; it must be a multiple of f = {downsample_factor}")
@@ -64,11 +60,8 @@ def tile_weights(starts: Sequence[int], size: int, length: int, scale: int = 1) 
     Returns:
         float32 (tiles, length · scale), 0 outside the tile.
     """
-    size = min(size, length)
     place = torch.arange(length * scale, dtype=torch.float64) + 0.5
-    weights = torch.zeros(len(starts), length * scale, dtype=torch.float64)
-    for weight, start in zip(weights, starts, strict=True):
-        weight[start * scale : (start + size) * scale] = 1.0
+    weights = torch.stack([((place > start * scale) & (place < (start + size) * scale)).double() for start in starts])
     for index, (before, start) in enumerate(itertools.pairwise(starts)):
         if ramp := scale * (before + size - start):
             weights[index + 1] *= ((place - start * scale) / ramp).clamp(0.0, 1.0)
@@ -77,35 +70,33 @@ def tile_weights(starts: Sequence[int], size: int, length: int, scale: int = 1) 
 
 
 def blend_tiles(
-    compute: Callable[[slice, slice], Tensor], height: int, width: int, size: int, overlap: int, scale: int = 1
+    compute: Callable[..., Tensor], inputs: Sequence[tuple[Tensor, int]], size: int, overlap: int, scale: int = 1
 ) -> Tensor:
     """Compute a map tile by tile and blend the tiles; one tile is held at a time, beside the map.
 
     Args:
-        compute: of rows and columns (of the grid of height × width), gives (B, C, rows · scale, columns · scale).
-        height: of the grid.
-        width: of the grid.
+        compute: of the same tile of every input, gives (B, C, rows · scale, columns · scale).
+        inputs: each (B, C, H, W), with its places for each unit of the grid that the tiles are cut from.
         size: side of a tile in units of the grid.
         overlap: of neighbouring tiles in units of the grid.
         scale: places of the map for each unit of the grid.
 
     Returns:
-        (B, C, height · scale, width · scale), float32; what one tile gives, as it is, where one covers the grid.
+        (B, C, height · scale, width · scale), float32.
     """
+    height, width = (side // inputs[0][1] for side in inputs[0][0].shape[2:])
     tops, lefts = tile_starts(height, size, overlap), tile_starts(width, size, overlap)
-    if len(tops) == len(lefts) == 1:
-        return compute(slice(0, height), slice(0, width)).float()
-    blended: Tensor | None = None
+    blended = torch.empty(0)
     for top, down in zip(tops, tile_weights(tops, size, height, scale), strict=True):
         rows = slice(top, min(top + size, height))
         for left, across in zip(lefts, tile_weights(lefts, size, width, scale), strict=True):
             columns = slice(left, min(left + size, width))
-            tile = compute(rows, columns).float()
-            if blended is None:
+            tiles = [whole[:, :, scaled(rows, places), scaled(columns, places)] for whole, places in inputs]
+            tile = compute(*tiles).float()
+            if not blended.numel():
                 blended = tile.new_zeros(*tile.shape[:2], height * scale, width * scale)
             y, x = scaled(rows, scale), scaled(columns, scale)
             blended[:, :, y, x] += tile * down[y].to(tile.device)[:, None] * across[x].to(tile.device)
-    assert blended is not None
     return blended
 
 

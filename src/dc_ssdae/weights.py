@@ -35,14 +35,12 @@ def read_safetensors(*paths: Path) -> dict[str, Tensor]:
         if not path.exists():
             if pickles := [file for suffix in PICKLE_SUFFIXES if (file := path.with_suffix(suffix)).exists()]:
                 raise pickle_refused(pickles[0])
-            beside = min((file.name for file in path.parent.glob("*.safetensors")), default="no safetensors file")
-            raise MissingInputError(f"{path}: no such file; there is {beside}")
+            raise MissingInputError(f"{path}: no such file")
         check_file(path)
         try:
             tensors |= load_file(path)
         except (SafetensorError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is truncated, or no safetensors file: {reason}") from None
+            raise InputError(f"{path} is truncated, or no safetensors file: {str(error).splitlines()[0]}") from None
     return tensors
 
 
@@ -54,12 +52,9 @@ def pickle_refused(path: Path, converted: Path | None = None) -> InputError:
         converted: what its tensors are to be saved as; by default beside it, as safetensors.
     """
     source, target = (json.dumps(str(file)) for file in (path, converted or path.with_suffix(".safetensors")))
-    code = (
-        "import torch, safetensors.torch as st; "
-        f'st.save_file(torch.load({source}, map_location="cpu", weights_only=True), {target})'
-    )
-    advice = f"convert it: python -c {shlex.quote(code)}"
-    return InputError(f"{path} is a pickle file, which could run code when loaded; {advice}")
+    tensors = f'torch.load({source}, map_location="cpu", weights_only=True)'
+    code = shlex.quote(f"import torch, safetensors.torch as st; st.save_file({tensors}, {target})")
+    return InputError(f"{path} is a pickle file, which could run code when loaded; convert it: python -c {code}")
 
 
 def check_same_tensors(what: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
