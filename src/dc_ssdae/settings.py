@@ -73,20 +73,11 @@ def check_value(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> 
     check_type(name, value, hint)
     for part in parts:
         if isinstance(part, int | float) and not isinstance(part, bool):
-            check_limits(name, part, limits)
+            known = {word: (text, holds, limits[word]) for word, (text, holds) in _LIMITS.items() if word in limits}
+            if not all(holds(part, limit) for _, holds, limit in known.values()) or not math.isfinite(part):
+                wanted = " and ".join(f"{text} {limit}" for text, _, limit in known.values()) or "a finite number"
+                raise wrong_value(name, part, wanted)
     return value
-
-
-def check_limits(name: str, value: float, limits: Mapping[str, Any]) -> None:
-    """Refuse a number that is not finite or not within its limits.
-
-    Raises:
-        InputError: names the number and its limits.
-    """
-    known = {word: (text, holds, limits[word]) for word, (text, holds) in _LIMITS.items() if word in limits}
-    if not all(holds(value, limit) for _, holds, limit in known.values()) or not math.isfinite(value):
-        wanted = " and ".join(f"{text} {limit}" for text, _, limit in known.values()) or "a finite number"
-        raise wrong_value(name, value, wanted)
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

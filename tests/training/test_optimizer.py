@@ -15,7 +15,6 @@ from dc_ssdae.training.optimizer import (
     build_optimizer,
     load_optimizer_state,
     optimizer_state,
-    set_learning_rate,
 )
 from dc_ssdae.training.tensors import like, whole
 
@@ -44,7 +43,8 @@ def config(name: OptimizerName, **settings: Any) -> TrainingConfig:
 def train(module: Layers, optimizer: torch.optim.Optimizer, steps: range) -> None:
     """Steps whose gradients depend on their number and on the weights."""
     for step in steps:
-        set_learning_rate(optimizer, 0.05 / (1 + step))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 / (1 + step)
         for name, parameter in module.named_parameters():
             if name in ("unused", "frozen"):
                 continue

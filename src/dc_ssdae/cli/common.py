@@ -111,12 +111,6 @@ def complain(program: str, message: str) -> None:
     tqdm.write(f"{program}: {message}", file=sys.stderr)
 
 
-def complain_once(program: str, message: str) -> None:
-    """Complain, but only in the main process."""
-    if is_main_process():
-        complain(program, message)
-
-
 def describe(error: BaseException) -> str:
     """Say in one line what went wrong."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.classes import importing_from
-from dc_ssdae.cli.common import complain_once, is_main_process
+from dc_ssdae.cli.common import complain, is_main_process
 from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_layer, read_run_config, read_settings
 from dc_ssdae.errors import InputError, check_names, unknown_name
 from dc_ssdae.presets import list_recipes, load_recipe, read_yaml
@@ -188,4 +188,5 @@ def tell_end(program: str, outcome: "Outcome | None", path: Path, prefix: str = 
         message = f"stopped by {outcome.stopped_by} after step {outcome.step}; go on with: {program} --resume {path}"
     else:
         message = f"done after step {outcome.step}: the model is {path / 'model'}"
-    complain_once(program, message)
+    if is_main_process():
+        complain(program, message)

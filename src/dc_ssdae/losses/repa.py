@@ -144,12 +144,10 @@ def transformer_file(backbone: str) -> WeightsFile:
     """
     import timm
 
-    if not timm.is_model_pretrained(backbone):
+    config = timm.get_pretrained_cfg(backbone) if timm.is_model_pretrained(backbone) else None
+    if config is None or not config.hf_hub_id:
         hint = did_you_mean(backbone, [*timm.list_models(), *timm.list_pretrained()])
-        raise InputError(f"timm has no model {backbone!r} with weights{hint}")
-    config = timm.get_pretrained_cfg(backbone)
-    if not config.hf_hub_id:
-        raise InputError(f"timm has no weights of {backbone!r} on the Hugging Face Hub; choose another backbone")
+        raise InputError(f"timm has no weights of {backbone!r} on the Hugging Face Hub{hint}")
     name = f"{config.architecture}.{config.tag}"
     # A file by the model's name, a repository's snapshot in a folder of that name, or the file of the model's authors.
     names = (f"{name}.safetensors", f"{name}/model.safetensors", *([Path(config.url).name] if config.url else []))

@@ -195,15 +195,7 @@ def _evaluate(
             arguments = [part[filled] for part in arguments]
         for part in arguments:
             mark_varying_batch(part)
-    try:
-        value = check_field(field(*arguments), arguments[0])
-    except (InputError, RuntimeError, ValueError) as error:
-        if count == batch or condition:
-            raise
-        raise InputError(
-            f"the field fails on the {count} of {batch} images that are left ({' '.join(str(error).split())}); pass "
-            "what belongs to single images as condition"
-        ) from error
+    value = check_field(field(*arguments), arguments[0])
     return value if places is None else value[places]
 
 

@@ -154,7 +154,7 @@ class TrainingConfig:
     accumulation_steps: int = setting(1, at_least=1, may_change=True)
     optimizer: OptimizerName = "schedule_free_radam"
     lr: float = setting(3e-4, above=0.0)
-    betas: tuple[float, float] = setting((0.9, 0.999), at_least=0.0, below=1.0)
+    betas: tuple[float, float] = setting((0.9, 0.999), above=0.0, below=1.0)
     weight_decay: float = setting(1e-3, at_least=0.0)
     warmup: float = setting(0.05, at_least=0.0, below=1.0)
     gradient_clip: float | None = setting(0.1, above=0.0)
@@ -185,8 +185,6 @@ class TrainingConfig:
         check_settings(self, "training.")
         if self.steps is None and self.minutes is None:
             raise InputError("training.steps and training.minutes are null; one must end the run", "training.steps")
-        if self.optimizer == "schedule_free_radam" and self.betas[0] == 0.0:
-            raise wrong_value("training.betas", list(self.betas), "above 0 first, for schedule_free_radam")
         if self.batch_size % self.accumulation_steps:
             wanted = f"a multiple of training.accumulation_steps, {self.accumulation_steps}"
             raise wrong_value("training.batch_size", self.batch_size, wanted)
@@ -370,11 +368,9 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Pat
         InputError: names the first setting that differs.
     """
     for name in {**before, **after}:
-        is_term = name.startswith("losses.")
-        if is_term and name not in before and after[name]["weight"]:
-            raise InputError(f"{name} is not part of {path}; start a new run with --training.init_from {path}")
-        old, new = before.get(name), after.get(name)
-        if old != new and name in before and (is_term or name in after):
+        old, new, is_term = before.get(name), after.get(name), name.startswith("losses.")
+        is_new_term = is_term and name not in before and after[name]["weight"]
+        if is_new_term or (old != new and name in before and (is_term or name in after)):
             raise InputError(
                 f"{name} is {shown(old)} in {path} and cannot become {shown(new)} when the run goes on; a new run can "
                 f"start from its weights: --training.init_from {path}"

@@ -100,9 +100,3 @@ def load_optimizer_state(
             optimizer.state[parameter][key] = tensor.to(beside, copy=True)
         else:
             optimizer.state[parameter][key] = like(tensor, parameter)
-
-
-def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr

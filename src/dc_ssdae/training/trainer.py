@@ -41,7 +41,6 @@ from dc_ssdae.training.optimizer import (
     evaluated_weights,
     load_optimizer_state,
     optimizer_state,
-    set_learning_rate,
 )
 from dc_ssdae.training.origin import origin
 from dc_ssdae.training.run import RunFolder, publish_model
@@ -247,7 +246,8 @@ class Trainer:
         training, model, device = self.config.training, self.module.model, self.accelerator.device
         seed_ambient(training.seed, self.step, self.processes.index)
         lr = training.learning_rate(training.progress(self.step + 0.5, self.seconds))
-        set_learning_rate(self.optimizer, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         statistics = [buffer.clone() for buffer in self._buffers]
         batches, broken = self._upcoming, []
         local_losses = torch.zeros(len(self._logged) - 1, device=device)
