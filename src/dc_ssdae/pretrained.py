@@ -17,21 +17,11 @@ from torch import nn
 from dc_ssdae.card import upload_model, write_model_card
 from dc_ssdae.classes import check_classes
 from dc_ssdae.components import COMPONENTS
-from dc_ssdae.errors import InputError, MissingInputError, check_names
+from dc_ssdae.errors import InputError, MissingInputError, check_names, wrong_value
 from dc_ssdae.hub import fetch_model
 from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config
 from dc_ssdae.presets import SHIPPED_MODEL
 from dc_ssdae.weights import WEIGHTS, check_same_tensors, read_safetensors, shard_files
-
-FOLLOWING_SETTINGS = (
-    "block_out_channels",
-    "encoder_block_out_channels",
-    "spatial_compression_ratio",
-    "in_channels",
-    "out_channels",
-    "force_upcast",
-)
-"""What `DCSSDAE.config` tells besides the model's own settings, because pipelines and training scripts ask for it."""
 
 FOLLOWING_WIDTHS = ("block_out_channels", "encoder_block_out_channels")
 FOLLOWING_SETTINGS = (*FOLLOWING_WIDTHS, "spatial_compression_ratio", "in_channels", "out_channels", "force_upcast")
@@ -107,6 +97,9 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         has_own = any(isinstance(path, str) and "." in path for path in named)
         with init_empty_weights() if has_own else torch.device("meta"):
             model = cls.from_config(dict(config), classes=classes)
+        for name in FOLLOWING_SETTINGS:
+            if config.get(name, model.config[name]) != model.config[name]:
+                raise wrong_value(name, config[name], f"{model.config[name]}, which follows from the other settings")
         # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
         return nn.Module.to(model, "meta")
 
@@ -248,7 +241,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         name, folder = str(pretrained_model_name_or_path), model_folder(pretrained_model_name_or_path)
         subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
         hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
-        is_local = folder.is_dir()
+        is_local = name != "" and folder.is_dir()  # the empty name would stand for the current folder
         if not (is_local or may_be_on_the_hub(name)):
             raise MissingInputError(f"{name!r}: no such folder, nor the id of a model on the hub")
         folder = folder / (subfolder or "") if is_local else fetch_model(name, subfolder, variant, **hub)
