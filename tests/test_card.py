@@ -90,7 +90,7 @@ class TestContent:
         """The hub would list them beside other models' figures."""
         watching = {"protocol": "training", "data": "x", "images": 9, "step": 20, "metrics": {"mse": {"value": 0.125}}}
         for known, *words in (
-            ({"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]}, "> **The encoder has random weights: not trained.**"),
+            ({"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]}, "> **The encoder has random weights"),
             ({"untrained": ["decoder"]}, "> **The decoder has random weights: not trained.**"),
             ({"evaluations": [watching]}, "Protocol `training`, data `x`, images 9, step 20:", "| `mse` | 0.125 |"),
         ):

@@ -303,7 +303,7 @@ class TestMistakes:
             ("linear", {"draft": DRAFT.byte()[:1], "start": 0.5}, "draft is torch.uint8 of shape (1, 3, 8, 8)"),
             ("linear", {"noise": DRAFT / 0.0}, "noise holds NaN or infinite values"),
             ("flow", {"sampler": "nesterov"}, "sampler of FlowMatching 'nesterov'"),
-            ("linear", {"sampler": "gradient_descent", "momentum": 0.3}, "'gradient_descent' of EquilibriumMatching 'momentum'"),
+            ("linear", {"sampler": "gradient_descent", "momentum": 0.3}, "of EquilibriumMatching 'momentum'"),
             ("linear", {"sampler": "one_step", "tolerance": 0.1}, "'one_step' of EquilibriumMatching 'tolerance'"),
             ("flow", {"sampler": "one_step", "num_steps": 3}, "'one_step' of FlowMatching 'num_steps'"),
         ],
