@@ -59,12 +59,12 @@ class TestContent:
             MARKER,
             "# DC-SSDAE f8c4",
             "- **Encoder**: `DCEncoder`, 1,234,567 parameters",
-            "- **Training data**: `owner/photos`",
-            "Protocol `dcae`, 5,000 images of `photos/validation`, 256×256 px, "
-            "decoded with `sampler` `nesterov`, `num_steps` `4`, `step_size` `0.5, 0.25`:",
-            "| PSNR, dB | 25.125 (25 to 25.25) |",
-            "| LPIPS † | 0.5 |",
-            "- **LPIPS †**: `random`",
+            "- **Data**: `owner/photos`",
+            "Protocol `dcae`, data `photos/validation`, images 5,000, image size 256, "
+            "decoding `sampler` `nesterov`, `num_steps` 4, `step_size` 0.5, 0.25:",
+            "| `psnr` | 25.125 (25 to 25.25) |",
+            "| `lpips` † | 0.5 |",
+            "- **`lpips` †**: `random`",
             'ae = DCSSDAE.from_pretrained("owner/name")',
         ):
             assert line in card.splitlines(), line
@@ -91,9 +91,9 @@ class TestContent:
         """The hub would list them beside other models' figures."""
         watching = {"protocol": "training", "data": "x", "images": 9, "step": 20, "metrics": {"mse": {"value": 0.125}}}
         for known, *words in (
-            ({"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]}, "> **Random weights: not trained.**"),
+            ({"untrained": ["encoder", "decoder"], "evaluations": [EVALUATION]}, "> **The encoder has random weights"),
             ({"untrained": ["decoder"]}, "> **The decoder has random weights: not trained.**"),
-            ({"evaluations": [watching]}, "During training, after 20 steps, 9 images of `x`", "| MSE | 0.125 |"),
+            ({"evaluations": [watching]}, "Protocol `training`, data `x`, images 9, step 20:", "| `mse` | 0.125 |"),
         ):
             card = render(known)
             assert all(text in card for text in words)
@@ -202,7 +202,7 @@ class TestSaving:
         note_evaluation(tmp_path, better)
         expected = {"preset": "demo", "steps": 30, "evaluations": [better]}
         assert DCSSDAE.from_pretrained(tmp_path).config.provenance == expected
-        assert "| PSNR, dB | 30 |" in (tmp_path / "README.md").read_text()
+        assert "| `psnr` | 30 |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.fixture

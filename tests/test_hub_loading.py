@@ -59,11 +59,11 @@ def test_a_subfolder_a_variant_and_a_dtype(snapshot: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: os.truncate(folder / f"{STEM}.safetensors", 50_000), "is truncated: tensor"),
-        (lambda folder: (folder / "config.json").write_text("{"), "me/model/config.json is not JSON"),
-        (partial(edit_config, quantization_config={"quant_method": "bitsandbytes"}), "quantised"),
-        (lambda folder: (folder / f"{STEM}.safetensors").unlink(), f"me/model/{STEM}.safetensors: no such file"),
-        (lambda folder: (folder / "config.json").unlink(), "me/model holds no model: config.json is missing"),
+        (lambda folder: os.truncate(folder / f"{STEM}.safetensors", 50_000), ".safetensors is truncated"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON object"),
+        (partial(edit_config, quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
+        (lambda folder: (folder / f"{STEM}.safetensors").unlink(), f"{STEM}.safetensors: no such file"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no model: config.json is missing"),
     ],
 )
 def test_what_is_damaged_is_named_in_one_line(snapshot: Path, spoil: Callable[[Path], None], words: str) -> None:
@@ -74,7 +74,7 @@ def test_what_is_damaged_is_named_in_one_line(snapshot: Path, spoil: Callable[[P
 def test_an_index_that_names_a_pickle_is_refused(snapshot: Path) -> None:
     index = {"metadata": {"total_size": 1}, "weight_map": {"encoder.conv_in.bias": "w.bin"}}
     (snapshot / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
-    assert "w.bin is a pickle file" in refusal(load, snapshot)
+    assert "w.bin" in refusal(load, snapshot)
 
 
 def test_what_is_not_there_is_an_error_of_the_system(snapshot: Path) -> None:

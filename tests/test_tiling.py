@@ -53,7 +53,7 @@ class TestTiles:
         assert check_tiling(64, 0.01, 8) == (8, 1)
         assert check_tiling(64, 0.0, 8) == (8, 0)
         assert "tile_size is 500; it must be a multiple of f = 8" in refusal(check_tiling, 500, 0.25, 8)
-        assert "overlap is 0.8; it must be from 0 to 0.75" in refusal(check_tiling, 64, 0.8, 8)
+        assert "overlap is 0.8; it must be at least 0.0 and at most 0.75" in refusal(check_tiling, 64, 0.8, 8)
         assert "tile_size" in refusal(check_tiling, 64.0, 0.25, 8)
 
 

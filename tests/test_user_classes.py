@@ -114,7 +114,7 @@ class TestBuilding:
         assert not model.training
         assert model.config.encoder["class_path"] == f"{HERE}.{Local.__qualname__}"
         assert type(DCSSDAE.from_config(model.config, classes=[Local]).encoder) is Local
-        assert "or pass the class as classes=" in refusal(DCSSDAE.from_config, model.config)
+        assert "or pass it in classes" in refusal(DCSSDAE.from_config, model.config)
 
     def test_bare_names_of_this_package_come_first(self) -> None:
         """Otherwise a class that happens to be passed could change what a preset means."""
@@ -200,14 +200,18 @@ class NoLoss(BareDynamics):
     loss = None
 
 
+class NoLevel(BareDynamics):
+    noise_level = property()  # which raises AttributeError
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("encoder", "settings", "message"),
         [
-            ("NoSettings", {}, "must take latent_channels, downsample_factor; it lacks latent_channels"),
+            ("NoSettings", {}, "has no setting latent_channels"),
             ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
             ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be a whole number"),
-            ("NeedsWidth", {"width": 5}, "its constructor raised ValueError: width must be even"),
+            ("NeedsWidth", {"width": 5}, "ValueError: width must be even"),
             ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
             ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),
             ("PatchEncoder", {"latent_channels": 4}, "unknown setting of "),
@@ -222,7 +226,7 @@ class TestMistakes:
 
     def test_decoders_dynamics_and_classes(self) -> None:
         for part, name, message in (
-            ("decoder", "PatchEncoder", "it lacks time_conditioning"),
+            ("decoder", "PatchEncoder", "has no setting time_conditioning"),
             ("dynamics", "NoLoss", "has no method loss"),
             ("dynamics", "NoLevel", "has no attribute noise_level"),
         ):
@@ -233,7 +237,7 @@ class TestMistakes:
 
     def test_an_encoder_that_gives_something_else(self) -> None:
         model = build("WideEncoder")
-        assert "gives a latent of shape (1, 8, 2, 3)" in refusal(model.encode, torch.zeros(1, 3, 16, 24))
+        assert "must give a DiagonalGaussian of shape (1, 4, 2, 3)" in refusal(model.encode, torch.zeros(1, 3, 16, 24))
         model.encoder = nn.AvgPool2d(8)
         assert "must give a DiagonalGaussian" in refusal(model.encode, torch.zeros(1, 3, 16, 24))
 

@@ -149,6 +149,9 @@ class DCSSDAE(PretrainedModel):
 
         sizes = {"latent_channels": latent_channels, "downsample_factor": downsample_factor}
         self.dynamics: Dynamics = resolved["dynamics"].build()
+        for name in ("conditions_on_time", "noise_level"):
+            if not hasattr(self.dynamics, name):
+                raise InputError(f"dynamics class {settings['dynamics']['class_path']!r} has no attribute {name}")
         self.encoder = resolved["encoder"].build(**sizes)
         self.decoder = resolved["decoder"].build(**sizes, time_conditioning=self.dynamics.conditions_on_time)
         for_images = isinstance(self.decoder, UViTDecoder) and (self.decoder.patch > 1 or self.decoder.block_shortcut)

@@ -16,7 +16,7 @@ from torch import nn
 from dc_ssdae.card import upload_model, write_model_card
 from dc_ssdae.classes import check_classes
 from dc_ssdae.components import COMPONENTS
-from dc_ssdae.errors import InputError, MissingInputError, check_names
+from dc_ssdae.errors import InputError, MissingInputError, check_names, wrong_value
 from dc_ssdae.hub import fetch_model
 from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, read_config
 from dc_ssdae.presets import SHIPPED_MODEL
@@ -56,8 +56,10 @@ class PretrainedModel(ModelMixin, ConfigMixin):
     def config(self) -> FrozenDict:
         """The settings, and what diffusers' pipelines look for besides, which follows from them and is not saved."""
         channels, factor = self._internal_dict["latent_channels"], self._internal_dict["downsample_factor"]
-        stages = [channels] * factor.bit_length()  # only their number counts: pipelines take 2^(number - 1) for f
-        following = zip(FOLLOWING_SETTINGS, (stages, list(stages), factor, 3, 3, False), strict=True)
+        stages = factor.bit_length()  # pipelines take 2^(stages - 1) for f
+        widths = getattr(self.encoder, "widths", None)
+        widths = list(widths) if isinstance(widths, list | tuple) and len(widths) == stages else [channels] * stages
+        following = zip(FOLLOWING_SETTINGS, (widths, list(widths), factor, 3, 3, False), strict=True)
         return FrozenDict({**self._internal_dict, **dict(following)})
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -92,6 +94,9 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         has_own = any(isinstance(path, str) and "." in path for path in named)
         with init_empty_weights() if has_own else torch.device("meta"):
             model = cls.from_config(dict(config), classes=classes)
+        for name in FOLLOWING_SETTINGS:
+            if config.get(name, model.config[name]) != model.config[name]:
+                raise wrong_value(name, config[name], f"{model.config[name]}, which follows from the other settings")
         # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
         return nn.Module.to(model, "meta")
 
@@ -220,7 +225,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         name, folder = str(pretrained_model_name_or_path), model_folder(pretrained_model_name_or_path)
         subfolder, variant = kwargs.pop("subfolder", None), kwargs.get("variant")
         hub = {argument: kwargs.pop(argument, None) for argument in HUB_ARGUMENTS}
-        is_local = folder.is_dir()
+        is_local = name != "" and folder.is_dir()  # the empty name would stand for the current folder
         if not (is_local or may_be_on_the_hub(name)):
             raise MissingInputError(f"{name!r}: no such folder, nor the id of a model on the hub")
         folder = folder / (subfolder or "") if is_local else fetch_model(name, subfolder, variant, **hub)

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 from urllib.parse import urlsplit
@@ -164,7 +163,10 @@ class Provenance(_Record):
 
     def with_evaluation(self, evaluation: Evaluation) -> "Provenance":
         """Add an evaluation, in the place of an earlier one of the same protocol, data, image size and decoding."""
-        kind = attrgetter("protocol", "data", "image_size", "decoding")
+
+        def kind(entry: Evaluation) -> tuple[Any, ...]:
+            return entry.protocol, entry.data, entry.image_size, entry.decoding or {}
+
         kept = [entry for entry in self.evaluations or () if kind(entry) != kind(evaluation)]
         return replace(self, evaluations=[*kept, evaluation])
 

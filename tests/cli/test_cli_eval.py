@@ -127,7 +127,7 @@ def test_the_figures_get_into_the_model(
     found = report_of("third")["metrics"]["psnr"]
     assert in_one["metrics"] == {"psnr": {key: found[key] for key in ("value", "low", "high")}}
     interval = f"{found['value']:.5g} ({found['low']:.5g} to {found['high']:.5g})"
-    assert f"| PSNR, dB | {interval} |" in (copied / "README.md").read_text()
+    assert f"| `psnr` | {interval} |" in (copied / "README.md").read_text()
 
     measure = evaluate_module.evaluate
 

@@ -64,10 +64,12 @@ def test_a_demo_and_a_run_are_kept(refusal: Refusal) -> None:
 def test_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    long = "a[red]b" * 20
-    lines = table([("name", "n"), (long, "12,345,678"), ("a word, and others", "1")], "lr").splitlines()
+    label, long = "a_label_of_one_word." * 2, "a[red]b" * 20
+    rows = [("name", "what", "n"), (label, long, "12,345,678"), ("a word, and others", "", "1")]
+    lines = table(rows, "llr").splitlines()
     assert max(map(len, lines)) <= 80
-    assert "".join(line.split()[0] for line in lines[1:-1]) == long, "nothing is lost, nor taken for markup"
+    assert lines[1].startswith(f"{label}  a"), "labels are not folded"
+    assert "".join(line[len(label) + 2 :].split()[0] for line in lines[1:-1]) == long, "nothing is lost, nor markup"
     assert lines[1].endswith("  12,345,678")
     assert lines[-1].split("  ")[0] == "a word, and others"
     assert len(lines[-1]) == len(lines[1])

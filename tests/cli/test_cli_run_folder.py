@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli_samples import WEIGHTS, Refusal, Run
 from safetensors.torch import load_file
-from tiny_models import refusal as refusal_of
+from tiny_models import loading_refusal
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.classes import import_class, importing_from
@@ -58,12 +58,12 @@ def test_which_folder_is_meant(model_dir: Path) -> None:
     assert model_folder("own") == Path("own")
     assert model_folder("runs") == Path("runs")
     (run / "model" / WEIGHTS).unlink()
-    assert "runs/first has no model yet" in refusal_of(model_folder, run)
+    assert f"{WEIGHTS}: no such file" in loading_refusal(run)
     DCSSDAE.from_pretrained(model_dir).save_pretrained(run / "model", max_shard_size="50KB")
     assert not (run / "model" / WEIGHTS).exists()
     assert model_folder(run) == run / "model"
     shutil.rmtree(run / "model")
-    assert "runs/first has no model yet" in refusal_of(model_folder, run)
+    assert "runs/first holds no model" in loading_refusal(run)
 
 
 def test_a_class_of_the_current_folder(run: Run, refusal: Refusal, own_model: Path, photo: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_run_means_its_model_and_no_write_only_prints(run: Run, words: Words) 
     before = config_of("run/model")
     more = ("--model", "run", "--images", 2)
     outcome = run(*words, *more, "--no-write", "--size", 48, "--dtype", "bfloat16")
-    assert outcome.out[-1].split() == ["written", "-"]
+    assert not any(line.startswith("written") for line in outcome.out)
     assert outcome.err[-1].startswith("dc-ssdae stats: 2 of 2 images were smaller than 48 px")
     assert config_of("run/model") == before
     assert run(*words, *more).code == 0
@@ -105,4 +105,4 @@ def test_a_disk_that_fails_leaves_the_old_file(run: Run, words: Words, model_dir
     assert Path("model/config.json").read_bytes() == (model_dir / "config.json").read_bytes()
     assert {file.name for file in Path("model").iterdir()} == {"README.md", "config.json", WEIGHTS}
     assert any(line.startswith("scaling_factor") for line in outcome.out), "the figures are lost"
-    assert outcome.out[-1].split() == ["written", "-"]
+    assert not any(line.startswith("written") for line in outcome.out)

@@ -152,7 +152,9 @@ def run_train(options: TrainOptions) -> None:
     config, name = read_run_config(options)
     configs = {name: config}
     for text in options.compare:
-        key, _, value = text.partition("=")
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--compare is {text!r}; it must be SETTING=VALUE, such as training.compile=true")
         configs[text], _ = read_run_config(replace(options, settings=[*options.settings, (key, value)]))
     device = select_device(options.device)
     import torch

@@ -78,8 +78,8 @@ def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None)
 
     Args:
         rows: of cells, the header first, if there is one.
-        columns: "l" (text, aligned to the left, which takes several lines where it is too long) or "r" (a number, to
-            the right) for each.
+        columns: "l" (text, aligned to the left, which takes several lines where it is too long, except in the first
+            column) or "r" (a number, to the right) for each.
         width: in characters; by default the terminal's, or 100 in a pipe.
     """
     from rich.console import Console
@@ -88,7 +88,8 @@ def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None)
 
     grid = Table.grid(padding=(0, 2))
     for kind in columns:
-        grid.add_column(justify="left" if kind == "l" else "right", no_wrap=kind == "r", overflow="fold")
+        is_whole = kind == "r" or not grid.columns  # numbers, and labels in the first column
+        grid.add_column(justify="left" if kind == "l" else "right", no_wrap=is_whole, overflow="fold")
     for row in rows:
         grid.add_row(*map(Text, row))
     console = Console(width=width or shutil.get_terminal_size((100, 24)).columns, color_system=None)
