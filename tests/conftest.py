@@ -49,6 +49,12 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 MadeOnce = Callable[[str, Callable[[Path], None]], Path]
 
 
@@ -109,17 +115,18 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
+def folder_or_skip(folder: Path, hint: str) -> Path:
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing; {hint}")
+    return folder
+
+
 @pytest.fixture
 def golden_dir() -> Path:
-    folder = golden_folder()
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing; set DC_SSDAE_GOLDEN to the folder of golden files")
-    return folder
+    return folder_or_skip(golden_folder(), "set DC_SSDAE_GOLDEN to the folder of golden files")
 
 
 @pytest.fixture
 def data_dir() -> Path:
     folder = folder_from("DC_SSDAE_DATA", "../shared/data/imagenet-sample")
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing; set DC_SSDAE_DATA to a folder of photos")
-    return folder
+    return folder_or_skip(folder, "set DC_SSDAE_DATA to a folder of photos")

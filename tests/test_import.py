@@ -15,7 +15,7 @@ def modules_after(statement: str) -> set[str]:
 
 def test_importing_the_package_and_its_presets_does_not_import_torch() -> None:
     found = modules_after(
-        "import dc_ssdae, dc_ssdae.errors, dc_ssdae.presets\n"
+        "import dc_ssdae, dc_ssdae.classes, dc_ssdae.errors, dc_ssdae.presets\n"
         "dc_ssdae.presets.load_preset('demo'); dir(dc_ssdae); dc_ssdae.__version__; dc_ssdae.InputError"
     )
     assert "dc_ssdae.presets" in found

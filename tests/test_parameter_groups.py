@@ -101,14 +101,6 @@ def test_numbers_are_the_levels_that_blocks_work_at(kind: str) -> None:
         assert side == 32 // 2**level, f"{name} in {group}"
 
 
-def test_meta_device_and_float16_change_nothing() -> None:
-    model = tiny()
-    twin = DCSSDAE.without_weights(model.config)
-    assert next(twin.parameters()).is_meta
-    assert parameter_groups(twin) == parameter_groups(model) == parameter_groups(tiny().half())
-    assert group_sizes(twin) == group_sizes(model)
-
-
 class TestUsersClasses:
     def test_without_the_method_a_class_is_one_group(self) -> None:
         model = build("tiny_models.PatchEncoder", {}, dynamics={"class_path": f"{HERE}.LearntDynamics"})

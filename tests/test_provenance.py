@@ -105,22 +105,9 @@ def test_figures_of_the_same_kind_are_replaced() -> None:
 
 def test_how_it_is_told() -> None:
     assert Provenance().facts() == []
-    assert dict(Provenance.from_mapping(WHOLE).facts()) == {
-        "preset": "demo",
-        "settings changed in it": "training.lr, losses.kl",
-        "data": "photos",
-        "images": "1,234",
-        "image size": "64",
-        "steps": "300,000",
-        "images per step": "1",
-        "initialised from": "1-low_resolution",
-        "distilled from": "first",
-        "converted from": "AutoencoderKL owner/name",
-        "with random weights, not trained": "decoder",
-        "loss terms with random backbones, which teach nothing": "lpips",
-        "licence of the weights": "apache-2.0",
-        "version of dc-ssdae": "0.1.0",
-    }
+    facts = dict(Provenance.from_mapping(WHOLE).facts())
+    assert len(facts) == len(WHOLE) - 1, "each but the evaluations"
+    assert (facts["steps"], facts["settings changed in it"]) == ("300,000", "training.lr, losses.kl")
 
 
 @pytest.mark.parametrize(

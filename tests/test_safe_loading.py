@@ -124,13 +124,9 @@ def test_a_module_in_the_folder_is_not_imported(extra: dict[str, Any], copied_fo
 
 
 def test_arguments_that_open_a_door_or_do_not_fit_are_refused(saved_folder: Path) -> None:
-    for argument in ("trust_remote_code", "custom_pipeline", "pickle_module", "ignore_mismatched_sizes"):
-        assert argument in loading_refusal(saved_folder, **{argument: True})
-    for argument, value in (
-        ("quantization_config", True),
-        ("proxies", {"https": "proxy:80"}),
-        ("scaling_factor", -1.0),
-    ):
+    doors = ("trust_remote_code", "custom_pipeline", "pickle_module", "ignore_mismatched_sizes", "quantization_config")
+    others = {"proxies": {"https": "proxy:80"}, "scaling_factor": -1.0}
+    for argument, value in {**dict.fromkeys(doors, True), **others}.items():
         assert argument in loading_refusal(saved_folder, **{argument: value})
 
 
@@ -142,8 +138,7 @@ def test_a_pickle_is_converted_as_the_refusal_says(copied_folder: Path) -> None:
     program, option, code = shlex.split(loading_refusal(copied_folder).split("convert it: ")[1])
     assert (program, option) == ("python", "-c")
     exec(code, {})
-    loaded = DCSSDAE.from_pretrained(copied_folder).state_dict()
-    assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.items())
+    torch.testing.assert_close(DCSSDAE.from_pretrained(copied_folder).state_dict(), tensors, atol=0.0, rtol=0.0)
 
 
 def test_the_conversion_of_a_malicious_pickle_runs_nothing(copied_folder: Path, canary: Path) -> None:
@@ -202,7 +197,7 @@ def test_what_is_missing_is_an_error_of_the_system_too(copied_folder: Path, tmp_
         (tmp_path / "absent", {}, "no such folder"),
         (tmp_path / "empty", {}, "config.json is missing"),
         (copied_folder, {"subfolder": "vae"}, "vae holds no model"),
-        (copied_folder, {"variant": "fp16"}, f"{STEM}.fp16.safetensors: no such file; there is {STEM}.safetensors"),
+        (copied_folder, {"variant": "fp16"}, f"{STEM}.fp16.safetensors: no such file"),
     ):
         assert words in loading_refusal(folder, **arguments)
         with pytest.raises(OSError, match=words):

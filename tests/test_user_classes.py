@@ -114,7 +114,7 @@ class TestBuilding:
         assert not model.training
         assert model.config.encoder["class_path"] == f"{HERE}.{Local.__qualname__}"
         assert type(DCSSDAE.from_config(model.config, classes=[Local]).encoder) is Local
-        assert "or pass it in classes" in refusal(DCSSDAE.from_config, model.config)
+        assert "is not imported" in refusal(DCSSDAE.from_config, model.config)
 
     def test_bare_names_of_this_package_come_first(self) -> None:
         """Otherwise a class that happens to be passed could change what a preset means."""
@@ -210,11 +210,9 @@ class TestMistakes:
         [
             ("NoSettings", {}, "has no setting latent_channels"),
             ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
-            ("NeedsWidth", {"width": "5"}, f"width of {HERE}.NeedsWidth is '5'; it must be a whole number"),
             ("NeedsWidth", {"width": 5}, "ValueError: width must be even"),
             ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
             ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),
-            ("PatchEncoder", {"latent_channels": 4}, "unknown setting of "),
             ("OpenEncoder", {"latent_channels": 4}, "multiple values for keyword argument 'latent_channels'"),
             ("SlowFlow", {}, "is no torch.nn.Module"),
             ("build", {}, "or is no class"),
