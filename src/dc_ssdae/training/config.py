@@ -189,8 +189,6 @@ class TrainingConfig:
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             wanted = f"a multiple of training.checkpoint_every, {self.checkpoint_every}"
             raise wrong_value("training.keep_every", self.keep_every, wanted)
-        if self.train == []:
-            raise wrong_value("training.train", [], "names of the groups that train, or null for all")
 
     def progress(self, steps: float, seconds: float) -> float:
         """The share of the budget that is spent: of the steps or of the time, whichever is nearer its end."""
@@ -268,8 +266,8 @@ class RunConfig:
         if not any(loss.weight for loss in self.losses.values()):
             raise InputError("losses: every weight is 0, there is nothing to train", "losses")
         size, factor = self.data.image_size, self.model.downsample_factor
-        at_once = self.training.batch_size // self.training.accumulation_steps
-        if size == factor and at_once < 2:  # the latent's batch norm needs two values per channel
+        # The latent's batch norm needs two values per channel.
+        if size == factor and self.training.batch_size // self.training.accumulation_steps < 2:
             raise wrong_value("data.image_size", size, f"above model.downsample_factor, {factor}, for single images")
         if size % factor:
             raise wrong_value("data.image_size", size, f"a multiple of model.downsample_factor, {factor}")
