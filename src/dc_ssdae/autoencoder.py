@@ -26,7 +26,7 @@ from dc_ssdae.decoding import (
     starting_noise,
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
-from dc_ssdae.dynamics.corruption import field_of, predict
+from dc_ssdae.dynamics.corruption import field_of
 from dc_ssdae.dynamics.energy import as_normal, at_least_float32
 from dc_ssdae.errors import InputError, check_names
 from dc_ssdae.latent import DiagonalGaussian, Generators
@@ -363,13 +363,18 @@ class DCSSDAE(PretrainedModel):
             compute = partial(self._predict, time=time, varying_batch=varying_batch)
             return blend_tiles(compute, [(x, factor), (z, 1)], *self._tile, scale=factor)
 
-        def network(x: Tensor) -> Tensor:
+        def inputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             x = as_normal(x.to(z.dtype))
             if varying_batch:
                 mark_varying_batch(x)
-            return at_least_float32(self.decoder(x, as_normal(z), None if time is None else as_normal(time)))
+            return x, as_normal(z), None if time is None else as_normal(time)
 
-        return predict(self.dynamics, network, x).to(torch.promote_types(x.dtype, torch.float32))
+        own = getattr(self.dynamics, "predict", None)
+        if own is None:
+            prediction = self.decoder(*inputs(x))
+        else:
+            prediction = own(lambda x: at_least_float32(self.decoder(*inputs(x))), x)
+        return prediction.to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
         """The explicit energy of images given latents, which a decode lowers (Wang and Du 2025, Equilibrium Matching).

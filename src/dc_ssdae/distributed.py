@@ -17,12 +17,6 @@ PATIENCE = timedelta(days=7)
 """How long a process waits for the others: they may have hours more to do, where PyTorch gives up after 10 minutes."""
 
 
-def leave_group() -> None:
-    """Close the process group of this program, where it is in one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     """Add a tensor up over all processes, in place; in one process it stays."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

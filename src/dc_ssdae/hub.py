@@ -33,6 +33,6 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
     try:
         snapshot = snapshot_download(name, allow_patterns=patterns, **settings)
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise MissingInputError(f"{name}: no such folder, and not to be had from the hub: {reason}") from error
+        told = f"{name}: no such folder, and it cannot be downloaded from the hub: {error}"
+        raise MissingInputError(" ".join(told.split())) from error
     return Path(snapshot, prefix)

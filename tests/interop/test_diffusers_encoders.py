@@ -673,7 +673,7 @@ def test_what_the_hub_refuses_is_one_line(saved: Path, snapshot: Path, monkeypat
         raise OSError("403\nforbidden.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    told = "owner/name: no such folder, and not to be had from the hub: 403 forbidden."
+    told = "owner/name: no such folder, and it cannot be downloaded from the hub: 403 forbidden."
     assert refusal(lambda: convert("owner/name")) == told
 
 

@@ -68,7 +68,6 @@ def test_what_only_resembles_a_type_becomes_it() -> None:
         ("training.steps", None),  # neither steps nor minutes
         ("training.lr", float("nan")),
         ("training.betas", [0.9, 2]),
-        ("training.train", []),
         ("training.best_metric", "psnr:up"),
         ("training.keep_every", 300),  # no multiple of checkpoint_every
         ("training.lrr", 1),

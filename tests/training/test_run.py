@@ -186,7 +186,7 @@ def test_the_environment_names_the_commit_of_a_working_tree(tmp_path: Path, monk
     git("commit", "-m", "first")
     for changed in (False, True):
         found = json.loads(json.dumps(describe_environment(torch.device("cpu"), 1, "NO")))
-        assert found["git_of_folder"] == {"commit": git("rev-parse", "HEAD"), "changed": changed}
+        assert found["git_of_folder"] == git("rev-parse", "HEAD") + "-dirty" * changed
         (tmp_path / "code.py").write_text("second")
     monkeypatch.setenv("PATH", "")
     assert describe_environment(torch.device("cpu"), 1, "NO")["git_of_folder"] is None

@@ -69,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = CommandParser(getattr(module, f"{second.capitalize()}Options"), program).parse(rest)
             options.debug = debug
             code = getattr(module, f"run_{second}" if second else "run")(options) or 0
-            if "dc_ssdae.distributed" in sys.modules:
+            distributed = sys.modules.get("torch.distributed")
+            if distributed is not None and distributed.is_available() and distributed.is_initialized():
                 # Here, because a recipe's phases share the group; a failure leaves it, where closing it could hang.
-                sys.modules["dc_ssdae.distributed"].leave_group()
+                distributed.destroy_process_group()
             sys.stdout.flush()
             return code
         except SystemExit as end:

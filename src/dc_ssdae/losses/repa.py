@@ -59,8 +59,7 @@ class REPALoss(nn.Module):
     ) -> None:
         super().__init__()
         check_at_least(1, decoder_channels=decoder_channels)
-        if layer is not None:
-            check_at_least(0, layer=layer)
+        check_at_least(0, layer=layer or 0)
         self.decoder_layer = layer
         self.weights_file = find_weights("repa", transformer_file(backbone), weights)
         self.random_weights = self.weights_file is None

@@ -23,7 +23,7 @@ from dc_ssdae.model_folder import model_folder, read_config
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.training.checkpoint import Checkpoint
-from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig
+from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig, keeps_latent
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
@@ -252,7 +252,7 @@ def check_components(
     encoder = (config.model.encoder or {}).get("class_path", DEFAULT_CLASSES["encoder"])
     has_source = training.init_from is not None or distillation is not None
     # A class of the user's may bring its own weights.
-    if starts and training.keeps_latent and not has_source and encoder in COMPONENTS["encoder"]:
+    if starts and keeps_latent(training.train) and not has_source and encoder in COMPONENTS["encoder"]:
         raise InputError("training.train leaves the encoder out, whose weights are random: set training.init_from")
     return model
 

@@ -10,8 +10,6 @@ from dc_ssdae.errors import InputError, check_names, shown, unknown_name, wrong_
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.settings import LARGEST_SEED, check_settings, is_required, setting
 
-Precision = Literal["float32", "bfloat16", "float16"]
-OptimizerName = Literal["schedule_free_radam", "adamw"]
 Metric = Literal["psnr", "ssim", "mse"]
 
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -27,7 +25,7 @@ METRICS: Mapping[Metric, float] = {"psnr": 1.0, "ssim": 1.0, "mse": -1.0}
 
 
 def keeps_latent(train: Sequence[str] | None) -> bool:
-    """Whether groups that train, as `TrainingConfig.train` names them, leave the encoder out."""
+    """Whether the groups of `TrainingConfig.train` leave the encoder out, so that the latent stays as it is."""
     return train is not None and all(name.partition(".")[0] != "encoder" for name in train)
 
 
@@ -152,7 +150,7 @@ class TrainingConfig:
     minutes: float | None = setting(None, above=0.0, may_change=True)
     batch_size: int = setting(192, at_least=1)
     accumulation_steps: int = setting(1, at_least=1, may_change=True)
-    optimizer: OptimizerName = "schedule_free_radam"
+    optimizer: Literal["schedule_free_radam", "adamw"] = "schedule_free_radam"
     lr: float = setting(3e-4, above=0.0)
     betas: tuple[float, float] = setting((0.9, 0.999), above=0.0, below=1.0)
     weight_decay: float = setting(1e-3, at_least=0.0)
@@ -160,7 +158,7 @@ class TrainingConfig:
     gradient_clip: float | None = setting(0.1, above=0.0)
     ema_decay: float = setting(0.999, at_least=0.0, below=1.0)
     ema_start: int = setting(50_000, at_least=0)
-    precision: Precision = "bfloat16"
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     compile: bool = setting(False, may_change=True)
     channels_last: bool | None = None
     gradient_checkpointing: bool = setting(False, may_change=True)
@@ -191,13 +189,6 @@ class TrainingConfig:
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             wanted = f"a multiple of training.checkpoint_every, {self.checkpoint_every}"
             raise wrong_value("training.keep_every", self.keep_every, wanted)
-        if self.train == []:
-            raise wrong_value("training.train", [], "names of the groups that train, or null for all")
-
-    @property
-    def keeps_latent(self) -> bool:
-        """Whether no group of the encoder trains, so that the latent and its statistics stay as they are."""
-        return keeps_latent(self.train)
 
     def progress(self, steps: float, seconds: float) -> float:
         """The share of the budget that is spent: of the steps or of the time, whichever is nearer its end."""
@@ -275,13 +266,9 @@ class RunConfig:
         if not any(loss.weight for loss in self.losses.values()):
             raise InputError("losses: every weight is 0, there is nothing to train", "losses")
         size, factor = self.data.image_size, self.model.downsample_factor
-        parts = self.training.batch_size // self.training.accumulation_steps
-        if size == factor and parts < 2:
-            raise InputError(
-                f"data.image_size is {size}, which is model.downsample_factor, with one image at a time: "
-                "the latent's batch norm needs at least two values per channel; take a larger image_size or batch_size",
-                "data.image_size",
-            )
+        # The latent's batch norm needs two values per channel.
+        if size == factor and self.training.batch_size // self.training.accumulation_steps < 2:
+            raise wrong_value("data.image_size", size, f"above model.downsample_factor, {factor}, for single images")
         if size % factor:
             raise wrong_value("data.image_size", size, f"a multiple of model.downsample_factor, {factor}")
 
@@ -417,8 +404,7 @@ def _loss(name: Any, given: Any) -> LossConfig:
         raise wrong_value(path, given, "a weight, or a mapping with weight, class_path and init_args")
     component = check_component(path, settings, others=("weight",)) or {}
     if "class_path" not in component and name not in BUILT_IN_LOSSES:
-        error = unknown_name("loss term", name, BUILT_IN_LOSSES)
-        raise InputError(f"{error}, or one of your own with {path}.class_path as module.Class", path)
+        raise unknown_name("loss term without a class_path", name, BUILT_IN_LOSSES, path)
     loss = LossConfig(**{"weight": BUILT_IN_LOSSES.get(name, 1.0), **component})
     check_settings(loss, f"{path}.")
     return loss

@@ -18,7 +18,7 @@ from dc_ssdae.evaluation.latent_statistics import latent_statistics
 from dc_ssdae.evaluation.metrics import mse, psnr, ssim
 from dc_ssdae.latent import LatentMoments
 from dc_ssdae.provenance import IN_TRAINING
-from dc_ssdae.training.config import METRICS
+from dc_ssdae.training.config import METRICS, keeps_latent
 from dc_ssdae.training.logging import Loggers
 from dc_ssdae.training.origin import data_name
 from dc_ssdae.training.stopping import Stopped
@@ -72,7 +72,7 @@ class Measurements:
         self.evaluated_at = state["evaluated_at"]
         self.evaluations = (state.get("provenance") or {}).get("evaluations", [])
         # A longer budget changes the weights again, if not the encoder's.
-        still_true = self.run.is_finished() or self.run.config.training.keeps_latent
+        still_true = self.run.is_finished() or keeps_latent(self.run.config.training.train)
         self.latent = state.get("latent_statistics") if still_true else None
         self.measured_at = state.get("measured_at", None if self.latent is None else state["step"])
 

@@ -243,11 +243,8 @@ def describe_environment(device: torch.device, processes: int, distribution: str
     }
 
 
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit of a working tree and whether files differ from it; None where there is no git."""
+def _git_state(folder: Path) -> str | None:
+    """The commit of a working tree, with "-dirty" where files differ from it; None where there is no git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": found.removesuffix("-dirty"), "changed": found.endswith("-dirty")}
+    found = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    return found.stdout.strip() or None if found else None

@@ -21,7 +21,7 @@ from dc_ssdae.files import naming, write_whole
 from dc_ssdae.machine import slow_dtype_note
 from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import check_components, fetch_backbones
-from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.config import RunConfig, keeps_latent
 from dc_ssdae.training.logging import JsonLines, read_lines
 from dc_ssdae.training.origin import inherited
 from dc_ssdae.training.run import (
@@ -189,7 +189,7 @@ def _create(config: RunConfig, config_text: str, path: Path, model: DCSSDAE) -> 
     teacher = None if distillation is None else model_folder(distillation.teacher)
     source = teacher if training.init_from is None else model_folder(training.init_from)
     settings = json.loads(model.to_json_string())
-    if source is not None and training.keeps_latent:
+    if source is not None and keeps_latent(training.train):
         settings |= {name: value for name, value in read_config(source).items() if name in NOT_MEASURED}
     settings["provenance"] = inherited(config, source)
     create_run(path, config_text, json.dumps(settings, indent=2, sort_keys=True) + "\n", teacher)

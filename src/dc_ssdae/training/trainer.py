@@ -32,7 +32,7 @@ from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import load_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
-from dc_ssdae.training.config import RunConfig, check_changes
+from dc_ssdae.training.config import RunConfig, check_changes, keeps_latent
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.measurements import Measurements
@@ -123,7 +123,8 @@ class Trainer:
         self.workers = default_workers(here) if config.data.workers is None else config.data.workers
         model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
         known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-        self.measurements = Measurements(self, training.latent_statistics > 0 and not (training.keeps_latent and known))
+        stays = known and keeps_latent(training.train)
+        self.measurements = Measurements(self, training.latent_statistics > 0 and not stays)
         self._broken = {line["name"] for line in read_lines(run.broken_images) if line["split"] == "train"}
         names = getattr(self.sources.train, "names_sha256", None)
         self._names_sha256 = names() if callable(names) else None  # not every data set tells its images' names
