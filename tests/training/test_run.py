@@ -175,18 +175,13 @@ def test_killed_anywhere_between_checkpoint_and_model_the_next_start_makes_up_fo
 
 
 def test_the_environment_names_the_commit_of_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*words: str) -> str:
-        command = ["git", "-c", "user.name=A", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
     monkeypatch.chdir(tmp_path)
-    git("init")
-    (tmp_path / "code.py").touch()
-    git("add", "code.py")
-    git("commit", "-m", "first")
+    commit = "git -c user.name=A -c user.email=a@b -c commit.gpgsign=false commit -m first"
+    subprocess.run(f"git init && touch code.py && git add code.py && {commit}", shell=True, check=True)
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
     for changed in (False, True):
         found = json.loads(json.dumps(describe_environment(torch.device("cpu"), 1, "NO")))
-        assert found["git_of_folder"] == {"commit": git("rev-parse", "HEAD"), "changed": changed}
+        assert found["git_of_folder"] == {"commit": head, "changed": changed}
         (tmp_path / "code.py").write_text("second")
     monkeypatch.setenv("PATH", "")
     assert describe_environment(torch.device("cpu"), 1, "NO")["git_of_folder"] is None
