@@ -171,7 +171,7 @@ def begun(write: Write, tmp_path: Path) -> Path:
         ("--phases.latent.training.lr 1", "2-latent"),
         ("--model.latent_channels 8", "model.latent_channels is"),
         ("--training.output other", "training.output is"),
-        ("--losses.mine.class_path a.B", "losses.mine is not part of "),
+        ("--losses.mine.class_path a.B", "losses.mine is "),
         ("--config demo", "--config"),
         ("--phases.lov.training.steps 40", "did you mean 'low'?"),
     ],

@@ -151,7 +151,7 @@ def test_killed_anywhere_between_checkpoint_and_model_the_next_start_makes_up_fo
     def told(run: RunFolder) -> tuple[float | None, int, bool, bool, str]:
         steps = json.loads((run.model / "config.json").read_text())["provenance"]["steps"]
         card, best = (run.model / "README.md").read_text(), (run.checkpoints.path / "best").resolve().name
-        return published(run), steps, f"{steps} steps" in card, "25.125" in card, best
+        return published(run), steps, f"Steps**: {steps}" in card, "25.125" in card, best
 
     old, new = (10.0, 10, True, True, "step-00000010"), (20.0, 20, True, False, "step-00000020")
     recover_run(run)
