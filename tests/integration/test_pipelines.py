@@ -327,9 +327,8 @@ def saved(made_once: Any) -> Path:
 
 def test_a_fresh_process_that_imports_dc_ssdae_loads_the_pipelines(saved: Path) -> None:
     """And nothing more than that; they make the same pictures, bit for bit."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(torch.get_num_threads())
-    }  # another number is another order of sums
+    # Another number of threads is another order of sums.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run([sys.executable, "-c", LOADING, str(saved)], env=environment, check=True)
     for name in CASES:
         loaded = as_pictures(torch.load(saved / name / "loaded.pt"))

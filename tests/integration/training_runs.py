@@ -1,7 +1,6 @@
 """What the tests of whole runs share: data and configuration, starting runs as a user does, comparing them."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -11,8 +10,7 @@ from unittest import mock
 import psutil
 import torch
 import yaml
-from safetensors.torch import load_file
-from tiny import metrics, run_config
+from tiny import last, metrics, run_config
 
 from dc_ssdae.cli.main import main
 
@@ -76,14 +74,11 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def assert_same_runs(run: Path, other: Path) -> None:
     """Bit-identical weights, average (buffers included) and optimiser state, and the same losses at each step."""
-    for name in ("model", "ema", "optimizer"):
-        first, second = (load_file(path / "checkpoints/last" / f"{name}.safetensors") for path in (run, other))
-        assert first.keys() == second.keys()
-        for key, tensor in first.items():
-            assert torch.equal(tensor, second[key]), f"{name}: {key}"
-    assert any("running_mean" in key for key in load_file(run / "checkpoints/last/ema.safetensors"))
-    one, two = (json.loads((path / "checkpoints/last/state.json").read_text()) for path in (run, other))
-    assert {**one, "seconds": None} == {**two, "seconds": None}
+    one, two = last(run), last(other)
+    for file, tensors in one.tensors.items():
+        torch.testing.assert_close(two.tensors[file], dict(tensors), atol=0.0, rtol=0.0)
+    assert any("running_mean" in name for name in one.tensors["ema"])
+    assert {**one.state, "seconds": None} == {**two.state, "seconds": None}
     assert metrics(run) == metrics(other)
     for name in ("model/config.json", "model/README.md", "evaluations.jsonl"):
         assert (run / name).read_text() == (other / name).read_text()

@@ -1,4 +1,4 @@
-"""A user's encoder and decoder; users' loss terms: one with a parameter, a buffer and randomness that a test may reach
+"""A user's decoder; users' loss terms: one with a parameter, a buffer and randomness that a test may reach
 into, one that reads the decoder's features.
 """
 
@@ -10,16 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dc_ssdae.losses import StepOutputs
-from dc_ssdae.networks import DCEncoder
-
-
-class Scheduled(DCEncoder):
-    """A user's encoder whose constructor reads a number off a tensor, as stochastic depth's schedules do."""
-
-    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
-        widths, depths = [8, 16, 16, 16], [0, 1, 1, 1]
-        super().__init__(latent_channels, downsample_factor, widths=widths, depths=depths)
-        self.rate = torch.linspace(0.0, 1.0, 3)[1].item()
 
 
 class PlainDecoder(nn.Module):
@@ -27,11 +17,6 @@ class PlainDecoder(nn.Module):
 
     def __init__(self, latent_channels: int, downsample_factor: int, time_conditioning: bool) -> None:
         super().__init__()
-        self.scale = downsample_factor
-        self.mix = nn.Conv2d(3 + latent_channels, 3, 3, padding=1)
-
-    def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
-        return self.mix(torch.cat([x, nn.functional.interpolate(z, scale_factor=self.scale)], dim=1))
 
 
 class FeatureNorm(nn.Module):

@@ -44,9 +44,7 @@ def names(folder: CheckpointFolder) -> set[str]:
 
 def steps_of(folder: CheckpointFolder) -> tuple[int | None, int | None]:
     """The steps of the last and of the best, both of which must be whole."""
-    last, best = (
-        None if path is None else read_checkpoint(path).state["step"] for path in (folder.last(), folder.best())
-    )
+    last, best = (path and read_checkpoint(path).state["step"] for path in (folder.last(), folder.best()))
     return last, best
 
 

@@ -151,7 +151,7 @@ def test_killed_anywhere_between_checkpoint_and_model_the_next_start_makes_up_fo
     def told(run: RunFolder) -> tuple[float | None, int, bool, bool, str]:
         steps = json.loads((run.model / "config.json").read_text())["provenance"]["steps"]
         card, best = (run.model / "README.md").read_text(), (run.checkpoints.path / "best").resolve().name
-        return published(run), steps, f"{steps} steps" in card, "25.125" in card, best
+        return published(run), steps, f"Steps**: {steps}" in card, "25.125" in card, best
 
     old, new = (10.0, 10, True, True, "step-00000010"), (20.0, 20, True, False, "step-00000020")
     recover_run(run)
@@ -175,18 +175,13 @@ def test_killed_anywhere_between_checkpoint_and_model_the_next_start_makes_up_fo
 
 
 def test_the_environment_names_the_commit_of_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*words: str) -> str:
-        command = ["git", "-c", "user.name=A", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
     monkeypatch.chdir(tmp_path)
-    git("init")
-    (tmp_path / "code.py").touch()
-    git("add", "code.py")
-    git("commit", "-m", "first")
+    commit = "git -c user.name=A -c user.email=a@b -c commit.gpgsign=false commit -m first"
+    subprocess.run(f"git init && touch code.py && git add code.py && {commit}", shell=True, check=True)
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
     for changed in (False, True):
         found = json.loads(json.dumps(describe_environment(torch.device("cpu"), 1, "NO")))
-        assert found["git_of_folder"] == git("rev-parse", "HEAD") + "-dirty" * changed
+        assert found["git_of_folder"] == head + "-dirty" * changed
         (tmp_path / "code.py").write_text("second")
     monkeypatch.setenv("PATH", "")
     assert describe_environment(torch.device("cpu"), 1, "NO")["git_of_folder"] is None

@@ -184,12 +184,9 @@ def test_a_last_step_that_is_skipped_ends_the_run_all_the_same(images: Path, tmp
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(photos: Path, tmp_path: Path, precision: str) -> None:
-    if precision != "float32" and not torch.amp.is_autocast_available("cpu"):
-        pytest.skip("no autocast on this CPU")
     training = {"optimizer": "schedule_free_radam", "steps": 7, "checkpoint_every": 100, "precision": precision}
     config = run_config(photos, losses=HOOKED, **training)
     start(config, tmp_path / "whole")
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     path = tmp_path / "stopped"
     Hooked.hook = at({2: send(signal.SIGHUP)})
     assert start(config, path) == Outcome(3, "SIGHUP")
@@ -200,7 +197,6 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(photos: Path, tmp_path: 
     assert differences(last(path), last(tmp_path / "whole")) == set()
     assert last(path).state["gradient_scaler"] == last(tmp_path / "whole").state["gradient_scaler"]
     assert metrics(path) == metrics(tmp_path / "whole")
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_an_evaluation_that_a_signal_came_before_is_done_when_the_run_goes_on(
@@ -261,9 +257,9 @@ class WrongShape(nn.Module):
         ({"wandb": True}, r"training\.wandb "),
         ({"train": ["decoder"], "losses": {"kl": 0.0}}, r"training\.train leaves the encoder out"),
         ({"losses": {"lpips": {"init_args": {"weights": "nowhere"}}}}, r"losses\.lpips\.init_args\.weights is "),
+        ({"model": PLAIN, "losses": FEATURES}, "PlainDecoder has no forward_with_features"),
         # Which the first step alone can tell:
         ({"losses": {"wrong": {"class_path": "test_trainer.WrongShape"}}}, r"losses\.wrong .*\(2, 2\)"),
-        ({"model": PLAIN, "losses": FEATURES}, "PlainDecoder .*--losses.repa 0"),
     ],
 )
 def test_a_run_that_cannot_begin_leaves_nothing(
@@ -401,8 +397,7 @@ def test_an_evaluation_sees_the_average_and_leaves_no_trace(images: Path, tmp_pa
 @pytest.fixture
 def with_broken(images: Path, tmp_path: Path) -> Path:
     """Three of nine training images and one of three validation images cannot be read."""
-    root = tmp_path / "broken"
-    shutil.copytree(images, root)
+    root = shutil.copytree(images, tmp_path / "broken")
     for name in ("train/image0001.png", "train/image0004.png", "train/image0007.png", "validation/image0001.png"):
         (root / name).write_bytes(b"")
     return root
@@ -430,17 +425,8 @@ def test_broken_images_are_each_named_once_over_all_starts(
     assert [line["images"] for line in read_lines(path / "evaluations.jsonl")] == [2] * 4
 
 
-def test_a_run_without_validation_images_says_so_once(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for root, times_said in ((images / "train", 1), (images, 0)):
-        start(run_config(root, steps=1), tmp_path / f"run{times_said}")
-        assert capsys.readouterr().err.count("has no validation/: nothing is evaluated") == times_said
-
-
 def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tmp_path: Path) -> None:
-    root = tmp_path / "images"
-    shutil.copytree(images, root)
+    root = shutil.copytree(images, tmp_path / "images")
     start(run_config(root, steps=2), tmp_path / "run")
     image = root / "train" / "image0000.png"
     image.rename(renamed := image.with_name("renamed.png"))
@@ -451,18 +437,11 @@ def test_a_data_set_of_another_length_or_other_names_is_refused(images: Path, tm
         resume(run_config(root, steps=4), tmp_path / "run")
 
 
-def test_a_users_encoder_may_need_real_tensors_in_its_constructor(photos: Path, tmp_path: Path) -> None:
-    config = run_config(photos, model={"encoder": {"class_path": "terms.Scheduled"}}, steps=1)
-    assert start(config, tmp_path / "run") == Outcome(1, None)
-    assert DCSSDAE.from_pretrained(tmp_path / "run" / "model").encoder.rate == 0.5
-
-
 # --- another state ---
 
 
 def test_another_state_is_refused(whole_run: Path, images: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    shutil.copytree(whole_run, path, symlinks=True)
+    path = shutil.copytree(whole_run, tmp_path / "run", symlinks=True)
     with pytest.raises(InputError, match=r"model\.safetensors does not fit; left over: objective\.terms\.hooked"):
         resume(run_config(images, steps=9), path)
 
