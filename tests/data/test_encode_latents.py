@@ -354,7 +354,7 @@ def test_other_numbers_of_the_model_refuse_nothing_and_those_at_the_end_are_kept
     before = digests(tmp_path / "out")
     assert asdict(scaling).keys().isdisjoint(manifest_of(tmp_path / "out")["settings"])
     finished = "is finished already; nothing to do"
-    for now, told in ((scaling, finished), (replace(scaling, shift_factor=0.0), "which is another now")):
+    for now, told in ((scaling, finished), (replace(scaling, shift_factor=0.0), "has changed since")):
         _, [line] = encoded_photos(photos, tmp_path / "out", encoder=pooling(scaling=now))
         assert finished in line
         assert line.endswith(told)

@@ -238,7 +238,7 @@ def test_every_problem_is_listed_at_once(checkpoint: dict[str, Tensor], tmp_path
     checkpoint["encoder.project_in.conv.conv.bias"] = torch.zeros(3)
     message = spoilt(checkpoint, tmp_path)
     assert re.search(
-        r"missing: decoder\.conv_out\.weight.*left over: surplus.*encoder\.project_in\.conv\.conv\.bias has shape",
+        r"encoder\.project_in\.conv\.conv\.bias has shape.*missing: decoder\.conv_out\.weight.*left over: surplus",
         message,
     )
 

@@ -93,6 +93,8 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
     """
     model = build_model(config.model)
     if config.training.gradient_checkpointing:
+        if not any(hasattr(module, "gradient_checkpointing") for module in model.modules()):
+            raise InputError("training.gradient_checkpointing: neither encoder nor decoder supports it; make it false")
         model.enable_gradient_checkpointing()
     objective = build_objective(config.losses, model)
     if config.distillation is None:

@@ -31,8 +31,6 @@ Reconstruct = Callable[[Tensor], Tensor]
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
 
-EVALUATION_BATCH = 16
-
 
 @dataclass(eq=False)
 class Measurements:
@@ -150,7 +148,7 @@ class Measurements:
         return True
 
     def _batch_size(self) -> int:
-        return min(EVALUATION_BATCH, self.run.config.training.batch_size // self.run.processes.count)
+        return min(16, self.run.config.training.batch_size // self.run.processes.count)
 
     def _images(self, source: ImageSource, limit: int) -> ValidationImages:
         return ValidationImages(source, self.run.config.data.image_size, limit, workers_option="data.workers")
