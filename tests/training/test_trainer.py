@@ -371,7 +371,9 @@ def test_the_best_checkpoint(
     assert (name in evaluation["metrics"]) == math.isfinite(values[-1]), "what is not finite is no figure"
 
 
-def test_an_evaluation_sees_the_average_and_leaves_no_trace(images: Path, tmp_path: Path) -> None:
+def test_an_evaluation_sees_the_average_and_leaves_no_trace(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer, seen = trainer_of(run_config(images, steps=4, evaluate_every=2), tmp_path / "run"), []
     model, decoder = trainer.module.model, trainer.module.model.decoder
 
@@ -388,6 +390,7 @@ def test_an_evaluation_sees_the_average_and_leaves_no_trace(images: Path, tmp_pa
     assert any("weight" in name for name in different(weights, ends["ema"]))
     # The same run without evaluations.
     start(run_config(images / "train", steps=4), tmp_path / "other")
+    assert capsys.readouterr().err.count("has no validation/: nothing is evaluated") == 1
     assert differences(last(tmp_path / "run"), last(tmp_path / "other")) == set()
 
 
