@@ -54,7 +54,9 @@ def cells(figures: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in figures.items():
         if isinstance(value, Mapping) and "median" in value:
-            found[f"{prefix}{name}"] = "{median:,.4g} ({low:,.3g}..{high:,.3g})".format(**value)
+            parts = [value["median"], value["low"], value["high"]]
+            texts = [f"{part:,.0f}" if part >= 1000 else f"{part:.3g}" for part in parts]
+            found[f"{prefix}{name}"] = "{} ({}..{})".format(*texts)
         elif isinstance(value, Mapping):
             found |= cells(value, f"{prefix}{name}.")
         elif isinstance(value, list | tuple):

@@ -27,8 +27,6 @@ TRUNKS: Mapping[str, tuple[str, int]] = {
 }
 """For each network's name in LPIPS: torchvision's name, and the smallest side in pixels of an image that it takes."""
 
-EPSILON = 1e-10
-
 
 class LPIPSLoss(nn.Module):
     """LPIPS v0.1 of the clean estimate against the image: (B,) float32 (Zhang et al. 2018).
@@ -111,7 +109,7 @@ class PerceptualFeatures(nn.Module):
 def _unit_length(features: Tensor) -> Tensor:
     """Scale the channels to length 1, in float32; where all are 0, the gradient of the length is 0 too."""
     features = features.float()
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPSILON)
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
 def trunk_file(net: str) -> WeightsFile:

@@ -10,8 +10,6 @@ from dc_ssdae.errors import InputError, check_names, shown, unknown_name, wrong_
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.settings import LARGEST_SEED, check_settings, is_required, setting
 
-Metric = Literal["psnr", "ssim", "mse"]
-
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 BUILT_IN_LOSSES: Mapping[str, float] = {"dynamics": 1.0, "lpips": 0.5, "repa": 0.25, "kl": 1e-6}
@@ -20,7 +18,7 @@ BUILT_IN_LOSSES: Mapping[str, float] = {"dynamics": 1.0, "lpips": 0.5, "repa": 0
 LARGEST_SIZE = 2**16
 """Largest side of an image in pixels, and largest number of latent channels."""
 
-METRICS: Mapping[Metric, float] = {"psnr": 1.0, "ssim": 1.0, "mse": -1.0}
+METRICS: Mapping[str, float] = {"psnr": 1.0, "ssim": 1.0, "mse": -1.0}
 """What an evaluation within a run measures; 1 where more is better, else -1."""
 
 
@@ -169,7 +167,7 @@ class TrainingConfig:
     checkpoint_every: int = setting(1000, at_least=1, may_change=True)
     keep_every: int | None = setting(None, at_least=1, may_change=True)
     evaluate_every: int = setting(5000, at_least=1, may_change=True)
-    best_metric: Metric = "psnr"
+    best_metric: Literal["psnr", "ssim", "mse"] = "psnr"
     sample_images: int = setting(8, at_least=0, may_change=True)
     latent_statistics: int = setting(10_000, at_least=0, may_change=True)
     max_skipped_steps: int = setting(10, at_least=1, may_change=True)
