@@ -81,6 +81,7 @@ def test_images_that_a_yaml_names(run: Run, options: Words, validation: str, par
         ("data: {}", "data.root"),
         ("data: {root: .}", "lies in the source"),
         ("data: {root: 'pipe:touch ran'}", "'pipe:touch"),
+        ("data: {class_path: HubDataset, root: 'pipe:touch ran'}", "'pipe:touch"),
         ("data: {root: 'http://127.0.0.1:9/0.tar::pipe:touch ran'}", "'pipe:touch"),
         ("data: {dataset: {class_path: Shards, init_args: {urls: ['gs://x/$(touch ran)']}}}", "'gs:"),
     ],

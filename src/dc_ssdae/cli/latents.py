@@ -92,7 +92,7 @@ def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSour
         section = read_yaml(Path(data)).get("data")
         if not isinstance(section, dict):
             raise InputError(f"{data} has no section data, as a run's config.yaml has, with root or dataset")
-        check_runs_nothing(section, Path(data))
+        check_runs_nothing(list(section.values()), Path(data))
     named = DataConfig(**{name: section.get(name) for name in ("root", "dataset", "validation", "cache")})
     if named.root is not None:
         check_places(os.path.expanduser(named.root), out)
