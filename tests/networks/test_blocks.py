@@ -20,7 +20,7 @@ def upsampled(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("factor", [1, 2, 3, 4, 5, 8, 32])
+@pytest.mark.parametrize("factor", [1, 3, 4, 32])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 2), (2, 5)])
 def test_conv3_of_upsampled(factor: int, height: int, width: int) -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1)

@@ -131,25 +131,6 @@ def test_the_same_bits_in_less_memory(
     assert after < 0.5 * before
 
 
-@pytest.mark.parametrize(("make", "loss"), CASES)
-def test_without_gradients_nothing_is_checkpointed(
-    make: Callable[[], nn.Module], loss: Callable[[Any], Tensor]
-) -> None:
-    model = checkpointed(make())
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError
-
-    switched = [module for module in model.modules() if isinstance(module, CheckpointedModule)]
-    for module in switched:
-        module._gradient_checkpointing_func = refuse
-    with torch.no_grad():
-        loss(model)
-    with pytest.raises(AssertionError):
-        loss(model)
-    assert switched
-
-
 class OwnEncoder(nn.Module):
     def __init__(self, latent_channels: int, downsample_factor: int) -> None:
         super().__init__()
@@ -193,17 +174,17 @@ class TestAutoencoder:
         assert list(model.state_dict()) == names
         model(x)
         assert len(calls) > 10
+        with torch.no_grad():  # nothing to save memory for
+            count = len(calls)
+            model(x)
+            assert len(calls) == count
         assert not any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for block in calls for module in modules(block)
         )
         model.disable_gradient_checkpointing()
         assert not model.is_gradient_checkpointing
-        count = len(calls)
         model(x)
         assert len(calls) == count
-        expected = model(x).sample.square().mean()
-        model.enable_gradient_checkpointing()
-        assert torch.equal(model(x).sample.square().mean(), expected)
 
     def test_a_users_encoder_that_cannot(self) -> None:
         part = {"class_path": "OwnEncoder"}

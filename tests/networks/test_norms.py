@@ -41,9 +41,8 @@ def batch_norms(**settings: float) -> tuple[GlobalBatchNorm2d, nn.BatchNorm2d]:
     return ours, reference
 
 
-@pytest.mark.parametrize("momentum", [0.1, 0.3])
-def test_in_one_process_it_is_pytorchs_batch_norm(momentum: float) -> None:
-    ours, reference = batch_norms(momentum=momentum)
+def test_in_one_process_it_is_pytorchs_batch_norm() -> None:
+    ours, reference = batch_norms(momentum=0.3)
     for _ in range(3):
         x = 2.0 * torch.randn(4, 5, 3, 2) + 1.0
         mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -61,18 +60,6 @@ def test_in_one_process_it_is_pytorchs_batch_norm(momentum: float) -> None:
     assert torch.equal(ours(x), reference(x))
     for name, value in before.items():
         assert torch.equal(ours.state_dict()[name], value), f"{name} moved in eval mode"
-
-
-@torch.no_grad()
-def test_it_computes_in_float32_under_autocast() -> None:
-    ours, reference = batch_norms()
-    x = torch.randn(4, 5, 3, 2) + 100.0
-    expected = reference(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = ours(x)
-    assert y.dtype == torch.float32
-    assert torch.equal(y, expected)
-    assert torch.equal(ours.running_var, reference.running_var)
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.networks import UViTDecoder
-from dc_ssdae.networks.blocks import ConditionedResidualBlock
-from dc_ssdae.networks.uvit_decoder import SIZES, TimeEmbedding, TransformerBlock
+from dc_ssdae.networks.uvit_decoder import TimeEmbedding
 
 LATENT_CHANNELS = 6
 
@@ -74,7 +73,7 @@ def test_time_embedding_computes_angles_in_float32() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("layers", "default"), [(1, 0), (2, 1), (3, 1), (8, 4), (10, 4)])
+@pytest.mark.parametrize(("layers", "default"), [(1, 0), (3, 1), (10, 4)])
 def test_features_are_the_output_of_repas_block(layers: int, default: int) -> None:
     """Of n middle blocks it is the one with index min(4, ⌊n/2⌋), counted from 0."""
     decoder = tiny_decoder(middle_layers=layers).eval()
@@ -90,13 +89,9 @@ def test_features_are_the_output_of_repas_block(layers: int, default: int) -> No
         chosen = decoder.forward_with_features(x, z, layer=layer)
         assert torch.equal(chosen.output, output)
         assert torch.equal(chosen.features, features) == (layer == default)
-
-
-@pytest.mark.parametrize("layer", [-1, 3])
-def test_a_block_that_is_not_there_is_refused(layer: int) -> None:
-    x, z = inputs()
-    with pytest.raises(InputError, match=rf"layer is {layer}; the decoder has middle blocks 0 to 2"):
-        tiny_decoder().forward_with_features(x, z, layer=layer)
+    for missing in (-1, layers):
+        with pytest.raises(InputError, match=f"middle blocks 0 to {layers - 1}"):
+            decoder.forward_with_features(x, z, layer=missing)
 
 
 @torch.no_grad()
@@ -110,24 +105,6 @@ def test_shapes(factor: int, height: int, width: int, timed: bool) -> None:
     y = decoder(x, z, torch.rand(2) if timed else None)
     assert y.shape == x.shape
     assert y.isfinite().all()
-
-
-@torch.no_grad()
-def test_transposed_inputs_give_the_transposed_output_of_a_transposed_decoder() -> None:
-    """Heights and widths play the same part everywhere: swap them in the weights and in the inputs."""
-    decoder = tiny_decoder().eval()
-    shake(decoder)
-    transposed = tiny_decoder().eval()
-    transposed.load_state_dict(
-        {
-            name: value.transpose(-1, -2) if value.ndim == 4 else value.transpose(0, 1) if "table" in name else value
-            for name, value in decoder.state_dict().items()
-        }
-    )
-    x, z = inputs(2, 3)
-    expected = decoder(x, z).transpose(-1, -2)
-    actual = transposed(x.transpose(-1, -2), z.transpose(-1, -2))
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0.0)
 
 
 @pytest.mark.parametrize(
@@ -146,37 +123,29 @@ def test_shapes_that_do_not_fit_are_named(x_shape: tuple[int, ...], z_shape: tup
     assert all(shape in str(error.value) for shape in named), error.value
 
 
-@pytest.mark.parametrize("time", [None, torch.zeros(3), torch.zeros(2, 1)], ids=["none", "length", "dimensions"])
-def test_a_time_that_is_missing_or_misshapen_is_refused(time: Tensor | None) -> None:
+@pytest.mark.parametrize(
+    ("timed", "time"), [(True, None), (True, torch.zeros(3)), (True, torch.zeros(2, 1)), (False, torch.zeros(2))]
+)
+def test_a_time_that_does_not_fit_is_refused(timed: bool, time: Tensor | None) -> None:
     x, z = inputs()
-    with pytest.raises(InputError, match=r"needs a time of shape \(2,\)"):
-        tiny_decoder(time_conditioning=True)(x, z, time)
-
-
-def test_a_time_that_nobody_reads_is_refused() -> None:
-    x, z = inputs()
-    with pytest.raises(InputError, match="leave time out"):
-        tiny_decoder()(x, z, torch.zeros(2))
+    with pytest.raises(InputError, match="time"):
+        tiny_decoder(time_conditioning=timed)(x, z, time)
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"size": "Xs"}, "'Xs'"),
-        ({"downsample_factor": 4}, "downsample_factor is 4"),
         ({"downsample_factor": 24}, "downsample_factor is 24"),
         ({"multipliers": (1, 2, 3)}, "multipliers"),
         ({"heads": 3}, "heads = 3"),
         ({"patch": 3}, "patch is 3"),
-        ({"patch": 16}, "patch is 16"),
         ({"patch": 2}, "with patch 2 the decoder has 3 levels"),
         ({"window_radius": -1}, "window_radius"),
         ({"middle_layers": 0}, "middle_layers"),
         ({"blocks_per_level": 0}, "blocks_per_level"),
         ({"norm_groups": 0}, "norm_groups"),
         ({"channels": 0}, "channels"),
-        ({"channels": -8}, "channels"),
-        ({"heads": -2}, "heads"),
         ({"latent_channels": 0}, "latent_channels"),
     ],
 )
@@ -185,39 +154,6 @@ def test_settings_out_of_range_are_named(settings: dict[str, Any], named: str) -
         tiny_decoder(**settings)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_every_size_builds_with_its_row_of_the_table() -> None:
-    for name, size in SIZES.items():
-        with torch.device("meta"):
-            decoder = UViTDecoder(size=name)
-        unit, levels = size.norm_groups, 4 - int(math.log2(size.patch))
-        widths = [unit * math.ceil(size.channels * multiplier / unit) for multiplier in size.multipliers[-levels:]]
-        assert len(decoder.down) == len(decoder.up) == levels
-        assert decoder.image_in.out_channels == widths[0] // 2
-        assert decoder.middle.project_in.in_features == widths[-1]
-        assert len(decoder.middle.blocks) == size.middle_layers
-        heads = size.heads or min(max(widths[-1] // 64, 4), 16)
-        assert decoder.middle.blocks[0].attention.heads == heads
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("timed", [False, True])
-def test_blocks_start_as_their_shortcuts(timed: bool) -> None:
-    decoder = tiny_decoder(time_conditioning=timed)
-    blocks = [module for module in decoder.modules() if isinstance(module, ConditionedResidualBlock)]
-    assert len(blocks) == 4 * (1 + 2)
-    time = torch.randn(2, 32) if timed else None
-    context = torch.randn(2, 8, 2, 2)
-    for block in blocks:
-        assert not block.conv2.weight.any()
-        assert not block.conv2.bias.any()
-        x = torch.randn(2, block.conv1.in_channels, 4, 4)
-        assert torch.equal(block(x, context, time), block.shortcut(x))
-    for module in decoder.modules():
-        if isinstance(module, TransformerBlock):
-            assert not module.feed_forward_out.weight.any()
-            assert not module.feed_forward_out.bias.any()
 
 
 @pytest.mark.parametrize("timed", [False, True])
@@ -322,15 +258,3 @@ def test_without_gradients_it_answers_the_same(patch: int, timed: bool) -> None:
             torch.testing.assert_close(decoder(x, z, time), expected.detach(), atol=1e-5, rtol=1e-5)
     assert torch.equal(x, given[0])
     assert torch.equal(z, given[1])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("factor", [8, 32])
-def test_channels_last_memory_changes_nothing(factor: int) -> None:
-    decoder = tiny_decoder(downsample_factor=factor).eval()
-    shake(decoder)
-    x, z = inputs(factor=factor)
-    expected = decoder(x, z)
-    layout = torch.channels_last
-    actual = decoder.to(memory_format=layout)(x.to(memory_format=layout), z.to(memory_format=layout))
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0.0)
