@@ -1,0 +1,161 @@
+"""What MkDocs adds to the pages when it builds the site: everything that the code itself knows.
+
+The references of commands and of settings are made from the parsers and dataclasses of the command line, the tables of
+presets and results from the presets and from what the studies wrote. In a page, a line `[Table NAME](FILE)` stands for
+the table NAME, and `[Card](FILE)` for a model's card.
+"""
+
+import importlib
+import logging
+import re
+import sys
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from dc_ssdae.cli.main import COMMANDS, PROGRAM
+from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.presets import dump_yaml, list_presets, load_preset
+from dc_ssdae.settings import documentation, is_required, metavar
+from dc_ssdae.training.config import BUILT_IN_LOSSES, MAY_CHANGE, SECTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+LOG = logging.getLogger("mkdocs.hooks.dc_ssdae")
+TABLE = re.compile(r"^\[Table (\w+)\]\([^)]*\)$", re.MULTILINE)
+CARD = re.compile(r"^\[Card\]\(([^)]*)\)$", re.MULTILINE)
+EXTERNAL = re.compile(r"<(?:script|img|iframe)[^>]*\ssrc=\"?https?:[^\s>]*|<link[^>]*stylesheet[^>]*https?:[^\s>]*")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    for name, content in (("commands", commands()), ("configuration", configuration())):
+        files.append(File.generated(config, f"reference/{name}.md", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put tables and cards in their places."""
+    markdown = TABLE.sub(lambda place: table(place[1]), markdown)
+    return CARD.sub(lambda place: card((Path(config.docs_dir) / place[1]).resolve()), markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Warn, which fails a strict build, of what a browser would fetch from another server."""
+    for found in EXTERNAL.findall(output):
+        LOG.warning("%s loads from another server: %s", page.file.src_uri, found)
+    return output
+
+
+def commands() -> str:
+    """The page on all commands."""
+    parts = ["# Commands\n\nThe same as `dc-ssdae COMMAND --help`, made from the command line's own parser."]
+    rows = [[f"[`{name}`](#dc-ssdae-{name.replace(' ', '-')})", about] for name, about in COMMANDS.items()]
+    parts.append(rows_as_table(["command", "what it does"], rows))
+    return "\n\n".join([*parts, *map(command, COMMANDS)]) + "\n"
+
+
+def command(name: str) -> str:
+    """One command: its description, its usage and its options."""
+    first, _, second = name.partition(" ")
+    options = getattr(importlib.import_module(f"dc_ssdae.cli.{first}"), f"{second.capitalize()}Options")
+    parser = CommandParser(options, f"{PROGRAM} {name}")
+    parts = [f"## {PROGRAM} {name}", escaped(parser.description or ""), f"```\n{parser.usage}\n```"]
+    rows, has_settings = [], False
+    for group in parser._action_groups:
+        has_settings |= group.title in SECTIONS
+        if group.title not in {*SECTIONS, "losses"}:
+            rows += [option(action) for action in group._group_actions if action.dest not in ("help", "debug")]
+    parts.append(rows_as_table(["option", "what it does", "default"], rows))
+    if has_settings:
+        parts.append("All [settings of a run](configuration.md) are options too: `--section.name VALUE`.")
+    return "\n\n".join(parts)
+
+
+def option(action: Any) -> list[str]:
+    """A row for an option: its names, what it does and its default."""
+    value = "" if action.nargs == 0 else f" {action.metavar}"
+    names = "<br>".join(f"`{name}{value}`" for name in action.option_strings) or f"`{action.metavar}`"
+    text = action.help.replace("%%", "%")
+    text, _, default = text.removesuffix(")").partition(" (default: ") if " (default: " in text else (text, "", "")
+    return [names, escaped(text), f"`{default}`" if default else ""]
+
+
+def configuration() -> str:
+    """The page on all settings of a run."""
+    parts = [
+        "# Configuration\n\nEvery setting of a run, made from the typed configuration itself. In a YAML file, a setting"
+        " stands in its section; on the command line it is `--section.name VALUE`. A setting marked ↻ may be changed"
+        " when a run is [resumed](../resuming.md). `dc-ssdae train --config PRESET --print_config` prints all of them"
+        " with the values that they have."
+    ]
+    for section, kind in SECTIONS.items():
+        (summary, described), hints = documentation(kind), get_type_hints(kind)
+        rows = []
+        for entry in fields(kind):
+            mark = " ↻" if entry.name in MAY_CHANGE[section] else ""
+            default = "required" if is_required(entry) else f"`{dump_yaml(entry.default).strip()}`"
+            kind_of = metavar(hints[entry.name]).replace("|", "\\|")
+            rows.append([f"`{section}.{entry.name}`{mark}", escaped(described[entry.name]), f"`{kind_of}`", default])
+        table_of = rows_as_table(["setting", "what it is", "value", "default"], rows)
+        parts += [f"## {section}", escaped(summary), table_of]
+    weights = rows_as_table(["term", "weight"], [[f"`{name}`", f"{weight:g}"] for name, weight in LOSSES])
+    about = "Terms by name, each a weight or a mapping with `weight`, `class_path` and `init_args`; 0 removes a term."
+    parts += ["## losses", f"{about} [The objective](../training.md#the-objective) describes them.", weights]
+    return "\n\n".join(parts) + "\n"
+
+
+LOSSES = BUILT_IN_LOSSES.items()
+
+
+@cache
+def table(name: str) -> str:
+    """A table by its name: of the presets, or one of `studies/tables.py`."""
+    if name == "presets":
+        return presets()
+    sys.path.insert(0, str(ROOT / "studies"))
+    try:
+        return str(importlib.import_module("tables").TABLES[name]())
+    finally:
+        sys.path.remove(str(ROOT / "studies"))
+
+
+def presets() -> str:
+    """What each preset is and costs."""
+    import torch
+
+    from dc_ssdae.autoencoder import DCSSDAE
+    from dc_ssdae.evaluation.profile import compression_ratio, count_flops, count_parameters, latent_shape
+
+    rows = []
+    for name in list_presets():
+        with torch.device("meta"):
+            model = DCSSDAE.from_preset(name)
+        parameters, flops = count_parameters(model), count_flops(model, 256)
+        shape = "×".join(map(str, latent_shape(model, 256, 256)))
+        numbers = (compression_ratio(model), parameters["encoder"], parameters["decoder"])
+        costs = (f"{count / 1e9:,.0f}" for count in flops)
+        rows.append([f"`{name}`", load_preset(name)["description"], shape, *(f"{n:,.0f}" for n in numbers), *costs])
+    head = ["preset", "what it is", "latent at 256 px", "ratio", "encoder", "decoder", "encode", "decode step"]
+    return rows_as_table(head, rows)
+
+
+def card(file: Path) -> str:
+    """A model's card without its front matter and title, its headings one level down."""
+    text = file.read_text(encoding="utf-8").partition("\n---\n")[2].partition("\n# ")[2].partition("\n")[2]
+    return re.sub(r"^## ", "### ", text, flags=re.MULTILINE)
+
+
+def rows_as_table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Help text for a cell of a table: what Markdown or HTML would read as theirs stays as it is."""
+    return re.sub(r"([|<>*_\[\]`{}])", r"\\\1", text)
