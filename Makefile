@@ -44,7 +44,7 @@ format: $(STAMP)  ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 
 docs: $(STAMP)  ## build the documentation: open site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(STAMP)  ## show the documentation on this machine, and anew after each change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

@@ -137,10 +137,11 @@ def presets() -> str:
             model = DCSSDAE.from_preset(name)
         parameters, flops = count_parameters(model), count_flops(model, 256)
         shape = "×".join(map(str, latent_shape(model, 256, 256)))
-        numbers = (compression_ratio(model), parameters["encoder"], parameters["decoder"])
+        sizes = (f"{parameters[part] / 1e6:,.2f}" for part in ("encoder", "decoder"))
         costs = (f"{count / 1e9:,.0f}" for count in flops)
-        rows.append([f"`{name}`", load_preset(name)["description"], shape, *(f"{n:,.0f}" for n in numbers), *costs])
-    head = ["preset", "what it is", "latent at 256 px", "ratio", "encoder", "decoder", "encode", "decode step"]
+        ratio = f"{compression_ratio(model):.0f}"
+        rows.append([f"`{name}`", load_preset(name)["description"], shape, ratio, *sizes, *costs])
+    head = ["preset", "what it is", "latent at 256 px", "ratio", "encoder, M", "decoder, M", "encode", "decode step"]
     return rows_as_table(head, rows)
 
 
