@@ -30,6 +30,22 @@ TABLE = re.compile(r"^\[Table (\w+)\]\([^)]*\)$", re.MULTILINE)
 CARD = re.compile(r"^\[Card\]\(([^)]*)\)$", re.MULTILINE)
 EXTERNAL = re.compile(r"<(?:script|img|iframe)[^>]*\ssrc=\"?https?:[^\s>]*|<link[^>]*stylesheet[^>]*https?:[^\s>]*")
 
+ABOUT_COMMANDS = """# Commands
+
+This page is made from the command line's own parser: it says the same as `dc-ssdae COMMAND --help`.
+
+No command silently replaces an existing file: run again with the same `--out`, it refuses to start without
+`--overwrite`. `pack` and `latents` continue where they stopped, and so do `train` and `distill` with `--resume`.
+
+The exit code is 0; 2 if the input cannot be used, with one line that says why; and 130 after Ctrl-C. Every command
+takes `--debug`, which shows the traceback of an error."""
+
+ABOUT_CONFIGURATION = """# Configuration
+
+This page is made from the typed configuration: it lists every setting of a run. In a YAML file a setting stands in its
+section; on the command line it is `--section.name VALUE`. A setting marked ↻ may be changed when a run is
+[resumed](../resuming.md). `dc-ssdae train --config PRESET --print_config` prints all settings with their values."""
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
@@ -53,10 +69,9 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
 
 def commands() -> str:
     """The page on all commands."""
-    parts = ["# Commands\n\nThe same as `dc-ssdae COMMAND --help`, made from the command line's own parser."]
     rows = [[f"[`{name}`](#dc-ssdae-{name.replace(' ', '-')})", about] for name, about in COMMANDS.items()]
-    parts.append(rows_as_table(["command", "what it does"], rows))
-    return "\n\n".join([*parts, *map(command, COMMANDS)]) + "\n"
+    overview = rows_as_table(["command", "what it does"], rows)
+    return "\n\n".join([ABOUT_COMMANDS, overview, *map(command, COMMANDS)]) + "\n"
 
 
 def command(name: str) -> str:
@@ -87,12 +102,7 @@ def option(action: Any) -> list[str]:
 
 def configuration() -> str:
     """The page on all settings of a run."""
-    parts = [
-        "# Configuration\n\nEvery setting of a run, made from the typed configuration itself. In a YAML file, a setting"
-        " stands in its section; on the command line it is `--section.name VALUE`. A setting marked ↻ may be changed"
-        " when a run is [resumed](../resuming.md). `dc-ssdae train --config PRESET --print_config` prints all of them"
-        " with the values that they have."
-    ]
+    parts = [ABOUT_CONFIGURATION]
     for section, kind in SECTIONS.items():
         (summary, described), hints = documentation(kind), get_type_hints(kind)
         rows = []
@@ -103,13 +113,12 @@ def configuration() -> str:
             rows.append([f"`{section}.{entry.name}`{mark}", escaped(described[entry.name]), f"`{kind_of}`", default])
         table_of = rows_as_table(["setting", "what it is", "value", "default"], rows)
         parts += [f"## {section}", escaped(summary), table_of]
-    weights = rows_as_table(["term", "weight"], [[f"`{name}`", f"{weight:g}"] for name, weight in LOSSES])
+    weights = rows_as_table(
+        ["term", "weight"], [[f"`{name}`", f"{weight:g}"] for name, weight in BUILT_IN_LOSSES.items()]
+    )
     about = "Terms by name, each a weight or a mapping with `weight`, `class_path` and `init_args`; 0 removes a term."
     parts += ["## losses", f"{about} [The objective](../training.md#the-objective) describes them.", weights]
     return "\n\n".join(parts) + "\n"
-
-
-LOSSES = BUILT_IN_LOSSES.items()
 
 
 @cache
