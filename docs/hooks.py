@@ -109,10 +109,13 @@ def configuration() -> str:
         for entry in fields(kind):
             mark = " ↻" if entry.name in MAY_CHANGE[section] else ""
             default = "required" if is_required(entry) else f"`{dump_yaml(entry.default).strip()}`"
-            kind_of = metavar(hints[entry.name]).replace("|", "\\|")
-            rows.append([f"`{section}.{entry.name}`{mark}", escaped(described[entry.name]), f"`{kind_of}`", default])
-        table_of = rows_as_table(["setting", "what it is", "value", "default"], rows)
-        parts += [f"## {section}", escaped(summary), table_of]
+            name = f"`{section}.{entry.name}`{mark}<br>`{metavar(hints[entry.name])}`"
+            rows.append([name, escaped(described[entry.name]), default])
+        parts += [
+            f"## {section}",
+            escaped(summary),
+            rows_as_table(["setting and value", "what it is", "default"], rows),
+        ]
     weights = rows_as_table(
         ["term", "weight"], [[f"`{name}`", f"{weight:g}"] for name, weight in BUILT_IN_LOSSES.items()]
     )
@@ -160,9 +163,9 @@ def card(file: Path) -> str:
     return re.sub(r"^## ", "### ", text, flags=re.MULTILINE)
 
 
-def rows_as_table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+def rows_as_table(head: list[str], rows: list[list[str]], words: int = 3) -> str:
+    """A Markdown table; the columns after the first `words` hold numbers."""
+    lines = [head, ["---:" if column >= words else "---" for column in range(len(head))], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
