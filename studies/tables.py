@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from dc_ssdae.evaluation.curves import COLOURS, save_picture
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,38 +126,51 @@ def distillation() -> str:
     return markdown(["model", "evaluations", *(head for head, _ in QUALITY.values()), "ms per image"], rows)
 
 
+VARIANTS = {
+    "deterministic_patch4": "no noise, patches of 4",
+    "eqm_image_patch4": "EqM, image, patches of 4",
+    "eqm_image": "EqM, image",
+    "eqm_field": "EqM, field",
+    "eqm_field_truncated": "EqM, field, truncated decay",
+    "fm_field": "FM, field",
+    "fm_image": "FM, image",
+}
+"""What the picture calls the variants."""
+
+
 def architecture_figure() -> "Figure":
-    """PSNR while the variants train, and PSNR and LPIPS by evaluations: means, and bands from seed to seed."""
+    """PSNR and LPIPS of the variants by evaluations: means over the seeds, and bands from seed to seed."""
     from matplotlib.figure import Figure
 
-    from dc_ssdae.evaluation.curves import COLOURS, DASHES
-
-    figure = Figure(figsize=(13, 4.6), dpi=100, layout="constrained")
-    training, psnr, lpips = figure.subplots(1, 3)
-    training.set(title="while training: PSNR of one evaluation, 50 photos", xlabel="seconds of one thread", ylabel="dB")
-    psnr.set(title="PSNR, 150 photos", xlabel="evaluations of the decoder", ylabel="dB")
-    lpips.set(title="LPIPS squeeze (lower is better), 150 photos", xlabel="evaluations of the decoder")
-    for number, (variant, runs) in enumerate(by_variant("architecture").items()):
-        counts = [int(count) for count in runs[0]["evaluations"]]
-        curves = [
-            (training, [mark["seconds"] for mark in runs[0]["curve"]], [[m["psnr"] for m in r["curve"]] for r in runs])
-        ]
-        for axes, name in ((psnr, "psnr"), (lpips, "lpips")):
-            curves.append((axes, counts, [[m[name] for m in r["evaluations"].values()] for r in runs]))
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS)]}
-        for axes, x, values in curves:
-            columns = [*zip(*values, strict=True)]
-            label = variant if axes is training else None
-            axes.plot(x, [statistics.fmean(c) for c in columns], marker="o", markersize=4, label=label, **style)
-            low, high = [min(c) for c in columns], [max(c) for c in columns]
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    for axes in (psnr, lpips):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
-    for axes in (training, psnr, lpips):
+    figure = Figure(figsize=(12, 4.8), dpi=100, layout="constrained")
+    panels = dict(zip(("psnr", "lpips"), figure.subplots(1, 2), strict=True))
+    for name, title in (("psnr", "PSNR in dB: higher is better"), ("lpips", "LPIPS of SqueezeNet: lower is better")):
+        axes, ends = panels[name], {}
+        for color, (variant, label) in zip(COLOURS, VARIANTS.items(), strict=False):
+            runs = by_variant("architecture")[variant]
+            counts = [int(count) for count in runs[0]["evaluations"]]
+            seeds = [[m[name] for m in run["evaluations"].values()] for run in runs]
+            low, mean, high = (np.array([f(c) for c in zip(*seeds, strict=True)]) for f in (min, statistics.fmean, max))
+            axes.plot(counts, mean, marker="o", markersize=5, linewidth=2, color=color)
+            axes.fill_between(counts, low, high, color=color, alpha=0.1, linewidth=0)
+            ends[variant] = counts[-1], mean[-1], label, color
+        label_ends(axes, [*ends.values()])
+        axes.set(title=title, xlabel="evaluations of the decoder", xscale="log", xlim=(0.9, 34))
+        axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"], minor=False)
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def label_ends(axes: "Axes", ends: Sequence[tuple[int, float, str, str]]) -> None:
+    """Write each line's name beside its last point, moved up or down where two would overlap."""
+    low, high = axes.get_ylim()
+    apart, places = 0.055 * (high - low), {}
+    for x, y, label, color in sorted(ends, key=lambda end: end[1]):
+        places[x] = place = max(y, places.get(x, -float("inf")) + apart)
+        text = axes.annotate(label, (x, y), xytext=(x * 1.12, place), color=color, va="center", fontsize=10)
+        text.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0})
 
 
 def stability() -> str:
@@ -271,8 +289,6 @@ def main() -> None:
     if names := sys.argv[1:]:
         print("\n".join(TABLES[name]() for name in names))
         return
-    from dc_ssdae.evaluation.curves import save_picture
-
     (ROOT / "docs/architecture.png").write_bytes(save_picture(architecture_figure))
 
 
