@@ -1,10 +1,9 @@
-"""Make the tables of docs/results.md and its picture of the architecture's study: python studies/tables.py [--check]
+"""The tables of the documentation that are made from what the studies wrote, and the picture of the architecture study.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit code is 1
-where a table is not what the files give.
+The site's build puts the table NAME where a page has the line `[Table NAME](FILE)`. Run as a script, this writes the
+picture, docs/architecture.png; `python studies/tables.py NAME` prints a table.
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -22,12 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def lines(name: str) -> list[dict[str, Any]]:
-    """What results/NAME.jsonl holds."""
-    return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
+def lines(name: str, folder: str = "results") -> list[dict[str, Any]]:
+    """Read FOLDER/NAME.jsonl."""
+    return [json.loads(line) for line in (ROOT / folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -67,7 +65,7 @@ def architecture() -> str:
         for count in runs[0]["evaluations"]:
             measured = [run["evaluations"][count] for run in runs]
             rows.append([f"`{variant}`", count, str(len(runs)), *figures(measured, ("milliseconds", 1))])
-    return markdown(["variant", "evaluations", "seeds", *(head for head, _ in QUALITY.values()), "ms an image"], rows)
+    return markdown(["variant", "evaluations", "seeds", *(head for head, _ in QUALITY.values()), "ms per image"], rows)
 
 
 def counts() -> str:
@@ -125,7 +123,19 @@ def distillation() -> str:
                 [told, count, *figures([run[who][count] for run in runs], ("milliseconds", 1))]
                 for count in ("1", "2", "8")
             ]
-    return markdown(["model", "evaluations", *(head for head, _ in QUALITY.values()), "ms an image"], rows)
+    return markdown(["model", "evaluations", *(head for head, _ in QUALITY.values()), "ms per image"], rows)
+
+
+VARIANTS = {
+    "deterministic_patch4": "no noise, patches of 4",
+    "eqm_image_patch4": "EqM, image, patches of 4",
+    "eqm_image": "EqM, image",
+    "eqm_field": "EqM, field",
+    "eqm_field_truncated": "EqM, field, truncated decay",
+    "fm_field": "FM, field",
+    "fm_image": "FM, image",
+}
+"""What the picture calls the variants."""
 
 
 VARIANTS = {
@@ -203,7 +213,7 @@ def kl() -> str:
         if "kl" in line:
             names = {"latent_std": ".2f", "noise_std": ".3f", "active_channels": "", "psnr_1": ".2f", "psnr_2": ".2f"}
             rows.append([f"{line['kl']:.0e}", *(f"{line[name]:{digits}}" for name, digits in names.items())])
-    head = ["weight", "latent's std", "of it noise", "active channels of 4", "PSNR, dB", "in two steps, dB"]
+    head = ["weight", "std of the latent", "noise in it", "active channels of 4", "PSNR, dB", "two steps, dB"]
     return markdown(head, rows)
 
 
@@ -222,29 +232,77 @@ def kick() -> str:
     return markdown(["steps after", *(f"{name}, {told}" for told in ("no bound", "bound") for name in each)], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    make.__name__: make for make in (architecture, counts, stopping, claim, distillation, stability, kl, kick)
+def equal_time() -> str:
+    """Quality by what the network answers, by patch and by size, each with the same processor time."""
+    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for line in lines("equal_time", "studies"):
+        if match := re.fullmatch(r"patch(\d)_(\w+)_(\d+)px_seed\d", line["name"]):
+            patch, prediction, size = match.groups()
+            found.setdefault((prediction, patch), {}).setdefault(size, []).append(line)
+    names = (("psnr", 2), ("ssim", 3), ("psnr_2_steps", 2))
+    rows = []
+    for prediction, patch in sorted(found):
+        row = [f"{prediction}, patch {patch}"]
+        for size in ("64", "128"):
+            runs = found[prediction, patch][size]
+            row += [spread([run[name] for run in runs], digits) for name, digits in names]
+        rows.append(row)
+    head = [f"{size} px: {name}" for size in (64, 128) for name in ("PSNR, dB", "SSIM", "two steps, dB")]
+    return markdown(["the network predicts", *head], rows)
+
+
+DECODERS = {
+    "diffusers:AutoencoderKL": "AutoencoderKL",
+    "preset:sd_f8c4_frozen_eqm": "decoder S",
+    "preset:fast_f8c16": "`fast_f8c16`",
+    "diffusers:AutoencoderTiny": "AutoencoderTiny",
 }
 
 
-def filled(text: str) -> str:
-    """The document with its tables made anew."""
-    return PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], text)
+def decode_speed() -> str:
+    """Seconds of a decode, with memory that is kept and without, and how they compare with AutoencoderKL's."""
+    rows = []
+    for size in (256, 512, 1024):
+        figures = json.loads((ROOT / "studies" / f"decode_speed_{size}.json").read_text())["figures"]
+        measured = {figure["model"]: figure for figure in figures}
+        for name, title in DECODERS.items():
+            row = [title, str(size)]
+            for figure in (measured.get(name), measured.get(f"kept:{name}")):
+                seconds = figure and f"{statistics.median(figure['seconds']):.3g}"
+                row += [seconds or "", f"{figure['times_as_fast']:.3g}" if figure else ""]
+            rows.append(row)
+    times = "times as fast as AutoencoderKL"
+    return markdown(["decoder", "px", "s", times, "s, memory kept", f"{times}, not kept"], rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    document = ROOT / "docs/results.md"
-    before = document.read_text(encoding="utf-8")
-    after = filled(before)
-    if args.check:
-        return int(after != before)
-    document.write_text(after, encoding="utf-8")
+def encode_speed() -> str:
+    """Seconds of encoding, the share of the processor's peak, and how many times as fast `fast_f8c16` is."""
+    figures = json.loads((ROOT / "studies/bench_encode.json").read_text())["figures"]
+    rows = []
+    for figure in figures:
+        label = figure["label"].removeprefix("preset:")
+        median = figure["seconds"]["median"]
+        # The ratio is of fast_f8c16 to the other, round by round.
+        times = f"{1 / figure['ratio']['median']:.2g}" if figure["ratio"] else ""
+        rows.append([label, str(figure["size"]), f"{median:.3g}", f"{100 * figure['share_of_peak']:.0f} %", times])
+    return markdown(["encoder", "px", "s", "of the peak", "`fast_f8c16` is faster by a factor of"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    make.__name__: make
+    for make in (
+        *(architecture, counts, stopping, claim, distillation, stability, kl, kick),
+        *(equal_time, decode_speed, encode_speed),
+    )
+}
+
+
+def main() -> None:
+    if names := sys.argv[1:]:
+        print("\n".join(TABLES[name]() for name in names))
+        return
     (ROOT / "docs/architecture.png").write_bytes(save_picture(architecture_figure))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
