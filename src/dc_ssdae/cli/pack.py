@@ -54,4 +54,5 @@ def run(options: Options) -> None:
     workers, report = options.workers or min(cores(), 16), partial(complain, options.program)
     given = options.given("max_broken_share", "cache")
     for part in pack(options.source, options.destination, settings, workers, report=report, **given):
-        say_part(part, f"; {part.kept} kept byte by byte, colour profiles included" if part.kept else "")
+        remark = f"; {part.kept} kept byte by byte, colour profiles included" if part.kept else ""
+        say_part(part.name, part.folder, part.images, part.shards, part.broken, remark)
