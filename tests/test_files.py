@@ -11,7 +11,7 @@ from tiny import make_images
 
 from dc_ssdae.cli.latent_file import read_latent
 from dc_ssdae.data.images import read_image
-from dc_ssdae.data.latent_manifest import LatentManifest
+from dc_ssdae.data.latents import read_manifest
 from dc_ssdae.data.pack import pack
 from dc_ssdae.data.pack_shard import PackSettings
 from dc_ssdae.data.shard_index import scan_labels, scan_tar
@@ -28,7 +28,7 @@ READERS = {
     "tar": ("x.tar", lambda path: scan_tar(str(path))),
     "labels": ("x.tar", lambda path: scan_labels(str(path))),
     "shards": ("x.tar", lambda path: Shards(str(path.parent))),
-    "manifest": ("manifest.json", lambda path: LatentManifest.read(path.parent)),
+    "manifest": ("manifest.json", lambda path: read_manifest(path.parent)),
     "weights": ("x.safetensors", read_safetensors),
     "latent": ("x.safetensors", read_latent),
     "config": ("config.json", lambda path: read_config(path.parent)),

@@ -19,7 +19,7 @@ from torch import Tensor
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.latents import LATENTS_FORMAT, LATENTS_VERSION, Store, StoredDtype, tensor_names
-from dc_ssdae.data.loader import ValidationImage, ValidationImages, enlarged_caveat, read_batches, stack
+from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, read_batches, stack
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.resumable import ShardCommand, check_broken, files_sha256, to_json
 from dc_ssdae.data.sources import ImageSource
@@ -33,6 +33,9 @@ from dc_ssdae.settings import check_settings, setting
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
+
+Batch = tuple[Tensor, list[ValidationImage]]
+"""Images of a shard: their pixels, and what else is known of each."""
 
 LATENTS = ShardCommand("latents", LATENTS_FORMAT, ".safetensors")
 
@@ -170,22 +173,21 @@ class LatentWriter:
         batches = [list(shard[i : i + batch_size]) for shard in shards for i in range(0, len(shard), batch_size)]
         option, batch_bytes = self.images.workers_option, batch_size * 3 * self.images.image_size**2
         stream = read_batches(self.images, _collate, workers, option, batch_bytes, batch_sampler=batches)
-        images = iter(tqdm(stream, total=len(batches), unit="image", unit_scale=batch_size, **bar))
-        broken: list[tuple[str, str]] = []
+        progress = tqdm(total=sum(map(len, shards)), unit="image", **bar)
+        broken: list[BrokenImage] = []
         for number, shard in zip(numbers, shards, strict=True):
-            broken += self._write_shard(number, islice(images, -(-len(shard) // batch_size)))
+            broken += self._write_shard(number, islice(stream, -(-len(shard) // batch_size)), progress.update)
             check_broken(broken, len(self.images), self.max_broken_share)
             yield
 
-    def _write_shard(
-        self, number: int, batches: Iterable[tuple[Tensor, list[ValidationImage]]]
-    ) -> list[tuple[str, str]]:
+    def _write_shard(self, number: int, batches: Iterable[Batch], advance: Callable[[int], Any]) -> list[BrokenImage]:
         """Encode the images of a shard, and write it and its report, each whole or not at all; gives what is broken."""
         latents: dict[str, list[Tensor]] = defaultdict(list)
         moments = LatentMoments(self.encoder.latent_channels)
         images: list[ValidationImage] = []
         for pixels, batch in batches:
             images += batch
+            advance(len(batch))
             # Broken images are encoded too, so that the others do not depend on them, and then dropped.
             whole = [row for row, image in enumerate(batch) if image.broken is None]
             for flipped, variant in enumerate(tensor_names(self.settings.store, self.settings.flip)):
@@ -194,7 +196,7 @@ class LatentWriter:
                 for name, tensor in zip(variant, stored, strict=True):
                     latents[name].append(tensor)
         kept = [image for image in images if image.broken is None]
-        broken: list[tuple[str, str]] = [image.broken for image in images if image.broken is not None]
+        broken = [image.broken for image in images if image.broken is not None]
         for name, reason in broken:
             self.report(f"left out: {reason if name in reason else f'{name}: {reason}'}")
         table = NameTable.of(self.images.name(image.place) for image in kept)
@@ -270,7 +272,7 @@ def _text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _collate(images: Sequence[ValidationImage]) -> tuple[Tensor, list[ValidationImage]]:
+def _collate(images: Sequence[ValidationImage]) -> Batch:
     """Make one tensor of the pixels: each takes a descriptor of its own on its way from a worker."""
     return stack([image.pixels for image in images]), [image._replace(pixels=None) for image in images]  # type: ignore[arg-type]
 

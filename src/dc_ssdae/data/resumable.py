@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +191,7 @@ def check_places(source: str, target: Path) -> None:
         raise InputError(f"the destination {str(target)!r} is not a folder")
 
 
-def check_broken(broken: list[tuple[str, str]], total: int, max_broken_share: float) -> None:
+def check_broken(broken: Sequence[tuple[str, str]], total: int, max_broken_share: float) -> None:
     """Refuse too many broken images.
 
     Args:
