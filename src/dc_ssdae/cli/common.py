@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dc_ssdae.cli.parser import Options
     from dc_ssdae.data.encode_latents import EncodedPart
     from dc_ssdae.data.loader import BrokenImage
-    from dc_ssdae.data.pack import PackedPart
+    from dc_ssdae.data.packing import PackedPart
     from dc_ssdae.distributed import Processes
     from dc_ssdae.latent import DiagonalGaussian
 

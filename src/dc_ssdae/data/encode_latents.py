@@ -30,7 +30,6 @@ from dc_ssdae.errors import InputError, counted
 from dc_ssdae.latent import LatentMoments
 
 _STOP_FILE = "stop"
-_OTHER_IMAGES = "was encoded from other images than are in the source now"
 
 
 class EncodedPart(NamedTuple):
@@ -152,15 +151,10 @@ def encode_latents(
     def begin() -> dict[str, dict[str, Any] | None]:
         if not processes.is_main:
             return {}
-        differs = {
-            **dict.fromkeys(("images", "names_sha256", "classes_sha256"), _OTHER_IMAGES),
-            "files_sha256": "was encoded from files that have changed since, in size or time",
-            "model_sha256": f"was encoded with another model than {encoder.name}",
-        }
         locked.enter_context(LATENTS.lock(target))
         manifests = {}
         for name, job in jobs.items():
-            manifests[name] = LATENTS.begin(job.folder, job.identity, set(parts), differs)
+            manifests[name] = LATENTS.begin(job.folder, job.identity, set(parts))
             _stop_file(job).unlink(missing_ok=True)
         return manifests
 
@@ -350,4 +344,4 @@ def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:
 
 
 def _stop_file(job: LatentJob) -> Path:
-    return job.folder / LATENTS.unfinished_folder / _STOP_FILE
+    return LATENTS.report_path(job.folder, 0).with_name(_STOP_FILE)

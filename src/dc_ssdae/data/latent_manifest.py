@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dc_ssdae.data.shard_index import MANIFEST_FILE
+from dc_ssdae.data.resumable import MANIFEST_FILE
 from dc_ssdae.errors import InputError, check_type, counted
 from dc_ssdae.files import check_file
 from dc_ssdae.latent import LatentStatistics

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from dc_ssdae.data.latent_manifest import LatentManifest, LatentShardRecord, tensor_names
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.data.shard_index import MANIFEST_FILE
+from dc_ssdae.data.resumable import MANIFEST_FILE
 from dc_ssdae.errors import InputError, check_at_least, check_type, unknown_name
 from dc_ssdae.files import check_file, sha256
 from dc_ssdae.latent import LatentStatistics
