@@ -9,8 +9,7 @@ import pytest
 from broken_samples import encoded, image_array, write_images, write_tar
 
 from dc_ssdae.data.hub import HubDataset
-from dc_ssdae.data.pack import pack
-from dc_ssdae.data.pack_shard import PackSettings
+from dc_ssdae.data.packing import PackSettings, pack
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.sources import ImageSource, open_sources
 from dc_ssdae.errors import InputError

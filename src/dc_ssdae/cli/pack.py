@@ -44,8 +44,7 @@ def run(options: Options) -> None:
         raise InputError("--quality is for jpg and webp; png is lossless")
     if options.size != "none" and not (options.size.isdecimal() and int(options.size)):
         raise InputError(f"--size is {options.size!r}; it must be a number of pixels, or none")
-    from dc_ssdae.data.pack import pack
-    from dc_ssdae.data.pack_shard import PackSettings
+    from dc_ssdae.data.packing import PackSettings, pack
     from dc_ssdae.timing import cores
 
     quality = None if options.format == "png" else options.quality or 95

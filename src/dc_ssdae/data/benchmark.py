@@ -15,8 +15,7 @@ import torch
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.loader import Drawing, Place, Places, TrainingSamples, training_loader
 from dc_ssdae.data.order import EpochOrder
-from dc_ssdae.data.pack import pack
-from dc_ssdae.data.pack_shard import PackSettings
+from dc_ssdae.data.packing import PackSettings, pack
 from dc_ssdae.data.sources import ImageSource, open_path, split_folders
 from dc_ssdae.errors import InputError
 from dc_ssdae.timing import Spread, cores, measure_alternately

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_model_range
-from dc_ssdae.data.latents import LATENTS_FORMAT, LATENTS_VERSION, Store, StoredDtype, tensor_names
+from dc_ssdae.data.latents import LATENTS, LATENTS_FORMAT, LATENTS_VERSION, Store, StoredDtype, tensor_names
 from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, read_batches, stack
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.data.resumable import ShardCommand, check_broken, files_sha256, to_json
+from dc_ssdae.data.resumable import check_broken, files_sha256, to_json
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, advising_on_memory, counted
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 Batch = tuple[Tensor, list[ValidationImage]]
 """Images of a shard: their pixels, and what else is known of each."""
-
-LATENTS = ShardCommand("latents", LATENTS_FORMAT, ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,7 @@ class LatentWriter:
 
     def begin(self) -> dict[str, Any] | None:
         """Prepare the folder; gives the manifest if it is finished already."""
-        of_images = ("images", "names_sha256", "classes_sha256", "files_sha256")
-        differs = dict.fromkeys(of_images, "was encoded from other images, or the images have changed since")
-        differs["model_sha256"] = f"was encoded with another model than {self.encoder.name}"
-        return LATENTS.begin(self.folder, self.identity, set(), differs)
+        return LATENTS.begin(self.folder, self.identity, set())
 
     def reports(self) -> list[dict[str, Any] | None]:
         """The report of each shard, in order; None for a shard that is not finished."""

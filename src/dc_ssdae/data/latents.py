@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.data.shard_index import MANIFEST_FILE
+from dc_ssdae.data.resumable import MANIFEST_FILE, ShardCommand, read_json
 from dc_ssdae.errors import InputError, check_type, counted, shown
 from dc_ssdae.files import check_file, sha256
 from dc_ssdae.latent import LatentStatistics
@@ -27,6 +27,7 @@ from dc_ssdae.randomness import image_generator
 from dc_ssdae.settings import check_value
 
 LATENTS_FORMAT, LATENTS_VERSION = "dc-ssdae latents", 1
+LATENTS = ShardCommand("latents", LATENTS_FORMAT, ".safetensors")
 
 Store = Literal["mean", "sample", "mean_std"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
@@ -212,16 +213,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is damaged, or of another program or version; or the folder is not finished.
     """
     path = folder / MANIFEST_FILE
-    if (folder / ".latents").is_dir() and not path.exists():
-        raise InputError(f"dc-ssdae latents has not finished with {str(folder)!r}; run the same command again")
+    LATENTS.check_finished(folder)
     if not path.exists():
         parts = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST_FILE}")))
         instead = f"name one of its folders {parts}" if parts else "dc-ssdae latents writes such folders"
         raise InputError(f"{str(folder)!r} holds no latents: {MANIFEST_FILE} is missing; {instead}")
+    manifest = read_json(path)
     try:
-        check_file(path)
-        manifest = json.loads(path.read_bytes())
-        check_type("its content", manifest, dict[str, Any])
         _check_manifest(manifest, folder)
     except (OSError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise InputError(f"the manifest {str(path)!r} cannot be used: {error}") from error
