@@ -176,7 +176,7 @@ class LatentDataset(Dataset[Latent]):
                 raise InputError(f"shard {shard['name']} is damaged: its SHA-256 is not that of {MANIFEST_FILE}")
 
     def _normalisation(self, normalise: Normalisation | None) -> tuple[Tensor, Tensor]:
-        """What is subtracted from latents, and what they are then multiplied by: (c, 1, 1) or ()."""
+        """Choose what is subtracted from latents, and what they are then multiplied by: (c, 1, 1) or ()."""
         if normalise == "channels":
             std = torch.tensor(self.statistics.std, dtype=torch.float64).view(-1, 1, 1)
             return torch.tensor(self.statistics.mean).view(-1, 1, 1), 1.0 / torch.where(std > 0, std, 1.0)
@@ -186,7 +186,7 @@ class LatentDataset(Dataset[Latent]):
         return torch.tensor(float(shift)), torch.tensor(float(numbers["scaling_factor"]))
 
     def _find(self, index: int) -> tuple[Callable[..., Tensor], int]:
-        """What reads the shard of an image, and the image's row there."""
+        """Find the function that reads an image's shard, and the image's row in the shard."""
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} latents, none at {index}")
         number = bisect_right(self._ends, int(index))
@@ -201,7 +201,7 @@ class LatentDataset(Dataset[Latent]):
 
 
 def tensor_names(store: Store, flip: bool) -> list[list[str]]:
-    """Names of a shard's tensors per variant, as it is and mirrored: the latents and, if stored, their deviations."""
+    """Name the tensors of latents and of stored standard deviations, per variant: the image and its mirror image."""
     variants = ("latents", "latents_flip") if flip else ("latents",)
     return [[name, f"{name}_std"] if store == "mean_std" else [name] for name in variants]
 
@@ -258,7 +258,7 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
 
 
 def _open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> Callable[..., Tensor]:
-    """Open a shard; gives what reads a tensor of it by its name, or one row, into memory of its own."""
+    """Open a shard; returns a function that reads a tensor by its name, or one row, into memory of its own."""
     shard, settings = manifest["shards"][number], manifest["settings"]
     path, count = folder / shard["name"], shard["images"]
     latents = (settings["store_dtype"], [count, *manifest["latent_shape"]])
