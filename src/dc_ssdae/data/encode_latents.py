@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.latents import LATENTS, LATENTS_FORMAT, LATENTS_VERSION, Store, StoredDtype, tensor_names
-from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, read_batches, stack
+from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, read_batches
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.resumable import check_broken, files_sha256, to_json
 from dc_ssdae.data.sources import ImageSource
@@ -269,7 +270,7 @@ def _text_sha256(text: str) -> str:
 
 def _collate(images: Sequence[ValidationImage]) -> Batch:
     """Make one tensor of the pixels: each takes a descriptor of its own on its way from a worker."""
-    return stack([image.pixels for image in images]), [image._replace(pixels=None) for image in images]  # type: ignore[arg-type]
+    return default_collate([image.pixels for image in images]), [image._replace(pixels=None) for image in images]  # type: ignore[arg-type]
 
 
 def encode_latents(
