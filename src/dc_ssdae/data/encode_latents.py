@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import default_collate
 
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.latent_manifest import LATENTS_FORMAT, LATENTS_VERSION
@@ -22,7 +23,7 @@ from dc_ssdae.data.latent_shard import (
     LatentShardReport,
     read_latent_report,
 )
-from dc_ssdae.data.loader import ValidationImage, ValidationImages, enlarged_caveat, read_batches, stack
+from dc_ssdae.data.loader import ValidationImage, ValidationImages, enlarged_caveat, read_batches
 from dc_ssdae.data.resumable import check_broken, files_sha256
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
@@ -296,7 +297,7 @@ def _collate(source: ValidationImages, images: Sequence[ValidationImage]) -> Ima
     places, pixels, broken, enlarged, labels = zip(*images, strict=True)
     names = [source.name(place) if image is None else image.name for place, image in zip(places, broken, strict=True)]
     reasons = [None if image is None else image.reason for image in broken]
-    return ImageBatch(stack(pixels), list(labels), names, reasons, sum(enlarged))
+    return ImageBatch(default_collate([*pixels]), list(labels), names, reasons, sum(enlarged))
 
 
 def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:
