@@ -11,7 +11,7 @@ from tiny import make_images
 
 from dc_ssdae.cli.latent_file import read_latent
 from dc_ssdae.data.images import read_image
-from dc_ssdae.data.latent_manifest import LatentManifest
+from dc_ssdae.data.latents import read_manifest
 from dc_ssdae.data.packing import PackSettings, pack
 from dc_ssdae.data.shards import Shards, scan_tar
 from dc_ssdae.errors import InputError
@@ -25,7 +25,7 @@ READERS = {
     "image": ("x.png", read_image),
     "tar": ("x.tar", lambda path: scan_tar(str(path))),
     "shards": ("x.tar", lambda path: Shards(str(path.parent))),
-    "manifest": ("manifest.json", lambda path: LatentManifest.read(path.parent)),
+    "manifest": ("manifest.json", lambda path: read_manifest(path.parent)),
     "weights": ("x.safetensors", read_safetensors),
     "latent": ("x.safetensors", read_latent),
     "config": ("config.json", lambda path: read_config(path.parent)),

@@ -94,8 +94,9 @@ def packed(folder: str, report: Callable[[str], None]) -> Iterator[ImageSource]:
         raise InputError(f"only a folder of images can be packed; {folder!r} holds shards, or parts of a data set")
     with tempfile.TemporaryDirectory(prefix="dc_ssdae-bench-") as temporary:
         settings = PackSettings(size=None, shuffle=False)
-        (part,) = pack(folder, Path(temporary) / "shards", settings, cores(), max_broken_share=1.0, report=report)
-        yield open_path(str(part.folder), None)
+        shards = Path(temporary) / "shards"
+        pack(folder, shards, settings, cores(), max_broken_share=1.0, report=report)
+        yield open_path(str(shards), None)
 
 
 def measure_data(
