@@ -23,10 +23,9 @@ from broken_samples import broken_contents, encoded, image_array, write_broken_f
 from filelock import FileLock
 from PIL import Image
 
-from dc_ssdae.data import pack as pack_module
+from dc_ssdae.data import packing as pack_module
 from dc_ssdae.data.images import read_image
-from dc_ssdae.data.pack import PackedPart, pack
-from dc_ssdae.data.pack_shard import PackSettings
+from dc_ssdae.data.packing import PackedPart, PackSettings, pack
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.data.transforms import resize_shorter_side

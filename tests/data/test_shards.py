@@ -20,12 +20,10 @@ import pytest
 from broken_samples import broken_contents, encoded, image_array, write_images, write_tar
 from webdataset.writer import TarWriter
 
-from dc_ssdae.data import shard_cache
 from dc_ssdae.data import shards as shards_module
-from dc_ssdae.data.pack import pack
-from dc_ssdae.data.pack_shard import PackSettings
-from dc_ssdae.data.shard_index import MANIFEST_FILE, scan_tar
-from dc_ssdae.data.shards import Shards
+from dc_ssdae.data.packing import PackSettings, pack
+from dc_ssdae.data.resumable import MANIFEST_FILE
+from dc_ssdae.data.shards import Shards, scan_tar
 from dc_ssdae.errors import InputError
 
 
@@ -258,10 +256,6 @@ def test_what_is_no_tar(tmp_path: Path, content: bytes) -> None:
 def test_missing_shards_and_empty_ones(folder: Path, tmp_path: Path) -> None:
     assert "000003.tar" in refusal(f"{folder}/{{000000..000003}}.tar")
     assert "write {000..127}" in refusal(f"{folder}/*.tar")
-    for pattern in ("{0..99999999999}.tar", "{0..9999}/{0..9999}.tar", "0.tar::{-99999999999..0}.tar"):
-        assert "names more than" in refusal(f"{folder}/{pattern}")
-    assert "000.tar" in refusal(f"{folder}/{{000..999}}.tar::{folder}/{{0000..9999}}.tar")
-    assert "2 times" in refusal(f"{folder}/000000.tar::{folder}/00000{{0,1}}.tar")
     (tmp_path / "none").mkdir()
     assert "looked for *.tar" in refusal(tmp_path / "none")
     write_tar(tmp_path / "none" / "x.tar", {})
@@ -480,15 +474,15 @@ class StallingHandler(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_host_that_stops_sending_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache, "STALL_SECONDS", 1)
-    monkeypatch.setattr(shard_cache, "RETRIES", 0)
+    monkeypatch.setattr(shards_module, "STALL_SECONDS", 1)
+    monkeypatch.setattr(shards_module, "RETRIES", 0)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), StallingHandler) as server:
         server.ended = threading.Event()  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         url = f"http://127.0.0.1:{server.server_port}/000000.tar"
         try:
             with pytest.raises(OSError, match=f"cannot fetch {url} to .*(timed out|timeout|too slow)"):
-                shard_cache.fetch(url, str(tmp_path))
+                shards_module.fetch(url, str(tmp_path))
         finally:
             server.ended.set()  # type: ignore[attr-defined]
             server.shutdown()

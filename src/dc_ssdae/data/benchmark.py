@@ -9,8 +9,7 @@ from typing import Any
 
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.loader import TrainingSamples, training_loader
-from dc_ssdae.data.pack import pack
-from dc_ssdae.data.pack_shard import PackSettings
+from dc_ssdae.data.packing import PackSettings, pack
 from dc_ssdae.data.sources import ImageSource, open_path
 from dc_ssdae.errors import InputError
 from dc_ssdae.timing import Spread, cores, measure_alternately
@@ -43,8 +42,9 @@ def packed(source: ImageSource, report: Callable[[str], None]) -> Iterator[Image
         raise InputError("only a folder of images can be packed")
     with tempfile.TemporaryDirectory(prefix="dc_ssdae-bench-") as temporary:
         settings = PackSettings(size=None, shuffle=False)
-        (part,) = pack(source.root, f"{temporary}/shards", settings, cores(), max_broken_share=1.0, report=report)
-        yield open_path(str(part.folder), None)
+        shards = f"{temporary}/shards"
+        pack(source.root, shards, settings, cores(), max_broken_share=1.0, report=report)
+        yield open_path(shards, None)
 
 
 def measure_data(

@@ -17,9 +17,7 @@ from dc_ssdae.classes import import_class
 from dc_ssdae.data.folder import ImageFolder, list_folder, number_classes, warn_of
 from dc_ssdae.data.hub import HubDataset
 from dc_ssdae.data.images import read_image_bytes, reason
-from dc_ssdae.data.shard_cache import WEB, is_url
-from dc_ssdae.data.shard_index import check_finished
-from dc_ssdae.data.shards import Shards, tar_files
+from dc_ssdae.data.shards import PACK, WEB, Shards, is_url, tar_files
 from dc_ssdae.errors import InputError, unknown_name
 
 logger = logging.getLogger(__name__)
@@ -101,7 +99,7 @@ def open_path(path: str, cache: str | None) -> ImageSource:
         OSError: a URL cannot be fetched.
     """
     if os.path.isdir(path):
-        check_finished(path)
+        PACK.check_finished(path)
         shards = [os.path.basename(shard) for shard in tar_files(path)]
         if not shards:
             return ImageFolder(path)
