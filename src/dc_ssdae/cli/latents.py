@@ -74,9 +74,9 @@ def run(options: Options) -> None:
     work |= options.given("workers", "max_broken_share")
     manifests = encode_latents(parts, options.out, encoder, settings, processes=processes, report=report, **work)
     for part, manifest in manifests.items() if processes.is_main else ():
-        images, unlabelled = manifest["images"], manifest["unlabelled"]
+        unlabelled = manifest["unlabelled"]
         remark = f"; {unlabelled} without a label (-1)" if unlabelled else ""
-        say_part(part, options.out / part, images, len(manifest["shards"]), len(manifest["broken"]), remark)
+        say_part(part, options.out / part, manifest, remark)
 
 
 def _open_parts(options: Options) -> "dict[str, ImageSource]":

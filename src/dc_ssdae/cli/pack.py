@@ -52,6 +52,8 @@ def run(options: Options) -> None:
     settings = PackSettings(size, options.format, quality, options.shard_size, not options.keep_order)
     workers, report = options.workers or min(cores(), 16), partial(complain, options.program)
     given = options.given("max_broken_share", "cache")
-    for part in pack(options.source, options.destination, settings, workers, report=report, **given):
-        remark = f"; {part.kept} kept byte by byte, colour profiles included" if part.kept else ""
-        say_part(part.name, part.folder, part.images, part.shards, part.broken, remark)
+    manifests = pack(options.source, options.destination, settings, workers, report=report, **given)
+    for part, manifest in manifests.items():
+        kept = manifest["kept"]
+        remark = f"; {kept} kept byte by byte, colour profiles included" if kept else ""
+        say_part(part, options.destination / part, manifest, remark)

@@ -153,7 +153,7 @@ class LatentWriter:
 
     def begin(self) -> dict[str, Any] | None:
         """Prepare the folder; returns the manifest if the folder is finished already."""
-        return LATENTS.begin(self.folder, self.identity, set())
+        return LATENTS.begin(self.folder, self.identity)
 
     def reports(self) -> list[dict[str, Any] | None]:
         """The report of each shard, in order; None for a shard that is not finished."""

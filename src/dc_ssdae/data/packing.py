@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_pillow
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.resumable import ShardRecord, check_broken, check_places, files_sha256, to_json
+from dc_ssdae.data.resumable import check_broken, check_places, files_sha256, to_json
 from dc_ssdae.data.shards import INDEX_FILE, MANIFEST_FORMAT, MANIFEST_VERSION, PACK, ShardIndex, scan_tar, write_index
 from dc_ssdae.data.sources import open_path, split_folders
 from dc_ssdae.data.transforms import resize_shorter_side
-from dc_ssdae.errors import InputError, check_at_least, check_type, wrong_value
+from dc_ssdae.errors import InputError, wrong_value
 from dc_ssdae.files import sha256, sync, write_whole, written_beside
+from dc_ssdae.settings import check_settings, setting
 
 ImageFormat = Literal["jpg", "png", "webp"]
 
@@ -44,36 +45,16 @@ class PackSettings:
         InputError: a setting is out of range, or quality is given for PNG.
     """
 
-    size: int | None = 256
+    size: int | None = setting(256, at_least=1)
     format: ImageFormat = "jpg"
-    quality: int | None = 95
-    shard_size: int = 1000
+    quality: int | None = setting(95, at_least=1, at_most=100)
+    shard_size: int = setting(1000, at_least=1)
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        check_type("format", self.format, ImageFormat)
-        if self.quality not in ((None,) if self.format == "png" else range(1, 101)):
-            raise wrong_value("quality", self.quality, "from 1 to 100, or None for png, which is lossless")
-        check_at_least(1, shard_size=self.shard_size, size=1 if self.size is None else self.size)
-
-
-class PackedPart(NamedTuple):
-    """What became of one part of the images.
-
-    name: "train", "validation", or "" if the source is not divided.
-    folder: of the shards.
-    images: how many are in the shards.
-    shards: how many there are.
-    kept: how many of the images are the source's files, byte by byte.
-    broken: how many could not be read, and were left out.
-    """
-
-    name: str
-    folder: Path
-    images: int
-    shards: int
-    kept: int
-    broken: int
+        check_settings(self, "")
+        if (self.quality is None) != (self.format == "png"):
+            raise wrong_value("quality", self.quality, "from 1 to 100, or null for png, which is lossless")
 
 
 def pack(
@@ -84,7 +65,7 @@ def pack(
     max_broken_share: float = 0.1,
     cache: str | None = None,
     report: Callable[[str], None] = print,
-) -> list[PackedPart]:
+) -> dict[str, dict[str, Any]]:
     """Write images into WebDataset shards, `000000.tar` and so on, with a manifest and an index.
 
     A sample is the image and, if its class is known, `.cls`: the number of the class in the manifest's `classes`.
@@ -102,7 +83,8 @@ def pack(
         report: gets a line for each broken image, and other remarks.
 
     Returns:
-        What became of each part.
+        The manifest of each part by its name: "train", "validation", or "" if the source is not divided. It tells how
+        many `images` there are, how many are `kept` byte by byte, and lists the `shards` and what is `broken`.
 
     Raises:
         InputError: the source cannot be read, the destination holds something else or was begun with other settings,
@@ -113,19 +95,16 @@ def pack(
     check_places(source, target)
     parts = {name: open_path(folder, cache) for name, folder in (split_folders(source) or {"": source}).items()}
     number_classes(parts.values())
-    done = []
     with PACK.lock(target):
         jobs = {name: _PackJob(part, target / name, settings) for name, part in parts.items()}
-        finished = {name: PACK.begin(job.folder, job.identity, set(parts)) for name, job in jobs.items()}
-        for name, job in jobs.items():
-            manifest = finished[name]
-            if manifest is None:
-                manifest = _write_part(name, job, workers, max_broken_share, report)
-            else:
-                report(f"{str(job.folder)!r} is finished already; nothing to do")
-            counts = manifest["images"], len(manifest["shards"]), manifest["kept"], len(manifest["broken"])
-            done.append(PackedPart(name, job.folder, *counts))
-    return done
+        manifests = {name: PACK.begin(job.folder, job.identity) for name, job in jobs.items()}
+        for name, manifest in manifests.items():
+            if manifest is not None:
+                report(f"{str(jobs[name].folder)!r} is finished already; nothing to do")
+        return {
+            name: _write_part(name, jobs[name], workers, max_broken_share, report) if manifest is None else manifest
+            for name, manifest in manifests.items()
+        }
 
 
 class _PackJob(Dataset[bool | Exception]):
@@ -177,11 +156,12 @@ class _PackJob(Dataset[bool | Exception]):
             sync(beside)
             index = scan_tar(str(beside))  # also proves that it can be read
             names = [index.names[row] for row in range(len(index.names))]
-            record = ShardRecord(path.name, len(names), beside.stat().st_size, sha256(beside))
-            places = {"names": names, "offsets": index.offsets.tolist(), "sizes": index.sizes.tolist()}
+            size, digest = beside.stat().st_size, sha256(beside)
+            content = {"name": path.name, "images": len(names), "bytes": size, "sha256": digest}
+            content |= {"names": names, "offsets": index.offsets.tolist(), "sizes": index.sizes.tolist()}
+            content |= {"kept": kept, "broken": broken}
             # Before the shard's own renaming: a shard is finished when both are there.
-            content = to_json({**record._asdict(), **places, "kept": kept, "broken": broken})
-            write_whole(PACK.report_path(self.folder, number), content)
+            write_whole(PACK.report_path(self.folder, number), to_json(content))
 
     def _sample(self, index: int) -> tuple[dict[str, bytes], bool]:
         """The members of an image's sample by extension, and whether the image's are the source's own bytes."""
@@ -245,7 +225,7 @@ def _write_part(
         "classes": job.source.classes,
         "broken": [{"name": image, "reason": reason} for image, reason in broken],
         "index": {"file": INDEX_FILE, "sha256": write_index(table, job.folder / INDEX_FILE)},
-        "shards": [{field: shard[field] for field in ShardRecord._fields} for shard in shards],
+        "shards": [{key: shard[key] for key in ("name", "images", "bytes", "sha256")} for shard in shards],
     }
     PACK.finish(job.folder, manifest)
     return manifest

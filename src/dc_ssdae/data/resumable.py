@@ -8,21 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dc_ssdae.errors import InputError, counted
 from dc_ssdae.files import check_file, write_whole
 
 MANIFEST_FILE = "manifest.json"
-
-
-class ShardRecord(NamedTuple):
-    """A shard as a manifest states it: file `name`, number of `images`, size in `bytes`, and `sha256`."""
-
-    name: str
-    images: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -67,13 +58,12 @@ class ShardCommand:
         except Timeout as error:
             raise InputError(f"another dc-ssdae {self.name} is writing to {str(target)!r}") from error
 
-    def begin(self, folder: Path, identity: Mapping[str, Any], parts: set[str]) -> dict[str, Any] | None:
+    def begin(self, folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Prepare a folder for its shards.
 
         Args:
             folder: to write to; made if need be, and otherwise empty or begun with the same settings.
             identity: the settings, and what identifies the images; JSON.
-            parts: names of subfolders that are the command's too.
 
         Returns:
             The manifest if everything is finished.
@@ -86,7 +76,7 @@ class ShardCommand:
         manifest = read_json(manifest_path) if manifest_path.exists() else {}
         is_finished = manifest.get("format") == self.manifest_format
         if not is_finished and not any(state.glob("[0-9]*.json")):
-            foreign = {path.name for path in folder.glob("*")} - {state.name, f".{self.name}.lock", *parts}
+            foreign = {path.name for path in folder.glob("*")} - {state.name, f".{self.name}.lock"}
             if foreign and not settings_path.exists():
                 raise InputError(f"the destination {str(folder)!r} holds {min(foreign)!r}; choose an empty folder")
             write_whole(settings_path, to_json(identity))

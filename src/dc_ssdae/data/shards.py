@@ -11,11 +11,11 @@ import subprocess
 import tarfile
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from dc_ssdae import files
 from dc_ssdae.data.images import IMAGE_EXTENSIONS, LARGEST_FILE, read_image_bytes
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.resumable import MANIFEST_FILE, ShardCommand, ShardRecord, read_json
+from dc_ssdae.data.resumable import MANIFEST_FILE, ShardCommand, read_json
 from dc_ssdae.errors import InputError, check_type
 
 logger = logging.getLogger(__name__)
@@ -70,21 +70,6 @@ class _Shard(NamedTuple):
     start: int = 0
 
 
-class _OpenFile(FileIO):
-    def __del__(self) -> None:
-        self.close()
-
-
-class OpenFiles:
-    """Opens files to read with `pread`, and keeps the last ones open until they are out of use; pickled as none."""
-
-    def __init__(self) -> None:
-        self.open = lru_cache(OPEN_FILES)(_OpenFile)
-
-    def __reduce__(self) -> tuple[type["OpenFiles"], tuple[()]]:
-        return OpenFiles, ()
-
-
 class Shards:
     """Tar shards in WebDataset's convention: one image per sample, read in any order without unpacking.
 
@@ -113,7 +98,6 @@ class Shards:
     ) -> None:
         extensions = [extensions] if isinstance(extensions, str) else extensions
         self._cache = cache
-        self._files = OpenFiles()
         self._shards: list[_Shard] = []
         folders: dict[str, tuple[list[str], dict[str, _Shard] | None]] = {}
         for pattern in [urls] if isinstance(urls, str) else urls:
@@ -154,19 +138,20 @@ class Shards:
                 return [], None
             if content["version"] != MANIFEST_VERSION:
                 raise InputError(f"it has version {content['version']}; this dc-ssdae reads {MANIFEST_VERSION}")
-            records = [ShardRecord(**shard) for shard in content["shards"]]
             classes, sha256 = content.get("classes", []), content["index"]["sha256"]
-            check_type("content", (records, classes, sha256), tuple[list[ShardRecord], list[str], str])
+            check_type("classes", classes, list[str])
             index = Path(self._path(sibling(manifest_url, INDEX_FILE), sha256)).read_bytes()
             if hashlib.sha256(index).hexdigest() != sha256:
                 raise InputError(f"the {INDEX_FILE} beside it does not belong to it")
             characters, *columns = (load(index)[name] for name in _INDEX_TENSORS)
+            table = ShardIndex(NameTable(characters, columns[0]), *columns[1:])
+            listed, start = {}, 0
+            for shard in content["shards"]:
+                listed[shard["name"]] = _Shard("", shard["images"], shard["bytes"], shard["sha256"], table, start)
+                start += shard["images"]
         except (LookupError, TypeError, ValueError, SafetensorError) as error:
             raise InputError(f"the manifest {path!r} cannot be used: {error}; pack the images again") from error
-        table = ShardIndex(NameTable(characters, columns[0]), *columns[1:])
-        starts = np.cumsum([0, *(record.images for record in records)]).tolist()
-        shards = [_Shard("", *record[1:], table, start) for record, start in zip(records, starts, strict=False)]
-        return classes, {record.name: shard for record, shard in zip(records, shards, strict=True)}
+        return classes, listed
 
     def _shard(self, url: str, listed: dict[str, _Shard] | None, extensions: Sequence[str] | None) -> _Shard:
         if listed is None:
@@ -226,7 +211,7 @@ class Shards:
         size, subject = int(shard.table.sizes[row]), f"cannot read image {self.name(index)!r}"
         if not 0 <= size <= LARGEST_FILE:
             raise InputError(f"{subject}: it is a link or sparse, or larger than any image")
-        data = os.pread(self._open(shard).fileno(), size, int(shard.table.offsets[row]))
+        data = os.pread(self._open(self._path(shard.url, shard.sha256)).fileno(), size, int(shard.table.offsets[row]))
         if len(data) != size:
             raise InputError(f"{subject}: {len(data)} of its {size} bytes are there")
         return data
@@ -241,7 +226,8 @@ class Shards:
         if shard.table.labels is not None:
             return int(shard.table.labels[row])
         start = max(0, int(shard.table.offsets[row]) - 3 * tarfile.BLOCKSIZE)
-        member = os.pread(self._open(shard).fileno(), 2 * tarfile.BLOCKSIZE, start)
+        file = self._open(self._path(shard.url, shard.sha256))
+        member = os.pread(file.fileno(), 2 * tarfile.BLOCKSIZE, start)
         name = f"{_sample_key(shard.table.names[row])[0]}.cls".encode()
         return _as_label(member[tarfile.BLOCKSIZE :]) if member[:100].rstrip(b"\0") == name else -1
 
@@ -251,8 +237,12 @@ class Shards:
         shard = self._shards[number]
         return shard, int(index - self._ends[number]) + shard.images + shard.start
 
-    def _open(self, shard: _Shard) -> FileIO:
-        return self._files.open(self._path(shard.url, shard.sha256))
+    @cached_property
+    def _open(self) -> Callable[[str], FileIO]:
+        return lru_cache(OPEN_FILES)(FileIO)  # closed when it is out of the cache and nobody reads it any more
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
     def _path(self, url: str, sha256: str | None = None) -> str:
         """Where a file lies, once it has been fetched if it is from a URL."""
