@@ -11,11 +11,9 @@ from tiny import make_images
 
 from dc_ssdae.cli.latent_file import read_latent
 from dc_ssdae.data.images import read_image
-from dc_ssdae.data.latent_manifest import LatentManifest
-from dc_ssdae.data.pack import pack
-from dc_ssdae.data.pack_shard import PackSettings
-from dc_ssdae.data.shard_index import scan_labels, scan_tar
-from dc_ssdae.data.shards import Shards
+from dc_ssdae.data.latents import read_manifest
+from dc_ssdae.data.packing import PackSettings, pack
+from dc_ssdae.data.shards import Shards, scan_tar
 from dc_ssdae.errors import InputError
 from dc_ssdae.files import write_whole, written_beside
 from dc_ssdae.model_folder import read_config
@@ -26,9 +24,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 12
 READERS = {
     "image": ("x.png", read_image),
     "tar": ("x.tar", lambda path: scan_tar(str(path))),
-    "labels": ("x.tar", lambda path: scan_labels(str(path))),
     "shards": ("x.tar", lambda path: Shards(str(path.parent))),
-    "manifest": ("manifest.json", lambda path: LatentManifest.read(path.parent)),
+    "manifest": ("manifest.json", lambda path: read_manifest(path.parent)),
     "weights": ("x.safetensors", read_safetensors),
     "latent": ("x.safetensors", read_latent),
     "config": ("config.json", lambda path: read_config(path.parent)),

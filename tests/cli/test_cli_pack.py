@@ -21,7 +21,7 @@ def test_lines_and_shards(run: Run, refusal: Refusal) -> None:
     kept = "1 kept byte by byte, colour profiles included"
     lines = ["train: 2 images in 2 shards -> out/train", f"validation: 1 image in 1 shard -> out/validation; {kept}"]
     assert run(*words) == (0, lines, [])
-    assert {tuple(Shards("out/train").read(index).shape) for index in range(2)} == {(3, 32, 48), (3, 44, 32)}
+    assert {tuple(Shards("out/train").read(index)[0].shape) for index in range(2)} == {(3, 32, 48), (3, 44, 32)}
     again = run(*words)
     assert (again.code, again.out, len(again.err)) == (0, lines, 2)
     assert all("finished already" in line for line in again.err)

@@ -1,19 +1,16 @@
 """A quick encoder, photos for it, and a way to encode them, that the tests of latents share."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from broken_samples import write_images
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from dc_ssdae.data.encode_latents import EncodedPart, encode_latents
+from dc_ssdae.data.encode_latents import LatentEncoder, LatentSettings, encode_latents
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import to_model_range
-from dc_ssdae.data.latent_shard import LatentEncoder, LatentSettings
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.latent import DiagonalGaussian
 
@@ -46,21 +43,9 @@ def encoded_photos(
     settings: LatentSettings = SETTINGS,
     encoder: LatentEncoder | None = None,
     **options: Any,
-) -> tuple[list[EncodedPart], list[str]]:
-    """Encode photos; gives what became of them, and the lines that were reported."""
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Encode photos; gives the manifests, and the lines that were reported."""
     parts = {"": ImageFolder(str(photos))} if isinstance(photos, Path) else photos
     lines: list[str] = []
     given = {"batch_size": 2, "max_broken_share": 0.2, "report": lines.append, **options}
     return encode_latents(parts, target, encoder or pooling(), settings, **given), lines
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Every file of a folder and what is in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def constant(pixels: Tensor) -> DiagonalGaussian:
-    """A latent whose first channel never changes, and which has no variance."""
-    mean = pooled(pixels).mean
-    return DiagonalGaussian(torch.cat([torch.full_like(mean[:, :1], 0.25), mean[:, 1:]], dim=1))

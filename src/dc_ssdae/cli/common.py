@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.cli.options import BatchOptions, FileOptions, ModelOptions, OutputOptions
     from dc_ssdae.cli.parser import Options
-    from dc_ssdae.data.encode_latents import EncodedPart
     from dc_ssdae.data.loader import BrokenImage
-    from dc_ssdae.data.pack import PackedPart
     from dc_ssdae.distributed import Processes
     from dc_ssdae.latent import DiagonalGaussian
 
@@ -99,12 +97,12 @@ def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None)
     return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
 
 
-def say_part(part: "PackedPart | EncodedPart", remark: str) -> None:
+def say_part(name: str, folder: Path, manifest: Mapping[str, Any], remark: str) -> None:
     """Report a part of a data set that was made into shards."""
-    label = f"{part.name}: " if part.name else ""
-    broken = f"; {part.broken} broken, left out, listed in manifest.json" if part.broken else ""
-    size = f"{counted(part.images, 'image')} in {counted(part.shards, 'shard')}"
-    say(f"{label}{size} -> {part.folder}{remark}{broken}")
+    label, broken = f"{name}: " if name else "", len(manifest["broken"])
+    left_out = f"; {broken} broken, left out, listed in manifest.json" if broken else ""
+    size = f"{counted(manifest['images'], 'image')} in {counted(len(manifest['shards']), 'shard')}"
+    say(f"{label}{size} -> {folder}{remark}{left_out}")
 
 
 def complain(program: str, message: str) -> None:

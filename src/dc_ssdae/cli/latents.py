@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dc_ssdae.cli.common import complain, load_model, main_first, say_part, select_device
 from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, check_names
 from dc_ssdae.settings import LARGEST_SEED, setting
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def run(options: Options) -> None:
     if options.seed is not None and options.store != "sample":
         raise InputError(f"--seed is for --store sample; {options.store} is not random")
     device = select_device(options.device)
-    from dc_ssdae.data.encode_latents import encode_latents
-    from dc_ssdae.data.latent_shard import LatentEncoder, LatentSettings
+    from dc_ssdae.data.encode_latents import LatentEncoder, LatentSettings, encode_latents
     from dc_ssdae.data.loader import default_workers
     from dc_ssdae.distributed import Processes
     from dc_ssdae.provenance import name_of_path
@@ -65,22 +64,24 @@ def run(options: Options) -> None:
     options.device = str(processes.device)
     seed, store_dtype = options.seed or 0, options.store_dtype or options.dtype
     settings = LatentSettings(options.size, options.store, options.flip, seed, store_dtype, options.shard_size)
-    parts = processes.together(lambda: _open_parts(options.data, options.out, options.cache))
+    parts = processes.together(lambda: _open_parts(options))
     model = main_first(processes, lambda: load_model(options))
     # Files that others read tell no local path.
     name = (name_of_path(options.model) or "model") if Path(options.model).is_dir() else options.model
     encoder, report = LatentEncoder.of(model, name), partial(complain, options.program)
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = default_workers(processes_here) if options.workers is None else options.workers
-    chosen: dict[str, Any] = {"only": options.split, "limit": options.images, **options.given("max_broken_share")}
-    work: dict[str, Any] = {"batch_size": options.batch, "workers": workers, "processes": processes, "report": report}
-    done = encode_latents(parts, options.out, encoder, settings, **chosen, **work)
-    for part in done if processes.is_main else ():
-        say_part(part, f"; {part.unlabelled} without a label (-1)" if part.unlabelled else "")
+    workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    work: dict[str, Any] = {"workers": workers, "limit": options.images, "batch_size": options.batch}
+    work |= options.given("workers", "max_broken_share")
+    manifests = encode_latents(parts, options.out, encoder, settings, processes=processes, report=report, **work)
+    for part, manifest in manifests.items() if processes.is_main else ():
+        unlabelled = manifest["unlabelled"]
+        remark = f"; {unlabelled} without a label (-1)" if unlabelled else ""
+        say_part(part, options.out / part, manifest, remark)
 
 
-def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSource]":
+def _open_parts(options: Options) -> "dict[str, ImageSource]":
     """Open the images of each part, by its name, which is "" if the data has no parts."""
+    data, split = options.data, options.split
     from dc_ssdae.classes import importing_from
     from dc_ssdae.data.resumable import check_places
     from dc_ssdae.data.sources import check_runs_nothing, open_sources
@@ -95,8 +96,9 @@ def _open_parts(data: str, out: Path, cache: str | None) -> "dict[str, ImageSour
         check_runs_nothing(list(section.values()), Path(data))
     named = DataConfig(**{name: section.get(name) for name in ("root", "dataset", "validation", "cache")})
     if named.root is not None:
-        check_places(os.path.expanduser(named.root), out)
+        check_places(os.path.expanduser(named.root), options.out)
     with importing_from(Path.cwd()):
-        sources = open_sources(named.root, named.dataset, named.validation, cache or named.cache)
-    validation = {} if sources.validation is None else {"validation": sources.validation}
-    return {"train" if validation else "": sources.train, **validation}
+        sources = open_sources(named.root, named.dataset, named.validation, options.cache or named.cache)
+    found = {"": sources.train} if sources.validation is None else sources._asdict()
+    check_names("part of the data", [split] if split else [], filter(None, found))
+    return {name: source for name, source in found.items() if split in (None, name)}

@@ -44,8 +44,7 @@ def run(options: Options) -> None:
         raise InputError("--quality is for jpg and webp; png is lossless")
     if options.size != "none" and not (options.size.isdecimal() and int(options.size)):
         raise InputError(f"--size is {options.size!r}; it must be a number of pixels, or none")
-    from dc_ssdae.data.pack import pack
-    from dc_ssdae.data.pack_shard import PackSettings
+    from dc_ssdae.data.packing import PackSettings, pack
     from dc_ssdae.timing import cores
 
     quality = None if options.format == "png" else options.quality or 95
@@ -53,5 +52,8 @@ def run(options: Options) -> None:
     settings = PackSettings(size, options.format, quality, options.shard_size, not options.keep_order)
     workers, report = options.workers or min(cores(), 16), partial(complain, options.program)
     given = options.given("max_broken_share", "cache")
-    for part in pack(options.source, options.destination, settings, workers, report=report, **given):
-        say_part(part, f"; {part.kept} kept byte by byte, colour profiles included" if part.kept else "")
+    manifests = pack(options.source, options.destination, settings, workers, report=report, **given)
+    for part, manifest in manifests.items():
+        kept = manifest["kept"]
+        remark = f"; {kept} kept byte by byte, colour profiles included" if kept else ""
+        say_part(part, options.destination / part, manifest, remark)

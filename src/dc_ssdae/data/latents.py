@@ -1,45 +1,52 @@
-"""Latents that `dc-ssdae latents` wrote, as a data set for training loops."""
+"""Latents that `dc-ssdae latents` wrote: the manifest of a folder, and a data set for training loops."""
 
 import json
 import math
 import os
-import threading
-from collections import OrderedDict
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache, partial
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dc_ssdae.data.latent_manifest import LatentManifest, LatentShardRecord, tensor_names
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.data.shard_index import MANIFEST_FILE
-from dc_ssdae.errors import InputError, check_at_least, check_type, unknown_name
+from dc_ssdae.data.resumable import MANIFEST_FILE, ShardCommand, read_json
+from dc_ssdae.errors import InputError, check_type, counted, shown
 from dc_ssdae.files import check_file, sha256
 from dc_ssdae.latent import LatentStatistics
+from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.randomness import image_generator
+from dc_ssdae.settings import check_value
 
+LATENTS_FORMAT, LATENTS_VERSION = "dc-ssdae latents", 1
+LATENTS = ShardCommand("latents", LATENTS_FORMAT, ".safetensors")
+
+Store = Literal["mean", "sample", "mean_std"]
+StoredDtype = Literal["float32", "float16", "bfloat16"]
 Normalisation = Literal["channels", "global", "scaling", "shift_and_scaling"]
-NORMALISATIONS = ("channels", "global", "scaling", "shift_and_scaling")
 
 OPEN_SHARDS = 64
-"""Shards that a thread keeps open."""
+"""Shards that a data set keeps open."""
 
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_DTYPES = {**{name: getattr(torch, dtype) for dtype, name in _STORED.items()}, "I64": torch.int64, "U8": torch.uint8}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "uint8": "U8"}
+"""How a shard's header names the dtypes of its tensors."""
 
 
 class Latent(NamedTuple):
-    """What a training loop gets of an image; a loader's collation makes a batch of the same fields.
+    """What a training loop gets per image; a loader's collation makes a batch of the same fields.
 
     latent: (c, h, w) float32.
-    label: number of its class, -1 where it is not known.
+    label: number of its class, -1 if not known.
     place: of the image in the data set, its index.
-    flipped: whether it is of the mirrored image.
+    flipped: whether the latent is of the mirrored image.
     """
 
     latent: Tensor
@@ -49,10 +56,10 @@ class Latent(NamedTuple):
 
 
 class StoredLatent(NamedTuple):
-    """What the shards hold of an image, in the dtype they hold it in; None for what is not stored.
+    """What the shards hold per image, in the dtype they hold it in; None for what is not stored.
 
     name: of the image in the data set that was encoded.
-    label: number of its class, -1 where it is not known.
+    label: number of its class, -1 if not known.
     latent: (c, h, w), mean of the encoder's Gaussian, or a sample of it.
     std: (c, h, w), the Gaussian's standard deviation.
     latent_flip: as latent, of the mirrored image.
@@ -67,23 +74,6 @@ class StoredLatent(NamedTuple):
     std_flip: Tensor | None
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies in a shard: its type, as the file names it, its shape, and its first byte."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-
-class _Shard(NamedTuple):
-    """A shard that is open: where its tensors lie in its file, its labels and its images' names."""
-
-    file: FileIO
-    places: dict[str, _Place]
-    labels: Tensor
-    names: NameTable
-
-
 class LatentDataset(Dataset[Latent]):
     """Latents by index, for `torch.utils.data.DataLoader`: read in any order, without loading the shards.
 
@@ -92,13 +82,19 @@ class LatentDataset(Dataset[Latent]):
 
     Args:
         folder: that `dc-ssdae latents` wrote, of one part.
-        flip: take the mirrored image's latent half of the time; None does so where it is stored.
-        sample: sample from the encoder's Gaussian; None does so where mean and standard deviation are stored.
+        flip: take the mirrored image's latent half of the time; None does so if it is stored.
+        sample: sample from the encoder's Gaussian; None does so if mean and standard deviation are stored.
         normalise: with the statistics of these latents, "channels" is (z - latents_mean) / latents_std channel by
             channel, "global" is (z - shift_factor) · scaling_factor; with the numbers of the model's config, which a
             pipeline undoes, "scaling" is z · scaling_factor, "shift_and_scaling" is (z - shift_factor) ·
             scaling_factor; None leaves latents as the encoder gives them.
         seed: of mirroring and sampling.
+
+    Attributes:
+        manifest: the content of manifest.json.
+        classes: names of the classes that the labels number; none if not known.
+        latent_shape: (c, h, w) of a latent.
+        statistics: mean and standard deviation of the latents before they are normalised.
 
     Raises:
         InputError: the folder is of something else, is not finished, or is damaged; or what is asked for is not stored.
@@ -112,49 +108,27 @@ class LatentDataset(Dataset[Latent]):
         normalise: Normalisation | None = None,
         seed: int = 0,
     ) -> None:
+        check_value("normalise", normalise, Normalisation | None, {})
         self.folder = Path(folder)
-        check_type("flip", flip, bool | None)
-        check_type("sample", sample, bool | None)
-        check_at_least(0, seed=seed)
-        if normalise is not None and normalise not in NORMALISATIONS:
-            raise unknown_name("normalisation", normalise, NORMALISATIONS)
-        self.manifest = manifest = LatentManifest.read(self.folder)
-        if flip and not manifest.flip:
-            raise InputError(
-                f"{str(self.folder)!r} holds no mirrored images; encode again with --flip, or leave flip out"
-            )
-        if sample and manifest.store != "mean_std":
-            raise InputError(
-                f"{str(self.folder)!r} holds the {manifest.store} of each latent, which cannot be sampled from; encode "
-                "again with --store mean_std, or leave sample out"
-            )
-        for shard in manifest.shards:
-            self._check_size(shard)
-        self.flip = manifest.flip if flip is None else flip
-        self.sample = manifest.store == "mean_std" if sample is None else sample
-        self.seed = seed
-        self._ends = np.cumsum([shard.images for shard in manifest.shards])
-        self._normalisation = None if normalise is None else _shift_and_scale(manifest, normalise)
+        self.seed = check_value("seed", seed, int, {"at_least": 0})
+        self.manifest = manifest = read_manifest(self.folder)
+        store, has_flip = manifest["settings"]["store"], manifest["settings"]["flip"]
+        if (flip and not has_flip) or (sample and store != "mean_std"):
+            had = f"was encoded with store {store} and flip {has_flip}"
+            raise InputError(f"{str(folder)!r} {had}; flip needs --flip, and sample needs --store mean_std")
+        self.flip = has_flip if flip is None else flip
+        self.sample = store == "mean_std" if sample is None else sample
+        self.classes: list[str] = manifest["classes"]
+        self.latent_shape: tuple[int, ...] = tuple(manifest["latent_shape"])
+        mean, std = (manifest["statistics"][name] for name in ("latents_mean", "latents_std"))
+        self.statistics = LatentStatistics(mean, std, manifest["images"])
+        self._ends = list(accumulate(shard["images"] for shard in manifest["shards"]))
+        self._names = tensor_names(store, has_flip)
+        self._shift, self._scale = self._normalisation(normalise)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._opened = threading.local()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes that the labels number; none where they are not known."""
-        return self.manifest.classes
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """The shape (c, h, w) of a latent."""
-        return self.manifest.shape
-
-    @property
-    def statistics(self) -> LatentStatistics:
-        """Mean and standard deviation of the latents before they are normalised."""
-        return self.manifest.statistics
+        return self._ends[-1]
 
     def set_epoch(self, epoch: int) -> None:
         """Mirror and sample anew, as it is done in this epoch, from 0; in workers too.
@@ -162,43 +136,34 @@ class LatentDataset(Dataset[Latent]):
         Raises:
             InputError: the epoch is negative.
         """
-        check_at_least(0, epoch=epoch)
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(check_value("epoch", epoch, int, {"at_least": 0}))
 
     def __getitem__(self, index: int) -> Latent:
-        shard, row = self._find(index)
+        read, row = self._find(index)
         generator = image_generator(self.seed, int(self._epoch), int(index))
         # Drawn whether it is used or not, so that the noise does not depend on mirroring.
         flipped = bool(torch.rand((), generator=generator) < 0.5) and self.flip
-        latent, *std = (self._tensor(shard, name, row) for name in tensor_names(self.manifest.store, flipped))
+        latent, *std = (read(name, row) for name in self._names[flipped])
         z = latent.float()
         if self.sample:
             z = z + std[0].float() * torch.randn(self.latent_shape, generator=generator)
-        return Latent(self.normalise(z), self._label(shard, row), int(index), flipped)
+        return Latent(self.normalise(z), int(read("labels", row)), int(index), flipped)
 
     def stored(self, index: int) -> StoredLatent:
-        """All that is on the disk of an image, neither mirrored nor sampled nor normalised here."""
-        shard, row = self._find(index)
-        store, flip = self.manifest.store, self.manifest.flip
-        variants = [tensor_names(store, flipped) for flipped in ((False, True) if flip else (False,))]
-        tensors = {name: self._tensor(shard, name, row) for names in variants for name in names}
-        name, label = self._open(shard).names[row], self._label(shard, row)
-        ordered = [tensors.get(key) for key in ("latents_std", "latents_flip", "latents_flip_std")]
-        return StoredLatent(name, label, tensors["latents"], *ordered)
+        """All that is on the disk per image, neither mirrored nor sampled nor normalised here."""
+        read, row = self._find(index)
+        names = NameTable(read("name_characters").numpy(), read("name_ends").numpy())
+        tensors = {name: read(name, row) for names in self._names for name in names}
+        others = [tensors.get(name) for name in ("latents_std", "latents_flip", "latents_flip_std")]
+        return StoredLatent(names[row], int(read("labels", row)), tensors["latents"], *others)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Normalise latents (..., c, h, w) in the way that this data set was asked for."""
-        if self._normalisation is None:
-            return latents
-        shift, scale = (number.to(latents) for number in self._normalisation)
-        return (latents - shift) * scale
+        return (latents - self._shift.to(latents)) * self._scale.to(latents)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Undo `normalise`: latents (..., c, h, w) as the encoder gives them, for `decode`."""
-        if self._normalisation is None:
-            return latents
-        shift, scale = (number.to(latents) for number in self._normalisation)
-        return latents / scale + shift
+        return latents / self._scale.to(latents) + self._shift.to(latents)
 
     def verify(self) -> None:
         """Compare every shard's content with the manifest; takes as long as reading all of it.
@@ -206,107 +171,122 @@ class LatentDataset(Dataset[Latent]):
         Raises:
             InputError: names the first shard that is damaged.
         """
-        for shard in self.manifest.shards:
-            self._check_size(shard)
-            path = self.folder / shard.name
-            if sha256(path) != shard.sha256:
-                raise InputError(f"shard {str(path)!r} is damaged: its SHA-256 is not that of {MANIFEST_FILE}")
+        for shard in self.manifest["shards"]:
+            if sha256(self.folder / shard["name"]) != shard["sha256"]:
+                raise InputError(f"shard {shard['name']} is damaged: its SHA-256 is not that of {MANIFEST_FILE}")
 
-    def _find(self, index: int) -> tuple[int, int]:
-        """The shard of an image, and its row there."""
+    def _normalisation(self, normalise: Normalisation | None) -> tuple[Tensor, Tensor]:
+        """Choose what is subtracted from latents, and what they are then multiplied by: (c, 1, 1) or ()."""
+        if normalise == "channels":
+            std = torch.tensor(self.statistics.std, dtype=torch.float64).view(-1, 1, 1)
+            return torch.tensor(self.statistics.mean).view(-1, 1, 1), 1.0 / torch.where(std > 0, std, 1.0)
+        known = {None: NOT_MEASURED, "global": self.statistics.settings()}
+        numbers = known.get(normalise, self.manifest["model"])
+        shift = 0.0 if normalise == "scaling" else numbers["shift_factor"]
+        return torch.tensor(float(shift)), torch.tensor(float(numbers["scaling_factor"]))
+
+    def _find(self, index: int) -> tuple[Callable[..., Tensor], int]:
+        """Find the function that reads an image's shard, and the image's row in the shard."""
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} latents, none at {index}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return shard, int(index) - (int(self._ends[shard - 1]) if shard else 0)
+        number = bisect_right(self._ends, int(index))
+        return self._open(number), int(index) - (self._ends[number - 1] if number else 0)
 
-    def _label(self, shard: int, row: int) -> int:
-        return int(self._open(shard).labels[row])
-
-    def _tensor(self, shard: int, name: str, row: int) -> Tensor:
-        opened = self._open(shard)
-        return _read(opened.file, opened.places[name], row)
-
-    def _open(self, number: int) -> _Shard:
-        # Of each thread its own, so that none closes what another reads.
-        shards: OrderedDict[int, _Shard] | None = getattr(self._opened, "shards", None)
-        if shards is None:
-            shards = self._opened.shards = OrderedDict()
-        if number in shards:
-            shards.move_to_end(number)
-            return shards[number]
-        shard = shards[number] = self._read_shard(self.manifest.shards[number])
-        if len(shards) > OPEN_SHARDS:
-            shards.popitem(last=False)[1].file.close()
-        return shard
-
-    def _read_shard(self, record: LatentShardRecord) -> _Shard:
-        manifest, path = self.manifest, self.folder / record.name
-        self._check_size(record)
-        variants = (False, True) if manifest.flip else (False,)
-        latents = [name for flipped in variants for name in tensor_names(manifest.store, flipped)]
-        expected: dict[str, tuple[tuple[int, ...], str]] = {
-            **dict.fromkeys(latents, ((record.images, *manifest.shape), _STORED[manifest.store_dtype])),
-            **dict.fromkeys(("labels", "name_ends"), ((record.images,), "I64")),
-        }
-        # Read, not mapped into memory: a file that another program cuts short would kill the process that maps it.
-        file = FileIO(path)
-        try:
-            with safe_open(path, framework="pt"):  # checks the header and its offsets, reads no tensor
-                pass
-            length = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
-            header = json.loads(os.pread(file.fileno(), length, 8))
-            places = {
-                name: _Place(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-                for name, entry in ((name, header[name]) for name in (*expected, "name_characters"))
-            }
-        except (SafetensorError, OSError, ValueError, LookupError) as error:
-            raise InputError(f"shard {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
-        for name, (shape, dtype) in expected.items():
-            found = places[name]
-            if (found.shape, found.dtype) != (shape, dtype):
-                raise InputError(
-                    f"shard {str(path)!r} does not fit its {MANIFEST_FILE}: {name} is {found.dtype} of shape "
-                    f"{found.shape}, not {dtype} of {shape}"
-                )
-        labels, ends, characters = (_read(file, places[name]) for name in ("labels", "name_ends", "name_characters"))
-        return _Shard(file, places, labels, NameTable(characters.numpy(), ends.numpy()))
-
-    def _check_size(self, shard: LatentShardRecord) -> None:
-        path = self.folder / shard.name
-        if path.exists():
-            check_file(path)
-        found = path.stat().st_size if path.is_file() else None
-        if found != shard.bytes:
-            what = "is missing" if found is None else f"has {found} bytes where {MANIFEST_FILE} says {shard.bytes}"
-            raise InputError(f"shard {str(path)!r} {what}; encode the images again")
+    @cached_property
+    def _open(self) -> Callable[[int], Callable[..., Tensor]]:
+        return lru_cache(OPEN_SHARDS)(partial(_open_shard, self.folder, self.manifest))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_opened"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._opened = threading.local()
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
 
-def _read(file: FileIO, place: _Place, row: int | None = None) -> Tensor:
-    """Read a tensor, or one row of it, into memory of its own."""
-    shape = place.shape if row is None else place.shape[1:]
-    dtype = _DTYPES[place.dtype]
-    size = math.prod(shape) * dtype.itemsize
-    data = bytearray(os.pread(file.fileno(), size, place.start + (row or 0) * size))
-    if len(data) < size:
-        raise InputError(f"shard {str(file.name)!r} has been cut short since it was opened; encode the images again")
-    return torch.frombuffer(data, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+def tensor_names(store: Store, flip: bool) -> list[list[str]]:
+    """Name the tensors of latents and of stored standard deviations, per variant: the image and its mirror image."""
+    variants = ("latents", "latents_flip") if flip else ("latents",)
+    return [[name, f"{name}_std"] if store == "mean_std" else [name] for name in variants]
 
 
-def _shift_and_scale(manifest: LatentManifest, normalise: Normalisation) -> tuple[Tensor, Tensor]:
-    """What is subtracted from latents, and what they are then multiplied by, to be normalised: (c, 1, 1) or ()."""
-    statistics, model = manifest.statistics, manifest.scaling
-    if normalise in ("scaling", "shift_and_scaling"):
-        shift = model.shift_factor if normalise == "shift_and_scaling" else 0.0
-        return torch.tensor(float(shift)), torch.tensor(float(model.scaling_factor))
-    if normalise == "global":
-        return torch.tensor(statistics.shift_factor), torch.tensor(statistics.scaling_factor)
-    std = torch.tensor(statistics.std, dtype=torch.float64)
-    scale = 1.0 / torch.where(std > 0, std, 1.0)
-    return torch.tensor(statistics.mean).view(-1, 1, 1), scale.view(-1, 1, 1)
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest that `dc-ssdae latents` writes last.
+
+    Raises:
+        InputError: there is none, or it is damaged, or of another program or version; or the folder is not finished.
+    """
+    path = folder / MANIFEST_FILE
+    LATENTS.check_finished(folder)
+    if not path.exists():
+        parts = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST_FILE}")))
+        instead = f"name one of its folders {parts}" if parts else "dc-ssdae latents writes such folders"
+        raise InputError(f"{str(folder)!r} holds no latents: {MANIFEST_FILE} is missing; {instead}")
+    manifest = read_json(path)
+    try:
+        _check_manifest(manifest, folder)
+    except (OSError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise InputError(f"the manifest {str(path)!r} cannot be used: {error}") from error
+    return manifest
+
+
+def _check_entries(content: Mapping[str, Any], **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        check_value(name, content.get(name), kind, {"at_least": 0})
+
+
+def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
+    section = dict[str, Any]
+    _check_entries(manifest, format=Literal["dc-ssdae latents"], version=Literal[1])
+    _check_entries(manifest, settings=section, model=section, statistics=section, shards=list[section])
+    _check_entries(manifest["settings"], store=Store, store_dtype=StoredDtype, flip=bool)
+    check_type("classes", manifest.get("classes"), list[str])
+    channels, *_ = check_value("latent_shape", manifest.get("latent_shape"), tuple[int, int, int], {"at_least": 1})
+    for numbers, kind in ((manifest["model"], list[float] | None), (manifest["statistics"], list[float])):
+        check_value("scaling_factor", numbers.get("scaling_factor"), float, {"above": 0.0})
+        check_value("shift_factor", numbers.get("shift_factor"), float, {})
+        for name, limits in (("latents_mean", {}), ("latents_std", {"at_least": 0.0})):
+            values = check_value(name, numbers.get(name), kind, limits)
+            if values is not None and len(values) != channels:
+                raise InputError(f"{name} has {counted(len(values), 'number')}, not {channels}", name)
+    for shard in manifest["shards"]:
+        _check_entries(shard, name=str, images=int, bytes=int, sha256=str)
+        if not re.fullmatch(r"\d+\.safetensors", shard["name"], re.ASCII):
+            raise InputError(f"{shard['name']!r} is not the name of a shard")
+        check_file(folder / shard["name"])
+        if not shard["images"] <= (folder / shard["name"]).stat().st_size == shard["bytes"]:
+            raise InputError(f"shard {shard['name']} does not have {shard['bytes']} bytes; encode the images again")
+    count = sum(shard["images"] for shard in manifest["shards"])
+    if not 0 < count == manifest.get("images"):
+        raise InputError(f"its shards have {counted(count, 'image')}, not {shown(manifest.get('images'))}")
+
+
+def _open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> Callable[..., Tensor]:
+    """Open a shard; returns a function that reads a tensor by its name, or one row, into memory of its own."""
+    shard, settings = manifest["shards"][number], manifest["settings"]
+    path, count = folder / shard["name"], shard["images"]
+    latents = (settings["store_dtype"], [count, *manifest["latent_shape"]])
+    expected: dict[str, tuple[str, list[int]]] = {
+        **{name: latents for names in tensor_names(settings["store"], settings["flip"]) for name in names},
+        **dict.fromkeys(("labels", "name_ends"), ("int64", [count])),
+    }
+    try:
+        # Read, not mapped into memory: a file that another program cuts short would kill the process that maps it.
+        file = FileIO(path)
+        safe_open(path, framework="pt")  # checks the header and its offsets, reads no tensor
+        start = 8 + int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+        header = json.loads(os.pread(file.fileno(), start - 8, 8))
+        expected["name_characters"] = ("uint8", [math.prod(header["name_characters"]["shape"])])
+        for name, (dtype, shape) in expected.items():
+            found, wanted = (header[name]["dtype"], header[name]["shape"]), (_DTYPES[dtype], shape)
+            if found != wanted:
+                raise InputError(f"{name} is {found}, not {wanted} as {MANIFEST_FILE} says")
+    except (SafetensorError, OSError, ValueError, LookupError) as error:
+        raise InputError(f"shard {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+
+    def read(name: str, row: int | None = None) -> Tensor:
+        dtype, shape = getattr(torch, expected[name][0]), expected[name][1]
+        shape = shape if row is None else shape[1:]
+        size = math.prod(shape) * dtype.itemsize
+        data = bytearray(os.pread(file.fileno(), size, start + header[name]["data_offsets"][0] + (row or 0) * size))
+        if len(data) < size:
+            raise InputError(f"shard {str(path)!r} has been cut short since it was opened; encode the images again")
+        return torch.frombuffer(data, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+
+    return read

@@ -1,71 +1,92 @@
-"""WebDataset tar shards as a data set with random access."""
+"""WebDataset tar shards as a data set with random access: their index, their manifest, and the cache for URLs."""
 
+import contextlib
+import glob
 import hashlib
 import logging
-import math
 import os
 import re
-import threading
+import shutil
+import subprocess
+import tarfile
 import urllib.parse
 import urllib.request
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from io import FileIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from torch import Tensor
 
-from dc_ssdae.data.images import LARGEST_FILE, read_image_bytes
-from dc_ssdae.data.labels import UNKNOWN_LABEL
+from dc_ssdae import files
+from dc_ssdae.data.images import IMAGE_EXTENSIONS, LARGEST_FILE, read_image_bytes
+from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.shard_cache import cached_file, check_scheme, fetch, is_url, sibling
-from dc_ssdae.data.shard_index import (
-    INDEX_FILE,
-    MANIFEST_FILE,
-    NOT_PLAIN,
-    Manifest,
-    ShardIndex,
-    ShardRecord,
-    check_finished,
-    read_index,
-    read_manifest,
-    sample_key,
-    scan_labels,
-    scan_tar,
-)
-from dc_ssdae.errors import InputError, counted
-from dc_ssdae.files import check_file
+from dc_ssdae.data.resumable import MANIFEST_FILE, ShardCommand, read_json
+from dc_ssdae.errors import InputError, check_type
 
 logger = logging.getLogger(__name__)
 
-MOST_SHARDS = 10**6
-"""A pattern that names more is a slip of the keyboard."""
+INDEX_FILE = "index.safetensors"
+_INDEX_TENSORS = ("name_characters", "name_ends", "offsets", "sizes")
+MANIFEST_FORMAT, MANIFEST_VERSION = "dc-ssdae shards", 1
+PACK = ShardCommand("pack", MANIFEST_FORMAT, ".tar")
 
 OPEN_FILES = 96
-"""Shards that a thread keeps open: more than the loader mixes, fewer than systems allow."""
+"""Shards that are kept open: more than the loader mixes, fewer than systems allow."""
+
+WEB = ("http://", "https://")
+STALL_SECONDS, RETRIES = 60, 4
+"""A download is started again, at most this often, when nothing has arrived for this long."""
 
 
-class Shard(NamedTuple):
-    """A shard: its path or `url`, and its `sha256` where a manifest states it."""
+class ShardIndex(NamedTuple):
+    """The images of a shard, or of several, in order.
+
+    names: of the members.
+    offsets: int64 (N,), in bytes from the start of the shard.
+    sizes: int64 (N,), in bytes; -1 for a link or a sparse file, which has no bytes of its own.
+    labels: int64 (N,), -1 for an image without one; None if each image's label lies right before it, as `pack` writes.
+    """
+
+    names: NameTable
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray | None = None
+
+
+class _Shard(NamedTuple):
+    """A shard; its images are the rows of `table` from `start` on."""
 
     url: str
+    images: int
+    bytes: int | None
     sha256: str | None
+    table: ShardIndex
+    start: int = 0
 
 
 class Shards:
-    """Tar shards in WebDataset's convention: one image a sample, read in any order without unpacking.
+    """Tar shards in WebDataset's convention: one image per sample, read in any order without unpacking.
 
-    Where the images lie is taken from the files that `dc-ssdae pack` leaves beside its shards, else from the tars'
-    headers. Shards from URLs are kept whole in a cache: with pack's files each when an image of it is first
-    read, without them all at once. A cached shard is never looked for again at its source, unless the manifest
-    there now lists another content.
+    The places of the images come from the files that `dc-ssdae pack` leaves beside its shards, or else from the tars'
+    headers. Shards from URLs are kept whole in a cache: with pack's files, each is fetched when one of its images is
+    first read; without them, all are fetched at once. A cached shard is never looked for again at its source, unless
+    the manifest there now lists another content.
 
     Args:
         urls: a folder with *.tar, or the path or URL of shards with WebDataset's {000..127}, or a list of such.
         extensions: which member of a sample is the image ("jpg", "left.png"); None takes the one with an image's
             extension.
         cache: folder for shards from URLs; None is ~/.cache/dc_ssdae/shards.
+
+    Attributes:
+        blocks: the number of images in each shard.
+        classes: names of the classes that the labels number, as the manifests state them; none where they differ.
 
     Raises:
         InputError: a shard is missing or damaged, does not fit its manifest, or no shard holds an image.
@@ -75,114 +96,106 @@ class Shards:
     def __init__(
         self, urls: str | Sequence[str], extensions: Sequence[str] | None = None, cache: str | None = None
     ) -> None:
-        if isinstance(extensions, str):
-            extensions = [extensions]
+        extensions = [extensions] if isinstance(extensions, str) else extensions
         self._cache = cache
-        self._shards: list[Shard] = []
-        self._classes: list[list[str]] = []
-        parts: list[ShardIndex] = []
+        self._shards: list[_Shard] = []
+        folders: dict[str, tuple[list[str], dict[str, _Shard] | None]] = {}
         for pattern in [urls] if isinstance(urls, str) else urls:
-            for folder_shards in _by_folder(_shard_urls(os.fspath(pattern))):
-                self._add_folder(folder_shards, parts, extensions)
-        counts = [len(part.names) for part in parts]
-        self._blocks = counts
-        self._ends = np.cumsum(counts, dtype=np.int64)
-        if not sum(counts):
+            found = _shard_urls(os.fspath(pattern))
+            for url in found:
+                folder = sibling(url, MANIFEST_FILE)
+                if folder not in folders:
+                    folders[folder] = ([], None) if extensions else self._read_folder(folder)
+                    if is_url(url) and folders[folder][1] is None:
+                        logger.warning("fetching all shards to learn what is in them: %s …", url)
+                self._shards.append(self._shard(url, folders[folder][1], extensions))
+            missing = set(folders[folder][1] or ()) - set(map(_file_name, found)) if os.path.isdir(pattern) else ()
+            if missing:
+                raise InputError(f"shard {min(missing)!r}, which {MANIFEST_FILE} lists, is not in {pattern!r}")
+        self.blocks = [shard.images for shard in self._shards]
+        self._ends = np.cumsum(self.blocks, dtype=np.int64)
+        if not sum(self.blocks):
             raise InputError(f"there are no images in the shards {urls!r}")
-        self._index = ShardIndex.join(parts)
-        self._files = threading.local()
+        classes = [names for names, _ in folders.values()]
+        self.classes: list[str] = classes[0] if all(names == classes[0] for names in classes) else []
 
-    def _add_folder(self, urls: Sequence[str], parts: list[ShardIndex], extensions: Sequence[str] | None) -> None:
-        """Index the shards `urls` of one folder, through its manifest if it has one."""
-        manifest, indices = (None, {}) if extensions is not None else self._read_manifest(urls)
-        self._classes.append(manifest.classes if manifest else [])
-        remote = is_url(urls[0])
-        if remote and manifest is None:
-            logger.warning("fetching %d shards to learn what is in them: %s …", len(urls), urls[0])
-        records: dict[str, ShardRecord] = {shard.name: shard for shard in manifest.shards} if manifest else {}
-        for url in urls:
-            record = records.get(_file_name(url))
-            if manifest is not None and record is None:
-                raise InputError(f"shard {url!r} is not in the {MANIFEST_FILE} beside it, which lists {len(records)}")
-            if record is None:
-                parts.append(scan_tar(str(fetch(url, self._cache)) if remote else url, extensions))
-            else:
-                if not remote:
-                    _check_size(url, record)
-                parts.append(indices[record.name])
-            self._shards.append(Shard(url, record.sha256 if record else None))
-
-    def _read_manifest(self, urls: Sequence[str]) -> tuple[Manifest | None, dict[str, ShardIndex]]:
-        """The manifest and index beside the shards of one folder."""
-        url = urls[0]
-        if not is_url(url):
-            folder = os.path.dirname(url)
-            manifest = read_manifest(os.path.join(folder, MANIFEST_FILE))
-            if manifest is None:
-                check_finished(folder)
-                return None, {}
-            return manifest, read_index(os.path.join(folder, INDEX_FILE), manifest)
-        manifest_url, index_url = sibling(url, MANIFEST_FILE), sibling(url, INDEX_FILE)
-        if manifest_url is None or index_url is None:
-            return None, {}
+    def _read_folder(self, manifest_url: str) -> tuple[list[str], dict[str, _Shard] | None]:
+        """Read what `pack` left beside shards: the classes, and the shards by name, None without its manifest."""
+        path = manifest_url
+        if is_url(manifest_url):
+            # Shards of other programs have none. If the host is down, what was fetched before may be enough, and if it
+            # is not, fetching a shard fails.
+            with contextlib.suppress(OSError):
+                fetch(manifest_url, self._cache, again=True)
+            path = str(cached_file(manifest_url, self._cache))
+        if not os.path.exists(path):
+            PACK.check_finished(os.path.dirname(path))
+            return [], None
         try:
-            manifest_path = fetch(manifest_url, self._cache, again=True)
-        except OSError:
-            # Shards of other programs have none. If the host is down, what was fetched before may be enough, and
-            # if not, fetching a shard tells.
-            manifest_path = cached_file(manifest_url, self._cache)
-        manifest = read_manifest(str(manifest_path))
-        if manifest is None:
-            return None, {}
-        return manifest, read_index(str(fetch(index_url, self._cache, manifest.index_sha256)), manifest)
+            content = read_json(Path(path))
+            if (content.get("format"), content.get("version")) != (MANIFEST_FORMAT, MANIFEST_VERSION):
+                return [], None
+            classes, sha256 = content.get("classes", []), content["index"]["sha256"]
+            check_type("classes", classes, list[str])
+            index = Path(self._path(sibling(manifest_url, INDEX_FILE), sha256)).read_bytes()
+            characters, *columns = map(load(index).__getitem__, _INDEX_TENSORS)
+            table = ShardIndex(NameTable(characters, columns[0]), *columns[1:])
+            listed, start = {}, 0
+            for shard in content["shards"]:
+                listed[shard["name"]] = _Shard("", shard["images"], shard["bytes"], shard["sha256"], table, start)
+                start += shard["images"]
+            if hashlib.sha256(index).hexdigest() != sha256 or {len(column) for column in columns} != {start}:
+                raise InputError(f"the {INDEX_FILE} beside it does not belong to it")
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
+            raise InputError(f"the manifest {path!r} cannot be used: {error}; pack the images again") from error
+        return classes, listed
+
+    def _shard(self, url: str, listed: dict[str, _Shard] | None, extensions: Sequence[str] | None) -> _Shard:
+        if listed is None:
+            table = scan_tar(self._path(url), extensions)
+            return _Shard(url, len(table.names), None, None, table)
+        shard = listed.get(_file_name(url))
+        if shard is None or (not is_url(url) and os.path.getsize(url) != shard.bytes):
+            raise InputError(f"shard {url!r} is not the one in the {MANIFEST_FILE} beside it, by name or size")
+        return shard._replace(url=url)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    @property
-    def blocks(self) -> Sequence[int]:
-        """The number of images in each shard."""
-        return self._blocks
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes that the labels number, as the manifests tell them; none where they do not agree."""
-        return self._classes[0] if all(names == self._classes[0] for names in self._classes) else []
-
     def name(self, index: int) -> str:
         """The shard's path or URL, and the image's name in it."""
-        return f"{self._shards[self._shard_of(index)].url}: {self._index.names[index]}"
+        shard, row = self._find(index)
+        return f"{shard.url}: {shard.table.names[row]}"
 
     def relative_name(self, index: int) -> str:
         """The shard's file name and the image's name in it, with a slash between them."""
-        return f"{_file_name(self._shards[self._shard_of(index)].url)}/{self._index.names[index]}"
+        shard, row = self._find(index)
+        return f"{_file_name(shard.url)}/{shard.table.names[row]}"
 
     def names_sha256(self) -> str:
         """The SHA-256 of the names of all shards and images."""
-        shards = [(_file_name(shard.url), count) for shard, count in zip(self._shards, self._blocks, strict=True)]
-        return hashlib.sha256(f"{shards!a} {self._index.names.sha256()}".encode()).hexdigest()
+        shards = [(_file_name(shard.url), shard.images) for shard in self._shards]
+        names = (shard.table.names[shard.start + row] for shard in self._shards for row in range(shard.images))
+        return hashlib.sha256(f"{shards!a} {NameTable.of(names).sha256()}".encode()).hexdigest()
 
     def file_states(self) -> Iterator[object]:
-        """What is known of each shard's content: its SHA-256, or size and time; of one from a URL the size alone."""
-        for number, shard in enumerate(self._shards):
-            if shard.sha256 is not None:
-                yield shard.sha256
-            else:
-                status = os.stat(self._path(number))
-                yield status.st_size, 0 if is_url(shard.url) else status.st_mtime_ns
+        """What is known of each shard's content: its SHA-256, or size and time; only the size of one from a URL."""
+        for shard in self._shards:
+            status = None if shard.sha256 else os.stat(self._path(shard.url))
+            yield (status.st_size, 0 if is_url(shard.url) else status.st_mtime_ns) if status else shard.sha256
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         """Read an image.
 
         Returns:
-            uint8 (3, H, W), upright RGB.
+            uint8 (3, H, W), upright RGB; and the label.
 
         Raises:
             InputError: it cannot be read, for whatever reason.
             OSError: its shard is not there, or cannot be fetched.
         """
         data = self.read_bytes(index)
-        return read_image_bytes(data, self.name(index), interleaved=True).pixels
+        return read_image_bytes(data, self.name(index), interleaved=True).pixels, self.label(index)
 
     def read_bytes(self, index: int) -> bytes:
         """The image's file as it is in the shard.
@@ -191,151 +204,230 @@ class Shards:
             InputError: it is not all there.
             OSError: its shard is not there, or cannot be fetched.
         """
-        size = int(self._index.sizes[index])
-        if size == NOT_PLAIN:
-            raise InputError(f"cannot read image {self.name(index)!r}: it is a link or sparse, not plain bytes")
-        if size > LARGEST_FILE:
-            raise InputError(f"cannot read image {self.name(index)!r}: {size} bytes are more than an image has")
-        file = self._open(self._shard_of(index))
-        try:
-            data = os.pread(file.fileno(), size, int(self._index.offsets[index]))
-        except (OSError, OverflowError, MemoryError) as error:
-            raise InputError(f"cannot read image {self.name(index)!r}: {error}") from error
+        shard, row = self._find(index)
+        size, subject = int(shard.table.sizes[row]), f"cannot read image {self.name(index)!r}"
+        if not 0 <= size <= LARGEST_FILE:
+            raise InputError(f"{subject}: it is a link or sparse, or larger than any image")
+        data = self._pread(shard, size, int(shard.table.offsets[row]))
         if len(data) != size:
-            raise InputError(f"cannot read image {self.name(index)!r}: {len(data)} of its {size} bytes are there")
+            raise InputError(f"{subject}: {len(data)} of its {size} bytes are there")
         return data
 
     def label(self, index: int) -> int:
-        """The whole number in the member .cls beside the image, -1 where there is none.
+        """The whole number in the member .cls of the image's sample, -1 where there is none; does not read the image.
 
         Raises:
-            InputError: the shard is damaged.
-            OSError: its shard is not there, or cannot be fetched.
+            OSError: the image's shard is not there, or cannot be fetched.
         """
-        number = self._shard_of(index)
-        labels: OrderedDict[int, dict[str, int]] | None = getattr(self._files, "labels", None)
-        if labels is None:
-            labels = self._files.labels = OrderedDict()
-        if number not in labels:
-            labels[number] = scan_labels(self._path(number))
-            if len(labels) > OPEN_FILES:
-                labels.popitem(last=False)
-        key, _ = sample_key(self._index.names[index])
-        return UNKNOWN_LABEL if key is None else labels[number].get(key, UNKNOWN_LABEL)
+        shard, row = self._find(index)
+        if shard.table.labels is not None:
+            return int(shard.table.labels[row])
+        start = max(0, int(shard.table.offsets[row]) - 3 * tarfile.BLOCKSIZE)
+        member = self._pread(shard, 2 * tarfile.BLOCKSIZE, start)
+        name = f"{_sample_key(shard.table.names[row])[0]}.cls".encode()
+        return _as_label(member[tarfile.BLOCKSIZE :]) if member[:100].rstrip(b"\0") == name else -1
 
-    def _shard_of(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} images, none at {index}")
-        return int(np.searchsorted(self._ends, index, side="right"))
-
-    def _open(self, number: int) -> FileIO:
-        # Of each thread its own, so that none closes what another reads. A forked process shares the
-        # open files of its parent, which does no harm: pread has no position.
-        files: OrderedDict[int, FileIO] | None = getattr(self._files, "opened", None)
-        if files is None:
-            files = self._files.opened = OrderedDict()
-        if number in files:
-            files.move_to_end(number)
-            return files[number]
-        path = self._path(number)
-        check_file(path)
-        file = files[number] = FileIO(path)
-        if len(files) > OPEN_FILES:
-            files.popitem(last=False)[1].close()
-        return file
-
-    def _path(self, number: int) -> str:
+    def _find(self, index: int) -> tuple[_Shard, int]:
+        """The shard of an image, and the image's place in it."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
-        return str(fetch(shard.url, self._cache, shard.sha256)) if is_url(shard.url) else shard.url
+        return shard, int(index - self._ends[number]) + shard.images + shard.start
+
+    @cached_property
+    def _open(self) -> Callable[[str], FileIO]:
+        return lru_cache(OPEN_FILES)(FileIO)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._files = threading.local()
+    def _pread(self, shard: _Shard, size: int, start: int) -> bytes:
+        file = self._open(self._path(shard.url, shard.sha256))  # named, for it is closed when nothing refers to it
+        return os.pread(file.fileno(), size, start)
+
+    def _path(self, url: str, sha256: str | None = None) -> str:
+        """Where a file lies, once it has been fetched if it is from a URL."""
+        return str(fetch(url, self._cache, sha256)) if is_url(url) else url
 
 
 def tar_files(folder: str) -> list[str]:
-    """The *.tar directly in a folder, in order; hidden ones are passed over.
-
-    Raises:
-        InputError: the folder cannot be listed.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(
-                entry.path
-                for entry in entries
-                if entry.name.endswith(".tar") and not entry.name.startswith(".") and not entry.is_dir()
-            )
-    except OSError as error:
-        raise InputError(f"cannot list the folder {folder!r}: {error.strerror or error}") from error
+    """The *.tar directly in a folder, in order, without hidden ones."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "*.tar"))
+    return sorted(path for path in paths if not os.path.isdir(path))
 
 
 def _shard_urls(pattern: str) -> list[str]:
     """Expand a folder or a pattern; what is local becomes a path."""
     if pattern.startswith("file:"):
         pattern = urllib.request.url2pathname(urllib.parse.urlsplit(pattern).path)
-    local = not is_url(pattern)
-    if local and os.path.isdir(pattern):
-        files = tar_files(pattern)
-        manifest = read_manifest(os.path.join(pattern, MANIFEST_FILE))
-        present = {os.path.basename(file) for file in files}
-        missing = [shard.name for shard in manifest.shards if shard.name not in present] if manifest else []
-        if missing:
-            raise InputError(
-                f"{counted(len(missing), 'shard')} of {MANIFEST_FILE} not found in {pattern!r}: {missing[0]!r} …"
-            )
-        if not files:
-            raise InputError(f"there are no shards in {pattern!r}; looked for *.tar")
-        return files
-    urls = [pattern] if local and os.path.exists(pattern) else _expand(pattern)
-    for url in urls:
-        if local and not os.path.isfile(url):
-            raise InputError(f"there is no shard {url!r}" + ("; write {000..127} for many" if "*" in url else ""))
-        if not local:
-            check_scheme(url)
+    if os.path.exists(pattern):
+        urls = tar_files(pattern) if os.path.isdir(pattern) else [pattern]
+    else:
+        try:
+            urls = import_optional("webdataset.shardlists").expand_urls(pattern)
+        except (ValueError, AssertionError) as error:
+            raise InputError(f"the pattern of shards {pattern!r} cannot be expanded: {error}") from error
+    missing = [url for url in urls or [f"{pattern}/*.tar"] if not is_url(url) and not os.path.isfile(url)]
+    if missing:
+        raise InputError(f"there is no shard {missing[0]!r}; write {{000..127}} for many")
     return urls
 
 
-def _expand(pattern: str) -> list[str]:
-    if not any(mark in pattern for mark in ("{", "::", "$")):
-        return [pattern]
-    expand_urls = import_optional("webdataset.shardlists").expand_urls
-    for part in pattern.split("::"):
-        ranges = re.findall(r"{(-?\d+)\.\.(-?\d+)", part)
-        if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MOST_SHARDS:
-            raise InputError(f"the pattern of shards {pattern!r} names more than {MOST_SHARDS} shards")
+def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
+    """Find the images and labels of a tar shard from its headers; the images themselves are not read.
+
+    Members follow WebDataset: those that share a path up to their file name's first dot are one sample.
+
+    Args:
+        path: a tar that is not compressed.
+        extensions: which member of a sample is the image, by what follows that first dot ("jpg", "left.png"); None
+            takes the one that ends in an image's extension.
+
+    Raises:
+        InputError: the file is no tar, or damaged, or a sample has two images. One line that names it.
+        OSError: it is not there.
+    """
+    wanted = {extension.lower().lstrip(".") for extension in extensions or ()}
+    rows: list[tuple[str, str, int, int]] = []
+    samples: set[str] = set()
+    labels: dict[str, int] = {}
     try:
-        urls = list(expand_urls(pattern))
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"the pattern of shards {pattern!r} cannot be expanded: {error}") from error
-    url, times = Counter(urls).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"the pattern of shards {pattern!r} names {url!r} {times} times")
-    return urls
+        files.check_file(path)
+        with open(path, "rb") as file:
+            archive = tarfile.TarFile(fileobj=file)
+            for member in archive:
+                if member.size < 0:  # tarfile would read the members before it again, without end
+                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
+                key, extension = _sample_key(member.name)
+                if member.isdir() or member.name.rpartition("/")[2].startswith("."):
+                    continue
+                samples.add(key)
+                if extension == "cls" and member.isreg():
+                    file.seek(member.offset_data)
+                    labels[key] = _as_label(file.read(min(member.size, tarfile.BLOCKSIZE)))
+                if extension in wanted or (not wanted and extension.rpartition(".")[2] in IMAGE_EXTENSIONS):
+                    if rows and key == rows[-1][0]:
+                        advice = (
+                            "choose one by the extensions of Shards, or rename: a sample's name ends at its first dot"
+                        )
+                        raise InputError(f"{member.name!r} is the second image of sample {key!r}: {advice}")
+                    size = member.size if member.isreg() and not member.issparse() else -1
+                    rows.append((key, member.name, member.offset_data, size))
+            file.seek(archive.offset)
+            block = file.read(tarfile.BLOCKSIZE)
+        if block.strip(b"\0"):  # which tarfile takes for the end
+            raise tarfile.ReadError(f"there is no header at byte {archive.offset}")
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"cannot read shard {path!r} as a tar without compression: {error}") from error
+    if not block:
+        logger.warning("shard %r has no end mark; it may have been cut short", path)
+    if len(samples) > len(rows):
+        logger.warning("shard %r: %d of %d samples have no image", path, len(samples) - len(rows), len(samples))
+    numbers = np.array([(offset, size, labels.get(key, -1)) for key, _, offset, size in rows], np.int64)
+    return ShardIndex(NameTable.of(name for _, name, *_ in rows), *numbers.reshape(-1, 3).T)
 
 
-def _by_folder(urls: Sequence[str]) -> list[list[str]]:
-    """Put the shards of one folder together."""
-    folders: dict[str, list[str]] = {}
-    for url in urls:
-        folder = (sibling(url, "") or url) if is_url(url) else os.path.dirname(url)
-        folders.setdefault(folder, []).append(url)
-    return list(folders.values())
+def _sample_key(name: str) -> tuple[str, str]:
+    """Split a member's name into its sample's key and, in lower case, what follows the file name's first dot."""
+    key, extension = import_optional("webdataset.tariterators").base_plus_ext(name)
+    return key or name, (extension or "").lower()
+
+
+def _as_label(content: bytes) -> int:
+    found = re.fullmatch(rb"\s*(\d{1,18})\s*\0*", content)  # 18 digits fit into 64 bits
+    return int(found[1]) if found else -1
+
+
+def write_index(table: ShardIndex, path: Path) -> str:
+    """Write the index of a folder's shards, all in the manifest's order, and give the file's SHA-256."""
+    tensors = (table.names.characters, table.names.ends, table.offsets, table.sizes)
+    content = save(dict(zip(_INDEX_TENSORS, tensors, strict=True)))
+    files.write_whole(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def is_url(text: str) -> bool:
+    """Whether a shard's name has to be fetched: "scheme://…" or WebDataset's "pipe:command"."""
+    return text.startswith("pipe:") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text) is not None
+
+
+def _split(url: str) -> tuple[str, str, str]:
+    """A path's or URL's folder with its slash, the file name, and a URL's query; a command is all folder."""
+    if url.startswith("pipe:"):
+        return url, "", ""
+    place, mark, query = url.partition("?") if is_url(url) else (url, "", "")
+    folder, slash, name = place.rpartition("/")
+    return folder + slash, name, mark + query
+
+
+def sibling(url: str, name: str) -> str:
+    """The path or URL of another file in the same folder; nothing for a command, which has no folder."""
+    folder, own_name, query = _split(url)
+    return f"{folder}{name}{query}" if own_name else ""
 
 
 def _file_name(url: str) -> str:
-    if url.startswith("pipe:"):
-        return url
-    return os.path.basename(urllib.parse.urlsplit(url).path if is_url(url) else url)
+    return _split(url)[1] or url
 
 
-def _check_size(path: str, record: ShardRecord) -> None:
-    check_file(path)
-    found = os.stat(path).st_size
-    if found != record.bytes:
-        raise InputError(
-            f"shard {path!r} has {found} bytes where {MANIFEST_FILE} says {record.bytes}; it is damaged, pack it again"
-        )
+def cached_file(url: str, cache: str | None, sha256: str | None = None) -> Path:
+    """Where the cache has, or will have, what a URL gives.
+
+    Args:
+        url: of a shard, or of a file beside shards.
+        cache: the cache's folder; None is ~/.cache/dc_ssdae/shards.
+        sha256: of the content, if it is known: another content has another place.
+    """
+    folder, name, query = _split(url)
+    content = f"{folder.removesuffix('/')}{query}\n{sha256}"
+    key = hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return Path(cache or "~/.cache/dc_ssdae/shards").expanduser() / key / re.sub(r"[^\w.-]", "_", name or "shard.tar")
+
+
+def fetch(url: str, cache: str | None, sha256: str | None = None, again: bool = False) -> Path:
+    """Fetch a whole file into the cache, from the web with curl, else with WebDataset's `gopen`, unless it is there.
+
+    It is written beside its place and renamed; of several processes one fetches, and the others wait for it.
+
+    Args:
+        url: what `is_url` accepts.
+        cache: the cache's folder; None is ~/.cache/dc_ssdae/shards.
+        sha256: of the content, if it is known.
+        again: fetch it even if it is there.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: it cannot be fetched, or is not what `sha256` says. Not an InputError, for no image is broken.
+    """
+    from filelock import FileLock
+
+    path = cached_file(url, cache, sha256)
+    if not again and path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One name for all, because only the lock's holder writes it: a killed process leaves no second one.
+    partial = path.with_name(f".{path.name}.partial")
+    with FileLock(f"{path}.lock"):
+        if again or not path.is_file():
+            try:
+                with files.written_beside(path, partial) as beside:
+                    _download(url, beside)
+                    if sha256 is not None and files.sha256(beside) != sha256:
+                        raise OSError("its content is not what the manifest beside it says")
+            except (OSError, ValueError) as error:
+                raise OSError(f"cannot fetch {url} to {path}: {' '.join(str(error).split())}") from error
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    if not url.lower().startswith(WEB):
+        with import_optional("webdataset.gopen").gopen(url) as stream, open(path, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        return
+    # Not by gopen, which waits for ever for a host that has stopped sending, and puts the URL into a shell's line.
+    options = ["--fail", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", "30"]
+    options += ["--retry", str(RETRIES), "--speed-limit", "1", "--speed-time", str(STALL_SECONDS)]
+    done = subprocess.run(["curl", *options, "--output", path, "--", url], capture_output=True, check=False)
+    if done.returncode:
+        raise OSError(done.stderr.decode(errors="replace") or f"curl ended with {done.returncode}")
