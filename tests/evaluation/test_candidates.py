@@ -22,15 +22,17 @@ from torchvision.transforms import functional as tvf
 
 from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
 from dc_ssdae.data.images import to_model_range, to_uint8
-from dc_ssdae.evaluation.candidate_names import CandidateSpec, name_apart, open_candidate, parse_candidate
 from dc_ssdae.evaluation.candidates import (
     RANDOM_WEIGHTS,
     BicubicCandidate,
     Candidate,
+    CandidateSpec,
     CodecCandidate,
-    DiffusersCandidate,
     OurCandidate,
     PythonCandidate,
+    name_apart,
+    open_candidate,
+    parse_candidate,
 )
 from dc_ssdae.presets import list_presets
 
@@ -334,7 +336,7 @@ class TestOurs:
 
     def test_it_can_be_opened_in_half_precision(self, our_folder: Path) -> None:
         candidate = opened(str(our_folder), dtype=torch.bfloat16)
-        assert {parameter.dtype for parameter in candidate.module().parameters()} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in candidate.module.parameters()} == {torch.bfloat16}
         assert reconstruct(candidate, image()).isfinite().all()
 
     def test_a_users_classes_are_handed_on(self, tmp_path: Path) -> None:
@@ -368,9 +370,9 @@ class TestOurs:
         torch.manual_seed(7)
         second = opened("mine=preset:demo", decoding={"num_steps": 2})
         assert first.remarks == second.remarks == [RANDOM_WEIGHTS]
-        states = [candidate.module().state_dict() for candidate in (first, second)]
+        states = [candidate.module.state_dict() for candidate in (first, second)]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-        assert not any(module.training for module in first.module().modules())
+        assert not any(module.training for module in first.module.modules())
         assert reconstruct(first, image()).shape == (1, 3, 32, 48)
 
 
@@ -461,13 +463,13 @@ class TestDiffusers:
     def test_it_reconstructs_as_diffusers_does(self, saved: Path, name: str) -> None:
         x = image(2)
         candidate = opened(f"diffusers:{saved / name}")
-        assert isinstance(candidate, DiffusersCandidate)
+        assert isinstance(candidate, PythonCandidate)
         assert torch.equal(reconstruct(candidate, x), directly(name, saved / name, x))
         assert latent_shape(candidate, x) == LATENTS[name]
         assert candidate.remarks == []
         expected = sum(tensor.numel() for tensor in load_file(saved / name / WEIGHTS).values())
         assert candidate.count_parameters() == expected
-        assert not any(module.training for module in candidate.module().modules())
+        assert not any(module.training for module in candidate.module.modules())
 
     @pytest.mark.parametrize("name", LATENTS)
     def test_only_kl_has_a_variance(self, saved: Path, name: str) -> None:
@@ -506,7 +508,7 @@ class TestDiffusers:
         assert first.remarks == [RANDOM_WEIGHTS]
         assert torch.equal(reconstruct(first, x), reconstruct(second, x))
         assert latent_shape(first, x) == LATENTS[name]
-        assert not any(module.training for module in first.module().modules())
+        assert not any(module.training for module in first.module.modules())
 
     def test_a_pipelines_autoencoder_is_in_its_sub_folder(self, saved: Path, tmp_path: Path) -> None:
         shutil.copytree(saved / "AutoencoderKL", tmp_path / "pipeline" / "vae")
@@ -539,7 +541,7 @@ class TestDiffusers:
         if config_alone:
             (tmp_path / "kl" / WEIGHTS).unlink()
         candidate = opened(f"diffusers:{tmp_path / 'kl'}", dtype=torch.bfloat16)
-        assert {parameter.dtype for parameter in candidate.module().parameters()} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in candidate.module.parameters()} == {torch.bfloat16}
         assert reconstruct(candidate, image()).isfinite().all()
 
     def test_rae_takes_and_gives_images_from_0_to_1(self) -> None:
@@ -556,7 +558,7 @@ class TestDiffusers:
                 return SimpleNamespace(sample=z.expand(-1, 3, -1, -1))
 
         x = image(2)
-        images = reconstruct(DiffusersCandidate(AutoencoderRAE()), x)
+        images = reconstruct(PythonCandidate(AutoencoderRAE(), "rae"), x)
         torch.testing.assert_close(seen[0], (x + 1) / 2)
         torch.testing.assert_close(images, x.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1), atol=1e-6, rtol=0)
 
@@ -613,7 +615,7 @@ class TestDiffusers:
 
     def test_what_is_loaded_is_called_by_its_folder(self, saved: Path) -> None:
         folder = str(saved / "AutoencoderKL")
-        assert opened(f"diffusers:{folder}").module().config["_name_or_path"] == folder
+        assert opened(f"diffusers:{folder}").module.config["_name_or_path"] == folder
 
     def test_missing_tensors_are_refused(self, saved: Path, tmp_path: Path) -> None:
         state = load_file(saved / "AutoencoderKL" / WEIGHTS)
@@ -724,7 +726,7 @@ class TestPython:
         assert encoded.posterior is None
         assert torch.equal(decoded.images, 0.5 * x)
         assert candidate.count_parameters() is None
-        assert candidate.module() is None
+        assert candidate.module is None
         assert candidate.to(torch.device("cpu")) is candidate
 
     @pytest.mark.parametrize("name", ["an_object", "Halving", "Outer.Inner"])
@@ -739,7 +741,7 @@ class TestPython:
     def test_a_network_is_in_eval_mode_and_its_parameters_are_counted(self) -> None:
         x = image(2)
         candidate = opened(f"python:{HERE}.Network")
-        module = candidate.module()
+        module = candidate.module
         assert isinstance(module, Network)
         assert not any(part.training for part in module.modules())
         assert candidate.count_parameters() == TOTAL
@@ -761,7 +763,7 @@ class TestPython:
         half = opened(f"python:{HERE}.{name}", dtype=torch.bfloat16)
         torch.manual_seed(0)
         full = opened(f"python:{HERE}.{name}")
-        assert {parameter.dtype for parameter in half.module().parameters()} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in half.module.parameters()} == {torch.bfloat16}
         torch.testing.assert_close(reconstruct(half, x).float(), reconstruct(full, x), atol=0.05, rtol=0.05)
 
     @pytest.mark.parametrize(
@@ -920,7 +922,7 @@ class TestCodecs:
     def test_it_has_no_network_and_says_where_it_runs(self) -> None:
         candidate = opened("webp:50")
         assert candidate.splits
-        assert candidate.module() is None
+        assert candidate.module is None
         assert candidate.count_parameters() is None
         assert candidate.remarks == ["codec, on one core of the CPU"]
 
