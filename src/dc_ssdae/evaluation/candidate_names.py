@@ -23,7 +23,7 @@ from dc_ssdae.evaluation.candidates import (
     OurCandidate,
     PythonCandidate,
 )
-from dc_ssdae.interop.diffusers_models import (
+from dc_ssdae.interop.diffusers import (
     autoencoder_class,
     find_diffusers_model,
     has_weights,

@@ -14,15 +14,13 @@ from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
 from dc_ssdae.decoding import plan_decoding
 from dc_ssdae.errors import InputError
 from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.networks.diffusers_encoder import as_posterior, encode_images, has_frames, takes_zero_to_one
 
 RANDOM_WEIGHTS = "random weights"
 """Remark on a candidate that was never trained."""
 
 DECODING = ("sampler", "num_steps", "step_size", "momentum", "tolerance")
 """Settings of `DCSSDAE.decode` with which a model can be measured."""
-
-ZERO_TO_ONE = ("AutoencoderRAE",)
-"""Classes of diffusers that take and give images in [0, 1] instead of [-1, 1]."""
 
 
 class Encoded(NamedTuple):
@@ -131,7 +129,7 @@ class OurCandidate(Candidate):
 
 
 class DiffusersCandidate(Candidate):
-    """An image autoencoder of diffusers: with a posterior (KL), or with latents (DC, Tiny, VQ, RAE).
+    """An autoencoder of diffusers: of images, or of video, which it takes images for one frame of.
 
     Args:
         model: in eval mode.
@@ -140,18 +138,19 @@ class DiffusersCandidate(Candidate):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self._zero_to_one = type(model).__name__ in ZERO_TO_ONE
+        self._has_frames = has_frames(model)
 
     def module(self) -> nn.Module:
         return self.model
 
     def encode(self, x: Tensor) -> Encoded:
-        x = 0.5 * x + 0.5 if self._zero_to_one else x
-        return Encoded(_posterior(self.model.encode(x.to(self.model.dtype)), type(self.model).__name__))
+        return Encoded(encode_images(self.model, x.to(self.model.dtype), self._has_frames))
 
     def decode(self, latent: Tensor) -> Decoded:
-        images = _sample(self.model.decode(latent.to(self.model.dtype)))
-        return Decoded(2.0 * images - 1.0 if self._zero_to_one else images)
+        latent = latent.to(self.model.dtype)
+        images = _sample(self.model.decode(latent.unsqueeze(2) if self._has_frames else latent))
+        images = images[:, :, 0] if self._has_frames else images
+        return Decoded(2.0 * images - 1.0 if takes_zero_to_one(self.model) else images)
 
 
 class PythonCandidate(Candidate):
@@ -187,7 +186,7 @@ class PythonCandidate(Candidate):
         if weights is not None and weights.is_floating_point():
             x = x.to(weights.dtype)
         # A function does all of its work in `decode`.
-        return Encoded(_posterior(self.value.encode(x), self.name)) if self.splits else Encoded(None, x)
+        return Encoded(as_posterior(self.value.encode(x), self.name)) if self.splits else Encoded(None, x)
 
     def decode(self, latent: Tensor) -> Decoded:
         return Decoded(_sample(self.value.decode(latent) if self.splits else self.value(latent)))
@@ -256,22 +255,6 @@ class BicubicCandidate(Candidate):
 
     def count_parameters(self) -> int:
         return 0
-
-
-def _posterior(output: Any, name: str) -> DiagonalGaussian:
-    """Find the latent in what `encode` gave."""
-    if isinstance(output, tuple) and len(output) == 1:
-        output = output[0]
-    distribution = getattr(output, "latent_dist", output)
-    if isinstance(getattr(distribution, "mean", None), Tensor):
-        logvar = getattr(distribution, "logvar", None)
-        return DiagonalGaussian(distribution.mean, logvar if isinstance(logvar, Tensor) else None)
-    for field in ("latents", "latent"):
-        if isinstance(getattr(output, field, None), Tensor):
-            return DiagonalGaussian(getattr(output, field))
-    if isinstance(output, Tensor):
-        return DiagonalGaussian(output)
-    raise InputError(f"encode of {name} gives {type(output).__name__}, not a latent: a tensor, latent_dist or latents")
 
 
 def _sample(output: Any) -> Tensor:
