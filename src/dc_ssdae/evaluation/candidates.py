@@ -20,16 +20,24 @@ from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import import_object, importing_from
 from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
 from dc_ssdae.decoding import plan_decoding
-from dc_ssdae.errors import InputError
-from dc_ssdae.interop.diffusers_models import (
+from dc_ssdae.errors import InputError, check_names
+from dc_ssdae.interop.diffusers import (
     autoencoder_class,
+    build_autoencoder,
     find_diffusers_model,
     has_weights,
     load_diffusers_model,
     message_of,
 )
 from dc_ssdae.latent import DiagonalGaussian
-from dc_ssdae.model_folder import may_be_on_the_hub, model_folder, weight_files
+from dc_ssdae.model_folder import model_folder, weight_files
+from dc_ssdae.networks.diffusers_encoder import (
+    as_posterior,
+    encode_images,
+    find_autoencoder,
+    has_frames,
+    takes_zero_to_one,
+)
 from dc_ssdae.presets import SHIPPED_MODEL
 
 RANDOM_WEIGHTS = "random weights"
@@ -58,14 +66,15 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 """Classes of diffusers, with the settings of Stable Diffusion's f8c4, SANA's f32c32 and TAESD that are not defaults."""
 
 KINDS: Mapping[str, tuple[str, str]] = {
+    "ours": (".+", "the folder or hub id of a model"),
     "preset": (".+", "preset:NAME"),
-    "diffusers": (".+", f"diffusers:FOLDER, HUB_ID or CLASS ({', '.join(PUBLISHED)}: with random weights)"),
+    "diffusers": (".+", "diffusers:FOLDER, diffusers:HUB_ID or diffusers:CLASS"),
     "python": (r"\w+(\.\w+)+", "python:MODULE.NAME"),
     "jpeg": ("[1-9][0-9]?|100", "jpeg:QUALITY, from 1 to 100"),
     "webp": ("[1-9][0-9]?|100", "webp:QUALITY, from 1 to 100"),
     "bicubic": (r"[1-9][0-9]{0,3}(\.[0-9]+)?", "bicubic:FACTOR, at least 1"),
 }
-"""By what a candidate's name begins with: a pattern that the rest matches, and how to write it."""
+"""By what a candidate's name begins with: a pattern for the rest, and how to write it. "ours" is what has no prefix."""
 
 
 class Encoded(NamedTuple):
@@ -142,10 +151,9 @@ class PythonCandidate(Candidate):
     """An autoencoder in Python: an object with `encode` and `decode`, or a function from images to images.
 
     Args:
-        value: the object (a model of diffusers, for example) or the function; images are (B, 3, H, W) in [-1, 1].
-            `encode` gives the latent, or an output with it as diffusers' have (`latent_dist`, `latents`, `latent`);
-            `decode` gives the images, or an output with `sample`.
-        name: of it, for the message.
+        value: the object or function; images are (B, 3, H, W) in [-1, 1]. `encode` gives the latent, or an output with
+            it as diffusers' have (`latent_dist`, `latents`, `latent`); `decode` the images, or an output with `sample`.
+        name: of it, for messages.
 
     Raises:
         InputError: it is neither.
@@ -153,19 +161,16 @@ class PythonCandidate(Candidate):
 
     def __init__(self, value: Any, name: str) -> None:
         super().__init__(value if isinstance(value, nn.Module) else None)
-        self.value = value
+        self.value, self.name = value, name
         self.splits = all(callable(getattr(value, method, None)) for method in ("encode", "decode"))
         if not (self.splits or callable(value)):
             raise InputError(f"{name} is {type(value).__name__}, not an object with encode and decode, nor a function")
         if not self.splits:
             self.remarks.append("a function, timed as a whole")
-        self._zero_to_one = type(value).__name__ == "AutoencoderRAE"  # diffusers' one with images in [0, 1]
 
     def encode(self, x: Tensor) -> Encoded:
-        if not self.splits:
-            return Encoded(None, x)
-        x = 0.5 * x + 0.5 if self._zero_to_one else x
-        return Encoded(_posterior(self.value.encode(self._cast(x))))
+        # A function does all of its work in `decode`.
+        return Encoded(as_posterior(self.value.encode(self._cast(x)), self.name)) if self.splits else Encoded(None, x)
 
     def decode(self, latent: Tensor) -> Decoded:
         output = (self.value.decode if self.splits else self.value)(self._cast(latent))
@@ -173,12 +178,25 @@ class PythonCandidate(Candidate):
         images = images[0] if isinstance(images, tuple) and images else images
         if not isinstance(images, Tensor):
             raise InputError(f"images (B, 3, H, W) are expected from a decoder, not {type(output).__name__}")
-        return Decoded(2.0 * images - 1.0 if self._zero_to_one else images)
+        return Decoded(images)
 
     def _cast(self, x: Tensor) -> Tensor:
         """Cast to the dtype of the network's weights, if it has any."""
         weights = None if self.module is None else next(self.module.parameters(), None)
         return x.to(weights.dtype) if weights is not None and weights.is_floating_point() else x
+
+
+class DiffusersCandidate(PythonCandidate):
+    """An autoencoder of diffusers: of images, or of video, for which an image is one frame."""
+
+    def encode(self, x: Tensor) -> Encoded:
+        return Encoded(encode_images(self.value, self._cast(x), has_frames(self.value)))
+
+    def decode(self, latent: Tensor) -> Decoded:
+        with_frames = has_frames(self.value)
+        images = super().decode(latent.unsqueeze(2) if with_frames else latent).images
+        images = images[:, :, 0] if with_frames else images
+        return Decoded(2.0 * images - 1.0 if takes_zero_to_one(self.value) else images)
 
 
 class OurCandidate(PythonCandidate):
@@ -257,17 +275,6 @@ class BicubicCandidate(Candidate):
         return 0
 
 
-def _posterior(output: Any) -> DiagonalGaussian:
-    """Find the latent in what `encode` gave."""
-    found = output[0] if isinstance(output, tuple) and len(output) == 1 else output
-    for name in ("latent_dist", "latents", "latent"):
-        found = getattr(found, name, found)
-    mean = found if isinstance(found, Tensor) else getattr(found, "mean", None)
-    if not isinstance(mean, Tensor):
-        raise InputError(f"encode gives {type(output).__name__}; it must give a tensor, latent_dist or latents")
-    return DiagonalGaussian(mean, getattr(found, "logvar", None))
-
-
 @dataclass(frozen=True)
 class CandidateSpec:
     """What a user names on the command line; see `parse_candidate`.
@@ -297,15 +304,13 @@ def parse_candidate(text: str) -> CandidateSpec:
     # A label has none of the signs that paths and kinds have, so that "=" in a path stays there.
     if not equals or not label.strip() or re.search(r"[/\\:]", label) or os.path.exists(text):
         label, named = "", text
-    kind, _, value = (part.strip() for part in named.partition(":"))
-    if kind not in KINDS or ":" not in named:
+    kind, colon, value = (part.strip() for part in named.partition(":"))
+    if not colon or os.path.exists(named):
         kind, value = "ours", named.strip()
-    elif not re.fullmatch(KINDS[kind][0], value):
-        raise InputError(f"{text!r} names no model; write {KINDS[kind][1]}")
-    is_there = os.path.isdir(value) or value in (SHIPPED_MODEL, *PUBLISHED)
-    if kind in ("ours", "diffusers") and not is_there and not (may_be_on_the_hub(value) and value.isprintable()):
-        forms = "; ".join(form for _, form in KINDS.values())
-        raise InputError(f"{text!r}: there is no folder {value!r}; a model is a folder; a hub id; {forms}")
+    check_names("kind of model", [kind], KINDS)
+    pattern, form = KINDS[kind]
+    if not re.fullmatch(pattern, value):
+        raise InputError(f"{text!r} names no model; write {form}")
     return CandidateSpec(label.strip() or _default_label(kind, value), kind, value)
 
 
@@ -349,13 +354,33 @@ def open_candidate(
     Raises:
         InputError: there is no such model, or its files are damaged or do not fit together.
     """
-    if spec.kind in ("jpeg", "webp"):
-        return CodecCandidate(spec.kind, int(spec.value))
-    if spec.kind == "bicubic":
-        return BicubicCandidate(float(spec.value))
-    model, remarks = _load_model(spec.kind, spec.value, dtype, classes)
-    candidate = OurCandidate(model, decoding) if isinstance(model, DCSSDAE) else PythonCandidate(model, spec.value)
-    candidate.remarks += remarks
+    kind, value = spec.kind, spec.value
+    if kind in ("jpeg", "webp"):
+        return CodecCandidate(kind, int(value))
+    if kind == "bicubic":
+        return BicubicCandidate(float(value))
+    if kind == "python":
+        return _python_candidate(value, dtype)
+    if kind == "ours":
+        return OurCandidate(load_saved_model(value, dtype, classes), decoding)
+    if kind == "preset":
+        build: Callable[[], Any] = partial(DCSSDAE.from_preset, value)
+    elif value in PUBLISHED and not os.path.isdir(value):
+        build = partial(find_autoencoder(value).from_config, PUBLISHED[value])
+    else:
+        source = find_diffusers_model(value, f"diffusers:{value}")
+        if source.config.get("_class_name") == DCSSDAE.__name__:
+            return OurCandidate(load_saved_model(str(source.folder), dtype, classes), decoding)
+        autoencoder = autoencoder_class(source)
+        if has_weights(source):
+            return DiffusersCandidate(load_diffusers_model(source, autoencoder, dtype), value)
+        build = partial(build_autoencoder, source, autoencoder)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = build()
+    model = model if dtype == torch.float32 else model.to(dtype)
+    candidate = OurCandidate(model, decoding) if kind == "preset" else DiffusersCandidate(model, value)
+    candidate.remarks.append(RANDOM_WEIGHTS)
     return candidate
 
 
@@ -378,34 +403,12 @@ def load_saved_model(value: str, dtype: torch.dtype, classes: Sequence[type]) ->
     return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype, variant=variant)
 
 
-def _load_model(kind: str, value: str, dtype: torch.dtype, classes: Sequence[type]) -> tuple[Any, list[str]]:
-    """Load a model of this package, of diffusers or of the user's own; also gives remarks on it."""
-    import diffusers
-
-    if kind == "ours":
-        return load_saved_model(value, dtype, classes), []
-    make: Callable[[], Any] = partial(DCSSDAE.from_preset, value)
-    if kind == "python":  # a class is called without arguments
-        with importing_from(Path.cwd()):
-            found = import_object(value)
-        make = found if isinstance(found, type) else lambda: found
-    elif kind == "diffusers" and value in PUBLISHED and not os.path.isdir(value):
-        make = partial(getattr(diffusers, value).from_config, PUBLISHED[value])
-    elif kind == "diffusers":
-        source = find_diffusers_model(value, f"diffusers:{value}")
-        if source.config.get("_class_name") == DCSSDAE.__name__:
-            return load_saved_model(str(source.folder), dtype, classes), []
-        model_class = autoencoder_class(source)
-        if has_weights(source):
-            return load_diffusers_model(source, model_class, dtype), []
-        make = partial(model_class.from_config, source.config)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+def _python_candidate(path: str, dtype: torch.dtype) -> Candidate:
+    """Import what module.name, or module.Class.name, stands for; a class is called without arguments."""
+    with importing_from(Path.cwd()):
+        found = import_object(path)
         try:
-            model = make()
-        except Exception as error:  # of a user's code, or of diffusers with settings that fit no model
-            reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {message_of(error)}"
-            raise InputError(f"{kind}:{value} cannot be made: {reason}") from error
-    if isinstance(model, nn.Module) and dtype != torch.float32:
-        model.to(dtype)
-    return model, [] if kind == "python" else [RANDOM_WEIGHTS]
+            found = found() if isinstance(found, type) else found
+        except Exception as error:  # a user's code may raise anything
+            raise InputError(f"python:{path}: {type(error).__name__}: {message_of(error)}") from error
+    return PythonCandidate(found.to(dtype) if isinstance(found, nn.Module) else found, path)

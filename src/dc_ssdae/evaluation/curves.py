@@ -38,8 +38,7 @@ PICTURE_STYLE = {
 }
 """matplotlib's settings for all pictures of figures."""
 
-_MOST_POINTS = 4000  # of a line: more are thinned out, which no picture shows
-_LETTERS = 18  # of a label
+_LONGEST_LABEL = 18  # letters
 
 
 @dataclass
@@ -180,8 +179,7 @@ def curves_figure(runs: Sequence[RunCurves]) -> "Figure":
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     found = dict.fromkeys(name for run in runs for part in run.parts for name in part.values)
-    names = [*sorted(found.keys() - TITLES.keys(), key=lambda name: (name != "loss/total", [*found].index(name)))]
-    names += [name for name in TITLES if name in found]
+    names = sorted(found, key=lambda name: (name in TITLES, name != "loss/total"))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(4.0 * max(columns, 2), 2.8 * rows + 0.4), dpi=100, layout="constrained")
@@ -197,12 +195,9 @@ def curves_figure(runs: Sequence[RunCurves]) -> "Figure":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25)
         _draw_panel(axes, runs, name, phases)
-    notes = [f"phases: {', '.join(f'{number} {phase}' for number, phase in enumerate(phases, 1))}"] if phases else []
-    if any(
-        value == math.inf for run in runs for part in run.parts for pairs in part.values.values() for _, value in pairs
-    ):
-        notes.append("×: not finite")
-    figure.supxlabel(textwrap.fill(";  ".join(notes), 56 * columns), fontsize="medium")
+    if phases:
+        numbered = ", ".join(f"{number} {phase}" for number, phase in enumerate(phases, 1))
+        figure.supxlabel(textwrap.fill(f"phases: {numbered}", 56 * columns), fontsize="medium")
     if len(runs) == 1:
         figure.suptitle(runs[0].name)
     return figure
@@ -213,7 +208,7 @@ def _draw_panel(axes: Any, runs: Sequence[RunCurves], name: str, phases: Sequenc
     is_loss = name.startswith("loss/")
     if is_loss and min(value for run in runs for part in run.parts for _, value in part.values.get(name, ())) > 0:
         axes.set_yscale("log")
-    ends = []
+    ends: dict[int, tuple[float, str, str]] = {}
     for index, (run, (dash, colour)) in enumerate(zip(runs, cycle(product(DASHES, COLOURS)))):
         for part in run.parts:
             if part.phase:
@@ -225,20 +220,20 @@ def _draw_panel(axes: Any, runs: Sequence[RunCurves], name: str, phases: Sequenc
             steps, values = np.array(part.values.get(name) or np.empty((0, 2))).T
             is_finite = np.isfinite(values)
             lost, steps, values = steps[~is_finite], steps[is_finite], values[is_finite]
-            means = np.array(running_mean(values, max(5.0, 0.02 * len(values)))) if is_loss else values
-            thin = slice(None, None, max(1, len(values) // _MOST_POINTS))
             if is_loss and len(runs) == 1:
-                axes.plot(steps[thin], values[thin], color=colour, alpha=0.25, linewidth=0.6, rasterized=True)
-            axes.plot(steps[thin], means[thin], dash, color=colour, linewidth=1.6, marker="" if is_loss else "o", ms=3)
+                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.6, rasterized=True)
+            means = running_mean(values, max(5.0, 0.02 * len(values))) if is_loss else values
+            axes.plot(steps, means, dash, color=colour, linewidth=1.6, marker="" if is_loss else "o", markersize=3)
             if len(lost):
-                axes.plot(
-                    lost, 0.0 * lost, "x", color=colour, ms=5, transform=axes.get_xaxis_transform(), clip_on=False
-                )
-            ends += [(means[-1], run.name, colour)] if part is run.parts[-1] and len(means) else []
+                at_edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+                axes.plot(lost, 0.0 * lost, "x", color=colour, markersize=5, **at_edge)
+                axes.set_xlabel("step (×: not finite)")
+            if len(means):
+                ends[index] = (means[-1], run.name, colour)
     if axes.get_yscale() == "log":
         number_logarithmic_ticks(axes.yaxis)
     if len(runs) > 1:
-        _label_ends(axes, ends)
+        _label_ends(axes, [*ends.values()])
 
 
 def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -251,7 +246,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
         place = min(max(height, lowest), 1.0 - 0.08 * above)
         lowest = place + 0.08
         beside = {"xycoords": "axes fraction", "xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(shorten(name, _LETTERS), (1.0, place), color=colour, fontsize="small", **beside)
+        axes.annotate(shorten(name, _LONGEST_LABEL), (1.0, place), color=colour, fontsize="small", **beside)
 
 
 def running_mean(values: Sequence[float], window: float) -> list[float]:

@@ -22,11 +22,7 @@ from dc_ssdae.evaluation.metrics import psnr_each, ssim_each
 from dc_ssdae.evaluation.profile import wait_for
 from dc_ssdae.timing import Spread, measure_alternately
 
-QUALITIES: Mapping[str, tuple[str, bool]] = {
-    "psnr": ("PSNR (dB)", True),
-    "ssim": ("SSIM", True),
-    "lpips": ("LPIPS", False),
-}
+QUALITIES = {"psnr": ("PSNR (dB)", True), "ssim": ("SSIM", True), "lpips": ("LPIPS", False)}
 """What is measured: its title, and whether more is better."""
 
 
