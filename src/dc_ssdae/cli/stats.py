@@ -51,10 +51,11 @@ def run(options: Options) -> None:
 
     channels, bar = model.config.latent_channels, tqdm(total=len(images), unit="image", leave=False, disable=None)
     with advising_on_batches(options), bar:
-        moments, survey = latent_statistics(encode, images, channels, options.batch, workers, advance=bar.update)
-    unread = list(survey.broken.values())
-    tell_of_images(options.program, options.size, unread, survey.enlarged, len(images))
-    statistics, broken = moments.statistics(), [image.name for image in unread]
+        moments, unread, enlarged = latent_statistics(
+            encode, images, channels, options.batch, workers, advance=bar.update
+        )
+    tell_of_images(options.program, options.size, list(unread.values()), enlarged, len(images))
+    statistics, broken = moments.statistics(), [image.name for image in unread.values()]
     found = {"images": statistics.count, "broken": broken, "size": options.size, **statistics.settings()}
     found["written"] = None
     try:

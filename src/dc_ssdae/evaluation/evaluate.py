@@ -1,8 +1,9 @@
 """One pass of a candidate over a data set: every metric, image by image, without ever holding all images."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImages, v
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, check_at_least, counted, is_out_of_memory
-from dc_ssdae.evaluation.candidates import Candidate, Decoded, Encoded
+from dc_ssdae.evaluation.candidates import Candidate, Encoded
 from dc_ssdae.evaluation.estimates import METRICS, RESAMPLES, Estimate, bootstrap, pooled_psnr
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
 from dc_ssdae.evaluation.protocol import Protocol
@@ -23,10 +24,6 @@ from dc_ssdae.randomness import named_generator
 
 KL, BITS, EVALUATIONS = "kl", "bits_per_pixel", "evaluations"
 """What is noted of every image besides metrics: nats, a codec's bits, and evaluations of a decoder that counts them."""
-
-
-class CandidateFailed(InputError):
-    """A candidate gives what cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class EvaluationSettings:
         batch_size: images at a time, in each process, at least 1.
         workers: processes that read images, for each process; 0 reads in the process itself.
         seed: of sampled latents and of the bootstrap.
-        resamples: of the bootstrap of means over images; 0 gives no intervals.
-        must_be_finite: whether NaN in an output ends the evaluation; else that image's metrics are NaN.
+        in_training: an image that is not finite has metrics that are NaN, instead of ending the evaluation, and
+            there are no intervals.
     """
 
     protocol: Protocol
@@ -48,8 +45,7 @@ class EvaluationSettings:
     batch_size: int = 16
     workers: int = 0
     seed: int = 0
-    resamples: int = RESAMPLES
-    must_be_finite: bool = True
+    in_training: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(1, size=self.size, batch_size=self.batch_size)
@@ -124,15 +120,14 @@ def evaluate(
         the main process has distances between sets.
 
     Raises:
-        CandidateFailed: its output is not finite or has another shape, or it raises an InputError.
+        InputError: the candidate raises it, or its output is not finite or has another shape.
         ReadingFailed: no image can be read, or the data set can no longer be read.
     """
     processes = processes or Processes()
     for distance in suite.distances.values():
         distance.discard()
-    share = _Share(candidate, images, suite, settings, device)
-    read = survey(images, share.measure, settings.batch_size, settings.workers, processes, advance)
-    count, broken = len(images), list(read.broken.values())
+    share, count = _Share(candidate, images, suite, settings, device), len(images)
+    broken, enlarged = survey(images, share.measure, settings.batch_size, settings.workers, processes, advance)
     if len(broken) == count:
         raise ReadingFailed(f"none of {counted(count, 'image')} can be read; the first: {broken[0].reason}")
     parts = processes.gather((dict(share.values), share.latent_shape, share.profiler))
@@ -141,25 +136,34 @@ def evaluate(
     for found, _, _ in parts:
         for name, known in found.items():
             values[name][list(known)] = list(known.values())
-    measured = {name: np.delete(column, list(read.broken)) for name, column in values.items()}
+    measured = {name: np.delete(column, list(broken)) for name, column in values.items()}
     profilers = [profiler for _, _, profiler in parts if profiler is not None]
     for profiler in profilers[1:]:
         profilers[0].merge(profiler)
+
+    def estimate(name: str) -> Estimate:
+        if name in suite.missing:
+            return Estimate(reason=suite.missing[name])
+        if name in suite.distances:
+            return suite.distances[name].finish(processes)
+        lost = int(np.isnan(measured[name]).sum())
+        if lost:
+            return Estimate(reason=f"it is NaN for {lost:,} of {len(measured[name]):,} images")
+        pooled = name == "psnr" and settings.protocol.psnr == "pooled"
+        column, statistic = (measured[MSE], pooled_psnr) if pooled else (measured[name], np.mean)
+        return bootstrap(column, statistic, settings.seed, 0 if settings.in_training else RESAMPLES)
+
     return Evaluation(
-        metrics={name: _estimate(name, measured, suite, settings, processes) for name in METRICS},
+        metrics={name: replace(estimate(name), note=suite.notes.get(name)) for name in METRICS},
         images=count - len(broken),
         names=[images.name(place) for place in range(count)],
         values=values,
-        broken=broken,
-        broken_places=list(read.broken),
+        broken=list(broken.values()),
+        broken_places=list(broken),
         latent=profilers[0].profile() if profilers else None,
         latent_shape=next((shape for _, shape, _ in parts if shape is not None), None),
-        others={
-            name: bootstrap(measured[name], seed=settings.seed, resamples=settings.resamples)
-            for name in (KL, BITS, EVALUATIONS)
-            if not np.isnan(measured[name]).any()
-        },
-        enlarged=read.enlarged,
+        others={name: estimate(name) for name in (KL, BITS, EVALUATIONS) if not np.isnan(measured[name]).all()},
+        enlarged=enlarged,
     )
 
 
@@ -172,7 +176,8 @@ def reconstruct_places(
     device: torch.device,
 ) -> list[Reconstructed]:
     """Reconstruct some images as `evaluate` does, to be shown; those that cannot be read are left out."""
-    share, shown = _Share(candidate, images, MetricSuite(), settings, device), []
+    share = _Share(candidate, images, MetricSuite(), settings, device)
+    shown: list[Reconstructed] = []
     for batch in validation_loader(images, places, settings.batch_size, 0):
         found, names, references, outputs = share.measure(Batch.of(batch, [True] * len(batch)))
         shown += map(Reconstructed, found, names, references.cpu(), outputs.cpu())
@@ -189,38 +194,37 @@ def describe_failure(error: Exception, batch_size: int) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+@dataclass
 class _Share:
     """What one process finds in its share of the images."""
 
-    def __init__(
-        self,
-        candidate: Candidate,
-        images: ValidationImages,
-        suite: MetricSuite,
-        settings: EvaluationSettings,
-        device: torch.device,
-    ) -> None:
-        self.candidate, self.images, self.suite, self.settings, self.device = candidate, images, suite, settings, device
-        self.values: defaultdict[str, dict[int, float]] = defaultdict(dict)
-        self.profiler: LatentProfiler | None = None
-        self.latent_shape: tuple[int, ...] | None = None
+    candidate: Candidate
+    images: ValidationImages
+    suite: MetricSuite
+    settings: EvaluationSettings
+    device: torch.device
+    values: defaultdict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    profiler: LatentProfiler | None = None
+    latent_shape: tuple[int, ...] | None = None
 
     def measure(self, batch: Batch) -> tuple[list[int], list[str], Tensor, Tensor]:
-        """Reconstruct a batch and measure the images of it that count; gives their places, names, and both sides."""
-        protocol = self.settings.protocol
+        """Reconstruct a batch, and measure the images of it that count; gives their places, names, and both sides."""
+        protocol, names = self.settings.protocol, [self.images.name(place) for place in batch.places]
         prepared = batch.pixels.to(self.device)
-        x, encoded, decoded = self._reconstruct(prepared, batch.places)
-        chosen = slice(None) if bool(batch.counts.all()) else batch.counts
-        places = torch.tensor(batch.places)[chosen].tolist()
-        names = [self.images.name(place) for place in places]
-        images = decoded.images.float()[chosen]
-        lost = ~images.isfinite().flatten(1).all(dim=1).cpu()
-        if self.settings.must_be_finite and lost.any():
+        x, sampled = protocol.model_input(prepared), protocol.latent == "sample"
+        generators = [named_generator(self.settings.seed, name) for name in names] if sampled else None
+        encoded, decoded = self.candidate.reconstruct(x, generators)
+        images = decoded.images
+        if not images.is_floating_point() or images.shape != x.shape:
+            wanted = f"floating-point images of shape {tuple(x.shape)}"
+            raise InputError(f"gives {images.dtype} of shape {tuple(images.shape)}, not {wanted}")
+        chosen = slice(None) if batch.counts.all() else batch.counts
+        places, names = list(compress(batch.places, batch.counts)), list(compress(names, batch.counts))
+        lost = ~images[chosen].isfinite().flatten(1).all(dim=1).cpu()
+        if lost.any() and not self.settings.in_training:
             first = names[int(lost.nonzero()[0])]
-            raise CandidateFailed(
-                f"gives NaN or infinity in {lost.sum()} of a batch's {len(lost)} images, {first} first"
-            )
-        images = images.nan_to_num()
+            raise InputError(f"gives NaN or infinity in {lost.sum()} of a batch's {len(lost)} images, {first} first")
+        images = images[chosen].float().nan_to_num()
         reference, output = protocol.reference(prepared[chosen]), protocol.to_uint8(images)
         if places:
             for name, metric in self.suite.images.items():
@@ -232,23 +236,6 @@ class _Share:
             if decoded.num_evaluations is not None:
                 self._note(EVALUATIONS, places, decoded.num_evaluations[chosen])
         return places, names, reference, output
-
-    def _reconstruct(self, prepared: Tensor, places: Sequence[int]) -> tuple[Tensor, Encoded, Decoded]:
-        """Give the model's input, the latents, and images of the same shape."""
-        x, seed = self.settings.protocol.model_input(prepared), self.settings.seed
-        sampled = self.settings.protocol.latent == "sample"
-        generators = [named_generator(seed, self.images.name(place)) for place in places] if sampled else None
-        try:
-            encoded, decoded = self.candidate.reconstruct(x, generators)
-        except InputError as error:
-            raise CandidateFailed(str(error)) from error
-        images = decoded.images
-        if not images.is_floating_point():
-            raise CandidateFailed(f"gives images of {images.dtype}, not floating-point numbers in [-1, 1]")
-        if images.shape != x.shape:
-            given, wanted = ("×".join(map(str, shape)) for shape in (images.shape, x.shape))
-            raise CandidateFailed(f"gives images of shape {given} for {wanted}")
-        return x, encoded, decoded
 
     def _note_latent(self, encoded: Encoded, chosen: slice | Tensor, places: Sequence[int], pixels: int) -> None:
         if encoded.bits is not None:
@@ -267,24 +254,3 @@ class _Share:
     def _note(self, name: str, places: Sequence[int], values: Tensor) -> None:
         """Keep a value of each of some images."""
         self.values[name].update(zip(places, values.tolist(), strict=True))
-
-
-def _estimate(
-    name: str,
-    measured: Mapping[str, np.ndarray],
-    suite: MetricSuite,
-    settings: EvaluationSettings,
-    processes: Processes,
-) -> Estimate:
-    """Sum up a metric, of the values of the images that can be read."""
-    if name in suite.missing:
-        return Estimate(reason=suite.missing[name])
-    if name in suite.distances:
-        return replace(suite.distances[name].finish(processes), note=suite.notes.get(name))
-    values, statistic = measured[name], np.mean
-    lost = int(np.isnan(values).sum())
-    if lost:
-        return Estimate(reason=f"it is NaN for {lost:,} of {len(values):,} images")
-    if name == "psnr" and settings.protocol.psnr == "pooled":
-        values, statistic = measured[MSE], pooled_psnr
-    return replace(bootstrap(values, statistic, settings.seed, settings.resamples), note=suite.notes.get(name))

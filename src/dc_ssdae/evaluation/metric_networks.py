@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import io
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dc_ssdae.data.images import to_model_range, to_pillow
-from dc_ssdae.errors import InputError, check_names
+from dc_ssdae.errors import check_names
 from dc_ssdae.evaluation.estimates import METRICS
 from dc_ssdae.evaluation.frechet import REPLICATES, FrechetDistance
 from dc_ssdae.evaluation.metrics import ImageMetric, each, mse, psnr, scikit_ssim, ssim
@@ -49,15 +48,8 @@ NOT_ASKED = "not asked for"
 MSE = "mse"
 """Measured of every image too, for PSNRs that are pooled."""
 
-DREAMSIM_FILES = (
-    "dino_vitb16_pretrain.pth",
-    "open_clip_vitb16_pretrain.pth.tar",
-    "clip_vitb16_pretrain.pth.tar",
-    "ensemble_lora",
-    "facebookresearch_dino_main",
-    "checkpoints/dino_vitbase16_pretrain.pth",
-)
-"""What the package dreamsim keeps of its ensemble in its folder; the last two by way of PyTorch Hub."""
+DREAMSIM_FILES = ("ensemble_lora", "facebookresearch_dino_main", "checkpoints/dino_vitbase16_pretrain.pth")
+"""What the package dreamsim keeps in its folder: of its own archive, and by way of PyTorch Hub."""
 
 
 @dataclass
@@ -110,7 +102,7 @@ def load_metrics(
     check_names("metric", wanted or (), METRICS)
     names = METRICS if wanted is None else wanted
     suite = MetricSuite({MSE: each(mse)}, missing={name: NOT_ASKED for name in METRICS if name not in names})
-    on_pixels = {
+    on_pixels: dict[str, Callable[[Tensor, Tensor], float]] = {
         "psnr": partial(psnr, highest=protocol.highest_psnr or math.inf),
         "ssim": ssim if protocol.ssim == "torchmetrics" else scikit_ssim,
     }
@@ -118,10 +110,7 @@ def load_metrics(
     for name in (name for name in METRICS if name in names):
         package, by_pip = PACKAGES.get(name, ("torch", ""))
         if size is not None and size < smallest.get(name, 0):
-            needed = f"{METRICS[name].title} needs images of at least {smallest[name]} pixels; give a larger --size"
-            if wanted is not None:
-                raise InputError(needed)
-            suite.missing[name] = needed
+            suite.missing[name] = f"it needs images of at least {smallest[name]} pixels; give a larger --size"
         elif importlib.util.find_spec(package.replace("-", "_")) is None:
             suite.missing[name] = f"the package {package} is not installed: pip install {by_pip}"
         elif name in on_pixels:
@@ -231,28 +220,22 @@ class Inception(nn.Module):
     def __init__(self, path: Path | None, prepare: str = "tensorflow") -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        class Blank(FeatureExtractorInceptionV3):
-            """Its constructor reads weights, by running what a pickle tells it to; here they are read strictly."""
-
-            def load_state_dict(self, *_: Any, **__: Any) -> None:
-                pass
-
         super().__init__()
-        nothing = io.BytesIO()
-        torch.save({}, nothing)
-        nothing.seek(0)
-        with fixed_random_state():
-            blank = Blank("inception-v3-compat", [str(INCEPTION_CHANNELS)], feature_extractor_weights_path=nothing)
-            for module in blank.modules():
-                if isinstance(module, nn.Conv2d):  # PyTorch's own start shrinks what it sees from layer to layer
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        layers = nn.ModuleDict(blank.named_children())
-        if path is not None:
+        extractor = object.__new__(FeatureExtractorInceptionV3)
+        # Its constructor would run what a pickle tells it to. Without a file it ends there, when all layers are made.
+        with fixed_random_state(), contextlib.suppress(FileNotFoundError):
+            extractor.__init__("inception-v3-compat", [str(INCEPTION_CHANNELS)], feature_extractor_weights_path="")
+        if path is None:
+            with fixed_random_state():
+                for module in extractor.modules():
+                    if isinstance(module, nn.Conv2d):  # PyTorch's own start shrinks what it sees from layer to layer
+                        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        else:
             # The published file comes from TensorFlow, where nobody counts batches, and nothing reads their number.
-            counts = {name: n for name, n in layers.state_dict().items() if name.endswith(".num_batches_tracked")}
-            load_exactly(layers, counts | read_weights(path), path)
-        *layers_, _ = layers.values()  # in the order of its forward; the last is the classifier
-        self.layers = nn.Sequential(*layers_, nn.Flatten())
+            counts = {name: n for name, n in extractor.state_dict().items() if name.endswith(".num_batches_tracked")}
+            load_exactly(extractor, counts | read_weights(path), path)
+        *layers, _ = extractor.children()  # in the order of its forward; the last is the classifier
+        self.layers = nn.Sequential(*layers, nn.Flatten())
         self.prepare = prepare
 
     def forward(self, pixels: Tensor) -> Tensor:

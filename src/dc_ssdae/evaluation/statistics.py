@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,13 +39,6 @@ class Batch(NamedTuple):
         )
 
 
-class Survey(NamedTuple):
-    """The images that cannot be read, by their places; how many were enlarged."""
-
-    broken: dict[int, BrokenImage]
-    enlarged: int
-
-
 def survey(
     images: ValidationImages,
     work: Callable[[Batch], object],
@@ -52,7 +46,7 @@ def survey(
     workers: int,
     processes: Processes,
     advance: Callable[[int], object] | None = None,
-) -> Survey:
+) -> tuple[dict[int, BrokenImage], int]:
     """Go through images; of several processes, each works on its share, and all learn what could not be read.
 
     Sharded networks need every process to call them equally often: so the last image fills up each share.
@@ -65,6 +59,9 @@ def survey(
         processes: that share the images.
         advance: called after each batch with the number of its images, in all processes together.
 
+    Returns:
+        The images that cannot be read, by their places; and how many were enlarged.
+
     Raises:
         InputError: `work` raised it, or the data set can no longer be read.
     """
@@ -76,15 +73,12 @@ def survey(
     for start in range(0, len(places), batch_size):
         batch = processes.together(partial(next, batches))
         own = [place < count for place in places[start : start + batch_size]]
-        for image in itertools.compress(batch, own):
-            enlarged += image.enlarged
-            if image.broken is not None:
-                broken[image.place] = image.broken
+        broken |= {image.place: image.broken for image in itertools.compress(batch, own) if image.broken is not None}
+        enlarged += sum(image.enlarged for image in itertools.compress(batch, own))
         processes.together(partial(work, Batch.of(batch, own)))
         if advance is not None:
             advance(len(batch))
-    everywhere = {place: image for part in processes.gather(broken) for place, image in part.items()}
-    return Survey(dict(sorted(everywhere.items())), sum(processes.gather(enlarged)))
+    return dict(sorted(ChainMap(*processes.gather(broken)).items())), sum(processes.gather(enlarged))
 
 
 def latent_statistics(
@@ -95,8 +89,8 @@ def latent_statistics(
     workers: int,
     processes: Processes | None = None,
     advance: Callable[[int], object] | None = None,
-) -> tuple[LatentMoments, Survey]:
-    """Encode images and gather the moments of their latents, those of all processes.
+) -> tuple[LatentMoments, dict[int, BrokenImage], int]:
+    """Encode images and gather the moments of their latents, of all processes; and give what `survey` does.
 
     Args:
         encode: uint8 (B, 3, S, S) on the CPU to the Gaussian over (B, c, h, w), on any device.
@@ -113,7 +107,7 @@ def latent_statistics(
         moments.add(encode(batch.pixels), batch.counts)
 
     found = survey(images, work, batch_size, workers, processes, advance)
-    return LatentMoments.from_states(torch.stack(processes.gather(moments.state()))), found
+    return LatentMoments.from_states(torch.stack(processes.gather(moments.state()))), *found
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The result of a distillation: teacher and student compared on the same images, latents and noise."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.candidates import PythonCandidate
-from dc_ssdae.evaluation.evaluate import EvaluationSettings, reconstruct_places
+from dc_ssdae.evaluation.evaluate import EvaluationSettings, evaluate, reconstruct_places
+from dc_ssdae.evaluation.metric_networks import load_metrics
 from dc_ssdae.evaluation.protocol import TRAINING
 from dc_ssdae.files import write_json
 from dc_ssdae.training.build import load_teacher, own_classes
-from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.measurements import validate
+from dc_ssdae.training.config import METRICS, RunConfig
+from dc_ssdae.training.measurements import PIXEL_METRICS, means
 from dc_ssdae.training.run import RunFolder
 
 BATCH = 8
@@ -115,19 +117,24 @@ def compare(
     Raises:
         InputError: no image can be read.
     """
-    settings, device = EvaluationSettings(TRAINING, images.image_size, BATCH, must_be_finite=False), teacher.device
-    several = {"num_steps": steps, "step_size": step_size}
+    protocol, device = replace(TRAINING, unrounded=("to_target",)), teacher.device
+    settings = EvaluationSettings(protocol, images.image_size, BATCH, in_training=True)
+    suite = load_metrics(protocol, device, PIXEL_METRICS)
+    several: dict[str, Any] = {"num_steps": steps, "step_size": step_size}
 
     def to_target(x: Tensor, output: Tensor) -> Tensor:
         target = teacher.decode(teacher.encode(x).latent_dist.mode(), **several).sample.float()
         return (output - target).square().flatten(1).mean(dim=1)
 
-    decodings, rows = [], []
+    suite.images["to_target"] = to_target
+    decodings: list[dict[str, Any]] = []
+    rows: list[list[Tensor]] = []
     for name, model, decoding in (("teacher", teacher, {}), ("teacher", teacher, several), ("student", student, {})):
         # All of them decode the teacher's latents.
         pair = SimpleNamespace(encode=teacher.encode, decode=partial(model.decode, **decoding))
         candidate, count = PythonCandidate(pair, name), decoding.get("num_steps", 1)
-        measures, found = validate(candidate, images, BATCH, 0, device, further={"to_target": to_target})
+        found = evaluate(candidate, images, suite, settings, device)
+        measures = means(found, (*METRICS, "to_target"))
         decodings.append({"name": f"{name}, {counted(count, 'step')}", "steps": count, **measures})
         if picture is not None:
             places = [place for place in range(len(images)) if place not in found.broken_places]

@@ -1,8 +1,8 @@
 """What a run measures beside its steps: its averaged model on validation images, its latent over training images."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +12,10 @@ from torch import Tensor
 from dc_ssdae.data.images import to_uint8
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import ImageSource
-from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.candidates import Candidate, PythonCandidate
-from dc_ssdae.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
-from dc_ssdae.evaluation.metric_networks import ImageMetric, load_metrics
+from dc_ssdae.evaluation.candidates import PythonCandidate
+from dc_ssdae.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate, reconstruct_places
+from dc_ssdae.evaluation.metric_networks import load_metrics
 from dc_ssdae.evaluation.protocol import TRAINING
 from dc_ssdae.evaluation.statistics import latent_statistics
 from dc_ssdae.latent import DiagonalGaussian
@@ -28,6 +27,9 @@ from dc_ssdae.training.stopping import Stopped
 
 if TYPE_CHECKING:
     from dc_ssdae.training.trainer import Trainer
+
+PIXEL_METRICS = ("psnr", "ssim")
+"""What an evaluation within a run takes besides the squared error: what needs no network."""
 
 
 @dataclass(eq=False)
@@ -104,8 +106,8 @@ class Measurements:
             return run.module.posterior(pixels.to(processes.device))
 
         settings = config.model.latent_channels, self._batch_size(), run.workers, processes
-        moments, survey = latent_statistics(encode, images, *settings, self._check_stop)
-        loggers.broken(list(survey.broken.values()), run.step, "train")
+        moments, broken, _ = latent_statistics(encode, images, *settings, self._check_stop)
+        loggers.broken(list(broken.values()), run.step, "train")
         self.latent, self.measured_at = None, run.step
         try:
             self.latent = asdict(moments.statistics())
@@ -118,16 +120,18 @@ class Measurements:
         run, data, step = self.run, self.run.config.data, self.run.step
         assert run.sources.validation is not None
         images = self._images(run.sources.validation, data.validation_images)
-        pictured = range(min(run.config.training.sample_images, len(images)))
-        model = PythonCandidate(lambda x: run.module.reconstruct(to_uint8(x)), "the model")
         device = torch.device(run.processes.device)
-        settings = self._batch_size(), run.workers, device, run.processes, self._check_stop
-        values, found = validate(model, images, *settings)
-        if pictured:
-            originals = torch.stack([images[place].pixels for place in pictured])
-            # In every process, because sharded networks need them all.
-            output = run.module.reconstruct(originals.to(device)).cpu()
-            loggers.pictures(originals, to_uint8(output.nan_to_num()), step)
+        model = PythonCandidate(lambda x: run.module.reconstruct(to_uint8(x)), "the model")
+        settings = EvaluationSettings(TRAINING, data.image_size, self._batch_size(), run.workers, in_training=True)
+        suite = load_metrics(TRAINING, device, PIXEL_METRICS)
+        found = evaluate(model, images, suite, settings, device, run.processes, self._check_stop)
+        values = means(found, METRICS)
+        # In every process, because sharded networks need them all.
+        pictured = range(min(run.config.training.sample_images, len(images)))
+        shown = reconstruct_places(model, images, pictured, settings, device)
+        if shown:
+            originals, outputs = (torch.stack(side) for side in zip(*(image[2:] for image in shown), strict=True))
+            loggers.pictures(originals, outputs, step)
         loggers.broken(found.broken, step, "validation")
         self.evaluated_at = step
         metrics = {name: {"value": value} for name, value in values.items() if math.isfinite(value)}
@@ -160,36 +164,6 @@ class Measurements:
             raise Stopped
 
 
-def validate(
-    candidate: Candidate,
-    images: ValidationImages,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    processes: Processes | None = None,
-    advance: Callable[[int], object] | None = None,
-    further: Mapping[str, ImageMetric] | None = None,
-) -> tuple[dict[str, float], Evaluation]:
-    """Measure PSNR, SSIM and MSE within a run: `evaluate` without intervals, and NaN where an image is not finite.
-
-    Args:
-        candidate: on `device`.
-        images: what to measure.
-        batch_size: images at a time in each process.
-        workers: that read images.
-        device: of the candidate.
-        processes: of the run.
-        advance: see `evaluate`.
-        further: metrics of unrounded images, by name.
-
-    Returns:
-        Means over the images by the names of `METRICS` and of `further`, and what else was found.
-    """
-    further = further or {}
-    protocol = replace(TRAINING, unrounded=tuple(further))
-    suite = load_metrics(protocol, device, ("psnr", "ssim"))
-    suite.images |= further
-    settings = EvaluationSettings(protocol, images.image_size, batch_size, workers, resamples=0, must_be_finite=False)
-    found = evaluate(candidate, images, suite, settings, device, processes, advance)
-    measured = {name: np.delete(found.values[name], found.broken_places) for name in (*METRICS, *further)}
-    return {name: float(values.mean()) for name, values in measured.items()}, found
+def means(found: Evaluation, names: Iterable[str]) -> dict[str, float]:
+    """Average metrics over the images that could be read; NaN where one is not finite."""
+    return {name: float(np.delete(found.values[name], found.broken_places).mean()) for name in names}
