@@ -70,12 +70,12 @@ class Source:
     def name(self, index: int) -> str:
         return f"photo {index}"
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         if index in self.broken:
             raise InputError(f"cannot read photo {index}")
         generator = torch.Generator().manual_seed(index)
         coarse = torch.rand(1, 3, 5, 5, generator=generator)
-        return F.interpolate(coarse, (40, 36), mode="bilinear")[0].mul(255).to(torch.uint8)
+        return F.interpolate(coarse, (40, 36), mode="bilinear")[0].mul(255).to(torch.uint8), -1
 
 
 def colours(pixels: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ class Gone(Source):
         super().__init__()
         self.left = reads
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         self.left -= 1
         if self.left < 0:
             raise OSError(5, "Input/output error", f"photo {index}")
@@ -482,9 +482,9 @@ class TestShown:
             assert list(entry.shown) == [0, 2, 4, 6, 8]
             for place, image in entry.shown.items():
                 assert (image.place, image.name) == (place, f"photo {place}")
-                assert torch.equal(image.original, protocol.prepare(source.read(place), SIDE))
+                assert torch.equal(image.original, protocol.prepare(source.read(place)[0], SIDE))
         for place, image in alone["function"].shown.items():
-            x = protocol.model_input(protocol.prepare(source.read(place), SIDE))
+            x = protocol.model_input(protocol.prepare(source.read(place)[0], SIDE))
             assert torch.equal(image.output, protocol.to_uint8(blurred(x[None]))[0])
 
 

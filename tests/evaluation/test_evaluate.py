@@ -86,7 +86,7 @@ class Source:
     def relative_name(self, index: int) -> str:
         return f"photo{self.numbers[index]:04}.png"
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         number = self.numbers[index]
         if number in self.broken:
             raise InputError(f"cannot read photo {number}")
@@ -95,7 +95,7 @@ class Source:
         rows, columns = torch.linspace(0, 1, 37)[:, None], torch.linspace(0, 1, 43)
         waves = [torch.sin(6 * (a * rows + b * columns + c)) for a, b, c in phases.tolist()]
         grain = torch.randn(3, 37, 43, generator=generator)
-        return (127.5 + 90 * torch.stack(waves) + 20 * grain).round().clamp(0, 255).to(torch.uint8)
+        return (127.5 + 90 * torch.stack(waves) + 20 * grain).round().clamp(0, 255).to(torch.uint8), -1
 
 
 class Grey:
@@ -114,8 +114,8 @@ class Grey:
     def name(self, index: int) -> str:
         return f"grey {index}"
 
-    def read(self, index: int) -> Tensor:
-        return torch.full((3, SIDE, SIDE), self.greys[index], dtype=torch.uint8)
+    def read(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((3, SIDE, SIDE), self.greys[index], dtype=torch.uint8), -1
 
 
 class Pooling:
@@ -185,7 +185,7 @@ def by_hand(protocol: Protocol, numbers: Sequence[int], reconstruct: Callable[[T
     source = Source()
     pairs = []
     for number in numbers:
-        prepared = protocol.prepare(source.read(number), SIDE)
+        prepared = protocol.prepare(source.read(number)[0], SIDE)
         output = reconstruct(protocol.model_input(prepared)[None], source.relative_name(number))[0]
         pairs.append((protocol.reference(prepared), protocol.to_uint8(output)))
     return pairs
@@ -278,7 +278,7 @@ class TestMetrics:
             "ssim": np.array([ssim(*pair) for pair in pairs]),
         }
         if name == "lightningdit":  # its definition of SSIM: unrounded, and clamped where it is measured
-            x = [protocol.model_input(protocol.prepare(Source().read(place), SIDE))[None] for place in range(COUNT)]
+            x = [protocol.model_input(protocol.prepare(Source().read(place)[0], SIDE))[None] for place in range(COUNT)]
             theirs = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
             expected["ssim"] = np.array([float(theirs(rippled(image), image)) for image in x])
             np.testing.assert_allclose(found.values["ssim"], expected["ssim"], atol=1e-6)
@@ -359,7 +359,7 @@ class TestMetrics:
         suite.missing = dict.fromkeys(METRICS.keys() - suite.images.keys(), "not asked for")
         measure(PythonCandidate(lambda x: 3.0 * x, "3"), Source([3]), "lightningdit", suite)
         protocol = PROTOCOLS["lightningdit"]
-        x = protocol.model_input(protocol.prepare(Source().read(3), SIDE))[None]
+        x = protocol.model_input(protocol.prepare(Source().read(3)[0], SIDE))[None]
         for name in ("ssim", "lpips"):
             assert torch.equal(seen[name][0], x)
             assert torch.equal(seen[name][1], 3.0 * x)
@@ -403,7 +403,7 @@ class TestLatents:
         bits = []
         for number in range(COUNT):
             buffer = io.BytesIO()
-            prepared = protocol.prepare(Source().read(number), SIDE)
+            prepared = protocol.prepare(Source().read(number)[0], SIDE)
             Image.fromarray(prepared.permute(1, 2, 0).numpy()).save(buffer, "jpeg", quality=60)
             bits.append(8 * len(buffer.getvalue()) / SIDE**2)
         assert found.values[BITS].tolist() == bits
@@ -431,7 +431,7 @@ class TestLatents:
         found = measure(pooling(), Source(broken=[4]))
         protocol, source = PROTOCOLS["dcae"], Source()
         numbers = [number for number in range(COUNT) if number != 4]
-        x = torch.stack([protocol.model_input(protocol.prepare(source.read(number), SIDE)) for number in numbers])
+        x = torch.stack([protocol.model_input(protocol.prepare(source.read(number)[0], SIDE)) for number in numbers])
         posterior = Pooling().encode(x)
         assert found.latent_shape == (3, 8, 8)
         assert_profile(found.latent, posterior)
@@ -723,7 +723,7 @@ class TestShowing:
         for image in shown:
             assert image.original.dtype == image.output.dtype == torch.uint8
             assert metrics.mse(image.original, image.output) == found.values[MSE][image.place]
-            prepared = PROTOCOLS[protocol].prepare(Source().read(image.place), SIDE)
+            prepared = PROTOCOLS[protocol].prepare(Source().read(image.place)[0], SIDE)
             assert torch.equal(image.original, PROTOCOLS[protocol].reference(prepared))
 
     def test_it_is_the_same_in_batches_of_any_size(self) -> None:

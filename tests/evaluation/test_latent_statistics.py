@@ -24,10 +24,10 @@ class Source:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         if index in self.broken:
             raise InputError(f"cannot read {self.name(index)}")
-        return torch.full((3, 8, 8), 10 * index, dtype=torch.uint8)
+        return torch.full((3, 8, 8), 10 * index, dtype=torch.uint8), -1
 
 
 class Encoder:

@@ -112,13 +112,13 @@ class Source:
     def relative_name(self, index: int) -> str:
         return NAMES[index]
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         if self.broken and index == BROKEN:
             raise InputError(REASON)
         generator = torch.Generator().manual_seed(index)
         # Not in the order of their places: 3 and 5 have no common divisor with 8.
         grain = torch.randn(3, SIDE, SIDE, generator=generator) * (4 + 3 * (5 * index % 8))
-        return (128 + grain).round().clamp(0, 255).to(torch.uint8)
+        return (128 + grain).round().clamp(0, 255).to(torch.uint8), -1
 
 
 def colours(pixels: Tensor) -> Tensor:

@@ -23,16 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import PROCESSES, TwoProcesses
 
 from dc_ssdae.data.folder import ImageFolder
-from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.distributed import PATIENCE, Processes, sum_over_processes
 from dc_ssdae.errors import InputError
+from dc_ssdae.evaluation.candidates import PythonCandidate
 from dc_ssdae.presets import list_presets, load_preset
 from dc_ssdae.training.build import build_model, build_step, check_components, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
-from dc_ssdae.training.measurements import evaluate
+from dc_ssdae.training.measurements import validate
 from dc_ssdae.training.optimizer import (
     build_optimizer,
     evaluated_weights,
@@ -149,8 +149,9 @@ def evaluations(processes: Processes, folder: Path) -> list[Any]:
     for count in COUNTS:
         images = ValidationImages(ImageFolder(str(folder / f"images{count}")), 32, 100)
         for batch_size in (1, 3):
-            result = evaluate(lambda x: 0.9 * to_model_range(x), images, processes, batch_size, 0)
-            found.append((count, result.values, result.images, sorted(tuple(image) for image in result.broken)))
+            candidate = PythonCandidate(lambda x: 0.9 * x, "darker")
+            values, result = validate(candidate, images, batch_size, 0, torch.device("cpu"), processes)
+            found.append((count, values, result.images, sorted(tuple(image) for image in result.broken)))
     return found
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.errors import InputError
+from dc_ssdae.evaluation.evaluate import Evaluation
 from dc_ssdae.training import build as build_module
 from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import measurements as measurements_module
 from dc_ssdae.training import start as start_module
 from dc_ssdae.training.logging import read_lines
-from dc_ssdae.training.measurements import Evaluation
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
@@ -361,7 +361,8 @@ def test_the_best_checkpoint(
 ) -> None:
     given = iter(values)
     zeros = {"psnr": 0.0, "ssim": 0.0, "mse": 0.0}
-    monkeypatch.setattr(measurements_module, "evaluate", lambda *_: Evaluation({**zeros, name: next(given)}, 3, []))
+    found = Evaluation({}, 3, [], {}, [])
+    monkeypatch.setattr(measurements_module, "validate", lambda *_: ({**zeros, name: next(given)}, found))
     start(run_config(images, steps=len(values), evaluate_every=1, best_metric=name), tmp_path / "run")
     state = last(tmp_path / "run").state
     link = RunFolder(tmp_path / "run").checkpoints.best()
