@@ -18,7 +18,7 @@ from dc_ssdae.data.images import to_model_range, to_uint8
 from dc_ssdae.decoding import DESCENTS, INTEGRATORS, ONE_STEP, DecoderOutput, Divergence, plan_decoding
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.metrics import psnr_each, ssim_each
+from dc_ssdae.evaluation.metrics import each, psnr, ssim
 from dc_ssdae.evaluation.profile import wait_for
 from dc_ssdae.timing import Spread, measure_alternately
 
@@ -181,11 +181,11 @@ def measure_sampling(
                 for name, values in _values(output, part.to(model.device), lpips).items():
                     found[name].append(values)
         if found:
-            each = {name: torch.cat(values).double().cpu() for name, values in found.items()}
-            counts = each.pop("num_evaluations")
+            columns = {name: torch.cat(values).double().cpu() for name, values in found.items()}
+            counts = columns.pop("num_evaluations")
             m.evaluations, m.fewest, m.most = float(counts.mean()), int(counts.min()), int(counts.max())
-            m.residual_rms, m.diverged = float(each.pop("residual_rms").median()), int(each.pop("diverged").sum())
-            m.qualities = {name: float(values.mean()) for name, values in each.items()}
+            m.residual_rms, m.diverged = float(columns.pop("residual_rms").median()), int(columns.pop("diverged").sum())
+            m.qualities = {name: float(values.mean()) for name, values in columns.items()}
         if advance is not None:
             advance(1)
         return seconds / len(pixels)
@@ -266,7 +266,7 @@ def _values(
 ) -> dict[str, Tensor]:
     """What there is to know of each image of a batch that does not depend on the clock."""
     image = to_uint8(output.sample.nan_to_num(0.0, 0.0, 0.0))  # mid-grey where it is not finite
-    values = {"psnr": psnr_each(original, image), "ssim": ssim_each(original, image)}
+    values = {"psnr": each(psnr)(original, image), "ssim": each(ssim)(original, image)}
     if lpips is not None:
         values["lpips"] = lpips(to_model_range(image), to_model_range(original))
     return values | {name: output[name] for name in ("num_evaluations", "residual_rms", "diverged")}
