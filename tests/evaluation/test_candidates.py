@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tiny_models import TINY_DECODER, image, refusal, tiny
+from safetensors.torch import load_file
+from tiny_models import TINY_DECODER, PatchEncoder, image, refusal, tiny
 from torch import Tensor, nn
 from torchvision.transforms import functional as tvf
 
@@ -75,20 +75,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("text", "label", "kind", "value"),
     [
         ("jpeg:75", "jpeg:75", "jpeg", "75"),
-        ("webp:100", "webp:100", "webp", "100"),
         ("bicubic:2.5", "bicubic:2.5", "bicubic", "2.5"),
         ("preset: demo ", "preset:demo", "preset", "demo"),
         ("python:package.module.name", "name", "python", "package.module.name"),
         ("owner/name", "owner/name", "ours", "owner/name"),
-        ("diffusers:owner/name", "owner/name", "diffusers", "owner/name"),
         (" DC-AE f32c32 (SANA) =diffusers:owner/name", "DC-AE f32c32 (SANA)", "diffusers", "owner/name"),
         ("run/", "run", "ours", "run/"),
         ("./run/model/", "run", "ours", "./run/model/"),
         ("diffusers:run/vae", "run", "diffusers", "run/vae"),
-        ("mine=run", "mine", "ours", "run"),
-        ("lr=0.1", "lr=0.1", "ours", "lr=0.1"),
         ("mine=lr=0.1", "mine", "ours", "lr=0.1"),
-        ("runs/lr=0.1", "lr=0.1", "ours", "runs/lr=0.1"),
         ("mine=diffusers:runs/lr=0.1", "mine", "diffusers", "runs/lr=0.1"),
         ("a:b=c", "a:b=c", "ours", "a:b=c"),
     ],
@@ -138,17 +133,6 @@ def test_models_of_the_same_name_are_told_apart(here: Path) -> None:
 # --- models of this package ---
 
 
-class Shrinking(nn.Module):
-    """A user's own encoder."""
-
-    def __init__(self, latent_channels: int, downsample_factor: int) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 2 * latent_channels, downsample_factor, downsample_factor)
-
-    def forward(self, x: Tensor) -> DiagonalGaussian:
-        return DiagonalGaussian.from_moments(self.patch(x))
-
-
 @pytest.fixture(scope="module")
 def our_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
@@ -162,8 +146,6 @@ def test_ours_reconstructs_as_the_model_does(our_folder: Path, decoding: dict[st
     model, x = DCSSDAE.from_pretrained(our_folder), image(2)
     candidate = opened(str(our_folder), decoding=decoding)
     assert isinstance(candidate, OurCandidate)
-    assert candidate.splits
-    assert candidate.remarks == []
     assert candidate.count_parameters() == sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad():
         encoded, decoded = candidate.reconstruct(x)
@@ -192,24 +174,27 @@ def test_a_training_runs_folder_means_its_model(our_folder: Path, tmp_path: Path
 
 
 def test_a_users_classes_are_handed_on(tmp_path: Path) -> None:
-    elsewhere = type("Elsewhere", (Shrinking,), {"__module__": "no_such_module", "__qualname__": "Elsewhere"})
+    elsewhere = type("Elsewhere", (PatchEncoder,), {"__module__": "no_such_module", "__qualname__": "Elsewhere"})
     model = DCSSDAE(4, 8, encoder={"class_path": "Elsewhere"}, decoder=TINY_DECODER, classes=[elsewhere])
     model.save_pretrained(tmp_path)
     assert "no_such_module.Elsewhere" in refusal(opened, str(tmp_path))
     assert reconstruct(opened(str(tmp_path), classes=[elsewhere]), image()).shape == (1, 3, 32, 48)
 
 
-@pytest.mark.parametrize("text", ["no-owner/no-model", "diffusers:no-owner/no-model", "no-folder", "diffusers:a/b/c"])
-def test_what_is_nowhere(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["", "diffusers:", "preset:"])
+@pytest.mark.parametrize("name", ["no-owner/no-model", "no-folder", "a/b/c"])
+def test_what_is_nowhere(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert text.removeprefix("diffusers:") in refusal(opened, text)
+    assert name in refusal(opened, f"{kind}{name}")
 
 
 # --- diffusers ---
 
 
-def saved_models(folder: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One folder for each of some small models, by the class's name."""
+    folder = tmp_path_factory.mktemp("diffusers")
     torch.manual_seed(2)
     blocks = {
         "block_out_channels": (8, 16),
@@ -232,16 +217,10 @@ def saved_models(folder: Path) -> dict[str, Path]:
         AutoencoderKL(latent_channels=4, **blocks),
         AutoencoderDC(latent_channels=8, attention_head_dim=8, **sides),
         AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **tiny_sides),
-        VQModel(latent_channels=3, num_vq_embeddings=16, **blocks),
     )
     for model in models:
         model.save_pretrained(folder / type(model).__name__)
     return {type(model).__name__: folder / type(model).__name__ for model in models}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return saved_models(tmp_path_factory.mktemp("diffusers"))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +229,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (AutoencoderKL, lambda output: output.latent_dist.mode(), (2, 4, 16, 24)),
         (AutoencoderDC, lambda output: output.latent, (2, 8, 8, 12)),
         (AutoencoderTiny, lambda output: output.latents, (2, 4, 16, 24)),
-        (VQModel, lambda output: output.latents, (2, 3, 16, 24)),
     ],
 )
 def test_diffusers_reconstructs_as_it_does_itself(
@@ -280,16 +258,6 @@ def test_diffusers_reconstructs_as_it_does_itself(
     assert posterior_of(first, x).mean.shape == shape
 
 
-def test_kls_sample_is_drawn_by_an_images_own_generator(saved: dict[str, Path]) -> None:
-    x, folder = image(2), saved["AutoencoderKL"]
-    candidate, model = opened(f"diffusers:{folder}"), AutoencoderKL.from_pretrained(folder)
-    with torch.no_grad():
-        theirs = model.encode(x).latent_dist
-        noise = torch.stack([torch.randn(theirs.mean.shape[1:], generator=given) for given in generators(2)])
-        expected = model.decode(theirs.mean + theirs.std * noise).sample
-    torch.testing.assert_close(reconstruct(candidate, x, generators(2)), expected, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("place", ["", "vae"])
 def test_a_folder_of_diffusers_may_be_a_pipelines_or_hold_a_model_of_ours(
     saved: dict[str, Path], our_folder: Path, tmp_path: Path, place: str
@@ -304,40 +272,29 @@ def test_a_folder_of_diffusers_may_be_a_pipelines_or_hold_a_model_of_ours(
     assert torch.equal(reconstruct(theirs, x), reconstruct(opened(f"diffusers:{saved['AutoencoderKL']}"), x))
 
 
-def test_rae_takes_and_gives_images_from_0_to_1() -> None:
+def test_an_autoencoder_may_want_frames_and_images_from_0_to_1() -> None:
     seen: list[Tensor] = []
 
-    class AutoencoderRAE(nn.Module):
+    class Video(nn.Module):
         encoder_mean = torch.zeros(3)
 
-        def encode(self, x: Tensor) -> Any:
-            seen.append(x)
-            return SimpleNamespace(latent=x.mean(dim=1, keepdim=True))
-
-        def decode(self, z: Tensor) -> Any:
-            return SimpleNamespace(sample=z.expand(-1, 3, -1, -1))
-
-    x = image(2)
-    images = reconstruct(DiffusersCandidate(AutoencoderRAE(), "rae"), x)
-    torch.testing.assert_close(seen[0], (x + 1) / 2)
-    torch.testing.assert_close(images, x.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1), atol=1e-6, rtol=0)
-
-
-def test_an_autoencoder_of_video_takes_an_image_for_a_frame() -> None:
-    class Video(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.encoder = nn.Conv3d(3, 2, 1)
 
         def encode(self, x: Tensor) -> Any:
-            return SimpleNamespace(latents=self.encoder(x))
+            seen.append(x)
+            return SimpleNamespace(latents=x[:, :1])
 
         def decode(self, z: Tensor) -> Any:
-            return SimpleNamespace(sample=z[:, [0, 1, 0]])
+            return SimpleNamespace(sample=z.expand(-1, 3, -1, -1, -1))
 
+    x = image(2)
     candidate = DiffusersCandidate(Video(), "video")
-    assert posterior_of(candidate, image(2)).mean.shape == (2, 2, 32, 48)
-    assert reconstruct(candidate, image(2)).shape == (2, 3, 32, 48)
+    images = reconstruct(candidate, x)
+    torch.testing.assert_close(seen[0], ((x + 1) / 2).unsqueeze(2))
+    torch.testing.assert_close(images, x[:, :1].expand(-1, 3, -1, -1), atol=1e-6, rtol=0)
+    assert posterior_of(candidate, x).mean.shape == (2, 1, 32, 48)
 
 
 @pytest.mark.parametrize("name", ["UNet2DModel", "StableDiffusionPipeline", "AutoencoderMine", "logging", None, ["x"]])
@@ -346,29 +303,16 @@ def test_a_class_that_is_no_autoencoder_is_refused(tmp_path: Path, name: object)
     assert repr(name) in refusal(opened, f"diffusers:{tmp_path}")
 
 
-@pytest.mark.parametrize("with_weights", [True, False])
-def test_a_config_that_fits_no_model_is_refused(saved: dict[str, Path], tmp_path: Path, with_weights: bool) -> None:
-    folder = tmp_path / "kl"
-    shutil.copytree(saved["AutoencoderKL"], folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "norm_num_groups": 7}))
-    if not with_weights:
-        (folder / WEIGHTS).unlink()
-    assert str(folder) in refusal(opened, f"diffusers:{folder}")
+def test_a_config_that_fits_no_model_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((saved["AutoencoderKL"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "norm_num_groups": 7}))
+    assert str(tmp_path) in refusal(opened, f"diffusers:{tmp_path}")
 
 
-def test_files_of_strangers_are_loaded_strictly(saved: dict[str, Path], our_folder: Path, tmp_path: Path) -> None:
-    for prefix, original in (("", our_folder), ("diffusers:", saved["AutoencoderKL"])):
-        folder = tmp_path / original.name
-        shutil.copytree(original, folder)
-        state = load_file(folder / WEIGHTS)
-        name = sorted(state)[0]
-        lost = state.pop(name)
-        save_file(state, folder / WEIGHTS, {"format": "pt"})
-        assert name in refusal(opened, f"{prefix}{folder}")
-        torch.save({**state, name: lost}, folder / "diffusion_pytorch_model.bin")
-        (folder / WEIGHTS).unlink()
-        assert refusal(opened, f"{prefix}{folder}")
+def test_a_pickle_is_never_loaded(saved: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(saved["AutoencoderKL"] / "config.json", tmp_path)
+    torch.save(load_file(saved["AutoencoderKL"] / WEIGHTS), tmp_path / "diffusion_pytorch_model.bin")
+    assert "pickle" in refusal(opened, f"diffusers:{tmp_path}")
 
 
 # --- random weights and half precision ---
@@ -380,14 +324,8 @@ def test_an_architecture_has_random_weights_and_says_so(text: str) -> None:
     first, second = (opened(text) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert first.remarks == [RANDOM_WEIGHTS]
-    assert first.module is not None
-    assert not any(module.training for module in first.module.modules())
     x = image()
     assert torch.equal(reconstruct(first, x), reconstruct(second, x))
-
-
-def test_an_unknown_preset_is_refused() -> None:
-    assert "'demo'" in refusal(opened, "preset:demmo")
 
 
 @pytest.mark.parametrize("text", ["preset:demo", "{ours}", "diffusers:{kl}", f"python:{HERE}.Network"])
@@ -452,8 +390,6 @@ def test_a_function_does_all_its_work_in_decode() -> None:
     encoded, decoded = candidate.reconstruct(x, generators(2))
     assert encoded.posterior is None
     assert torch.equal(decoded.images, 0.5 * x)
-    assert candidate.count_parameters() is None
-    assert candidate.to(torch.device("cpu")) is candidate
 
 
 @pytest.mark.parametrize("name", ["an_object", "Halving", "Outer.Inner"])
@@ -464,40 +400,27 @@ def test_an_object_or_a_class_without_arguments(name: str) -> None:
     assert torch.equal(reconstruct(candidate, x)[:, :, ::2, 1::2], x[:, :, ::2, ::2])
 
 
-def test_a_network_is_in_eval_mode_and_its_parameters_are_counted() -> None:
+def test_a_network_is_in_eval_mode_and_moves() -> None:
     x = image(2)
     candidate = opened(f"python:{HERE}.Network")
-    assert candidate.count_parameters() == 3 * 5 * 16 + 5 + 5 * 3 * 16 + 3
     assert torch.equal(reconstruct(candidate, x), reconstruct(candidate, x))
-    candidate.to(torch.device("meta"))
-    assert candidate.module is not None
-    assert all(parameter.is_meta for parameter in candidate.module.parameters())
+    assert candidate.to(torch.device("meta")).module.shrink.weight.is_meta
 
 
-@pytest.mark.parametrize(
-    ("give", "logvar"),
-    [
-        (lambda z: (z,), None),
-        (lambda z: SimpleNamespace(latents=z), None),
-        (lambda z: SimpleNamespace(latent_dist=SimpleNamespace(mean=z)), None),
-        (lambda z: torch.distributions.Normal(z, torch.ones_like(z)), None),
-        (lambda z: (DiagonalGaussian(z, torch.full_like(z, -2.0)),), -2.0),
-        (lambda z: SimpleNamespace(latent_dist=DiagonalGaussian(z, torch.full_like(z, -2.0))), -2.0),
-    ],
-    ids=["1-tuple", "latents", "latent_dist", "distribution", "1-tuple of a Gaussian", "latent_dist with variance"],
-)
-def test_an_encoder_may_give_its_latent_in_several_ways(give: Callable[[Tensor], Any], logvar: float | None) -> None:
-    x = image(2)
-    value = SimpleNamespace(encode=lambda x: give(Halving().encode(x)), decode=Halving().decode)
-    posterior = posterior_of(PythonCandidate(value, "mine"), x)
-    assert torch.equal(posterior.mean, x[:, :, ::2, ::2])
-    assert (None if posterior.logvar is None else float(posterior.logvar.unique())) == logvar
-
-
-def test_what_is_no_latent_is_refused() -> None:
-    for wrong in (None, [image()], SimpleNamespace(code=image()), image().numpy()):
-        value = SimpleNamespace(encode=lambda x, wrong=wrong: wrong, decode=Halving().decode)
-        assert "mine" in refusal(PythonCandidate(value, "mine").encode, image())
+def test_an_encoder_may_give_its_latent_in_several_ways() -> None:
+    z = image(2)
+    gaussian = DiagonalGaussian(z, torch.full_like(z, -2.0))
+    for output, logvar in (
+        (SimpleNamespace(latents=z), None),
+        (SimpleNamespace(latent_dist=SimpleNamespace(mean=z)), None),
+        (torch.distributions.Normal(z, torch.ones_like(z)), None),
+        ((gaussian,), gaussian.logvar),
+        (SimpleNamespace(latent_dist=gaussian), gaussian.logvar),
+    ):
+        value = SimpleNamespace(encode=lambda x, output=output: output, decode=darker)
+        posterior = posterior_of(PythonCandidate(value, "mine"), z)
+        assert torch.equal(posterior.mean, z)
+        assert posterior.logvar is logvar or torch.equal(posterior.logvar, logvar)
 
 
 def test_a_decoder_may_give_its_images_in_several_ways() -> None:
@@ -533,15 +456,13 @@ def test_a_module_of_the_current_folder(here: Path) -> None:
 # --- codecs and resizing ---
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "webp"])
-@pytest.mark.parametrize("quality", [1, 60, 100])
+@pytest.mark.parametrize(("kind", "quality"), [("jpeg", 1), ("jpeg", 60), ("webp", 100)])
 def test_a_codec_is_pillows(kind: str, quality: int) -> None:
     pixels = to_uint8(image(3, 40, 56))
     candidate = opened(f"{kind}:{quality}")
     encoded, decoded = candidate.reconstruct(to_model_range(pixels), generators(3))
     assert encoded.posterior is None
-    assert encoded.bits is not None
-    for before, after, bits in zip(pixels, to_uint8(decoded.images), encoded.bits, strict=True):
+    for before, after, bits in zip(pixels, to_uint8(decoded.images), encoded.bits or [], strict=True):
         buffer = io.BytesIO()
         Image.fromarray(before.permute(1, 2, 0).numpy()).save(buffer, kind, quality=quality)
         assert torch.equal(after, tvf.pil_to_tensor(Image.open(buffer).convert("RGB")))
