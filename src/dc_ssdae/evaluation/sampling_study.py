@@ -53,14 +53,13 @@ class Setting:
         parts = [self.sampler, *(f"{name} = {value:g}" for name, value in values.items() if value is not None)]
         return ", ".join(parts if self.tolerance is None else [*parts, f"stopping (≤ {self.num_steps})"])
 
-    def arguments(self, dynamics: object) -> dict[str, Any]:
+    def arguments(self, dynamics: Any) -> dict[str, Any]:
         """What `DCSSDAE.decode` takes for it."""
         given = {name: getattr(self, name) for name in ("sampler", "num_steps", "step_size", "momentum", "tolerance")}
-        if isinstance(dynamics, EquilibriumMatching):
-            if self.step_size is not None:
-                given["step_size"] = self.step_size / dynamics.stiffness
-            elif self.descent is not None:
-                given["step_size"] = dynamics.step_sizes(self.num_steps, descent=self.descent)
+        if self.step_size is not None:
+            given["step_size"] = self.step_size / dynamics.stiffness
+        elif self.descent is not None:
+            given["step_size"] = dynamics.step_sizes(self.num_steps, descent=self.descent)
         return given
 
 
@@ -247,18 +246,6 @@ def evaluations_needed(
         highs.append(max(sign * m.qualities[quality] for m in measurements))
     wanted = sorted({*np.linspace(min(lows), max(highs), targets).tolist(), *highs})
     return [Needed(sign * target, cheapest(first, target), cheapest(second, target)) for target in wanted]
-
-
-def pareto(
-    measurements: Sequence[Measurement], quality: str, cost: Callable[[Measurement], float]
-) -> list[Measurement]:
-    """The measurements that no other one beats in both quality and cost, from the cheapest on."""
-    sign = 1.0 if QUALITIES[quality][1] else -1.0
-    front: list[Measurement] = []
-    for measurement in sorted(measurements, key=lambda m: (cost(m), -sign * m.qualities[quality])):
-        if not front or sign * measurement.qualities[quality] > sign * front[-1].qualities[quality]:
-            front.append(measurement)
-    return front
 
 
 def _values(
