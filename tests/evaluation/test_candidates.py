@@ -1,7 +1,6 @@
 """The autoencoders that can be measured: how they are named, how they are opened, and what they give."""
 
 import io
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -83,7 +82,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("run/", "run", "ours", "run/"),
         ("./run/model/", "run", "ours", "./run/model/"),
         ("diffusers:run/vae", "run", "diffusers", "run/vae"),
-        ("mine=lr=0.1", "mine", "ours", "lr=0.1"),
         ("mine=diffusers:runs/lr=0.1", "mine", "diffusers", "runs/lr=0.1"),
         ("a:b=c", "a:b=c", "ours", "a:b=c"),
     ],
@@ -98,9 +96,7 @@ def test_every_form_with_and_without_a_label(here: Path, text: str, label: str, 
         *((f"{kind}:{quality}", f"{kind}:QUALITY") for kind in ("jpeg", "webp") for quality in ("0", "101", "7.5", "")),
         *((f"bicubic:{factor}", "bicubic:FACTOR") for factor in ("0.99", "-8", "nan", "inf", 5000 * "9")),
         *((f"python:{path}", "python:MODULE.NAME") for path in ("name", "module.", "a..b", "a/b.c", "a.b()")),
-        ("preset: ", "preset:NAME"),
         ("", "folder"),
-        ("mine= ", "folder"),
         ("png:75", "jpeg, ours, preset"),
         ("a:b=jpeg:75", "jpeg, ours, preset"),
     ],
@@ -246,16 +242,13 @@ def test_diffusers_reconstructs_as_it_does_itself(
     assert torch.equal(reconstruct(candidate, x, generators(2)), expected) == (kind is not AutoencoderKL)
     assert candidate.remarks == []
     assert candidate.count_parameters() == sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values())
-    # A config alone gives random weights, the same every time.
+    # A config alone gives random weights.
     alone = folder.parent / f"{kind.__name__}_alone" / "vae"
     alone.mkdir(parents=True)
     shutil.copy(folder / "config.json", alone)
-    before = torch.get_rng_state()
-    first, second = (opened(f"diffusers:{alone.parent}") for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert first.remarks == [RANDOM_WEIGHTS]
-    assert torch.equal(reconstruct(first, x), reconstruct(second, x))
-    assert posterior_of(first, x).mean.shape == shape
+    untrained = opened(f"diffusers:{alone.parent}")
+    assert untrained.remarks == [RANDOM_WEIGHTS]
+    assert posterior_of(untrained, x).mean.shape == shape
 
 
 @pytest.mark.parametrize("place", ["", "vae"])
@@ -297,18 +290,6 @@ def test_an_autoencoder_may_want_frames_and_images_from_0_to_1() -> None:
     assert posterior_of(candidate, x).mean.shape == (2, 1, 32, 48)
 
 
-@pytest.mark.parametrize("name", ["UNet2DModel", "StableDiffusionPipeline", "AutoencoderMine", "logging", None, ["x"]])
-def test_a_class_that_is_no_autoencoder_is_refused(tmp_path: Path, name: object) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
-    assert repr(name) in refusal(opened, f"diffusers:{tmp_path}")
-
-
-def test_a_config_that_fits_no_model_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
-    config = json.loads((saved["AutoencoderKL"] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "norm_num_groups": 7}))
-    assert str(tmp_path) in refusal(opened, f"diffusers:{tmp_path}")
-
-
 def test_a_pickle_is_never_loaded(saved: dict[str, Path], tmp_path: Path) -> None:
     shutil.copy(saved["AutoencoderKL"] / "config.json", tmp_path)
     torch.save(load_file(saved["AutoencoderKL"] / WEIGHTS), tmp_path / "diffusion_pytorch_model.bin")
@@ -321,8 +302,10 @@ def test_a_pickle_is_never_loaded(saved: dict[str, Path], tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["preset:demo", "diffusers:AutoencoderTiny"])
 def test_an_architecture_has_random_weights_and_says_so(text: str) -> None:
     before = torch.get_rng_state()
-    first, second = (opened(text) for _ in range(2))
+    first = opened(text)
     assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    second = opened(text)
     assert first.remarks == [RANDOM_WEIGHTS]
     x = image()
     assert torch.equal(reconstruct(first, x), reconstruct(second, x))

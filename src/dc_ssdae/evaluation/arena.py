@@ -151,24 +151,26 @@ def run_arena(
     usable = islice((image for image in read if image.broken is None), settings.batch_size)
     x = torch.stack([settings.protocol.model_input(image.pixels) for image in usable]).to(device)
 
-    def measure_speed(entry: Entry) -> tuple[float, float]:
-        """Measure how many images per second are encoded and decoded, and the first time the memory that it takes."""
-        seconds = (1.0, 1.0)
-        if entry.failed is None:
-            with turn_of(entry), torch.inference_mode():
-                candidate = candidates[entry.label]
-                if not entry.batch:
-                    entry.memory = peak_memory(candidate, partial(candidate.reconstruct, x), device)
-                    entry.batch = len(x)
-                encoded, encode_seconds = timed(partial(candidate.encode, x), device, 1)
-                latent = candidate.latent(encoded, None)
-                seconds = encode_seconds, timed(partial(candidate.decode, latent), device, 1)[1]
-        return len(x) / seconds[0], len(x) / seconds[1]
+    speeds: dict[str, list[tuple[float, float]]] = {entry.label: [] for entry in finished}
 
-    speeds = measure_alternately([partial(measure_speed, entry) for entry in finished], rounds)
-    for entry, speed in zip(finished, speeds, strict=True):
+    def measure_speed(entry: Entry) -> None:
+        """Measure how many images per second are encoded and decoded, and the first time the memory that it takes."""
+        if entry.failed is not None:
+            return
+        with turn_of(entry), torch.inference_mode():
+            candidate = candidates[entry.label]
+            if not entry.batch:
+                entry.memory = peak_memory(candidate, partial(candidate.reconstruct, x), device)
+                entry.batch = len(x)
+            encoded, encode_seconds = timed(partial(candidate.encode, x), device, 1)
+            latent = candidate.latent(encoded, None)
+            _, decode_seconds = timed(partial(candidate.decode, latent), device, 1)
+            speeds[entry.label].append((len(x) / encode_seconds, len(x) / decode_seconds))
+
+    measure_alternately([partial(measure_speed, entry) for entry in finished], rounds)
+    for entry in finished:
         if entry.failed is None:
-            encode, entry.decode = map(Spread.of, zip(*speed, strict=True))
+            encode, entry.decode = map(Spread.of, zip(*speeds[entry.label], strict=True))
             entry.encode = encode if entry.splits else None
     return list(entries.values())
 

@@ -281,7 +281,7 @@ class CandidateSpec:
 
     Args:
         label: what the reports call it.
-        kind: "ours", or one of `KINDS`.
+        kind: one of `KINDS`.
         value: what comes after the kind.
     """
 
@@ -329,8 +329,10 @@ def name_apart(specs: Sequence[CandidateSpec]) -> list[CandidateSpec]:
         InputError: two candidates still have the same label.
     """
     counts = Counter(spec.label for spec in specs)
-    is_doubled = [counts[spec.label] > 1 and os.path.isdir(spec.value) for spec in specs]
-    apart = [replace(spec, label=spec.value) if is_ else spec for spec, is_ in zip(specs, is_doubled, strict=True)]
+    apart = [
+        replace(spec, label=spec.value) if counts[spec.label] > 1 and os.path.isdir(spec.value) else spec
+        for spec in specs
+    ]
     for label, count in Counter(spec.label for spec in apart).items():
         if count > 1:
             raise InputError(f"two models have the name {label!r}; give one another name with LABEL=…")
