@@ -34,9 +34,8 @@ class Batch(NamedTuple):
     def of(cls, images: Sequence[ValidationImage], own: Sequence[bool]) -> "Batch":
         """Stack images, of which some are a process's own."""
         counts = [mine and image.broken is None for image, mine in zip(images, own, strict=True)]
-        return cls(
-            torch.stack([image.pixels for image in images]), [image.place for image in images], torch.tensor(counts)
-        )
+        pixels, places = zip(*((image.pixels, image.place) for image in images), strict=True)
+        return cls(torch.stack(pixels), list(places), torch.tensor(counts))
 
 
 def survey(
@@ -161,11 +160,7 @@ class LatentProfiler:
         self.merge(batch)
 
     def merge(self, other: "LatentProfiler") -> None:
-        """Take in what another one has gathered.
-
-        Raises:
-            InputError: the numbers of channels differ.
-        """
+        """Take in what another one has gathered."""
         apart, values = other.moments.mean - self.moments.mean, (self.moments.values, other.moments.values)
         between = torch.outer(apart, apart) * (math.prod(values) / max(1, sum(values)))
         self.moments.merge(other.moments)
