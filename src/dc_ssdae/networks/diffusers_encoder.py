@@ -70,8 +70,7 @@ class DiffusersEncoder(CheckpointedModule):
         if self.gradient_checkpointing:
             for part in self.autoencoder.modules():
                 part.gradient_checkpointing = False  # once is enough; and AutoencoderTiny's own changes the image
-        posterior = encode_images(self.autoencoder, x, self.has_frames)
-        return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
+        return torch.cat(encode_images(self.autoencoder, x, self.has_frames).moments, dim=1)
 
 
 def find_autoencoder(name: object) -> Any:
@@ -129,10 +128,7 @@ def encode_images(autoencoder: Any, x: Tensor, with_frames: bool) -> DiagonalGau
     """
     x = 0.5 * x + 0.5 if takes_zero_to_one(autoencoder) else x
     posterior = as_posterior(autoencoder.encode(x.unsqueeze(2) if with_frames else x), type(autoencoder).__name__)
-    if not with_frames:
-        return posterior
-    logvar = None if posterior.logvar is None else posterior.logvar.squeeze(2)
-    return DiagonalGaussian(posterior.mean.squeeze(2), logvar)
+    return DiagonalGaussian(*(part.squeeze(2) for part in posterior.moments)) if with_frames else posterior
 
 
 def as_posterior(output: Any, name: str) -> DiagonalGaussian:
