@@ -546,7 +546,7 @@ class TestDiffusers:
         seen: list[Tensor] = []
 
         class AutoencoderRAE(nn.Module):
-            dtype = torch.float32
+            dtype, encoder_mean = torch.float32, 0.5
 
             def encode(self, x: Tensor) -> Any:
                 seen.append(x)
@@ -566,7 +566,7 @@ class TestDiffusers:
     )
     def test_a_class_that_is_no_autoencoder_is_refused(self, saved: Path, tmp_path: Path, name: object) -> None:
         told = refusal(lambda: opened(rewrite(saved, tmp_path, config={"_class_name": name})))
-        assert told == f"diffusers:{tmp_path}: its config.json names {name!r}, which is no autoencoder of diffusers"
+        assert told == f"diffusers:{tmp_path}: {name!r} is no autoencoder of diffusers"
 
     @pytest.mark.parametrize("text", ["", "{", "[1]", '"AutoencoderKL"', "null", "3", "{}"])
     def test_a_damaged_config_is_refused(self, saved: Path, tmp_path: Path, text: str) -> None:
@@ -594,7 +594,7 @@ class TestDiffusers:
         assert opened(text).remarks == []
         (tmp_path / WEIGHTS).unlink()
         told = refusal(lambda: opened(text))
-        assert told.startswith(f"{tmp_path / 'diffusion_pytorch_model.bin'} is a pickle file, which could run code")
+        assert f"{tmp_path / 'diffusion_pytorch_model.bin'} is a pickle file, which could run code" in told
         assert str(tmp_path / WEIGHTS) in told
 
     def test_an_index_that_names_a_pickle_is_refused(
@@ -619,15 +619,12 @@ class TestDiffusers:
         state = load_file(saved / "AutoencoderKL" / WEIGHTS)
         first, second, third, *rest = sorted(state)
         told = refusal(lambda: opened(rewrite(saved, tmp_path, weights={name: state[name] for name in rest})))
-        assert told == f"diffusers:{tmp_path}: its file lacks the tensor {first} and 2 more of AutoencoderKL"
-        some = {name: state[name] for name in (first, third, *rest)}
-        told = refusal(lambda: opened(rewrite(saved, tmp_path, weights=some)))
-        assert told == f"diffusers:{tmp_path}: its file lacks the tensor {second} of AutoencoderKL"
+        assert all(f"missing: {name}" in told for name in (first, second, third))
 
     def test_a_tensor_left_over_is_refused(self, saved: Path, tmp_path: Path) -> None:
         state = {**load_file(saved / "AutoencoderKL" / WEIGHTS), "encoder.another": torch.zeros(1)}
         told = refusal(lambda: opened(rewrite(saved, tmp_path, weights=state)))
-        assert told == f"diffusers:{tmp_path}: its file has left over the tensor encoder.another of AutoencoderKL"
+        assert "left over: encoder.another" in told
 
     def test_a_misshapen_tensor_is_refused(self, saved: Path, tmp_path: Path) -> None:
         state = {**load_file(saved / "AutoencoderKL" / WEIGHTS), "encoder.conv_in.bias": torch.zeros(9)}
@@ -640,7 +637,7 @@ class TestDiffusers:
         whole = (saved / "AutoencoderKL" / WEIGHTS).read_bytes()
         weights = {"empty": b"", "junk": b"no tensors", "cut short": whole[:-100]}[kind]
         told = refusal(lambda: opened(rewrite(saved, tmp_path, weights=weights)))
-        assert told.startswith(f"diffusers:{tmp_path} cannot be loaded as AutoencoderKL: ")
+        assert told.startswith(f"diffusers:{tmp_path}: {tmp_path / WEIGHTS} is truncated, or no safetensors file")
 
 
 # --- a user's own ---
