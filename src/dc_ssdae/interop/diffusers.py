@@ -346,11 +346,11 @@ def _join(theirs: Any, parts: dict[str, Any], seed: int, wrap: bool, remark: Cal
     x = 2.0 * torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) - 1.0
     try:
         posterior = encode_images(theirs, x, has_frames(theirs))
+        channels, wanted = posterior.mean.shape[1], torch.cat(posterior.moments, dim=1)
+        sizes = {"latent_channels": channels, "downsample_factor": side // wanted.shape[3]}
+        parts = {**parts, **sizes, **latent_settings(theirs, channels)}
     except Exception as error:  # an autoencoder of sound, say
         raise InputError(f"{name} does not encode images of 3 channels: {message_of(error)}") from error
-    channels, wanted = posterior.mean.shape[1], torch.cat(posterior.moments, dim=1)
-    sizes = {"latent_channels": channels, "downsample_factor": side // wanted.shape[3]}
-    parts = {**parts, **sizes, **latent_settings(theirs, channels)}
 
     def build(encoder: dict[str, Any]) -> DCSSDAE:
         with torch.random.fork_rng(devices=[]):
@@ -365,7 +365,7 @@ def _join(theirs: Any, parts: dict[str, Any], seed: int, wrap: bool, remark: Cal
     if name in OWN_ENCODERS and not wrap:
         try:
             return build(OWN_ENCODERS[name](theirs.config))
-        except InputError as error:
+        except (InputError, TypeError) as error:  # the second from settings that are not used, or odd
             remark(f"{error}; its encoder is run by diffusers' own code")
     settings = constructor_settings(type(theirs), theirs.config)
     return build({"class_path": "DiffusersEncoder", "init_args": {"autoencoder": name, "settings": settings}})
