@@ -57,6 +57,7 @@ DC = {"latent_channels": 8, "scaling_factor": 0.4, "downsample_block_type": "pix
 TAESD = both({"block_out_channels": 4 * (16,)})
 TINY = {**TAESD, "latent_channels": 5, "scaling_factor": 1.5, "shift_factor": 0.1}
 QWEN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, **STATISTICS}
+QWEN_21 = {**QWEN, "decoder_base_dim": 8, "temperal_downsample": [False, True, True]}
 LTX = {"latent_channels": 8, "scaling_factor": 0.7}
 LTX |= both({"block_out_channels": 4 * (16,), "layers_per_block": 5 * (1,)}, first="")
 WIDTHS = {"encoder_block_out_channels": (8, 16, 16, 16), "decode_block_out_channels": (8, 16, 16, 16)}
@@ -91,11 +92,12 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "vq": ("VQModel", {**KL, "vq_embed_dim": 6, "num_vq_embeddings": 16}),
     "flux 2": ("AutoencoderKLFlux2", KL),
     "qwen image": ("AutoencoderKLQwenImage", QWEN),
+    "qwen image 2.1": ("AutoencoderKLQwenImage21", QWEN_21),
     "ltx": ("AutoencoderKLLTXVideo", LTX),
     "cosmos": ("AutoencoderKLCosmos", COSMOS),
     "rae": ("AutoencoderRAE", RAE),
 }
-OF_VIDEO = ("qwen image", "ltx", "cosmos")
+OF_VIDEO = ("qwen image", "qwen image 2.1", "ltx", "cosmos")
 
 
 @torch.no_grad()
@@ -184,9 +186,10 @@ def test_any_other_encoder_is_run_as_it_is_and_stays_frozen(name: str, tmp_path:
     assert not [key for key in ours.encoder.state_dict() if "decoder" in key]
     x = 2.0 * torch.rand(2, 3, 64, 64) - 1.0
     with torch.no_grad():
-        output = theirs.encode(x / 2 + 0.5 if name == "rae" else x.unsqueeze(2) if name in OF_VIDEO else x)
+        given = torch.cat([x, torch.ones(2, 1, 64, 64)], dim=1) if name == "qwen image 2.1" else x
+        output = theirs.encode(x / 2 + 0.5 if name == "rae" else given.unsqueeze(2) if name in OF_VIDEO else x)
         z = output.latent_dist.mode() if "latent_dist" in output else output[0]
-        image = theirs.decode(z)[0]
+        image = theirs.decode(z)[0][:, :3]
         z, image = (z.squeeze(2), image.squeeze(2)) if name in OF_VIDEO else (z, image)
         posterior = ours.encode(x).latent_dist
         torch.testing.assert_close(posterior.mean, z, atol=1e-5, rtol=0.0)
@@ -280,7 +283,7 @@ SOUND = {"encoder_hidden_size": 8, "decoder_channels": 8, "decoder_input_channel
 @pytest.mark.parametrize(
     ("kind", "given", "told"),
     [
-        ("AutoencoderKL", {**KL, "in_channels": 4}, "AutoencoderKL does not encode images of 3 channels: "),
+        ("AutoencoderKL", {**KL, "in_channels": 5}, "AutoencoderKL does not encode images of 3 channels: "),
         ("AutoencoderKL", blocks(8, 16, 16), "downsample_factor is 4"),
         ("AutoencoderOobleck", SOUND, "AutoencoderOobleck does not encode images of 3 channels: "),
     ],

@@ -148,7 +148,7 @@ class DiffusersCandidate(Candidate):
 
     def decode(self, latent: Tensor) -> Decoded:
         latent = latent.to(self.model.dtype)
-        images = _sample(self.model.decode(latent.unsqueeze(2) if self._has_frames else latent))
+        images = _sample(self.model.decode(latent.unsqueeze(2) if self._has_frames else latent))[:, :3]
         images = images[:, :, 0] if self._has_frames else images
         return Decoded(2.0 * images - 1.0 if takes_zero_to_one(self.model) else images)
 
