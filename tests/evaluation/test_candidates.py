@@ -265,27 +265,27 @@ def test_a_folder_of_diffusers_may_be_a_pipelines_or_hold_a_model_of_ours(
     assert torch.equal(reconstruct(theirs, x), reconstruct(opened(f"diffusers:{saved['AutoencoderKL']}"), x))
 
 
-def test_an_autoencoder_may_want_frames_and_images_from_0_to_1() -> None:
+def test_an_autoencoder_may_want_frames_images_from_0_to_1_and_alpha() -> None:
     seen: list[Tensor] = []
 
     class Video(nn.Module):
-        encoder_mean = torch.zeros(3)
+        encoder_mean, config = torch.zeros(3), {"in_channels": 4}
 
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = nn.Conv3d(3, 2, 1)
+            self.encoder = nn.Conv3d(4, 2, 1)
 
         def encode(self, x: Tensor) -> Any:
             seen.append(x)
             return SimpleNamespace(latents=x[:, :1])
 
         def decode(self, z: Tensor) -> Any:
-            return SimpleNamespace(sample=z.expand(-1, 3, -1, -1, -1))
+            return SimpleNamespace(sample=z.expand(-1, 4, -1, -1, -1))
 
     x = image(2)
     candidate = DiffusersCandidate(Video(), "video")
     images = reconstruct(candidate, x)
-    torch.testing.assert_close(seen[0], ((x + 1) / 2).unsqueeze(2))
+    torch.testing.assert_close(seen[0][:, :3], ((x + 1) / 2).unsqueeze(2))
     torch.testing.assert_close(images, x[:, :1].expand(-1, 3, -1, -1), atol=1e-6, rtol=0)
     assert posterior_of(candidate, x).mean.shape == (2, 1, 32, 48)
 

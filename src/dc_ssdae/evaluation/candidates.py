@@ -195,7 +195,7 @@ class DiffusersCandidate(PythonCandidate):
     def decode(self, latent: Tensor) -> Decoded:
         with_frames = has_frames(self.value)
         images = super().decode(latent.unsqueeze(2) if with_frames else latent).images
-        images = images[:, :, 0] if with_frames else images
+        images = images[:, :3, 0] if with_frames else images[:, :3]  # without alpha
         return Decoded(2.0 * images - 1.0 if takes_zero_to_one(self.value) else images)
 
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.components import HANDED_OVER, ResolvedPart
-from dc_ssdae.errors import InputError, prefixed, shown
+from dc_ssdae.errors import InputError, prefixed
 from dc_ssdae.hub import fetch_model
 from dc_ssdae.interop.original import Rules, rewrite
-from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.model_folder import NOT_MEASURED, may_be_on_the_hub, model_folder, read_config, weight_files
 from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder
 from dc_ssdae.networks.dc_encoder import ARCHITECTURES, Architecture
@@ -177,11 +176,8 @@ def load_diffusers_model(
     with prefixed(source.label):
         given = read_safetensors(*_weight_files(source, variant))
         model._fix_state_dict_keys_on_load(given)  # which knows what old files call the parts of attention
-        passed_over = kind._keys_to_ignore_on_load_unexpected or ()
-        unexpected = [name for name in given if name not in expected]
-        for name in unexpected:
-            if any(re.search(pattern, name) for pattern in passed_over):
-                del given[name]
+        passed_over = "|".join(kind._keys_to_ignore_on_load_unexpected or ["^$"])
+        given = {name: tensor for name, tensor in given.items() if name in expected or not re.search(passed_over, name)}
         check_same_tensors(f"what is loaded as {kind.__name__}", expected, given)
     model.load_state_dict(given, assign=True)
     # Not model.to, with which diffusers warns of modules to be kept in float32.
@@ -201,9 +197,9 @@ def _weight_files(source: DiffusersSource, variant: str | None) -> list[Path]:
             return shard_files(folder / name)
     single = folder / f"{WEIGHTS}{end}.safetensors"
     if source.is_on_the_hub and not single.is_file():
+        advice = "if it has a pickle alone, hf download it and name the folder, to be told how to convert it"
         raise InputError(
-            f"there is no {single.name} on the hub, or it was not downloaded before; if there is a pickle alone, which "
-            f"could run code when loaded, hf download {shown(source.name)} and name its folder, to be told what to do"
+            f"there is no {single.name} on the hub, or out of reach it was not downloaded before; {advice}"
         )
     return [single]
 
@@ -349,35 +345,30 @@ def _join(theirs: Any, parts: dict[str, Any], seed: int, wrap: bool, remark: Cal
     side = fixed_side(theirs) or PROBE_SIDE
     x = 2.0 * torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) - 1.0
     try:
-        wanted = encode_images(theirs, x, has_frames(theirs))
-        channels, factor = wanted.mean.shape[1], side // wanted.mean.shape[3]
+        posterior = encode_images(theirs, x, has_frames(theirs))
+        channels, wanted = posterior.mean.shape[1], torch.cat(posterior.moments, dim=1)
+        sizes = {"latent_channels": channels, "downsample_factor": side // wanted.shape[3]}
+        parts = {**parts, **sizes, **latent_settings(theirs, channels)}
     except Exception as error:  # an autoencoder of sound, say
         raise InputError(f"{name} does not encode images of 3 channels: {message_of(error)}") from error
-    sizes = {"latent_channels": channels, "downsample_factor": factor}
-    parts = {**parts, **sizes, **latent_settings(theirs, channels)}
 
     def build(encoder: dict[str, Any]) -> DCSSDAE:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = DCSSDAE(encoder=encoder, **parts).eval()
         model.encoder.load_state_dict(convert_tensors(model.encoder, theirs.state_dict()))
-        found, expected = _moments(model.encoder(x)), _moments(wanted)
-        largest = LARGEST_DIFFERENCE * expected.abs().max()
-        if found.shape != expected.shape or not (found - expected).abs().max() <= largest:
+        found = torch.cat(model.encoder(x).moments, dim=1)
+        if found.shape != wanted.shape or not (found - wanted).abs().max() <= LARGEST_DIFFERENCE * wanted.abs().max():
             raise InputError(f"{encoder['class_path']} gives another latent than {name}")
         return model
 
     if name in OWN_ENCODERS and not wrap:
         try:
             return build(OWN_ENCODERS[name](theirs.config))
-        except InputError as error:
+        except (InputError, TypeError) as error:  # the second from settings that are not used, or odd
             remark(f"{error}; its encoder is run by diffusers' own code")
     settings = constructor_settings(type(theirs), theirs.config)
     return build({"class_path": "DiffusersEncoder", "init_args": {"autoencoder": name, "settings": settings}})
-
-
-def _moments(posterior: DiagonalGaussian) -> Tensor:
-    return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
 
 
 def _new_parts(decoder_size: str, dynamics: str) -> dict[str, Any]:
@@ -429,10 +420,11 @@ def _dc_encoder(config: Any) -> dict[str, Any]:
     """Our encoder with the settings of an AutoencoderDC; called by the name of a family where it is of one."""
     stages, scales = len(config.encoder_block_out_channels), config.encoder_qkv_multiscales
     kinds: Any = config.encoder_block_types
+    kinds = (kinds,) * stages if isinstance(kinds, str) else tuple(kinds)
     built = Architecture(
         tuple(config.encoder_block_out_channels),
         tuple(config.encoder_layers_per_block),
-        tuple([kinds] * stages if isinstance(kinds, str) else kinds),
+        kinds,
         tuple(next(filter(None, scales), ())),
         config.downsample_block_type != "pixel_unshuffle",
     )

@@ -25,7 +25,6 @@ from dc_ssdae.dynamics import Dynamics
 from dc_ssdae.dynamics.corruption import predict
 from dc_ssdae.errors import InputError, unknown_name
 from dc_ssdae.files import folder_beside, naming
-from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.networks.attention import DENSE_TOKENS
 
@@ -126,14 +125,14 @@ def export_model(
     }
     factor = config.downsample_factor
     image: Shape = ["batch", 3, *(size or (f"{factor}*h", f"{factor}*w"))]
-    latent: Shape = ["batch", config.latent_channels, *([side // factor for side in size] if size else ["h", "w"])]
+    latent: Shape = ["batch", config.latent_channels, *([side // factor for side in size] if size else ("h", "w"))]
     with folder_beside(out) as beside:
         exporter = _Exporter(model, beside, format, size, noise, manifest)
         inputs = {"z": latent} if bake_noise else {"z": latent, "noise": image}
         decoder = _Decoder(model, noise if bake_noise else None)
         parts = {
-            "encoder": exporter.export("encoder", _Encoder(model), {"x": image}, {"mean": latent, "logvar": latent}),
-            "decoder": exporter.export("decoder", decoder, inputs, {"image": image}),
+            "encoder": exporter.export("encoder", _Encoder(model), {"x": image}, ("mean", "logvar"), latent),
+            "decoder": exporter.export("decoder", decoder, inputs, ("image",), image),
         }
         if not bake_noise:
             # Not save_file, whose files only their owner can read.
@@ -154,32 +153,20 @@ def _check_settings(
 ) -> None:
     if format not in get_args(Format):
         raise unknown_name("format", format, get_args(Format))
-    factor = model.config.downsample_factor
-    sides = {"noise_size": noise_size} if size is None else {"height": size[0], "width": size[1]}
-    smallest = factor
+    factor, smallest = model.config.downsample_factor, 1
     if size is None:
         # Tracing takes as much noise from the program as its images have.
-        smallest *= max(_sides_for_any_size(factor)) if bake_noise else SMALLEST_SIDE
-    for name, side in sides.items():
-        if side < smallest or side % factor:
-            raise InputError(f"{name} is {side} pixels; it must be a multiple of f = {factor}, from {smallest} on")
+        smallest = max(_sides_for_any_size(factor)) if bake_noise else SMALLEST_SIDE
+    for side in size or (noise_size,):
+        if side < factor * smallest or side % factor:
+            needed = f"{'noise_size' if size is None else 'size'} needs multiples of f = {factor}"
+            raise InputError(f"{side} pixels: {needed}, from {factor * smallest} on")
     if getattr(model.dynamics, "explicit_energy", None):
-        raise InputError(
-            "a field that is the gradient of an explicit energy cannot be exported: no program differentiates"
-        )
+        raise InputError("no exported program takes the gradient of an explicit energy, which is this model's field")
     if model.training:
         raise InputError("the model is in training mode; call model.eval() before it is exported")
     if format == "onnx" and (model.dtype != torch.float32 or model.device.type != "cpu"):
         raise InputError(f"ONNX is written from float32 on the CPU, and not from {model.dtype} on {model.device}")
-    try:
-        for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
-            importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"ONNX needs pip install 'dc-ssdae[onnx]' ({error})") from error
-
-
-def _moments(posterior: DiagonalGaussian) -> tuple[Tensor, ...]:
-    return (posterior.mean,) if posterior.logvar is None else (posterior.mean, posterior.logvar)
 
 
 class _Encoder(nn.Module):
@@ -195,7 +182,7 @@ class _Encoder(nn.Module):
         for halving in range(1, self.factor.bit_length()):
             for side in x.shape[2:]:
                 torch._check(side % 2**halving == 0)
-        return _moments(self.network(x))
+        return self.network(x).moments
 
 
 class _Decoder(nn.Module):
@@ -238,38 +225,41 @@ class _Exporter:
     manifest: dict[str, Any]
 
     @torch.no_grad()
-    def export(self, part: str, module: nn.Module, inputs: dict[str, Shape], outputs: dict[str, Shape]) -> ExportedPart:
-        """Trace and write a part, load what was written, and compare it with the model."""
+    def export(
+        self, part: str, module: nn.Module, inputs: dict[str, Shape], names: Sequence[str], shape: Shape
+    ) -> ExportedPart:
+        """Trace and write a part, load what was written, and compare it with the model.
+
+        Args:
+            part: "encoder" or "decoder".
+            module: the part, as it is exported.
+            inputs: by name, in order.
+            names: of the outputs, of which an encoder may lack the last.
+            shape: of every output.
+        """
         path = self.folder / f"{part}.{self.format}"
         kind = str(self.model.config[part]["class_path"])
         factor = self.model.config.downsample_factor
         traced = (self.size[0] // factor, self.size[1] // factor) if self.size else _sides_for_any_size(factor)
-        shapes = [(1, *traced), (2, *traced)] if self.size else [(1, *traced), (3, 3, 2), (1, 2, 2)]
+        sizes = [(1, *traced), (2, *traced)] if self.size else [(1, *traced), (3, 3, 2), (1, 2, 2)]
+        sizes = [(batch, h, w) for batch, h, w in sizes if 3 * h * w * factor**2 <= self.noise.numel()]
         hint = "" if self.size else "; with a fixed size it may be"
-        with _one_line(f"the {part} {kind} cannot be exported{hint}"), _quiet():
+        with _exporting(f"the {part} {kind} cannot be exported{hint}"):
+            example, free = self._values(inputs, 2, *traced), self._dynamic_shapes(inputs)
             program = torch.export.export(
-                module.eval(),
-                self._values(inputs, 2, *traced),
-                dynamic_shapes=self._dynamic_shapes(inputs),
-                prefer_deferred_runtime_asserts_over_guards=True,
+                module.eval(), example, dynamic_shapes=free, prefer_deferred_runtime_asserts_over_guards=True
             )
             if kind in COMPONENTS[part]:
                 _drop_shape_assertions(program)
-            outputs = dict(
-                zip(outputs, list(outputs.values())[: len(program.graph_signature.user_outputs)], strict=False)
-            )
+            outputs = {name: shape for name, _ in zip(names, program.graph_signature.user_outputs, strict=False)}
             self._write(program, path, inputs, outputs)
             run = self._load(path)
-            differences = []
-            for batch, height, width in shapes:
-                if 3 * height * width * factor**2 <= self.noise.numel():
-                    values = self._values(inputs, batch, height, width)
-                    differences.append(_difference(run(*values), self._expected(part, *values)))
-        difference, tolerance = float(torch.stack(differences).max()), TOLERANCES.get(self.model.dtype, 1e-4)
-        if not difference <= tolerance:
+            given = [self._values(inputs, *size) for size in sizes]
+            differences = [_difference(run(*values), self._expected(part, *values)) for values in given]
+        difference = float(torch.stack(differences).max())
+        if not difference <= TOLERANCES.get(self.model.dtype, 1e-4):
             raise InputError(
-                f"the exported {part} {kind} differs from the model by {difference:.2g}, more than {tolerance:g}: "
-                "nothing was written"
+                f"the exported {part} {kind} differs by {difference:.2g} from the model: nothing is written"
             )
         return ExportedPart(path.name, inputs, outputs, difference)
 
@@ -296,7 +286,7 @@ class _Exporter:
     def _expected(self, part: str, given: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """What the model gives; for one image alone without being told the noise, which is checked so."""
         if part == "encoder":
-            return _moments(self.model.encode(given).latent_dist)
+            return self.model.encode(given).latent_dist.moments
         return (self.model.decode(given, noise=None if len(given) == 1 else noise).sample,)
 
     def _write(self, program: ExportedProgram, path: Path, inputs: dict[str, Shape], outputs: dict[str, Shape]) -> None:
@@ -306,13 +296,8 @@ class _Exporter:
             with naming(path):
                 path.write_bytes(content.getbuffer())
             return
-        written = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-            dynamic_shapes=self._dynamic_shapes(inputs),
-        )
+        free = self._dynamic_shapes(inputs)
+        written = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False, dynamic_shapes=free)
         assert written is not None
         graph: Any = written.model.graph
         for tensor in (tensor for node in graph for tensor in node.outputs if tensor.name in (*inputs, *outputs)):
@@ -371,22 +356,17 @@ def _difference(answers: Any, expected: Sequence[Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong into an `InputError` of one line; exporters raise exceptions of every kind."""
-    try:
-        yield
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise InputError(f"{what}: {type(error).__name__}: {reason}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' own chatter off the terminal: what matters is raised, and the outcome is compared."""
+def _exporting(problem: str) -> Iterator[None]:
+    """Keep the exporters' chatter off the terminal, and turn whatever they raise into an `InputError` of one line."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
+    except ImportError as error:
+        raise InputError(f"{problem}: {error}; ONNX needs pip install 'dc-ssdae[onnx]'") from error
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise InputError(f"{problem}: {type(error).__name__}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)

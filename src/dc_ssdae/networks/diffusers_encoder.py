@@ -70,8 +70,7 @@ class DiffusersEncoder(CheckpointedModule):
         if self.gradient_checkpointing:
             for part in self.autoencoder.modules():
                 part.gradient_checkpointing = False  # once is enough; and AutoencoderTiny's own changes the image
-        posterior = encode_images(self.autoencoder, x, self.has_frames)
-        return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
+        return torch.cat(encode_images(self.autoencoder, x, self.has_frames).moments, dim=1)
 
 
 def find_autoencoder(name: object) -> Any:
@@ -103,7 +102,9 @@ def constructor_settings(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]
 
 def has_frames(autoencoder: nn.Module) -> bool:
     """Whether an autoencoder of diffusers is one of video, whose images (B, 3, T, H, W) have a frame axis."""
-    return any(isinstance(part, nn.Conv3d) for part in getattr(autoencoder, "encoder", autoencoder).modules())
+    kinds = {type(part) for part in getattr(autoencoder, "encoder", autoencoder).modules()}
+    # By name, because some are two-dimensional convolutions of one frame after the other.
+    return any("Conv3d" in base.__name__ for kind in kinds for base in kind.__mro__)
 
 
 def takes_zero_to_one(autoencoder: nn.Module) -> bool:
@@ -117,7 +118,7 @@ def fixed_side(autoencoder: nn.Module) -> int | None:
 
 
 def encode_images(autoencoder: Any, x: Tensor, with_frames: bool) -> DiagonalGaussian:
-    """Encode images by an autoencoder of diffusers.
+    """Encode images by an autoencoder of diffusers; one that takes a channel more gets opaque images.
 
     Args:
         autoencoder: the model, in the dtype of x.
@@ -128,11 +129,11 @@ def encode_images(autoencoder: Any, x: Tensor, with_frames: bool) -> DiagonalGau
         The Gaussian over (B, c, h, w), of the latent as `encode` gives it.
     """
     x = 0.5 * x + 0.5 if takes_zero_to_one(autoencoder) else x
+    config = getattr(autoencoder, "config", {})
+    if 4 in (config.get("in_channels"), config.get("input_channels")):
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # alpha, as Qwen-Image 2.1 has it: all is opaque
     posterior = as_posterior(autoencoder.encode(x.unsqueeze(2) if with_frames else x), type(autoencoder).__name__)
-    if not with_frames:
-        return posterior
-    logvar = None if posterior.logvar is None else posterior.logvar.squeeze(2)
-    return DiagonalGaussian(posterior.mean.squeeze(2), logvar)
+    return DiagonalGaussian(*(part.squeeze(2) for part in posterior.moments)) if with_frames else posterior
 
 
 def as_posterior(output: Any, name: str) -> DiagonalGaussian:
