@@ -201,7 +201,8 @@ def arena_of(
     suite = suite or suite_of()
     settings = EvaluationSettings(PROTOCOLS["dcae"], SIDE, 4)
     source = Source(broken)
-    entries = run_arena(openers, settings.images(source, limit), suite, settings, CPU, rounds=2, show=4)
+    candidates = {label: opener() for label, opener in openers.items()}
+    entries = run_arena(candidates, settings.images(source, limit), suite, settings, CPU, rounds=2, show=4)
     report = ArenaReport(
         entries=entries,
         settings=settings,

@@ -16,9 +16,9 @@ from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.caveats import Report, caveats, protocol_lines
 from dc_ssdae.evaluation.estimates import METRICS, Estimate, MetricInfo
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, KL, Evaluation, Reconstructed
-from dc_ssdae.evaluation.latent_statistics import ACTIVE_VARIANCE, LatentProfile
 from dc_ssdae.evaluation.metric_networks import MSE, NOT_ASKED
 from dc_ssdae.evaluation.report import DIFFERENCE_GAIN, difference
+from dc_ssdae.evaluation.statistics import ACTIVE_VARIANCE, LatentProfile
 from dc_ssdae.evaluation.viewer import Group, Panel, Photo, Table, bullets, paragraph, render_page, section, warning
 from dc_ssdae.provenance import name_of_path, short_name
 from dc_ssdae.timing import machine_line

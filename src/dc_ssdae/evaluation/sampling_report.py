@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.decoding import DESCENTS, ONE_STEP
 from dc_ssdae.evaluation.curves import COLOURS, save_picture
-from dc_ssdae.evaluation.sampling_study import QUALITIES, Measurement, Needed, evaluations_needed, pareto
+from dc_ssdae.evaluation.sampling_study import QUALITIES, Measurement, Needed, evaluations_needed
 from dc_ssdae.timing import machine_line
 
 if TYPE_CHECKING:
@@ -84,6 +84,18 @@ class SamplingStudy:
             InputError: matplotlib is not installed.
         """
         return save_picture(lambda: sampling_figure(self), kind)
+
+
+def pareto(
+    measurements: Sequence[Measurement], quality: str, cost: Callable[[Measurement], float]
+) -> list[Measurement]:
+    """The measurements that no other one beats in both quality and cost, from the cheapest on."""
+    sign = 1.0 if QUALITIES[quality][1] else -1.0
+    front: list[Measurement] = []
+    for measurement in sorted(measurements, key=lambda m: (cost(m), -sign * m.qualities[quality])):
+        if not front or sign * measurement.qualities[quality] > sign * front[-1].qualities[quality]:
+            front.append(measurement)
+    return front
 
 
 def sampling_table(measurements: Sequence[Measurement]) -> str:

@@ -1,6 +1,9 @@
 """The result of a distillation: teacher and student compared on the same images, latents and noise."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -8,14 +11,18 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.data.images import to_model_range, to_uint8, write_png
-from dc_ssdae.data.loader import ValidationImages, validation_loader
+from dc_ssdae.data.images import write_png
+from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.errors import counted
+from dc_ssdae.evaluation.candidates import PythonCandidate
+from dc_ssdae.evaluation.evaluate import EvaluationSettings, evaluate, reconstruct_places
+from dc_ssdae.evaluation.metric_networks import load_metrics
+from dc_ssdae.evaluation.protocol import TRAINING
 from dc_ssdae.files import write_json
 from dc_ssdae.training.build import load_teacher, own_classes
-from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.measurements import MEASURES, measure
+from dc_ssdae.training.config import METRICS, RunConfig
+from dc_ssdae.training.measurements import PIXEL_METRICS, means
 from dc_ssdae.training.run import RunFolder
 
 BATCH = 8
@@ -81,7 +88,7 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     return report
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(
     teacher: DCSSDAE,
     student: DCSSDAE,
@@ -110,30 +117,31 @@ def compare(
     Raises:
         InputError: no image can be read.
     """
-    who = [("teacher", 1), ("teacher", steps), ("student", 1)]
-    measured: list[list[list[float]]] = []  # by image, by decoding
-    pictured: list[Tensor] = []  # of each image the original and the decodings, (4, 3, S, S)
-    for batch in validation_loader(images, range(len(images)), BATCH, workers=0):
-        originals = [image.pixels for image in batch if image.broken is None]
-        if not originals:
-            continue
-        x = to_model_range(torch.stack(originals)).to(teacher.device)
-        z = teacher.encode(x).latent_dist.mode()
-        target = teacher.decode(z, num_steps=steps, step_size=step_size).sample.float()
-        decoded = torch.stack([teacher.decode(z).sample.float(), target, student.decode(z).sample.float()], dim=1)
-        distances = (decoded - target[:, None]).square().flatten(2).mean(dim=2).tolist()
-        for original, outputs, to_target in zip(originals, decoded.cpu(), distances, strict=True):
-            pairs = zip(outputs, to_target, strict=True)
-            measured.append([[*measure(original, output), distance] for output, distance in pairs])
-            pictured.append(torch.stack([original, *to_uint8(outputs.nan_to_num())]))
-        del pictured[PICTURED:]
-    if not measured:
-        raise InputError("no image can be read: there is nothing to compare")
+    protocol, device = replace(TRAINING, unrounded=("to_target",)), teacher.device
+    settings = EvaluationSettings(protocol, images.image_size, BATCH, in_training=True)
+    suite = load_metrics(protocol, device, PIXEL_METRICS)
+    several: dict[str, Any] = {"num_steps": steps, "step_size": step_size}
+
+    def to_target(x: Tensor, output: Tensor) -> Tensor:
+        target = teacher.decode(teacher.encode(x).latent_dist.mode(), **several).sample.float()
+        return (output - target).square().flatten(1).mean(dim=1)
+
+    suite.images["to_target"] = to_target
+    decodings: list[dict[str, Any]] = []
+    rows: list[list[Tensor]] = []
+    for name, model, decoding in (("teacher", teacher, {}), ("teacher", teacher, several), ("student", student, {})):
+        # All of them decode the teacher's latents.
+        pair = SimpleNamespace(encode=teacher.encode, decode=partial(model.decode, **decoding))
+        candidate, count = PythonCandidate(pair, name), decoding.get("num_steps", 1)
+        found = evaluate(candidate, images, suite, settings, device)
+        measures = means(found, (*METRICS, "to_target"))
+        decodings.append({"name": f"{name}, {counted(count, 'step')}", "steps": count, **measures})
+        if picture is not None:
+            places = [place for place in range(len(images)) if place not in found.broken_places]
+            shown = reconstruct_places(candidate, images, places[:PICTURED], settings, device)
+            rows = rows or [[image.original for image in shown]]
+            rows.append([image.output for image in shown])
     if picture is not None:
-        tiles = torch.stack(pictured, dim=1).flatten(0, 1)
-        write_png(make_grid(tiles, nrow=len(pictured), padding=0), picture)
-    decodings = []
-    for (model, count), mean in zip(who, torch.tensor(measured, dtype=torch.float64).mean(dim=0).tolist(), strict=True):
-        measures = zip((*MEASURES, "to_target"), mean, strict=True)
-        decodings.append({"name": f"{model}, {counted(count, 'step')}", "steps": count, **dict(measures)})
-    return decodings, len(measured)
+        tiles = torch.stack([tile for row in rows for tile in row])
+        write_png(make_grid(tiles, nrow=len(rows[0]), padding=0), picture)
+    return decodings, found.images
