@@ -71,13 +71,13 @@ class Estimate:
             return "–"
         if not math.isfinite(self.value):
             return "∞" if self.value > 0 else str(self.value)
-        return f"{self.value:.{digits}f}"
+        return f"{self.value:,.{digits}f}"
 
     def interval_text(self, digits: int) -> str:
         """The interval in words, empty where there is none or it is a point."""
         if self.low is None or self.high is None or self.low == self.high:
             return ""
-        return f"{self.low:.{digits}f} to {self.high:.{digits}f}"
+        return f"{self.low:,.{digits}f} to {self.high:,.{digits}f}"
 
 
 def bootstrap(

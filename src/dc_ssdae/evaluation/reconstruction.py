@@ -9,7 +9,7 @@ from dc_ssdae.data.transforms import crop_to, pad_to_multiple
 from dc_ssdae.evaluation.baseline import bicubic_baseline
 from dc_ssdae.evaluation.metrics import psnr, ssim
 from dc_ssdae.evaluation.profile import timed
-from dc_ssdae.evaluation.report import PhotoResult
+from dc_ssdae.evaluation.report.demo import PhotoResult
 
 
 @torch.inference_mode()
@@ -28,18 +28,13 @@ def measure_photo(model: DCSSDAE, name: str, pixels: Tensor, repeats: int = 3) -
     z, encode_seconds = timed(lambda: model.encode(x).latent_dist.mode(), device, repeats)
     y, decode_seconds = timed(lambda: model.decode(z).sample, device, repeats)
     reconstruction = to_uint8(crop_to(y[0], size).cpu())
-    baseline = bicubic_baseline(pixels, z[0].numel())
-    return PhotoResult(
-        name=name,
-        original=pixels,
-        reconstruction=reconstruction,
-        baseline=baseline.image,
-        baseline_size=baseline.size,
-        latent_shape=tuple(z.shape[1:]),
-        psnr=psnr(pixels, reconstruction),
-        ssim=ssim(pixels, reconstruction),
-        baseline_psnr=psnr(pixels, baseline.image),
-        baseline_ssim=ssim(pixels, baseline.image),
-        encode_milliseconds=1000 * encode_seconds,
-        decode_milliseconds=1000 * decode_seconds,
-    )
+    baseline = bicubic_baseline(pixels, z[0].numel()).image
+    figures = {
+        "psnr": psnr(pixels, reconstruction),
+        "psnr_bicubic": psnr(pixels, baseline),
+        "ssim": ssim(pixels, reconstruction),
+        "ssim_bicubic": ssim(pixels, baseline),
+        "encode_ms": 1000 * encode_seconds,
+        "decode_ms": 1000 * decode_seconds,
+    }
+    return PhotoResult(name, pixels, reconstruction, baseline, figures)

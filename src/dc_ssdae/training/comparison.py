@@ -1,5 +1,6 @@
 """The result of a distillation: teacher and student compared on the same images, latents and noise."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from dc_ssdae.data.images import to_model_range, to_uint8, write_png
 from dc_ssdae.data.loader import ValidationImages, validation_loader
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError, counted
-from dc_ssdae.files import write_json
+from dc_ssdae.evaluation.estimates import Estimate
+from dc_ssdae.evaluation.metrics import psnr
+from dc_ssdae.evaluation.report.page import Panel, Photo, Table, render_page
+from dc_ssdae.figures import cells
+from dc_ssdae.files import write_json, write_whole
+from dc_ssdae.timing import describe_machine, machine_line
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.measurements import MEASURES, measure
@@ -22,6 +28,7 @@ BATCH = 8
 
 REPORT_FILE = "distillation.json"
 PICTURE_FILE = "distillation.png"
+PAGE_FILE = "distillation.html"
 PICTURED = 6
 """Number of images in the picture."""
 
@@ -47,7 +54,7 @@ def open_images(config: RunConfig, most: int) -> tuple[ValidationImages, str]:
 
 
 def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
-    """Compare a run's student with its teacher, and write RUN/distillation.json and .png.
+    """Compare a run's student with its teacher, and write RUN/distillation.json, .png and .html.
 
     Args:
         config: of the run, with its distillation; the images are those of `open_images`.
@@ -66,7 +73,7 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     images, split = open_images(config, config.data.validation_images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps, step_size = distillation.steps, distillation.step_size
-    decodings, measured = compare(teacher.to(device), student.to(device), images, steps, step_size, path / PICTURE_FILE)
+    decodings, measured, pictured = compare(teacher.to(device), student.to(device), images, steps, step_size)
     terms = {name: term.init_args for name, term in config.losses.items() if term.weight}
     report = {
         "images": measured,
@@ -78,7 +85,24 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
         "decodings": decodings,
     }
     write_json(path / REPORT_FILE, report)
+    tiles = torch.stack(pictured, dim=1).flatten(0, 1)
+    write_png(make_grid(tiles, nrow=len(pictured), padding=0), path / PICTURE_FILE)
+    write_whole(path / PAGE_FILE, _page(report, pictured))
     return report
+
+
+def _page(report: Mapping[str, Any], pictured: Sequence[Tensor]) -> bytes:
+    names, photos = [decoding["name"] for decoding in report["decodings"]], []
+    for place, (original, *outputs) in enumerate(pictured):
+        panels = [
+            Panel(name, f"{Estimate(psnr(original, output)).text(2)} dB", output)
+            for name, output in zip(names, outputs, strict=True)
+        ]
+        photos.append(Photo(f"image {place + 1}", original, panels))
+    table = Table([cells(decoding) for decoding in report["decodings"]])
+    return render_page(
+        "distillation.html", report=report, figures=table, pictures=photos, footer=machine_line(describe_machine())
+    )
 
 
 @torch.inference_mode()
@@ -88,8 +112,7 @@ def compare(
     images: ValidationImages,
     steps: int,
     step_size: float | None,
-    picture: Path | None = None,
-) -> tuple[list[dict[str, Any]], int]:
+) -> tuple[list[dict[str, Any]], int, list[Tensor]]:
     """Measure the teacher's one step, its K steps and the student's one step.
 
     Every image starts from the noise that `DCSSDAE.decode` takes by default; the latent is the mode.
@@ -100,12 +123,12 @@ def compare(
         images: to measure.
         steps: K.
         step_size: of the teacher's K steps.
-        picture: where to write a PNG of some; a row each for the originals and the three.
 
     Returns:
         For each of the three its name, its number of steps, and means over the images: psnr (dB), ssim and mse (of the
         full range, squared) against the originals, and to_target, the mean squared difference from the teacher's K
-        steps in [-1, 1], before any rounding. And the number of images.
+        steps in [-1, 1], before any rounding. The number of images. And of some images the original and the three,
+        uint8 (4, 3, S, S).
 
     Raises:
         InputError: no image can be read.
@@ -129,11 +152,8 @@ def compare(
         del pictured[PICTURED:]
     if not measured:
         raise InputError("no image can be read: there is nothing to compare")
-    if picture is not None:
-        tiles = torch.stack(pictured, dim=1).flatten(0, 1)
-        write_png(make_grid(tiles, nrow=len(pictured), padding=0), picture)
     decodings = []
     for (model, count), mean in zip(who, torch.tensor(measured, dtype=torch.float64).mean(dim=0).tolist(), strict=True):
         measures = zip((*MEASURES, "to_target"), mean, strict=True)
         decodings.append({"name": f"{model}, {counted(count, 'step')}", "steps": count, **dict(measures)})
-    return decodings, len(measured)
+    return decodings, len(measured), pictured
