@@ -66,7 +66,8 @@ def arena_figure(entries: Sequence[Entry]) -> "Figure":
                 points[entry.label] = [Point(value, entry.tokens or math.nan, speed)]
         best = [points[label][0] for label in rivals if label in points]
         fronts = [{"": front(best, place, place == 2, info.more_is_better)} for place in (1, 2)]
-        title = f"{info.title} ({'more' if info.more_is_better else 'less'} is better)"
+        unit, better = f" in {info.unit}" if info.unit else "", "more" if info.more_is_better else "less"
+        title = f"{info.title}{unit} ({better} is better)"
         rows += [(title, points, fronts)] if points else []
     return _draw(("tokens per image (fewer is better)", "images decoded per second (more is better)"), rows, styles)
 
