@@ -119,23 +119,17 @@ class EvaluationReport(Report):
         found, rows = {**self.evaluation.metrics, **self.evaluation.others}, []
         for name, info in {**METRICS, **OTHERS}.items():
             if name in found and name not in self.suite.missing:
-                remarks = [info.unit] if info.unit else []
-                remarks += [f"{'more' if info.more_is_better else 'less'} is better"] if name in METRICS else []
-                rows.append(
-                    {
-                        "metric": f"{info.title}\n{', '.join(remarks)}",
-                        "value\n95 % interval": number(found[name], info.digits),
-                    }
-                )
+                value = number(found[name], info.digits)
+                rows.append({"metric": f"{info.title}\n{info.unit}", "value\n95 % interval": value})
         return Table(rows)
 
     def latent_lines(self) -> list[str]:
         """Describe the latent; nothing where there is no posterior."""
-        latent, shape = self.evaluation.latent, self.evaluation.latent_shape
-        if latent is None or shape is None:
+        found, size = self.evaluation, self.settings.size
+        if found.latent is None or found.latent_shape is None:
             return []
-        parts = {"shape": shape, "size": self.settings.size, "values": math.prod(shape), "active": ACTIVE_VARIANCE}
-        return fill("latent.txt", latent=latent, **parts).splitlines()
+        values = math.prod(found.latent_shape)
+        return fill("latent.txt", found=found, size=size, values=values, active=ACTIVE_VARIANCE).splitlines()
 
     def _photo(self, image: Reconstructed) -> Photo:
         caption = _in_words({name: values[image.place] for name, values in self.evaluation.values.items()})

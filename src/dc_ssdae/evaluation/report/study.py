@@ -36,19 +36,17 @@ class SamplingStudy:
 
     def needed(self) -> dict[str, list[Needed]]:
         """By quality, what the two models need for the same; nothing of one model."""
-        if len(self.models) != 2:
-            return {}
-        first, second = ([m for m in self.measurements if m.model == name] for name in self.models)
+        parts = [[m for m in self.measurements if m.model == name] for name in self.models]
         qualities = [name for name in QUALITIES if name in self.measurements[0].qualities]
-        return {quality: evaluations_needed(first, second, quality) for quality in qualities}
+        return {name: evaluations_needed(parts[0], parts[1], name) if len(parts) == 2 else [] for name in qualities}
 
     def as_json(self) -> str:
         """Everything; `step_size` is in units of 1/L."""
-        needed: dict[str, list[Any]] = {name: [] for name in QUALITIES if name in self.measurements[0].qualities}
+        needed = {}
         for quality, entries in self.needed().items():
-            for entry in entries:
-                models = [None if m is None else _as_row(m) for m in (entry.first, entry.second)]
-                needed[quality].append({"target": entry.target, "fewer": entry.fewer, "models": models})
+            models = [[m and _as_row(m) for m in (entry.first, entry.second)] for entry in entries]
+            found = zip(entries, models, strict=True)
+            needed[quality] = [{"target": e.target, "fewer": e.fewer, "models": rows} for e, rows in found]
         rows = [_as_row(m) for m in self.measurements]
         content = {"machine": dict(self.machine), "notes": list(self.notes), "measurements": rows, "needed": needed}
         return json.dumps(content, indent=2) + "\n"
@@ -77,16 +75,14 @@ class SamplingStudy:
     def comparisons(self) -> list[Table]:
         """For each quality the evaluations that two models need for the same."""
         tables = []
-        for quality, needed in self.needed().items():
+        for quality, needed in self.needed().items() if len(self.models) == 2 else ():
+            heads = [f"{QUALITIES[quality][0]} to reach", *(f"evaluations\n{model}" for model in self.models), "saved"]
             rows = []
             for entry in needed:
-                row = {f"{QUALITIES[quality][0]} to reach": f"{entry.target:.4g}"}
-                for model, found in zip(self.models, (entry.first, entry.second), strict=True):
-                    text = "not reached" if found is None else f"{found.evaluations:.3g}\n{found.setting.family}"
-                    row[f"evaluations\n{model}"] = text
-                row[f"saved by\n{self.models[1]}"] = "–" if entry.fewer is None else f"{100 * entry.fewer:.0f} %"
-                rows.append(row)
-            tables.append(Table(rows))
+                counts = [m and f"{m.evaluations:.3g}\n{m.setting.family}" for m in (entry.first, entry.second)]
+                saved = None if entry.fewer is None else f"{100 * entry.fewer:.0f} %"
+                rows.append(cells(dict(zip(heads, (f"{entry.target:.4g}", *counts, saved), strict=True))))
+            tables.append(Table(rows, heads))
         return tables
 
 
