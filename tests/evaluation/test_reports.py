@@ -41,8 +41,9 @@ from dc_ssdae.evaluation.estimates import METRICS, Estimate
 from dc_ssdae.evaluation.evaluate import BITS, EvaluationSettings
 from dc_ssdae.evaluation.metric_networks import NOT_ASKED
 from dc_ssdae.evaluation.protocol import PROTOCOLS
+from dc_ssdae.evaluation.reconstruction import PhotoResult
 from dc_ssdae.evaluation.report.caveats import ENOUGH_IMAGES
-from dc_ssdae.evaluation.report.demo import PhotoResult, demo_page
+from dc_ssdae.evaluation.report.demo import demo_page
 from dc_ssdae.evaluation.report.pictures import Point, front
 from dc_ssdae.evaluation.report.study import SamplingStudy
 from dc_ssdae.evaluation.sampling_study import Measurement, Setting

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.evaluation.report.demo import PhotoResult
+    from dc_ssdae.evaluation.reconstruction import PhotoResult
     from dc_ssdae.training.config import RunConfig
 
 PRESET = "demo"

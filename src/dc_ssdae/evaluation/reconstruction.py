@@ -1,5 +1,8 @@
 """Encode and decode one photo of any size, and measure it against the bicubic baseline."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,16 @@ from dc_ssdae.data.transforms import crop_to, pad_to_multiple
 from dc_ssdae.evaluation.baseline import bicubic_baseline
 from dc_ssdae.evaluation.metrics import psnr, ssim
 from dc_ssdae.evaluation.profile import timed
-from dc_ssdae.evaluation.report.demo import PhotoResult
+
+
+class PhotoResult(NamedTuple):
+    """A held-out photo: pictures uint8 (3, H, W), and by name the quality of model and baseline, and times in ms."""
+
+    name: str
+    original: Tensor
+    reconstruction: Tensor
+    baseline: Tensor
+    figures: Mapping[str, float]
 
 
 @torch.inference_mode()

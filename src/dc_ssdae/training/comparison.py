@@ -13,9 +13,7 @@ from dc_ssdae.data.images import to_model_range, to_uint8, write_png
 from dc_ssdae.data.loader import ValidationImages, validation_loader
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import InputError, counted
-from dc_ssdae.evaluation.estimates import Estimate
-from dc_ssdae.evaluation.metrics import psnr
-from dc_ssdae.evaluation.report.page import Panel, Photo, Table, render_page
+from dc_ssdae.evaluation.report.page import Photo, Table, psnr_panel, render_page
 from dc_ssdae.figures import cells
 from dc_ssdae.files import write_json, write_whole
 from dc_ssdae.timing import describe_machine, machine_line
@@ -93,16 +91,11 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
 
 def _page(report: Mapping[str, Any], pictured: Sequence[Tensor]) -> bytes:
     names, photos = [decoding["name"] for decoding in report["decodings"]], []
-    for place, (original, *outputs) in enumerate(pictured):
-        panels = [
-            Panel(name, f"{Estimate(psnr(original, output)).text(2)} dB", output)
-            for name, output in zip(names, outputs, strict=True)
-        ]
-        photos.append(Photo(f"image {place + 1}", original, panels))
-    table = Table([cells(decoding) for decoding in report["decodings"]])
-    return render_page(
-        "distillation.html", report=report, figures=table, pictures=photos, footer=machine_line(describe_machine())
-    )
+    for place, (original, *outputs) in enumerate(pictured, 1):
+        panels = [psnr_panel(name, original, output) for name, output in zip(names, outputs, strict=True)]
+        photos.append(Photo(f"image {place}", original, panels))
+    table, machine = Table([cells(decoding) for decoding in report["decodings"]]), machine_line(describe_machine())
+    return render_page("distillation.html", report=report, figures=table, pictures=photos, footer=machine)
 
 
 @torch.inference_mode()

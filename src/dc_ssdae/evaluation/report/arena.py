@@ -9,9 +9,8 @@ from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.curves import save_picture
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS
-from dc_ssdae.evaluation.metrics import psnr
 from dc_ssdae.evaluation.report.caveats import Report
-from dc_ssdae.evaluation.report.page import Panel, Photo, Table, number, render_page
+from dc_ssdae.evaluation.report.page import Panel, Photo, Table, number, psnr_panel, render_page
 from dc_ssdae.evaluation.report.pictures import arena_figure
 from dc_ssdae.timing import Spread
 
@@ -131,4 +130,4 @@ def _panel(entry: Entry, place: int) -> Panel:
         return Panel(entry.label, f"failed: {entry.failed}")
     shown = entry.shown[place]
     remark = f", {RANDOM_WEIGHTS}" if RANDOM_WEIGHTS in entry.remarks else ""
-    return Panel(entry.label, f"{Estimate(psnr(shown.original, shown.output)).text(2)} dB{remark}", shown.output)
+    return psnr_panel(entry.label, shown.original, shown.output, remark)

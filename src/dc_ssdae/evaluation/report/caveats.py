@@ -68,16 +68,15 @@ class Report:
         if random:
             lines.append(f"Quality means nothing for {', '.join(random)} ({RANDOM_WEIGHTS}): compare cost and shape.")
         lines += [f"{METRICS[name].title}: {note}." for name, note in self.suite.notes.items()]
-        taken = [
-            name for name in self.suite.distances if any(e.metrics[name].value is not None for e in found.values())
-        ]
+        results = list(found.values())
+        taken = [name for name in self.suite.distances if any(e.metrics[name].value is not None for e in results)]
         if taken and images < ENOUGH_IMAGES:
             titles = " and ".join(METRICS[name].title for name in taken)
             lines.append(
                 f"Compare {titles} only over {counted(images, 'image')}, as here: these distances fall as images are "
                 "added. Published ones are of 50,000."
             )
-        lines += enlarged_caveat(max((e.enlarged for e in found.values()), default=0), images, size)
+        lines += enlarged_caveat(max((e.enlarged for e in results), default=0), images, size)
         return [*lines, f"Compare only with figures of the protocol {self.settings.protocol.name} at {size} px."]
 
     def missing(self) -> list[str]:

@@ -1,25 +1,13 @@
 """The demo's report: one page with held-out photos by two models, and the losses of the one that it trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
-
-from torch import Tensor
 
 from dc_ssdae.evaluation.curves import draw_curves, read_run
+from dc_ssdae.evaluation.reconstruction import PhotoResult
 from dc_ssdae.evaluation.report.page import Panel, Photo, Table, difference_panel, render_page
 from dc_ssdae.figures import cells
-
-
-class PhotoResult(NamedTuple):
-    """A held-out photo: pictures uint8 (3, H, W), and by name the quality of model and baseline, and times in ms."""
-
-    name: str
-    original: Tensor
-    reconstruction: Tensor
-    baseline: Tensor
-    figures: Mapping[str, float]
 
 
 def demo_page(shipped: Sequence[PhotoResult], trained: Sequence[PhotoResult], run: Path, facts: str) -> bytes:

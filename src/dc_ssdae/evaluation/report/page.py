@@ -13,6 +13,7 @@ from torch import Tensor
 from dc_ssdae.data.images import to_pillow
 from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.estimates import Estimate
+from dc_ssdae.evaluation.metrics import psnr
 
 DIFFERENCE_GAIN = 2
 """How much the pictures of differences are amplified around mid-grey."""
@@ -75,6 +76,11 @@ def difference_panel(original: Tensor, output: Tensor) -> Panel:
     """A picture of what differs between two images, uint8 (3, H, W), amplified around mid-grey."""
     pixels = (128 + DIFFERENCE_GAIN * (output.int() - original.int())).clamp(0, 255).byte()
     return Panel("difference", f"×{DIFFERENCE_GAIN}, grey is none", pixels, flips=False)
+
+
+def psnr_panel(title: str, original: Tensor, output: Tensor, remark: str = "") -> Panel:
+    """A reconstruction, uint8 (3, H, W) as the original, with its PSNR below."""
+    return Panel(title, f"{Estimate(psnr(original, output)).text(2)} dB{remark}", output)
 
 
 def data_uri(picture: Tensor | bytes) -> str:
