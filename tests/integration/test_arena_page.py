@@ -74,6 +74,11 @@ def test_slider_click_and_keyboard_flip_the_pictures(page: Any) -> None:
     originals = pictures(page)
     assert set(originals[1:-1]).isdisjoint(before), "the last is lossless"
     assert originals[0] == before[0]
+    originals_lie_beneath = (
+        "layers => layers.every(layer => getComputedStyle(layer).backgroundImage"
+        ".includes(layer.closest('.photo').querySelector('.original').src))"
+    )
+    assert page.eval_on_selector_all(".before .layer", originals_lie_beneath)
     page.locator("#split").fill("50")
     assert set(pictures(page)[1:-1]).isdisjoint({*before, *originals})
     page.locator("#reset").click()
@@ -96,6 +101,10 @@ def test_zoom_and_drag_show_the_same_crop_of_all(page: Any) -> None:
     page.mouse.up()
     assert set(pictures(page)).isdisjoint(zoomed)
     assert page.locator("#split").input_value() == "100", "a drag is no click"
+    crop = page.evaluate(
+        "['--x', '--y'].map(name => parseFloat(document.documentElement.style.getPropertyValue(name)))"
+    )
+    assert crop == pytest.approx([50 + 100 * 60 / (3 * box["width"]), 50 + 100 * 30 / (3 * box["height"])], abs=1.0)
     transforms = "layers => [...new Set(layers.map(layer => getComputedStyle(layer).transform))]"
     assert page.eval_on_selector_all(".layer", transforms) == ["matrix(4, 0, 0, 4, 0, 0)"]
 
