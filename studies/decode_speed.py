@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from dc_ssdae import keep_freed_memory
-from dc_ssdae.evaluation.candidate_names import open_candidate, parse_candidate
-from dc_ssdae.evaluation.candidates import DiffusersCandidate, OurCandidate
+from dc_ssdae.evaluation.candidates import PythonCandidate, open_candidate, parse_candidate
 from dc_ssdae.timing import describe_machine
 
 S = "preset:sd_f8c4_frozen_eqm"
@@ -34,14 +33,14 @@ def serve(model: str) -> None:
         keep_freed_memory()
     torch.set_num_threads(1)
     candidate = open_candidate(parse_candidate(model.removeprefix("kept:")))
-    assert isinstance(candidate, OurCandidate | DiffusersCandidate)
+    assert isinstance(candidate, PythonCandidate)
     latents: dict[int, torch.Tensor] = {}
     for line in sys.stdin:
         size = int(line)
         if size not in latents:
             latents[size] = torch.randn_like(candidate.latent(candidate.encode(torch.zeros(1, 3, size, size)), None))
         begin = time.process_time()
-        candidate.model.decode(latents[size], return_dict=False)
+        candidate.value.decode(latents[size], return_dict=False)
         print(time.process_time() - begin, flush=True)
 
 

@@ -71,7 +71,7 @@ def runs() -> dict[str, dict[str, Any]]:
 
 def images(folder: Path) -> list[Tensor]:
     found = ImageFolder(str(folder))
-    return [found.read(index).contiguous() for index in range(len(found))]
+    return [found.read(index)[0].contiguous() for index in range(len(found))]
 
 
 def train(

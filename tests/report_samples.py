@@ -14,12 +14,12 @@ from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, KL, Evaluation, EvaluationSettings, Reconstructed
 from dc_ssdae.evaluation.frechet import FrechetDistance
-from dc_ssdae.evaluation.latent_statistics import LatentProfile
 from dc_ssdae.evaluation.metric_networks import NOT_ASKED, MetricSuite
 from dc_ssdae.evaluation.metrics import psnr
 from dc_ssdae.evaluation.protocol import PROTOCOLS
 from dc_ssdae.evaluation.report.arena import ArenaReport
 from dc_ssdae.evaluation.report.evaluation import EvaluationReport
+from dc_ssdae.evaluation.statistics import LatentProfile
 from dc_ssdae.timing import Spread
 
 SIDE = 32

@@ -236,8 +236,7 @@ class DCSSDAE(PretrainedModel):
         factor = self.config.downsample_factor
         if self.use_tiling and max(x.shape[2:]) > self._tile[0] * factor:
             return blend_tiles(self._moments, [(x, factor)], *self._tile).to(x.dtype)
-        posterior = self.posterior(x)
-        return torch.cat([part for part in (posterior.mean, posterior.logvar) if part is not None], dim=1)
+        return torch.cat(self.posterior(x).moments, dim=1)
 
     @apply_forward_hook
     def decode(

@@ -32,7 +32,7 @@ def fetch_model(name: str, subfolder: str | None = None, variant: str | None = N
     patterns = [str(prefix / "config.json"), *(str(prefix / f"{WEIGHTS}{ending}") for ending in weights)]
     try:
         snapshot = snapshot_download(name, allow_patterns=patterns, **settings)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second for names that are no ids
         told = f"{name}: no such folder, and it cannot be downloaded from the hub: {error}"
         raise MissingInputError(" ".join(told.split())) from error
     return Path(snapshot, prefix)

@@ -57,6 +57,11 @@ class DiagonalGaussian:
         """Variance (B, c, h, w); zeros where the encoder gives a point."""
         return torch.zeros_like(self.mean) if self.logvar is None else torch.exp(self.logvar)
 
+    @property
+    def moments(self) -> tuple[Tensor, ...]:
+        """The mean and, where the encoder gives one, the log-variance: (B, c, h, w) each."""
+        return (self.mean,) if self.logvar is None else (self.mean, self.logvar)
+
     def mode(self) -> Tensor:
         """The most likely latent, which is the mean: (B, c, h, w)."""
         return self.mean

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_config
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.interop.original import original_model_names
+from dc_ssdae.interop.original import original_names
 
 
 def test_a_checkpoint_of_the_original(run: Run, refusal: Refusal) -> None:
     """A checkpoint of the demo preset's architecture, but with a wider window, under the original's names."""
     model = DCSSDAE.from_preset("demo", decoder={"window_radius": 5}).half()
-    names = original_model_names(model)
+    names = original_names(model)
     theirs = {names[ours]: tensor for ours, tensor in model.state_dict().items()}
     save_file(theirs, "original.safetensors")
     words = ("convert", "original", "original.safetensors", "--out", "out", "--preset")
@@ -67,7 +67,9 @@ def test_a_decoder_is_trained_on_a_published_encoder(run: Run, refusal: Refusal,
     count = sum(tensor.numel() for name, tensor in tensors if name.startswith(("encoder.", "quant_conv.")))
     first, second, told = outcome.out
     assert first == f"published: f8c4 KLEncoder, {count:,} parameters -> a model"
-    assert second == "as published: scaling_factor 0.5, shift_factor 0.25"
+    assert second.startswith(
+        "as published: scaling_factor 0.5, shift_factor 0.25, latents_mean and latents_std of each"
+    )
     save_photos(Path("photos"), "0", "1")
     words = shlex.split(told.partition("dc-ssdae ")[2].replace("PHOTOS", "photos"))
     assert words[:5] == ["train", "--config", "a model/frozen_encoder.yaml", "--training.init_from", "a model"]
@@ -96,7 +98,9 @@ def test_a_published_encoder_in_half_precision(run: Run, refusal: Refusal, publi
     edit_config(published, force_upcast=True)
     words = ("convert", "diffusers", "published", "--decoder-size", "XS", "--dynamics", "FlowMatching", "--seed", 7)
     for dtype in ("float32", "bfloat16"):
-        assert "unsafe in float16" in run(*words, "--out", dtype, "--dtype", dtype).out[2]
+        out = run(*words, "--out", dtype, "--dtype", dtype, "--wrap").out
+        assert out[0].startswith("published: f8c4 DiffusersEncoder, ")
+        assert "unsafe in float16" in out[2]
     whole, half = (load_file(Path(dtype, WEIGHTS)) for dtype in ("float32", "bfloat16"))
     assert whole.keys() == half.keys()
     assert any("time_embedding" in name for name in whole)

@@ -46,15 +46,15 @@ class Recording:
     def name(self, index: int) -> str:
         return str(index)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         self.indices.append(index)
-        return torch.full((3, 16, 16), index, dtype=torch.uint8)
+        return torch.full((3, 16, 16), index, dtype=torch.uint8), -1
 
 
 class Unreadable(Recording):
     """A source without one good image."""
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         raise InputError(f"image {index} cannot be read")
 
 

@@ -38,8 +38,8 @@ def test_images_are_found_at_any_depth_and_read_in_order(tmp_path: Path) -> None
     assert len(folder) == 5
     assert folder.name(3) == str(tmp_path / "b" / "deep" / "deeper" / "image_001.png")
     for index, number in enumerate((2, 3, 0, 1, 4)):
-        np.testing.assert_array_equal(folder.read(index).permute(1, 2, 0).numpy(), image_array(number))
-        assert read_image_bytes(folder.read_bytes(index), "x").pixels.equal(folder.read(index))
+        np.testing.assert_array_equal(folder.read(index)[0].permute(1, 2, 0).numpy(), image_array(number))
+        assert read_image_bytes(folder.read_bytes(index), "x").pixels.equal(folder.read(index)[0])
 
 
 def test_order_is_that_of_code_points_whatever_the_file_system_gives(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_every_broken_file_is_named_in_one_line(tmp_path: Path) -> None:
     assert names_of(folder) == sorted([*broken, "image_000.png"])
     for index, name in enumerate(names_of(folder)):
         if name == "image_000.png":
-            assert folder.read(index).shape == (3, 24, 32)
+            assert folder.read(index)[0].shape == (3, 24, 32)
             continue
         with pytest.raises(InputError) as caught:
             folder.read(index)
@@ -154,7 +154,7 @@ def test_a_file_that_vanishes_is_a_broken_image(tmp_path: Path) -> None:
 def test_a_folder_can_be_pickled_and_is_small(tmp_path: Path) -> None:
     write_images(tmp_path, 3)
     folder = pickle.loads(pickle.dumps(ImageFolder(str(tmp_path))))
-    assert folder.read(2).shape == (3, 24, 32)
+    assert folder.read(2)[0].shape == (3, 24, 32)
     names = [f"n{number // 1300:08d}/n{number // 1300:08d}_{number}.JPEG" for number in range(20_000)]
     table = NameTable.of(names)
     listed = sys.getsizeof(names) + sum(map(sys.getsizeof, names))

@@ -31,7 +31,7 @@ def whole(count: int = 3) -> datasets.Dataset:
 def check(dataset: HubDataset, count: int = 3) -> None:
     assert len(dataset) == count
     for index in range(count):
-        np.testing.assert_array_equal(dataset.read(index).permute(1, 2, 0).numpy(), image_array(index))
+        np.testing.assert_array_equal(dataset.read(index)[0].permute(1, 2, 0).numpy(), image_array(index))
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -71,12 +71,12 @@ def test_every_broken_image_is_named_alone(tmp_path: Path) -> None:
             dataset.read(index)
         assert f"{dataset.name(index)!r}" in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
-    assert dataset.read(len(contents) + 1).shape == (3, 24, 32)
+    assert dataset.read(len(contents) + 1)[0].shape == (3, 24, 32)
 
 
 def test_the_image_column(tmp_path: Path) -> None:
     rows([encoded(image_array())], column="picture").save_to_disk(tmp_path / "disk")
-    assert HubDataset(str(tmp_path / "disk"), image_column="picture").read(0).shape == (3, 24, 32)
+    assert HubDataset(str(tmp_path / "disk"), image_column="picture").read(0)[0].shape == (3, 24, 32)
     with pytest.raises(InputError, match=r"unknown image column.*'image'; accepted: label, picture"):
         HubDataset(str(tmp_path / "disk"))
     with pytest.raises(InputError, match=r"column 'label' .* has no images"):

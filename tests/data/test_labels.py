@@ -5,41 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
-import torch
 from broken_samples import encoded, image_array, write_images, write_tar
-from PIL import Image
 
-from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.hub import HubDataset
-from dc_ssdae.data.labels import as_label, folder_classes, folder_labels, names_of_classes
 from dc_ssdae.data.pack import pack
 from dc_ssdae.data.pack_shard import PackSettings
 from dc_ssdae.data.shards import Shards
-from dc_ssdae.data.sources import ImageSource, open_sources, read_labelled
+from dc_ssdae.data.sources import ImageSource, open_sources
 from dc_ssdae.errors import InputError
 
 
 def labels_of(source: ImageSource) -> list[int]:
-    return [read_labelled(source, index)[1] for index in range(len(source))]
-
-
-@pytest.mark.parametrize(
-    ("value", "label"),
-    [
-        *((value, 7) for value in (7, np.int32(7), np.array(7), np.array([7]), torch.tensor(7), torch.tensor([7]))),
-        *((value, 7) for value in ("7", b"7", " 7\n", b"007")),
-        (0, 0),
-        (2**63 - 1, 2**63 - 1),
-        *((value, -1) for value in (-3, "-3", 2**63, str(2**63), "9" * 30, None, "", "cat", b"\xff", "7.0", "٣")),
-        *((value, -1) for value in (True, np.bool_(True), torch.tensor(True), 7.0, torch.tensor(7.0), [7])),
-        *((value, -1) for value in (torch.tensor([1, 2]), np.zeros(0, np.int64), torch.tensor(7.0).bfloat16())),
-    ],
-)
-def test_what_is_a_label(value: object, label: int) -> None:
-    found = as_label(value)
-    assert (type(found), found) == (int, label)
+    return [source.read(index)[1] for index in range(len(source))]
 
 
 def test_folders_have_one_number_for_a_class_in_all_parts(tmp_path: Path) -> None:
@@ -47,10 +25,10 @@ def test_folders_have_one_number_for_a_class_in_all_parts(tmp_path: Path) -> Non
     write_images(tmp_path / "train" / "deep" / "dog", 1)
     write_images(tmp_path / "validation" / "bird", 1)
     write_images(tmp_path / "validation", 1)
-    parts = [ImageFolder(str(tmp_path / name)) for name in ("train", "validation")]
-    classes = folder_classes([*parts, "no folder"])
-    assert classes == ["bird", "cat", "deep/dog"]
-    assert [folder_labels(part, classes).tolist() for part in parts] == [[1, 1, 2], [0, -1]]
+    sources = open_sources(str(tmp_path), None, None, None)
+    assert sources.validation is not None
+    assert sources.train.classes == sources.validation.classes == ["bird", "cat", "deep/dog"]
+    assert (labels_of(sources.train), labels_of(sources.validation)) == ([1, 1, 2], [0, -1])
 
 
 def test_tars_keep_labels_beside_the_image(tmp_path: Path) -> None:
@@ -121,6 +99,7 @@ def test_tables_have_a_column_of_labels(tmp_path: Path) -> None:
 
 OWN = """
 import numpy as np
+import torch
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
 
@@ -133,8 +112,10 @@ class Items:
     def __getitem__(self, index):
         self.read_items += 1
         return {
-            "pair": (IMAGE, np.int64(3)), "list": [IMAGE, 3], "mapping": {"image": IMAGE, "label": 3},
+            "pair": (IMAGE, np.int64(3)), "tensor": [IMAGE, torch.tensor(3)],
+            "list": [IMAGE, 3], "mapping": {"image": IMAGE, "label": 3},
             "labels": {"image": IMAGE, "labels": 3}, "alone": IMAGE, "single": (IMAGE,), "text": (IMAGE, "three"),
+            "below": (IMAGE, -3), "float": (IMAGE, 3.0),
         }[self.kind]
 
 class Source:
@@ -144,12 +125,11 @@ class Source:
     def name(self, index):
         return "x"
     def read(self, index):
-        import torch
         return torch.zeros(3, 8, 8, dtype=torch.uint8)
 
 class Labelled(Source):
-    def label(self, index):
-        return 4
+    def read(self, index):
+        return super().read(index), 4
 """
 
 
@@ -167,15 +147,15 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return opened
 
 
-@pytest.mark.parametrize("kind", ["pair", "list", "mapping", "labels"])
+@pytest.mark.parametrize("kind", ["pair", "tensor", "list", "mapping", "labels"])
 def test_users_items_tell_their_label_after_the_image(own: Any, kind: str) -> None:
     source = own("Items", kind=kind)
     assert labels_of(source) == [3]
     assert source._dataset.read_items == 1  # an image is not decoded a second time for its label
-    assert names_of_classes(source.classes) == ["cat", "dog"]
+    assert source.classes == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("kind", ["alone", "single", "text"])
+@pytest.mark.parametrize("kind", ["alone", "single", "text", "below", "float"])
 def test_users_items_without_a_label(own: Any, kind: str) -> None:
     assert labels_of(own("Items", kind=kind)) == [-1]
 
@@ -183,16 +163,4 @@ def test_users_items_without_a_label(own: Any, kind: str) -> None:
 def test_users_sources_may_have_labels(own: Any) -> None:
     assert labels_of(own("Source")) == [-1]
     assert labels_of(own("Labelled")) == [4]
-    assert names_of_classes(own("Labelled").classes) == ["bird"]
-
-
-@pytest.mark.parametrize("classes", [None, "cat", 3, ["cat", 3], [("cat", "tom")]])
-def test_what_are_no_names_of_classes(classes: object) -> None:
-    assert names_of_classes(classes) == []
-
-
-def test_prepared_images_are_read_as_before(tmp_path: Path) -> None:
-    paths = write_images(tmp_path, 1)
-    pixels, label = read_labelled(ImageFolder(str(tmp_path)), 0)
-    assert label == -1
-    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.array(Image.open(paths[0])))
+    assert own("Labelled").classes == ["bird"]

@@ -53,20 +53,20 @@ class Numbered:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         self.read_so_far.append(index)
         if index in self.broken:
             raise InputError(f"cannot read image {index}")
-        return torch.full((3, 20 + index % 3, 24), index, dtype=torch.uint8)
+        return torch.full((3, 20 + index % 3, 24), index, dtype=torch.uint8), -1
 
 
 class Textured(Numbered):
     """Images in which every crop looks different."""
 
-    def read(self, index: int) -> Tensor:
-        shape = super().read(index).shape
+    def read(self, index: int) -> tuple[Tensor, int]:
+        shape = super().read(index)[0].shape
         generator = torch.Generator().manual_seed(index)
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), -1
 
 
 def drawing(batch_size: int = 6, seed: int = 3, flip: bool = True, aug_scale: float = 2.0) -> Drawing:
@@ -286,7 +286,7 @@ class Stalled(Numbered):
         super().__init__(10)
         self.pipe = pipe
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         os.read(self.pipe, 1)
         return super().read(index)
 
@@ -364,7 +364,7 @@ def test_validation_images_are_spread_over_the_data_set(folder: ImageFolder, lim
 
 def test_validation_images_are_whole_and_in_the_middle(folder: ImageFolder) -> None:
     images = ValidationImages(folder, 20, 100)
-    assert torch.equal(images[0].pixels, folder.read(0)[:, :, 6:26])  # 20 by 33: nothing is resized
+    assert torch.equal(images[0].pixels, folder.read(0)[0][:, :, 6:26])  # 20 by 33: nothing is resized
     for place in (0, 1, 9):
         image = images[place]
         assert (image.place, image.broken) == (place, None)

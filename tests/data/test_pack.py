@@ -92,7 +92,7 @@ def test_parts_classes_and_names_are_kept(divided: Path, tmp_path: Path) -> None
     for source, numbers in ((sources.train, range(5)), (sources.validation, range(5, 8))):
         assert source is not None
         for index, number in enumerate(numbers):
-            np.testing.assert_array_equal(source.read(index).permute(1, 2, 0).numpy(), image_array(number))
+            np.testing.assert_array_equal(source.read(index)[0].permute(1, 2, 0).numpy(), image_array(number))
 
 
 def test_webdataset_reads_the_shards(divided: Path, tmp_path: Path) -> None:
@@ -129,10 +129,10 @@ def test_large_images_are_resized_and_small_ones_kept(tmp_path: Path) -> None:
     shards = Shards(str(tmp_path / "out"))
     upright = read_image(root / "a.png").pixels
     assert upright.shape == (3, 90, 60)
-    assert shards.read(0).equal(resize_shorter_side(upright, 40))
-    assert shards.read(1).equal(resize_shorter_side(torch.from_numpy(large).permute(2, 0, 1), 40))
+    assert shards.read(0)[0].equal(resize_shorter_side(upright, 40))
+    assert shards.read(1)[0].equal(resize_shorter_side(torch.from_numpy(large).permute(2, 0, 1), 40))
     assert members["00000002-c.png"] == (root / "c.JPEG").read_bytes()
-    np.testing.assert_array_equal(shards.read(3).permute(1, 2, 0).numpy(), image_array(3))
+    np.testing.assert_array_equal(shards.read(3)[0].permute(1, 2, 0).numpy(), image_array(3))
     assert members["00000004-e.webp"] == (root / "e.webp").read_bytes()
 
 

@@ -63,7 +63,7 @@ def test_the_demo_trains_on_each_photo_with_its_colours_and_with_exchanged_ones(
     source, photos = SamplePhotos("train"), sample_photos("train")
     expected = [(p.name, p.pixels[order]) for p in photos for order in ([0, 1, 2], [1, 2, 0], [2, 0, 1])]
     assert [source.name(index) for index in range(len(source))] == [name for name, _ in expected]
-    assert all(torch.equal(source.read(index), pixels) for index, (_, pixels) in enumerate(expected))
+    assert all(torch.equal(source.read(index)[0], pixels) for index, (_, pixels) in enumerate(expected))
 
 
 def test_unknown_split_lists_the_right_ones() -> None:

@@ -61,7 +61,7 @@ def check(shards: Shards, numbers: list[int]) -> None:
     assert len(shards) == sum(shards.blocks) == len(numbers)
     for index in np.random.default_rng(0).permutation(len(numbers)):
         expected = image_array(numbers[index])
-        np.testing.assert_array_equal(shards.read(int(index)).permute(1, 2, 0).numpy(), expected)
+        np.testing.assert_array_equal(shards.read(int(index))[0].permute(1, 2, 0).numpy(), expected)
 
 
 def refusal(path: str | Path) -> str:
@@ -158,7 +158,7 @@ def test_more_shards_than_may_be_open(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _sum(shards: Shards, index: int) -> int:
-    return int(shards.read(index).sum())
+    return int(shards.read(index)[0].sum())
 
 
 def test_threads_pickling_and_forked_processes(folder: Path) -> None:
@@ -186,7 +186,7 @@ def test_every_broken_image_is_named_alone(tmp_path: Path) -> None:
             shards.read(index)
         assert f"{tmp_path / 'x.tar'}: {name}" in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
-    np.testing.assert_array_equal(shards.read(len(content)).permute(1, 2, 0).numpy(), image_array(5))
+    np.testing.assert_array_equal(shards.read(len(content))[0].permute(1, 2, 0).numpy(), image_array(5))
 
 
 def test_links_in_a_tar_are_broken_images(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_shard_cut_short_anywhere_is_refused_or_its_last_image_is_broken(
             outcomes.add("refused")
             continue
         for place in range(len(shards) - 1):
-            assert shards.read(place).shape == (3, 24, 32)
+            assert shards.read(place)[0].shape == (3, 24, 32)
         try:
             shards.read(len(shards) - 1)
             outcomes.add("told")
@@ -397,7 +397,7 @@ def test_shards_with_a_manifest_are_fetched_when_first_read(packed: Path, server
     shards = Shards(url, cache=cache)
     assert len(shards) == 7
     assert sorted(server.asked) == ["/packed/index.safetensors", "/packed/manifest.json"]
-    np.testing.assert_array_equal(shards.read(4).permute(1, 2, 0).numpy(), image_array(4))
+    np.testing.assert_array_equal(shards.read(4)[0].permute(1, 2, 0).numpy(), image_array(4))
     assert server.asked[2:] == ["/packed/000001.tar"]
     check(shards, list(range(7)))
     check(Shards(url, cache=cache), list(range(7)))
@@ -462,7 +462,7 @@ def test_what_cannot_be_fetched_is_no_broken_image(packed: Path, server: Server,
     (packed / "000002.tar").unlink()
     with pytest.raises(OSError, match="cannot fetch"):
         shards.read(6)
-    assert shards.read(0).shape == (3, 24, 32)
+    assert shards.read(0)[0].shape == (3, 24, 32)
     assert not list(Path(cache).rglob("*.partial"))
 
 

@@ -65,7 +65,7 @@ def test_memory_follows_the_tile() -> None:
     candidate = OurCandidate(tiny())
     x = torch.zeros(1, 3, 512, 512)
     whole = peak_memory(candidate, partial(candidate.reconstruct, x), torch.device("cpu"))
-    candidate.model.enable_tiling(64)
+    candidate.value.enable_tiling(64)
     tiled = peak_memory(candidate, partial(candidate.reconstruct, x), torch.device("cpu"))
     if whole is None or tiled is None:
         pytest.skip("this system does not reset the high-water mark of a process")

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import nn
 
-from dc_ssdae.interop.diffusers_encoders import diffusers_names
+from dc_ssdae.interop.diffusers import diffusers_names
 from dc_ssdae.networks import DCEncoder, KLEncoder
 
 TOLERANCE = 1e-4

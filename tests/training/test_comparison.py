@@ -75,7 +75,7 @@ def test_broken_images_are_left_out(tmp_path: Path) -> None:
         assert list(row.values())[2:] == pytest.approx(list(expected.values())[2:], rel=1e-5)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "image.png").write_bytes(b"")
-    with pytest.raises(InputError, match="no image can be read"):
+    with pytest.raises(InputError, match="none of 1 image can be read"):
         compare(teacher, student, folder_of(tmp_path / "none"), 2, None)
 
 

@@ -26,7 +26,6 @@ from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import measurements as measurements_module
 from dc_ssdae.training import start as start_module
 from dc_ssdae.training.logging import read_lines
-from dc_ssdae.training.measurements import Evaluation
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
 from dc_ssdae.training.step import TrainingStep
 from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
@@ -361,7 +360,7 @@ def test_the_best_checkpoint(
 ) -> None:
     given = iter(values)
     zeros = {"psnr": 0.0, "ssim": 0.0, "mse": 0.0}
-    monkeypatch.setattr(measurements_module, "evaluate", lambda *_: Evaluation({**zeros, name: next(given)}, 3, []))
+    monkeypatch.setattr(measurements_module, "means", lambda *_: {**zeros, name: next(given)})
     start(run_config(images, steps=len(values), evaluate_every=1, best_metric=name), tmp_path / "run")
     state = last(tmp_path / "run").state
     link = RunFolder(tmp_path / "run").checkpoints.best()

@@ -103,7 +103,7 @@ def run_encode(options: EncodeOptions, work: str = "encode") -> None:
 
     # PyTorch's timer imports it; it warns where CUDA is installed and there is no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from dc_ssdae.evaluation.candidate_names import name_apart, open_candidate, parse_candidate
+    from dc_ssdae.evaluation.candidates import name_apart, open_candidate, parse_candidate
     from dc_ssdae.evaluation.speed import measure_speed
     from dc_ssdae.timing import describe_machine
 
@@ -111,7 +111,7 @@ def run_encode(options: EncodeOptions, work: str = "encode") -> None:
     candidates = {}
     for spec in name_apart([parse_candidate(text) for text in (options.model, *options.against)]):
         candidates[spec.label] = candidate = open_candidate(spec, dtype).to(device)
-        module = candidate.module()
+        module = candidate.module
         if module is None or not candidate.splits:
             raise InputError(f"{spec.label} has no separate networks for encoding and decoding")
         for part in ("encoder", "decoder") if options.compile else ():

@@ -308,7 +308,7 @@ def load_model(options: "ModelOptions | FileOptions") -> "DCSSDAE":
     classes = import_classes(options.modules)
     import torch
 
-    from dc_ssdae.evaluation.candidate_names import load_saved_model
+    from dc_ssdae.evaluation.candidates import load_saved_model
     from dc_ssdae.machine import slow_dtype_note
 
     if note := slow_dtype_note(device, options.dtype):

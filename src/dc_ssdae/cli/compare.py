@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from functools import partial
 
 from dc_ssdae.cli.common import check_outputs, complain, write_outputs
 from dc_ssdae.cli.evaluation import open_evaluation, tell_report
@@ -37,7 +36,7 @@ class Options(EvaluationOptions):
 
 def run(options: Options) -> int:
     """Measure, write and print; gives the exit code."""
-    from dc_ssdae.evaluation.candidate_names import name_apart, open_candidate, parse_candidate
+    from dc_ssdae.evaluation.candidates import name_apart, open_candidate, parse_candidate
 
     specs = name_apart([parse_candidate(text) for text in options.models])
     check_outputs(options, [options.out / name for name in FILES])
@@ -56,7 +55,6 @@ def run(options: Options) -> int:
     for spec in specs:
         with prefixed(spec.label):
             candidates[spec.label] = open_candidate(spec, getattr(torch, options.dtype), classes, about["decoding"])
-    openers = {label: partial(candidates.__getitem__, label) for label in candidates}
 
     def tell(label: str, reason: str) -> None:
         complain(options.program, f"{label} failed: {reason}")
@@ -64,7 +62,7 @@ def run(options: Options) -> int:
     suite, settings = about["suite"], about["settings"]
     with tqdm(total=len(specs) * len(images), unit="image", leave=False, disable=None) as bar:
         entries = run_arena(
-            openers, images, suite, settings, device, options.rounds, options.show, bar.update, tell, options.debug
+            candidates, images, suite, settings, device, options.rounds, options.show, bar.update, tell, options.debug
         )
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")

@@ -48,10 +48,11 @@ class OriginalOptions(ConvertOptions):
 
 @dataclass(kw_only=True)
 class DiffusersOptions(ConvertOptions, SeedOptions):
-    """Join the encoder of a published AutoencoderKL, AutoencoderDC or AutoencoderTiny of diffusers with a new decoder.
+    """Join the encoder of a published autoencoder of diffusers with a new decoder.
 
-    The decoder is untrained, or taken from a trained model. The scaling_factor, shift_factor, mean and standard
-    deviation of the latent stay as published.
+    Any class of diffusers that encodes images will do: AutoencoderKL, AutoencoderDC, AutoencoderTiny,
+    AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderRAE and others. The decoder is untrained, or taken from a
+    trained model. The scaling_factor, shift_factor, mean and standard deviation of the latent stay as published.
 
     Args:
         source: folder or hub id of the autoencoder, or of a pipeline that has one.
@@ -62,6 +63,7 @@ class DiffusersOptions(ConvertOptions, SeedOptions):
         decoder_size: size of the new decoder: XS, S, B, M, L, XL, H or fast; by default S.
         dynamics: EquilibriumMatching or FlowMatching; by default EquilibriumMatching.
         seed: seed of the decoder's random weights.
+        wrap: run the encoder by diffusers' code (DiffusersEncoder) where it could become a KLEncoder or DCEncoder too.
     """
 
     source: str = setting(positional=True, metavar="SOURCE")
@@ -70,6 +72,7 @@ class DiffusersOptions(ConvertOptions, SeedOptions):
     decoder: str | None = setting(None, metavar="DIR")
     decoder_size: str | None = setting(None, name="--decoder-size", metavar="SIZE")
     dynamics: str | None = setting(None, metavar="NAME")
+    wrap: bool = False
 
 
 def run_original(options: OriginalOptions) -> None:
@@ -90,12 +93,12 @@ def run_diffusers(options: DiffusersOptions) -> None:
     check_output_folder(options)
     if options.decoder is not None and (options.decoder_size or options.dynamics):
         raise InputError("--decoder-size and --dynamics are for a new decoder; they cannot be given with --decoder")
-    from dc_ssdae.interop.diffusers_encoders import convert_diffusers
+    from dc_ssdae.interop.diffusers import convert_diffusers
     from dc_ssdae.presets import dump_yaml
     from dc_ssdae.training.config import ModelConfig
 
     remarks: list[str] = []
-    given = options.given("decoder_size", "dynamics", "seed", "subfolder", "variant", "decoder")
+    given = options.given("decoder_size", "dynamics", "seed", "subfolder", "variant", "decoder", "wrap")
     model = convert_diffusers(options.source, remark=remarks.append, **given)
     _save(options, model)
     config = model.config
@@ -109,7 +112,8 @@ def run_diffusers(options: DiffusersOptions) -> None:
     parameters = sum(parameter.numel() for parameter in model.encoder.parameters())
     kind = f"f{config.downsample_factor}c{config.latent_channels} {config.encoder['class_path']}"
     say(f"{options.source}: {kind}, {parameters:,} parameters -> {options.out}")
-    say(f"as published: scaling_factor {config.scaling_factor:g}, shift_factor {config.shift_factor:g}")
+    channelwise = "" if config.latents_std is None else ", latents_mean and latents_std of each channel"
+    say(f"as published: scaling_factor {config.scaling_factor:g}, shift_factor {config.shift_factor:g}{channelwise}")
     for remark in remarks:
         say(remark)
     if options.decoder is None:

@@ -42,7 +42,7 @@ class Options(EvaluationOptions):
 
 def run(options: Options) -> None:
     """Measure, write and print; the worst and best images are reconstructed again."""
-    from dc_ssdae.evaluation.candidate_names import open_candidate, parse_candidate
+    from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
 
     spec = parse_candidate(options.model)
     check_outputs(options, [options.out / name for name in FILES])

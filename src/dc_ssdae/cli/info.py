@@ -130,7 +130,7 @@ def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
     torch.nn.Module.to(model, device=select_device(device), dtype=getattr(torch, dtype))
     size = max(SIZES[0], model.config.downsample_factor)  # both are powers of two
-    return {"device": str(model.device), "size": size, **measure_seconds(model, size)._asdict()}
+    return {"device": str(model.device), "size": size, **measure_seconds(model, size)}
 
 
 def _as_rows(profile: dict[str, Any]) -> list[tuple[str, str]]:

@@ -37,7 +37,7 @@ def run(options: Options) -> None:
     from dc_ssdae.data.images import to_model_range
     from dc_ssdae.data.loader import ValidationImages, default_workers
     from dc_ssdae.data.sources import open_sources
-    from dc_ssdae.evaluation.latent_statistics import latent_statistics
+    from dc_ssdae.evaluation.statistics import latent_statistics
     from dc_ssdae.latent import DiagonalGaussian
     from dc_ssdae.model_folder import write_latent_statistics
 
@@ -52,9 +52,11 @@ def run(options: Options) -> None:
 
     channels, bar = model.config.latent_channels, tqdm(total=len(images), unit="image", leave=False, disable=None)
     with advising_on_batches(options), bar:
-        survey = latent_statistics(encode, images, channels, options.batch, workers, advance=bar.update)
-    tell_of_images(options.program, options.size, survey.broken, survey.enlarged, len(images))
-    statistics, broken = survey.moments.statistics(), [image.name for image in survey.broken]
+        moments, unread, enlarged = latent_statistics(
+            encode, images, channels, options.batch, workers, advance=bar.update
+        )
+    tell_of_images(options.program, options.size, list(unread.values()), enlarged, len(images))
+    statistics, broken = moments.statistics(), [image.name for image in unread.values()]
     found = {"images": statistics.count, "broken": broken, "size": options.size, **statistics.settings()}
     found["written"] = None
     try:

@@ -67,7 +67,7 @@ def run_sampling(options: SamplingOptions) -> None:
     from dc_ssdae.data.loader import ValidationImages
     from dc_ssdae.data.sources import open_sources
     from dc_ssdae.decoding import SAMPLERS
-    from dc_ssdae.evaluation.candidate_names import name_apart, parse_candidate
+    from dc_ssdae.evaluation.candidates import name_apart, parse_candidate
     from dc_ssdae.evaluation.report.study import SamplingStudy
     from dc_ssdae.evaluation.sampling_study import Grid, measure_sampling
     from dc_ssdae.timing import describe_machine

@@ -5,16 +5,13 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from dc_ssdae.data.folder import ImageFolder
-from dc_ssdae.data.labels import folder_classes, folder_labels, names_of_classes
+from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.latent_manifest import LATENTS_FORMAT, LATENTS_VERSION
 from dc_ssdae.data.latent_shard import (
     LATENTS,
@@ -25,9 +22,9 @@ from dc_ssdae.data.latent_shard import (
     LatentShardReport,
     read_latent_report,
 )
-from dc_ssdae.data.loader import ValidationImages, enlarged_caveat, is_enlarged, read_batches, stack
+from dc_ssdae.data.loader import ValidationImage, ValidationImages, enlarged_caveat, read_batches, stack
 from dc_ssdae.data.resumable import check_broken, files_sha256
-from dc_ssdae.data.sources import ImageSource, read_labelled
+from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, counted
 from dc_ssdae.latent import LatentMoments
@@ -61,7 +58,6 @@ class LatentJob:
 
     Args:
         images: to encode, in this order.
-        labels: int64, of each image of their source; None asks the source.
         classes: names of what the labels number.
         folder: to write to.
         encoder: encodes them.
@@ -70,7 +66,6 @@ class LatentJob:
     """
 
     images: ValidationImages
-    labels: np.ndarray | None
     classes: list[str]
     folder: Path
     encoder: LatentEncoder
@@ -205,16 +200,13 @@ def _plan(
         has = f"it has {', '.join(parts)}" if "" not in parts else "it is not divided into parts"
         raise InputError(f"there are no {only} images: {has}")
     shape = encoder.latent_shape(settings)
-    classes = folder_classes(parts.values())
+    number_classes(parts.values())
     jobs = {}
     for name, source in parts.items():
         if only not in (None, name):
             continue
-        is_folder = isinstance(source, ImageFolder)
         images = ValidationImages(source, settings.size, len(source) if limit is None else limit)
-        labels = folder_labels(source, classes) if isinstance(source, ImageFolder) else None
-        own = classes if is_folder else names_of_classes(getattr(source, "classes", None))
-        jobs[name] = LatentJob(images, labels, own, target / name, encoder, settings, shape)
+        jobs[name] = LatentJob(images, source.classes, target / name, encoder, settings, shape)
     return jobs
 
 
@@ -281,8 +273,8 @@ def _write_shards(
     batches = {number: _batches(job.places(number), batch_size) for number in numbers}
     images = job.images
     stream = read_batches(
-        _LabelledImages(images, job.labels),
-        _collate,
+        images,
+        partial(_collate, images),
         workers if numbers else 0,
         images.workers_option,
         batch_size * 3 * images.image_size**2,
@@ -300,38 +292,11 @@ def _batches(places: range, batch_size: int) -> list[list[int]]:
     return [list(places[start : start + batch_size]) for start in range(0, len(places), batch_size)]
 
 
-class _Image(NamedTuple):
-    pixels: torch.Tensor
-    label: int
-    name: str
-    broken: str | None
-    enlarged: bool = False
-
-
-class _LabelledImages(Dataset[_Image]):
-    """Images at their places, prepared as for validation, with their labels."""
-
-    def __init__(self, images: ValidationImages, labels: np.ndarray | None) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __getitem__(self, place: int) -> _Image:
-        images, index = self.images, self.images.indices[place]
-        try:
-            if self.labels is None:
-                pixels, label = read_labelled(images.source, index)
-            else:
-                pixels, label = images.source.read(index), int(self.labels[index])
-            prepared = images.prepare(pixels, images.image_size)
-            return _Image(prepared, label, images.name(place), None, is_enlarged(pixels, images.image_size))
-        except InputError as error:
-            blank = torch.zeros(3, images.image_size, images.image_size, dtype=torch.uint8)
-            return _Image(blank, 0, images.source.name(index), str(error))
-
-
-def _collate(images: Sequence[_Image]) -> ImageBatch:
-    pixels, labels, names, broken, enlarged = zip(*images, strict=True)
-    return ImageBatch(stack(pixels), list(labels), list(names), list(broken), sum(enlarged))
+def _collate(source: ValidationImages, images: Sequence[ValidationImage]) -> ImageBatch:
+    places, pixels, broken, enlarged, labels = zip(*images, strict=True)
+    names = [source.name(place) if image is None else image.name for place, image in zip(places, broken, strict=True)]
+    reasons = [None if image is None else image.reason for image in broken]
+    return ImageBatch(stack(pixels), list(labels), names, reasons, sum(enlarged))
 
 
 def _finish(job: LatentJob, max_broken_share: float) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import logging
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,10 +29,13 @@ class ImageFolder:
     """All image files under a folder, in the order of their relative paths, character by character.
 
     Hidden files and folders are passed over; links are followed, but not in a circle. What has an image's extension
-    is in the data set whether it can be read or not.
+    is in the data set whether it can be read or not. An image's class is the folder that it lies in.
 
     Args:
         root: the folder: of class folders, of images, or of both.
+
+    Attributes:
+        classes: names of the class folders, relative to the root, in order; the labels are their places.
 
     Raises:
         InputError: there is no such folder, a folder in it cannot be listed, or there is no image in it.
@@ -48,6 +52,7 @@ class ImageFolder:
         inside = sum(listing.held_out.values())
         warn_of(self.root, listing.others, [*listing.held_out] if inside < len(listing.images) else [])
         self._names = NameTable.of(sorted(listing.images))
+        self.classes = sorted({name.rpartition("/")[0] for name in listing.images} - {""})
 
     def __len__(self) -> int:
         return len(self._names)
@@ -73,16 +78,21 @@ class ImageFolder:
             except OSError:
                 yield None
 
-    def read(self, index: int) -> Tensor:
+    def label(self, index: int) -> int:
+        """The number of the image's class folder, -1 for an image that lies in none."""
+        name = self._names[index].rpartition("/")[0]
+        return bisect_left(self.classes, name) if name else -1
+
+    def read(self, index: int) -> tuple[Tensor, int]:
         """Read an image.
 
         Returns:
-            uint8 (3, H, W), upright RGB.
+            uint8 (3, H, W), upright RGB; and the label.
 
         Raises:
             InputError: it cannot be read, for whatever reason.
         """
-        return read_image(self.name(index), interleaved=True).pixels
+        return read_image(self.name(index), interleaved=True).pixels, self.label(index)
 
     def read_bytes(self, index: int) -> bytes:
         """The file's content.
@@ -97,6 +107,14 @@ class ImageFolder:
                 return file.read()
         except OSError as error:
             raise InputError(f"cannot read image {path!r}: {error.strerror or error}") from error
+
+
+def number_classes(sources: Iterable[object]) -> None:
+    """Let a class have one number in all parts of a data set: those that are folders get the classes of all of them."""
+    folders = [source for source in sources if isinstance(source, ImageFolder)]
+    classes = sorted({name for folder in folders for name in folder.classes})
+    for folder in folders:
+        folder.classes = classes
 
 
 class Listing(NamedTuple):

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from dc_ssdae.data.images import read_image, read_image_bytes
-from dc_ssdae.data.labels import UNKNOWN_LABEL, as_label, names_of_classes
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.errors import InputError, unknown_name
 
@@ -68,13 +67,12 @@ class HubDataset:
             )
         if not len(rows):
             raise InputError(f"split {split!r} of the data set {path!r} is empty")
-        label_column = _label_column(path, rows.features, label_column)
-        self._label_column = label_column
-        self._labels = None if label_column is None else rows.select_columns([label_column])
-        feature = None if label_column is None else rows.features[label_column]
-        self.classes: list[str] = names_of_classes(getattr(feature, "names", None))
+        self._label_column = _label_column(path, rows.features, label_column)
+        feature = None if self._label_column is None else rows.features[self._label_column]
+        self.classes: list[str] = list(getattr(feature, "names", None) or [])
         # Images are decoded here and not by the library, so that one that is broken is met alone, by its index.
-        self._rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        columns = [image_column] if self._label_column is None else [image_column, self._label_column]
+        self._rows = rows.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
 
     def _load(self, load: Any) -> Any:
         try:
@@ -95,32 +93,30 @@ class HubDataset:
         """The library's fingerprint of the rows."""
         yield getattr(self._rows, "_fingerprint", None)
 
-    def label(self, index: int) -> int:
-        """The row's label, -1 where it has none."""
-        return UNKNOWN_LABEL if self._labels is None else as_label(self._labels[int(index)][self._label_column])
-
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         """Read an image.
 
         Returns:
-            uint8 (3, H, W), upright RGB.
+            uint8 (3, H, W), upright RGB; and the label, -1 where the row has none.
 
         Raises:
             InputError: it cannot be read, for whatever reason.
         """
         name = self.name(index)
         try:
-            row = self._rows[int(index)][self._column]
+            columns = self._rows[int(index)]
         except Exception as error:
             raise InputError(f"cannot read image {name!r}: {' '.join(str(error).split())}") from error
+        row, label = columns[self._column], columns.get(self._label_column)
+        label = -1 if label is None else max(-1, label)
         if row is None or (row["bytes"] is None and row["path"] is None):
             raise InputError(f"cannot read image {name!r}: the row has no image")
         if row["bytes"] is None:
             try:
-                return read_image(row["path"], interleaved=True).pixels
+                return read_image(row["path"], interleaved=True).pixels, label
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
-        return read_image_bytes(row["bytes"], name, interleaved=True).pixels
+        return read_image_bytes(row["bytes"], name, interleaved=True).pixels, label
 
 
 def _label_column(path: str, features: Mapping[str, Any], wanted: str | None) -> str | None:

@@ -139,7 +139,7 @@ class TrainingSamples(Dataset[Sample]):
         index = self.order[position]
         for attempt in range(MOST_REPLACEMENTS):
             try:
-                return self.source.read(index), broken
+                return self.source.read(index)[0], broken
             except InputError as error:
                 broken.append(BrokenImage(self.source.name(index), str(error)))
                 index = replacement_index(self.drawing.seed, position, attempt, self.order.length)
@@ -195,13 +195,14 @@ class Places:
 class ValidationImage(NamedTuple):
     """A validation image (3, S, S), uint8 unless another `prepare` made it, at its place; or why it cannot be read.
 
-    `enlarged`: its shorter side was smaller than S.
+    `enlarged`: its shorter side was smaller than S. `label`: -1 where it is not known.
     """
 
     place: int
     pixels: Tensor
     broken: BrokenImage | None
     enlarged: bool = False
+    label: int = -1
 
 
 class ValidationImages(Dataset[ValidationImage]):
@@ -236,12 +237,12 @@ class ValidationImages(Dataset[ValidationImage]):
     def __getitem__(self, place: int) -> ValidationImage:
         index = self.indices[place]
         try:
-            pixels = self.source.read(index)
+            pixels, label = self.source.read(index)
             prepared = self.prepare(pixels, self.image_size)
         except InputError as error:
             blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
             return ValidationImage(place, blank, BrokenImage(self.source.name(index), str(error)))
-        return ValidationImage(place, prepared, None, is_enlarged(pixels, self.image_size))
+        return ValidationImage(place, prepared, None, is_enlarged(pixels, self.image_size), label)
 
     def name(self, place: int) -> str:
         """The name of an image, which says nothing about where its data set lies, where the data set allows that."""

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dc_ssdae.data.folder import ImageFolder
-from dc_ssdae.data.labels import folder_classes, folder_labels
+from dc_ssdae.data.folder import ImageFolder, number_classes
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.pack_shard import PACK, PackJob, PackSettings, ShardReport, read_report, write_shard
@@ -93,7 +92,8 @@ def pack(
     parts = {name: open_path(folder, cache) for name, folder in (split_folders(source) or {"": source}).items()}
     if any(isinstance(part, Shards) for part in parts.values()):
         report("the source is shards: members other than the images, labels too, are left out")
-    classes = folder_classes(parts.values())
+    number_classes(parts.values())
+    classes = next((part.classes for part in parts.values() if isinstance(part, ImageFolder)), [])
     with PACK.lock(target):
         jobs = {name: _plan(part, classes, target / name, settings) for name, part in parts.items()}
         finished = {
@@ -121,9 +121,6 @@ def _plan(source: Any, classes: Sequence[str], folder: Path, settings: PackSetti
         # By a hash, and not by a generator, whose stream may change with its library.
         hashes = [int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") for name in encoded]
         order = np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")
-    labels = None
-    if isinstance(source, ImageFolder):
-        labels = folder_labels(source, classes)
     identity = {
         **asdict(settings),
         "images": len(names),
@@ -131,7 +128,7 @@ def _plan(source: Any, classes: Sequence[str], folder: Path, settings: PackSetti
         "files_sha256": files_sha256(source),
         "classes_sha256": hashlib.sha256("\0".join(classes).encode("utf-8", "surrogateescape")).hexdigest(),
     }
-    return PackJob(source, order, labels, folder, settings), identity
+    return PackJob(source, order, folder, settings), identity
 
 
 def _pack_part(

@@ -81,7 +81,6 @@ class PackJob:
 
     source: ImageFolder | Shards
     order: np.ndarray
-    labels: np.ndarray | None
     folder: Path
     settings: PackSettings
 
@@ -106,7 +105,7 @@ def write_shard(job: PackJob, number: int, advance: Callable[[int], Any]) -> Sha
                         broken.append((job.source.name(index), str(error)))
                     else:
                         kept += is_kept
-                        label = -1 if job.labels is None else int(job.labels[index])
+                        label = job.source.label(index) if isinstance(job.source, ImageFolder) else -1
                         sample = {"__key__": _key(place, job.source.relative_name(index)), extension: data}
                         writer.write(sample if label < 0 else {**sample, "cls": str(label).encode()})
                     advance(1)
@@ -144,7 +143,7 @@ class _Hashing:
 def _packed_image(job: PackJob, index: int) -> tuple[str, bytes, bool]:
     """The extension and bytes of an image in the shard, and whether they are the source's own."""
     settings = job.settings
-    pixels = job.source.read(index)  # before its bytes, which of a file that is no image may be very many
+    pixels, _ = job.source.read(index)  # before its bytes, which of a file that is no image may be very many
     if settings.size is None or min(pixels.shape[1:]) <= settings.size:
         data = job.source.read_bytes(index)
         extension = _plain_format(data)

@@ -49,6 +49,7 @@ class SamplePhotos:
 
     def __init__(self, split: Literal["train", "held_out"] = "train") -> None:
         self._photos = sample_photos(split)
+        self.classes: list[str] = []
 
     def __len__(self) -> int:
         return 3 * len(self._photos)
@@ -57,9 +58,9 @@ class SamplePhotos:
         """The photo's name."""
         return self._photos[index // 3].name
 
-    def read(self, index: int) -> Tensor:
-        """The photo, uint8 (3, H, W)."""
-        return self._photos[index // 3].pixels.roll(-(index % 3), 0)
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """The photo, uint8 (3, H, W), and -1: it has no label."""
+        return self._photos[index // 3].pixels.roll(-(index % 3), 0), -1
 
 
 def sample_photos(split: Literal["train", "held_out"]) -> list[SamplePhoto]:

@@ -14,7 +14,6 @@ import numpy as np
 
 from dc_ssdae.data.folder import COMPANIONS, suffix
 from dc_ssdae.data.images import IMAGE_EXTENSIONS
-from dc_ssdae.data.labels import as_label
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.errors import InputError
@@ -32,7 +31,6 @@ NOT_PLAIN = -1
 """Size of a member that is a link or sparse: it has no bytes of its own to read."""
 
 _BLOCK = 512  # bytes; a tar is made of blocks
-_LONGEST_LABEL = 64  # bytes
 
 
 class ShardIndex(NamedTuple):
@@ -131,29 +129,6 @@ def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
         logger.warning("shard %r: %d of %d samples have no image: %s", path, kinds.total(), len(keys), told)
     offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
     return ShardIndex(NameTable.of(names), offsets.copy(), sizes.copy())
-
-
-def scan_labels(path: str) -> dict[str, int]:
-    """Find the labels in a tar shard: the whole numbers that its members .cls hold.
-
-    Args:
-        path: a tar that is not compressed.
-
-    Returns:
-        The label of each sample by its key, for those that have one.
-
-    Raises:
-        InputError: the file is no tar, or damaged. One line that names it.
-    """
-    found = {}
-    members = _members(path)
-    with open(path, "rb") as file:
-        for member in members:
-            key, extension = sample_key(member.name)
-            if extension == "cls" and key is not None and member.isreg() and member.size <= _LONGEST_LABEL:
-                file.seek(member.offset_data)
-                found[key] = as_label(file.read(member.size))
-    return found
 
 
 def sample_key(name: str) -> tuple[str | None, str]:

@@ -1,10 +1,12 @@
 """WebDataset tar shards as a data set with random access."""
 
+import contextlib
 import hashlib
 import logging
 import math
 import os
 import re
+import tarfile
 import threading
 import urllib.parse
 import urllib.request
@@ -17,7 +19,6 @@ import numpy as np
 from torch import Tensor
 
 from dc_ssdae.data.images import LARGEST_FILE, read_image_bytes
-from dc_ssdae.data.labels import UNKNOWN_LABEL
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.shard_cache import cached_file, check_scheme, fetch, is_url, sibling
 from dc_ssdae.data.shard_index import (
@@ -31,7 +32,6 @@ from dc_ssdae.data.shard_index import (
     read_index,
     read_manifest,
     sample_key,
-    scan_labels,
     scan_tar,
 )
 from dc_ssdae.errors import InputError, counted
@@ -44,6 +44,9 @@ MOST_SHARDS = 10**6
 
 OPEN_FILES = 96
 """Shards that a thread keeps open: more than the loader mixes, fewer than systems allow."""
+
+_LONGEST_LABEL = 19
+"""Bytes; so that it fits into 64 bits."""
 
 
 class Shard(NamedTuple):
@@ -171,18 +174,18 @@ class Shards:
                 status = os.stat(self._path(number))
                 yield status.st_size, 0 if is_url(shard.url) else status.st_mtime_ns
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, int]:
         """Read an image.
 
         Returns:
-            uint8 (3, H, W), upright RGB.
+            uint8 (3, H, W), upright RGB; and the label.
 
         Raises:
             InputError: it cannot be read, for whatever reason.
             OSError: its shard is not there, or cannot be fetched.
         """
         data = self.read_bytes(index)
-        return read_image_bytes(data, self.name(index), interleaved=True).pixels
+        return read_image_bytes(data, self.name(index), interleaved=True).pixels, self.label(index)
 
     def read_bytes(self, index: int) -> bytes:
         """The image's file as it is in the shard.
@@ -209,19 +212,25 @@ class Shards:
         """The whole number in the member .cls beside the image, -1 where there is none.
 
         Raises:
-            InputError: the shard is damaged.
-            OSError: its shard is not there, or cannot be fetched.
+            OSError: the image's shard is not there, or cannot be fetched.
         """
         number = self._shard_of(index)
-        labels: OrderedDict[int, dict[str, int]] | None = getattr(self._files, "labels", None)
-        if labels is None:
-            labels = self._files.labels = OrderedDict()
-        if number not in labels:
-            labels[number] = scan_labels(self._path(number))
-            if len(labels) > OPEN_FILES:
-                labels.popitem(last=False)
         key, _ = sample_key(self._index.names[index])
-        return UNKNOWN_LABEL if key is None else labels[number].get(key, UNKNOWN_LABEL)
+        start = 0
+        if index > (self._ends[number - 1] if number else 0):  # the members of a sample lie together
+            end = int(self._index.offsets[index - 1]) + max(0, int(self._index.sizes[index - 1]))
+            start = end + -end % tarfile.BLOCKSIZE
+        with open(self._path(number), "rb") as file, contextlib.suppress(tarfile.TarError):
+            file.seek(start)
+            for member in tarfile.TarFile(fileobj=file):
+                member_key, extension = sample_key(member.name)
+                if member_key != key and member.offset > self._index.offsets[index]:
+                    break
+                if member_key == key is not None and extension == "cls" and member.isreg():
+                    file.seek(member.offset_data)
+                    digits = file.read(min(member.size, _LONGEST_LABEL)).strip()
+                    return int(digits) if digits.isdigit() and len(digits) < _LONGEST_LABEL else -1
+        return -1
 
     def _shard_of(self, index: int) -> int:
         if not 0 <= index < len(self):

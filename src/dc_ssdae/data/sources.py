@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import operator
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -14,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from dc_ssdae.classes import import_class
-from dc_ssdae.data.folder import ImageFolder, is_held_out, list_folder, suffix, warn_of
+from dc_ssdae.data.folder import ImageFolder, is_held_out, list_folder, number_classes, suffix, warn_of
 from dc_ssdae.data.hub import HubDataset
 from dc_ssdae.data.images import read_image_bytes, read_pillow_image
-from dc_ssdae.data.labels import UNKNOWN_LABEL, as_label
 from dc_ssdae.data.shard_cache import WEB, is_url
 from dc_ssdae.data.shard_index import check_finished
 from dc_ssdae.data.shards import Shards, tar_files
@@ -32,11 +32,16 @@ _PARTS = {"train": ("train", "training"), "validation": ("validation", "val", "v
 
 
 class ImageSource(Protocol):
-    """Random access to images by index; can be pickled for worker processes.
+    """Random access to images and their labels by index; can be pickled for worker processes.
 
     One in which some orders of reading cost less than others may also have `blocks`: lengths of consecutive runs of
     images that are cheap to read together.
     """
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that the labels number; empty where they are not known."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -44,8 +49,12 @@ class ImageSource(Protocol):
         """What to call an image in messages: its path, "shard.tar: member", or "dataset[12]"."""
         ...
 
-    def read(self, index: int) -> Tensor:
-        """Read an image, uint8 (3, H, W), upright RGB; InputError with one line that names it if it is broken."""
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """Read an image, uint8 (3, H, W), upright RGB, and its label, -1 where it is not known.
+
+        Raises:
+            InputError: the image is broken; one line that names it.
+        """
         ...
 
 
@@ -54,26 +63,6 @@ class ImageSources(NamedTuple):
 
     train: ImageSource
     validation: ImageSource | None
-
-
-def read_labelled(source: ImageSource, index: int) -> tuple[Tensor, int]:
-    """Read an image and its label.
-
-    Args:
-        source: its `label(index)` is asked, where it has one; a user's items tell theirs after the image, or as
-            "label" or "labels".
-        index: of the image.
-
-    Returns:
-        uint8 (3, H, W), upright RGB; and the label, -1 where it is not known.
-
-    Raises:
-        InputError: the image cannot be read.
-    """
-    if isinstance(source, _Items):
-        return source.read_labelled(index)
-    label = getattr(source, "label", None)
-    return source.read(index), as_label(label(index)) if callable(label) else UNKNOWN_LABEL
 
 
 def open_sources(
@@ -89,6 +78,7 @@ def open_sources(
             (or val/, valid/), in whatever case; without train/ all of it is training data.
         dataset: in place of root, {class_path, init_args}: ImageFolder, Shards, HubDataset, or a class of the user's
             own as module.Class, whose objects have `__len__` and `__getitem__`, or `__len__`, `read` and `name`.
+            Either gives an image, or an image and its label.
         validation: as root or as dataset; goes before what root holds.
         cache: folder for shards from URLs; None is ~/.cache/dc_ssdae/shards.
 
@@ -98,7 +88,7 @@ def open_sources(
     """
     if (root is None) == (dataset is None):
         raise InputError("either data.root or data.dataset must name the images" + (", not both" if root else ""))
-    in_root = None
+    in_root, found = None, None
     if dataset is not None:
         train = _build(dataset, cache)
     else:
@@ -106,11 +96,14 @@ def open_sources(
         root = os.path.expanduser(root)
         parts = split_folders(root)
         train, in_root = open_path(parts.get("train", root), cache), parts.get("validation")
-    if validation is None:
-        return ImageSources(train, open_path(in_root, cache) if in_root else None)
-    if isinstance(validation, str):
-        return ImageSources(train, open_path(os.path.expanduser(validation), cache))
-    return ImageSources(train, _build(validation, cache))
+    if isinstance(validation, Mapping):
+        found = _build(validation, cache)
+    elif validation is not None:
+        found = open_path(os.path.expanduser(validation), cache)
+    elif in_root is not None:
+        found = open_path(in_root, cache)
+    number_classes([train, found])
+    return ImageSources(train, found)
 
 
 def open_path(path: str, cache: str | None) -> ImageSource:
@@ -256,50 +249,51 @@ def _adapt(dataset: Any, class_path: str) -> ImageSource:
         raise InputError(f"{class_path} has no __len__; a run's order needs it") from error
     if length < 1:
         raise InputError(f"{class_path} has no images: its length is {length}")
-    if callable(getattr(dataset, "read", None)) and callable(getattr(dataset, "name", None)):
-        source: ImageSource = dataset
-        return source
-    if not hasattr(dataset, "__getitem__"):
+    has_names = callable(getattr(dataset, "read", None)) and callable(getattr(dataset, "name", None))
+    if not has_names and not hasattr(dataset, "__getitem__"):
         raise InputError(f"{class_path} has neither __getitem__ nor read and name; one of them gives the images")
-    return _Items(dataset, class_path.rpartition(".")[2])
+    return _Items(dataset, class_path.rpartition(".")[2], has_names)
 
 
 class _Items:
-    """A user's map-style data set, as torchvision's and Hugging Face's are."""
+    """A user's data set: with `read` and `name`, or map-style, as torchvision's and Hugging Face's are."""
 
-    def __init__(self, dataset: Any, label: str) -> None:
+    def __init__(self, dataset: Any, label: str, has_names: bool) -> None:
         self._dataset = dataset
         self._label = label
+        self._has_names = has_names
+        self.blocks = getattr(dataset, "blocks", [len(dataset)])
+        classes = getattr(dataset, "classes", ())
+        are_names = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+        self.classes = [str(name) for name in classes] if are_names else []
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def name(self, index: int) -> str:
-        return f"{self._label}[{index}]"
+        return str(self._dataset.name(index)) if self._has_names else f"{self._label}[{index}]"
 
-    @property
-    def classes(self) -> Any:
-        return getattr(self._dataset, "classes", None)
-
-    def read(self, index: int) -> Tensor:
-        return _pixels(self._item(index), self.name(index))
-
-    def read_labelled(self, index: int) -> tuple[Tensor, int]:
-        item = self._item(index)
-        return _pixels(item, self.name(index)), _label(item)
-
-    def _item(self, index: int) -> Any:
+    def read(self, index: int) -> tuple[Tensor, int]:
         try:
-            return self._dataset[index]
+            item = self._dataset.read(index) if self._has_names else self._dataset[index]
+        except InputError:
+            raise
         except Exception as error:  # the user's code meets broken images with whatever its decoder raises
             raise InputError(f"cannot read image {self.name(index)!r}: {_told(error)}") from error
+        return _pixels(item, self.name(index)), _label(item)
 
 
 def _label(item: Any) -> int:
-    """Find the label in a data set's item."""
+    """Find the label in a data set's item: a whole number from 0, else -1."""
     if isinstance(item, Mapping):
-        return as_label(item.get("label", item.get("labels")))
-    return as_label(item[1]) if isinstance(item, tuple | list) and len(item) > 1 else UNKNOWN_LABEL
+        label = item.get("label", item.get("labels"))
+    else:
+        label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
+    try:
+        number = operator.index(label)  # of Python, NumPy or PyTorch
+    except (TypeError, ValueError):
+        return -1
+    return number if 0 <= number < 2**63 else -1
 
 
 def _pixels(item: Any, name: str) -> Tensor:

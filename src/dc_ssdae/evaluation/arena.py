@@ -2,18 +2,16 @@
 
 import ctypes
 import gc
-import sys
-import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dc_ssdae.data.loader import ReadingFailed, ValidationImages
 from dc_ssdae.evaluation.candidates import Candidate
@@ -26,8 +24,8 @@ from dc_ssdae.evaluation.evaluate import (
     reconstruct_places,
 )
 from dc_ssdae.evaluation.metric_networks import MetricSuite
-from dc_ssdae.evaluation.profile import wait_for
-from dc_ssdae.timing import Spread, alternating
+from dc_ssdae.evaluation.profile import timed
+from dc_ssdae.timing import Spread, measure_alternately
 
 
 @dataclass
@@ -37,13 +35,13 @@ class Entry:
     Attributes:
         label: what it is called.
         remarks: what to know about it.
-        failed: why it has no results; None where it has.
-        evaluation: of all images.
         parameters: None where they are not known.
-        encode: images per second; None where there is no encoding apart from decoding.
-        decode: likewise; of a function from images to images, for all of its work.
         splits: whether encoding and decoding are two things.
         is_baseline: whether it is a codec or plain resizing.
+        failed: why it has no results; None where it has.
+        evaluation: of all images.
+        encode: images per second; None where there is no encoding apart from decoding.
+        decode: likewise; of a function from images to images, for all of its work.
         memory: the largest amount in use while it encodes and decodes a batch, its weights among it, in bytes.
         batch: at which speed and memory were measured.
         shown: reconstructions by place, to be looked at.
@@ -51,13 +49,13 @@ class Entry:
 
     label: str
     remarks: list[str] = field(default_factory=list)
-    failed: str | None = None
-    evaluation: Evaluation | None = None
     parameters: int | None = None
-    encode: Spread | None = None
-    decode: Spread | None = None
     splits: bool = True
     is_baseline: bool = False
+    failed: str | None = None
+    evaluation: Evaluation | None = None
+    encode: Spread | None = None
+    decode: Spread | None = None
     memory: int | None = None
     batch: int = 0
     shown: dict[int, Reconstructed] = field(default_factory=dict)
@@ -74,12 +72,12 @@ class Entry:
         return None if shape is None else shape[0] if len(shape) == 2 else int(np.prod(shape[1:]))
 
     def compression(self, size: int) -> float | None:
-        """Image values for each latent value, bits left aside."""
+        """Image values per latent value, bits left aside."""
         return None if self.latent_shape is None else 3 * size**2 / int(np.prod(self.latent_shape))
 
 
 def run_arena(
-    openers: Mapping[str, Callable[[], Candidate]],
+    candidates: Mapping[str, Candidate],
     images: ValidationImages,
     suite: MetricSuite,
     settings: EvaluationSettings,
@@ -96,7 +94,7 @@ def run_arena(
     through the candidates forwards and backwards in turn, so that a busy machine hinders all of them alike.
 
     Args:
-        openers: by label, what gives a candidate on the CPU.
+        candidates: by label, on the CPU.
         images: as `settings.images` gives them.
         suite: of the settings' protocol.
         settings: see there.
@@ -108,82 +106,73 @@ def run_arena(
         debug: print tracebacks of failures.
 
     Returns:
-        The entries, in the order of the openers.
+        The entries, in the order of the candidates.
 
     Raises:
         ReadingFailed: no image can be read, or the data set can no longer be read.
     """
-    entries = {label: Entry(label) for label in openers}
-    candidates: dict[str, Candidate] = {}
-    places = shown_places(len(images), show)
+    shown = min(show, len(images))
+    places = [place * len(images) // shown for place in range(shown)]
+    entries = {
+        label: Entry(label, candidate.remarks, candidate.count_parameters(), candidate.splits, candidate.is_baseline)
+        for label, candidate in candidates.items()
+    }
 
-    def attempt(label: str, work: Callable[[], None]) -> None:
+    @contextmanager
+    def turn_of(entry: Entry) -> Iterator[None]:
+        """Have a candidate on the device; where it raises, its entry says why."""
+        gc.collect()  # an error, and with it its frames and all that they hold on the device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the caching allocator has kept in other candidates' sizes
         try:
-            work()
+            candidates[entry.label].to(device)
+            yield
         except ReadingFailed:  # the images, not a candidate, are at fault
             raise
         except Exception as error:  # a user's code, or diffusers', may raise anything
             if debug:
                 traceback.print_exception(error)
-            entries[label].failed = describe_failure(error, settings.batch_size)
-            failed = candidates.pop(label, None)
-            if failed is not None:
-                with suppress(Exception):  # whoever gave it may hold it still: the device is the next one's
-                    failed.to(torch.device("cpu"))
+            entry.failed = describe_failure(error, settings.batch_size)
             if report is not None:
-                report(label, entries[label].failed or "")
-        if entries[label].failed is not None:
-            gc.collect()  # only here, where the error is gone, and with it its frames and all that they hold
+                report(entry.label, entry.failed)
+        finally:
+            with suppress(Exception):  # where the device has failed
+                candidates[entry.label].to(torch.device("cpu"))
 
-    for label, opener in openers.items():
-        entry = entries[label]
-
-        def measure_quality(opener: Callable[[], Candidate] = opener, entry: Entry = entry) -> None:
-            candidate = opener()
-            entry.remarks = list(candidate.remarks)
-            entry.parameters = candidate.count_parameters()
-            entry.splits, entry.is_baseline = candidate.splits, candidate.is_baseline
-            candidates[entry.label] = candidate
-            candidate.to(device)
+    for entry in entries.values():
+        with turn_of(entry):
+            candidate = candidates[entry.label]
             entry.evaluation = evaluate(candidate, images, suite, settings, device, advance=advance)
-            shown = reconstruct_places(candidate, images, places, settings, device)
-            entry.shown = {image.place: image for image in shown}
-            candidate.to(torch.device("cpu"))
+            found = reconstruct_places(candidate, images, places, settings, device)
+            entry.shown = {image.place: image for image in found}
 
-        attempt(label, measure_quality)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the caching allocator has kept in this one's sizes, before the next
+    finished = [entry for entry in entries.values() if entry.failed is None]
+    read = (images[place] for place in range(len(images)))
+    usable = islice((image for image in read if image.broken is None), settings.batch_size)
+    x = torch.stack([settings.protocol.model_input(image.pixels) for image in usable]).to(device)
 
-    if not candidates:
-        return list(entries.values())
-    x = _speed_batch(images, settings).to(device)
-    seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in candidates}
-    for round_ in range(-1, rounds):
-        labels = list(candidates)
-        for index in alternating(len(labels), round_):
-            label = labels[index]
+    speeds: dict[str, list[tuple[float, float]]] = {entry.label: [] for entry in finished}
 
-            def measure_speed(label: str = label, first: bool = round_ < 0) -> None:
-                candidate = candidates[label].to(device)
-                if first:  # apart from timing
-                    entries[label].memory = peak_memory(candidate, partial(candidate.reconstruct, x), device)
-                    entries[label].batch = len(x)
-                else:
-                    seconds[label].append(_time(candidate, x, device))
-                candidate.to(torch.device("cpu"))
+    def measure_speed(entry: Entry) -> None:
+        """Measure how many images per second are encoded and decoded, and the first time the memory that it takes."""
+        if entry.failed is not None:
+            return
+        with turn_of(entry), torch.inference_mode():
+            candidate = candidates[entry.label]
+            if not entry.batch:
+                entry.memory = peak_memory(candidate, partial(candidate.reconstruct, x), device)
+                entry.batch = len(x)
+            encoded, encode_seconds = timed(partial(candidate.encode, x), device, 1)
+            latent = candidate.latent(encoded, None)
+            _, decode_seconds = timed(partial(candidate.decode, latent), device, 1)
+            speeds[entry.label].append((len(x) / encode_seconds, len(x) / decode_seconds))
 
-            attempt(label, measure_speed)
-    for label in candidates:
-        speeds = [[len(x) / taken for taken in part] for part in zip(*seconds[label], strict=True)]
-        entries[label].encode = Spread.of(speeds[0]) if entries[label].splits else None
-        entries[label].decode = Spread.of(speeds[1])
+    measure_alternately([partial(measure_speed, entry) for entry in finished], rounds)
+    for entry in finished:
+        if entry.failed is None:
+            encode, entry.decode = map(Spread.of, zip(*speeds[entry.label], strict=True))
+            entry.encode = encode if entry.splits else None
     return list(entries.values())
-
-
-def shown_places(count: int, show: int) -> list[int]:
-    """Places of the images to look at, evenly spread."""
-    shown = min(show, count)
-    return [place * count // shown for place in range(shown)]
 
 
 @torch.inference_mode()
@@ -201,67 +190,24 @@ def peak_memory(candidate: Candidate, work: Callable[[], object], device: torch.
     Returns:
         Bytes; None where the device does not tell.
     """
-    module = candidate.module()
-    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
-    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    module = candidate.module
+    own = 0 if module is None else sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before + own
-    if device.type != "cpu" or not _reset_high_water_mark():
-        work()
-        return None
-    before = _status("VmRSS")
-    work()
-    return max(0, _status("VmHWM") - before) + own
-
-
-def _reset_high_water_mark() -> bool:
-    """Give freed memory back to the system and reset the mark; whether that is possible here."""
-    if sys.platform != "linux":
-        return False
-    gc.collect()
-    with suppress(OSError, AttributeError):
+    mark: int | None = None
+    with suppress(OSError, LookupError):  # Linux alone tells
+        gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        _status("VmHWM")
-    except (OSError, LookupError):
-        return False
-    return True
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the mark
+        mark = _high_water_mark()
+    work()
+    return None if mark is None or device.type != "cpu" else max(0, _high_water_mark() - mark) + own
 
 
-def _status(key: str) -> int:
-    """A value of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(key)
-
-
-@torch.inference_mode()
-def _time(candidate: Candidate, x: Tensor, device: torch.device) -> tuple[float, float]:
-    """Seconds that encoding and decoding a batch take; on a GPU after a run that takes memory and chooses kernels."""
-    if device.type != "cpu":
-        candidate.reconstruct(x)
-    wait_for(device)
-    start = time.perf_counter()
-    encoded = candidate.encode(x)
-    wait_for(device)
-    between = time.perf_counter()
-    candidate.decode(candidate.latent(encoded, None))
-    wait_for(device)
-    return between - start, time.perf_counter() - between
-
-
-def _speed_batch(images: ValidationImages, settings: EvaluationSettings) -> Tensor:
-    """A batch of the images that can be read, as the model sees them."""
-    found: list[Tensor] = []
-    for place in range(len(images)):
-        image = images[place]
-        if image.broken is None:
-            found.append(settings.protocol.model_input(image.pixels))
-        if len(found) == settings.batch_size:
-            break
-    return torch.stack(found)
+def _high_water_mark() -> int:
+    """The most bytes of this process that were resident."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return 1024 * int(dict(line.split(":", 1) for line in lines)["VmHWM"].split()[0])

@@ -1,19 +1,44 @@
-"""The autoencoders that can be measured: ours, diffusers', a Python object, image codecs and plain resizing."""
+"""The autoencoders that can be measured: how they are named and opened, and what they give."""
 
 import io
+import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dc_ssdae.autoencoder import DCSSDAE
+from dc_ssdae.classes import import_object, importing_from
 from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
 from dc_ssdae.decoding import plan_decoding
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, check_names
+from dc_ssdae.interop.diffusers import (
+    autoencoder_class,
+    build_autoencoder,
+    find_diffusers_model,
+    has_weights,
+    load_diffusers_model,
+    message_of,
+)
 from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.model_folder import model_folder, weight_files
+from dc_ssdae.networks.diffusers_encoder import (
+    as_posterior,
+    encode_images,
+    find_autoencoder,
+    has_frames,
+    takes_zero_to_one,
+)
+from dc_ssdae.presets import SHIPPED_MODEL
 
 RANDOM_WEIGHTS = "random weights"
 """Remark on a candidate that was never trained."""
@@ -21,8 +46,35 @@ RANDOM_WEIGHTS = "random weights"
 DECODING = ("sampler", "num_steps", "step_size", "momentum", "tolerance")
 """Settings of `DCSSDAE.decode` with which a model can be measured."""
 
-ZERO_TO_ONE = ("AutoencoderRAE",)
-"""Classes of diffusers that take and give images in [0, 1] instead of [-1, 1]."""
+_SANA_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "AutoencoderKL": {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    },
+    "AutoencoderDC": {
+        "encoder_block_types": _SANA_BLOCKS,
+        "decoder_block_types": _SANA_BLOCKS,
+        "downsample_block_type": "Conv",
+        "upsample_block_type": "interpolate",
+        "decoder_conv_act_fn": "silu",
+    },
+    "AutoencoderTiny": {},
+}
+"""Classes of diffusers, with the settings of Stable Diffusion's f8c4, SANA's f32c32 and TAESD that are not defaults."""
+
+KINDS: Mapping[str, tuple[str, str]] = {
+    "ours": (".+", "the folder or hub id of a model"),
+    "preset": (".+", "preset:NAME"),
+    "diffusers": (".+", "diffusers:FOLDER, diffusers:HUB_ID or diffusers:CLASS"),
+    "python": (r"\w+(\.\w+)+", "python:MODULE.NAME"),
+    "jpeg": ("[1-9][0-9]?|100", "jpeg:QUALITY, from 1 to 100"),
+    "webp": ("[1-9][0-9]?|100", "webp:QUALITY, from 1 to 100"),
+    "bicubic": (r"[1-9][0-9]{0,3}(\.[0-9]+)?", "bicubic:FACTOR, at least 1"),
+}
+"""By what a candidate's name begins with: a pattern for the rest, and how to write it. "ours" is what has no prefix."""
 
 
 class Encoded(NamedTuple):
@@ -31,7 +83,7 @@ class Encoded(NamedTuple):
     Args:
         posterior: the Gaussian over the latents (B, c, h, w); None for a candidate without one.
         code: what a codec writes, for `Candidate.decode`; None for a candidate with a posterior.
-        bits: of each image, where there are files; else None.
+        bits: per image, where there are files; else None.
     """
 
     posterior: DiagonalGaussian | None
@@ -49,17 +101,21 @@ class Decoded(NamedTuple):
 class Candidate(ABC):
     """Something that reconstructs images.
 
-    Attributes:
+    Args:
+        module: its network, which is put into eval mode; None where it has none.
         remarks: what to know about it, each a few words.
+
+    Attributes:
         splits: whether it can encode and decode apart from each other.
         is_baseline: whether it is there to compare with, and not to train a generative model on.
     """
 
-    splits: bool = True
-    is_baseline: bool = False
+    splits = True
+    is_baseline = False
 
-    def __init__(self) -> None:
-        self.remarks: list[str] = []
+    def __init__(self, module: nn.Module | None = None, remarks: Sequence[str] = ()) -> None:
+        self.module = None if module is None else module.eval()
+        self.remarks = list(remarks)
 
     @abstractmethod
     def encode(self, x: Tensor) -> Encoded:
@@ -70,7 +126,7 @@ class Candidate(ABC):
         """Decode what `latent` chose of what `encode` gave."""
 
     def latent(self, encoded: Encoded, generators: Sequence[torch.Generator] | None) -> Any:
-        """What to decode: the posterior's mean, or a sample with one generator an image; or the code."""
+        """Choose what to decode: the posterior's mean, or a sample with one generator per image; or the code."""
         if encoded.posterior is None:
             return encoded.code
         return encoded.posterior.mode() if generators is None else encoded.posterior.sample(list(generators))
@@ -81,27 +137,73 @@ class Candidate(ABC):
         return encoded, self.decode(self.latent(encoded, generators))
 
     def to(self, device: torch.device) -> "Candidate":
-        """Move its networks, if it has any."""
-        module = self.module()
-        if module is not None:
-            module.to(device)
+        """Move its network, if it has one."""
+        if self.module is not None:
+            self.module.to(device)
         return self
 
-    def module(self) -> nn.Module | None:
-        """Its network; None where it has none."""
-        return None
-
     def count_parameters(self) -> int | None:
-        """Parameters of all its networks; None where that is not known."""
-        module = self.module()
-        return None if module is None else sum(parameter.numel() for parameter in module.parameters())
+        """Count the parameters of its network; None where that is not known."""
+        return None if self.module is None else sum(parameter.numel() for parameter in self.module.parameters())
 
 
-class OurCandidate(Candidate):
+class PythonCandidate(Candidate):
+    """An autoencoder in Python: an object with `encode` and `decode`, or a function from images to images.
+
+    Args:
+        value: the object or function; images are (B, 3, H, W) in [-1, 1]. `encode` gives the latent, or an output with
+            it as diffusers' have (`latent_dist`, `latents`, `latent`); `decode` the images, or an output with `sample`.
+        name: of it, for messages.
+
+    Raises:
+        InputError: it is neither.
+    """
+
+    def __init__(self, value: Any, name: str) -> None:
+        super().__init__(value if isinstance(value, nn.Module) else None)
+        self.value, self.name = value, name
+        self.splits = all(callable(getattr(value, method, None)) for method in ("encode", "decode"))
+        if not (self.splits or callable(value)):
+            raise InputError(f"{name} is {type(value).__name__}, not an object with encode and decode, nor a function")
+        if not self.splits:
+            self.remarks.append("a function, timed as a whole")
+
+    def encode(self, x: Tensor) -> Encoded:
+        # A function does all of its work in `decode`.
+        return Encoded(as_posterior(self.value.encode(self._cast(x)), self.name)) if self.splits else Encoded(None, x)
+
+    def decode(self, latent: Tensor) -> Decoded:
+        output = (self.value.decode if self.splits else self.value)(self._cast(latent))
+        images = getattr(output, "sample", output)
+        images = images[0] if isinstance(images, tuple) and images else images
+        if not isinstance(images, Tensor):
+            raise InputError(f"images (B, 3, H, W) are expected from a decoder, not {type(output).__name__}")
+        return Decoded(images)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """Cast to the dtype of the network's weights, if it has any."""
+        weights = None if self.module is None else next(self.module.parameters(), None)
+        return x.to(weights.dtype) if weights is not None and weights.is_floating_point() else x
+
+
+class DiffusersCandidate(PythonCandidate):
+    """An autoencoder of diffusers: of images, or of video, for which an image is one frame."""
+
+    def encode(self, x: Tensor) -> Encoded:
+        return Encoded(encode_images(self.value, self._cast(x), has_frames(self.value)))
+
+    def decode(self, latent: Tensor) -> Decoded:
+        with_frames = has_frames(self.value)
+        images = super().decode(latent.unsqueeze(2) if with_frames else latent).images
+        images = images[:, :3, 0] if with_frames else images[:, :3]  # without alpha
+        return Decoded(2.0 * images - 1.0 if takes_zero_to_one(self.value) else images)
+
+
+class OurCandidate(PythonCandidate):
     """A model of this package.
 
     Args:
-        model: in eval mode.
+        model: any.
         decoding: what `DCSSDAE.decode` takes besides the latent.
 
     Raises:
@@ -109,88 +211,13 @@ class OurCandidate(Candidate):
     """
 
     def __init__(self, model: DCSSDAE, decoding: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, "the model")
         self.decoding = dict(decoding or {})
-        settings: dict[str, Any] = {name: self.decoding.get(name) for name in DECODING}
-        plan_decoding(model.dynamics, **settings)
-
-    def module(self) -> nn.Module:
-        return self.model
-
-    def encode(self, x: Tensor) -> Encoded:
-        size, factor = x.shape[-1], self.model.config.downsample_factor
-        if size % factor:
-            fitting = -(-size // factor) * factor
-            raise InputError(f"--size is {size}; this model needs a multiple of {factor}, such as {fitting}")
-        return Encoded(self.model.encode(x).latent_dist)
+        plan_decoding(model.dynamics, **self.decoding)
 
     def decode(self, latent: Tensor) -> Decoded:
-        output = self.model.decode(latent, **self.decoding)
+        output = self.value.decode(latent, **self.decoding)
         return Decoded(output.sample, output.num_evaluations)
-
-
-class DiffusersCandidate(Candidate):
-    """An image autoencoder of diffusers: with a posterior (KL), or with latents (DC, Tiny, VQ, RAE).
-
-    Args:
-        model: in eval mode.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self._zero_to_one = type(model).__name__ in ZERO_TO_ONE
-
-    def module(self) -> nn.Module:
-        return self.model
-
-    def encode(self, x: Tensor) -> Encoded:
-        x = 0.5 * x + 0.5 if self._zero_to_one else x
-        return Encoded(_posterior(self.model.encode(x.to(self.model.dtype)), type(self.model).__name__))
-
-    def decode(self, latent: Tensor) -> Decoded:
-        images = _sample(self.model.decode(latent.to(self.model.dtype)))
-        return Decoded(2.0 * images - 1.0 if self._zero_to_one else images)
-
-
-class PythonCandidate(Candidate):
-    """A user's own autoencoder: an object with `encode` and `decode`, or a function from images to images.
-
-    Args:
-        value: the object or function; images are (B, 3, H, W) in [-1, 1]. `encode` gives the latent, or an output with
-            it as diffusers' have (`latent_dist`, `latents`, `latent`); `decode` the images, or an output with `sample`.
-        name: of it, for messages.
-    """
-
-    def __init__(self, value: Any, name: str) -> None:
-        super().__init__()
-        self.value = value
-        self.name = name
-        self.splits = all(callable(getattr(value, method, None)) for method in ("encode", "decode"))
-        if not (self.splits or callable(value)):
-            raise InputError(
-                f"{name} is neither a function from images to images nor an object with encode and decode, but "
-                f"{type(value).__name__}"
-            )
-        if not self.splits:
-            self.remarks.append("a function, timed as a whole")
-        if isinstance(value, nn.Module):
-            value.eval()
-
-    def module(self) -> nn.Module | None:
-        return self.value if isinstance(self.value, nn.Module) else None
-
-    def encode(self, x: Tensor) -> Encoded:
-        module = self.module()
-        weights = None if module is None else next(module.parameters(), None)
-        if weights is not None and weights.is_floating_point():
-            x = x.to(weights.dtype)
-        # A function does all of its work in `decode`.
-        return Encoded(_posterior(self.value.encode(x), self.name)) if self.splits else Encoded(None, x)
-
-    def decode(self, latent: Tensor) -> Decoded:
-        return Decoded(_sample(self.value.decode(latent) if self.splits else self.value(latent)))
 
 
 class CodecCandidate(Candidate):
@@ -204,24 +231,22 @@ class CodecCandidate(Candidate):
     is_baseline = True
 
     def __init__(self, kind: str, quality: int) -> None:
-        super().__init__()
-        self.kind = kind
-        self.quality = quality
-        self.remarks.append("codec, on one core of the CPU")
+        super().__init__(remarks=["codec, on one core of the CPU"])
+        self.kind, self.quality = kind, quality
 
     def encode(self, x: Tensor) -> Encoded:
         files = []
         for pixels in to_uint8(x):
             buffer = io.BytesIO()
-            to_pillow(pixels).save(buffer, format=self.kind.upper(), quality=self.quality)
+            to_pillow(pixels).save(buffer, format=self.kind, quality=self.quality)
             files.append(buffer.getvalue())
         return Encoded(None, (files, x.device), [8 * len(file) for file in files])
 
     def decode(self, latent: tuple[list[bytes], torch.device]) -> Decoded:
-        from torchvision.transforms.v2 import functional as tvf
+        from torchvision.transforms.v2.functional import pil_to_tensor
 
         files, device = latent
-        images = [tvf.pil_to_tensor(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+        images = [pil_to_tensor(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
         return Decoded(to_model_range(torch.stack(images)).to(device))
 
 
@@ -233,51 +258,159 @@ class BicubicCandidate(Candidate):
     """
 
     is_baseline = True
+    _resize = staticmethod(partial(F.interpolate, mode="bicubic", antialias=True))
 
     def __init__(self, factor: float) -> None:
-        super().__init__()
+        super().__init__(remarks=["resizing"])
         self.factor = factor
-        self.remarks.append("resizing")
-        self._size = (1, 1)
 
     def encode(self, x: Tensor) -> Encoded:
-        self._size = (x.shape[-2], x.shape[-1])
-        small = [max(1, round(side / self.factor)) for side in self._size]
-        return Encoded(DiagonalGaussian(self._resize(x, small)))
+        self._size = x.shape[-2:]
+        return Encoded(DiagonalGaussian(self._resize(x, [max(1, round(side / self.factor)) for side in self._size])))
 
     def decode(self, latent: Tensor) -> Decoded:
-        return Decoded(self._resize(latent, list(self._size)))
-
-    def _resize(self, x: Tensor, size: list[int]) -> Tensor:
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2 import functional as tvf
-
-        return tvf.resize(x, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return Decoded(self._resize(latent, self._size))
 
     def count_parameters(self) -> int:
         return 0
 
 
-def _posterior(output: Any, name: str) -> DiagonalGaussian:
-    """Find the latent in what `encode` gave."""
-    if isinstance(output, tuple) and len(output) == 1:
-        output = output[0]
-    distribution = getattr(output, "latent_dist", output)
-    if isinstance(getattr(distribution, "mean", None), Tensor):
-        logvar = getattr(distribution, "logvar", None)
-        return DiagonalGaussian(distribution.mean, logvar if isinstance(logvar, Tensor) else None)
-    for field in ("latents", "latent"):
-        if isinstance(getattr(output, field, None), Tensor):
-            return DiagonalGaussian(getattr(output, field))
-    if isinstance(output, Tensor):
-        return DiagonalGaussian(output)
-    raise InputError(f"encode of {name} gives {type(output).__name__}, not a latent: a tensor, latent_dist or latents")
+@dataclass(frozen=True)
+class CandidateSpec:
+    """What a user names on the command line; see `parse_candidate`.
+
+    Args:
+        label: what the reports call it.
+        kind: one of `KINDS`.
+        value: what comes after the kind.
+    """
+
+    label: str
+    kind: str
+    value: str
 
 
-def _sample(output: Any) -> Tensor:
-    if isinstance(output, tuple) and output and not hasattr(output, "sample"):
-        output = output[0]
-    images = output if isinstance(output, Tensor) else getattr(output, "sample", None)
-    if not isinstance(images, Tensor):
-        raise InputError(f"images (B, 3, H, W) are expected from a decoder, not {type(output).__name__}")
-    return images
+def parse_candidate(text: str) -> CandidateSpec:
+    """Read what names a candidate, without loading anything.
+
+    Args:
+        text: the folder or hub id of a model of this package, "photos_f8c16" (comes with it), or one of `KINDS`; LABEL=
+            before it names it in the reports.
+
+    Raises:
+        InputError: it names nothing; says what would be right.
+    """
+    label, equals, named = text.partition("=")
+    # A label has none of the signs that paths and kinds have, so that "=" in a path stays there.
+    if not equals or not label.strip() or re.search(r"[/\\:]", label) or os.path.exists(text):
+        label, named = "", text
+    kind, colon, value = (part.strip() for part in named.partition(":"))
+    if not colon or os.path.exists(named):
+        kind, value = "ours", named.strip()
+    check_names("kind of model", [kind], KINDS)
+    pattern, form = KINDS[kind]
+    if not re.fullmatch(pattern, value):
+        raise InputError(f"{text!r} names no model; write {form}")
+    return CandidateSpec(label.strip() or _default_label(kind, value), kind, value)
+
+
+def _default_label(kind: str, value: str) -> str:
+    if kind in ("ours", "diffusers") and os.path.isdir(value):
+        folder = Path(value).resolve()
+        return (folder.parent if folder.name in ("model", "vae") else folder).name
+    labels = {"ours": value, "diffusers": value, "python": value.rpartition(".")[2]}
+    return labels.get(kind, f"{kind}:{value}")
+
+
+def name_apart(specs: Sequence[CandidateSpec]) -> list[CandidateSpec]:
+    """Give folders of the same name their paths as labels.
+
+    Raises:
+        InputError: two candidates still have the same label.
+    """
+    counts = Counter(spec.label for spec in specs)
+    apart = [
+        replace(spec, label=spec.value) if counts[spec.label] > 1 and os.path.isdir(spec.value) else spec
+        for spec in specs
+    ]
+    for label, count in Counter(spec.label for spec in apart).items():
+        if count > 1:
+            raise InputError(f"two models have the name {label!r}; give one another name with LABEL=…")
+    return apart
+
+
+def open_candidate(
+    spec: CandidateSpec,
+    dtype: torch.dtype = torch.float32,
+    classes: Sequence[type] = (),
+    decoding: Mapping[str, Any] | None = None,
+) -> Candidate:
+    """Load what a spec names, onto the CPU.
+
+    Args:
+        spec: as `parse_candidate` gives it.
+        dtype: of the networks.
+        classes: of the user's own that a saved model of this package names.
+        decoding: what `DCSSDAE.decode` takes besides the latent, for models of this package.
+
+    Raises:
+        InputError: there is no such model, or its files are damaged or do not fit together.
+    """
+    kind, value = spec.kind, spec.value
+    if kind in ("jpeg", "webp"):
+        return CodecCandidate(kind, int(value))
+    if kind == "bicubic":
+        return BicubicCandidate(float(value))
+    if kind == "python":
+        return _python_candidate(value, dtype)
+    if kind == "ours":
+        return OurCandidate(load_saved_model(value, dtype, classes), decoding)
+    if kind == "preset":
+        build: Callable[[], Any] = partial(DCSSDAE.from_preset, value)
+    elif value in PUBLISHED and not os.path.isdir(value):
+        build = partial(find_autoencoder(value).from_config, PUBLISHED[value])
+    else:
+        source = find_diffusers_model(value, f"diffusers:{value}")
+        if source.config.get("_class_name") == DCSSDAE.__name__:
+            return OurCandidate(load_saved_model(str(source.folder), dtype, classes), decoding)
+        autoencoder = autoencoder_class(source)
+        if has_weights(source):
+            return DiffusersCandidate(load_diffusers_model(source, autoencoder, dtype), value)
+        build = partial(build_autoencoder, source, autoencoder)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = build()
+    model = model if dtype == torch.float32 else model.to(dtype)
+    candidate = OurCandidate(model, decoding) if kind == "preset" else DiffusersCandidate(model, value)
+    candidate.remarks.append(RANDOM_WEIGHTS)
+    return candidate
+
+
+def load_saved_model(value: str, dtype: torch.dtype, classes: Sequence[type]) -> DCSSDAE:
+    """Load a model of this package, from the folder of a saved model or of a run, or from the hub, onto the CPU.
+
+    Args:
+        value: the folder, or the id on the hub.
+        dtype: of the networks.
+        classes: of the user's own that the model names.
+
+    Raises:
+        InputError: there is no such model, or its files are damaged or do not fit together.
+    """
+    is_folder = os.path.isdir(value) or value == SHIPPED_MODEL
+    name = model_folder(value) if is_folder else value
+    variants = list(weight_files(Path(name))) if is_folder else []
+    # A model that was saved as a variant alone leaves no choice.
+    variant = variants[0] if len(variants) == 1 else None
+    return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype, variant=variant)
+
+
+def _python_candidate(path: str, dtype: torch.dtype) -> Candidate:
+    """Import what module.name, or module.Class.name, stands for; a class is called without arguments."""
+    with importing_from(Path.cwd()):
+        found = import_object(path)
+        try:
+            found = found() if isinstance(found, type) else found
+        except Exception as error:  # a user's code may raise anything
+            raise InputError(f"python:{path}: {type(error).__name__}: {message_of(error)}") from error
+    return PythonCandidate(found.to(dtype) if isinstance(found, nn.Module) else found, path)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,25 +53,16 @@ class Estimate:
     note: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Value, low and high, with None for what is not finite, which JSON lacks; and what else there is to say."""
-        numbers = {key: finite(getattr(self, key)) for key in ("value", "low", "high")}
+        """Value, low and high, with None for what is not finite, which JSON lacks; and reason and note, if any."""
         reason = self.reason
         if reason is None and self.value is not None and not math.isfinite(self.value):
             reason = "infinite" if self.value > 0 else str(self.value)
-        remarks = {"reason": reason, "note": self.note}
-        return {**numbers, **{key: text for key, text in remarks.items() if text is not None}}
-
-    def noted(self, note: str | None) -> "Estimate":
-        """The same with a note."""
-        return replace(self, note=note)
+        numbers = {key: finite(getattr(self, key)) for key in ("value", "low", "high")}
+        return numbers | {key: text for key, text in (("reason", reason), ("note", self.note)) if text is not None}
 
     def text(self, digits: int) -> str:
-        """The value in words, "∞" or "–" where there is no finite one."""
-        if self.value is None:
-            return "–"
-        if not math.isfinite(self.value):
-            return "∞" if self.value > 0 else str(self.value)
-        return f"{self.value:,.{digits}f}"
+        """The value in words: "–" where there is none, "∞" where it is infinite."""
+        return "–" if self.value is None else f"{self.value:,.{digits}f}".replace("inf", "∞")
 
     def interval_text(self, digits: int) -> str:
         """The interval in words, empty where there is none or it is a point."""
@@ -86,35 +77,29 @@ def bootstrap(
     """Estimate a statistic of images with its percentile bootstrap interval of 95 % (Efron and Tibshirani 1993).
 
     Args:
-        values: (N,) float64, one of each image, in any order, which changes nothing.
-        statistic: of an array along `axis`, as `numpy.mean`.
+        values: (N,) float64, one of each image; their order changes nothing.
+        statistic: along `axis`, as `numpy.mean`.
         seed: of the resampling.
-        resamples: how many.
+        resamples: how many; 0 gives no interval.
 
     Returns:
-        Without an interval where there are fewer than two images, or the value is not finite.
+        Without an interval where there are fewer than two images, or something is not finite.
     """
     if len(values) == 0:
         return Estimate(reason="no image was measured")
     values = np.sort(values)
     value = float(statistic(values, axis=0))
-    if len(values) < 2 or not np.isfinite(values).all() or not math.isfinite(value):
+    if min(len(values) - 1, resamples) < 1 or not np.isfinite([value, *values[[0, -1]]]).all():
         return Estimate(value)
     if values[0] == values[-1]:
         return Estimate(value, value, value)
     from scipy.stats import bootstrap as resample
 
+    blocks = max(1, 2_000_000 // len(values))  # resamples at a time, so that memory stays small
+    settings = {"n_resamples": resamples, "confidence_level": CONFIDENCE, "method": "percentile", "batch": blocks}
     with np.errstate(invalid="ignore"):  # resamples of perfect images alone have an infinite PSNR
-        interval = resample(
-            (values,),
-            statistic,
-            n_resamples=resamples,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            batch=max(1, 2_000_000 // len(values)),  # resamples at a time, so that memory stays small
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-    low, high = float(interval.low), float(interval.high)
+        found = resample((values,), statistic, rng=np.random.default_rng(seed), **settings)
+    low, high = map(float, found.confidence_interval)
     return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else Estimate(value)
 
 

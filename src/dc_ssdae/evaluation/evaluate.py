@@ -1,7 +1,9 @@
 """One pass of a candidate over a data set: every metric, image by image, without ever holding all images."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -11,20 +13,17 @@ from torch import Tensor
 from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImages, validation_loader
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
-from dc_ssdae.errors import InputError, counted, is_out_of_memory
+from dc_ssdae.errors import InputError, check_at_least, counted, is_out_of_memory
 from dc_ssdae.evaluation.candidates import Candidate, Encoded
-from dc_ssdae.evaluation.estimates import METRICS, Estimate, bootstrap, pooled_psnr
-from dc_ssdae.evaluation.latent_statistics import LatentProfile, LatentProfiler
+from dc_ssdae.evaluation.estimates import METRICS, RESAMPLES, Estimate, bootstrap, pooled_psnr
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
 from dc_ssdae.evaluation.protocol import Protocol
+from dc_ssdae.evaluation.statistics import Batch, LatentProfile, LatentProfiler, survey
+from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.randomness import named_generator
 
 KL, BITS, EVALUATIONS = "kl", "bits_per_pixel", "evaluations"
 """What is noted of every image besides metrics: nats, a codec's bits, and evaluations of a decoder that counts them."""
-
-
-class CandidateFailed(InputError):
-    """A candidate gives what cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,12 @@ class EvaluationSettings:
 
     Args:
         protocol: see there.
-        size: side of the images in pixels.
-        batch_size: images at a time, in each process.
+        size: side of the images in pixels, at least 1.
+        batch_size: images at a time, in each process, at least 1.
         workers: processes that read images, for each process; 0 reads in the process itself.
         seed: of sampled latents and of the bootstrap.
+        in_training: an image that is not finite has metrics that are NaN, instead of ending the evaluation, and
+            there are no intervals.
     """
 
     protocol: Protocol
@@ -44,6 +45,10 @@ class EvaluationSettings:
     batch_size: int = 16
     workers: int = 0
     seed: int = 0
+    in_training: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least(1, size=self.size, batch_size=self.batch_size)
 
     def images(self, source: ImageSource, limit: int | None = None) -> ValidationImages:
         """The images of a data set, prepared as the protocol says; at most `limit`, evenly spread."""
@@ -88,7 +93,7 @@ class Reconstructed(NamedTuple):
     output: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, whose tensors sharded networks could not train with afterwards
 def evaluate(
     candidate: Candidate,
     images: ValidationImages,
@@ -107,39 +112,62 @@ def evaluate(
             one data set.
         settings: see there.
         device: of candidate and metrics.
-        processes: that share the work, if there are several.
-        advance: called after each batch with the number of its images.
+        processes: that share the work, if there are several. All call the candidate equally often.
+        advance: called after each batch with the number of its images, in all processes together.
 
     Returns:
-        The result, the same whatever the batch size and the number of processes, but for rounding. Only the main
-        process has distances between sets.
+        The result, the same whatever the batch size and the number of processes, but for rounding in networks. Only
+        the main process has distances between sets.
 
     Raises:
-        CandidateFailed: its output is not finite or has another shape, or it raises an InputError.
+        InputError: the candidate raises it, or its output is not finite or has another shape.
         ReadingFailed: no image can be read, or the data set can no longer be read.
     """
     processes = processes or Processes()
     for distance in suite.distances.values():
         distance.discard()
-    gathered = _Gathered(images, suite, settings, processes)
-    problem: Exception | None = None
-    try:
-        gathered.go_through(candidate, device, advance)
-    except Exception as error:  # a user's code may raise anything
-        if processes.count == 1:
-            raise
-        problem = error
-    # Where one process has failed all do, so that none waits for it; in the words of the first.
-    reason = None if problem is None else describe_failure(problem, settings.batch_size)
-    failures = [text for text in processes.gather(reason) if text is not None]
-    if problem is not None:
-        raise problem
-    if failures:
-        raise CandidateFailed(failures[0])
-    return gathered.result()
+    share, count = _Share(candidate, images, suite, settings, device), len(images)
+    broken, enlarged = survey(images, share.measure, settings.batch_size, settings.workers, processes, advance)
+    if len(broken) == count:
+        raise ReadingFailed(f"none of {counted(count, 'image')} can be read; the first: {broken[0].reason}")
+    parts = processes.gather((dict(share.values), share.latent_shape, share.profiler))
+    # Each value at its image's place, whichever process has found it.
+    values = {name: np.full(count, np.nan) for name in (*suite.images, KL, BITS, EVALUATIONS)}
+    for found, _, _ in parts:
+        for name, known in found.items():
+            values[name][list(known)] = list(known.values())
+    measured = {name: np.delete(column, list(broken)) for name, column in values.items()}
+    profilers = [profiler for _, _, profiler in parts if profiler is not None]
+    for profiler in profilers[1:]:
+        profilers[0].merge(profiler)
+
+    def estimate(name: str) -> Estimate:
+        if name in suite.missing:
+            return Estimate(reason=suite.missing[name])
+        if name in suite.distances:
+            return suite.distances[name].finish(processes)
+        lost = int(np.isnan(measured[name]).sum())
+        if lost:
+            return Estimate(reason=f"it is NaN for {lost:,} of {len(measured[name]):,} images")
+        pooled = name == "psnr" and settings.protocol.psnr == "pooled"
+        column, statistic = (measured[MSE], pooled_psnr) if pooled else (measured[name], np.mean)
+        return bootstrap(column, statistic, settings.seed, 0 if settings.in_training else RESAMPLES)
+
+    return Evaluation(
+        metrics={name: replace(estimate(name), note=suite.notes.get(name)) for name in METRICS},
+        images=count - len(broken),
+        names=[images.name(place) for place in range(count)],
+        values=values,
+        broken=list(broken.values()),
+        broken_places=list(broken),
+        latent=profilers[0].profile() if profilers else None,
+        latent_shape=next((shape for _, shape, _ in parts if shape is not None), None),
+        others={name: estimate(name) for name in (KL, BITS, EVALUATIONS) if not np.isnan(measured[name]).all()},
+        enlarged=enlarged,
+    )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reconstruct_places(
     candidate: Candidate,
     images: ValidationImages,
@@ -148,16 +176,11 @@ def reconstruct_places(
     device: torch.device,
 ) -> list[Reconstructed]:
     """Reconstruct some images as `evaluate` does, to be shown; those that cannot be read are left out."""
+    share = _Share(candidate, images, MetricSuite(), settings, device)
     shown: list[Reconstructed] = []
     for batch in validation_loader(images, places, settings.batch_size, 0):
-        usable = [image for image in batch if image.broken is None]
-        if not usable:
-            continue
-        names = [images.name(image.place) for image in usable]
-        prepared = torch.stack([image.pixels for image in usable]).to(device)
-        output = settings.protocol.to_uint8(_reconstruct(candidate, prepared, names, settings)[1])
-        sides = zip(usable, names, settings.protocol.reference(prepared).cpu(), output.cpu(), strict=True)
-        shown += [Reconstructed(image.place, name, original, after) for image, name, original, after in sides]
+        found, names, references, outputs = share.measure(Batch.of(batch, [True] * len(batch)))
+        shown += map(Reconstructed, found, names, references.cpu(), outputs.cpu())
     return shown
 
 
@@ -165,164 +188,69 @@ def describe_failure(error: Exception, batch_size: int) -> str:
     """Say in one line why a candidate has no results."""
     if is_out_of_memory(error):
         return f"out of memory with batches of {batch_size}"
-    text = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    kind = [] if isinstance(error, InputError) else [type(error).__name__]
+    return ": ".join([*kind, " ".join(str(error).split())]).removesuffix(": ")
 
 
-class _Gathered:
-    """What a process has found so far."""
+@dataclass
+class _Share:
+    """What one process finds in its share of the images."""
 
-    def __init__(
-        self, images: ValidationImages, suite: MetricSuite, settings: EvaluationSettings, processes: Processes
-    ) -> None:
-        self.images, self.suite, self.settings, self.processes = images, suite, settings, processes
-        count, names = len(images), [*suite.images, KL, BITS, EVALUATIONS]
-        # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
-        self.values = {name: torch.zeros(count, dtype=torch.float64) for name in names}
-        self.known = {name: torch.zeros(count, dtype=torch.float64) for name in names}
-        self.broken: list[tuple[int, BrokenImage]] = []
-        self.enlarged = 0
-        self.profiler: LatentProfiler | None = None
-        self.has_profile = True
-        self.latent_shape: tuple[int, ...] | None = None
+    candidate: Candidate
+    images: ValidationImages
+    suite: MetricSuite
+    settings: EvaluationSettings
+    device: torch.device
+    values: defaultdict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    profiler: LatentProfiler | None = None
+    latent_shape: tuple[int, ...] | None = None
 
-    def go_through(self, candidate: Candidate, device: torch.device, advance: Callable[[int], object] | None) -> None:
-        """Reconstruct and measure this process's share."""
-        settings, protocol = self.settings, self.settings.protocol
-        places = self.processes.share(len(self.images))
-        for batch in validation_loader(self.images, places, settings.batch_size, settings.workers):
-            self.broken += [(image.place, image.broken) for image in batch if image.broken is not None]
-            usable = [image for image in batch if image.broken is None]
-            self.enlarged += sum(image.enlarged for image in usable)
-            if usable:
-                names = [self.images.name(image.place) for image in usable]
-                here = [image.place for image in usable]
-                prepared = torch.stack([image.pixels for image in usable]).to(device)
-                reference = protocol.reference(prepared)
-                x, unrounded = _reconstruct(candidate, prepared, names, settings, self, here)
-                output = protocol.to_uint8(unrounded)
-                for name, metric in self.suite.images.items():
-                    sides = (x, unrounded) if name in protocol.unrounded else (reference, output)
-                    self.note(name, here, metric(*sides))
-                for distance in self.suite.distances.values():
-                    distance.add(reference, output, names)
-            if advance is not None:
-                advance(len(batch))
+    def measure(self, batch: Batch) -> tuple[list[int], list[str], Tensor, Tensor]:
+        """Reconstruct a batch, and measure the images of it that count; gives their places, names, and both sides."""
+        protocol, names = self.settings.protocol, [self.images.name(place) for place in batch.places]
+        prepared = batch.pixels.to(self.device)
+        x, sampled = protocol.model_input(prepared), protocol.latent == "sample"
+        generators = [named_generator(self.settings.seed, name) for name in names] if sampled else None
+        encoded, decoded = self.candidate.reconstruct(x, generators)
+        images = decoded.images
+        if not images.is_floating_point():
+            raise InputError(f"gives images of {images.dtype}, not floating-point numbers in [-1, 1]")
+        if images.shape != x.shape:
+            given, wanted = ("×".join(map(str, shape)) for shape in (images.shape, x.shape))
+            raise InputError(f"gives images of shape {given} for {wanted}")
+        chosen = slice(None) if batch.counts.all() else batch.counts
+        places, names = list(compress(batch.places, batch.counts)), list(compress(names, batch.counts))
+        lost = ~images[chosen].isfinite().flatten(1).all(dim=1).cpu()
+        if lost.any() and not self.settings.in_training:
+            first = names[int(lost.nonzero()[0])]
+            raise InputError(f"gives NaN or infinity in {lost.sum()} of a batch's {len(lost)} images, {first} first")
+        images = images[chosen].float().nan_to_num()
+        reference, output = protocol.reference(prepared[chosen]), protocol.to_uint8(images)
+        if places:
+            for name, metric in self.suite.images.items():
+                sides = (x[chosen], images) if name in protocol.unrounded else (reference, output)
+                self._note(name, places, torch.where(lost, torch.nan, metric(*sides).cpu()))
+            for distance in self.suite.distances.values():
+                distance.add(reference, output, names)
+            self._note_latent(encoded, chosen, places, x[0, 0].numel())
+            if decoded.num_evaluations is not None:
+                self._note(EVALUATIONS, places, decoded.num_evaluations[chosen])
+        return places, names, reference, output
 
-    def note(self, name: str, places: Sequence[int], values: Tensor) -> None:
-        """Keep a value of each of some images."""
-        where = torch.tensor(places)
-        self.values[name][where] = values.detach().cpu().double()
-        self.known[name][where] = 1.0
-
-    def add_latent(self, encoded: Encoded, places: Sequence[int], pixels: int) -> None:
-        """Keep what there is to know of a batch's latents."""
+    def _note_latent(self, encoded: Encoded, chosen: slice | Tensor, places: Sequence[int], pixels: int) -> None:
         if encoded.bits is not None:
-            self.note(BITS, places, torch.tensor(encoded.bits, dtype=torch.float64) / pixels)
+            self._note(BITS, places, torch.tensor(encoded.bits, dtype=torch.float64)[chosen] / pixels)
         if encoded.posterior is None:
             return
-        mean = encoded.posterior.mean
+        mean, logvar = encoded.posterior.mean[chosen], encoded.posterior.logvar
+        posterior = DiagonalGaussian(mean, None if logvar is None else logvar[chosen])
         self.latent_shape = tuple(mean.shape[1:])
-        if encoded.posterior.logvar is not None:
-            self.note(KL, places, encoded.posterior.kl())
-        if mean.ndim != 4:
-            self.has_profile = False
-            return
-        self.profiler = self.profiler or LatentProfiler(mean.shape[1])
-        self.profiler.add(encoded.posterior)
+        if logvar is not None:
+            self._note(KL, places, posterior.kl())
+        if mean.ndim == 4:
+            self.profiler = self.profiler or LatentProfiler(mean.shape[1])
+            self.profiler.add(posterior)
 
-    def result(self) -> Evaluation:
-        """Put together what all processes have found."""
-        images, processes = self.images, self.processes
-        broken = sorted(image for part in processes.gather(self.broken) for image in part)
-        values: dict[str, np.ndarray] = {}
-        for name, found in self.values.items():
-            known = processes.sum(self.known[name]) > 0
-            total = processes.sum(found)
-            values[name] = torch.where(known, total, torch.nan).numpy()
-        measured = len(images) - len(broken)
-        if measured == 0:
-            raise ReadingFailed(
-                f"none of {counted(len(images), 'image')} can be read; the first: {broken[0][1].reason}"
-            )
-        shape = next((shape for shape in processes.gather(self.latent_shape) if shape is not None), None)
-        return Evaluation(
-            metrics={name: self._estimate(name, values) for name in METRICS},
-            images=measured,
-            names=[images.name(place) for place in range(len(images))],
-            values=values,
-            broken=[image for _, image in broken],
-            broken_places=[place for place, _ in broken],
-            latent=self._profile(),
-            latent_shape=shape,
-            others={
-                name: bootstrap(_known(values[name]), seed=self.settings.seed)
-                for name in (KL, BITS, EVALUATIONS)
-                if len(_known(values[name]))
-            },
-            enlarged=sum(processes.gather(self.enlarged)),
-        )
-
-    def _estimate(self, name: str, values: dict[str, np.ndarray]) -> Estimate:
-        suite, settings = self.suite, self.settings
-        if name in suite.missing:
-            return Estimate(reason=suite.missing[name])
-        note = suite.notes.get(name)
-        if name in suite.distances:
-            return suite.distances[name].finish(self.processes).noted(note)
-        if name == "psnr" and settings.protocol.psnr == "pooled":
-            return bootstrap(_known(values[MSE]), pooled_psnr, settings.seed)
-        readable = ~np.isnan(values[MSE])
-        lost = int(np.isnan(values[name][readable]).sum())
-        if lost:
-            return Estimate(reason=f"it is NaN for {lost:,} of {readable.sum():,} images")
-        return bootstrap(_known(values[name]), seed=settings.seed).noted(note)
-
-    def _profile(self) -> LatentProfile | None:
-        parts = [part for part in self.processes.gather(self.profiler) if part is not None]
-        if not parts or not all(self.processes.gather(self.has_profile)):
-            return None
-        first, *others = parts
-        for part in others:
-            first.merge(part)
-        return first.profile()
-
-
-def _known(values: np.ndarray) -> np.ndarray:
-    return values[~np.isnan(values)]
-
-
-def _reconstruct(
-    candidate: Candidate,
-    prepared: Tensor,
-    names: Sequence[str],
-    settings: EvaluationSettings,
-    gathered: _Gathered | None = None,
-    places: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """Reconstruct prepared images and check what came out; gives the model's input and its output in float32."""
-    x = settings.protocol.model_input(prepared)
-    sampled = settings.protocol.latent == "sample"
-    generators = [named_generator(settings.seed, name) for name in names] if sampled else None
-    try:
-        encoded, decoded = candidate.reconstruct(x, generators)
-    except InputError as error:
-        raise CandidateFailed(str(error)) from error
-    images = decoded.images
-    if not images.is_floating_point():
-        raise CandidateFailed(f"gives images of {images.dtype}, not floating-point numbers in [-1, 1]")
-    if images.shape != x.shape:
-        given, wanted = ("×".join(map(str, shape)) for shape in (images.shape, x.shape))
-        raise CandidateFailed(f"gives images of shape {given} for {wanted}")
-    lost = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    if lost:
-        raise CandidateFailed(
-            f"gives NaN or infinity in {len(lost)} of a batch's {len(images)} images, {names[lost[0]]} first"
-        )
-    if gathered is not None:
-        gathered.add_latent(encoded, places, x.shape[-1] * x.shape[-2])
-        if decoded.num_evaluations is not None:
-            gathered.note(EVALUATIONS, places, decoded.num_evaluations)
-    return x, images.float()
+    def _note(self, name: str, places: Sequence[int], values: Tensor) -> None:
+        """Keep a value of each of some images."""
+        self.values[name].update(zip(places, values.tolist(), strict=True))

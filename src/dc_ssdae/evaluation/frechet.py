@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation.estimates import Estimate, around
@@ -40,14 +41,20 @@ class FrechetDistance:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.features = features
-        self.seed = seed
+        self.features, self.seed, self.replicates = features, seed, replicates
+        # One with 1 among the features, so that a product's first row has the number of images and the sums.
+        self._shape = (1 + replicates, 1 + channels, 1 + channels)
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        self._shape = (1 + replicates, channels)
-        self._images = _Sums(self._shape, self.device)
-        self._reference = _Sums(self._shape, self.device)
-        self._reference_gaussians: list[_Gaussian] = []
+        self._reference: list[_Gaussian] = []
         self.has_reference = False
+        self.discard()
+
+    def discard(self) -> None:
+        """Begin with other reconstructions after a pass that was given up; a half-gathered reference goes too."""
+        # On the CPU the system gives memory for zeros only as they are written to.
+        sides = 1 if self.has_reference else 2
+        self._sums = [torch.zeros(self._shape, dtype=torch.float64, device=self.device) for _ in range(sides)]
+        self._buffer: list[tuple[Tensor, ...]] = []  # weights (B, S), and features (B, 1 + D) of each side
 
     def add(self, reference: Tensor, images: Tensor, names: Sequence[str]) -> None:
         """Take in a batch.
@@ -57,28 +64,28 @@ class FrechetDistance:
             images: uint8 (B, 3, H, W), their reconstructions.
             names: of the B images, by which they are resampled.
         """
-        counts = torch.from_numpy(resampling_counts(self.seed, names, self._shape[0] - 1))
-        weights = torch.cat([torch.ones(len(names), 1), counts], dim=1).to(self.device, torch.float64)
-        sides = (
-            [(images, self._images)] if self.has_reference else [(images, self._images), (reference, self._reference)]
-        )
-        for pixels, sums in sides:
-            sums.add(self.features(pixels).to(self.device).double(), weights)
+        counts = torch.from_numpy(resampling_counts(self.seed, names, self.replicates))
+        weights = F.pad(counts, (1, 0), value=1).to(self.device, torch.float64)
+        sides = [self.features(pixels).to(self.device).double() for pixels in (images, reference)[: len(self._sums)]]
+        self._buffer.append((weights, *(F.pad(features, (1, 0), value=1.0) for features in sides)))
+        if sum(len(weights) for weights, *_ in self._buffer) >= BUFFERED_ROWS:
+            self._empty_buffer()
 
     def finish(self, processes: Processes) -> Estimate:
         """Give the distance of all processes' images, in the main process; then begin with other reconstructions.
 
         The reference is kept, and its images need not be given again.
         """
+        self._empty_buffer()
         if not self.has_reference:
-            gaussians = (self._reference.gaussian(place, processes) for place in range(self._shape[0]))
-            self._reference_gaussians = [gaussian.factored() for gaussian in gaussians if processes.is_main]
-            self._reference, self.has_reference = _Sums(self._shape, self.device), True
+            gaussians = (self._gaussian(sums, processes) for sums in self._sums[1])
+            self._reference = [gaussian.factored() for gaussian in gaussians if processes.is_main]
+            self.has_reference = True
         values: list[float] = []
-        for place in range(self._shape[0]):
-            gaussian = self._images.gaussian(place, processes)
+        for place, sums in enumerate(self._sums[0]):
+            gaussian = self._gaussian(sums, processes)
             if processes.is_main:
-                values.append(_distance(self._reference_gaussians[place], gaussian))
+                values.append(_distance(self._reference[place], gaussian))
         self.discard()
         if not values:
             return Estimate(reason="told by the main process")
@@ -86,25 +93,33 @@ class FrechetDistance:
             return Estimate(reason="a distance between sets needs at least two images")
         return around(max(values[0], 0.0), np.asarray(values[1:]))
 
-    def discard(self) -> None:
-        """Begin with other reconstructions after a pass that was given up; a half-gathered reference goes too."""
-        self._images = _Sums(self._shape, self.device)
-        if not self.has_reference:
-            self._reference = _Sums(self._shape, self.device)
+    def _empty_buffer(self) -> None:
+        """Add up what was buffered."""
+        if self._buffer:
+            weights, *sides = (torch.cat(parts) for parts in zip(*self._buffer, strict=True))
+            self._buffer = []
+            for rows, sets in zip(sides, self._sums, strict=True):
+                for sums, weight in zip(sets, weights.T, strict=True):
+                    drawn = rows[weight > 0]
+                    sums.addmm_(drawn.T, drawn * weight[weight > 0, None])
+
+    def _gaussian(self, sums: Tensor, processes: Processes) -> "_Gaussian":
+        """Put together one set's features in all processes; it can be asked for once."""
+        sums = processes.sum(sums).to(self.device)
+        count, mean = sums[0, 0], sums[0, 1:] / sums[0, 0].clamp(min=1)
+        covariance = (sums[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1).clamp(min=1)
+        return _Gaussian(float(count), mean, covariance)
 
 
 class _Gaussian(NamedTuple):
-    """How many images a set has, the features' mean (D,), their total variance, and their covariance (D, D)."""
+    """How many images a set has, the features' mean (D,), and their covariance (D, D)."""
 
     images: float
     mean: Tensor
-    variance: float
     covariance: Tensor
 
     def factored(self) -> "_Gaussian":
         """The same with F of F Fᵀ = covariance in its place, (D, rank)."""
-        if self.images < 2:
-            return self
         factor, failed = torch.linalg.cholesky_ex(self.covariance)  # faster, where no feature follows from others
         if self.images > len(factor) and not failed:
             return self._replace(covariance=factor)
@@ -113,56 +128,12 @@ class _Gaussian(NamedTuple):
         return self._replace(covariance=vectors[:, kept] * values[kept].sqrt())
 
 
-class _Sums:
-    """Weighted sums over images' features, for each of S sets: of 1, of a feature, and of products of two."""
-
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        sets, channels = shape
-        self._counts = torch.zeros(sets, dtype=torch.float64, device=device)
-        self._totals = torch.zeros(sets, channels, dtype=torch.float64, device=device)
-        # On the CPU the system gives memory for zeros only as they are written to.
-        self._products = torch.zeros(sets, channels, channels, dtype=torch.float64, device=device)
-        self._buffer: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, features: Tensor, weights: Tensor) -> None:
-        """Take in features (B, D) with their weights (B, S) in each set."""
-        self._buffer.append((features, weights))
-        if sum(len(rows) for rows, _ in self._buffer) >= BUFFERED_ROWS:
-            self._empty_buffer()
-
-    def gaussian(self, place: int, processes: Processes) -> _Gaussian:
-        """One set's features in all processes. It can be asked for once."""
-        self._empty_buffer()
-        count, total, products = (
-            processes.sum(sums[place]).to(self._counts.device) for sums in (self._counts, self._totals, self._products)
-        )
-        mean = total / count.clamp(min=1)
-        covariance = (products - count * torch.outer(mean, mean)) / (count - 1).clamp(min=1)
-        return _Gaussian(float(count), mean, float(covariance.trace()), covariance)
-
-    def _empty_buffer(self) -> None:
-        if not self._buffer:
-            return
-        rows, weights = (torch.cat(parts) for parts in zip(*self._buffer, strict=True))
-        self._buffer = []
-        self._counts += weights.sum(dim=0)
-        self._totals += weights.T @ rows
-        for products, weight in zip(self._products, weights.T, strict=True):
-            drawn = rows[weight > 0]
-            products.addmm_(drawn.T, drawn * weight[weight > 0, None])
-
-
 def _distance(reference: _Gaussian, images: _Gaussian) -> float:
-    """In float64; NaN where a set has fewer than two images.
-
-    Args:
-        reference: factored.
-        images: not factored.
-    """
+    """In float64, of a factored reference; NaN where a set has fewer than two images."""
     if min(reference.images, images.images) < 2:
         return float("nan")
     # The eigenvalues of C₁ C₂ with C₁ = F Fᵀ are those of the symmetric Fᵀ C₂ F.
     factor = reference.covariance
-    values = torch.linalg.eigvalsh(factor.T @ images.covariance @ factor)
-    means = float((reference.mean - images.mean).square().sum())
-    return means + reference.variance + images.variance - 2.0 * float(values.clamp(min=0.0).sqrt().sum())
+    roots = torch.linalg.eigvalsh(factor.T @ images.covariance @ factor).clamp(min=0.0).sqrt()
+    means = (reference.mean - images.mean).square().sum()
+    return float(means + factor.square().sum() + images.covariance.trace() - 2.0 * roots.sum())

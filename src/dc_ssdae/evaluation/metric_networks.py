@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dc_ssdae.data.images import to_model_range, to_pillow
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import check_names
 from dc_ssdae.evaluation.estimates import METRICS
 from dc_ssdae.evaluation.frechet import REPLICATES, FrechetDistance
-from dc_ssdae.evaluation.metrics import mse_each, psnr_each, scikit_ssim_each, ssim_each
+from dc_ssdae.evaluation.metrics import ImageMetric, each, mse, psnr, scikit_ssim, ssim
 from dc_ssdae.evaluation.protocol import Protocol
 from dc_ssdae.files import sha256
 from dc_ssdae.losses.backbones import (
@@ -37,27 +37,19 @@ from dc_ssdae.losses.backbones import (
 from dc_ssdae.losses.perceptual import TRUNKS, build_trunk, trunk_file
 from dc_ssdae.losses.repa import build_transformer, transformer_file
 
-ImageMetric = Callable[[Tensor, Tensor], Tensor]
-"""From reference and images, (B, 3, H, W) uint8, or float32 where the protocol has them unrounded, to (B,)."""
-
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIDE = 224
 INCEPTION_CHANNELS, INCEPTION_SIDE = 2048, 299
+PACKAGES = {"rfid": ("torch-fidelity", "'dc-ssdae[eval]'"), "dreamsim": ("dreamsim", "dreamsim")}
+"""By metric, the package that it needs and may lack, and what pip installs it by."""
 SSIM_SMALLEST = {"torchmetrics": 6, "scikit-image": 7}
 """Side in pixels that the windows need, by library."""
 NOT_ASKED = "not asked for"
 MSE = "mse"
 """Measured of every image too, for PSNRs that are pooled."""
 
-DREAMSIM_FILES = (
-    "dino_vitb16_pretrain.pth",
-    "open_clip_vitb16_pretrain.pth.tar",
-    "clip_vitb16_pretrain.pth.tar",
-    "ensemble_lora",
-    "facebookresearch_dino_main",
-    "checkpoints/dino_vitbase16_pretrain.pth",
-)
-"""What the package dreamsim keeps of its ensemble in its folder; the last two by way of PyTorch Hub."""
+DREAMSIM_FILES = ("ensemble_lora", "facebookresearch_dino_main", "checkpoints/dino_vitbase16_pretrain.pth")
+"""What the package dreamsim keeps in its folder: of its own archive, and by way of PyTorch Hub."""
 
 
 @dataclass
@@ -104,119 +96,101 @@ def load_metrics(
         size: smallest side of the images in pixels, where it is known.
 
     Raises:
-        InputError: a name is unknown, images are too small for a metric that was asked for, a file is damaged or
-            another network's, or a download failed.
+        InputError: a name is unknown, a file is damaged or another network's, or a download failed.
     """
-    for name in wanted or ():
-        if name not in METRICS:
-            raise unknown_name("metric", name, METRICS)
-    names = [name for name in METRICS if wanted is None or name in wanted]
-    suite = MetricSuite(images={MSE: _in_float64(mse_each, device)})
-    suite.missing = {name: NOT_ASKED for name in METRICS if name not in names}
-    smallest = {
-        "ssim": ("SSIM", SSIM_SMALLEST[protocol.ssim]),
-        "lpips": (f"LPIPS of {protocol.lpips}", TRUNKS[protocol.lpips][1]),
+    check_names("metric", wanted or (), METRICS)
+    names = METRICS if wanted is None else wanted
+    suite = MetricSuite({MSE: each(mse)}, missing={name: NOT_ASKED for name in METRICS if name not in names})
+    on_pixels: dict[str, Callable[[Tensor, Tensor], float]] = {
+        "psnr": partial(psnr, highest=protocol.highest_psnr or math.inf),
+        "ssim": ssim if protocol.ssim == "torchmetrics" else scikit_ssim,
     }
-    loader = _Loader(suite, device, random_backbones, download)
-    for name in names:
-        if name == "psnr":
-            suite.images[name] = _in_float64(partial(psnr_each, highest=protocol.highest_psnr or math.inf), device)
-        elif name in smallest and size is not None and size < smallest[name][1]:
-            suite.missing[name] = "{} needs images of at least {} pixels; give a larger --size".format(*smallest[name])
-            if wanted is not None:
-                raise InputError(suite.missing[name])
-        elif name == "ssim":
-            suite.images[name] = ssim_each if protocol.ssim == "torchmetrics" else scikit_ssim_each
+    smallest = {"ssim": SSIM_SMALLEST[protocol.ssim], "lpips": TRUNKS[protocol.lpips][1]}
+    for name in (name for name in METRICS if name in names):
+        package, by_pip = PACKAGES.get(name, ("torch", ""))
+        if size is not None and size < smallest.get(name, 0):
+            suite.missing[name] = f"it needs images of at least {smallest[name]} pixels; give a larger --size"
+        elif importlib.util.find_spec(package.replace("-", "_")) is None:
+            suite.missing[name] = f"the package {package} is not installed: pip install {by_pip}"
+        elif name in on_pixels:
+            suite.images[name] = each(on_pixels[name])
         elif name == "dreamsim":
-            loader.dreamsim()
-        elif name == "lpips":
-            loader.network(name, trunk_file(protocol.lpips), lambda path: _LPIPS(protocol.lpips, path))
+            _load_dreamsim(suite, device)
         else:
-            if name == "rfid" and importlib.util.find_spec("torch_fidelity") is None:
-                suite.missing[name] = "the package torch-fidelity is not installed: pip install 'dc-ssdae[eval]'"
+            file, build = NETWORKS[name](protocol, dinov2)
+            path = _find_weights(suite, name, file, random_backbones, download)
+            if name in suite.missing:
                 continue
-            if name == "rfid":
-                network = loader.network(name, inception_file(), lambda path: Inception(path, protocol.inception))
+            network = build(path).to(device).eval().requires_grad_(False)
+            if name == "lpips":
+                suite.images[name] = network
             else:
-                network = loader.network(name, transformer_file(dinov2), lambda path: DINOv2(dinov2, path))
-            if network is not None:
                 suite.distances[name] = FrechetDistance(network, network.channels, replicates, seed, device)
     return suite
 
 
-class _Loader:
-    """Finds the weights of networks and says which they are."""
-
-    def __init__(self, suite: MetricSuite, device: torch.device, random_backbones: bool, download: bool) -> None:
-        self.suite = suite
-        self.device = device
-        self.random_backbones = random_backbones
-        self.download = download
-
-    def network(self, name: str, file: WeightsFile, build: Callable[[Path | None], nn.Module]) -> Any:
-        """Build a metric's network; None where its weights are not available, and the suite says why."""
-        path = weights_on_this_machine(file)
-        if path is None and self.download:
-            path = download_weights(file, METRICS[name].title, "leave --download out")
-        if path is None and not self.random_backbones:
-            self.suite.missing[name] = (
-                f"weights {file.names[0]} are not on this machine; put them into the folder that {FOLDER_VARIABLE} "
-                "names, or give --download"
+def _find_weights(
+    suite: MetricSuite, name: str, file: WeightsFile, random_backbones: bool, download: bool
+) -> Path | None:
+    """Find the weights of a metric's network, and note which they are, or why there are none; None is random ones."""
+    path = weights_on_this_machine(file)
+    if path is None and download:
+        path = download_weights(file, METRICS[name].title, "leave --download out")
+    if path is not None:
+        checksum = sha256(path)
+        suite.files[name] = f"{path.name}, SHA-256 {checksum}"
+        published = re.search(r"-([0-9a-f]{8})\.pth$", file.names[0])  # as PyTorch Hub names its files
+        if published is not None and not checksum.startswith(published[1]):
+            suite.notes[name] = (
+                f"its weights are not the published ones (SHA-256 {checksum[:8]}…, not {published[1]}…): comparable "
+                "only within this report"
             )
-            return None
-        if path is None:
-            self.suite.notes[name] = "its network has random weights: comparable only within this report"
-            self.suite.files[name] = "random weights"
-        else:
-            checksum = sha256(path)
-            self.suite.files[name] = f"{path.name}, SHA-256 {checksum}"
-            published = published_prefix(file)
-            if published is not None and not checksum.startswith(published):
-                self.suite.notes[name] = (
-                    f"its weights are not the published ones (SHA-256 {checksum[:8]}…, not {published}…): comparable "
-                    "only within this report"
-                )
-        network = build(path).to(self.device).eval().requires_grad_(False)
-        if name == "lpips":
-            self.suite.images[name] = lambda reference, images: network(images, reference).cpu().double()
-        return network
-
-    def dreamsim(self) -> None:
-        """Load DreamSim's ensemble with its package, from a folder that has all of its files."""
-        if importlib.util.find_spec("dreamsim") is None:
-            self.suite.missing["dreamsim"] = "the package dreamsim is not installed: pip install dreamsim"
-            return
-        weights = os.environ.get(FOLDER_VARIABLE)
-        folders = [*([Path(weights).expanduser() / "dreamsim"] if weights else []), Path("models")]
-        folder = next((f for f in folders if all((f / name).exists() for name in DREAMSIM_FILES)), None)
-        if folder is None:
-            self.suite.missing["dreamsim"] = (
-                f"its weights are not on this machine; let the package download them into "
-                f"{' or '.join(map(str, folders))}: dreamsim(pretrained=True, cache_dir=…)"
-            )
-            return
-        from dreamsim import dreamsim
-
-        hub = torch.hub.get_dir()
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                network, preprocess = dreamsim(pretrained=True, device=str(self.device), cache_dir=str(folder))
-        finally:
-            torch.hub.set_dir(hub)  # the package moves it
-        self.suite.files["dreamsim"] = f"ensemble of {folder}"
-
-        def measure(reference: Tensor, images: Tensor) -> Tensor:
-            sides = [
-                torch.cat([preprocess(to_pillow(image)) for image in side]).to(self.device)
-                for side in (reference, images)
-            ]
-            return network(*sides).cpu().double().reshape(len(images))
-
-        self.suite.images["dreamsim"] = measure
+    elif random_backbones:
+        suite.notes[name] = "its network has random weights: comparable only within this report"
+        suite.files[name] = "random weights"
+    else:
+        suite.missing[name] = (
+            f"weights {file.names[0]} are not on this machine; put them into the folder that {FOLDER_VARIABLE} "
+            "names, or give --download"
+        )
+    return path
 
 
-class _LPIPS(nn.Module):
-    """lpips' own metric, with torchvision's weights read strictly."""
+def _load_dreamsim(suite: MetricSuite, device: torch.device) -> None:
+    """Load DreamSim's ensemble with its package, from a folder that has all of its files."""
+    weights = os.environ.get(FOLDER_VARIABLE)
+    folders = [*([Path(weights).expanduser() / "dreamsim"] if weights else []), Path("models")]
+    folder = next((f for f in folders if all((f / name).exists() for name in DREAMSIM_FILES)), None)
+    if folder is None:
+        suite.missing["dreamsim"] = (
+            f"its weights are not on this machine; let the package download them into "
+            f"{' or '.join(map(str, folders))}: dreamsim(pretrained=True, cache_dir=…)"
+        )
+        return
+    from dreamsim import dreamsim
+
+    hub = torch.hub.get_dir()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            network, preprocess = dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
+    finally:
+        torch.hub.set_dir(hub)  # the package moves it
+    suite.files["dreamsim"] = f"ensemble of {folder}"
+
+    def measure(*sides: Tensor) -> Tensor:
+        inputs = [torch.cat([preprocess(to_pillow(image)) for image in side]).to(device) for side in sides]
+        return network(*inputs).reshape(len(inputs[0]))
+
+    suite.images["dreamsim"] = measure
+
+
+class LPIPS(nn.Module):
+    """The package lpips' own metric, with torchvision's weights read strictly.
+
+    Args:
+        net: one of `TRUNKS`.
+        path: of the weights of its trunk; None draws random ones, the same at every start.
+    """
 
     def __init__(self, net: str, path: Path | None) -> None:
         import lpips
@@ -226,15 +200,10 @@ class _LPIPS(nn.Module):
             warnings.simplefilter("ignore", UserWarning)  # the package speaks torchvision's former language
             self.metric = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         self.metric.net = build_trunk(net, path)
-        self.net = net
 
-    def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        smallest = TRUNKS[self.net][1]
-        if min(images.shape[-2:]) < smallest:
-            raise InputError(_too_small(self.net))
-        if not images.is_floating_point():
-            images, reference = to_model_range(images), to_model_range(reference)
-        return self.metric(images, reference).reshape(len(images))
+    def forward(self, reference: Tensor, images: Tensor) -> Tensor:
+        sides = (side if side.is_floating_point() else to_model_range(side) for side in (images, reference))
+        return self.metric(*sides).reshape(len(images))
 
 
 class Inception(nn.Module):
@@ -248,12 +217,17 @@ class Inception(nn.Module):
     channels = INCEPTION_CHANNELS
 
     def __init__(self, path: Path | None, prepare: str = "tensorflow") -> None:
-        from torch_fidelity import feature_extractor_inceptionv3 as library
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
-        # The constructor reads weights, by running what a pickle tells it to; here they are read strictly instead.
+        extractor = object.__new__(FeatureExtractorInceptionV3)
         with fixed_random_state():
-            extractor = _without_weights(library.FeatureExtractorInceptionV3)
+            # It would run what a pickle tells it to. Without a file it ends there, when all layers are made.
+            with contextlib.suppress(FileNotFoundError):
+                extractor.__init__("inception-v3-compat", [str(INCEPTION_CHANNELS)], feature_extractor_weights_path="")
+            for module in extractor.modules():
+                if isinstance(module, nn.Conv2d):  # PyTorch's own start shrinks what it sees from layer to layer
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if path is not None:
             # The published file comes from TensorFlow, where nobody counts batches, and nothing reads their number.
             counts = {name: n for name, n in extractor.state_dict().items() if name.endswith(".num_batches_tracked")}
@@ -263,23 +237,21 @@ class Inception(nn.Module):
         self.prepare = prepare
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.layers(self.input(pixels))
-
-    def input(self, pixels: Tensor) -> Tensor:
-        """What the first layer sees of uint8 pixels (B, 3, H, W): (B, 3, 299, 299) float32."""
         size = (INCEPTION_SIDE, INCEPTION_SIDE)
         if self.prepare == "pytorch-fid":
-            return F.interpolate(to_model_range(pixels), size, mode="bilinear", align_corners=False)
+            return self.layers(F.interpolate(to_model_range(pixels), size, mode="bilinear", align_corners=False))
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-        return (interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size, align_corners=False) - 128) / 128
+        resized = interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size, align_corners=False)
+        return self.layers((resized - 128) / 128)
 
 
 class DINOv2(nn.Module):
     """The class token of a DINOv2 of timm: uint8 (B, 3, H, W) to (B, D) float32 (Stein et al. 2023).
 
     Images are resized to 224 pixels a side: bicubic, antialiased, in floating point. Positions are resampled as the
-    authors' code does it, bicubic without antialiasing and with its offset, where timm would use antialiasing.
+    authors' code does it: bicubic without antialiasing and with its offset; those of networks with registers as timm
+    does it, with antialiasing.
 
     Args:
         name: timm's.
@@ -292,10 +264,15 @@ class DINOv2(nn.Module):
     def __init__(self, name: str, path: Path | None) -> None:
         super().__init__()
         self.transformer: Any = build_transformer(name, path)
-        positions = _resized_positions(self.transformer)
-        self.transformer.set_input_size(img_size=(DINOV2_SIDE, DINOV2_SIDE))
-        self.transformer.pos_embed = nn.Parameter(positions)
         self.channels: int = self.transformer.embed_dim
+        embeddings, (rows, columns) = self.transformer.pos_embed.detach(), self.transformer.patch_embed.grid_size
+        self.transformer.set_input_size(img_size=(DINOV2_SIDE, DINOV2_SIDE))
+        if self.transformer.reg_token is None:
+            prefix, grid = embeddings.split([embeddings.shape[1] - rows * columns, rows * columns], dim=1)
+            grid = grid.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+            side = self.transformer.patch_embed.grid_size[0] + 0.1  # as in the authors' code, which passes the scale on
+            grid = F.interpolate(grid, scale_factor=(side / rows, side / columns), mode="bicubic")
+            self.transformer.pos_embed = nn.Parameter(torch.cat([prefix, grid.flatten(2).mT], dim=1))
         if path is None:
             for name_, scale in self.transformer.named_parameters():
                 if name_.endswith(".gamma"):  # timm starts its layer scales at 1e-5, which hides the image
@@ -309,27 +286,6 @@ class DINOv2(nn.Module):
         return self.transformer.forward_features((x - self.mean) / self.std)[:, 0]
 
 
-def _resized_positions(transformer: Any) -> Tensor:
-    """The position embeddings for images of DINOV2_SIDE pixels, (1, prefix + tokens, D)."""
-    prefix = transformer.num_prefix_tokens
-    embeddings = transformer.pos_embed.detach()
-    side = DINOV2_SIDE // transformer.patch_embed.patch_size[0]
-    rows, columns = transformer.patch_embed.grid_size
-    grid = embeddings[:, prefix:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-    scale = ((side + 0.1) / rows, (side + 0.1) / columns)  # 0.1 as in the authors' code, which passes the scale on
-    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-    return torch.cat([embeddings[:, :prefix], grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-def _too_small(net: str) -> str:
-    return f"LPIPS of {net} needs images of at least {TRUNKS[net][1]} pixels; give a larger --size"
-
-
-def _in_float64(metric: ImageMetric, device: torch.device) -> ImageMetric:
-    """Take a metric on the CPU where the device, Apple's GPU, has no float64."""
-    return metric if device.type != "mps" else lambda reference, images: metric(reference.cpu(), images.cpu())
-
-
 def inception_file() -> WeightsFile:
     """Describe torch-fidelity's file of the Inception of FID."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -337,26 +293,9 @@ def inception_file() -> WeightsFile:
     return hub_file(URL_INCEPTION_V3)
 
 
-def published_prefix(file: WeightsFile) -> str | None:
-    """The first eight digits of the SHA-256 that PyTorch Hub's files have in their names."""
-    match = re.search(r"-([0-9a-f]{8})\.pth$", file.names[0])
-    return match.group(1) if match else None
-
-
-def _without_weights(extractor: Any) -> Any:
-    """Build torch-fidelity's Inception with random weights: its constructor insists on a file."""
-    import tempfile
-
-    class Blank(extractor):
-        def load_state_dict(self, *_: Any, **__: Any) -> None:
-            pass
-
-    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        torch.save({}, file)
-        file.flush()
-        blank = Blank("inception-v3-compat", [str(INCEPTION_CHANNELS)], feature_extractor_weights_path=file.name)
-    blank.__class__ = extractor
-    for module in blank.modules():
-        if isinstance(module, nn.Conv2d):  # PyTorch's own start shrinks what it sees from layer to layer
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return blank
+NETWORKS: Mapping[str, Callable[[Protocol, str], tuple[WeightsFile, Callable[[Path | None], Any]]]] = {
+    "lpips": lambda protocol, _: (trunk_file(protocol.lpips), partial(LPIPS, protocol.lpips)),
+    "rfid": lambda protocol, _: (inception_file(), partial(Inception, prepare=protocol.inception)),
+    "rfdd": lambda _, dinov2: (transformer_file(dinov2), partial(DINOv2, dinov2)),
+}
+"""By metric, the weights of its network under a protocol, and how it is built of them."""

@@ -1,69 +1,61 @@
-"""Image quality, from torchmetrics and scikit-image, on images rounded to uint8 but for one kind of SSIM.
+"""Image quality, by torchmetrics and scikit-image: an image (3, H, W) against another one, and image by image.
 
-The libraries are imported where they are used: they take seconds, and a run that does not evaluate needs none of them.
+Images are uint8; those that SSIM compares may be unrounded. The libraries are imported where they are used: they take
+seconds, and a run that does not evaluate needs none of them.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-
-def psnr(reference: Tensor, image: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of one uint8 image (3, H, W) against another."""
-    return float(psnr_each(reference[None], image[None]))
+ImageMetric = Callable[[Tensor, Tensor], Tensor]
+"""From reference and images, (B, 3, H, W) uint8, or float32 where the protocol has them unrounded, to (B,)."""
 
 
-def psnr_each(reference: Tensor, images: Tensor, highest: float = math.inf) -> Tensor:
-    """As `psnr`, of each of uint8 images (B, 3, H, W): (B,) float64; where they are equal, `highest` in dB."""
+def each(metric: Callable[[Tensor, Tensor], float]) -> ImageMetric:
+    """Take a metric of two images pair by pair, so that no value depends on the batch: (B,) float64."""
+
+    def measure(reference: Tensor, images: Tensor) -> Tensor:
+        pairs = zip(reference, images, strict=True)
+        return torch.tensor([metric(*pair) for pair in pairs], dtype=torch.float64)
+
+    return measure
+
+
+def psnr(reference: Tensor, image: Tensor, highest: float = math.inf) -> float:
+    """Peak signal-to-noise ratio in dB, at most `highest`, which equal images have."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    values = peak_signal_noise_ratio(
-        images.double(), reference.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
-    )
-    return values.clamp(max=highest)
+    return min(float(peak_signal_noise_ratio(_float64(image), _float64(reference), data_range=255.0)), highest)
 
 
 def ssim(reference: Tensor, image: Tensor) -> float:
-    """Structural similarity of one uint8 image (3, H, W) against another (Wang et al. 2004).
+    """Structural similarity (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5, the border reflected.
 
-    Gaussian window of 11 pixels, sigma 1.5; the mean is over all pixels, the image reflected at its border.
-    """
-    return float(ssim_each(reference[None], image[None]))
-
-
-def ssim_each(reference: Tensor, images: Tensor) -> Tensor:
-    """As `ssim`, of each of images (B, 3, H, W): (B,) float32.
-
-    Those of a floating-point dtype are clamped to [-1, 1] and measured there, around 0, as LightningDiT does it: the
+    Images of a floating-point dtype are clamped to [-1, 1] and measured there, around 0, as LightningDiT does it: the
     means that SSIM compares are other ones than those of pixels from 0 to 255.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    data_range = (-1.0, 1.0) if images.is_floating_point() else (0.0, 255.0)
-    value = structural_similarity_index_measure(
-        images.float(), reference.float(), data_range=data_range, reduction="none"
-    )
-    return value.reshape(len(images))
+    data_range = (-1.0, 1.0) if image.is_floating_point() else (0.0, 255.0)
+    sides = image.float()[None], reference.float()[None]
+    return float(structural_similarity_index_measure(*sides, data_range=data_range))
 
 
-def scikit_ssim_each(reference: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity as scikit-image takes it by default, of uint8 images (B, 3, H, W): (B,) float64.
-
-    Uniform window of 7 pixels, unbiased covariances, no border.
-    """
+def scikit_ssim(reference: Tensor, image: Tensor) -> float:
+    """Structural similarity with scikit-image's defaults: uniform window of 7 pixels, unbiased, no border."""
     from skimage.metrics import structural_similarity
 
-    pairs = zip(reference.cpu().numpy(), images.cpu().numpy(), strict=True)
-    values = [structural_similarity(ours, theirs, channel_axis=0, data_range=255) for ours, theirs in pairs]
-    return torch.tensor(values, dtype=torch.float64)
+    return float(structural_similarity(reference.cpu().numpy(), image.cpu().numpy(), channel_axis=0, data_range=255))
 
 
 def mse(reference: Tensor, image: Tensor) -> float:
-    """Mean squared error of one uint8 image (3, H, W) against another, in units of the full range, squared."""
-    return float(mse_each(reference[None], image[None]))
+    """Mean squared error in units of the full range, squared."""
+    return float((_float64(reference) - _float64(image)).div(255.0).square().mean())
 
 
-def mse_each(reference: Tensor, images: Tensor) -> Tensor:
-    """As `mse`, of each of uint8 images (B, 3, H, W): (B,) float64."""
-    return (reference.double() - images.double()).div(255.0).square().mean(dim=(1, 2, 3))
+def _float64(image: Tensor) -> Tensor:
+    """In float64; on the CPU where the device, Apple's GPU, has none."""
+    return (image.cpu() if image.device.type == "mps" else image).double()

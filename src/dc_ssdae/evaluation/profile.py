@@ -41,9 +41,8 @@ def latent_shape(model: DCSSDAE, height: int, width: int) -> tuple[int, int, int
         InputError: a side is no positive multiple of f.
     """
     factor = model.config.downsample_factor
-    for side in (height, width):
-        if side < 1 or side % factor:
-            raise InputError(f"an image's sides must be positive multiples of f = {factor}, not {side}")
+    if min(height, width) < 1 or height % factor or width % factor:
+        raise InputError(f"an image's sides must be positive multiples of f = {factor}, not {height} and {width}")
     return model.config.latent_channels, height // factor, width // factor
 
 
@@ -80,16 +79,9 @@ def count_flops(model: DCSSDAE, size: int) -> Flops:
     return Flops(encoding.get_total_flops(), decoding.get_total_flops())
 
 
-class Seconds(NamedTuple):
-    """Seconds that one image takes: `encode`, and one `decode_step`."""
-
-    encode: float
-    decode_step: float
-
-
 @torch.inference_mode()
-def measure_seconds(model: DCSSDAE, size: int, repeats: int = 3) -> Seconds:
-    """Time encode and a decode in one step of one image, on the model's device and in its dtype.
+def measure_seconds(model: DCSSDAE, size: int, repeats: int = 3) -> dict[str, float]:
+    """Time "encode", and "decode_step", of one image, on the model's device and in its dtype: seconds.
 
     Args:
         model: in eval mode.
@@ -99,25 +91,22 @@ def measure_seconds(model: DCSSDAE, size: int, repeats: int = 3) -> Seconds:
     x = torch.zeros(1, 3, size, size, device=model.device)
     z, encode = timed(lambda: model.encode(x).latent_dist.mode(), model.device, repeats)
     _, decode_step = timed(lambda: model.decode(z).sample, model.device, repeats)
-    return Seconds(encode, decode_step)
+    return {"encode": encode, "decode_step": decode_step}
 
 
 def timed(run: Callable[[], T], device: torch.device, repeats: int) -> tuple[T, float]:
     """Run something once untimed and `repeats` times timed; gives its result and the median seconds."""
-    result = run()
     seconds = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         wait_for(device)
         start = time.perf_counter()
         result = run()
         wait_for(device)
         seconds.append(time.perf_counter() - start)
-    return result, statistics.median(seconds)
+    return result, statistics.median(seconds[1:])
 
 
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done what it was given, so that a clock may be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type in ("cuda", "mps"):
+        torch.accelerator.synchronize(device)

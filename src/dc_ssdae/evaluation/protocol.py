@@ -5,7 +5,7 @@ Published figures differ by these choices more than by models, so a protocol has
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -14,15 +14,12 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.data.images import to_pillow, to_uint8
-from dc_ssdae.data.transforms import center_crop, central_part
-from dc_ssdae.errors import InputError, check_at_least, unknown_name
-
-Rounding = Literal["round", "truncate"]
-LPIPSNetwork = Literal["alex", "vgg", "squeeze"]
+from dc_ssdae.data.transforms import center_crop, central_part, resize_shorter_side
+from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.provenance import IN_TRAINING
 
 
-@dataclass(frozen=True)
-class Resize:
+class Resize(NamedTuple):
     """A way to bring an image to a square.
 
     Args:
@@ -48,7 +45,6 @@ def adm_crop(pixels: Tensor, size: int) -> Tensor:
     Returns:
         uint8 (3, size, size).
     """
-    check_at_least(1, size=size)
     image = to_pillow(pixels)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -59,33 +55,19 @@ def adm_crop(pixels: Tensor, size: int) -> Tensor:
 
 
 def bilinear_on_tensors(pixels: Tensor, size: int) -> Tensor:
-    """Resize the shorter side bilinearly with antialiasing in floating point, and cut the centre.
-
-    Args:
-        pixels: uint8 (3, H, W).
-        size: in pixels, at least 1.
-
-    Returns:
-        float32 (3, size, size) in [0, 255], not rounded.
-    """
-    check_at_least(1, size=size)
-    resized = tvf.resize(pixels.float(), [size], interpolation=InterpolationMode.BILINEAR, antialias=True)
-    return center_crop(resized, size)
+    """As `adm_crop`, but bilinearly with antialiasing in floating point: float32 in [0, 255], not rounded."""
+    return center_crop(tvf.resize(pixels.float(), [size], InterpolationMode.BILINEAR, antialias=True), size)
 
 
 def bilinear_by_pillow(pixels: Tensor, size: int) -> Tensor:
-    """Resize the shorter side with Pillow's bilinear filter, which is antialiased, and cut the centre.
-
-    Args:
-        pixels: uint8 (3, H, W).
-        size: in pixels, at least 1.
-
-    Returns:
-        uint8 (3, size, size).
-    """
-    check_at_least(1, size=size)
-    image = tvf.resize(to_pillow(pixels), [size], interpolation=InterpolationMode.BILINEAR)
+    """As `adm_crop`, but with Pillow's bilinear filter alone, which is antialiased."""
+    image = tvf.resize(to_pillow(pixels), [size], InterpolationMode.BILINEAR)
     return tvf.pil_to_tensor(tvf.center_crop(image, [size]))
+
+
+def bicubic_on_tensors(pixels: Tensor, size: int) -> Tensor:
+    """As `adm_crop`, but with torchvision's antialiased bicubic filter alone."""
+    return center_crop(resize_shorter_side(pixels, size), size)
 
 
 RESIZES: Mapping[str, Resize] = {
@@ -99,10 +81,8 @@ RESIZES: Mapping[str, Resize] = {
         "model sees it unrounded",
         bilinear_on_tensors,
     ),
-    "bilinear_pil": Resize(
-        "shorter side resized bilinearly (Pillow, antialiased), centre crop",
-        bilinear_by_pillow,
-    ),
+    "bilinear_pil": Resize("shorter side resized bilinearly (Pillow, antialiased), centre crop", bilinear_by_pillow),
+    "bicubic": Resize("shorter side resized bicubically (torchvision, antialiased), centre crop", bicubic_on_tensors),
 }
 
 
@@ -130,14 +110,14 @@ class Protocol:
     """
 
     name: str
-    resize: str
-    size: int
-    rounding: Rounding
-    psnr: Literal["per_image", "pooled"]
-    ssim: Literal["torchmetrics", "scikit-image"]
-    lpips: LPIPSNetwork
-    latent: Literal["mean", "sample"]
-    inception: Literal["tensorflow", "pytorch-fid"]
+    resize: str = "adm"
+    size: int = 256
+    rounding: Literal["round", "truncate"] = "round"
+    psnr: Literal["per_image", "pooled"] = "per_image"
+    ssim: Literal["torchmetrics", "scikit-image"] = "torchmetrics"
+    lpips: Literal["alex", "vgg", "squeeze"] = "alex"
+    latent: Literal["mean", "sample"] = "mean"
+    inception: Literal["tensorflow", "pytorch-fid"] = "pytorch-fid"
     unrounded: tuple[str, ...] = ()
     highest_psnr: float | None = None
 
@@ -197,28 +177,16 @@ class Protocol:
 PROTOCOLS: Mapping[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        Protocol("dcae", "adm", 256, "round", "per_image", "torchmetrics", "alex", "mean", "pytorch-fid"),
-        Protocol(
-            "lightningdit",
-            "bilinear_tensor",
-            256,
-            "round",
-            "per_image",
-            "torchmetrics",
-            "vgg",
-            "sample",
-            "pytorch-fid",
-            unrounded=("ssim", "lpips"),
-        ),
-        Protocol(
-            "rae", "adm", 256, "truncate", "per_image", "torchmetrics", "vgg", "mean", "tensorflow", highest_psnr=100.0
-        ),
-        Protocol("original", "bilinear_pil", 128, "round", "pooled", "scikit-image", "alex", "mean", "tensorflow"),
+        Protocol("dcae"),
+        Protocol("lightningdit", "bilinear_tensor", lpips="vgg", latent="sample", unrounded=("ssim", "lpips")),
+        Protocol("rae", rounding="truncate", lpips="vgg", inception="tensorflow", highest_psnr=100.0),
+        Protocol("original", "bilinear_pil", 128, psnr="pooled", ssim="scikit-image", inception="tensorflow"),
     )
 }
 """The protocols by name; `docs/evaluation.md` says whose each of them is."""
 
-DEFAULT_PROTOCOL = "dcae"
+TRAINING = Protocol(IN_TRAINING, "bicubic")
+"""Of evaluations within a training run, which are for watching it."""
 
 
 def find_protocol(name: str) -> Protocol:

@@ -1,15 +1,17 @@
 """Encode and decode one photo of any size, and measure it against the bicubic baseline."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range, to_uint8
 from dc_ssdae.data.transforms import crop_to, pad_to_multiple
-from dc_ssdae.evaluation.baseline import bicubic_baseline
 from dc_ssdae.evaluation.metrics import psnr, ssim
 from dc_ssdae.evaluation.profile import timed
 
@@ -40,7 +42,7 @@ def measure_photo(model: DCSSDAE, name: str, pixels: Tensor, repeats: int = 3) -
     z, encode_seconds = timed(lambda: model.encode(x).latent_dist.mode(), device, repeats)
     y, decode_seconds = timed(lambda: model.decode(z).sample, device, repeats)
     reconstruction = to_uint8(crop_to(y[0], size).cpu())
-    baseline = bicubic_baseline(pixels, z[0].numel()).image
+    baseline, _ = bicubic_baseline(pixels, z[0].numel())
     figures = {
         "psnr": psnr(pixels, reconstruction),
         "psnr_bicubic": psnr(pixels, baseline),
@@ -50,3 +52,26 @@ def measure_photo(model: DCSSDAE, name: str, pixels: Tensor, repeats: int = 3) -
         "decode_ms": 1000 * decode_seconds,
     }
     return PhotoResult(name, pixels, reconstruction, baseline, figures)
+
+
+def bicubic_baseline(pixels: Tensor, latent_values: int) -> tuple[Tensor, tuple[int, int]]:
+    """Shrink an image to about `latent_values` numbers and enlarge it again, bicubic with antialiasing.
+
+    Args:
+        pixels: uint8 (3, H, W).
+        latent_values: c·(H/f)·(W/f) of the model to compare with; h×w keeps the image's proportions as nearly
+            as whole numbers allow and comes as close to 3·h·w = latent_values as it can.
+
+    Returns:
+        The image (3, H, W) uint8, and the size (h, w) in between.
+    """
+    height, width = pixels.shape[-2:]
+    ideal = height * math.sqrt(latent_values / (3 * height * width))
+    size = min(
+        ((h, max(round(latent_values / (3 * h)), 1)) for h in {max(math.floor(ideal), 1), math.ceil(ideal)}),
+        key=lambda side: abs(3 * side[0] * side[1] - latent_values),
+    )
+    # In floating point, because a latent's numbers are not rounded to 8 bits either.
+    small = tvf.resize(pixels.float(), list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    back = tvf.resize(small, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return back.round().clamp(0, 255).byte(), size

@@ -2,27 +2,27 @@
 
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.data.images import to_model_range, to_uint8
-from dc_ssdae.decoding import DESCENTS, INTEGRATORS, ONE_STEP, Divergence, plan_decoding
+from dc_ssdae.decoding import DESCENTS, INTEGRATORS, ONE_STEP, DecoderOutput, Divergence, plan_decoding
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.metrics import psnr, ssim
+from dc_ssdae.evaluation.metrics import each, psnr, ssim
 from dc_ssdae.evaluation.profile import wait_for
-from dc_ssdae.timing import Spread, alternating
+from dc_ssdae.timing import Spread, measure_alternately
 
-QUALITIES: Mapping[str, tuple[str, bool]] = {
-    "psnr": ("PSNR (dB)", True),
-    "ssim": ("SSIM", True),
-    "lpips": ("LPIPS", False),
-}
+QUALITIES = {"psnr": ("PSNR (dB)", True), "ssim": ("SSIM", True), "lpips": ("LPIPS", False)}
 """What is measured: its title, and whether more is better."""
 
 
@@ -49,27 +49,18 @@ class Setting:
     @property
     def family(self) -> str:
         """The setting without what a curve runs along: the number of steps or, with tolerances, those."""
-        parts = [self.sampler]
-        if self.sampler in DESCENTS:
-            parts.append("η by default" if self.step_size is None else f"η = {self.step_size:g}/L")
-        if self.descent is not None:
-            parts[-1] = f"landing, then {self.descent:g}/L"
-        if self.momentum is not None:
-            parts.append(f"μ = {self.momentum:g}")
-        if self.tolerance is not None:
-            parts.append(f"stopping (≤ {self.num_steps})")
-        return ", ".join(parts)
+        values = {"η·L": self.step_size, "landing, then η·L": self.descent, "μ": self.momentum}
+        parts = [self.sampler, *(f"{name} = {value:g}" for name, value in values.items() if value is not None)]
+        return ", ".join(parts if self.tolerance is None else [*parts, f"stopping (≤ {self.num_steps})"])
 
-    def arguments(self, dynamics: object) -> dict[str, Any]:
+    def arguments(self, dynamics: Any) -> dict[str, Any]:
         """What `DCSSDAE.decode` takes for it."""
-        step_size: float | list[float] | None = self.step_size
-        if isinstance(dynamics, EquilibriumMatching):
-            if self.step_size is not None:
-                step_size = self.step_size / dynamics.stiffness
-            elif self.descent is not None:
-                step_size = dynamics.step_sizes(self.num_steps, descent=self.descent)
-        settings = {name: getattr(self, name) for name in ("sampler", "num_steps", "momentum", "tolerance")}
-        return {**settings, "step_size": step_size}
+        given = {name: getattr(self, name) for name in ("sampler", "num_steps", "step_size", "momentum", "tolerance")}
+        if self.step_size is not None:
+            given["step_size"] = self.step_size / dynamics.stiffness
+        elif self.descent is not None:
+            given["step_size"] = dynamics.step_sizes(self.num_steps, descent=self.descent)
+        return given
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class Grid:
         step_sizes: of descents, in units of 1/L; None stands for those that follow from the decay.
         momenta: of nesterov.
         tolerances: at which descents stop, with the largest number of steps as their cap; for λ = 1.
-        descents: other ways, in units of 1/L, that the steps of gradient descent after the first share.
+        descents: other distances, in units of 1/L, that the steps of gradient descent after the first cover together.
     """
 
     steps: Sequence[int] = (1, 2, 4, 8, 16)
@@ -100,28 +91,18 @@ class Grid:
         """
         descends = isinstance(dynamics, EquilibriumMatching)
         fitting = [ONE_STEP, *(DESCENTS if descends else INTEGRATORS if isinstance(dynamics, FlowMatching) else [])]
-        wanted = fitting if self.samplers is None else [name for name in fitting if name in self.samplers]
-        if not wanted:
-            raise InputError(f"{type(dynamics).__name__} has none of these samplers; it has {', '.join(fitting)}")
         settings: list[Setting] = []
-        for sampler in wanted:
-            if sampler == ONE_STEP:
-                settings.append(Setting(ONE_STEP, 1))
-            elif sampler in INTEGRATORS:
-                settings += [Setting(sampler, steps) for steps in self.steps]
-            else:
-                for momentum in self.momenta if sampler != "gradient_descent" else (None,):
-                    for size in self.step_sizes:
-                        settings += [Setting(sampler, steps, size, momentum) for steps in self.steps]
-                        most = max(self.steps)
-                        settings += [Setting(sampler, most, size, momentum, stop) for stop in self.tolerances]
-                if sampler == "gradient_descent":
-                    settings += [
-                        Setting(sampler, steps, descent=way)
-                        for way in self.descents
-                        for steps in self.steps
-                        if steps > 1
-                    ]
+        for sampler in fitting if self.samplers is None else [name for name in fitting if name in self.samplers]:
+            has_sizes, is_plain = sampler in DESCENTS, sampler == "gradient_descent"
+            stops: list[tuple[int, float | None]] = [*product([1] if sampler == ONE_STEP else self.steps, [None])]
+            stops += product([max(self.steps)], self.tolerances if has_sizes else [])
+            momenta = self.momenta if has_sizes and not is_plain else [None]
+            for momentum, size, (steps, stop) in product(momenta, self.step_sizes if has_sizes else [None], stops):
+                settings.append(Setting(sampler, steps, size, momentum, stop))
+            ways = product(self.descents if is_plain else [], [steps for steps in self.steps if steps > 1])
+            settings += [Setting(sampler, steps, descent=way) for way, steps in ways]
+        if not settings:
+            raise InputError(f"{type(dynamics).__name__} has none of these samplers; it has {', '.join(fitting)}")
         for setting in settings:
             plan_decoding(dynamics, **setting.arguments(dynamics))  # type: ignore[arg-type]
         return list(dict.fromkeys(settings))
@@ -133,10 +114,10 @@ class Measurement:
 
     Attributes:
         qualities: by the names in `QUALITIES`; of uint8 images, a mean over images.
-        evaluations: of the decoder, an image; with the fewest and the most.
+        evaluations: of the decoder per image; with the fewest and the most.
         residual_rms: of the field where it was last evaluated; the median of the images.
         diverged: how many images were given up.
-        seconds: an image, median and quartiles over the rounds.
+        seconds: per image, median and quartiles over the rounds.
         ratio: of seconds to those of one step of the same model in the same round.
     """
 
@@ -152,6 +133,7 @@ class Measurement:
     ratio: Spread | None = None
 
 
+@torch.inference_mode()
 def measure_sampling(
     models: Mapping[str, DCSSDAE],
     pixels: Tensor,
@@ -178,40 +160,52 @@ def measure_sampling(
     Raises:
         InputError: a setting does not fit.
     """
-    work = [(name, setting) for name, model in models.items() for setting in grid.settings(model.dynamics)]
-    latents = {name: _latents(model, pixels, batch) for name, model in models.items()}
-    measured = {pair: Measurement(*pair) for pair in work}
-    seconds: dict[tuple[str, Setting], list[float]] = {pair: [] for pair in work}
-    for name, model in models.items():  # memory is taken, and kernels are chosen, before anything is timed
-        _decode(model, latents[name][:1], {})
-    for round_ in range(rounds):
-        for index in alternating(len(work), round_):
-            pair = name, setting = work[index]
-            model = models[name]
-            taken, outputs = 0.0, []
-            for part in latents[name]:
-                wait_for(model.device)
-                start = time.perf_counter()
-                outputs += _decode(model, [part], setting.arguments(model.dynamics))
-                wait_for(model.device)
-                taken += time.perf_counter() - start
-            seconds[pair].append(taken / len(pixels))
-            if round_ == 0:
-                _fill_in(measured[pair], outputs, pixels, batch, lpips)
-            if advance is not None:
-                advance(1)
-    for (name, setting), measurement in measured.items():
-        measurement.seconds = Spread.of(seconds[name, setting])
-        if (name, Setting(ONE_STEP, 1)) in seconds:
-            one = seconds[name, Setting(ONE_STEP, 1)]
-            ratios = [mine / theirs for mine, theirs in zip(seconds[name, setting], one, strict=True)]
-            measurement.ratio = Spread.of(ratios)
-    return list(measured.values())
+    parts = pixels.split(batch)
+    latents = {
+        name: [model.encode(to_model_range(part).to(model.device)).latent_dist.mode() for part in parts]
+        for name, model in models.items()
+    }
+
+    def measure(m: Measurement) -> float:
+        """Decode all images; gives the seconds per image, and the first time notes what came out."""
+        model, seconds = models[m.model], 0.0
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for z, part in zip(latents[m.model], parts, strict=True):
+            wait_for(model.device)
+            start = time.perf_counter()
+            output = model.decode(z, **m.setting.arguments(model.dynamics))
+            wait_for(model.device)
+            seconds += time.perf_counter() - start
+            if not m.qualities:
+                for name, values in _values(output, part.to(model.device), lpips).items():
+                    found[name].append(values)
+        if found:
+            columns = {name: torch.cat(values).double().cpu() for name, values in found.items()}
+            counts = columns.pop("num_evaluations")
+            m.evaluations, m.fewest, m.most = float(counts.mean()), int(counts.min()), int(counts.max())
+            m.residual_rms, m.diverged = float(columns.pop("residual_rms").median()), int(columns.pop("diverged").sum())
+            m.qualities = {name: float(values.mean()) for name, values in columns.items()}
+        if advance is not None:
+            advance(1)
+        return seconds / len(pixels)
+
+    measured = [Measurement(name, setting) for name, m in models.items() for setting in grid.settings(m.dynamics)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Divergence)  # counted in the table
+        for name, model in models.items():  # memory is taken, and kernels are chosen, before anything is timed
+            model.decode(latents[name][0])
+        seconds = measure_alternately([partial(measure, measurement) for measurement in measured], rounds)
+    one_step = {m.model: own for m, own in zip(measured, seconds, strict=True) if m.setting.sampler == ONE_STEP}
+    for measurement, own in zip(measured, seconds, strict=True):
+        measurement.seconds = Spread.of(own)
+        if measurement.model in one_step:
+            measurement.ratio = Spread.of(np.divide(own, one_step[measurement.model]).tolist())
+    return measured
 
 
 @dataclass(frozen=True)
 class Needed:
-    """The fewest evaluations, an image, with which each of two models reaches a quality; None where it does not."""
+    """The fewest evaluations per image with which each of two models reaches a quality; None where it does not."""
 
     target: float
     first: Measurement | None
@@ -231,7 +225,7 @@ def evaluations_needed(
     """Compare what two models spend for the same quality.
 
     The targets are evenly spread from the worse of the two models' one-step qualities, or of their worst ones, to the
-    best that either reaches.
+    best that either reaches; and the best of each is one.
 
     Args:
         first: measurements of a model, the baseline.
@@ -239,76 +233,27 @@ def evaluations_needed(
         quality: one of `QUALITIES`.
         targets: how many, at least 2.
     """
-    more_is_better = QUALITIES[quality][1]
-    sign = 1.0 if more_is_better else -1.0
-
-    def lowest(measurements: Sequence[Measurement]) -> float:
-        one = [m for m in measurements if m.setting.sampler == ONE_STEP] or measurements
-        return min(sign * m.qualities[quality] for m in one)
+    sign = 1.0 if QUALITIES[quality][1] else -1.0
 
     def cheapest(measurements: Sequence[Measurement], target: float) -> Measurement | None:
         reaching = [m for m in measurements if sign * m.qualities[quality] >= target]
         return min(reaching, key=lambda m: (m.evaluations, -sign * m.qualities[quality]), default=None)
 
-    low = min(lowest(first), lowest(second))
-    high = max(sign * m.qualities[quality] for m in [*first, *second])
-    steps = [low + (high - low) * place / (targets - 1) for place in range(targets)]
-    steps[-1] = high
-    # What each reaches at its best is of interest too: there one of the two ends.
-    ends = {max(sign * m.qualities[quality] for m in measurements) for measurements in (first, second)}
-    return [
-        Needed(sign * target, cheapest(first, target), cheapest(second, target)) for target in sorted({*steps, *ends})
-    ]
+    lows, highs = [], []
+    for measurements in (first, second):
+        one = [m for m in measurements if m.setting.sampler == ONE_STEP] or measurements
+        lows.append(min(sign * m.qualities[quality] for m in one))
+        highs.append(max(sign * m.qualities[quality] for m in measurements))
+    wanted = sorted({*np.linspace(min(lows), max(highs), targets).tolist(), *highs})
+    return [Needed(sign * target, cheapest(first, target), cheapest(second, target)) for target in wanted]
 
 
-def pareto(
-    measurements: Sequence[Measurement], quality: str, cost: Callable[[Measurement], float]
-) -> list[Measurement]:
-    """The measurements that no other one beats in both quality and cost, from the cheapest on."""
-    sign = 1.0 if QUALITIES[quality][1] else -1.0
-    front: list[Measurement] = []
-    for measurement in sorted(measurements, key=lambda m: (cost(m), -sign * m.qualities[quality])):
-        if not front or sign * measurement.qualities[quality] > sign * front[-1].qualities[quality]:
-            front.append(measurement)
-    return front
-
-
-@torch.inference_mode()
-def _latents(model: DCSSDAE, pixels: Tensor, batch: int) -> list[Tensor]:
-    parts = to_model_range(pixels).split(batch)
-    return [model.encode(part.to(model.device)).latent_dist.mode() for part in parts]
-
-
-@torch.inference_mode()
-def _decode(model: DCSSDAE, latents: Sequence[Tensor], arguments: Mapping[str, Any]) -> list[Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Divergence)  # counted in the table
-        return [model.decode(z, **arguments) for z in latents]
-
-
-def _fill_in(
-    measurement: Measurement,
-    outputs: Sequence[Any],
-    pixels: Tensor,
-    batch: int,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None,
-) -> None:
-    originals = pixels.split(batch)
-    images = [to_uint8(output.sample.nan_to_num(0.0, 0.0, 0.0)).cpu() for output in outputs]  # mid-grey if not finite
-    pairs = [pair for part in zip(originals, images, strict=True) for pair in zip(*part, strict=True)]
-    means = {
-        "psnr": sum(psnr(original, image) for original, image in pairs) / len(pairs),
-        "ssim": sum(ssim(original, image) for original, image in pairs) / len(pairs),
-    }
+def _values(
+    output: DecoderOutput, original: Tensor, lpips: Callable[[Tensor, Tensor], Tensor] | None
+) -> dict[str, Tensor]:
+    """What there is to know of each image of a batch that does not depend on the clock."""
+    image = to_uint8(output.sample.nan_to_num(0.0, 0.0, 0.0))  # mid-grey where it is not finite
+    values = {"psnr": each(psnr)(original, image), "ssim": each(ssim)(original, image)}
     if lpips is not None:
-        parts = [
-            lpips(to_model_range(part).to(output.sample.device), to_model_range(original).to(output.sample.device))
-            for part, original, output in zip(images, originals, outputs, strict=True)
-        ]
-        means["lpips"] = float(torch.cat(parts).double().mean())
-    counts = torch.cat([output.num_evaluations for output in outputs]).cpu()
-    measurement.qualities = means
-    measurement.evaluations = float(counts.double().mean())
-    measurement.fewest, measurement.most = int(counts.min()), int(counts.max())
-    measurement.residual_rms = float(torch.cat([output.residual_rms for output in outputs]).median())
-    measurement.diverged = int(sum(int(output.diverged.sum()) for output in outputs))
+        values["lpips"] = lpips(to_model_range(image), to_model_range(original))
+    return values | {name: output[name] for name in ("num_evaluations", "residual_rms", "diverged")}

@@ -5,7 +5,7 @@ the names that a model has, so the two directions cannot disagree.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.errors import InputError
+from dc_ssdae.errors import InputError, prefixed
 from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.networks.dc_encoder import EfficientViTBlock
 from dc_ssdae.presets import DEFAULT_CLASSES, load_preset
@@ -28,8 +28,7 @@ _KL_ENCODER: Rules = (
     (r"\.shortcut\.", r".nin_shortcut."),
     (r"middle\.0\.", r"mid.block_1."),
     (r"middle\.2\.", r"mid.block_2."),
-    (r"middle\.1\.(norm)\.", r"mid.attn_1.\1."),
-    (r"middle\.1\.(q|k|v)(?:uery|ey|alue)\.", r"mid.attn_1.\1."),
+    (r"middle\.1\.(norm|q|k|v)(?:uery|ey|alue)?\.", r"mid.attn_1.\1."),
     (r"middle\.1\.out\.", r"mid.attn_1.proj_out."),
     (r"latent_head\.0\.", r"norm_out."),
     (r"latent_head\.2\.", r"conv_out."),
@@ -44,7 +43,6 @@ _DC_ENCODER: Rules = (
 )
 
 _DECODER: Rules = (
-    (r"^conv_out\.", r"conv_out."),
     (r"^norm_out\.", r"conv_norm_out."),
     (r"^latent_norm\.", r"batch_norm_z."),
     (r"^image_in\.", r"conv_in_img."),
@@ -69,78 +67,66 @@ _DECODER: Rules = (
 )
 
 
-def original_names(module: nn.Module) -> dict[str, str]:
-    """Map every tensor name of one of our networks to the original code's name for it.
-
-    Raises:
-        InputError: the network has a part that the original code's names are not known for.
-    """
-    rules: Rules
-    if isinstance(module, KLEncoder):
-        rules = _KL_ENCODER
-    elif isinstance(module, DCEncoder):
-        if module.out_shortcut or any(isinstance(part, EfficientViTBlock) for part in module.modules()):
-            raise InputError(
-                "the original's names are known for ResBlock stages without an output shortcut; "
-                "set block_types to ResBlock and out_shortcut to false"
-            )
-        rules = _DC_ENCODER
-    elif isinstance(module, UViTDecoder):
-        rules = _DECODER
-    else:
-        raise InputError(f"no names of the original code are known for a {type(module).__name__}")
-    return {name: _rewrite(name, rules) for name in module.state_dict()}
+_RULES: Mapping[type[nn.Module], Rules] = {KLEncoder: _KL_ENCODER, DCEncoder: _DC_ENCODER, UViTDecoder: _DECODER}
 
 
-def _rewrite(name: str, rules: Rules) -> str:
+def rewrite(name: str, rules: Rules) -> str:
+    """Apply the rules, regular expressions and what takes their place, to a tensor's name, one after the other."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def original_model_names(model: DCSSDAE) -> dict[str, str]:
-    """Map every tensor name of a whole autoencoder to the original's (`encoder.*`, `decoder.*`)."""
-    return {
-        f"{part}.{ours}": f"{part}.{theirs}"
-        for part, module in (("encoder", model.encoder), ("decoder", model.decoder))
-        for ours, theirs in original_names(module).items()
-    }
+def original_names(module: nn.Module) -> dict[str, str]:
+    """Map every tensor name of a model or of one of our networks to the original code's name for it.
+
+    Raises:
+        InputError: the network has a part that the original code's names are not known for.
+    """
+    if isinstance(module, DCSSDAE):
+        parts = {"encoder": module.encoder, "decoder": module.decoder}
+        return {
+            f"{part}.{ours}": f"{part}.{theirs}"
+            for part, network in parts.items()
+            for ours, theirs in original_names(network).items()
+        }
+    rules = next((rules for kind, rules in _RULES.items() if isinstance(module, kind)), None)
+    is_new = any(
+        isinstance(part, EfficientViTBlock) or getattr(part, "out_shortcut", False) for part in module.modules()
+    )
+    if rules is None or is_new:
+        known = "; of a DCEncoder, those of ResBlock stages without an output shortcut are" if is_new else ""
+        raise InputError(f"the original code's names for this {type(module).__name__} are not known{known}")
+    return {name: rewrite(name, rules) for name in module.state_dict()}
 
 
 def rename_tensors(module: nn.Module, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn a state dict under the original's names into one that `module.load_state_dict` takes.
+    """Turn the original's state dict of a model or of one of its networks into one that `load_state_dict` takes.
 
     Raises:
         InputError: names the first tensors that are missing, left over, or of another shape.
     """
-    return _rename(original_names(module), module.state_dict(), original)
-
-
-def _rename(
-    names: Mapping[str, str], expected: Mapping[str, Tensor], original: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+    names, expected = original_names(module), module.state_dict()
     check_same_tensors("the checkpoint", {theirs: expected[ours] for ours, theirs in names.items()}, original)
-    return {ours: original[theirs] for ours, theirs in names.items()}
+    return {ours: original[theirs].to(expected[ours].dtype) for ours, theirs in names.items()}
 
 
-def settings_shown_by(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+def settings_shown_by(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Read off a checkpoint what overrides a preset: the DC encoder's norm and the decoder's window radius.
 
     Args:
-        names: the file's tensor names, the original's.
-        shapes: their shapes.
+        tensors: the file's, under the original's names.
 
     Returns:
         Settings by part, as `DCSSDAE.from_preset` takes them.
     """
-    names = list(names)
     settings: dict[str, dict[str, Any]] = {}
-    if any(name.startswith(("encoder.project_in.", "encoder.stages.")) for name in names):
-        has_norm = any(re.search(r"^encoder\..*\.norm\.weight$", name) for name in names)
+    if any(name.startswith(("encoder.project_in.", "encoder.stages.")) for name in tensors):
+        has_norm = any(re.search(r"^encoder\..*\.norm\.weight$", name) for name in tensors)
         settings["encoder"] = {"norm": "rms_norm" if has_norm else "none"}
-    tables = [shapes[name] for name in names if name.endswith("relative_bias_table") and len(shapes[name]) == 3]
-    if tables:
-        settings["decoder"] = {"window_radius": (tables[0][0] - 1) // 2}
+    for name, tensor in tensors.items():
+        if name.endswith("relative_bias_table") and tensor.ndim == 3:
+            settings.setdefault("decoder", {"window_radius": (len(tensor) - 1) // 2})
     return settings
 
 
@@ -159,17 +145,12 @@ def convert_original(checkpoint: Path, preset: str) -> DCSSDAE:
     """
     class_name = (load_preset(preset)["model"].get("encoder") or {}).get("class_path", DEFAULT_CLASSES["encoder"])
     tensors = read_safetensors(checkpoint)
-    source = short_name(f"a checkpoint of the original code, {checkpoint.name}")
-    settings = settings_shown_by(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    settings = settings_shown_by(tensors)
     if class_name != "DCEncoder":
         settings.pop("encoder", None)  # of another encoder's checkpoint; the names below tell what does not fit
+    source = short_name(f"a checkpoint of the original code, {checkpoint.name}")
     with torch.device("meta"):
         model = DCSSDAE.from_preset(preset, provenance={"source": source, "preset": preset}, **settings)
-    expected = model.state_dict()
-    try:
-        renamed = _rename(original_model_names(model), expected, tensors)
-    except InputError as error:
-        raise InputError(f"{checkpoint}, preset {preset!r}: {error}") from None
-    converted = {name: tensor.to(expected[name].dtype) for name, tensor in renamed.items()}
-    model.load_state_dict(converted, assign=True)
+    with prefixed(f"{checkpoint}, preset {preset!r}"):
+        model.load_state_dict(rename_tensors(model, tensors), assign=True)
     return model.eval()

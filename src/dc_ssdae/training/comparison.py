@@ -1,7 +1,10 @@
 """The result of a distillation: teacher and student compared on the same images, latents and noise."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,17 +12,21 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dc_ssdae.autoencoder import DCSSDAE
-from dc_ssdae.data.images import to_model_range, to_uint8, write_png
-from dc_ssdae.data.loader import ValidationImages, validation_loader
+from dc_ssdae.data.images import write_png
+from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
-from dc_ssdae.errors import InputError, counted
+from dc_ssdae.errors import counted
+from dc_ssdae.evaluation.candidates import PythonCandidate
+from dc_ssdae.evaluation.evaluate import EvaluationSettings, Reconstructed, evaluate, reconstruct_places
+from dc_ssdae.evaluation.metric_networks import load_metrics
+from dc_ssdae.evaluation.protocol import TRAINING
 from dc_ssdae.evaluation.report.page import Photo, Table, psnr_panel, render_page
 from dc_ssdae.figures import cells
 from dc_ssdae.files import write_json, write_whole
 from dc_ssdae.timing import describe_machine, machine_line
 from dc_ssdae.training.build import load_teacher, own_classes
-from dc_ssdae.training.config import RunConfig
-from dc_ssdae.training.measurements import MEASURES, measure
+from dc_ssdae.training.config import METRICS, RunConfig
+from dc_ssdae.training.measurements import PIXEL_METRICS, means
 from dc_ssdae.training.run import RunFolder
 
 BATCH = 8
@@ -71,7 +78,8 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     images, split = open_images(config, config.data.validation_images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps, step_size = distillation.steps, distillation.step_size
-    decodings, measured, pictured = compare(teacher.to(device), student.to(device), images, steps, step_size)
+    models = teacher.to(device), student.to(device)
+    decodings, measured, shown = compare(*models, images, steps, step_size, PICTURED)
     terms = {name: term.init_args for name, term in config.losses.items() if term.weight}
     report = {
         "images": measured,
@@ -83,29 +91,31 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
         "decodings": decodings,
     }
     write_json(path / REPORT_FILE, report)
-    tiles = torch.stack(pictured, dim=1).flatten(0, 1)
-    write_png(make_grid(tiles, nrow=len(pictured), padding=0), path / PICTURE_FILE)
-    write_whole(path / PAGE_FILE, _page(report, pictured))
+    rows = [[image.original for image in shown[0]], *([image.output for image in row] for row in shown)]
+    tiles = torch.stack([tile for row in rows for tile in row])
+    write_png(make_grid(tiles, nrow=len(rows[0]), padding=0), path / PICTURE_FILE)
+    write_whole(path / PAGE_FILE, _page(report, shown))
     return report
 
 
-def _page(report: Mapping[str, Any], pictured: Sequence[Tensor]) -> bytes:
+def _page(report: Mapping[str, Any], shown: Sequence[Sequence[Reconstructed]]) -> bytes:
     names, photos = [decoding["name"] for decoding in report["decodings"]], []
-    for place, (original, *outputs) in enumerate(pictured, 1):
-        panels = [psnr_panel(name, original, output) for name, output in zip(names, outputs, strict=True)]
-        photos.append(Photo(f"image {place}", original, panels))
+    for images in zip(*shown, strict=True):
+        panels = [psnr_panel(name, image.original, image.output) for name, image in zip(names, images, strict=True)]
+        photos.append(Photo(images[0].name, images[0].original, panels))
     table, machine = Table([cells(decoding) for decoding in report["decodings"]]), machine_line(describe_machine())
     return render_page("distillation.html", report=report, figures=table, pictures=photos, footer=machine)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(
     teacher: DCSSDAE,
     student: DCSSDAE,
     images: ValidationImages,
     steps: int,
     step_size: float | None,
-) -> tuple[list[dict[str, Any]], int, list[Tensor]]:
+    show: int = 0,
+) -> tuple[list[dict[str, Any]], int, list[list[Reconstructed]]]:
     """Measure the teacher's one step, its K steps and the student's one step.
 
     Every image starts from the noise that `DCSSDAE.decode` takes by default; the latent is the mode.
@@ -116,37 +126,36 @@ def compare(
         images: to measure.
         steps: K.
         step_size: of the teacher's K steps.
+        show: how many of the images to give back.
 
     Returns:
         For each of the three its name, its number of steps, and means over the images: psnr (dB), ssim and mse (of the
         full range, squared) against the originals, and to_target, the mean squared difference from the teacher's K
-        steps in [-1, 1], before any rounding. The number of images. And of some images the original and the three,
-        uint8 (4, 3, S, S).
+        steps in [-1, 1], before any rounding. The number of images. For
+        each of the three some images before and after.
 
     Raises:
         InputError: no image can be read.
     """
-    who = [("teacher", 1), ("teacher", steps), ("student", 1)]
-    measured: list[list[list[float]]] = []  # by image, by decoding
-    pictured: list[Tensor] = []  # of each image the original and the decodings, (4, 3, S, S)
-    for batch in validation_loader(images, range(len(images)), BATCH, workers=0):
-        originals = [image.pixels for image in batch if image.broken is None]
-        if not originals:
-            continue
-        x = to_model_range(torch.stack(originals)).to(teacher.device)
-        z = teacher.encode(x).latent_dist.mode()
-        target = teacher.decode(z, num_steps=steps, step_size=step_size).sample.float()
-        decoded = torch.stack([teacher.decode(z).sample.float(), target, student.decode(z).sample.float()], dim=1)
-        distances = (decoded - target[:, None]).square().flatten(2).mean(dim=2).tolist()
-        for original, outputs, to_target in zip(originals, decoded.cpu(), distances, strict=True):
-            pairs = zip(outputs, to_target, strict=True)
-            measured.append([[*measure(original, output), distance] for output, distance in pairs])
-            pictured.append(torch.stack([original, *to_uint8(outputs.nan_to_num())]))
-        del pictured[PICTURED:]
-    if not measured:
-        raise InputError("no image can be read: there is nothing to compare")
-    decodings = []
-    for (model, count), mean in zip(who, torch.tensor(measured, dtype=torch.float64).mean(dim=0).tolist(), strict=True):
-        measures = zip((*MEASURES, "to_target"), mean, strict=True)
-        decodings.append({"name": f"{model}, {counted(count, 'step')}", "steps": count, **dict(measures)})
-    return decodings, len(measured), pictured
+    protocol, device = replace(TRAINING, unrounded=("to_target",)), teacher.device
+    settings = EvaluationSettings(protocol, images.image_size, BATCH, in_training=True)
+    suite = load_metrics(protocol, device, PIXEL_METRICS)
+    several: dict[str, Any] = {"num_steps": steps, "step_size": step_size}
+
+    def to_target(x: Tensor, output: Tensor) -> Tensor:
+        target = teacher.decode(teacher.encode(x).latent_dist.mode(), **several).sample.float()
+        return (output - target).square().flatten(1).mean(dim=1)
+
+    suite.images["to_target"] = to_target
+    decodings: list[dict[str, Any]] = []
+    shown: list[list[Reconstructed]] = []
+    for name, model, decoding in (("teacher", teacher, {}), ("teacher", teacher, several), ("student", student, {})):
+        # All of them decode the teacher's latents.
+        pair = SimpleNamespace(encode=teacher.encode, decode=partial(model.decode, **decoding))
+        candidate, count = PythonCandidate(pair, name), decoding.get("num_steps", 1)
+        found = evaluate(candidate, images, suite, settings, device)
+        measures = means(found, (*METRICS, "to_target"))
+        decodings.append({"name": f"{name}, {counted(count, 'step')}", "steps": count, **measures})
+        places = [place for place in range(len(images)) if place not in found.broken_places]
+        shown.append(reconstruct_places(candidate, images, places[:show], settings, device))
+    return decodings, found.images, shown

@@ -1,22 +1,24 @@
 """What a run measures beside its steps: its averaged model on validation images, its latent over training images."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dc_ssdae.data.images import to_uint8
-from dc_ssdae.data.loader import BrokenImage, ValidationImages, validation_loader
+from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import ImageSource
-from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.latent_statistics import latent_statistics
-from dc_ssdae.evaluation.metrics import mse, psnr, ssim
-from dc_ssdae.latent import LatentMoments
+from dc_ssdae.evaluation.candidates import PythonCandidate
+from dc_ssdae.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate, reconstruct_places
+from dc_ssdae.evaluation.metric_networks import load_metrics
+from dc_ssdae.evaluation.protocol import TRAINING
+from dc_ssdae.evaluation.statistics import latent_statistics
+from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.provenance import IN_TRAINING
 from dc_ssdae.training.config import METRICS, keeps_latent
 from dc_ssdae.training.logging import Loggers
@@ -26,10 +28,8 @@ from dc_ssdae.training.stopping import Stopped
 if TYPE_CHECKING:
     from dc_ssdae.training.trainer import Trainer
 
-T = TypeVar("T")
-Reconstruct = Callable[[Tensor], Tensor]
-
-MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {"psnr": psnr, "ssim": ssim, "mse": mse}
+PIXEL_METRICS = ("psnr", "ssim")
+"""What an evaluation within a run takes besides the squared error: what needs no network."""
 
 
 @dataclass(eq=False)
@@ -101,12 +101,13 @@ class Measurements:
         """Find the mean and standard deviation of the averaged model's latent over training images."""
         run, config, processes = self.run, self.run.config, self.run.processes
         images = self._images(run.sources.train, config.training.latent_statistics)
-        encode, channels = partial(self._run, run.module.posterior), config.model.latent_channels
-        settings = self._batch_size(), run.workers, processes.index, processes.count
-        survey = latent_statistics(encode, images, channels, *settings)
-        for broken in processes.gather(survey.broken):
-            loggers.broken(broken, run.step, "train")
-        moments = LatentMoments.from_states(torch.stack(processes.gather(survey.moments.state())))
+
+        def encode(pixels: Tensor) -> DiagonalGaussian:
+            return run.module.posterior(pixels.to(processes.device))
+
+        settings = config.model.latent_channels, self._batch_size(), run.workers, processes
+        moments, broken, _ = latent_statistics(encode, images, *settings, self._check_stop)
+        loggers.broken(list(broken.values()), run.step, "train")
         self.latent, self.measured_at = None, run.step
         try:
             self.latent = asdict(moments.statistics())
@@ -119,33 +120,37 @@ class Measurements:
         run, data, step = self.run, self.run.config.data, self.run.step
         assert run.sources.validation is not None
         images = self._images(run.sources.validation, data.validation_images)
+        device = torch.device(run.processes.device)
+        model = PythonCandidate(lambda x: run.module.reconstruct(to_uint8(x)), "the model")
+        settings = EvaluationSettings(TRAINING, data.image_size, self._batch_size(), run.workers, in_training=True)
+        suite = load_metrics(TRAINING, device, PIXEL_METRICS)
+        found = evaluate(model, images, suite, settings, device, run.processes, self._check_stop)
+        values = means(found, METRICS)
+        # In every process, because sharded networks need them all.
         pictured = range(min(run.config.training.sample_images, len(images)))
-        reconstruct = partial(self._run, run.module.reconstruct)
-        result = evaluate(reconstruct, images, run.processes, self._batch_size(), run.workers)
-        if pictured:
-            originals = torch.stack([images[place].pixels for place in pictured])
-            # In every process, because sharded networks need them all.
-            output = run.module.reconstruct(originals.to(run.processes.device)).cpu()
-            loggers.pictures(originals, to_uint8(output.nan_to_num()), step)
-        loggers.broken(result.broken, step, "validation")
+        shown = reconstruct_places(model, images, pictured, settings, device)
+        if shown:
+            originals, outputs = (torch.stack(side) for side in zip(*(image[2:] for image in shown), strict=True))
+            loggers.pictures(originals, outputs, step)
+        loggers.broken(found.broken, step, "validation")
         self.evaluated_at = step
-        metrics = {name: {"value": value} for name, value in result.values.items() if math.isfinite(value)}
+        metrics = {name: {"value": value} for name, value in values.items() if math.isfinite(value)}
         entry = {
             "protocol": IN_TRAINING,
             "data": data_name(data, validation=True) or "validation images",
-            "images": result.images,
+            "images": found.images,
             "image_size": data.image_size,
             "step": step,
             "metrics": metrics,
         }
         self.evaluations = [entry] if metrics else []
-        loggers.evaluation({"step": step, **result.values, "images": result.images, **run.remarks})
+        loggers.evaluation({"step": step, **values, "images": found.images, **run.remarks})
         name = run.config.training.best_metric
-        value, sign = result.values[name], METRICS[name]
-        if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
-            return False
-        self.best = {"metric": name, "value": value, "step": step}
-        return True
+        value, sign = values[name], METRICS[name]
+        is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"])
+        if is_best:
+            self.best = {"metric": name, "value": value, "step": step}
+        return is_best
 
     def _batch_size(self) -> int:
         return min(16, self.run.config.training.batch_size // self.run.processes.count)
@@ -153,61 +158,12 @@ class Measurements:
     def _images(self, source: ImageSource, limit: int) -> ValidationImages:
         return ValidationImages(source, self.run.config.data.image_size, limit, workers_option="data.workers")
 
-    def _run(self, work: Callable[[Tensor], T], pixels: Tensor) -> T:
-        """Call a function of a batch, unless some process has been asked to stop: then all of them raise `Stopped`."""
-        processes = self.run.processes
-        if processes.sum(torch.tensor(float(self.run.stop.name is not None))) > 0.0:
+    def _check_stop(self, _: int) -> None:
+        """Raise `Stopped` in all processes where some process has been asked to stop."""
+        if self.run.processes.sum(torch.tensor(float(self.run.stop.name is not None))) > 0.0:
             raise Stopped
-        return work(pixels.to(processes.device))
 
 
-class Evaluation(NamedTuple):
-    """Means over the images, how many there were, and what could not be read."""
-
-    values: dict[str, float]
-    images: int
-    broken: list[BrokenImage]
-
-
-def evaluate(
-    reconstruct: Reconstruct, images: ValidationImages, processes: Processes, batch_size: int, workers: int
-) -> Evaluation:
-    """Measure reconstructions; every process does its share, and all get the same result.
-
-    Args:
-        reconstruct: uint8 (B, 3, S, S) on the CPU to (B, 3, S, S) in [-1, 1], on any device.
-        images: what to measure.
-        processes: of the run.
-        batch_size: images at a time in each process.
-        workers: that read images.
-    """
-    count, own = len(images), processes.share(len(images))
-    # Sharded networks need every process to call them equally often: the last image fills up, and does not count.
-    places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
-    # Each value at its image's place: the sum over processes then adds zeros, and rounds nothing.
-    results = torch.zeros(count, len(MEASURES) + 1, dtype=torch.float64)
-    broken: list[BrokenImage] = []
-    for batch in validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers):
-        reconstructed = reconstruct(torch.stack([image.pixels for image in batch])).cpu()
-        for image, output in zip(batch, reconstructed, strict=True):
-            if image.place in own and image.broken is not None:
-                broken.append(image.broken)
-            elif image.place in own:
-                results[image.place] = results.new_tensor([*measure(image.pixels, output), 1.0])
-    total = processes.sum(results).sum(dim=0)
-    means = (total[:-1] / total[-1]).tolist()
-    broken = [image for part in processes.gather(broken) for image in part]
-    return Evaluation(dict(zip(MEASURES, means, strict=True)), int(total[-1]), broken)
-
-
-def measure(pixels: Tensor, output: Tensor) -> list[float]:
-    """Compute `MEASURES` of an image.
-
-    Args:
-        pixels: the original, uint8 (3, S, S).
-        output: its reconstruction (3, S, S), about [-1, 1]; one that is not finite has no values but NaN.
-    """
-    if not output.isfinite().all():
-        return [float("nan")] * len(MEASURES)
-    image = to_uint8(output)
-    return [metric(pixels, image) for metric in MEASURES.values()]
+def means(found: Evaluation, names: Iterable[str]) -> dict[str, float]:
+    """Average metrics over the images that could be read; NaN where one is not finite."""
+    return {name: float(np.delete(found.values[name], found.broken_places).mean()) for name in names}

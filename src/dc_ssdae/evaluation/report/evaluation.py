@@ -4,16 +4,17 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from dc_ssdae.evaluation.estimates import METRICS, Estimate, MetricInfo
 from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, KL, Evaluation, Reconstructed
-from dc_ssdae.evaluation.latent_statistics import ACTIVE_VARIANCE
 from dc_ssdae.evaluation.metric_networks import MSE
 from dc_ssdae.evaluation.report.caveats import Report
 from dc_ssdae.evaluation.report.page import Panel, Photo, Table, difference_panel, fill, number, render_page
+from dc_ssdae.evaluation.statistics import ACTIVE_VARIANCE
 from dc_ssdae.files import finite
 from dc_ssdae.provenance import name_of_path, short_name
 
@@ -79,7 +80,7 @@ class EvaluationReport(Report):
         metrics = {}
         for name, found in self.evaluation.metrics.items():
             if finite(found.value) is not None:
-                cell = found.noted(found.note and short_name(found.note)).as_json()
+                cell = replace(found, note=found.note and short_name(found.note)).as_json()
                 metrics[name] = {key: value for key, value in cell.items() if value is not None}
         return {
             "protocol": self.settings.protocol.name,

@@ -1,0 +1,182 @@
+"""One pass over images, shared by processes, and the statistics of latents that such a pass gathers."""
+
+import itertools
+import math
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, validation_loader
+from dc_ssdae.distributed import Processes
+from dc_ssdae.files import finite
+from dc_ssdae.latent import DiagonalGaussian, LatentMoments
+
+ACTIVE_VARIANCE = 0.01
+"""Variance of a channel's mean above which it counts as active (Burda et al. 2016)."""
+
+
+class Batch(NamedTuple):
+    """Images (B, 3, S, S) on the CPU, the place of each in the data set, and whether it counts: (B,) bool.
+
+    An image does not count if it cannot be read, and is black, or if it fills up a process's share.
+    """
+
+    pixels: Tensor
+    places: list[int]
+    counts: Tensor
+
+    @classmethod
+    def of(cls, images: Sequence[ValidationImage], own: Sequence[bool]) -> "Batch":
+        """Stack images, of which some are a process's own."""
+        counts = [mine and image.broken is None for image, mine in zip(images, own, strict=True)]
+        pixels, places = zip(*((image.pixels, image.place) for image in images), strict=True)
+        return cls(torch.stack(pixels), list(places), torch.tensor(counts))
+
+
+def survey(
+    images: ValidationImages,
+    work: Callable[[Batch], object],
+    batch_size: int,
+    workers: int,
+    processes: Processes,
+    advance: Callable[[int], object] | None = None,
+) -> tuple[dict[int, BrokenImage], int]:
+    """Go through images; of several processes, each works on its share, and all learn what could not be read.
+
+    Sharded networks need every process to call them equally often: so the last image fills up each share.
+
+    Args:
+        images: to read.
+        work: called with each batch; an `InputError` in one process is raised in all.
+        batch_size: images at a time, in each process.
+        workers: processes that read images; 0 reads in this one.
+        processes: that share the images.
+        advance: called after each batch with the number of its images, in all processes together.
+
+    Returns:
+        The images that cannot be read, by their places; and how many were enlarged.
+
+    Raises:
+        InputError: `work` raised it, or the data set can no longer be read.
+    """
+    count = len(images)
+    places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
+    batches = validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers)
+    broken: dict[int, BrokenImage] = {}
+    enlarged = 0
+    for start in range(0, len(places), batch_size):
+        batch = processes.together(partial(next, batches))
+        own = [place < count for place in places[start : start + batch_size]]
+        broken |= {image.place: image.broken for image in itertools.compress(batch, own) if image.broken is not None}
+        enlarged += sum(image.enlarged for image in itertools.compress(batch, own))
+        processes.together(partial(work, Batch.of(batch, own)))
+        if advance is not None:
+            advance(len(batch))
+    return dict(sorted(ChainMap(*processes.gather(broken)).items())), sum(processes.gather(enlarged))
+
+
+def latent_statistics(
+    encode: Callable[[Tensor], DiagonalGaussian],
+    images: ValidationImages,
+    channels: int,
+    batch_size: int,
+    workers: int,
+    processes: Processes | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> tuple[LatentMoments, dict[int, BrokenImage], int]:
+    """Encode images and gather the moments of their latents, of all processes; and give what `survey` does.
+
+    Args:
+        encode: uint8 (B, 3, S, S) on the CPU to the Gaussian over (B, c, h, w), on any device.
+        images: to encode.
+        channels: c.
+        batch_size: see `survey`, as for what else is not said here and what it raises.
+        workers: likewise.
+        processes: likewise; this one alone by default.
+        advance: likewise.
+    """
+    processes, moments = processes or Processes(), LatentMoments(channels)
+
+    def work(batch: Batch) -> None:
+        moments.add(encode(batch.pixels), batch.counts)
+
+    found = survey(images, work, batch_size, workers, processes, advance)
+    return LatentMoments.from_states(torch.stack(processes.gather(moments.state()))), *found
+
+
+@dataclass(frozen=True)
+class LatentProfile:
+    """What the latents of a data set are like.
+
+    Args:
+        mean: of each of the c channels, over images and places.
+        std: of each channel, of samples: Var z = Var μ + E σ².
+        kl: of each channel from N(0, 1), in nats per image (summed over places, averaged over images); None for an
+            encoder without a variance.
+        effective_dimensions: of the c channels, tr(C)² / tr(C²) of the covariance C of μ over images and places (the
+            participation ratio): c where all channels vary equally and independently, 1 where all are one.
+        active_channels: whose μ has a variance above 0.01.
+        images: how many.
+    """
+
+    mean: list[float]
+    std: list[float]
+    kl: list[float] | None
+    effective_dimensions: float
+    active_channels: int
+    images: int
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields; what is not finite is None."""
+        return {key: finite(value) for key, value in asdict(self).items()}
+
+
+class LatentProfiler:
+    """Gathers a `LatentProfile` batch by batch, in float64; merges those of several processes.
+
+    Args:
+        channels: c.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.moments = LatentMoments(channels)
+        self._products = torch.zeros(channels, channels, dtype=torch.float64)  # Σ (μ - mean)(μ - mean)ᵀ
+        self._kl = torch.zeros(channels, dtype=torch.float64)  # NaN without a variance
+
+    def add(self, posterior: DiagonalGaussian) -> None:
+        """Take in a batch over (B, c, h, w)."""
+        batch = LatentProfiler(posterior.mean.shape[1])
+        batch.moments.add(posterior)
+        sides = [posterior.mean, torch.nan * posterior.mean if posterior.logvar is None else posterior.logvar]
+        mean, logvar = (side.detach().cpu().double().transpose(0, 1).flatten(1) for side in sides)
+        batch._kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=1)
+        away = mean - batch.moments.mean[:, None]
+        batch._products = away @ away.T
+        self.merge(batch)
+
+    def merge(self, other: "LatentProfiler") -> None:
+        """Take in what another one has gathered."""
+        apart, values = other.moments.mean - self.moments.mean, (self.moments.values, other.moments.values)
+        between = torch.outer(apart, apart) * (math.prod(values) / max(1, sum(values)))
+        self.moments.merge(other.moments)
+        self._products = self._products + other._products + between
+        self._kl = self._kl + other._kl
+
+    def profile(self) -> LatentProfile:
+        """The profile of all latents so far, at least one."""
+        mean, std = self.moments.mean_and_std()
+        covariance = self._products / self.moments.values
+        squared = covariance.square().sum()
+        return LatentProfile(
+            mean=mean,
+            std=std,
+            kl=None if self._kl.isnan().all() else (self._kl / self.moments.images).tolist(),
+            effective_dimensions=float(covariance.trace().square() / squared) if squared > 0 else 0.0,
+            active_channels=int((covariance.diagonal() > ACTIVE_VARIANCE).sum()),
+            images=self.moments.images,
+        )
