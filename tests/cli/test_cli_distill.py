@@ -153,6 +153,8 @@ def test_a_whole_distillation(run: Run, refusal: Refusal, teacher: Path) -> None
     report = json.loads((out / "distillation.json").read_text())
     assert [entry["name"] for entry in report["decodings"]] == names
     assert (out / "distillation.png").is_file()
+    page = (out / "distillation.html").read_text(encoding="utf-8")
+    assert [page.count(f': {name}" draggable') for name in names] == [2, 2, 2]
     student, before = (load_file(path / "model" / WEIGHTS) for path in (out, teacher))
     changed = {name.partition(".")[0] for name in student if not torch.equal(student[name], before[name])}
     assert changed == {"decoder"}

@@ -61,7 +61,7 @@ def test_it_writes_four_files_and_prints_them(run: Run, model_dir: Path, measuri
 def test_figures_are_printed_though_they_cannot_be_written(run: Run, measuring: Words) -> None:
     outcome = run("eval", "--model", "bicubic:4", *measuring)
     assert outcome.code == 2
-    assert any(line.startswith("| PSNR (more is better) | ") for line in outcome.out)
+    assert any(line.startswith("| PSNR (dB) | ") for line in outcome.out)
     assert "report.html" in outcome.err[-1]
 
 

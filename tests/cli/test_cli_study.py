@@ -23,7 +23,7 @@ def test_two_models(run: Run, words: Words) -> None:
     assert outcome.code == 0
     (line,) = outcome.err
     assert "broken.png" in line
-    assert outcome.out[-1].startswith("-> study/study.json, ")
+    assert outcome.out[-1].startswith("-> study/index.html, ")
     assert Path("study/table.md").read_text(encoding="utf-8").splitlines() == outcome.out[:-2]
     content = json.loads(Path("study/study.json").read_text(encoding="utf-8"))
     assert [row["model"] for row in content["measurements"][:3]] == ["fm"] * 3

@@ -38,7 +38,7 @@ FLOW = {"class_path": "FlowMatching"}
 def test_the_figures_by_hand(tmp_path: Path, dynamics: Any, steps: int, step_size: float | None) -> None:
     teacher, student = random_model(1, dynamics), random_model(2, dynamics)
     images = folder_of(make_images(tmp_path, 11))  # more than one batch
-    found, count = compare(teacher, student, images, steps, step_size)
+    found, count, _ = compare(teacher, student, images, steps, step_size)
     assert count == 11
     assert [row["steps"] for row in found] == [1, steps, 1]
 
@@ -69,7 +69,7 @@ def test_broken_images_are_left_out(tmp_path: Path) -> None:
     for place in (*range(8), 9):  # a whole batch, and one of the next
         (tmp_path / "some" / f"image{place:04d}.png").write_bytes(b"")
         (tmp_path / "whole" / f"image{place:04d}.png").unlink()
-    found, count = compare(teacher, student, folder_of(tmp_path / "some"), 2, None)
+    found, count, _ = compare(teacher, student, folder_of(tmp_path / "some"), 2, None)
     assert count == 3
     for row, expected in zip(found, compare(teacher, student, folder_of(tmp_path / "whole"), 2, None)[0], strict=True):
         assert list(row.values())[2:] == pytest.approx(list(expected.values())[2:], rel=1e-5)

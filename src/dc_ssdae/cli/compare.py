@@ -47,8 +47,8 @@ def run(options: Options) -> int:
     from tqdm import tqdm
 
     from dc_ssdae.evaluation.arena import run_arena
-    from dc_ssdae.evaluation.arena_report import ArenaReport
     from dc_ssdae.evaluation.candidates import Candidate
+    from dc_ssdae.evaluation.report.arena import ArenaReport
 
     # All of them before the hours that measuring takes: what cannot be loaded is a mistake to mend at once.
     candidates: dict[str, Candidate] = {}

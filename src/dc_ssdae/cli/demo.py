@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from dc_ssdae.autoencoder import DCSSDAE
-    from dc_ssdae.evaluation.report import PhotoResult
+    from dc_ssdae.evaluation.reconstruction import PhotoResult
     from dc_ssdae.training.config import RunConfig
 
 PRESET = "demo"
@@ -99,25 +99,22 @@ def _evaluate(model: "DCSSDAE", photos: list[Any], device: "torch.device") -> "l
     # Photos with a shorter side of 256 pixels.
     results = [measure_photo(model, photo.name, resize_shorter_side(photo.pixels, 256)) for photo in photos]
     for result in results:
-        say(f"  {result.name}: {result.psnr:.2f} dB (bicubic of as many values {result.baseline_psnr:.2f} dB)")
+        baseline = f"bicubic of as many values {result.figures['psnr_bicubic']:.2f} dB"
+        say(f"  {result.name}: {result.figures['psnr']:.2f} dB ({baseline})")
     return results
 
 
 def _report(run: Path, shipped: "list[PhotoResult]", results: "list[PhotoResult]", config: "RunConfig") -> None:
     """Write the report of a run: the photos by the shipped and by its own model, its losses, and facts."""
-    from dc_ssdae.evaluation.report import write_demo_report
+    from dc_ssdae.evaluation.report.demo import demo_page
+    from dc_ssdae.files import write_whole
     from dc_ssdae.timing import describe_machine, machine_line
     from dc_ssdae.training.logging import read_lines
 
-    training, history = config.training, read_lines(run / "metrics.jsonl")
-    curves = {
-        "error of the image, L_dynamics": [record["loss/dynamics"] for record in history],
-        "KL of the latent, summed per image": [record["loss/kl"] for record in history],
-    }
-    facts = {
-        "model": f"preset {PRESET!r}, f{config.model.downsample_factor}c{config.model.latent_channels}",
-        "training": f"{counted(len(history), 'step')} of {counted(training.batch_size, 'crop')} of "
-        f"{config.data.image_size} px in {history[-1]['seconds'] / 60:.1f} minutes, {training.precision}",
-        "machine": machine_line(describe_machine()),
-    }
-    write_demo_report(run / "report.html", shipped, results, curves, facts)
+    training, last = config.training, read_lines(run / "metrics.jsonl")[-1]
+    facts = (
+        f"Trained: preset {PRESET!r}, {counted(last['step'], 'step')} of {counted(training.batch_size, 'crop')} of "
+        f"{config.data.image_size} px in {last['seconds'] / 60:.1f} minutes, {training.precision}. "
+    )
+    page = demo_page(shipped, results, run, facts + machine_line(describe_machine()))
+    write_whole(run / "report.html", page)

@@ -127,7 +127,7 @@ def _preview(program: str, config: RunConfig) -> None:
     with suppress(InputError):  # the run itself finds the mistake, for all processes
         images, split = open_images(config, 16)
         teacher = load_teacher(Path(config.distillation.teacher), own_classes(config.model)).to(select_device("auto"))
-        (one, several, _), count = compare(teacher, teacher, images, steps, step_size)
+        (one, several, _), count, _ = compare(teacher, teacher, images, steps, step_size)
         figures = ", ".join(f"{entry['name']} {entry['psnr']:.2f} dB" for entry in (one, several))
         worse = "; the steps make it worse: try fewer, or another step size" if several["psnr"] < one["psnr"] else ""
         complain(program, f"PSNR on {counted(count, f'{split} image')}: {figures}{worse}")
@@ -137,7 +137,7 @@ def _compare(path: Path, config: RunConfig) -> None:
     """Compare student and teacher, and print a table."""
     from accelerate.utils.memory import clear_device_cache
 
-    from dc_ssdae.training.comparison import PICTURE_FILE, REPORT_FILE, compare_distilled
+    from dc_ssdae.training.comparison import PAGE_FILE, PICTURE_FILE, REPORT_FILE, compare_distilled
 
     clear_device_cache(garbage_collection=True)  # what the training's cycles of references still hold
     report = compare_distilled(config, path)
@@ -145,4 +145,4 @@ def _compare(path: Path, config: RunConfig) -> None:
     say(f"Means over {report['images']} {report['split']} images of {report['image_size']} px, cut from the centre.")
     for name in report["random_backbones"]:
         say(f"The student's figures mean nothing: the backbone of losses.{name} has random weights.")
-    say(f"{path / REPORT_FILE}, {path / PICTURE_FILE} (its rows: the originals, then as above)")
+    say(f"{path / PAGE_FILE}, {path / REPORT_FILE}, {path / PICTURE_FILE} (its rows: the originals, then as above)")

@@ -54,9 +54,10 @@ def run(options: Options) -> None:
     from tqdm import tqdm
 
     from dc_ssdae.card import CARD_FILE, note_evaluation
+    from dc_ssdae.evaluation.arena import Entry
     from dc_ssdae.evaluation.candidates import OurCandidate
     from dc_ssdae.evaluation.evaluate import evaluate, reconstruct_places
-    from dc_ssdae.evaluation.evaluation_report import EvaluationReport
+    from dc_ssdae.evaluation.report.evaluation import EvaluationReport
 
     candidate = open_candidate(spec, getattr(torch, options.dtype), classes, about["decoding"]).to(device)
     count, hidden = len(processes.share(len(images))), None if processes.is_main else True
@@ -67,7 +68,7 @@ def run(options: Options) -> None:
         return
     if not isinstance(candidate, OurCandidate):
         about["decoding"] = {}
-    report = EvaluationReport(label=spec.label, remarks=candidate.remarks, evaluation=evaluation, **about)
+    report = EvaluationReport(entries=[Entry(spec.label, candidate.remarks, evaluation=evaluation)], **about)
     text, ranked = tell_report(options, report, evaluation.broken), report.ranked()
     worst = reconstruct_places(candidate, images, ranked[: options.show], settings, device)
     best = reconstruct_places(candidate, images, ranked[::-1][: options.show], settings, device)

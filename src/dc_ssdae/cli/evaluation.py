@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 Opened: TypeAlias = "tuple[ValidationImages, torch.device, Processes, list[type], dict[str, Any]]"
-"""Images, device, processes, users' classes, and what a `dc_ssdae.evaluation.caveats.Report` is made of."""
+"""Images, device, processes, users' classes, and what a `dc_ssdae.evaluation.report.caveats.Report` is made of."""
 
 
 def open_evaluation(options: EvaluationOptions) -> "Opened":

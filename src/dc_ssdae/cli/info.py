@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_ssdae.cli.common import cells, import_classes, select_device, show, table
+from dc_ssdae.cli.common import import_classes, select_device, show, table
 from dc_ssdae.cli.options import DType, ImportOptions, JsonOptions
 from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.figures import cells
 from dc_ssdae.presets import list_presets, load_preset
 from dc_ssdae.settings import setting
 

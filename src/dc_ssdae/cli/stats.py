@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from dc_ssdae.cli.common import advising_on_batches, cells, load_model, show, table, tell_of_images, writable_model
+from dc_ssdae.cli.common import advising_on_batches, load_model, show, table, tell_of_images, writable_model
 from dc_ssdae.cli.options import BatchOptions, JsonOptions, ModelOptions
+from dc_ssdae.figures import cells
 from dc_ssdae.settings import setting
 
 

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FILES = ("study.json", "table.md", "study.png")
+FILES = ("index.html", "study.json", "table.md", "study.png")
 
 
 @dataclass(kw_only=True)
 class SamplingOptions(ModelOptions, OutputOptions, BatchOptions):
     """Measure how quality and time depend on sampler, number of steps, step size and tolerance.
 
-    Writes quality against evaluations of the decoder and against time to DIR/study.json, table.md and study.png; with
-    --baseline also how many evaluations each of the two models needs for the same quality. Every image is decoded from
-    the mode of its latent and from the default noise. Values of a list are separated by commas. Requires pip install
-    'dc-ssdae[eval]'.
+    Writes quality against evaluations of the decoder and against time to DIR/index.html, study.json, table.md and
+    study.png; with --baseline also how many evaluations each of the two models needs for the same quality. Every image
+    is decoded from the mode of its latent and from the default noise. Values of a list are separated by commas.
+    Requires pip install 'dc-ssdae[eval]'.
 
     Args:
         baseline: another model to compare with, such as one trained by flow matching.
@@ -68,7 +68,7 @@ def run_sampling(options: SamplingOptions) -> None:
     from dc_ssdae.data.sources import open_sources
     from dc_ssdae.decoding import SAMPLERS
     from dc_ssdae.evaluation.candidates import name_apart, parse_candidate
-    from dc_ssdae.evaluation.sampling_report import SamplingStudy
+    from dc_ssdae.evaluation.report.study import SamplingStudy
     from dc_ssdae.evaluation.sampling_study import Grid, measure_sampling
     from dc_ssdae.timing import describe_machine
 
@@ -91,12 +91,14 @@ def run_sampling(options: SamplingOptions) -> None:
     with advising_on_batches(options), bar, torch.inference_mode():
         measurements = measure_sampling(models, pixels, grid, options.batch, options.rounds, lpips, bar.update)
     measured = f"{counted(len(pixels), 'image')} of {options.size} px, cut from the centre, batches of {options.batch}"
-    times = f"times are medians of {counted(options.rounds, 'round')} of decode alone"
+    times = f"times are of decode alone, medians of {counted(options.rounds, 'round')}"
     protocol = f"{measured}, {options.dtype}, output rounded to uint8; {times}."
     study = SamplingStudy(measurements, list(models), [protocol, *notes], describe_machine(device))
     text = study.as_markdown()
     say(text)
-    write_outputs(options, dict(zip(FILES, (study.as_json(), text, study.as_picture()), strict=True)))
+    picture = study.as_picture()
+    contents = (study.as_page(picture), study.as_json(), text, picture)
+    write_outputs(options, dict(zip(FILES, contents, strict=True)))
 
 
 def _lpips(net: str, device: "torch.device") -> "tuple[Callable[[Tensor, Tensor], Tensor] | None, list[str]]":

@@ -62,13 +62,13 @@ class Estimate:
 
     def text(self, digits: int) -> str:
         """The value in words: "–" where there is none, "∞" where it is infinite."""
-        return "–" if self.value is None else f"{self.value:.{digits}f}".replace("inf", "∞")
+        return "–" if self.value is None else f"{self.value:,.{digits}f}".replace("inf", "∞")
 
     def interval_text(self, digits: int) -> str:
         """The interval in words, empty where there is none or it is a point."""
         if self.low is None or self.high is None or self.low == self.high:
             return ""
-        return f"{self.low:.{digits}f} to {self.high:.{digits}f}"
+        return f"{self.low:,.{digits}f} to {self.high:,.{digits}f}"
 
 
 def bootstrap(

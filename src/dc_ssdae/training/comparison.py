@@ -1,5 +1,6 @@
 """The result of a distillation: teacher and student compared on the same images, latents and noise."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,13 @@ from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.errors import counted
 from dc_ssdae.evaluation.candidates import PythonCandidate
-from dc_ssdae.evaluation.evaluate import EvaluationSettings, evaluate, reconstruct_places
+from dc_ssdae.evaluation.evaluate import EvaluationSettings, Reconstructed, evaluate, reconstruct_places
 from dc_ssdae.evaluation.metric_networks import load_metrics
 from dc_ssdae.evaluation.protocol import TRAINING
-from dc_ssdae.files import write_json
+from dc_ssdae.evaluation.report.page import Photo, Table, psnr_panel, render_page
+from dc_ssdae.figures import cells
+from dc_ssdae.files import write_json, write_whole
+from dc_ssdae.timing import describe_machine, machine_line
 from dc_ssdae.training.build import load_teacher, own_classes
 from dc_ssdae.training.config import METRICS, RunConfig
 from dc_ssdae.training.measurements import PIXEL_METRICS, means
@@ -29,6 +33,7 @@ BATCH = 8
 
 REPORT_FILE = "distillation.json"
 PICTURE_FILE = "distillation.png"
+PAGE_FILE = "distillation.html"
 PICTURED = 6
 """Number of images in the picture."""
 
@@ -54,7 +59,7 @@ def open_images(config: RunConfig, most: int) -> tuple[ValidationImages, str]:
 
 
 def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
-    """Compare a run's student with its teacher, and write RUN/distillation.json and .png.
+    """Compare a run's student with its teacher, and write RUN/distillation.json, .png and .html.
 
     Args:
         config: of the run, with its distillation; the images are those of `open_images`.
@@ -73,7 +78,8 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     images, split = open_images(config, config.data.validation_images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps, step_size = distillation.steps, distillation.step_size
-    decodings, measured = compare(teacher.to(device), student.to(device), images, steps, step_size, path / PICTURE_FILE)
+    models = teacher.to(device), student.to(device)
+    decodings, measured, shown = compare(*models, images, steps, step_size, PICTURED)
     terms = {name: term.init_args for name, term in config.losses.items() if term.weight}
     report = {
         "images": measured,
@@ -85,7 +91,20 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
         "decodings": decodings,
     }
     write_json(path / REPORT_FILE, report)
+    rows = [[image.original for image in shown[0]], *([image.output for image in row] for row in shown)]
+    tiles = torch.stack([tile for row in rows for tile in row])
+    write_png(make_grid(tiles, nrow=len(rows[0]), padding=0), path / PICTURE_FILE)
+    write_whole(path / PAGE_FILE, _page(report, shown))
     return report
+
+
+def _page(report: Mapping[str, Any], shown: Sequence[Sequence[Reconstructed]]) -> bytes:
+    names, photos = [decoding["name"] for decoding in report["decodings"]], []
+    for images in zip(*shown, strict=True):
+        panels = [psnr_panel(name, image.original, image.output) for name, image in zip(names, images, strict=True)]
+        photos.append(Photo(images[0].name, images[0].original, panels))
+    table, machine = Table([cells(decoding) for decoding in report["decodings"]]), machine_line(describe_machine())
+    return render_page("distillation.html", report=report, figures=table, pictures=photos, footer=machine)
 
 
 @torch.no_grad()
@@ -95,8 +114,8 @@ def compare(
     images: ValidationImages,
     steps: int,
     step_size: float | None,
-    picture: Path | None = None,
-) -> tuple[list[dict[str, Any]], int]:
+    show: int = 0,
+) -> tuple[list[dict[str, Any]], int, list[list[Reconstructed]]]:
     """Measure the teacher's one step, its K steps and the student's one step.
 
     Every image starts from the noise that `DCSSDAE.decode` takes by default; the latent is the mode.
@@ -107,12 +126,13 @@ def compare(
         images: to measure.
         steps: K.
         step_size: of the teacher's K steps.
-        picture: where to write a PNG of some; a row each for the originals and the three.
+        show: how many of the images to give back.
 
     Returns:
         For each of the three its name, its number of steps, and means over the images: psnr (dB), ssim and mse (of the
         full range, squared) against the originals, and to_target, the mean squared difference from the teacher's K
-        steps in [-1, 1], before any rounding. And the number of images.
+        steps in [-1, 1], before any rounding. The number of images. For
+        each of the three some images before and after.
 
     Raises:
         InputError: no image can be read.
@@ -128,7 +148,7 @@ def compare(
 
     suite.images["to_target"] = to_target
     decodings: list[dict[str, Any]] = []
-    rows: list[list[Tensor]] = []
+    shown: list[list[Reconstructed]] = []
     for name, model, decoding in (("teacher", teacher, {}), ("teacher", teacher, several), ("student", student, {})):
         # All of them decode the teacher's latents.
         pair = SimpleNamespace(encode=teacher.encode, decode=partial(model.decode, **decoding))
@@ -136,12 +156,6 @@ def compare(
         found = evaluate(candidate, images, suite, settings, device)
         measures = means(found, (*METRICS, "to_target"))
         decodings.append({"name": f"{name}, {counted(count, 'step')}", "steps": count, **measures})
-        if picture is not None:
-            places = [place for place in range(len(images)) if place not in found.broken_places]
-            shown = reconstruct_places(candidate, images, places[:PICTURED], settings, device)
-            rows = rows or [[image.original for image in shown]]
-            rows.append([image.output for image in shown])
-    if picture is not None:
-        tiles = torch.stack([tile for row in rows for tile in row])
-        write_png(make_grid(tiles, nrow=len(rows[0]), padding=0), picture)
-    return decodings, found.images
+        places = [place for place in range(len(images)) if place not in found.broken_places]
+        shown.append(reconstruct_places(candidate, images, places[:show], settings, device))
+    return decodings, found.images, shown
