@@ -249,9 +249,7 @@ def convert_tensors(encoder: nn.Module, theirs: Mapping[str, Tensor]) -> dict[st
     needed = {name for parts in names.values() for name in parts}
     given = {name for name in theirs if name in needed or name.startswith(("encoder.", "quant_conv."))}
     if odd := needed ^ given:
-        raise InputError(
-            f"{min(odd)} is {'missing' if min(odd) in needed else 'left over'} for {type(encoder).__name__}"
-        )
+        raise InputError(f"{type(encoder).__name__} and the autoencoder do not both have {min(odd)}")
     state = {}
     for ours, value in encoder.state_dict().items():
         joined = torch.cat([theirs[name].flatten() for name in names[ours]])

@@ -40,10 +40,6 @@ DEFAULT_NOISE_SIZE = 1024
 SMALLEST_SIDE = 2
 """In latents, of a program for any size: torch.export takes a side of 1 for a constant."""
 
-LARGEST_ONNX_BYTES = 1_900_000_000
-"""Of tensors inside of an ONNX file, which protobuf limits to 2 GiB; larger ones lie in a file beside it."""
-
-
 Shape = list[int | str]
 """Of a tensor in a program: numbers, and words such as batch, h and 8*h for sides that vary."""
 
@@ -308,9 +304,8 @@ class _Exporter:
             for axis, side in enumerate(shape):
                 tensor.shape[axis] = side
         written.model.metadata_props.update({key: json.dumps(value) for key, value in self.manifest.items()})
-        stored = sum(tensor.nbytes for tensor in program.state_dict.values())
         with naming(path):
-            written.save(path, external_data=stored > LARGEST_ONNX_BYTES)
+            written.save(path)  # with the tensors in a file beside it where they are too large for one
 
     def _load(self, path: Path) -> Callable[..., Any]:
         """A function of a written file's inputs, run by what will run it elsewhere."""
