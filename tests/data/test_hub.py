@@ -68,7 +68,7 @@ def test_labels_are_whole_numbers_in_a_column(tmp_path: Path) -> None:
     number, text = datasets.Value("uint8"), datasets.Value("string")
     tables = {
         "names": {"label": (datasets.ClassLabel(names=["cat", "dog"]), [1, 0, None])},
-        "numbers": {"labels": (datasets.Value("int32"), [5, 6, -1])},
+        "numbers": {"labels": (datasets.Value("int32"), [5, 6, -3])},
         "texts": {"label": (text, ["a", "b", "c"]), "fine": (number, [1, 2, 3])},
     }
     for name, columns in tables.items():
