@@ -202,7 +202,7 @@ def test_other_settings_images_or_models_in_one_destination(photos: Path, tmp_pa
     moved.rename(last)
     status = last.stat()
     os.utime(last, ns=(0, 0))
-    assert "changed since" in refusal(photos, out)
+    assert "begun with different " in refusal(photos, out)
     os.utime(last, ns=(status.st_atime_ns, status.st_mtime_ns))
     encoded_photos(photos, out, replace(SETTINGS, seed=4), batch_size=3)  # a mean has no noise
     assert len(LatentDataset(out)) == 7

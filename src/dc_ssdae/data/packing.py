@@ -113,11 +113,10 @@ class _PackJob(Dataset[bool | Exception]):
     def __init__(self, source: Any, folder: Path, settings: PackSettings) -> None:
         self.source, self.folder, self.settings = source, folder, settings
         names = [source.relative_name(index).encode("utf-8", "surrogateescape") for index in range(len(source))]
-        self.order = np.arange(len(names))
-        if settings.shuffle:
-            # By a hash, and not by a generator, whose stream may change with its library.
-            hashes = [int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") for name in names]
-            self.order = np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")
+        self.order = list(range(len(names)))
+        if settings.shuffle:  # by a hash, and not by a generator, whose stream may change with its library
+            hashes = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+            self.order.sort(key=hashes.__getitem__)
         self.identity = {
             **asdict(settings),
             "images": len(names),
@@ -145,7 +144,7 @@ class _PackJob(Dataset[bool | Exception]):
         tar_writer = import_optional("webdataset.writer").TarWriter
         with written_beside(path) as beside:
             with open(beside, "wb") as file, tar_writer(file, user="", group="", mtime=0, encoder=False) as writer:
-                for place, index in enumerate(self.order[first : first + settings.shard_size].tolist(), first):
+                for place, index in enumerate(self.order[first : first + settings.shard_size], first):
                     try:
                         sample, is_kept = self._sample(index)
                     except InputError as error:
@@ -154,11 +153,11 @@ class _PackJob(Dataset[bool | Exception]):
                     kept += is_kept
                     writer.write({"__key__": _key(place, self.source.relative_name(index)), **sample})
             sync(beside)
-            index = scan_tar(str(beside))  # also proves that it can be read
-            names = [index.names[row] for row in range(len(index.names))]
+            table = scan_tar(str(beside))  # also proves that it can be read
+            names = [table.names[row] for row in range(len(table.names))]
             size, digest = beside.stat().st_size, sha256(beside)
             content = {"name": path.name, "images": len(names), "bytes": size, "sha256": digest}
-            content |= {"names": names, "offsets": index.offsets.tolist(), "sizes": index.sizes.tolist()}
+            content |= {"names": names, "offsets": table.offsets.tolist(), "sizes": table.sizes.tolist()}
             content |= {"kept": kept, "broken": broken}
             # Before the shard's own renaming: a shard is finished when both are there.
             write_whole(PACK.report_path(self.folder, number), to_json(content))

@@ -108,9 +108,8 @@ class Shards:
                     folders[folder] = ([], None) if extensions else self._read_folder(folder)
                     if is_url(url) and folders[folder][1] is None:
                         logger.warning("fetching all shards to learn what is in them: %s …", url)
-                _, listed = folders[folder]
-                self._shards.append(self._shard(url, listed, extensions))
-            missing = set(listed or ()) - set(map(_file_name, found)) if os.path.isdir(pattern) else ()
+                self._shards.append(self._shard(url, folders[folder][1], extensions))
+            missing = set(folders[folder][1] or ()) - set(map(_file_name, found)) if os.path.isdir(pattern) else ()
             if missing:
                 raise InputError(f"shard {min(missing)!r}, which {MANIFEST_FILE} lists, is not in {pattern!r}")
         self.blocks = [shard.images for shard in self._shards]
@@ -121,7 +120,7 @@ class Shards:
         self.classes: list[str] = classes[0] if all(names == classes[0] for names in classes) else []
 
     def _read_folder(self, manifest_url: str) -> tuple[list[str], dict[str, _Shard] | None]:
-        """What `pack` left beside shards: names of the classes, and the shards by their names if it is a manifest."""
+        """Read what `pack` left beside shards: the classes, and the shards by name, None without its manifest."""
         path = manifest_url
         if is_url(manifest_url):
             # Shards of other programs have none. If the host is down, what was fetched before may be enough, and if it
@@ -134,21 +133,19 @@ class Shards:
             return [], None
         try:
             content = read_json(Path(path))
-            if content.get("format") != MANIFEST_FORMAT:
+            if (content.get("format"), content.get("version")) != (MANIFEST_FORMAT, MANIFEST_VERSION):
                 return [], None
-            if content["version"] != MANIFEST_VERSION:
-                raise InputError(f"it has version {content['version']}; this dc-ssdae reads {MANIFEST_VERSION}")
             classes, sha256 = content.get("classes", []), content["index"]["sha256"]
             check_type("classes", classes, list[str])
             index = Path(self._path(sibling(manifest_url, INDEX_FILE), sha256)).read_bytes()
-            if hashlib.sha256(index).hexdigest() != sha256:
-                raise InputError(f"the {INDEX_FILE} beside it does not belong to it")
-            characters, *columns = (load(index)[name] for name in _INDEX_TENSORS)
+            characters, *columns = map(load(index).__getitem__, _INDEX_TENSORS)
             table = ShardIndex(NameTable(characters, columns[0]), *columns[1:])
             listed, start = {}, 0
             for shard in content["shards"]:
                 listed[shard["name"]] = _Shard("", shard["images"], shard["bytes"], shard["sha256"], table, start)
                 start += shard["images"]
+            if hashlib.sha256(index).hexdigest() != sha256 or {len(column) for column in columns} != {start}:
+                raise InputError(f"the {INDEX_FILE} beside it does not belong to it")
         except (LookupError, TypeError, ValueError, SafetensorError) as error:
             raise InputError(f"the manifest {path!r} cannot be used: {error}; pack the images again") from error
         return classes, listed
@@ -211,7 +208,7 @@ class Shards:
         size, subject = int(shard.table.sizes[row]), f"cannot read image {self.name(index)!r}"
         if not 0 <= size <= LARGEST_FILE:
             raise InputError(f"{subject}: it is a link or sparse, or larger than any image")
-        data = os.pread(self._open(self._path(shard.url, shard.sha256)).fileno(), size, int(shard.table.offsets[row]))
+        data = self._pread(shard, size, int(shard.table.offsets[row]))
         if len(data) != size:
             raise InputError(f"{subject}: {len(data)} of its {size} bytes are there")
         return data
@@ -226,8 +223,7 @@ class Shards:
         if shard.table.labels is not None:
             return int(shard.table.labels[row])
         start = max(0, int(shard.table.offsets[row]) - 3 * tarfile.BLOCKSIZE)
-        file = self._open(self._path(shard.url, shard.sha256))
-        member = os.pread(file.fileno(), 2 * tarfile.BLOCKSIZE, start)
+        member = self._pread(shard, 2 * tarfile.BLOCKSIZE, start)
         name = f"{_sample_key(shard.table.names[row])[0]}.cls".encode()
         return _as_label(member[tarfile.BLOCKSIZE :]) if member[:100].rstrip(b"\0") == name else -1
 
@@ -239,10 +235,14 @@ class Shards:
 
     @cached_property
     def _open(self) -> Callable[[str], FileIO]:
-        return lru_cache(OPEN_FILES)(FileIO)  # closed when it is out of the cache and nobody reads it any more
+        return lru_cache(OPEN_FILES)(FileIO)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+    def _pread(self, shard: _Shard, size: int, start: int) -> bytes:
+        file = self._open(self._path(shard.url, shard.sha256))  # named, for it is closed when nothing refers to it
+        return os.pread(file.fileno(), size, start)
 
     def _path(self, url: str, sha256: str | None = None) -> str:
         """Where a file lies, once it has been fetched if it is from a URL."""
