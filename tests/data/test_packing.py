@@ -163,7 +163,7 @@ def test_broken_images_are_left_out_named_once_and_listed(tmp_path: Path) -> Non
     finished = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
     assert len(finished) > 2
     with pytest.raises(InputError, match="not finished"):
-        open_sources(str(out), None, None, None)
+        Shards(f"{out}/000000.tar")
     manifest, lines = packed(root, out, settings, max_broken_share=0.9)
     assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))][: len(finished)] == finished
     assert sorted(entry["name"] for entry in manifest["broken"]) == [str(root / name) for name in broken]
