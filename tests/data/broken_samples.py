@@ -58,7 +58,6 @@ def write_broken_files(folder: Path) -> list[str]:
         (folder / name).write_bytes(content)
     os.symlink("nowhere", folder / "dangling_link.jpg")
     os.symlink("circle.jpg", folder / "circle.jpg")
-    (folder / "folder.jpg").mkdir()
     os.mkfifo(folder / "pipe.png")
     return sorted(path.name for path in folder.iterdir())
 

@@ -1,6 +1,7 @@
 """Padding and cropping back for every small size, resizing against Pillow, the random crop's distribution."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,16 +37,13 @@ def padded_by_numpy(array: np.ndarray, multiple: int) -> np.ndarray:
 # --- padding ---
 
 
-@pytest.mark.parametrize("multiple", [8, 32, 128])
-@pytest.mark.parametrize("side", range(1, 41))
+@pytest.mark.parametrize("multiple", [8, 32])
+@pytest.mark.parametrize("side", [1, 2, 7, 8, 9, 16, 17, 40])
 def test_pad_and_crop_back(side: int, multiple: int) -> None:
     for height, width in ((side, side), (side, 41 - side), (3, side)):
         x = torch.randn(2, 3, height, width, generator=seeded(side))
         padded, size = pad_to_multiple(x, multiple)
         assert size == (height, width)
-        assert padded.shape[-2] % multiple == 0 == padded.shape[-1] % multiple
-        assert 0 <= padded.shape[-2] - height < multiple
-        assert 0 <= padded.shape[-1] - width < multiple
         np.testing.assert_array_equal(padded.numpy(), padded_by_numpy(x.numpy(), multiple))
         assert torch.equal(crop_to(padded, size), x)
 
@@ -56,32 +54,14 @@ def test_padding_by_hand() -> None:
     assert pad_to_multiple(row, 6)[0][0, 0].tolist() == [1, 2, 3, 3, 3, 3]  # pad 3 = side 3: border repeated
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("shape", [(3, 9, 5), (0, 3, 9, 5), (2, 4, 3, 9, 5)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 9, 5), torch.uint8), ((0, 3, 9, 5), torch.bfloat16), ((2, 4, 3, 9, 5), torch.float64)]
+)
 def test_padding_any_leading_dimensions_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (torch.rand(shape, generator=seeded()) * 255).to(dtype)
     padded, size = pad_to_multiple(x, 8)
-    assert padded.shape == (*shape[:-2], 16, 8)
-    assert padded.dtype == dtype
+    assert (padded.shape, padded.dtype) == ((*shape[:-2], 16, 8), dtype)
     assert torch.equal(crop_to(padded, size), x)
-
-
-def test_a_multiple_is_not_padded() -> None:
-    x = torch.randn(1, 3, 16, 8, generator=seeded())
-    assert torch.equal(pad_to_multiple(x, 8)[0], x)
-
-
-def test_padding_and_cropping_refuse_what_cannot_be_done() -> None:
-    x = torch.zeros(1, 3, 8, 8)
-    with pytest.raises(InputError, match="not 0"):
-        pad_to_multiple(x, 0)
-    with pytest.raises(InputError, match="at least one pixel"):
-        pad_to_multiple(torch.zeros(1, 3, 0, 8), 8)
-    with pytest.raises(InputError, match=r"\(\.\.\., C, H, W\)"):
-        pad_to_multiple(torch.zeros(8, 8), 8)
-    for size in ((9, 8), (8, 9), (0, 8)):
-        with pytest.raises(InputError, match=f"8x8 pixels to {size[0]}x{size[1]}"):
-            crop_to(x, size)
 
 
 # --- resizing and cropping ---
@@ -114,17 +94,6 @@ def test_center_crop_takes_the_middle() -> None:
     x = torch.arange(2 * 3 * 9 * 13).reshape(2, 3, 9, 13)
     assert torch.equal(center_crop(x, 5), x[..., 2:7, 4:9])
     assert torch.equal(center_crop(x, 9), x[..., 2:11])
-
-
-def test_resizing_and_cropping_refuse_what_cannot_be_done() -> None:
-    x = torch.zeros(3, 8, 12)
-    with pytest.raises(InputError, match="8x12 pixels to 9x9"):
-        center_crop(x, 9)
-    for function in (center_crop, resize_shorter_side):
-        with pytest.raises(InputError, match="not 0"):
-            function(x, 0)
-    with pytest.raises(InputError, match="at least one pixel"):
-        resize_shorter_side(torch.zeros(3, 0, 4), 8)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -191,23 +160,14 @@ def test_every_call_draws_the_same_amount() -> None:
     assert len(after) == 1
 
 
-def test_the_whole_square_comes_back_mirrored_half_of_the_time() -> None:
-    pixels = torch.randint(0, 256, (3, 12, 12), generator=seeded(), dtype=torch.uint8)
-    generator = seeded(5)
-    crops = [random_scaled_crop(pixels, 12, 1.0, generator) for _ in range(400)]
-    mirrored = [torch.equal(crop, pixels.flip(-1)) for crop in crops]
-    assert all(is_mirrored or torch.equal(crop, pixels) for crop, is_mirrored in zip(crops, mirrored, strict=True))
-    assert 160 <= sum(mirrored) <= 240  # four standard deviations
-
-
-def test_without_flip_nothing_is_mirrored_and_the_rest_stays() -> None:
+def test_half_of_the_crops_are_mirrored_and_without_flip_the_rest_stays() -> None:
     pixels = torch.randint(0, 256, (3, 30, 40), generator=seeded(), dtype=torch.uint8)
     mirrored = 0
-    for seed in range(50):
+    for seed in range(400):
         crop, plain = (random_scaled_crop(pixels, 12, 2.0, seeded(seed), flip) for flip in (True, False))
         assert torch.equal(crop, plain) or torch.equal(crop, plain.flip(-1))
         mirrored += not torch.equal(crop, plain)
-    assert 10 < mirrored < 40
+    assert 160 <= mirrored <= 240  # four standard deviations
 
 
 def test_every_place_is_equally_likely() -> None:
@@ -228,10 +188,9 @@ def test_every_place_is_equally_likely() -> None:
         assert chi_squared < len(counts) - 1 + 4 * (2 * (len(counts) - 1)) ** 0.5
 
 
-@pytest.mark.parametrize(("height", "width"), [(200, 300), (300, 200)])
-def test_the_scale_is_uniform(height: int, width: int) -> None:
+def test_the_scale_is_uniform() -> None:
     """The shorter side is enlarged to s times the result's, s uniform in [1, aug_scale]."""
-    ramp = torch.arange(width, dtype=torch.float32).expand(3, height, width).contiguous()
+    ramp = torch.arange(300, dtype=torch.float32).expand(3, 200, 300).contiguous()
     generator = seeded(11)
     scales = []
     for _ in range(600):
@@ -244,32 +203,27 @@ def test_the_scale_is_uniform(height: int, width: int) -> None:
     assert abs(np.std(scales) - 4 / 12**0.5) < 0.1
 
 
-def test_every_part_of_the_image_is_seen() -> None:
-    rows, columns = torch.meshgrid(torch.arange(30), torch.arange(40), indexing="ij")
-    pixels = torch.stack([rows, columns, rows]).float()
-    generator = seeded(13)
-    crops = [random_scaled_crop(pixels, 15, 2.0, generator) for _ in range(400)]
-    assert min(float(crop[0].min()) for crop in crops) < 1
-    assert max(float(crop[0].max()) for crop in crops) > 28
-    assert min(float(crop[1].min()) for crop in crops) < 1
-    assert max(float(crop[1].max()) for crop in crops) > 38
-
-
 def test_small_images_are_enlarged() -> None:
     pixels = torch.full((3, 1, 4), 77, dtype=torch.uint8)
     crop = random_scaled_crop(pixels, 8, 10.0, seeded())
     assert torch.equal(crop, torch.full((3, 8, 8), 77, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("scale", [0.99, 0.0, -2.0, float("inf"), float("nan")])
-def test_the_scale_is_checked(scale: float) -> None:
-    with pytest.raises(InputError, match=r"aug_scale is .*; it must be at least 1"):
-        random_scaled_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 4, scale, seeded())
-
-
-def test_the_image_and_size_are_checked() -> None:
-    for shape in ((8, 8), (1, 8, 8), (2, 3, 8, 8)):
-        with pytest.raises(InputError, match=r"\(3, H, W\)"):
-            random_scaled_crop(torch.zeros(shape, dtype=torch.uint8), 4, 2.0, seeded())
-    with pytest.raises(InputError, match="not 0"):
-        random_scaled_crop(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 2.0, seeded())
+@pytest.mark.parametrize(
+    ("function", "shape", "arguments"),
+    [
+        *((pad_to_multiple, shape, (multiple,)) for shape, multiple in (((3, 8, 8), 0), ((3, 0, 8), 8), ((8, 8), 8))),
+        *((crop_to, (3, 8, 8), (size,)) for size in ((9, 8), (8, 9), (0, 8))),
+        *((center_crop, (3, 8, 12), (size,)) for size in (9, 0)),
+        *((resize_shorter_side, shape, (size,)) for shape, size in (((3, 8, 12), 0), ((3, 0, 4), 8))),
+        *((random_scaled_crop, (3, 8, 8), (4, scale)) for scale in (0.99, -2.0, float("inf"), float("nan"))),
+        *((random_scaled_crop, shape, (4, 2.0)) for shape in ((8, 8), (1, 8, 8), (2, 3, 8, 8))),
+        (random_scaled_crop, (3, 8, 8), (0, 2.0)),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    function: Callable[..., object], shape: tuple[int, ...], arguments: tuple[Any, ...]
+) -> None:
+    generator = {"generator": seeded()} if function is random_scaled_crop else {}
+    with pytest.raises(InputError, match=r"not|at least one pixel|cannot crop"):
+        function(torch.zeros(shape), *arguments, **generator)

@@ -55,7 +55,7 @@ class DecodeOptions(EncodeOptions):
 
 @dataclass(kw_only=True)
 class DataOptions(JsonOptions):
-    """Time how fast images are read and cropped for training, stage by stage and as a whole, in one thread.
+    """Time how fast images are read, and read and cropped, for training, in one thread.
 
     Several data sets take turns, and the same positions are read from each. Prints medians and quartiles.
 
@@ -131,20 +131,24 @@ def run_decode(options: DecodeOptions) -> None:
 
 def run_data(options: DataOptions) -> None:
     """Time the input pipeline, and print."""
-    from dc_ssdae.data.benchmark import measure_data, packed, training_images
-    from dc_ssdae.data.sources import open_path
+    import torch
+
+    from dc_ssdae.data.benchmark import measure_data, packed
+    from dc_ssdae.data.sources import open_sources
     from dc_ssdae.timing import describe_machine
 
-    sources = [(name, open_path(training_images(name), None)) for name in options.sources]
+    sources = [(name, open_sources(name, None, None, None).train) for name in options.sources]
     workers = [count for count in options.workers if count]
     with ExitStack() as stack:
         if options.packed:
-            first, report = options.sources[0], partial(complain, options.program)
-            sources.append((f"{first} (packed)", stack.enter_context(packed(training_images(first), report))))
+            name, first = sources[0]
+            shards = stack.enter_context(packed(first, partial(complain, options.program)))
+            sources.append((f"{name} (packed)", shards))
+        torch.set_num_threads(1)
         figures = measure_data(sources, options.image_size, options.aug_scale, options.seconds, workers)
     settings = options.given("image_size", "aug_scale")
     machine = {**describe_machine(), "threads": 1}
-    _print(options, {"benchmark": "data", **settings, **vars(figures), "machine": machine}, "sources")
+    _print(options, {"benchmark": "data", **settings, **figures, "machine": machine}, "sources")
 
 
 def run_train(options: TrainOptions) -> None:

@@ -97,11 +97,12 @@ def table(rows: Sequence[Sequence[str]], columns: str, width: int | None = None)
     return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)
 
 
-def say_part(name: str, folder: Path, images: int, shards: int, broken: int, remark: str) -> None:
+def say_part(name: str, folder: Path, manifest: Mapping[str, Any], remark: str) -> None:
     """Report a part of a data set that was made into shards."""
-    label = f"{name}: " if name else ""
+    label, broken = f"{name}: " if name else "", len(manifest["broken"])
     left_out = f"; {broken} broken, left out, listed in manifest.json" if broken else ""
-    say(f"{label}{counted(images, 'image')} in {counted(shards, 'shard')} -> {folder}{remark}{left_out}")
+    size = f"{counted(manifest['images'], 'image')} in {counted(len(manifest['shards']), 'shard')}"
+    say(f"{label}{size} -> {folder}{remark}{left_out}")
 
 
 def complain(program: str, message: str) -> None:

@@ -70,14 +70,13 @@ def run(options: Options) -> None:
     name = (name_of_path(options.model) or "model") if Path(options.model).is_dir() else options.model
     encoder, report = LatentEncoder.of(model, name), partial(complain, options.program)
     workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    work: dict[str, Any] = {"limit": options.images, **options.given("workers", "max_broken_share")}
-    work = {"workers": workers, "batch_size": options.batch, "processes": processes, "report": report, **work}
-    manifests = encode_latents(parts, options.out, encoder, settings, **work)
+    work: dict[str, Any] = {"workers": workers, "limit": options.images, "batch_size": options.batch}
+    work |= options.given("workers", "max_broken_share")
+    manifests = encode_latents(parts, options.out, encoder, settings, processes=processes, report=report, **work)
     for part, manifest in manifests.items() if processes.is_main else ():
         unlabelled = manifest["unlabelled"]
         remark = f"; {unlabelled} without a label (-1)" if unlabelled else ""
-        counts = manifest["images"], len(manifest["shards"]), len(manifest["broken"])
-        say_part(part, options.out / part, *counts, remark)
+        say_part(part, options.out / part, manifest, remark)
 
 
 def _open_parts(options: Options) -> "dict[str, ImageSource]":

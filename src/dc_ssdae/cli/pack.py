@@ -55,6 +55,5 @@ def run(options: Options) -> None:
     manifests = pack(options.source, options.destination, settings, workers, report=report, **given)
     for part, manifest in manifests.items():
         kept = manifest["kept"]
-        counts = manifest["images"], len(manifest["shards"]), len(manifest["broken"])
         remark = f"; {kept} kept byte by byte, colour profiles included" if kept else ""
-        say_part(part, options.destination / part, *counts, remark)
+        say_part(part, options.destination / part, manifest, remark)

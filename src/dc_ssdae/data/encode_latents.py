@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_model_range
-from dc_ssdae.data.latents import LATENTS_FORMAT, LATENTS_VERSION, Store, StoredDtype, tensor_names
-from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, read_batches, stack
+from dc_ssdae.data.latents import LATENTS, LATENTS_FORMAT, LATENTS_VERSION, Store, StoredDtype, tensor_names
+from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, read_batches
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.data.resumable import ShardCommand, check_broken, files_sha256, to_json
+from dc_ssdae.data.resumable import check_broken, files_sha256, to_json
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, advising_on_memory, counted
@@ -37,19 +38,17 @@ if TYPE_CHECKING:
 Batch = tuple[Tensor, list[ValidationImage]]
 """Images of a shard: their pixels, and what else is known of each."""
 
-LATENTS = ShardCommand("latents", LATENTS_FORMAT, ".safetensors")
-
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """What decides the shards' content, besides the images and the encoder.
+    """What decides the content of the shards, besides the images and the encoder.
 
     Args:
         size: side in pixels of the square that is cut from an image's centre, after resizing by the shorter side.
         store: "mean" of the encoder's Gaussian, a "sample" of it, or "mean_std", its mean and standard deviation.
         flip: store the mirrored image's latent too.
         seed: of the samples.
-        store_dtype: of the latents in the shards.
+        store_dtype: dtype of the latents in the shards.
         shard_size: images per shard, at most.
 
     Raises:
@@ -69,15 +68,15 @@ class LatentSettings:
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """What encodes, and by what to know it again.
+    """An encoder of any kind, and what identifies it.
 
     Args:
-        encode: uint8 (B, 3, S, S) on the CPU to the Gaussian over (B, c, S/f, S/f), on any device.
-        name: what to call it.
-        sha256: of all that its latents depend on, as hexadecimal digits.
+        encode: maps uint8 (B, 3, S, S) on the CPU to the Gaussian over (B, c, S/f, S/f), on any device.
+        name: what to call the encoder.
+        sha256: of everything that the latents depend on, as hexadecimal digits.
         downsample_factor: f.
         latent_channels: c.
-        compute_dtype: what it computes in, "float32" for example.
+        compute_dtype: what the encoder computes in, "float32" for example.
         scaling: scaling_factor, shift_factor, latents_mean and latents_std in the model's config, which pipelines
             undo; nothing stored depends on them.
     """
@@ -96,7 +95,7 @@ class LatentEncoder:
 
         Args:
             model: in eval mode.
-            name: what to call it.
+            name: what to call the model.
         """
 
         def encode(pixels: Tensor) -> DiagonalGaussian:
@@ -109,7 +108,7 @@ class LatentEncoder:
 
 
 def _sha256(model: "DCSSDAE") -> str:
-    """The SHA-256 of all that a model's latents depend on: settings and weights of its encoder, not its decoder."""
+    """Hash everything that a model's latents depend on: settings and weights of its encoder, not its decoder."""
     config = {name: model.config[name] for name in ("encoder", "latent_channels", "downsample_factor")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(model.encoder.state_dict().items()):
@@ -125,7 +124,7 @@ class LatentWriter:
     Args:
         images: to encode, in this order.
         folder: to write to.
-        encoder: encodes them.
+        encoder: encodes the images.
         settings: what is stored.
         max_broken_share: the largest share of broken images that is accepted.
         report: gets a line for each broken image.
@@ -140,7 +139,7 @@ class LatentWriter:
 
     @cached_property  # what is found before the images are read holds for all of them
     def identity(self) -> dict[str, Any]:
-        """By what to know the same work again."""
+        """What identifies the work: the settings, the encoder and the images."""
         source, is_random = self.images.source, self.settings.store == "sample"
         return {
             **{name: value for name, value in asdict(self.settings).items() if name != "seed" or is_random},
@@ -153,7 +152,7 @@ class LatentWriter:
         }
 
     def begin(self) -> dict[str, Any] | None:
-        """Prepare the folder; gives the manifest if it is finished already."""
+        """Prepare the folder; returns the manifest if the folder is finished already."""
         return LATENTS.begin(self.folder, self.identity)
 
     def reports(self) -> list[dict[str, Any] | None]:
@@ -162,7 +161,7 @@ class LatentWriter:
         return [LATENTS.read_report(self.folder, number) for number in range(count)]
 
     def write(self, numbers: Sequence[int], batch_size: int, workers: int, **bar: Any) -> Iterator[None]:
-        """Write shards one by one, and tell what is broken; batches do not reach over a shard's end."""
+        """Write shards one by one, and report broken images; no batch reaches over the end of a shard."""
         from tqdm import tqdm
 
         places, size = range(len(self.images)), self.settings.shard_size
@@ -178,7 +177,7 @@ class LatentWriter:
             yield
 
     def _write_shard(self, number: int, batches: Iterable[Batch], advance: Callable[[int], Any]) -> list[BrokenImage]:
-        """Encode the images of a shard, and write it and its report, each whole or not at all; gives what is broken."""
+        """Encode the images of a shard, and write the shard and its report; returns the broken images."""
         latents: dict[str, list[Tensor]] = defaultdict(list)
         moments = LatentMoments(self.encoder.latent_channels)
         images: list[ValidationImage] = []
@@ -217,7 +216,7 @@ class LatentWriter:
         return broken
 
     def _encode(self, pixels: Tensor, batch: Sequence[ValidationImage], flipped: bool) -> list[Tensor]:
-        """What is stored of some images, on the CPU: their latents and, if stored, standard deviations."""
+        """Compute what is stored of a batch, on the CPU: the latents and, if stored, their standard deviations."""
         settings, names = self.settings, [self.images.name(image.place) for image in batch]
         with advising_on_memory(f" with {counted(len(pixels), 'image')} at a time; try fewer, or another dtype"):
             posterior = self.encoder.encode(pixels.flip(-1) if flipped else pixels)
@@ -271,7 +270,7 @@ def _text_sha256(text: str) -> str:
 
 def _collate(images: Sequence[ValidationImage]) -> Batch:
     """Make one tensor of the pixels: each takes a descriptor of its own on its way from a worker."""
-    return stack([image.pixels for image in images]), [image._replace(pixels=None) for image in images]  # type: ignore[arg-type]
+    return default_collate([image.pixels for image in images]), [image._replace(pixels=None) for image in images]  # type: ignore[arg-type]
 
 
 def encode_latents(
@@ -290,28 +289,28 @@ def encode_latents(
     """Encode images into shards, `000000.safetensors` and so on, with a manifest: what `LatentDataset` reads.
 
     A shard holds the tensors `latents` (N, c, h, w), as the encoder gives them, `labels` int64 (N,), -1 where not
-    known, and perhaps `latents_flip`, `latents_std` and `latents_flip_std`. Of several processes each writes its
-    share of the shards. Run again after it was interrupted, this skips shards that are finished, and leaves the same
-    bytes as an uninterrupted run with the same batch size. The manifest comes last.
+    known, and perhaps `latents_flip`, `latents_std` and `latents_flip_std`. Several processes each write their share
+    of the shards. After an interruption, the same call skips the shards that are finished, and leaves the same bytes
+    as an uninterrupted run with the same batch size. The manifest is written last.
 
     Args:
         parts: the images of each part, which becomes a folder of the destination; "" is the destination itself.
-        destination: the folder to write to; made if need be, and else empty or begun by this function.
+        destination: the folder to write to; made if need be, and otherwise empty or begun by this function.
         encoder: encodes the images.
         settings: what is stored.
         limit: images per part, at most, evenly spread over it.
         batch_size: images encoded at a time.
         workers: processes that read images, for each process that encodes; 0 reads in that one.
         processes: that share the work and see the same files; None is this one alone.
-        max_broken_share: the largest share of broken images, of all in a part, with which it succeeds.
-        report: gets a line for each broken image, and for other things to be told.
+        max_broken_share: the largest share of the images of a part that may be broken.
+        report: gets a line for each broken image, and other messages.
 
     Returns:
-        The manifest of each part.
+        The manifest of each part, by the part's name: the content of its manifest.json.
 
     Raises:
         InputError: the settings do not fit the encoder, the destination holds something else or was begun with other
-            settings, too many images are broken, or a latent is not finite. Of several processes the main one tells it.
+            settings, too many images are broken, or a latent is not finite. All processes raise it.
         OSError: something cannot be written.
     """
     processes = processes or Processes()

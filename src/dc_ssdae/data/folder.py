@@ -5,12 +5,11 @@ import os
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from dc_ssdae.data.images import IMAGE_EXTENSIONS, check_image_file, read_image
+from dc_ssdae.data.images import IMAGE_EXTENSIONS, read_bytes, read_image_bytes
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.errors import InputError
 
@@ -22,6 +21,7 @@ COMPANIONS = frozenset(
 ) | {".tsv", ".txt", ".xml", ".yaml", ".yml"}
 """Suffixes of what usually lies beside images; such files are passed over without a word."""
 
+_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _HELD_OUT = frozenset({"val", "valid", "validation", "test", "testing", "dev", "eval", "holdout"})
 
 
@@ -43,16 +43,15 @@ class ImageFolder:
 
     def __init__(self, root: str) -> None:
         self.root = os.fspath(root)
-        if not os.path.isdir(self.root):
-            what = "is not a folder" if os.path.exists(self.root) else "does not exist"
-            raise InputError(f"the image folder {self.root!r} {what}")
-        listing = list_folder(self.root)
-        if not listing.images:
-            raise InputError(no_images(self.root, listing.others))
-        inside = sum(listing.held_out.values())
-        warn_of(self.root, listing.others, [*listing.held_out] if inside < len(listing.images) else [])
-        self._names = NameTable.of(sorted(listing.images))
-        self.classes = sorted({name.rpartition("/")[0] for name in listing.images} - {""})
+        images, others = list_folder(self.root)
+        if not images:
+            looked = f"looked for files that end in .{', .'.join(IMAGE_EXTENSIONS)}, at any depth"
+            found = name_counts(others)
+            raise InputError(f"there are no images in {self.root!r}; {looked}{found and f'; found {found}'}")
+        folders = {name.rpartition("/")[0] for name in images}
+        warn_of(self.root, others, folders)
+        self._names = NameTable.of(sorted(images))
+        self.classes = sorted(folders - {""})
 
     def __len__(self) -> int:
         return len(self._names)
@@ -70,7 +69,7 @@ class ImageFolder:
         return self._names.sha256()
 
     def file_states(self) -> Iterator[tuple[int, int] | None]:
-        """Size and time of change of each file, None where it has gone: what tells a file that was replaced."""
+        """Size and modification time of each file, None where it is gone: they tell a file that was replaced."""
         for index in range(len(self)):
             try:
                 status = os.stat(self.name(index))
@@ -92,7 +91,8 @@ class ImageFolder:
         Raises:
             InputError: it cannot be read, for whatever reason.
         """
-        return read_image(self.name(index), interleaved=True).pixels, self.label(index)
+        image = read_image_bytes(self.read_bytes(index), self.name(index), interleaved=True)
+        return image.pixels, self.label(index)
 
     def read_bytes(self, index: int) -> bytes:
         """The file's content.
@@ -100,13 +100,7 @@ class ImageFolder:
         Raises:
             InputError: it cannot be read.
         """
-        path = self.name(index)
-        check_image_file(path)
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise InputError(f"cannot read image {path!r}: {error.strerror or error}") from error
+        return read_bytes(self.name(index))
 
 
 def number_classes(sources: Iterable[object]) -> None:
@@ -117,108 +111,62 @@ def number_classes(sources: Iterable[object]) -> None:
         folder.classes = classes
 
 
-class Listing(NamedTuple):
-    """What lies under a folder.
-
-    images: paths with one of `IMAGE_EXTENSIONS`, in whatever case, relative, with forward slashes, in no certain order;
-        among them folders named like images that hold none, and links to nothing.
-    others: how many other files there are, by suffix.
-    held_out: folders with images whose names are those of validation or test images, and how many they hold.
-    """
-
-    images: list[str]
-    others: Counter[str]
-    held_out: dict[str, int]
-
-
-def list_folder(root: str) -> Listing:
+def list_folder(root: str) -> tuple[list[str], Counter[str]]:
     """List the files under a folder, at any depth.
 
+    Returns:
+        The paths of files with one of `IMAGE_EXTENSIONS`, in upper or lower case, relative to the folder, with forward
+        slashes, in no certain order; and how many other files there are, by suffix.
+
     Raises:
-        InputError: a folder cannot be listed.
+        InputError: there is no such folder, or a folder in it cannot be listed.
     """
-    listing = Listing([], Counter(), {})
-    _list(root, "", (_identity(os.stat(root)),), listing)
-    return listing
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot list the folder {error.filename!r}: {error.strerror or error}") from error
+
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        relative = os.path.relpath(folder, root)
+        parts = [] if relative == "." else relative.split(os.sep)
+        above = [os.path.join(root, *parts[:depth]) for depth in range(len(parts) + 1)]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _leads_to(folder, name, above)]
+        for name in files:
+            if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
+                images.append("/".join([*parts, name]))
+            elif not name.startswith("."):
+                others[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+    return images, others
 
 
-def _list(folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...], listing: Listing) -> None:
-    try:
-        with os.scandir(folder) as found:
-            entries = list(found)
-    except OSError as error:
-        raise InputError(f"cannot list the folder {folder!r}: {error.strerror or error}") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        name = prefix + entry.name
-        if not _is_folder(entry):
-            if _named_as_image(entry.name):
-                listing.images.append(name)
-            else:
-                listing.others[suffix(entry.name)] += 1
-            continue
-        identity = _identity(entry.stat())
-        if identity in ancestors:  # a link back to a folder that this one lies in
-            continue
-        before = len(listing.images)
-        _list(entry.path, f"{name}/", (*ancestors, identity), listing)
-        count = len(listing.images) - before
-        if is_held_out(entry.name) and count:
-            listing.held_out[name] = count
-        if not count and _named_as_image(entry.name):
-            listing.images.append(name)
-
-
-def suffix(name: str) -> str:
-    """A file's suffix in lower case, with its dot; that of .tar.gz is the whole of it."""
-    found = re.search(r"(\.tar)?\.\w{1,12}$", name.lower())
-    return found[0] if found else "(no suffix)"
-
-
-def is_held_out(name: str) -> bool:
-    """Whether a folder's or a shard's name is one of validation or test images: "Val", "val2017", "DIV2K_valid_HR"."""
-    return not _HELD_OUT.isdisjoint(word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name))
+def _leads_to(folder: str, name: str, above: Sequence[str]) -> bool:
+    """Whether a folder is a link to one of those that it lies in."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and any(os.path.samefile(path, other) for other in above)
 
 
 def name_counts(others: Counter[str]) -> str:
     """Name the suffixes of files that are passed over, with their numbers; nothing where all are known companions."""
-    missed = [(kind, count) for kind, count in others.most_common() if kind not in COMPANIONS and count > 0]
-    more = f" and {len(missed) - 8} other kinds" if len(missed) > 8 else ""
-    return ", ".join(f"{count} {kind}" for kind, count in missed[:8]) + more
+    return ", ".join(f"{count} {kind}" for kind, count in others.most_common() if kind not in COMPANIONS and count > 0)
 
 
-def warn_of(root: str, others: Counter[str], held_out: Sequence[str]) -> None:
-    """Say which files a data set passes over, and which of its images were perhaps meant to be kept out of it."""
+def warn_of(root: str, others: Counter[str], parts: Collection[str]) -> None:
+    """Say which files a data set passes over, and which of its parts were perhaps meant to be kept out of it.
+
+    Args:
+        root: of the data set.
+        others: how many files are passed over, by suffix.
+        parts: names of folders or shards. Nothing is said of "Val", "val2017" or "DIV2K_valid_HR" if all are like that.
+    """
     if missed := name_counts(others):
         logger.warning("%r: files passed over: %s; images end in .%s", root, missed, ", .".join(IMAGE_EXTENSIONS))
-    if held_out:
+    words = {name: [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)] for name in parts}
+    held_out = sorted(name for name in parts if not _HELD_OUT.isdisjoint(words[name]))
+    if 0 < len(held_out) < len(parts):
         logger.warning(
             "%r is read as one data set, with %s, named like validation or test images; if they are, keep them apart: "
             "in train/ and validation/, or by data.root and data.validation",
             root,
-            ", ".join(map(repr, sorted(held_out)[:8])),
+            ", ".join(map(repr, held_out[:8])),
         )
-
-
-def no_images(root: str, others: Counter[str]) -> str:
-    """Say that a folder holds no images, what was looked for, and what is there."""
-    looked = f"looked for files that end in .{', .'.join(IMAGE_EXTENSIONS)}, at any depth"
-    missed = name_counts(others)
-    return f"there are no images in {root!r}; {looked}" + (f"; found {missed}" if missed else "")
-
-
-def _named_as_image(name: str) -> bool:
-    _, dot, extension = name.rpartition(".")
-    return bool(dot) and extension.lower() in IMAGE_EXTENSIONS
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino

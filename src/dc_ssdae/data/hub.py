@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dc_ssdae.data.images import read_image, read_image_bytes
+from dc_ssdae.data.images import read_bytes, read_image_bytes, reason
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.errors import InputError, unknown_name
 
@@ -42,45 +42,37 @@ class HubDataset:
     ) -> None:
         datasets = import_optional("datasets")
         self._path = path
-        self._column = image_column
-        if _written_by_save_to_disk(path):
-            given = {"name": name, "data_files": data_files, "data_dir": data_dir}
-            for setting, value in given.items():
-                if value is not None:
-                    raise InputError(f"{path!r} was written by save_to_disk, which has no use for {setting}")
-            rows = self._load(lambda: datasets.load_from_disk(path))
-            if isinstance(rows, Mapping):
-                if split not in rows:
-                    raise unknown_name(f"split of {path}", split, list(rows))
-                rows = rows[split]
-        else:
-            rows = self._load(
-                lambda: datasets.load_dataset(
-                    path, name, split=split, data_files=data_files, data_dir=data_dir, cache_dir=cache_dir
-                )
+        files = {"name": name, "data_files": data_files, "data_dir": data_dir}
+        saved = any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json"))
+        if saved and any(files.values()):
+            raise InputError(f"{path!r} was written by save_to_disk, which has no use for {', '.join(files)}")
+        try:
+            rows = (
+                datasets.load_from_disk(path)
+                if saved
+                else datasets.load_dataset(path, split=split, cache_dir=cache_dir, **files)
             )
-        if image_column not in rows.features:
-            raise unknown_name(f"image column of {path}", image_column, list(rows.features))
-        if not isinstance(rows.features[image_column], datasets.Image):
-            raise InputError(
-                f"column {image_column!r} of {path!r} has no images: its type is {rows.features[image_column]}"
-            )
+        except Exception as error:  # of dozens of types, some from the readers of files below the library
+            raise InputError(f"the data set {path!r} cannot be loaded: {reason(error)}") from error
+        if isinstance(rows, Mapping):
+            if split not in rows:
+                raise unknown_name(f"split of {path}", split, list(rows))
+            rows = rows[split]
         if not len(rows):
             raise InputError(f"split {split!r} of the data set {path!r} is empty")
-        self._label_column = _label_column(path, rows.features, label_column)
-        feature = None if self._label_column is None else rows.features[self._label_column]
-        self.classes: list[str] = list(getattr(feature, "names", None) or [])
+        features = rows.features
+        numbers = [key for key, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
+        if not isinstance(features.get(image_column), datasets.Image):
+            images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+            raise unknown_name(f"image column of {path}", image_column, images)
+        if label_column is not None and label_column not in numbers:
+            raise unknown_name(f"label column of {path}", label_column, numbers)
+        self._column = image_column
+        self._label_column = label_column or next((key for key in ("label", "labels") if key in numbers), None)
+        self.classes: list[str] = list(getattr(features.get(self._label_column), "names", ()))
         # Images are decoded here and not by the library, so that one that is broken is met alone, by its index.
-        columns = [image_column] if self._label_column is None else [image_column, self._label_column]
-        self._rows = rows.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
-
-    def _load(self, load: Any) -> Any:
-        try:
-            return load()
-        except Exception as error:
-            # The library raises dozens of types, some from the readers of files below it.
-            detail = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"the data set {self._path!r} cannot be loaded: {detail}") from error
+        rows = rows.select_columns([image_column, *([self._label_column] if self._label_column else ())])
+        self._rows = rows.cast_column(image_column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -104,32 +96,12 @@ class HubDataset:
         """
         name = self.name(index)
         try:
-            columns = self._rows[int(index)]
+            row = self._rows[int(index)]
         except Exception as error:
-            raise InputError(f"cannot read image {name!r}: {' '.join(str(error).split())}") from error
-        row, label = columns[self._column], columns.get(self._label_column)
-        label = -1 if label is None else max(-1, label)
-        if row is None or (row["bytes"] is None and row["path"] is None):
+            raise InputError(f"cannot read image {name!r}: {reason(error)}") from error
+        image, label = row[self._column] or {}, row.get(self._label_column)
+        content = image.get("bytes")
+        if content is None and image.get("path") is None:
             raise InputError(f"cannot read image {name!r}: the row has no image")
-        if row["bytes"] is None:
-            try:
-                return read_image(row["path"], interleaved=True).pixels, label
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from error
-        return read_image_bytes(row["bytes"], name, interleaved=True).pixels, label
-
-
-def _label_column(path: str, features: Mapping[str, Any], wanted: str | None) -> str | None:
-    """The column of labels among a table's columns."""
-    if wanted is not None and wanted not in features:
-        raise unknown_name(f"label column of {path}", wanted, list(features))
-    for name in ("label", "labels") if wanted is None else (wanted,):
-        if "int" in str(getattr(features.get(name), "dtype", "")):
-            return name
-    if wanted is not None:
-        raise InputError(f"column {wanted!r} of {path!r} has no labels: its type is {features[wanted]}")
-    return None
-
-
-def _written_by_save_to_disk(path: str) -> bool:
-    return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
+        content = read_bytes(image["path"]) if content is None else content
+        return read_image_bytes(content, name, interleaved=True).pixels, -1 if label is None else max(-1, label)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.data.resumable import MANIFEST_FILE
+from dc_ssdae.data.resumable import MANIFEST_FILE, ShardCommand, read_json
 from dc_ssdae.errors import InputError, check_type, counted, shown
 from dc_ssdae.files import check_file, sha256
 from dc_ssdae.latent import LatentStatistics
@@ -27,6 +27,7 @@ from dc_ssdae.randomness import image_generator
 from dc_ssdae.settings import check_value
 
 LATENTS_FORMAT, LATENTS_VERSION = "dc-ssdae latents", 1
+LATENTS = ShardCommand("latents", LATENTS_FORMAT, ".safetensors")
 
 Store = Literal["mean", "sample", "mean_std"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
@@ -175,7 +176,7 @@ class LatentDataset(Dataset[Latent]):
                 raise InputError(f"shard {shard['name']} is damaged: its SHA-256 is not that of {MANIFEST_FILE}")
 
     def _normalisation(self, normalise: Normalisation | None) -> tuple[Tensor, Tensor]:
-        """What is subtracted from latents, and what they are then multiplied by: (c, 1, 1) or ()."""
+        """Choose what is subtracted from latents, and what they are then multiplied by: (c, 1, 1) or ()."""
         if normalise == "channels":
             std = torch.tensor(self.statistics.std, dtype=torch.float64).view(-1, 1, 1)
             return torch.tensor(self.statistics.mean).view(-1, 1, 1), 1.0 / torch.where(std > 0, std, 1.0)
@@ -185,7 +186,7 @@ class LatentDataset(Dataset[Latent]):
         return torch.tensor(float(shift)), torch.tensor(float(numbers["scaling_factor"]))
 
     def _find(self, index: int) -> tuple[Callable[..., Tensor], int]:
-        """What reads the shard of an image, and the image's row there."""
+        """Find the function that reads an image's shard, and the image's row in the shard."""
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} latents, none at {index}")
         number = bisect_right(self._ends, int(index))
@@ -200,7 +201,7 @@ class LatentDataset(Dataset[Latent]):
 
 
 def tensor_names(store: Store, flip: bool) -> list[list[str]]:
-    """Names of a shard's tensors per variant, as it is and mirrored: the latents and, if stored, their deviations."""
+    """Name the tensors of latents and of stored standard deviations, per variant: the image and its mirror image."""
     variants = ("latents", "latents_flip") if flip else ("latents",)
     return [[name, f"{name}_std"] if store == "mean_std" else [name] for name in variants]
 
@@ -212,16 +213,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is damaged, or of another program or version; or the folder is not finished.
     """
     path = folder / MANIFEST_FILE
-    if (folder / ".latents").is_dir() and not path.exists():
-        raise InputError(f"dc-ssdae latents has not finished with {str(folder)!r}; run the same command again")
+    LATENTS.check_finished(folder)
     if not path.exists():
         parts = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST_FILE}")))
         instead = f"name one of its folders {parts}" if parts else "dc-ssdae latents writes such folders"
         raise InputError(f"{str(folder)!r} holds no latents: {MANIFEST_FILE} is missing; {instead}")
+    manifest = read_json(path)
     try:
-        check_file(path)
-        manifest = json.loads(path.read_bytes())
-        check_type("its content", manifest, dict[str, Any])
         _check_manifest(manifest, folder)
     except (OSError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise InputError(f"the manifest {str(path)!r} cannot be used: {error}") from error
@@ -260,7 +258,7 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
 
 
 def _open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> Callable[..., Tensor]:
-    """Open a shard; gives what reads a tensor of it by its name, or one row, into memory of its own."""
+    """Open a shard; returns a function that reads a tensor by its name, or one row, into memory of its own."""
     shard, settings = manifest["shards"][number], manifest["settings"]
     path, count = folder / shard["name"], shard["images"]
     latents = (settings["store_dtype"], [count, *manifest["latent_shape"]])

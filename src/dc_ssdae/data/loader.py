@@ -1,6 +1,7 @@
 """From a data set to training batches: order and crops, all from (seed, step, place in the batch)."""
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -8,16 +9,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from multiprocessing.synchronize import Event
-from types import FrameType
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dc_ssdae.data.order import EpochOrder
+from dc_ssdae.data.order import permutation
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.data.transforms import center_crop, central_part, random_scaled_crop, resize_shorter_side
 from dc_ssdae.errors import InputError
@@ -29,8 +28,6 @@ T = TypeVar("T")
 MOST_REPLACEMENTS = 100
 """Broken images in a row, each drawn at random, after which the data set is given up."""
 
-MOST_WORKERS = 8
-
 AHEAD = 2
 """Batches that each worker reads ahead."""
 
@@ -38,7 +35,7 @@ POLL_SECONDS = 2
 """How often a wait for a batch looks at signals and at the workers."""
 
 STALLED_SECONDS = 1800
-"""Without any batch, after which the readers have stalled."""
+"""Seconds without a batch after which the readers have stalled."""
 
 SHARED_MEMORY = "/dev/shm"
 
@@ -56,16 +53,8 @@ class BrokenImage(NamedTuple):
     reason: str
 
 
-class Sample(NamedTuple):
-    """One image of a step; the same fields as `Batch`, without the batch dimension."""
-
-    pixels: Tensor
-    draw: Tensor
-    broken: list[BrokenImage]
-
-
 class Batch(NamedTuple):
-    """Some images of a step.
+    """Some images of a step; of one image, the same without the batch dimension.
 
     pixels: uint8 (B, 3, S, S).
     draw: int64 (B,), numbers the run's images, step · batch size + place; one number is one crop with one noise.
@@ -77,25 +66,29 @@ class Batch(NamedTuple):
     broken: list[BrokenImage]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> "Batch":
-        """Stack samples."""
-        pixels, draw, broken = zip(*samples, strict=True)
-        return cls(stack(pixels), stack(draw), [image for images in broken for image in images])
+    def of(cls, images: Sequence["Batch"]) -> "Batch":
+        """Make one batch of single images."""
+        pixels, draw, broken = zip(*images, strict=True)
+        return cls(default_collate([*pixels]), default_collate([*draw]), list(itertools.chain(*broken)))
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How the images of a step are drawn.
+@dataclass
+class TrainingSamples(Dataset[Batch]):
+    """The images of a run by their position among all that the run draws: step · batch size + place in the batch.
+
+    Reading one depends on nothing that was read before.
 
     Args:
+        source: the images.
         seed: of the run.
         batch_size: of the global batch.
         image_size: side S of the crops in pixels.
         aug_scale: largest enlargement before the crop, at least 1.
         flip: mirror half of the crops.
-        repeat_after: steps after which the first step's crops and noise come again; None draws anew for ever.
+        repeat_after: steps after which the first step's crops and noise come again; None always draws new ones.
     """
 
+    source: ImageSource
     seed: int
     batch_size: int
     image_size: int
@@ -103,67 +96,41 @@ class Drawing:
     flip: bool
     repeat_after: int | None = None
 
+    def __post_init__(self) -> None:
+        self.blocks = tuple(getattr(self.source, "blocks", [len(self.source)]))
 
-class Place(NamedTuple):
-    """The place of an image: its step and where it stands in that step's global batch, both from 0."""
+    def __getitem__(self, position: int) -> Batch:
+        draw = position if self.repeat_after is None else position % (self.repeat_after * self.batch_size)
+        pixels, broken = self.read(draw)
+        generator = image_generator(self.seed, *divmod(draw, self.batch_size))
+        pixels = random_scaled_crop(pixels, self.image_size, self.aug_scale, generator, self.flip)
+        return Batch(pixels, torch.tensor(draw), broken)
 
-    step: int
-    place: int
-
-
-class TrainingSamples(Dataset[Sample]):
-    """The samples of a run by `Place`; reading one depends on nothing that was read before.
-
-    Args:
-        source: the images.
-        drawing: how they are drawn.
-    """
-
-    def __init__(self, source: ImageSource, drawing: Drawing) -> None:
-        self.source = source
-        self.drawing = drawing
-        self.order = EpochOrder(getattr(source, "blocks", [len(source)]), drawing.seed)
-
-    def __getitem__(self, place: Place) -> Sample:
-        pixels, broken = self.read(place)
-        return Sample(self.crop(place, pixels), torch.tensor(self._draw(place)), broken)
-
-    def read(self, place: Place) -> tuple[Tensor, list[BrokenImage]]:
-        """Read and decode the image of a place, or one that replaces it; also tells what could not be read.
+    def read(self, draw: int) -> tuple[Tensor, list[BrokenImage]]:
+        """Read and decode the image of a draw, or one that replaces it; also tells what could not be read.
 
         Raises:
             InputError: as many images in a row as `MOST_REPLACEMENTS` cannot be read.
         """
-        position = self._draw(place)
         broken: list[BrokenImage] = []
-        index = self.order[position]
+        epoch, place = divmod(draw, sum(self.blocks))
+        index = int(permutation(self.blocks, self.seed, epoch)[place])
         for attempt in range(MOST_REPLACEMENTS):
             try:
                 return self.source.read(index)[0], broken
             except InputError as error:
                 broken.append(BrokenImage(self.source.name(index), str(error)))
-                index = replacement_index(self.drawing.seed, position, attempt, self.order.length)
+                index = replacement_index(self.seed, draw, attempt, sum(self.blocks))
         raise InputError(
             f"{MOST_REPLACEMENTS} images in a row cannot be read, the last because: {broken[-1].reason}; "
             "is the data set still there?"
         )
 
-    def crop(self, place: Place, pixels: Tensor) -> Tensor:
-        """Enlarge, crop and mirror the image of a place at random: uint8 (3, H, W) to (3, S, S)."""
-        drawing = self.drawing
-        generator = image_generator(drawing.seed, self._step(place), place.place)
-        return random_scaled_crop(pixels, drawing.image_size, drawing.aug_scale, generator, drawing.flip)
 
-    def _draw(self, place: Place) -> int:
-        return self._step(place) * self.drawing.batch_size + place.place
-
-    def _step(self, place: Place) -> int:
-        repeat_after = self.drawing.repeat_after
-        return place.step if repeat_after is None else place.step % repeat_after
-
-
-class Places:
-    """The places of each batch that one process reads: its share of every step, cut into `parts`.
+def share_of_positions(
+    first_step: int, last_step: int | None, batch_size: int, process: int, processes: int, parts: int
+) -> Iterator[list[int]]:
+    """List the positions of each batch that one process reads: its share of every step, cut into parts.
 
     Args:
         first_step: to start at.
@@ -173,23 +140,11 @@ class Places:
         processes: how many there are.
         parts: of a process's share, for gradient accumulation.
     """
-
-    def __init__(
-        self, first_step: int, last_step: int | None, batch_size: int, process: int, processes: int, parts: int
-    ) -> None:
-        self.first_step = first_step
-        self.last_step = last_step
-        self.size = batch_size // (processes * parts)
-        self.start = process * self.size * parts
-        self.parts = parts
-
-    def __iter__(self) -> Iterator[list[Place]]:
-        step = self.first_step
-        while self.last_step is None or step < self.last_step:
-            for part in range(self.parts):
-                start = self.start + part * self.size
-                yield [Place(step, place) for place in range(start, start + self.size)]
-            step += 1
+    size = batch_size // (processes * parts)
+    for step in itertools.count(first_step) if last_step is None else range(first_step, last_step):
+        for part in range(process * parts, (process + 1) * parts):
+            start = step * batch_size + part * size
+            yield list(range(start, start + size))
 
 
 class ValidationImage(NamedTuple):
@@ -205,6 +160,11 @@ class ValidationImage(NamedTuple):
     label: int = -1
 
 
+def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
+    return center_crop(resize_shorter_side(central_part(pixels), size), size)
+
+
+@dataclass
 class ValidationImages(Dataset[ValidationImage]):
     """At most `limit` images, evenly spread over a data set, resized by the shorter side and cut to the centre.
 
@@ -216,20 +176,15 @@ class ValidationImages(Dataset[ValidationImage]):
         workers_option: what a user calls the number of processes that read them.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        image_size: int,
-        limit: int,
-        prepare: Callable[[Tensor, int], Tensor] | None = None,
-        workers_option: str = "--workers",
-    ) -> None:
-        count = min(len(source), limit)
-        self.source = source
-        self.image_size = image_size
-        self.workers_option = workers_option
-        self.prepare = prepare or _resize_and_crop
-        self.indices = [place * len(source) // count for place in range(count)]
+    source: ImageSource
+    image_size: int
+    limit: int
+    prepare: Callable[[Tensor, int], Tensor] = _resize_and_crop
+    workers_option: str = "--workers"
+
+    def __post_init__(self) -> None:
+        count = min(len(self.source), self.limit)
+        self.indices = [place * len(self.source) // count for place in range(count)]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -242,32 +197,18 @@ class ValidationImages(Dataset[ValidationImage]):
         except InputError as error:
             blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
             return ValidationImage(place, blank, BrokenImage(self.source.name(index), str(error)))
-        return ValidationImage(place, prepared, None, is_enlarged(pixels, self.image_size), label)
+        return ValidationImage(place, prepared, None, min(pixels.shape[-2:]) < self.image_size, label)
 
     def name(self, place: int) -> str:
-        """The name of an image, which says nothing about where its data set lies, where the data set allows that."""
+        """The image's name, without the place of its data set on this machine where the data set allows that."""
         name: Callable[[int], str] = getattr(self.source, "relative_name", self.source.name)
         return name(self.indices[place])
 
 
-def is_enlarged(pixels: Tensor, size: int) -> bool:
-    """Whether an image (3, H, W) has a side that is shorter than the square which is made of it."""
-    return min(pixels.shape[-2:]) < size
-
-
 def enlarged_caveat(enlarged: int, images: int, size: int) -> list[str]:
     """Say in one line, or none, how many of some images were enlarged to squares of `size` pixels."""
-    if not enlarged:
-        return []
-    were = "image was smaller" if images == 1 else "images were smaller"
-    return [
-        f"{enlarged:,} of {images:,} {were} than {size} px and enlarged: blurrier, and easier to reconstruct, than "
-        "photos of that size."
-    ]
-
-
-def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
-    return center_crop(resize_shorter_side(central_part(pixels), size), size)
+    smaller = f"{enlarged:,} of {images:,} images were smaller than {size} px and enlarged"
+    return [f"{smaller}: blurrier, and easier to reconstruct, than photos of that size."] if enlarged else []
 
 
 def validation_loader(
@@ -285,42 +226,45 @@ def validation_loader(
         ReadingFailed: the data set can no longer be read.
     """
     size = min(batch_size, max(1, len(places))) * 3 * images.image_size**2
-    batches = read_batches(
-        images, _collate_validation, workers, images.workers_option, size, sampler=places, batch_size=batch_size
-    )
-    for parts in batches:
+    loader = partial(read_batches, sampler=places, batch_size=batch_size)
+    for parts in loader(images, _collate_validation, workers, images.workers_option, size):
         yield [ValidationImage(*image) for image in zip(*parts, strict=True)]
 
 
 def _collate_validation(images: Sequence[ValidationImage]) -> tuple[Any, ...]:
     places, pixels, *others = zip(*images, strict=True)
-    return (places, stack(pixels), *others)  # one tensor: each takes a descriptor of its own to get to the parent
+    return (places, default_collate([*pixels]), *others)  # one tensor: each takes a descriptor to get to the parent
 
 
 def training_loader(
     samples: TrainingSamples,
-    places: Places,
+    first_step: int,
+    last_step: int | None,
     workers: int,
     pin_memory: bool,
+    share: tuple[int, int, int] = (0, 1, 1),
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Batch]:
     """Read batches ahead in worker processes; with 0 workers, in this one.
 
     Args:
         samples: to read.
-        places: which, batch by batch.
+        first_step: as of `share_of_positions`.
+        last_step: as of `share_of_positions`.
         workers: processes.
         pin_memory: put the batches where a GPU copies from fastest.
+        share: of this process in a step: its index, the number of processes, and into how many parts it is cut.
         stop: asked before each batch and while waiting for one; where it answers True, there are no more.
 
     Raises:
         ReadingFailed: the data set cannot be read.
     """
-    size = places.size * 3 * samples.drawing.image_size**2
-    held = 2 * places.parts  # of this step and the next
-    return read_batches(
-        samples, Batch.of, workers, "data.workers", size, held, stop, batch_sampler=places, pin_memory=pin_memory
-    )
+    positions = share_of_positions(first_step, last_step, samples.batch_size, *share)
+    _, processes, parts = share
+    size = samples.batch_size // (processes * parts) * 3 * samples.image_size**2
+    held = 2 * parts  # of this step and the next
+    loader = partial(read_batches, batch_sampler=positions, pin_memory=pin_memory)
+    return loader(samples, Batch.of, workers, "data.workers", size, held, stop)
 
 
 def read_batches(
@@ -337,12 +281,14 @@ def read_batches(
 
     Args:
         dataset: as of `DataLoader`.
-        collate: makes a batch of what the data set gives; it puts tensors together by `stack`.
+        collate: makes a batch of what the data set gives. It stacks tensors by PyTorch's `default_collate`, which
+            shares them with the parent right away: the queue would do so in a thread whose failure on a full /dev/shm
+            nobody hears of.
         workers: processes that read; 0 reads in this one.
         workers_option: what a user calls their number.
         batch_bytes: size of a batch in bytes.
         held: batches that the caller has in use at a time.
-        stop: as `training_loader`'s.
+        stop: as for `training_loader`.
         settings: further ones of `DataLoader`.
 
     Raises:
@@ -351,20 +297,15 @@ def read_batches(
     """
     if workers:
         _check_shared_memory(workers, held, batch_bytes, workers_option)
-    loader = DataLoader(
-        dataset,
-        collate_fn=collate,
-        num_workers=workers,
-        prefetch_factor=AHEAD if workers else None,
-        timeout=POLL_SECONDS if workers else 0,
-        worker_init_fn=partial(_leave_signals, _exiting()),
-        generator=torch.Generator(),  # else the loader would draw its base seed from the default generator
-        **settings,
-    )
+        settings |= {"prefetch_factor": AHEAD, "timeout": POLL_SECONDS}
+    generator = torch.Generator()  # else the loader would draw its base seed from the default generator
+    settings |= {"worker_init_fn": _leave_signals, "generator": generator}
     # PyTorch's handler, of this loader or an earlier one, raises anywhere, also in the middle of an optimiser's step,
     # when a worker dies. Waiting for the next batch notices it too.
     handler = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    batches = iter(DataLoader(dataset, collate_fn=collate, num_workers=workers, **settings))
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # once, and before what PyTorch has registered
     if threading.current_thread() is threading.main_thread() and handler is not None:
         is_pytorchs = str(getattr(handler, "__module__", "")).startswith("torch.")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_pytorchs else handler)
@@ -374,37 +315,25 @@ def read_batches(
             batch = next(batches)
         except StopIteration:
             return
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            line = " ".join(str(error).split())
-            if line.startswith("DataLoader timed out"):
+        except (RuntimeError, EOFError, InputError, OSError) as error:
+            if "DataLoader timed out" in str(error):
                 waited += POLL_SECONDS
                 if waited < STALLED_SECONDS:
                     continue
-                line = f"no image was read for {waited // 60} minutes"
-            elif line.startswith("DataLoader worker") or not isinstance(error, RuntimeError):
-                line = f"a process that reads images was ended from outside ({line or type(error).__name__})"
-            elif "shared memory" in line:
-                line = f"the shared memory is full ({line[line.index('unable') :] if 'unable' in line else line})"
-            else:
-                raise
-            raise ReadingFailed(
-                f"{line}; give it more memory, or shared memory (/dev/shm; docker run --shm-size), or try fewer "
-                f"{workers_option}"
-            ) from None
-        except (InputError, OSError) as error:
-            line = str(error).strip().splitlines()[-1]
-            raise ReadingFailed(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
+            raise _reading_failed(error, workers_option) from error
         waited = 0
         yield batch
 
 
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack tensors; in a worker, where the parent can read them.
-
-    The queue would share them as well, in a thread whose failure on a full /dev/shm nobody hears of.
-    """
-    stacked = torch.stack(list(tensors))
-    return stacked if get_worker_info() is None else stacked.share_memory_()
+def _reading_failed(error: Exception, workers_option: str) -> ReadingFailed:
+    line = next(reversed(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, InputError | OSError) and not isinstance(error, ConnectionError):
+        return ReadingFailed(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: "))
+    what = f"a process that reads images was ended from outside, or failed ({line})"
+    if "DataLoader timed out" in line:
+        what = f"no image was read for {STALLED_SECONDS // 60} minutes"
+    advice = "give it more memory, or shared memory (/dev/shm; docker run --shm-size)"
+    return ReadingFailed(f"{what}; {advice}, or try fewer {workers_option}")
 
 
 def _check_shared_memory(workers: int, held: int, batch_bytes: int, workers_option: str) -> None:
@@ -423,29 +352,19 @@ def _check_shared_memory(workers: int, held: int, batch_bytes: int, workers_opti
         )
 
 
-@cache
-def _exiting() -> Event:
-    """Set when this process exits.
-
-    Workers ignore what a cluster or Ctrl-C sends to all processes at once: the parent ends them after saving. When it
-    exits with an exception that still holds a loader, Python ends them by SIGTERM and waits for them: from then on
-    they obey it.
-    """
-    exiting = multiprocessing.Event()
-    atexit.register(exiting.set)
-    return exiting
-
-
-def _leave_signals(exiting: Event, worker: int) -> None:
-    def end(number: int, frame: FrameType | None) -> None:
-        if exiting.is_set():
-            os._exit(0)
-
-    for number in (signal.SIGINT, signal.SIGHUP):
+def _leave_signals(worker: int) -> None:
+    """Ignore what a cluster or Ctrl-C sends to all processes at once: the parent ends its workers after saving."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
+
+
+def _end_workers() -> None:
+    """End what Python would end by SIGTERM and wait for, at an exit with an exception that still holds a loader."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def default_workers(processes_here: int) -> int:
     """Choose the number of worker processes for each of the training processes on this machine."""
-    return max(0, min(MOST_WORKERS, cores() // processes_here - 1))
+    return max(0, min(8, cores() // processes_here - 1))

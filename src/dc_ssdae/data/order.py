@@ -1,6 +1,6 @@
 """The order in which a run goes through its images, as a function of the seed and the position alone."""
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,36 +10,15 @@ MIXED_BLOCKS = 64
 """Shards that are mixed with each other. Reads then stay within so many files, which slow disks want."""
 
 
-class EpochOrder:
-    """Permutations of a data set, one an epoch; the newest is kept in memory (8 bytes an image).
-
-    Args:
-        blocks: lengths of the runs of images that are cheap to read together, in order; one for a folder.
-        seed: of the run.
-    """
-
-    def __init__(self, blocks: Sequence[int], seed: int) -> None:
-        self.blocks = list(blocks)
-        self.seed = seed
-        self.length = sum(self.blocks)
-        self._epoch: tuple[int, np.ndarray] | None = None
-
-    def __getitem__(self, position: int) -> int:
-        """The index of the image at a position, counted over all epochs."""
-        epoch, place = divmod(position, self.length)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, permutation(self.blocks, self.seed, epoch)
-        return int(self._epoch[1][place])
-
-
-def permutation(blocks: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+@lru_cache(maxsize=1)  # 8 bytes per image
+def permutation(blocks: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
     """Draw an epoch's order.
 
     Blocks are shuffled, and so are the images of each `MIXED_BLOCKS` of them together: with no more blocks than
     that, every order is as likely as the next.
 
     Args:
-        blocks: lengths, in the data set's order.
+        blocks: lengths of the runs of images that are cheap to read together, in order; one for a folder.
         seed: of the run.
         epoch: from 0.
 

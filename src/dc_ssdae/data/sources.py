@@ -1,13 +1,12 @@
 """Where training and validation images come from: folders, shards, hub data sets, and a user's own classes."""
 
-import inspect
 import logging
 import operator
 import os
-from collections import Counter
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, get_type_hints
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from dc_ssdae.classes import import_class
-from dc_ssdae.data.folder import ImageFolder, is_held_out, list_folder, number_classes, suffix, warn_of
+from dc_ssdae.data.folder import ImageFolder, list_folder, number_classes, warn_of
 from dc_ssdae.data.hub import HubDataset
-from dc_ssdae.data.images import read_image_bytes, read_pillow_image
+from dc_ssdae.data.images import read_image_bytes, reason
 from dc_ssdae.data.shards import PACK, WEB, Shards, is_url, tar_files
-from dc_ssdae.errors import InputError, check_type, unknown_name
+from dc_ssdae.errors import InputError, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,28 +31,22 @@ _PARTS = {"train": ("train", "training"), "validation": ("validation", "val", "v
 class ImageSource(Protocol):
     """Random access to images and their labels by index; can be pickled for worker processes.
 
-    One in which some orders of reading cost less than others may also have `blocks`: lengths of consecutive runs of
-    images that are cheap to read together.
+    `classes` are the names of what the labels number; empty where they are not known. `name(index)` is what to call an
+    image in messages: its path, "shard.tar: member", or "dataset[12]". `read(index)` gives an image, uint8 (3, H, W),
+    upright RGB, and its label, -1 where it is not known; or raises an InputError with one line that names the image.
+
+    A source in which some orders of reading cost less than others may also have `blocks`: lengths of consecutive runs
+    of images that are cheap to read together.
     """
 
     @property
-    def classes(self) -> list[str]:
-        """Names of the classes that the labels number; empty where they are not known."""
-        ...
+    def classes(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 
-    def name(self, index: int) -> str:
-        """What to call an image in messages: its path, "shard.tar: member", or "dataset[12]"."""
-        ...
+    def name(self, index: int) -> str: ...
 
-    def read(self, index: int) -> tuple[Tensor, int]:
-        """Read an image, uint8 (3, H, W), upright RGB, and its label, -1 where it is not known.
-
-        Raises:
-            InputError: the image is broken; one line that names it.
-        """
-        ...
+    def read(self, index: int) -> tuple[Tensor, int]: ...
 
 
 class ImageSources(NamedTuple):
@@ -86,22 +79,12 @@ def open_sources(
     """
     if (root is None) == (dataset is None):
         raise InputError("either data.root or data.dataset must name the images" + (", not both" if root else ""))
-    in_root, found = None, None
-    if dataset is not None:
-        train = _build(dataset, cache)
-    else:
-        assert root is not None
-        root = os.path.expanduser(root)
-        parts = split_folders(root)
-        train, in_root = open_path(parts.get("train", root), cache), parts.get("validation")
-    if isinstance(validation, Mapping):
-        found = _build(validation, cache)
-    elif validation is not None:
-        found = open_path(os.path.expanduser(validation), cache)
-    elif in_root is not None:
-        found = open_path(in_root, cache)
-    number_classes([train, found])
-    return ImageSources(train, found)
+    parts = {} if root is None else split_folders(os.path.expanduser(root))
+    train = _open(dataset if root is None else parts.get("train", root), cache)
+    held_out = validation or parts.get("validation")
+    sources = ImageSources(train, _open(held_out, cache) if held_out else None)
+    number_classes(sources)
+    return sources
 
 
 def open_path(path: str, cache: str | None) -> ImageSource:
@@ -117,27 +100,17 @@ def open_path(path: str, cache: str | None) -> ImageSource:
     """
     if os.path.isdir(path):
         PACK.check_finished(path)
-        shards = tar_files(path)
+        shards = [os.path.basename(shard) for shard in tar_files(path)]
         if not shards:
             return ImageFolder(path)
-        listing = list_folder(path)
-        if listing.images:
-            raise InputError(
-                f"{path!r} holds shards ({os.path.basename(shards[0])!r}) and images ({listing.images[0]!r}); "
-                "which of them are meant? Move the others elsewhere"
-            )
-        held_out = [name for name in map(os.path.basename, shards) if is_held_out(name)]
-        others = listing.others - Counter({".tar": len(shards)})
-        warn_of(path, others, held_out if len(held_out) < len(shards) else [])
-        return Shards(path, cache=cache)
-    if is_url(path) or path.endswith(".tar") or "{" in path or path.startswith("file:"):
-        return Shards(path, cache=cache)
-    if os.path.exists(path):
-        packed = "; unpack it, or decompress it to a .tar" if suffix(path).startswith(".tar") else ""
-        raise InputError(f"{path!r} is neither a folder nor a shard that ends in .tar{packed}")
-    raise InputError(
-        f"there is no folder {path!r}; shards are named by a folder, a .tar, or a pattern with {{000..127}}"
-    )
+        images, others = list_folder(path)
+        if images:
+            raise InputError(f"{path!r} holds both shards ({shards[0]!r}) and images ({images[0]!r}); separate them")
+        del others[".tar"]
+        warn_of(path, others, shards)
+    elif not (is_url(path) or path.endswith(".tar") or "{" in path or path.startswith("file:")):
+        raise InputError(f"{path!r} is no folder, .tar without compression, pattern like {{000..127}}.tar, or URL")
+    return Shards(path, cache=cache)
 
 
 def check_runs_nothing(data: object, file: Path) -> None:
@@ -156,9 +129,7 @@ def check_runs_nothing(data: object, file: Path) -> None:
         check_runs_nothing(value, file)
     for part in data.split("::") if isinstance(data, str) else ():
         if is_url(part) and not part.lower().startswith(WEB):
-            raise InputError(
-                f"{file} reads images by the command {part!r}; if you trust it, give it on the command line"
-            )
+            raise InputError(f"{file} runs the command {part!r}; if you trust it, give it on the command line")
 
 
 def split_folders(root: str) -> dict[str, str]:
@@ -176,153 +147,90 @@ def split_folders(root: str) -> dict[str, str]:
     if not os.path.isdir(root):
         return {}
     folders = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
-    parts: dict[str, str] = {}
-    for part, names in _PARTS.items():
-        found = [name for name in folders if name.lower() in names]
+    parts = {part: [name for name in folders if name.lower() in names] for part, names in _PARTS.items()}
+    read = [name for found in parts.values() for name in found]
+    for part, found in parts.items():
         if len(found) > 1:
-            both = " and ".join(f"{name}/" for name in found)
-            raise InputError(f"{root!r} holds both {both}; keep one of them, or name it in data.{part}")
-        if found:
-            parts[part] = os.path.join(root, found[0])
-    read = [os.path.basename(path) for path in parts.values()]
-    if read and "train" not in parts:
+            raise InputError(f"{root!r} holds both {'/ and '.join(found)}/; keep one, or name it in data.{part}")
+    if read and not parts["train"]:
         raise InputError(f"{root!r} holds {read[0]}/ but no train/; which images are to be trained on?")
     others = [name for name in folders if not name.startswith(".") and name not in read]
     if read and others:
         logger.warning("%r: only %s read; left out: %s", root, " and ".join(read), ", ".join(others[:10]))
-    return parts
+    return {part: os.path.join(root, *found) for part, found in parts.items() if found}
 
 
-def _build(component: Mapping[str, Any], cache: str | None) -> ImageSource:
-    """Build a data set from {class_path, init_args}."""
-    class_path = component.get("class_path")
-    settings = dict(component.get("init_args") or {})
-    if not isinstance(class_path, str):
-        raise InputError(f"a data set is named by class_path, not by {class_path!r}")
-    if "." not in class_path:
-        if class_path not in BUILT_IN_SOURCES:
-            own = "; a class of your own is named as module.Class"
-            raise InputError(f"{unknown_name('data set', class_path, BUILT_IN_SOURCES)}{own}")
-        kind = BUILT_IN_SOURCES[class_path]
-        _check_settings(class_path, kind, settings)
-        if kind is Shards:
-            settings.setdefault("cache", cache)
-        source: ImageSource = kind(**settings)
-        return source
-    return _adapt(_make(class_path, import_class(class_path), settings), class_path)
-
-
-def _check_settings(class_path: str, kind: type, settings: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(kind).parameters
-    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
-    for name, value in settings.items():
-        if name not in parameters:
-            raise unknown_name(f"setting of {class_path}", name, parameters)
-        check_type(f"{name} of {class_path}", value, hints[name])
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in settings:
-            raise InputError(f"{class_path} needs init_args.{name}")
-
-
-def _make(class_path: str, kind: Any, settings: Mapping[str, Any]) -> Any:
+def _open(named: Any, cache: str | None) -> ImageSource:
+    """Open what a configuration names: a path, or {class_path, init_args}."""
+    if isinstance(named, str):
+        return open_path(os.path.expanduser(named), cache)
+    class_path, settings = named.get("class_path"), dict(named.get("init_args") or {})
+    if class_path not in BUILT_IN_SOURCES and "." not in str(class_path):
+        raise unknown_name("data set", class_path, [*BUILT_IN_SOURCES, "module.Class"])
+    kind = BUILT_IN_SOURCES.get(class_path) or import_class(class_path)
+    if kind is Shards:
+        settings.setdefault("cache", cache)
     try:
-        inspect.signature(kind).bind(**settings)
-    except TypeError as error:
-        raise InputError(f"init_args of {class_path} do not fit: {error}") from error
-    except ValueError:  # a class written in C may have no signature to look at
-        pass
-    try:
-        return kind(**settings)
+        source = kind(**settings)
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{class_path} cannot be built from its init_args: {_told(error)}") from error
-
-
-def _adapt(dataset: Any, class_path: str) -> ImageSource:
-    """Make a source of a user's object."""
-    try:
-        length = len(dataset)
-    except TypeError as error:
-        raise InputError(f"{class_path} has no __len__; a run's order needs it") from error
-    if length < 1:
-        raise InputError(f"{class_path} has no images: its length is {length}")
-    has_names = callable(getattr(dataset, "read", None)) and callable(getattr(dataset, "name", None))
-    if not has_names and not hasattr(dataset, "__getitem__"):
-        raise InputError(f"{class_path} has neither __getitem__ nor read and name; one of them gives the images")
-    return _Items(dataset, class_path.rpartition(".")[2], has_names)
+        accepted = f"; it takes {', '.join(signature(kind).parameters)}" if isinstance(error, TypeError) else ""
+        raise InputError(f"{class_path} cannot be built from its init_args: {reason(error)}{accepted}") from error
+    return source if class_path in BUILT_IN_SOURCES else _Items(source, class_path)
 
 
 class _Items:
     """A user's data set: with `read` and `name`, or map-style, as torchvision's and Hugging Face's are."""
 
-    def __init__(self, dataset: Any, label: str, has_names: bool) -> None:
-        self._dataset = dataset
-        self._label = label
-        self._has_names = has_names
+    def __init__(self, dataset: Any, class_path: str) -> None:
+        self._dataset, self._class = dataset, class_path.rpartition(".")[2]
+        self._has_names = hasattr(dataset, "read") and hasattr(dataset, "name")
+        readable = self._has_names or hasattr(dataset, "__getitem__")
+        if not (readable and hasattr(dataset, "__len__") and len(dataset)):
+            raise InputError(f"{class_path} needs a __len__ above 0, and __getitem__ or read and name")
         self.blocks = getattr(dataset, "blocks", [len(dataset)])
         classes = getattr(dataset, "classes", ())
-        are_names = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
-        self.classes = [str(name) for name in classes] if are_names else []
+        self.classes = [name for name in classes if isinstance(name, str)] if isinstance(classes, list | tuple) else []
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def name(self, index: int) -> str:
-        return str(self._dataset.name(index)) if self._has_names else f"{self._label}[{index}]"
+        return str(self._dataset.name(index)) if self._has_names else f"{self._class}[{index}]"
 
     def read(self, index: int) -> tuple[Tensor, int]:
+        name = self.name(index)
         try:
             item = self._dataset.read(index) if self._has_names else self._dataset[index]
         except InputError:
             raise
         except Exception as error:  # the user's code meets broken images with whatever its decoder raises
-            raise InputError(f"cannot read image {self.name(index)!r}: {_told(error)}") from error
-        return _pixels(item, self.name(index)), _label(item)
+            raise InputError(f"cannot read image {name!r}: {reason(error)}") from error
+        if isinstance(item, Mapping):
+            item = item.get("image", next(iter(item.values()), None)), item.get("label", item.get("labels"))
+        image, label, *_ = (*item, None, None) if isinstance(item, tuple | list) else (item, None)
+        return _as_pixels(image, name), _as_label(label)
 
 
-def _label(item: Any) -> int:
-    """Find the label in a data set's item: a whole number from 0, else -1."""
-    if isinstance(item, Mapping):
-        label = item.get("label", item.get("labels"))
-    else:
-        label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
+def _as_label(label: Any) -> int:
+    """A whole number from 0, of Python, NumPy or PyTorch, as a label; -1 for anything else."""
     try:
-        number = operator.index(label)  # of Python, NumPy or PyTorch
+        return max(-1, operator.index(label))
     except (TypeError, ValueError):
         return -1
-    return number if 0 <= number < 2**63 else -1
 
 
-def _pixels(item: Any, name: str) -> Tensor:
-    """Find the image in a data set's item."""
-    if isinstance(item, Mapping):
-        if set(item) == {"bytes", "path"} and isinstance(item["bytes"], bytes):  # undecoded, in Hugging Face's way
-            return read_image_bytes(item["bytes"], name).pixels
-        item = item["image"] if "image" in item else next(iter(item.values()), None)
-        return _pixels(item, name) if isinstance(item, Mapping) else _one_image(item, name)
-    if isinstance(item, tuple | list):
-        item = item[0] if item else None
-    return _one_image(item, name)
-
-
-def _one_image(image: Any, name: str) -> Tensor:
-    if isinstance(image, Image.Image):
-        return read_pillow_image(image, name).pixels
-    pixels = image
+def _as_pixels(image: Any, name: str) -> Tensor:
+    """An image in any of the forms that data sets give, as uint8 (3, H, W)."""
+    if isinstance(image, Mapping):  # undecoded, as Hugging Face has it
+        image = image.get("bytes")
+    if isinstance(image, bytes | Image.Image):
+        return read_image_bytes(image, name).pixels
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
-    is_tensor = isinstance(pixels, Tensor) and pixels.dtype == torch.uint8 and pixels.ndim == 3
-    if is_tensor and pixels.shape[0] == 3 and pixels.numel():
-        return pixels.as_subclass(Tensor).detach().cpu()
-    found = type(image).__name__
-    if isinstance(image, Tensor | np.ndarray):
-        found = f"{str(image.dtype).removeprefix('torch.')} of shape {tuple(image.shape)}"
-    raise InputError(
-        f"cannot read image {name!r}: it is {found}; it must be a Pillow image, a uint8 tensor (3, H, W) or "
-        "a uint8 array (H, W, 3), or an item that begins with one"
-    )
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape[:-2] == (3,) and image.numel():
+        return image.as_subclass(Tensor).detach().cpu()
+    found = f"{getattr(image, 'dtype', type(image).__name__)} of shape {tuple(getattr(image, 'shape', ()))}"
+    wanted = "a Pillow image, a uint8 tensor (3, H, W) or array (H, W, 3), or a pair or mapping of one and its label"
+    raise InputError(f"cannot read image {name!r}: it is {found}; it must be {wanted}")

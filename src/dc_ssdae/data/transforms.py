@@ -25,9 +25,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
     Raises:
         InputError: `multiple` is not positive, or the images have no pixels.
     """
-    if multiple < 1:
-        raise InputError(f"images are padded to a positive multiple, not {multiple}")
-    height, width = _sides(x)
+    height, width = _sides(x, multiple)
     bottom, right = -height % multiple, -width % multiple
     if bottom:
         x = x[..., _with_pad(height, bottom), :]
@@ -50,8 +48,7 @@ def crop_to(x: Tensor, size: tuple[int, int]) -> Tensor:
         InputError: the images are smaller than `size`.
     """
     height, width = size
-    if not (1 <= height <= x.shape[-2] and 1 <= width <= x.shape[-1]):
-        raise InputError(f"cannot crop {_by(x)} pixels to {height}x{width}")
+    _check_larger(x, height, width)
     return x[..., :height, :width]
 
 
@@ -74,8 +71,7 @@ def resize_shorter_side(x: Tensor, size: int) -> Tensor:
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as tvf
 
-    _check_size(size)
-    if min(_sides(x)) == size:
+    if min(_sides(x, size)) == size:
         return x
     return tvf.resize(x, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
 
@@ -111,9 +107,7 @@ def center_crop(x: Tensor, size: int) -> Tensor:
     """
     from torchvision.transforms.v2 import functional as tvf
 
-    _check_size(size)
-    if min(_sides(x)) < size:
-        raise InputError(f"cannot crop {_by(x)} pixels to {size}x{size}; resize first")
+    _check_larger(x, size, size)
     return tvf.center_crop(x, [size, size])
 
 
@@ -143,12 +137,10 @@ def random_scaled_crop(
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as tvf
 
-    _check_size(size)
-    if not 1.0 <= aug_scale < float("inf"):
-        raise InputError(f"aug_scale is {aug_scale}; it must be at least 1")
-    if pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise InputError(f"crops are drawn from an image of shape (3, H, W), not {tuple(pixels.shape)}")
-    height, width = _sides(pixels)
+    height, width = _sides(pixels, size)
+    if not 1.0 <= aug_scale < float("inf") or pixels.shape[:-2] != (3,):
+        shape = tuple(pixels.shape)
+        raise InputError(f"crops are drawn from an image (3, H, W), not {shape}; aug_scale {aug_scale} is at least 1")
     shorter = min(height, width)
 
     draws = torch.rand(4, generator=generator, device=generator.device, dtype=torch.float64).tolist()
@@ -167,16 +159,13 @@ def _with_pad(side: int, added: int) -> list[int]:
     return [*range(side), *(reflected if added < side else [side - 1] * added)]
 
 
-def _sides(x: Tensor) -> tuple[int, int]:
-    if x.ndim < 3 or 0 in x.shape[-3:]:
-        raise InputError(f"images have the shape (..., C, H, W) and at least one pixel, not {tuple(x.shape)}")
+def _sides(x: Tensor, size: int = 1) -> tuple[int, int]:
+    if x.ndim < 3 or 0 in x.shape[-3:] or size < 1:
+        wanted = "images have the shape (..., C, H, W) and at least one pixel, before and after"
+        raise InputError(f"{wanted}; these have {tuple(x.shape)}, and the new size is {size}")
     return x.shape[-2], x.shape[-1]
 
 
-def _by(x: Tensor) -> str:
-    return f"{x.shape[-2]}x{x.shape[-1]}"
-
-
-def _check_size(size: int) -> None:
-    if size < 1:
-        raise InputError(f"an image's side is at least 1 pixel, not {size}")
+def _check_larger(x: Tensor, height: int, width: int) -> None:
+    if not (1 <= height <= x.shape[-2] and 1 <= width <= x.shape[-1]):
+        raise InputError(f"cannot crop {x.shape[-2]}x{x.shape[-1]} pixels to {height}x{width}")

@@ -18,8 +18,6 @@ from torch import Tensor
 from dc_ssdae.data.loader import (
     Batch,
     BrokenImage,
-    Drawing,
-    Places,
     TrainingSamples,
     default_workers,
     training_loader,
@@ -224,11 +222,11 @@ class Trainer:
         data, training, processes = self.config.data, self.config.training, self.processes
         repeat_after = None if self.config.distillation is None else self.config.distillation.cache_steps
         crop = data.image_size, data.aug_scale, data.flip
-        samples = TrainingSamples(self.sources.train, Drawing(training.seed, training.batch_size, *crop, repeat_after))
+        samples = TrainingSamples(self.sources.train, training.seed, training.batch_size, *crop, repeat_after)
         share = processes.index, processes.count, training.accumulation_steps
-        places = Places(self.step, training.steps, training.batch_size, *share)
         is_cuda = self.accelerator.device.type == "cuda"
-        return training_loader(samples, places, self.workers, is_cuda, lambda: self.stop.name is not None)
+        steps = self.step, training.steps
+        return training_loader(samples, *steps, self.workers, is_cuda, share, lambda: self.stop.name is not None)
 
     def _fetch(self) -> list[Batch]:
         """Read the batches of the next step; none where that fails, or a signal comes meanwhile: see `_exchange`."""
