@@ -157,13 +157,12 @@ def test_every_broken_image_is_named_alone(tmp_path: Path) -> None:
             member.type, member.linkname = kind, "50.png"
             archive.addfile(member)
     shards = Shards(str(tmp_path))
-    broken = [*range(len(members)), len(members) + 1, len(members) + 2]
-    for index in broken:
+    assert shards.read(len(members))[0].shape == (3, 24, 32)
+    for index in {*range(len(members) + 3)} - {len(members)}:
         with pytest.raises(InputError) as caught:
             shards.read(index)
         assert shards.name(index) in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
-    assert shards.read(len(members))[0].shape == (3, 24, 32)
 
 
 def test_a_shard_cut_short_anywhere_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -312,9 +311,8 @@ def test_shards_with_a_manifest_are_fetched_when_first_read(packed: Path, tmp_pa
     check(Shards(url, cache=cache), list(range(7)))  # its host is down
 
 
-def _open_and_sum(url: str, cache: str) -> int:
-    shards = Shards(url, cache=cache)
-    return sum(_sum(shards, index) for index in range(len(shards)))
+def _count(url: str, cache: str) -> int:
+    return len(Shards(url, cache=cache))
 
 
 def test_shards_without_a_manifest_are_fetched_at_once_and_once(
@@ -323,8 +321,7 @@ def test_shards_without_a_manifest_are_fetched_at_once_and_once(
     host, asked = server
     url, cache = f"{host}/shards/{{000000..000002}}.tar", str(tmp_path / "cache")
     with multiprocessing.get_context("fork").Pool(4) as processes:
-        sums = processes.starmap(_open_and_sum, [(url, cache)] * 4)
-    assert sums == [sum(int(image_array(number).sum()) for number in range(6))] * 4
+        assert processes.starmap(_count, [(url, cache)] * 4) == [6] * 4
     assert sorted(path for path in asked if path.endswith(".tar")) == [f"/shards/00000{i}.tar" for i in range(3)]
     asked.clear()
     check(Shards(url, cache=cache), list(range(6)))
