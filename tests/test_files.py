@@ -57,10 +57,11 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: 
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_pack_names_the_shard_that_cannot_be_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pack_names_the_shard_that_cannot_be_written(tmp_path: Path, workers: int) -> None:
     images = make_images(tmp_path / "images", 3)
     with pytest.raises(OSError, match="too large") as caught, largest_file(1500):
-        pack(str(images), tmp_path / "out", PackSettings(size=None), report=lambda _: None)
+        pack(str(images), tmp_path / "out", PackSettings(size=None, shard_size=2), workers, report=lambda _: None)
     assert caught.value.filename == str(tmp_path / "out" / "000000.tar")
 
 

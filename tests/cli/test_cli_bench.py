@@ -66,7 +66,7 @@ def test_data(run: Run, photos: Path) -> None:
     assert all("1-bad.png" in line for line in outcome.err), "packing told of it"
     found = columns(run(*words).out)
     assert found["name"] == ["photos"]
-    for rate in ("stages.read", "stages.crop", "stages.sample", "loader.1"):
+    for rate in ("stages.read", "stages.sample", "loader.1"):
         check_spread(found[f"{rate}.images_per_second"][0])
         assert found[f"{rate}.ratio"] == ["1 (1..1)"]
     assert "1-bad.png" in found["broken"][0]

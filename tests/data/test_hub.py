@@ -68,7 +68,7 @@ def test_labels_are_whole_numbers_in_a_column(tmp_path: Path) -> None:
     number, text = datasets.Value("uint8"), datasets.Value("string")
     tables = {
         "names": {"label": (datasets.ClassLabel(names=["cat", "dog"]), [1, 0, None])},
-        "numbers": {"labels": (datasets.Value("int32"), [5, 6, -1])},
+        "numbers": {"labels": (datasets.Value("int32"), [5, 6, -3])},
         "texts": {"label": (text, ["a", "b", "c"]), "fine": (number, [1, 2, 3])},
     }
     for name, columns in tables.items():
@@ -99,11 +99,6 @@ def test_every_broken_image_is_named_alone(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    whole(1).select([]).to_parquet(tmp_path / "empty.parquet")
-    for path, given in (
-        (str(tmp_path / "missing"), {}),
-        *(("parquet", {"data_files": str(tmp_path / name)}) for name in ("x.parquet", "empty.parquet")),
-    ):
-        with pytest.raises(InputError, match=f"{path}.* cannot be loaded") as caught:
-            HubDataset(path, **given)
-        assert len(str(caught.value).splitlines()) == 1
+    for path, files in ((str(tmp_path / "missing"), None), ("parquet", str(tmp_path / "x.parquet"))):
+        with pytest.raises(InputError, match=r"^the data set .* cannot be loaded: .*$"):
+            HubDataset(path, data_files=files)

@@ -91,8 +91,8 @@ class ImageFolder:
         Raises:
             InputError: it cannot be read, for whatever reason.
         """
-        image = read_image_bytes(self.read_bytes(index), self.name(index), interleaved=True)
-        return image.pixels, self.label(index)
+        name = self.name(index)
+        return read_image_bytes(read_bytes(name), name, interleaved=True).pixels, self.label(index)
 
     def read_bytes(self, index: int) -> bytes:
         """The file's content.

@@ -97,14 +97,13 @@ def pack(
     number_classes(parts.values())
     with PACK.lock(target):
         jobs = {name: _PackJob(part, target / name, settings) for name, part in parts.items()}
-        manifests = {name: PACK.begin(job.folder, job.identity) for name, job in jobs.items()}
-        for name, manifest in manifests.items():
-            if manifest is not None:
-                report(f"{str(jobs[name].folder)!r} is finished already; nothing to do")
-        return {
-            name: _write_part(name, jobs[name], workers, max_broken_share, report) if manifest is None else manifest
-            for name, manifest in manifests.items()
-        }
+        manifests: dict[str, Any] = {name: PACK.begin(job.folder, job.identity) for name, job in jobs.items()}
+        for name, job in jobs.items():
+            if manifests[name] is not None:
+                report(f"{str(job.folder)!r} is finished already; nothing to do")
+            else:
+                manifests[name] = _write_part(name, job, workers, max_broken_share, report)
+        return manifests
 
 
 class _PackJob(Dataset[bool | Exception]):

@@ -406,12 +406,11 @@ def fetch(url: str, cache: str | None, sha256: str | None = None, again: bool = 
     if not again and path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One name for all, because only the lock's holder writes it: a killed process leaves no second one.
-    partial = path.with_name(f".{path.name}.partial")
     with FileLock(f"{path}.lock"):
         if again or not path.is_file():
             try:
-                with files.written_beside(path, partial) as beside:
+                # One name for all, because only the lock's holder writes it: a killed process leaves no second one.
+                with files.written_beside(path, path.with_name(f".{path.name}.partial")) as beside:
                     _download(url, beside)
                     if sha256 is not None and files.sha256(beside) != sha256:
                         raise OSError("its content is not what the manifest beside it says")

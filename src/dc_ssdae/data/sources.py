@@ -57,10 +57,7 @@ class ImageSources(NamedTuple):
 
 
 def open_sources(
-    root: str | None,
-    dataset: Mapping[str, Any] | None,
-    validation: str | Mapping[str, Any] | None,
-    cache: str | None,
+    root: str | None, dataset: Mapping[str, Any] | None, validation: str | Mapping[str, Any] | None, cache: str | None
 ) -> ImageSources:
     """Open the data sets that a configuration names.
 
