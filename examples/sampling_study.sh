@@ -23,5 +23,5 @@ done
 for pid in "${pids[@]}"; do
   wait "$pid"
 done
-dc-ssdae study sampling --model "$out/EquilibriumMatching" --baseline "$out/FlowMatching" --data "$photos" --size 64 \
-  --images 100 --steps 1,2,3,4,8,16 --step_sizes default,0.5 --tolerances 0.2,0.1,0.05 --out "$out/study" --overwrite
+python "$(dirname "$0")/../studies/sampling.py" --model "$out/EquilibriumMatching" --baseline "$out/FlowMatching" \
+  --data "$photos" --size 64 --images 100 --steps 1,2,3,4,8,16 --step_sizes default,0.5 --tolerances 0.2,0.1,0.05 --out "$out/study" --overwrite

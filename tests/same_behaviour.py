@@ -78,7 +78,6 @@ convert diffusers nowhere --out out2
 export --out out3 --size 1 2 3
 pack . out4 --format png --quality 3
 curves nowhere
-study sampling --data . --samplers nothing
 bench train --config demo --compare nothing
 """.strip().splitlines()
 

@@ -19,7 +19,6 @@ COMMANDS = {
     "convert diffusers absent": "config.json",
     "eval --model absent/x --data .": "images.csv",
     "compare bicubic:4 --data absent": "pareto.png",
-    "study sampling --model absent --data .": "study.png",
 }
 
 

@@ -45,9 +45,6 @@ from dc_ssdae.evaluation.reconstruction import PhotoResult
 from dc_ssdae.evaluation.report.caveats import ENOUGH_IMAGES
 from dc_ssdae.evaluation.report.demo import demo_page
 from dc_ssdae.evaluation.report.pictures import Point, front
-from dc_ssdae.evaluation.report.study import SamplingStudy
-from dc_ssdae.evaluation.sampling_study import Measurement, Setting
-from dc_ssdae.timing import Spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # as there is no duck in DejaVu Sans
 
@@ -353,56 +350,6 @@ def test_the_arenas_caveats_are_of_those_that_finished() -> None:
     without.evaluation.metrics["rfid"] = Estimate(reason="too few")
     assert not any(word in line for word in (RANDOM_WEIGHTS, "rFID") for line in arena_of([failed, without]).caveats())
     assert any("rFID" in line for line in arena_of([without, entry_of("b")]).caveats())
-
-
-def study_of(*models: str) -> SamplingStudy:
-    """Measurements of models, each a decibel better than the one before."""
-    measurements = []
-    for better, model in enumerate(models):
-        for sampler, steps, tolerance in (("one_step", 1, None), ("euler", 4, None), ("euler", 4, 0.5)):
-            setting, seconds = Setting(sampler, steps, tolerance=tolerance), Spread(0.01 * steps, 0.009, 0.05)
-            qualities = {"psnr": 20.0 + better + 0.1 * steps, "ssim": 0.5}
-            measurements.append(Measurement(model, setting, qualities, steps, seconds=seconds, ratio=seconds))
-    return SamplingStudy(measurements, models, ["a note"], MACHINE)
-
-
-class TestStudy:
-    def test_json_holds_everything(self) -> None:
-        study = study_of("fm", "<eqm>")
-        content = strict(study.as_json())
-        assert (content["notes"], content["machine"], len(content["measurements"])) == (["a note"], MACHINE, 6)
-        row = content["measurements"][1]
-        assert (
-            row.items() >= {"model": "fm", "sampler": "euler", "num_steps": 4, "psnr": 20.4, "evaluations": 4}.items()
-        )
-        assert row["seconds"] == {"median": 0.04, "low": 0.009, "high": 0.05}
-        for quality, needed in study.needed().items():
-            found = [(entry["target"], entry["fewer"]) for entry in content["needed"][quality]]
-            assert found == [(entry.target, entry.fewer) for entry in needed]
-
-    def test_tables_say_what_was_measured_and_what_is_needed(self) -> None:
-        text = study_of("fm", "eqm").as_markdown()
-        psnr, _, measurements = tables(text)
-        by_target = {row["PSNR (dB) to reach"]: list(row.values())[1:] for row in psnr}
-        assert by_target["20.4"] == ["4 (euler)", "1 (one_step)", "75 %"]
-        assert by_target["21.4"] == ["–", "4 (euler)", "–"]
-        assert len(measurements) == 6
-        expected = {"sampler": "euler", "num_steps": "4", "psnr": "20.4", "tolerance": "0.5", "step_size": "–"}
-        assert {key: measurements[2].get(key, "–") for key in expected} == expected
-        assert bullets(text)[1:] == ["a note", "Measured on a processor, 2 cores, 1 thread, PyTorch 2, Python 3."]
-
-    def test_one_model_has_nothing_to_compare(self) -> None:
-        alone = study_of("eqm")
-        assert len(tables(alone.as_markdown())) == 1
-        assert strict(alone.as_json())["needed"] == {"psnr": [], "ssim": []}
-
-    def test_the_page_has_picture_and_tables(self) -> None:
-        study = study_of("fm", "<eqm>")
-        picture = study.as_picture()
-        assert open_picture(picture).width > 1000
-        page = Page(study.as_page(picture))
-        assert page.heads[0] == "Sampling study of fm and <eqm>"
-        assert {"a note", "75 %", "<eqm>"} <= {*page.texts}
 
 
 def test_the_demo_has_both_models_and_says_how_they_compare(tmp_path: Path) -> None:

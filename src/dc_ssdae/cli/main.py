@@ -25,7 +25,6 @@ COMMANDS: Mapping[str, str] = {
     "compare": "measure many autoencoders alike, with pictures and costs",
     "curves": "draw the losses and the evaluations of runs",
     "distill": "teach a model to do in one step what it does in several",
-    "study sampling": "sweep samplers, steps and tolerances of a model, or of two",
     "info": "list the presets, or describe a preset or a saved model",
     "convert original": "convert a checkpoint of the DC-SSDAE authors' own code",
     "convert diffusers": "join a published encoder of diffusers with a new decoder",

@@ -92,20 +92,21 @@ def data_uri(picture: Tensor | bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
 
 
-def fill(template: str, **parts: Any) -> str:
-    """Fill a template of this folder; texts are escaped where it is HTML."""
+def fill(template: str | Path, **parts: Any) -> str:
+    """Fill a template of this folder, or one elsewhere that may extend these; texts are escaped where it is HTML."""
+    path = Path(__file__).parent / template
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=template.endswith(".html"),
+        loader=FileSystemLoader([path.parent, Path(__file__).parent]),
+        autoescape=path.suffix == ".html",
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"uri": data_uri, "counted": counted}
-    return environment.get_template(template).render(parts)
+    return environment.get_template(path.name).render(parts)
 
 
-def render_page(template: str, **parts: Any) -> bytes:
+def render_page(template: str | Path, **parts: Any) -> bytes:
     """Make a page, which needs nothing from elsewhere; `title`, `lead` and `footer` are on every one."""
     return fill(template, **parts).encode("utf-8", "backslashreplace")
 

@@ -1,4 +1,4 @@
-"""Pictures of what quality costs: of the arena's models, and of samplers."""
+"""Pictures of what quality costs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.curves import COLOURS, number_logarithmic_ticks, shorten
 from dc_ssdae.evaluation.estimates import METRICS
-from dc_ssdae.evaluation.sampling_study import QUALITIES, Measurement
 from dc_ssdae.files import finite
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def arena_figure(entries: Sequence[Entry]) -> "Figure":
     styles, rivals = {}, []
     for index, entry in enumerate(entries):
         is_random = RANDOM_WEIGHTS in entry.remarks
-        styles[entry.label] = _style(index, 0.35 if is_random else 1.0)
+        styles[entry.label] = style(index, 0.35 if is_random else 1.0)
         styles[entry.label] |= {"markerfacecolor": "none"} if entry.is_baseline else {}
         rivals += [] if entry.is_baseline or is_random else [entry.label]
     for name in ("psnr", "lpips", "rfid"):
@@ -69,34 +68,10 @@ def arena_figure(entries: Sequence[Entry]) -> "Figure":
         unit, better = f" in {info.unit}" if info.unit else "", "more" if info.more_is_better else "less"
         title = f"{info.title}{unit} ({better} is better)"
         rows += [(title, points, fronts)] if points else []
-    return _draw(("tokens per image (fewer is better)", "images decoded per second (more is better)"), rows, styles)
+    return draw(("tokens per image (fewer is better)", "images decoded per second (more is better)"), rows, styles)
 
 
-def study_figure(measurements: Sequence[Measurement]) -> "Figure":
-    """Quality against evaluations and against time: a pale mark for each setting, a line for each sampler.
-
-    The line goes through the settings that are best for their number of evaluations. Marks that are worse than all
-    lines are left out: a few bad settings would flatten all others.
-    """
-    rows: list[Row] = []
-    groups: dict[str, list[Measurement]] = {}
-    for m in measurements:
-        groups.setdefault(f"{m.model}: {m.setting.sampler}", []).append(m)
-    for name in [name for name in ("psnr", "lpips") if name in measurements[0].qualities]:
-        title, more = QUALITIES[name]
-        points = {
-            label: [Point(m.qualities[name], m.evaluations, 1000 * m.seconds.median) for m in group if m.seconds]
-            for label, group in groups.items()
-        }
-        lines = {label: front(found, 1, False, more) for label, found in points.items()}
-        ends = [point.quality for found in lines.values() for point in found]
-        shown = {label: [p for p in found if min(ends) <= p.quality <= max(ends)] for label, found in points.items()}
-        rows.append((title, shown, [lines, lines]))
-    styles = {label: _style(index, 0.5) for index, label in enumerate(groups)}
-    return _draw(("evaluations of the decoder per image", "milliseconds per image"), rows, styles)
-
-
-def _draw(costs: tuple[str, str], rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> "Figure":
+def draw(costs: tuple[str, str], rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Draw a row for each quality, a panel for each of two costs, and a legend below."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -124,6 +99,6 @@ def _draw(costs: tuple[str, str], rows: Sequence[Row], styles: Mapping[str, Mapp
     return figure
 
 
-def _style(index: int, alpha: float) -> dict[str, Any]:
+def style(index: int, alpha: float) -> dict[str, Any]:
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     return {"color": colour, "marker": marker, "alpha": alpha, "markersize": 7, "linestyle": "none"}

@@ -1,25 +1,23 @@
 """The sampling study: what is swept, what is measured of it, and what two models need for the same quality."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sampling
 import torch
-from tiny_models import refusal
+from sampling import Grid, Measurement, SamplingStudy, Setting, evaluations_needed, measure_sampling
+from tiny_models import refusal, tiny
 from torch import Tensor
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.data.images import to_model_range, to_uint8
+from dc_ssdae.cli.parser import CommandParser
+from dc_ssdae.data.images import to_model_range, to_uint8, write_png
 from dc_ssdae.decoding import INTEGRATORS, SAMPLERS
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.evaluation.metrics import psnr, ssim
-from dc_ssdae.evaluation.sampling_study import (
-    Grid,
-    Measurement,
-    Setting,
-    evaluations_needed,
-    measure_sampling,
-)
-from dc_ssdae.timing import Spread
+from dc_ssdae.timing import Spread, describe_machine
 
 SMALL = Grid(steps=(1, 3), step_sizes=(None, 0.25), tolerances=(0.5,))
 
@@ -142,11 +140,43 @@ def test_the_cheapest_that_reaches_a_quality_is_needed() -> None:
     assert found[14.0].fewer == pytest.approx(1 - 3 / 8)
     assert found[15.0].fewer is None
 
-
-def test_of_lpips_less_is_better() -> None:
     def of(evaluations: float, value: float) -> Measurement:
         return Measurement("m", Setting("euler", 1), {"lpips": value}, evaluations)
 
-    found = evaluations_needed([of(1, 0.5), of(2, 0.3)], [of(1, 0.4)], "lpips", targets=3)
-    assert [entry.target for entry in found] == [0.5, 0.4, 0.3]
-    assert [entry.second and entry.second.evaluations for entry in found] == [1, 1, None]
+    lpips = evaluations_needed([of(1, 0.5), of(2, 0.3)], [of(1, 0.4)], "lpips", targets=3)  # less is better
+    assert [entry.target for entry in lpips] == [0.5, 0.4, 0.3]
+    assert [entry.second and entry.second.evaluations for entry in lpips] == [1, 1, None]
+
+
+def test_reports_say_what_was_measured_and_what_is_needed() -> None:
+    measurements = []
+    for better, model in enumerate(("fm", "<eqm>")):
+        for sampler, steps, tolerance in (("one_step", 1, None), ("euler", 4, None), ("euler", 4, 0.5)):
+            seconds = Spread(0.01 * steps, 0.009, 0.05)
+            qualities = {"psnr": 20.0 + better + 0.1 * steps}
+            setting = Setting(sampler, steps, tolerance=tolerance)
+            measurements.append(Measurement(model, setting, qualities, steps, seconds=seconds, ratio=seconds))
+    study = SamplingStudy(measurements, ("fm", "<eqm>"), ["a note"], describe_machine())
+    content = json.loads(study.as_json())
+    expected = {"model": "fm", "sampler": "euler", "num_steps": 4, "psnr": 20.4, "evaluations": 4}
+    assert content["measurements"][1].items() >= expected.items()
+    assert content["needed"]["psnr"][-1]["models"][0] is None
+    assert "| 20.4 | 4 (euler) | 1 (one_step) | 75 % |" in study.as_markdown()
+    page = study.as_page(study.as_picture()).decode()
+    assert all(text in page for text in ("&lt;eqm&gt;", "75 %", "a note"))
+
+
+def test_a_command_measures_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, kind in (("eqm", "EquilibriumMatching"), ("fm", "FlowMatching")):
+        tiny(dynamics={"class_path": kind}).save_pretrained(tmp_path / name)
+    for name, images in (("train/0", pixels(1)), ("validation/1", pixels(1))):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        write_png(images[0], tmp_path / f"photos/{name}.png")
+    given = f"--model {tmp_path}/eqm --baseline {tmp_path}/fm --data {tmp_path}/photos --size 16 --out {tmp_path}/out"
+    words = f"{given} --device cpu --steps 1,2 --step_sizes default,0.25 --tolerances 0.5 --rounds 1".split()
+    sampling.run(CommandParser(sampling.Options, sampling.PROGRAM).parse(words))
+    content = json.loads((tmp_path / "out/study.json").read_text(encoding="utf-8"))
+    assert {row["model"] for row in content["measurements"]} == {"eqm", "fm"}
+    assert "1 image of 16 px" in content["notes"][0]
+    assert (tmp_path / "out/table.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    assert "--overwrite" in refusal(sampling.run, CommandParser(sampling.Options, sampling.PROGRAM).parse(words))
