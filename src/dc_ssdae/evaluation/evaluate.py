@@ -188,10 +188,8 @@ def describe_failure(error: Exception, batch_size: int) -> str:
     """Say in one line why a candidate has no results."""
     if is_out_of_memory(error):
         return f"out of memory with batches of {batch_size}"
-    text = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    kind = [] if isinstance(error, InputError) else [type(error).__name__]
+    return ": ".join([*kind, " ".join(str(error).split())]).removesuffix(": ")
 
 
 @dataclass

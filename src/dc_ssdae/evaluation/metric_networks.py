@@ -96,8 +96,7 @@ def load_metrics(
         size: smallest side of the images in pixels, where it is known.
 
     Raises:
-        InputError: a name is unknown, images are too small for a metric that was asked for, a file is damaged or
-            another network's, or a download failed.
+        InputError: a name is unknown, a file is damaged or another network's, or a download failed.
     """
     check_names("metric", wanted or (), METRICS)
     names = METRICS if wanted is None else wanted
@@ -222,15 +221,14 @@ class Inception(nn.Module):
 
         super().__init__()
         extractor = object.__new__(FeatureExtractorInceptionV3)
-        # Its constructor would run what a pickle tells it to. Without a file it ends there, when all layers are made.
-        with fixed_random_state(), contextlib.suppress(FileNotFoundError):
-            extractor.__init__("inception-v3-compat", [str(INCEPTION_CHANNELS)], feature_extractor_weights_path="")
-        if path is None:
-            with fixed_random_state():
-                for module in extractor.modules():
-                    if isinstance(module, nn.Conv2d):  # PyTorch's own start shrinks what it sees from layer to layer
-                        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        else:
+        with fixed_random_state():
+            # It would run what a pickle tells it to. Without a file it ends there, when all layers are made.
+            with contextlib.suppress(FileNotFoundError):
+                extractor.__init__("inception-v3-compat", [str(INCEPTION_CHANNELS)], feature_extractor_weights_path="")
+            for module in extractor.modules():
+                if isinstance(module, nn.Conv2d):  # PyTorch's own start shrinks what it sees from layer to layer
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if path is not None:
             # The published file comes from TensorFlow, where nobody counts batches, and nothing reads their number.
             counts = {name: n for name, n in extractor.state_dict().items() if name.endswith(".num_batches_tracked")}
             load_exactly(extractor, counts | read_weights(path), path)

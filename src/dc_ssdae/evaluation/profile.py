@@ -41,9 +41,8 @@ def latent_shape(model: DCSSDAE, height: int, width: int) -> tuple[int, int, int
         InputError: a side is no positive multiple of f.
     """
     factor = model.config.downsample_factor
-    for side in (height, width):
-        if side < 1 or side % factor:
-            raise InputError(f"an image's sides must be positive multiples of f = {factor}, not {side}")
+    if min(height, width) < 1 or height % factor or width % factor:
+        raise InputError(f"an image's sides must be positive multiples of f = {factor}, not {height} and {width}")
     return model.config.latent_channels, height // factor, width // factor
 
 
