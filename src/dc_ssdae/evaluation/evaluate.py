@@ -213,9 +213,11 @@ class _Share:
         generators = [named_generator(self.settings.seed, name) for name in names] if sampled else None
         encoded, decoded = self.candidate.reconstruct(x, generators)
         images = decoded.images
-        if not images.is_floating_point() or images.shape != x.shape:
-            wanted = f"floating-point images of shape {tuple(x.shape)}"
-            raise InputError(f"gives {images.dtype} of shape {tuple(images.shape)}, not {wanted}")
+        if not images.is_floating_point():
+            raise InputError(f"gives images of {images.dtype}, not floating-point numbers in [-1, 1]")
+        if images.shape != x.shape:
+            given, wanted = ("×".join(map(str, shape)) for shape in (images.shape, x.shape))
+            raise InputError(f"gives images of shape {given} for {wanted}")
         chosen = slice(None) if batch.counts.all() else batch.counts
         places, names = list(compress(batch.places, batch.counts)), list(compress(names, batch.counts))
         lost = ~images[chosen].isfinite().flatten(1).all(dim=1).cpu()

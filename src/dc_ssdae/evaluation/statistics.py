@@ -161,11 +161,7 @@ class LatentProfiler:
         self.merge(batch)
 
     def merge(self, other: "LatentProfiler") -> None:
-        """Take in what another one has gathered.
-
-        Raises:
-            InputError: the numbers of channels differ.
-        """
+        """Take in what another one has gathered."""
         apart, values = other.moments.mean - self.moments.mean, (self.moments.values, other.moments.values)
         between = torch.outer(apart, apart) * (math.prod(values) / max(1, sum(values)))
         self.moments.merge(other.moments)
