@@ -285,14 +285,6 @@ def test_images_are_spread_over_the_data_set_named_and_counted() -> None:
     assert done == [4, 4, 3]
 
 
-@pytest.mark.parametrize(("size", "enlarged"), [(37, 0), (38, 4)])
-def test_images_smaller_than_the_evaluation_are_counted(size: int, enlarged: int) -> None:
-    """Of photos of 37×43 pixels."""
-    settings = EvaluationSettings(PROTOCOLS["dcae"], size)
-    images = settings.images(Source(range(5), broken=[1]))
-    assert evaluate(BicubicCandidate(2), images, suite_of(settings.protocol), settings, CPU).enlarged == enlarged
-
-
 def test_psnr_in_closed_form() -> None:
     """Of images of one grey against 127.5, the middle of the range, which rounds to 128."""
     middle, greys = PythonCandidate(torch.zeros_like, "middle"), [0, 28, 100, 130, 255]
@@ -307,29 +299,6 @@ def test_psnr_in_closed_form() -> None:
     assert pooled.metrics["psnr"].value == pytest.approx(-10 * math.log10((128 / 255) ** 2 / 2))
     capped = measure(middle, Grey([127, 0]), "rae")
     assert capped.metrics["psnr"].value == pytest.approx((100.0 - 20 * math.log10(127 / 255)) / 2)
-
-
-def test_one_image_has_no_distance_and_no_interval() -> None:
-    found = measure(pooling(), Source([3]))
-    assert found.metrics["psnr"] == Estimate(found.values["psnr"][0])
-    assert found.metrics["rfid"].reason == "a distance between sets needs at least two images"
-
-
-def test_metrics_see_unrounded_images_where_the_protocol_says_so() -> None:
-    seen: dict[str, tuple[Tensor, ...]] = {}
-
-    def metric(name: str) -> Callable[..., Tensor]:
-        return lambda *sides: seen.update({name: sides}) or torch.zeros(1)  # type: ignore[func-returns-value]
-
-    suite = MetricSuite(images={name: metric(name) for name in (MSE, "psnr", "ssim", "lpips")})
-    suite.missing = dict.fromkeys(METRICS.keys() - suite.images.keys(), "not asked for")
-    measure(PythonCandidate(lambda x: 3.0 * x, "3"), Source([3]), "lightningdit", suite)
-    protocol = PROTOCOLS["lightningdit"]
-    x = protocol.model_input(protocol.prepare(Source().read(3)[0], SIDE))[None]
-    for name in ("ssim", "lpips"):
-        assert torch.equal(seen[name][0], x)
-        assert torch.equal(seen[name][1], 3.0 * x)
-    assert [side.dtype for side in seen["psnr"] + seen[MSE]] == [torch.uint8] * 4
 
 
 def test_a_metric_that_is_nan_for_an_image_has_a_reason_and_no_value() -> None:
