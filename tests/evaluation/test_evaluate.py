@@ -1,18 +1,14 @@
 """A pass over a data set: every figure against its own definition, however the work is cut, in little memory."""
 
-import io
 import math
-import multiprocessing
-import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.linalg import sqrtm
 from tiny_models import tiny
 from torch import Tensor
@@ -314,11 +310,9 @@ def test_a_metric_that_is_nan_for_an_image_has_a_reason_and_no_value() -> None:
 
 
 def test_a_codec_has_bits_and_no_latent_and_a_function_neither() -> None:
-    found, bits = measure(CodecCandidate("jpeg", 60)), []
-    for number in range(COUNT):
-        buffer, prepared = io.BytesIO(), PROTOCOLS["dcae"].prepare(Source().read(number)[0], SIDE)
-        Image.fromarray(prepared.permute(1, 2, 0).numpy()).save(buffer, "jpeg", quality=60)
-        bits.append(8 * len(buffer.getvalue()) / SIDE**2)
+    found, protocol, codec = measure(CodecCandidate("jpeg", 60)), PROTOCOLS["dcae"], CodecCandidate("jpeg", 60)
+    x = torch.stack([protocol.model_input(protocol.prepare(Source().read(n)[0], SIDE)) for n in range(COUNT)])
+    bits = [size / SIDE**2 for size in codec.encode(x).bits or []]
     assert found.values[BITS].tolist() == bits
     assert found.others == {BITS: bootstrap(np.array(bits))}
     assert (found.latent, found.latent_shape) == (None, None)
@@ -566,60 +560,20 @@ def test_what_is_shown_is_what_was_measured(protocol: str, batch_size: int) -> N
     assert reconstruct_places(pooling(), images, [6], settings, CPU) == []
 
 
-# --- memory ---
+def test_memory_does_not_grow_with_the_images() -> None:
+    """Of what a metric is given nothing is alive a batch later, but the batch that is read ahead."""
+    given: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
 
-FEW, MANY = 4_000, 12_000
-HELD = 2 * 3 * SIDE**2 * (MANY - FEW)
-"""Bytes that the further images and their reconstructions have, as uint8: 49 MB."""
+    def watch(reference: Tensor, images: Tensor) -> Tensor:
+        alive.append(sum(tensor() is not None for tensor in given))
+        given.extend(map(weakref.ref, (reference, images)))
+        return torch.zeros(len(images))
 
-BOUND = HELD // 4
-
-
-def high_water_mark() -> int:
-    """The largest resident set that this process has had, in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError("VmHWM")
-
-
-def memory_work(folder: str) -> None:
-    """Evaluate few images, then many, then few with a metric that keeps them; write the growth of each."""
-    torch.set_num_threads(1)
-    kept: list[Tensor] = []
-
-    def keeps(reference: Tensor, images: Tensor) -> Tensor:
-        kept.extend((reference.clone(), images.clone()))
-        return metrics.each(metrics.mse)(reference, images)
-
-    suite = suite_of(PROTOCOLS["dcae"])
-    suite.images.pop("ssim")
-    suite.missing["ssim"] = "not asked for"
-    growth, each_error = [], metrics.each(metrics.mse)
-    for count, metric in ((FEW, each_error), (MANY, each_error), (FEW, keeps)):
-        suite.images[MSE] = metric
-        before = high_water_mark()
-        found = measure(pooling(), Grey([index % 256 for index in range(count)]), suite=suite, batch_size=50)
-        assert found.images == count
-        growth.append(high_water_mark() - before)
-    torch.save(growth, f"{folder}/growth")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the kernel does not tell a process's peak memory")
-def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
-    """The peak of a process that has measured 4,000 images hardly rises when it measures 12,000.
-
-    Held as uint8, the 8,000 further images and their reconstructions would be 49 MB, and four times that as floats.
-    The bound is a quarter of the 49 MB, for values, names and what the allocator does. It leaves the bootstrap aside,
-    which from 4,000 images on goes through its resamples in several blocks of one size. A metric that does keep half
-    as many images shows that the bound would notice.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=memory_work, args=(str(tmp_path),))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    _, growth, growth_of_one_that_keeps_them = torch.load(tmp_path / "growth", weights_only=True)
-    print(f"grew by {growth / 2**20:.1f} MiB; with what is kept {growth_of_one_that_keeps_them / 2**20:.1f} MiB")
-    assert growth < BOUND
-    assert growth_of_one_that_keeps_them > BOUND
+    for protocol in ("dcae", "lightningdit"):
+        suite = suite_of(PROTOCOLS[protocol])
+        suite.images |= {MSE: watch, "ssim": watch}
+        measure(pooling(), Grey(range(200)), protocol, suite, batch_size=2)
+        assert len(given) == 400
+        assert max(alive) <= 4
+        given.clear()

@@ -14,7 +14,7 @@ import yaml
 from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState
 from states import differences
-from tiny import batch, make_images, run_config
+from tiny import batch, run_config
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -22,17 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import PROCESSES, TwoProcesses
 
-from dc_ssdae.data.folder import ImageFolder
-from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.distributed import PATIENCE, Processes, sum_over_processes
 from dc_ssdae.errors import InputError
-from dc_ssdae.evaluation.candidates import PythonCandidate
 from dc_ssdae.presets import list_presets, load_preset
 from dc_ssdae.training.build import build_model, build_step, check_components, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.ema import ExponentialMovingAverage
-from dc_ssdae.training.measurements import validate
 from dc_ssdae.training.optimizer import (
     build_optimizer,
     evaluated_weights,
@@ -48,7 +44,6 @@ BEFORE, STEPS = 8, 11
 """Steps before the checkpoint, and all; RAdam moves the weights from the sixth on."""
 
 OPTIMIZERS: tuple[str, ...] = ("adamw", "schedule_free_radam")
-COUNTS = (1, 7)
 
 
 def training_step(sharded: bool = False) -> TrainingStep:
@@ -144,17 +139,6 @@ def gradients(rank: int, processes: int) -> dict[str, Tensor]:
     return record
 
 
-def evaluations(processes: Processes, folder: Path) -> list[Any]:
-    found = []
-    for count in COUNTS:
-        images = ValidationImages(ImageFolder(str(folder / f"images{count}")), 32, 100)
-        for batch_size in (1, 3):
-            candidate = PythonCandidate(lambda x: 0.9 * x, "darker")
-            values, result = validate(candidate, images, batch_size, 0, torch.device("cpu"), processes)
-            found.append((count, values, result.images, sorted(tuple(image) for image in result.broken)))
-    return found
-
-
 def failures(processes: Processes, rank: int) -> dict[str, Any]:
     def fail(error: Exception, ranks: tuple[int, ...] = (0, 1)) -> str:
         if rank in ranks:
@@ -205,7 +189,6 @@ def work(rank: int, folder: str) -> None:
     _, processes = start_processes(PROCESSES, cpu=True)
     record: dict[str, Any] = {
         "failures": failures(processes, rank),
-        "evaluations": evaluations(processes, Path(folder)),
         "gradients": gradients(rank, PROCESSES),
         "sharded": sharded_runs(Path(folder), rank),
     }
@@ -217,9 +200,6 @@ def folder(made_once: Any, two_processes: TwoProcesses) -> Path:
     """Everything that two processes have done, and what they did it with."""
 
     def run(folder: Path) -> None:
-        for count in COUNTS:
-            make_images(folder / f"images{count}", count, seed=count)
-        (folder / "images7" / "image0005.png").write_bytes(b"no image")
         plain_runs(folder)
         two_processes(work, str(folder))
 
@@ -244,16 +224,6 @@ def test_gradients_and_statistics_are_those_of_the_global_batch(records: list[di
     expected = gradients(0, 1)
     for record in records:
         torch.testing.assert_close(record["gradients"], expected, atol=1e-5, rtol=0.0)
-
-
-def test_evaluation_is_the_same_in_one_and_in_two_processes(folder: Path, records: list[dict[str, Any]]) -> None:
-    expected = evaluations(Processes(), folder)
-    assert [(count, images, len(broken)) for count, _, images, broken in expected] == [
-        (count, images, broken) for count, images, broken in ((1, 1, 0), (7, 6, 1)) for _ in range(2)
-    ]
-    for record in records:
-        assert record["evaluations"] == expected
-    assert "image0005.png" in expected[-1][3][0][0]
 
 
 def test_a_failure_anywhere_is_everyones(records: list[dict[str, Any]]) -> None:
