@@ -120,6 +120,9 @@ class _Gaussian(NamedTuple):
 
     def factored(self) -> "_Gaussian":
         """The same with F of F Fᵀ = covariance in its place, (D, rank)."""
+        factor, failed = torch.linalg.cholesky_ex(self.covariance)  # faster, where no feature follows from others
+        if self.images > len(factor) and not failed:
+            return self._replace(covariance=factor)
         values, vectors = torch.linalg.eigh(self.covariance)
         kept = values > values[-1:].clamp(min=0.0) * len(values) * torch.finfo(values.dtype).eps
         return self._replace(covariance=vectors[:, kept] * values[kept].sqrt())

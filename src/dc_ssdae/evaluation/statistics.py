@@ -34,9 +34,8 @@ class Batch(NamedTuple):
     def of(cls, images: Sequence[ValidationImage], own: Sequence[bool]) -> "Batch":
         """Stack images, of which some are a process's own."""
         counts = [mine and image.broken is None for image, mine in zip(images, own, strict=True)]
-        return cls(
-            torch.stack([image.pixels for image in images]), [image.place for image in images], torch.tensor(counts)
-        )
+        pixels, places = zip(*((image.pixels, image.place) for image in images), strict=True)
+        return cls(torch.stack(pixels), list(places), torch.tensor(counts))
 
 
 def survey(

@@ -147,10 +147,10 @@ class Measurements:
         loggers.evaluation({"step": step, **values, "images": found.images, **run.remarks})
         name = run.config.training.best_metric
         value, sign = values[name], METRICS[name]
-        if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
-            return False
-        self.best = {"metric": name, "value": value, "step": step}
-        return True
+        is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"])
+        if is_best:
+            self.best = {"metric": name, "value": value, "step": step}
+        return is_best
 
     def _batch_size(self) -> int:
         return min(16, self.run.config.training.batch_size // self.run.processes.count)
