@@ -79,11 +79,6 @@ def test_adm_halves_while_it_can_and_then_resizes(height: int, width: int, halvi
     assert away[halvings].mean() == min(difference.mean() for difference in away.values()) < 1.6
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(517, 1033, 32), (7, 400, 16), (32, 51, 32)])
-def test_large_images_and_strips_are_prepared_as_the_others_do(height: int, width: int, size: int) -> None:
-    assert_prepared_as_by_others(photo(height, width), size)
-
-
 @given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 24))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_images_of_any_shape_are_prepared_as_the_others_do(height: int, width: int, size: int) -> None:
