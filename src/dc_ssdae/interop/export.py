@@ -163,6 +163,11 @@ def _check_settings(
         raise InputError("the model is in training mode; call model.eval() before it is exported")
     if format == "onnx" and (model.dtype != torch.float32 or model.device.type != "cpu"):
         raise InputError(f"ONNX is written from float32 on the CPU, and not from {model.dtype} on {model.device}")
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+            importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"ONNX needs pip install 'dc-ssdae[onnx]' ({error})") from error
 
 
 class _Encoder(nn.Module):
@@ -358,8 +363,6 @@ def _exporting(problem: str) -> Iterator[None]:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
-    except ImportError as error:
-        raise InputError(f"{problem}: {error}; ONNX needs pip install 'dc-ssdae[onnx]'") from error
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise InputError(f"{problem}: {type(error).__name__}: {reason}") from error
