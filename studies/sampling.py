@@ -287,7 +287,7 @@ def _values(
 
 NOTE = (
     "step_size and descent are in units of 1/L, seconds are per image, num_steps is the most where there is a "
-    "tolerance, and – stands for the default."
+    "tolerance; – stands for a default, or for a quality that is not reached."
 )
 
 
