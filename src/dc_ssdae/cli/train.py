@@ -58,18 +58,27 @@ def run(options: Options) -> None:
         if options.recipe is not None:
             start_phases(options, options.recipe)
         elif options.resume is None:
-            from dc_ssdae.training.build import resolved
-            from dc_ssdae.training.start import new_run
-
             config, name = read_run_config(options)
-            path, config = new_run_folder(config.training.output, name or "run"), resolved(config)
-            with new_run(config, config_yaml(config), path) as trainer:
-                outcome = trainer.run()
-            tell_end(options.program, outcome, path)
+            start(options.program, config, new_run_folder(config.training.output, name or "run"))
         elif (options.resume / RECIPE_FILE).is_file():
             resume_phases(options, options.resume)
         else:
             resume(options, options.resume)
+
+
+def start(program: str, config: RunConfig, path: Path) -> "tuple[RunConfig, Outcome]":
+    """Train a configuration in a new folder; gives it with every setting of the model's parts spelt out.
+
+    Raises:
+        InputError: as `start_run`.
+    """
+    from dc_ssdae.training.build import resolved
+    from dc_ssdae.training.start import start_run
+
+    config = resolved(config)
+    outcome = start_run(config, config_yaml(config), path)
+    tell_end(program, outcome, path)
+    return config, outcome
 
 
 def resume(options: RunOptions, path: Path) -> "tuple[RunConfig, Outcome | None]":

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError
 
 PREDICTIONS = ("field", "image")
 """What the answer of a network may be: the field (flow matching's velocity), or an estimate of the image."""
@@ -68,17 +68,6 @@ def field_of(dynamics: Dynamics, x_level: Tensor, prediction: Tensor, level: Ten
     """
     own = getattr(dynamics, "field_of", None)
     return prediction if own is None else own(x_level, prediction, level)
-
-
-def check_prediction(prediction: str) -> str:
-    """Refuse what a network cannot predict.
-
-    Raises:
-        InputError: names it and the accepted ones.
-    """
-    if prediction not in PREDICTIONS:
-        raise unknown_name("prediction", prediction, PREDICTIONS)
-    return prediction
 
 
 def expand_level(level: Tensor, like: Tensor) -> Tensor:

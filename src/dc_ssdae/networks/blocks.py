@@ -138,10 +138,8 @@ class SpaceToChannelDownsample(nn.Module):
         self.out_channels = out_channels
         self.strided = strided
         self.shortcut = shortcut
-        if strided:
-            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-        else:
-            self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
+        width, stride = (out_channels, 2) if strided else (out_channels // 4, 1)
+        self.conv = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x) if self.strided else F.pixel_unshuffle(self.conv(x), 2)
@@ -211,12 +209,7 @@ class ConditionedResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        context_channels: int,
-        time_channels: int | None,
-        groups: int,
+        self, in_channels: int, out_channels: int, context_channels: int, time_channels: int | None, groups: int
     ) -> None:
         super().__init__()
         self.norm1 = AdaptiveGroupNorm(in_channels, context_channels, groups)
@@ -254,16 +247,12 @@ def check_image(x: Tensor, factor: int) -> None:
     Raises:
         InputError: names the shape and the nearest one that would fit.
     """
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise InputError(f"an image batch has shape (B, 3, H, W), not {tuple(x.shape)}")
-    check_not_empty(x)
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+        raise InputError(f"an image batch has shape (B, 3, H, W), without zeros, not {tuple(x.shape)}")
     height, width = x.shape[-2:]
-    if height % factor or width % factor or not height or not width:
-        fit = tuple(max(side + -side % factor, factor) for side in (height, width))
-        raise InputError(
-            f"image of {height}×{width} pixels: both sides must be multiples of f = {factor}; "
-            f"pad it to {fit[0]}×{fit[1]}"
-        )
+    if height % factor or width % factor:
+        fit = f"{height + -height % factor}×{width + -width % factor}"
+        raise InputError(f"image of {height}×{width} pixels: pad it to multiples of f = {factor}, such as {fit}")
 
 
 def check_latent_shape(z: Tensor, channels: int) -> None:
@@ -272,16 +261,5 @@ def check_latent_shape(z: Tensor, channels: int) -> None:
     Raises:
         InputError: names the shape.
     """
-    if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape[2:]:
-        raise InputError(f"a latent batch has shape (B, {channels}, h, w), not {tuple(z.shape)}")
-    check_not_empty(z)
-
-
-def check_not_empty(batch: Tensor) -> None:
-    """Refuse a batch of no images.
-
-    Raises:
-        InputError: names the shape.
-    """
-    if batch.shape[0] == 0:
-        raise InputError(f"the batch is empty: its shape is {tuple(batch.shape)}; give at least one image")
+    if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape:
+        raise InputError(f"a latent batch has shape (B, {channels}, h, w), without zeros, not {tuple(z.shape)}")

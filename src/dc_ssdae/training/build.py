@@ -296,11 +296,9 @@ def _check_teacher(model: DCSSDAE, config: RunConfig, teacher: str) -> None:
     if chosen is None or any(name.partition(".")[0] not in ("decoder", "losses") for name in chosen):
         raise wrong_value("training.train", chosen, "groups of the decoder: a distillation trains the decoder alone")
     _read_source("distillation.teacher", teacher, model)
-    config_there = read_config(model_folder(teacher))
-    for part in COMPONENTS:
-        theirs = resolve_part(part, config_there.get(part), own_classes(config.model))
-        if theirs.config != model.config[part]:
-            raise InputError(f"distillation.teacher {teacher} has another {part} than section model; take the same")
+    theirs = DCSSDAE.without_weights(read_config(model_folder(teacher)), own_classes(config.model)).config
+    if other := [part for part in COMPONENTS if theirs[part] != model.config[part]]:
+        raise InputError(f"distillation.teacher {teacher} has another {other[0]} than section model; take the same")
 
 
 @contextmanager

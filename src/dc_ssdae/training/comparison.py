@@ -74,14 +74,13 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps, step_size = distillation.steps, distillation.step_size
     decodings, measured = compare(teacher.to(device), student.to(device), images, steps, step_size, path / PICTURE_FILE)
-    terms = {name: term.init_args for name, term in config.losses.items() if term.weight}
     report = {
         "images": measured,
         "split": split,
         "image_size": config.data.image_size,
         "teacher_steps": steps,
         "step_size": step_size,
-        "random_backbones": [name for name, settings in terms.items() if settings.get("weights") == "random"],
+        "random_backbones": (student.config.provenance or {}).get("random_backbones", []),
         "decodings": decodings,
     }
     write_json(path / REPORT_FILE, report)
