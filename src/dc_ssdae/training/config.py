@@ -286,8 +286,14 @@ class RunConfig:
                 raise InputError(f"section {name} is {shown(settings[name])}; it must be a mapping of settings", name)
         if settings.get("model") is None:
             raise InputError("the configuration has no section model; start from a preset: --config PRESET", "model")
-        given = {name: section for name, section in settings.items() if section is not None and name in SECTIONS}
-        built = {name: _build(name, SECTIONS[name], section) for name, section in given.items()}
+        built: dict[str, Any] = {}
+        for name, kind in SECTIONS.items():
+            if (section := settings.get(name)) is not None:
+                check_names(f"setting of {name}", section, [entry.name for entry in fields(kind)], f"{name}.")
+                for entry in fields(kind):
+                    if is_required(entry) and section.get(entry.name) is None:
+                        raise InputError(f"{name}.{entry.name} is not given", f"{name}.{entry.name}")
+                built[name] = kind(**section)
         return cls(**built, losses=settings.get("losses") or {})
 
     def to_mapping(self) -> dict[str, Any]:
@@ -380,14 +386,6 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = T
             value = lay_over(under, value, drops, f"{path}.{key}")
         merged[key] = value
     return merged
-
-
-def _build(section: str, kind: type, settings: Mapping[str, Any]) -> Any:
-    check_names(f"setting of {section}", settings, [entry.name for entry in fields(kind)], f"{section}.")
-    for entry in fields(kind):
-        if is_required(entry) and settings.get(entry.name) is None:
-            raise InputError(f"{section}.{entry.name} is not given", f"{section}.{entry.name}")
-    return kind(**settings)
 
 
 def _loss(name: Any, given: Any) -> LossConfig:
