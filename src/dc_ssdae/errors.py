@@ -215,7 +215,4 @@ def as_json(name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError):
-        raise InputError(
-            f"{name} is {shown(value)}, which config.json cannot hold; a setting is made of numbers, strings, true, "
-            "false, null, lists, and mappings from strings"
-        ) from None
+        raise wrong_value(name, value, "made of numbers, text, true, false, null, lists and mappings") from None

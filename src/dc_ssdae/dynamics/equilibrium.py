@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,33 +17,22 @@ from dc_ssdae.errors import InputError, check_at_least, check_names
 from dc_ssdae.settings import check_value
 
 
-class Decay(Protocol):
-    """c(γ): the field's magnitude along the way from noise (γ = 0) to data (γ = 1), where it vanishes."""
+@dataclass(frozen=True)
+class LinearDecay:
+    """c(γ) = 1 − γ: the EqM paper's.
 
-    @property
-    def stiffness(self) -> float:
-        """L of f ≈ L (x − x*) near the data, for λ = 1: minus the slope of c at γ = 1."""
-        ...
+    A decay is the field's magnitude along the way from noise (γ = 0) to data (γ = 1), where it vanishes.
+    """
+
+    stiffness: float = 1.0
+    """L of f ≈ L (x − x*) near the data, for λ = 1: minus the slope of c at γ = 1."""
 
     def __call__(self, level: Tensor) -> Tensor:
         """c(γ)."""
-        ...
-
-    def distance_ratio(self, level: Tensor) -> Tensor:
-        """(1 − γ)/c(γ), with its finite limit at γ = 1."""
-        ...
-
-
-@dataclass(frozen=True)
-class LinearDecay:
-    """c(γ) = 1 − γ: the EqM paper's."""
-
-    stiffness: float = 1.0
-
-    def __call__(self, level: Tensor) -> Tensor:
         return 1.0 - level
 
     def distance_ratio(self, level: Tensor) -> Tensor:
+        """(1 − γ)/c(γ), with its finite limit at γ = 1."""
         return torch.ones_like(level)
 
 
@@ -86,7 +74,7 @@ DECAYS: Mapping[str, Mapping[str, float]] = {
 """Settings of each decay, and their defaults."""
 
 
-def make_decay(name: str, kink: float | None = None, start: float | None = None) -> Decay:
+def make_decay(name: str, kink: float | None = None, start: float | None = None) -> LinearDecay | PiecewiseDecay:
     """Build a decay by name.
 
     Args:
@@ -166,7 +154,8 @@ class EquilibriumMatching:
             InputError: there is none.
         """
         if self.explicit_energy is None:
-            raise InputError(f"this field has no energy; explicit_energy may be {' or '.join(map(repr, ENERGIES))}")
+            names = " or ".join(map(repr, ENERGIES))
+            raise InputError(f"this field has no explicit energy; train one with explicit_energy {names}")
         check_same_shape(x, answer, "answer")
         return ENERGIES[self.explicit_energy](x, answer)
 

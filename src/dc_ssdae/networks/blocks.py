@@ -252,7 +252,7 @@ def check_image(x: Tensor, factor: int) -> None:
     height, width = x.shape[-2:]
     if height % factor or width % factor:
         fit = f"{height + -height % factor}×{width + -width % factor}"
-        raise InputError(f"image of {height}×{width} pixels: pad it to multiples of f = {factor}, such as {fit}")
+        raise InputError(f"image of {height}×{width} pixels: pad it to {fit}, multiples of f = {factor}")
 
 
 def check_latent_shape(z: Tensor, channels: int) -> None:

@@ -45,29 +45,13 @@ class Architecture:
     strided_downsample: bool = False
 
 
+RES: tuple[BlockType, ...] = ("ResBlock",)
+VIT: tuple[BlockType, ...] = ("EfficientViTBlock",)
 ARCHITECTURES: dict[str, Architecture] = {
-    "dc_ssdae": Architecture(
-        widths=(128, 256, 512, 512, 1024, 1024, 1024, 1024),
-        depths=(0, 5, 10, 4, 4, 4, 4, 4),
-        block_types=("ResBlock",) * 8,
-    ),
-    "dc_ae": Architecture(
-        widths=(128, 256, 512, 512, 1024, 1024, 2048, 2048),
-        depths=(0, 4, 8, 2, 2, 2, 2, 2),
-        block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 5,
-    ),
-    "dc_ae_sana": Architecture(
-        widths=(128, 256, 512, 512, 1024, 1024),
-        depths=(2, 2, 2, 3, 3, 3),
-        block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-        attention_scales=(5,),
-        strided_downsample=True,
-    ),
-    "fast": Architecture(
-        widths=(16, 32, 64, 128, 256, 256),
-        depths=(0, 1, 1, 2, 2, 2),
-        block_types=("ResBlock",) * 6,
-    ),
+    "dc_ssdae": Architecture((128, 256, 512, 512, 1024, 1024, 1024, 1024), (0, 5, 10, 4, 4, 4, 4, 4), 8 * RES),
+    "dc_ae": Architecture((128, 256, 512, 512, 1024, 1024, 2048, 2048), (0, 4, 8, 2, 2, 2, 2, 2), 3 * RES + 5 * VIT),
+    "dc_ae_sana": Architecture((128, 256, 512, 512, 1024, 1024), (2, 2, 2, 3, 3, 3), 3 * RES + 3 * VIT, (5,), True),
+    "fast": Architecture((16, 32, 64, 128, 256, 256), (0, 1, 1, 2, 2, 2), 6 * RES),
 }
 
 
@@ -126,7 +110,7 @@ class DCEncoder(CheckpointedModule):
         counts = {"widths": len(widths), "depths": len(depths), "block_types": len(block_types)}
         for name, count in counts.items():
             if count != stages:
-                raise InputError(f"{architecture!r} has {count} {name}; f = {downsample_factor} needs {stages}")
+                raise InputError(f"{name} has {count} stages in {architecture}; f = {downsample_factor} needs {stages}")
         _check_stages(widths, depths, block_types, scales)
         if out_shortcut and widths[-1] % latent_channels:
             raise InputError(f"out_shortcut needs a last width that latent_channels divides, not {widths[-1]}")

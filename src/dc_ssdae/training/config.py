@@ -181,12 +181,10 @@ class TrainingConfig:
         check_settings(self, "training.")
         if self.steps is None and self.minutes is None:
             raise InputError("training.steps and training.minutes are null; one must end the run", "training.steps")
-        if self.batch_size % self.accumulation_steps:
-            wanted = f"a multiple of training.accumulation_steps, {self.accumulation_steps}"
-            raise wrong_value("training.batch_size", self.batch_size, wanted)
-        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            wanted = f"a multiple of training.checkpoint_every, {self.checkpoint_every}"
-            raise wrong_value("training.keep_every", self.keep_every, wanted)
+        for name, unit in (("batch_size", "accumulation_steps"), ("keep_every", "checkpoint_every")):
+            value, part = getattr(self, name), getattr(self, unit)
+            if value is not None and value % part:
+                raise wrong_value(f"training.{name}", value, f"a multiple of training.{unit}, {part}")
 
     def progress(self, steps: float, seconds: float) -> float:
         """The share of the budget that is spent: of the steps or of the time, whichever is nearer its end."""
@@ -317,12 +315,6 @@ class RunConfig:
             if name not in MAY_CHANGE.get(section, ()) and (with_paths or name not in PATHS)
         }
 
-    def trained_groups(self) -> list[str] | None:
-        """What training.train names, without the losses.NAME of terms that are left out by their weight 0."""
-        left_out = [f"losses.{name}" for name, loss in self.losses.items() if not loss.weight]
-        chosen = self.training.train
-        return None if chosen is None else [name for name in chosen if name not in left_out]
-
     def with_training(self, **settings: Any) -> "RunConfig":
         """The same with some settings of section training changed."""
         return replace(self, training=replace(self.training, **settings))
@@ -362,10 +354,8 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Pat
         old, new, is_term = before.get(name), after.get(name), name.startswith("losses.")
         is_new_term = is_term and name not in before and after[name]["weight"]
         if is_new_term or (old != new and name in before and (is_term or name in after)):
-            raise InputError(
-                f"{name} is {shown(old)} in {path} and cannot become {shown(new)} when the run goes on; a new run can "
-                f"start from its weights: --training.init_from {path}"
-            )
+            advice = f"a new run can start from its weights: --training.init_from {path}"
+            raise InputError(f"{name} is {shown(old)} in {path} and cannot become {shown(new)}; {advice}")
 
 
 def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = True, path: str = "") -> dict[str, Any]:

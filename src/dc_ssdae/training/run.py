@@ -67,9 +67,7 @@ def check_new(path: Path) -> None:
         InputError: something is there already.
     """
     if any((path / file).is_file() for file in (CONFIG_FILE, RECIPE_FILE)):
-        raise InputError(
-            f"{path} is a run already: go on with it by --resume {path}, or choose another --training.output"
-        )
+        raise InputError(f"{path} is a run already: give --resume {path}, or another --training.output")
     if os.path.lexists(path):
         raise InputError(f"{path} exists already and is no run; choose another --training.output")
 
