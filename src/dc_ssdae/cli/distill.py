@@ -118,11 +118,10 @@ def _preview(program: str, config: RunConfig) -> None:
 
     if not is_main_process() or config.distillation is None:
         return
-    steps, step_size = config.distillation.steps, config.distillation.step_size
     with suppress(InputError):  # the run itself finds the mistake, for all processes
         images, split = open_images(config, 16)
         teacher = load_teacher(Path(config.distillation.teacher), own_classes(config.model)).to(select_device("auto"))
-        (one, several, _), count = compare(teacher, teacher, images, steps, step_size)
+        (one, several, _), count = compare(teacher, teacher, images, config.distillation)
         figures = ", ".join(f"{entry['name']} {entry['psnr']:.2f} dB" for entry in (one, several))
         worse = "; the steps make it worse: try fewer, or another step size" if several["psnr"] < one["psnr"] else ""
         complain(program, f"PSNR on {counted(count, f'{split} image')}: {figures}{worse}")

@@ -21,7 +21,7 @@ from dc_ssdae.evaluation.metric_networks import load_metrics
 from dc_ssdae.evaluation.protocol import TRAINING
 from dc_ssdae.files import write_json
 from dc_ssdae.training.build import load_teacher, own_classes
-from dc_ssdae.training.config import METRICS, RunConfig
+from dc_ssdae.training.config import METRICS, DistillationConfig, RunConfig
 from dc_ssdae.training.measurements import PIXEL_METRICS, means
 from dc_ssdae.training.run import RunFolder
 
@@ -72,14 +72,13 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     teacher, student = load_teacher(run.teacher, classes), DCSSDAE.from_pretrained(run.model, classes=classes)
     images, split = open_images(config, config.data.validation_images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    steps, step_size = distillation.steps, distillation.step_size
-    decodings, measured = compare(teacher.to(device), student.to(device), images, steps, step_size, path / PICTURE_FILE)
+    decodings, measured = compare(teacher.to(device), student.to(device), images, distillation, path / PICTURE_FILE)
     report = {
         "images": measured,
         "split": split,
         "image_size": config.data.image_size,
-        "teacher_steps": steps,
-        "step_size": step_size,
+        "teacher_steps": distillation.steps,
+        "step_size": distillation.step_size,
         "random_backbones": (student.config.provenance or {}).get("random_backbones", []),
         "decodings": decodings,
     }
@@ -89,12 +88,7 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare(
-    teacher: DCSSDAE,
-    student: DCSSDAE,
-    images: ValidationImages,
-    steps: int,
-    step_size: float | None,
-    picture: Path | None = None,
+    teacher: DCSSDAE, student: DCSSDAE, images: ValidationImages, how: DistillationConfig, picture: Path | None = None
 ) -> tuple[list[dict[str, Any]], int]:
     """Measure the teacher's one step, its K steps and the student's one step.
 
@@ -104,8 +98,7 @@ def compare(
         teacher: in eval mode.
         student: in eval mode, on the same device.
         images: to measure.
-        steps: K.
-        step_size: of the teacher's K steps.
+        how: the teacher's number of steps, K, and their size.
         picture: where to write a PNG of some; a row each for the originals and the three.
 
     Returns:
@@ -119,7 +112,7 @@ def compare(
     protocol, device = replace(TRAINING, unrounded=("to_target",)), teacher.device
     settings = EvaluationSettings(protocol, images.image_size, BATCH, in_training=True)
     suite = load_metrics(protocol, device, PIXEL_METRICS)
-    several: dict[str, Any] = {"num_steps": steps, "step_size": step_size}
+    several: dict[str, Any] = {"num_steps": how.steps, "step_size": how.step_size}
 
     def to_target(x: Tensor, output: Tensor) -> Tensor:
         target = teacher.decode(teacher.encode(x).latent_dist.mode(), **several).sample.float()
