@@ -72,7 +72,9 @@ def test_broken_images_are_left_out(tmp_path: Path) -> None:
         (tmp_path / "whole" / f"image{place:04d}.png").unlink()
     found, count = compare(teacher, student, folder_of(tmp_path / "some"), TWO_STEPS)
     assert count == 3
-    for row, expected in zip(found, compare(teacher, student, folder_of(tmp_path / "whole"), TWO_STEPS)[0], strict=True):
+    for row, expected in zip(
+        found, compare(teacher, student, folder_of(tmp_path / "whole"), TWO_STEPS)[0], strict=True
+    ):
         assert list(row.values())[2:] == pytest.approx(list(expected.values())[2:], rel=1e-5)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "image.png").write_bytes(b"")
