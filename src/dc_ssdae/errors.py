@@ -7,7 +7,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from types import NoneType, UnionType
 from typing import Any, get_args
 
@@ -67,11 +67,10 @@ def lenient_stderr() -> Iterator[None]:
     It may be a file on a full disk, a pipe whose reader has gone, or a terminal that was closed.
     """
     before = sys.stderr
-    sys.stderr = _Lenient(before)
     try:
-        yield
+        with redirect_stderr(_Lenient(before)):
+            yield
     finally:
-        sys.stderr = before
         try:
             before.flush()
         except (OSError, ValueError):

@@ -40,19 +40,15 @@ class Dynamics(Protocol):
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Draw training levels: (B,) float32 in [0, 1]."""
-        ...
 
     def corrupt(self, x: Tensor, noise: Tensor, level: Tensor) -> Corruption:
         """Corrupt x (B, …) with noise of x's shape to level (B,) and give the network's target."""
-        ...
 
     def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
         """Estimate the clean image, of x_level's shape, from the network's prediction."""
-        ...
 
     def loss(self, record: Corruption, prediction: Tensor) -> Tensor:
         """L_dynamics of each image: (B,) float32."""
-        ...
 
 
 def predict(dynamics: Dynamics, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

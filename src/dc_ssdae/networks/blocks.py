@@ -223,8 +223,7 @@ class ConditionedResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor | None) -> Tensor:
         y = self.norm2(self.conv1(silu(self.norm1(x, context))))
-        if self.time_scale_shift is not None:
-            assert time is not None
+        if self.time_scale_shift is not None and time is not None:
             scale, shift = self.time_scale_shift(F.silu(time))[:, :, None, None].chunk(2, dim=1)
             y = y * (1.0 + scale) + shift
         return add(self.shortcut(x), self.conv2(silu(y)))

@@ -119,11 +119,10 @@ class DCEncoder(CheckpointedModule):
         self.widths = widths
         self.variational = variational
         self.out_shortcut = out_shortcut
-        self.project_in = (
-            SpaceToChannelDownsample(3, widths[1], strided=strided, shortcut=False)
-            if depths[0] == 0
-            else nn.Conv2d(3, widths[0], 3, padding=1)
-        )
+        if depths[0]:
+            self.project_in: nn.Module = nn.Conv2d(3, widths[0], 3, padding=1)
+        else:
+            self.project_in = SpaceToChannelDownsample(3, widths[1], strided=strided, shortcut=False)
         self.stages = nn.ModuleList()
         for index, (width, depth, block_type) in enumerate(zip(widths, depths, block_types, strict=True)):
             has_attention = block_type == "EfficientViTBlock"

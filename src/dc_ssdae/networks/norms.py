@@ -54,14 +54,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             does not have.
     """
 
+    inputs_stay = False
     momentum: float
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(channels, eps=eps, momentum=momentum)
-        self.inputs_stay = False
 
     def forward(self, input: Tensor) -> Tensor:
         with full_precision(input.device.type):

@@ -383,9 +383,8 @@ def _loss(name: Any, given: Any) -> LossConfig:
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"a loss term is called {shown(name)}; use letters, digits and underscores", "losses")
     path = f"losses.{name}"
-    settings = asdict(given) if isinstance(given, LossConfig) else given
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        settings = {"weight": given}
+    settings = {"weight": given} if isinstance(given, int | float) else given
+    settings = asdict(given) if isinstance(given, LossConfig) else settings
     if not isinstance(settings, Mapping):
         raise wrong_value(path, given, "a weight, or a mapping with weight, class_path and init_args")
     component = check_component(path, settings, others=("weight",)) or {}
