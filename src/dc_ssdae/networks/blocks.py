@@ -22,7 +22,7 @@ class CheckpointedModule(nn.Module):
     """
 
     gradient_checkpointing: bool = False
-    _gradient_checkpointing_func: Callable[..., Any] | None = None
+    _gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
     def run_block(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Call `block(*inputs)`, of whose activations only the inputs are kept where checkpointing is on."""
@@ -30,8 +30,6 @@ class CheckpointedModule(nn.Module):
             return block(*inputs)
         if not torch.compiler.is_compiling() and _attention_is_plain():
             block = partial(_run_plain, block)
-        if self._gradient_checkpointing_func is None:
-            return checkpoint(block, *inputs, use_reentrant=False)
         return self._gradient_checkpointing_func(block, *inputs)
 
 

@@ -271,12 +271,11 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
         self.linear1 = nn.Linear(channels, 4 * channels)
         self.linear2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
-        half = self.channels // 2
+        half = self.linear1.in_features // 2
         # The angles reach 1000 radians: half precision would lose them.
         exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half
         angles = TIME_SCALE * time.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
