@@ -336,7 +336,7 @@ class TestExplicitEnergies:
         def wide_loss(step: float) -> float:
             for name in moved:
                 wide.get_parameter(name).copy_(parameters[name].detach() + step * directions[name])
-            field = model.dynamics.field(lambda x: wide(x, z.double()), record.x_level.double())
+            field = model.dynamics.predict(lambda x: wide(x, z.double()), record.x_level.double())
             return (field - record.target.double()).square().mean().item()
 
         assert loss.item() == pytest.approx(wide_loss(0.0), rel=1e-4)
@@ -368,7 +368,7 @@ def test_an_energy_of_float64_is_computed_in_float64(kind: str) -> None:
     dynamics = EquilibriumMatching(explicit_energy=kind)
     gradient = matrix + matrix.T if kind == "dot" else matrix.T @ matrix
     value = x * (x @ matrix.T) if kind == "dot" else 0.5 * (x @ matrix.T).square()
-    torch.testing.assert_close(dynamics.field(lambda y: y @ matrix.T, x), x @ gradient.T, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(dynamics.predict(lambda y: y @ matrix.T, x), x @ gradient.T, atol=1e-13, rtol=1e-13)
     torch.testing.assert_close(dynamics.energy(x, x @ matrix.T), value.sum(dim=1), atol=1e-13, rtol=1e-13)
     assert dynamics.energy(x.half(), x.half()).dtype == torch.float32
 

@@ -114,8 +114,8 @@ class TestStatistics:
         statistics = measured(DiagonalGaussian(mean, torch.full_like(mean, math.log(3.0)))).statistics()
         assert statistics.mean == pytest.approx([0.0, 10.0], abs=1e-12)
         assert statistics.std == pytest.approx([2.0, 2.0], rel=1e-6)
-        assert statistics.shift_factor == pytest.approx(5.0)
-        assert statistics.scaling_factor == pytest.approx(1.0 / math.sqrt(4.0 + 25.0), rel=1e-6)
+        assert statistics.settings()["shift_factor"] == pytest.approx(5.0)
+        assert statistics.settings()["scaling_factor"] == pytest.approx(1.0 / math.sqrt(4.0 + 25.0), rel=1e-6)
 
     def test_a_large_mean_costs_no_digits_and_what_never_changes_has_no_spread_at_all(self) -> None:
         """With sums of squares, 10^8 a value, nothing would be left of a variance of 10^-12."""
@@ -126,7 +126,7 @@ class TestStatistics:
         assert statistics.std[:2] == pytest.approx(expected[:2], rel=1e-5)
         assert statistics.std[2] == 0.0
         assert statistics.mean == pytest.approx([1e4, 1e4, 12345.1], rel=1e-6)
-        assert math.isfinite(statistics.scaling_factor)
+        assert math.isfinite(statistics.settings()["scaling_factor"])
 
     def test_depend_on_neither_batches_nor_processes_nor_their_order(self) -> None:
         """Also of a process without an image."""

@@ -162,7 +162,6 @@ class TestSelecting:
             assert all(name in message for name in self.GROUPS)
         for selector in ("encoder.stages.-4", "encoder.stages.-0", "encoder.-1", "", "encoder\n"):
             refusal(select_groups, self.GROUPS, [selector])
-        refusal(select_groups, self.GROUPS, [])
         refusal(select_groups, self.GROUPS, "encoder")
 
     def test_an_exact_name_means_that_group_alone(self) -> None:

@@ -211,7 +211,7 @@ class TestMistakes:
             ("NoSettings", {}, "has no setting latent_channels"),
             ("NeedsWidth", {}, f"{HERE}.NeedsWidth needs its setting 'width': give it in init_args of encoder"),
             ("NeedsWidth", {"width": 5}, "ValueError: width must be even"),
-            ("PatchEncoder", {"anything": [torch.zeros(2)]}, "which config.json cannot hold"),
+            ("PatchEncoder", {"anything": [torch.zeros(2)]}, "made of numbers, text"),
             ("PatchEncoder", {"gian": 1.0}, f"unknown setting of {HERE}.PatchEncoder 'gian' (did you mean 'gain'?)"),
             ("OpenEncoder", {"latent_channels": 4}, "multiple values for keyword argument 'latent_channels'"),
             ("SlowFlow", {}, "is no torch.nn.Module"),

@@ -26,7 +26,7 @@ from dc_ssdae.decoding import (
     starting_noise,
 )
 from dc_ssdae.dynamics import Dynamics, EquilibriumMatching
-from dc_ssdae.dynamics.corruption import field_of
+from dc_ssdae.dynamics.corruption import field_of, predict
 from dc_ssdae.dynamics.energy import as_normal, at_least_float32
 from dc_ssdae.errors import InputError, check_names
 from dc_ssdae.latent import DiagonalGaussian, Generators
@@ -368,11 +368,7 @@ class DCSSDAE(PretrainedModel):
                 mark_varying_batch(x)
             return x, as_normal(z), None if time is None else as_normal(time)
 
-        own = getattr(self.dynamics, "predict", None)
-        if own is None:
-            prediction = self.decoder(*inputs(x))
-        else:
-            prediction = own(lambda x: at_least_float32(self.decoder(*inputs(x))), x)
+        prediction = predict(self.dynamics, lambda x: at_least_float32(self.decoder(*inputs(x))), x)
         return prediction.to(torch.promote_types(x.dtype, torch.float32))
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:

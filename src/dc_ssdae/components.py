@@ -59,9 +59,9 @@ class ResolvedPart(NamedTuple):
         try:
             with register_module_module_registration_hook(_size_limit(name)):
                 return self.kind(**handed_over, **self.arguments)
-        except InputError:
-            raise
         except Exception as error:
+            if isinstance(error, InputError):
+                raise
             message = " ".join(f"its constructor raised {type(error).__name__}: {error}".split())
             raise InputError(f"{name} cannot be built with its settings; {message}") from error
 

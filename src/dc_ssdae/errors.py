@@ -7,7 +7,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from types import NoneType, UnionType
 from typing import Any, get_args
 
@@ -67,11 +67,10 @@ def lenient_stderr() -> Iterator[None]:
     It may be a file on a full disk, a pipe whose reader has gone, or a terminal that was closed.
     """
     before = sys.stderr
-    sys.stderr = _Lenient(before)
     try:
-        yield
+        with redirect_stderr(_Lenient(before)):
+            yield
     finally:
-        sys.stderr = before
         try:
             before.flush()
         except (OSError, ValueError):
@@ -215,7 +214,4 @@ def as_json(name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError):
-        raise InputError(
-            f"{name} is {shown(value)}, which config.json cannot hold; a setting is made of numbers, strings, true, "
-            "false, null, lists, and mappings from strings"
-        ) from None
+        raise wrong_value(name, value, "made of numbers, text, true, false, null, lists and mappings") from None

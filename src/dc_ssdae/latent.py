@@ -161,21 +161,15 @@ class LatentStatistics:
         if not differ or not all(map(math.isfinite, (*self.mean, *self.std))):
             raise InputError("no image was encoded, or the encoder has collapsed: latents are alike, or not finite")
 
-    @property
-    def shift_factor(self) -> float:
-        """The mean of all values of all channels."""
-        return math.fsum(self.mean) / len(self.mean)
-
-    @property
-    def scaling_factor(self) -> float:
-        """One over the standard deviation of all values of all channels together."""
-        shift = self.shift_factor
-        # The mean of the channels' variances, and the variance of their means.
-        return 1.0 / (math.hypot(*self.std, *(mean - shift for mean in self.mean)) / math.sqrt(len(self.mean)))
-
     def settings(self) -> dict[str, Any]:
-        """The settings of `DCSSDAE` that hold the statistics, under the names that diffusers gives them."""
-        as_a_whole = {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
+        """The settings of `DCSSDAE` that hold the statistics, under the names that diffusers gives them.
+
+        shift_factor is the mean of all values of all channels, scaling_factor one over their standard deviation.
+        """
+        shift = math.fsum(self.mean) / len(self.mean)
+        # The mean of the channels' variances, and the variance of their means.
+        std = math.hypot(*self.std, *(mean - shift for mean in self.mean)) / math.sqrt(len(self.mean))
+        as_a_whole = {"scaling_factor": 1.0 / std, "shift_factor": shift}
         return {**as_a_whole, "latents_mean": list(self.mean), "latents_std": list(self.std)}
 
 

@@ -70,17 +70,15 @@ def select_groups(groups: Mapping[str, list[str]], wanted: Sequence[str]) -> lis
 
     Args:
         groups: as `parameter_groups` gives them.
-        wanted: the selectors, at least one.
+        wanted: the selectors.
 
     Returns:
         The groups' full names, each once, in the order of `groups`.
 
     Raises:
-        InputError: a selector means no group; or there is no selector.
+        InputError: a selector means no group.
     """
     selectors = {".".join(name.split(".")[:count]) for name in groups for count in range(1, name.count(".") + 2)}
-    if not wanted:
-        raise InputError(f"no parameter group is named; name at least one of {', '.join(sorted(selectors))}")
     chosen: set[str] = set()
     for selector in wanted:
         meaning = _counted_from_start(selector, groups)

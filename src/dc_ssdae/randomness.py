@@ -67,11 +67,9 @@ def resampling_counts(seed: int, names: Sequence[str], replicates: int) -> np.nd
     Returns:
         (B, R) int64.
     """
-    rows = [
-        np.random.default_rng(np.random.SeedSequence([_RESAMPLING, seed, *_digest(name)])).poisson(1.0, replicates)
-        for name in names
-    ]
-    return np.stack(rows) if rows else np.zeros((0, replicates), dtype=np.int64)
+    seeds = [np.random.SeedSequence([_RESAMPLING, seed, *_digest(name)]) for name in names]
+    rows = [np.random.default_rng(of_name).poisson(1.0, replicates) for of_name in seeds]
+    return np.array(rows, dtype=np.int64).reshape(len(names), replicates)
 
 
 def _digest(name: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Typed settings: dataclasses whose fields state their limits and whose docstrings describe them. Needs no torch."""
 
 import math
+import operator
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import MISSING, Field, field, fields
@@ -14,12 +15,7 @@ from dc_ssdae.errors import InputError, check_type, unknown_name, wrong_value
 LARGEST_SEED = 2**32 - 1
 """PyTorch's CPU generator reads no more than 32 bits of a seed: a larger one would repeat a smaller one's noise."""
 
-_LIMITS: Mapping[str, tuple[str, Any]] = {
-    "at_least": ("at least", lambda value, limit: value >= limit),
-    "at_most": ("at most", lambda value, limit: value <= limit),
-    "above": ("above", lambda value, limit: value > limit),
-    "below": ("below", lambda value, limit: value < limit),
-}
+_LIMITS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 
 
 def setting(default: Any = MISSING, **metadata: Any) -> Any:
@@ -73,9 +69,9 @@ def check_value(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> 
     check_type(name, value, hint)
     for part in parts:
         if isinstance(part, int | float) and not isinstance(part, bool):
-            known = {word: (text, holds, limits[word]) for word, (text, holds) in _LIMITS.items() if word in limits}
-            if not all(holds(part, limit) for _, holds, limit in known.values()) or not math.isfinite(part):
-                wanted = " and ".join(f"{text} {limit}" for text, _, limit in known.values()) or "a finite number"
+            known = [word for word in _LIMITS if word in limits]
+            if not all(_LIMITS[word](part, limits[word]) for word in known) or not math.isfinite(part):
+                wanted = " and ".join(f"{word.replace('_', ' ')} {limits[word]}" for word in known) or "a finite number"
                 raise wrong_value(name, part, wanted)
     return value
 

@@ -51,16 +51,14 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return f"Measured on {f'{device}, ' if device else ''}{processor}, {versions}."
 
 
-def alternating(count: int, round_: int) -> Sequence[int]:
-    """Count from 0 to `count - 1` in even rounds and back in odd ones, so that no competitor always comes first."""
-    return range(count) if round_ % 2 == 0 else range(count)[::-1]
-
-
 def measure_alternately(measurements: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
-    """Take every measurement once per round, in alternating order; gives the results of each, round by round."""
+    """Take every measurement once per round, in alternating order, so that none always comes first.
+
+    Gives the results of each, round by round.
+    """
     results: list[list[T]] = [[] for _ in measurements]
     for round_ in range(rounds):
-        for index in alternating(len(measurements), round_):
+        for index in range(len(measurements))[:: -1 if round_ % 2 else 1]:
             results[index].append(measurements[index]())
     return results
 

@@ -167,7 +167,7 @@ def test_levels_are_uniform_but_for_the_share_of_pure_noise() -> None:
         ({"pure_noise": 1.0}, "pure_noise"),
         ({"pure_noise": math.nan}, "pure_noise"),
         ({"prediction": "noise"}, "prediction"),
-        ({"prediction": "image", "decay": "truncated"}, "truncated"),
+        ({"prediction": "image", "decay": "truncated"}, "linear decay"),
         ({"prediction": "image", "explicit_energy": "dot"}, "explicit_energy"),
         ({"explicit_energy": "cross"}, "explicit_energy"),
     ],

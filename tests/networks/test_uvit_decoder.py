@@ -140,7 +140,7 @@ def test_a_time_that_does_not_fit_is_refused(timed: bool, time: Tensor | None) -
         ({"multipliers": (1, 2, 3)}, "multipliers"),
         ({"heads": 3}, "heads = 3"),
         ({"patch": 3}, "patch is 3"),
-        ({"patch": 2}, "with patch 2 the decoder has 3 levels"),
+        ({"patch": 2}, "patch 2 needs 3 of them"),
         ({"window_radius": -1}, "window_radius"),
         ({"middle_layers": 0}, "middle_layers"),
         ({"blocks_per_level": 0}, "blocks_per_level"),

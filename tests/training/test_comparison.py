@@ -32,13 +32,14 @@ def random_model(seed: int, dynamics: dict[str, Any] | None = None) -> DCSSDAE:
 
 
 FLOW = {"class_path": "FlowMatching"}
+TWO_STEPS = DistillationConfig("teacher", 2)
 
 
 @pytest.mark.parametrize(("dynamics", "steps", "step_size"), [(None, 4, 0.3), (None, 1, None), (FLOW, 4, None)])
 def test_the_figures_by_hand(tmp_path: Path, dynamics: Any, steps: int, step_size: float | None) -> None:
     teacher, student = random_model(1, dynamics), random_model(2, dynamics)
     images = folder_of(make_images(tmp_path, 11))  # more than one batch
-    found, count, _ = compare(teacher, student, images, steps, step_size)
+    found, count, _ = compare(teacher, student, images, DistillationConfig("teacher", steps, step_size))
     assert count == 11
     assert [row["steps"] for row in found] == [1, steps, 1]
 
@@ -69,14 +70,16 @@ def test_broken_images_are_left_out(tmp_path: Path) -> None:
     for place in (*range(8), 9):  # a whole batch, and one of the next
         (tmp_path / "some" / f"image{place:04d}.png").write_bytes(b"")
         (tmp_path / "whole" / f"image{place:04d}.png").unlink()
-    found, count, _ = compare(teacher, student, folder_of(tmp_path / "some"), 2, None)
+    found, count, _ = compare(teacher, student, folder_of(tmp_path / "some"), TWO_STEPS)
     assert count == 3
-    for row, expected in zip(found, compare(teacher, student, folder_of(tmp_path / "whole"), 2, None)[0], strict=True):
+    for row, expected in zip(
+        found, compare(teacher, student, folder_of(tmp_path / "whole"), TWO_STEPS)[0], strict=True
+    ):
         assert list(row.values())[2:] == pytest.approx(list(expected.values())[2:], rel=1e-5)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "image.png").write_bytes(b"")
     with pytest.raises(InputError, match="none of 1 image can be read"):
-        compare(teacher, student, folder_of(tmp_path / "none"), 2, None)
+        compare(teacher, student, folder_of(tmp_path / "none"), TWO_STEPS)
 
 
 def test_numbers_that_are_not_finite_are_still_json(images: Path, tmp_path: Path) -> None:

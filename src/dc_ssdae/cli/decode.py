@@ -35,8 +35,8 @@ def run(options: Options) -> int:
 def _read(path: Path, model: "DCSSDAE") -> "tuple[Tensor, tuple[int, int], Sequence[str]]":
     from dc_ssdae.cli.latent_file import read_latent
 
-    config, content = model.config, read_latent(path)
-    theirs, own = (len(content.latent), content.downsample_factor), (config.latent_channels, config.downsample_factor)
+    latent, size, factor = read_latent(path)
+    theirs, own = (len(latent), factor), (model.config.latent_channels, model.config.downsample_factor)
     if theirs != own:
         raise InputError(f"the latent has (c, f) = {theirs}, which does not fit the model, which has {own}")
-    return content.latent[None], content.original_size, ()
+    return latent[None], size, ()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import complain, is_main_process, say, select_device, side_by_side
-from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_config_of, read_run_config
-from dc_ssdae.cli.train import new_run_folder, resume, tell_end, watching_training
+from dc_ssdae.cli.run_config import RunOptions, read_config_of, read_run_config
+from dc_ssdae.cli.train import new_run_folder, resume, start, watching_training
 from dc_ssdae.errors import InputError, counted, prefixed
 from dc_ssdae.presets import read_yaml
 from dc_ssdae.settings import setting
@@ -48,14 +48,10 @@ def run(options: Options) -> None:
     """Train the student, then compare it with its teacher, unless a signal asked for the end."""
     with watching_training(options.resume is not None):
         if options.resume is None:
-            from dc_ssdae.training.build import resolved
-            from dc_ssdae.training.start import start_run
-
             config, path = _new_config(options)
             _preview(options.program, config)
-            config = resolved(config)
-            outcome: Outcome | None = start_run(config, config_yaml(config), path)
-            tell_end(options.program, outcome, path)
+            outcome: Outcome | None
+            config, outcome = start(options.program, config, path)
         else:
             if options.teacher is not None or options.steps is not None:
                 raise InputError("--resume continues with the run's own teacher; leave --teacher and --steps out")
@@ -99,9 +95,8 @@ def _base(teacher: str) -> dict[str, Any]:
     from dc_ssdae.training.build import decoder_groups
 
     folder = model_folder(teacher)
-    config = read_config(folder)
+    config, base = read_config(folder), read_config_of(folder)
     model: dict[str, Any] = {entry.name: config.get(entry.name) for entry in fields(ModelConfig)}
-    base = read_config_of(folder)
     training, losses = base.get("training", {}), base.get("losses", {})
     # The latent's batch norm has seen all latents there are: the encoder no longer changes.
     with prefixed(f"--teacher {teacher}"):
@@ -123,11 +118,10 @@ def _preview(program: str, config: RunConfig) -> None:
 
     if not is_main_process() or config.distillation is None:
         return
-    steps, step_size = config.distillation.steps, config.distillation.step_size
     with suppress(InputError):  # the run itself finds the mistake, for all processes
         images, split = open_images(config, 16)
         teacher = load_teacher(Path(config.distillation.teacher), own_classes(config.model)).to(select_device("auto"))
-        (one, several, _), count, _ = compare(teacher, teacher, images, steps, step_size)
+        (one, several, _), count, _ = compare(teacher, teacher, images, config.distillation)
         figures = ", ".join(f"{entry['name']} {entry['psnr']:.2f} dB" for entry in (one, several))
         worse = "; the steps make it worse: try fewer, or another step size" if several["psnr"] < one["psnr"] else ""
         complain(program, f"PSNR on {counted(count, f'{split} image')}: {figures}{worse}")

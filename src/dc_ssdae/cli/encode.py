@@ -35,7 +35,7 @@ def run(options: Options) -> int:
     model = load_model(options)
     import torch
 
-    from dc_ssdae.cli.latent_file import LatentFile, write_latent
+    from dc_ssdae.cli.latent_file import write_latent
     from dc_ssdae.data.images import read_image
 
     def encode(source: Path, target: Path) -> tuple[str, Sequence[str]]:
@@ -47,7 +47,7 @@ def run(options: Options) -> int:
             raise InputError("this model's encoder gives no variance to sample with; leave --sample out")
         else:
             latent = posterior.sample(torch.Generator().manual_seed(options.seed or 0))
-        write_latent(target, LatentFile(latent[0], size, model.config.downsample_factor))
+        write_latent(target, latent[0], size, model.config.downsample_factor)
         return shape_line(size, latent), image.notes
 
     return for_each_file(options, targets, encode)

@@ -125,8 +125,8 @@ def _seconds(source: str | Path, dtype: str, device: str, classes: Sequence[type
     from dc_ssdae.autoencoder import DCSSDAE
     from dc_ssdae.evaluation.profile import measure_seconds
 
-    is_preset = isinstance(source, str)
-    model = DCSSDAE.from_preset(source) if is_preset else DCSSDAE.from_pretrained(source, classes=classes)
+    build = DCSSDAE.from_preset if isinstance(source, str) else DCSSDAE.from_pretrained
+    model = build(source, classes=classes)
     # Not model.to, with which diffusers warns of modules to be kept in float32, of which there are none.
     torch.nn.Module.to(model, device=select_device(device), dtype=getattr(torch, dtype))
     size = max(SIZES[0], model.config.downsample_factor)  # both are powers of two

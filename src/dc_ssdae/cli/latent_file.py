@@ -1,7 +1,6 @@
 """The file of one latent: what `dc-ssdae encode` writes and `dc-ssdae decode` reads."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -16,33 +15,28 @@ from dc_ssdae.weights import read_safetensors
 FORMAT = {"format": "dc-ssdae latent", "format_version": "1"}
 
 
-class LatentFile(NamedTuple):
-    """One image's `latent` (c, h, w), its `original_size` (H, W) in pixels, and the f it was encoded with."""
-
-    latent: Tensor
-    original_size: tuple[int, int]
-    downsample_factor: int
-
-
-def write_latent(path: Path, content: LatentFile) -> None:
+def write_latent(path: Path, latent: Tensor, original_size: tuple[int, int], downsample_factor: int) -> None:
     """Write a latent file, whole or not at all.
 
-    Tensors `latent` (c, h, w) in its own dtype and `original_size` int64 (2,); what they mean is in the metadata.
+    Args:
+        path: of the file.
+        latent: (c, h, w), kept in its own dtype.
+        original_size: (H, W) of the image in pixels, kept as int64 (2,).
+        downsample_factor: the f it was encoded with.
 
     Raises:
         InputError: the latent holds infinities or NaN.
         OSError: the file cannot be written.
     """
-    _check_finite(path, content.latent)
-    size = torch.tensor(content.original_size, dtype=torch.int64)
-    shape = {"latent_channels": str(len(content.latent)), "downsample_factor": str(content.downsample_factor)}
+    _check_finite(path, latent)
+    shape = {"latent_channels": str(len(latent)), "downsample_factor": str(downsample_factor)}
     metadata = {**FORMAT, **shape, "dc_ssdae_version": __version__}
-    tensors = {"latent": content.latent.contiguous().cpu(), "original_size": size}
+    tensors = {"latent": latent.contiguous().cpu(), "original_size": torch.tensor(original_size, dtype=torch.int64)}
     write_whole(path, save(tensors, metadata))  # not save_file, whose files only their owner can read
 
 
-def read_latent(path: Path) -> LatentFile:
-    """Read a latent file and check that its parts fit together.
+def read_latent(path: Path) -> tuple[Tensor, tuple[int, int], int]:
+    """Read a latent file and check that its parts fit together: what `write_latent` took besides the path.
 
     Raises:
         InputError: it is missing, damaged or no latent file, or its parts do not fit.
@@ -61,7 +55,7 @@ def read_latent(path: Path) -> LatentFile:
     if not fits:
         raise InputError(f"{path}: not a latent file as dc-ssdae encode writes it")
     _check_finite(path, latent)
-    return LatentFile(latent, (height, width), factor)
+    return latent, (height, width), factor
 
 
 def _check_finite(path: Path, latent: Tensor) -> None:

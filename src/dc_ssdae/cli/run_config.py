@@ -85,12 +85,8 @@ def read_run_config(options: RunOptions, base: Mapping[str, Any] | None = None) 
         InputError: a file or a setting is wrong; one line that names it.
         SystemExit: after --print_config, with 0.
     """
-    name, settings = "", dict(base or {})
-    for word in options.config:
-        name, layer = read_layer(word)
-        settings = lay_over(settings, layer)
-    settings = lay_over(settings, read_settings(options.settings))
-    config = RunConfig.from_mapping(settings)
+    name, settings = read_layers(options.config, base or {})
+    config = RunConfig.from_mapping(lay_over(settings, read_settings(options.settings)))
     options.exit_with(config_yaml(config))
     return config, name
 
@@ -101,21 +97,24 @@ def read_config_of(folder: Path) -> dict[str, Any]:
     return RunConfig.from_mapping(read_yaml(file)).to_mapping() if folder.name == "model" and file.is_file() else {}
 
 
-def read_layer(word: str) -> tuple[str, dict[str, Any]]:
-    """Read a preset or a file: its name, and its sections.
+def read_layers(words: Sequence[str], settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Lay presets and files, in their order, over settings; gives the last one's name, "" for none, and the sections.
 
     Raises:
-        InputError: there is none, or it is no configuration.
+        InputError: there is no such preset or file, or it is no configuration.
     """
-    presets = list_presets()
-    if word in presets:
-        layer = load_preset(word)
-        return word, {**layer, "training": {**layer.get("training", {}), "preset": word}}
-    path = Path(os.path.expanduser(word))  # Path.expanduser raises where there is no such user
-    if not path.exists():
-        raise unknown_name("preset or YAML file", word, presets)
-    # A section without a value is one whose lines are all comments.
-    return path.stem, {name: value for name, value in read_yaml(path).items() if value is not None}
+    name, presets = "", list_presets()
+    for word in words:
+        path = Path(os.path.expanduser(word))  # Path.expanduser raises where there is no such user
+        if word in presets:
+            name, layer = word, lay_over(load_preset(word), {"training": {"preset": word}})
+        elif path.exists():
+            # A section without a value is one whose lines are all comments.
+            name, layer = path.stem, {key: value for key, value in read_yaml(path).items() if value is not None}
+        else:
+            raise unknown_name("preset or YAML file", word, presets)
+        settings = lay_over(settings, layer)
+    return name, dict(settings)
 
 
 def read_settings(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dc_ssdae.classes import importing_from
 from dc_ssdae.cli.common import complain, is_main_process
-from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_layer, read_run_config, read_settings
+from dc_ssdae.cli.run_config import RunOptions, config_yaml, read_layers, read_run_config, read_settings
 from dc_ssdae.errors import InputError, check_names, unknown_name
 from dc_ssdae.presets import list_recipes, load_recipe, read_yaml
 from dc_ssdae.settings import setting
@@ -58,18 +58,27 @@ def run(options: Options) -> None:
         if options.recipe is not None:
             start_phases(options, options.recipe)
         elif options.resume is None:
-            from dc_ssdae.training.build import resolved
-            from dc_ssdae.training.start import new_run
-
             config, name = read_run_config(options)
-            path, config = new_run_folder(config.training.output, name or "run"), resolved(config)
-            with new_run(config, config_yaml(config), path) as trainer:
-                outcome = trainer.run()
-            tell_end(options.program, outcome, path)
+            start(options.program, config, new_run_folder(config.training.output, name or "run"))
         elif (options.resume / RECIPE_FILE).is_file():
             resume_phases(options, options.resume)
         else:
             resume(options, options.resume)
+
+
+def start(program: str, config: RunConfig, path: Path) -> "tuple[RunConfig, Outcome]":
+    """Train a configuration in a new folder; gives it with every setting of the model's parts spelt out.
+
+    Raises:
+        InputError: as `start_run`.
+    """
+    from dc_ssdae.training.build import resolved
+    from dc_ssdae.training.start import start_run
+
+    config = resolved(config)
+    outcome = start_run(config, config_yaml(config), path)
+    tell_end(program, outcome, path)
+    return config, outcome
 
 
 def resume(options: RunOptions, path: Path) -> "tuple[RunConfig, Outcome | None]":
@@ -137,18 +146,14 @@ def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
     name, content = (word, load_recipe(word)) if word in list_recipes() else (file.stem, read_yaml(file))
     check_names(f"section of recipe {name}", content, ("description", "phases"))
     phases = check_phases(content.get("phases"), f"recipe {name}")
-    settings: dict[str, Any] = {}
-    folder = name
-    for config in options.config:
-        config_name, layer = read_layer(config)
-        folder = f"{config_name}-{name}"
-        own = check_phases(layer.pop("phases"), config) if "phases" in layer else {}
-        phases, settings = lay_over(phases, own), lay_over(settings, layer)
+    config_name, settings = read_layers(options.config, {})
+    if "phases" in settings:
+        phases = lay_over(phases, check_phases(settings.pop("phases"), "--config"))
     flags = read_settings(options.settings)
     recipe = make_recipe(settings, phases, flags, flags.pop("phases", {}))
     if any(phase.config.model != recipe.phases[0].config.model for phase in recipe.phases):
         raise InputError("the phases have different sections model; give one for all, with --config")
-    return recipe, folder
+    return recipe, f"{config_name}-{name}" if config_name else name
 
 
 @contextmanager

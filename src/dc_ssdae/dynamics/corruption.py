@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError
 
 PREDICTIONS = ("field", "image")
 """What the answer of a network may be: the field (flow matching's velocity), or an estimate of the image."""
@@ -40,19 +40,15 @@ class Dynamics(Protocol):
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Draw training levels: (B,) float32 in [0, 1]."""
-        ...
 
     def corrupt(self, x: Tensor, noise: Tensor, level: Tensor) -> Corruption:
         """Corrupt x (B, …) with noise of x's shape to level (B,) and give the network's target."""
-        ...
 
     def clean_estimate(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
         """Estimate the clean image, of x_level's shape, from the network's prediction."""
-        ...
 
     def loss(self, record: Corruption, prediction: Tensor) -> Tensor:
         """L_dynamics of each image: (B,) float32."""
-        ...
 
 
 def predict(dynamics: Dynamics, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -68,17 +64,6 @@ def field_of(dynamics: Dynamics, x_level: Tensor, prediction: Tensor, level: Ten
     """
     own = getattr(dynamics, "field_of", None)
     return prediction if own is None else own(x_level, prediction, level)
-
-
-def check_prediction(prediction: str) -> str:
-    """Refuse what a network cannot predict.
-
-    Raises:
-        InputError: names it and the accepted ones.
-    """
-    if prediction not in PREDICTIONS:
-        raise unknown_name("prediction", prediction, PREDICTIONS)
-    return prediction
 
 
 def expand_level(level: Tensor, like: Tensor) -> Tensor:

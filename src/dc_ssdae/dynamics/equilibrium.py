@@ -4,46 +4,35 @@ Wang & Du 2025, "Equilibrium matching: generative modeling with implicit energy-
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dc_ssdae.dynamics.corruption import Corruption, check_prediction, check_same_shape, draw_on, expand_level, predict
+from dc_ssdae.dynamics.corruption import PREDICTIONS, Corruption, check_same_shape, draw_on, expand_level, predict
 from dc_ssdae.dynamics.energy import ENERGIES, energy_gradient
-from dc_ssdae.errors import InputError, check_at_least, unknown_name
-
-
-class Decay(Protocol):
-    """c(γ): the field's magnitude along the way from noise (γ = 0) to data (γ = 1), where it vanishes."""
-
-    @property
-    def stiffness(self) -> float:
-        """L of f ≈ L (x − x*) near the data, for λ = 1: minus the slope of c at γ = 1."""
-        ...
-
-    def __call__(self, level: Tensor) -> Tensor:
-        """c(γ)."""
-        ...
-
-    def distance_ratio(self, level: Tensor) -> Tensor:
-        """(1 − γ)/c(γ), with its finite limit at γ = 1."""
-        ...
+from dc_ssdae.errors import InputError, check_at_least, check_names
+from dc_ssdae.settings import check_value
 
 
 @dataclass(frozen=True)
 class LinearDecay:
-    """c(γ) = 1 − γ: the EqM paper's."""
+    """c(γ) = 1 − γ: the EqM paper's.
+
+    A decay is the field's magnitude along the way from noise (γ = 0) to data (γ = 1), where it vanishes.
+    """
 
     stiffness: float = 1.0
+    """L of f ≈ L (x − x*) near the data, for λ = 1: minus the slope of c at γ = 1."""
 
     def __call__(self, level: Tensor) -> Tensor:
+        """c(γ)."""
         return 1.0 - level
 
     def distance_ratio(self, level: Tensor) -> Tensor:
+        """(1 − γ)/c(γ), with its finite limit at γ = 1."""
         return torch.ones_like(level)
 
 
@@ -55,10 +44,8 @@ class PiecewiseDecay:
     start: float = 1.4
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.kink < 1.0:
-            raise InputError(f"kink is {self.kink}; it must lie between 0 and 1")
-        if not 0.0 < self.start < math.inf:
-            raise InputError(f"start is {self.start}; it must be positive and finite")
+        check_value("decay_kink", self.kink, float, {"above": 0.0, "below": 1.0})
+        check_value("decay_start", self.start, float, {"above": 0.0})
 
     @property
     def stiffness(self) -> float:
@@ -79,10 +66,15 @@ class PiecewiseDecay:
 LANDED_DESCENT = 1.5
 """How far to descend after the first step has landed, in units of 1/L."""
 
-DECAYS = ("linear", "truncated", "piecewise")
+DECAYS: Mapping[str, Mapping[str, float]] = {
+    "linear": {},
+    "truncated": {"decay_kink": 0.8},
+    "piecewise": {"decay_kink": 0.8, "decay_start": 1.4},
+}
+"""Settings of each decay, and their defaults."""
 
 
-def make_decay(name: str, kink: float | None = None, start: float | None = None) -> Decay:
+def make_decay(name: str, kink: float | None = None, start: float | None = None) -> LinearDecay | PiecewiseDecay:
     """Build a decay by name.
 
     Args:
@@ -93,16 +85,11 @@ def make_decay(name: str, kink: float | None = None, start: float | None = None)
     Raises:
         InputError: the name is unknown, or a value is given that this decay does not have.
     """
-    if name not in DECAYS:
-        raise unknown_name("decay", name, DECAYS)
-    if name == "linear" and kink is not None:
-        raise InputError("the linear decay has no kink; leave decay_kink out")
-    if name != "piecewise" and start is not None:
-        raise InputError(f"the {name} decay has no start; leave decay_start out")
-    if name == "linear":
-        return LinearDecay()
-    default_start = 1.0 if name == "truncated" else 1.4
-    return PiecewiseDecay(0.8 if kink is None else kink, default_start if start is None else start)
+    check_names("decay", [name], DECAYS)
+    given = {key: value for key, value in (("decay_kink", kink), ("decay_start", start)) if value is not None}
+    check_names(f"setting of the {name} decay", given, DECAYS[name])
+    settings = {"decay_start": 1.0, **DECAYS[name], **given}
+    return LinearDecay() if name == "linear" else PiecewiseDecay(settings["decay_kink"], settings["decay_start"])
 
 
 class EquilibriumMatching:
@@ -140,24 +127,16 @@ class EquilibriumMatching:
         prediction: str = "field",
         pure_noise: float = 0.0,
     ) -> None:
-        if not 0.0 <= pure_noise < 1.0:
-            raise InputError(f"pure_noise is {pure_noise}; it must be from 0 to below 1")
-        if explicit_energy is not None and explicit_energy not in ENERGIES:
-            raise unknown_name("explicit_energy", explicit_energy, ENERGIES)
-        if not 0.0 < gradient_scale < math.inf:
-            raise InputError(f"gradient_scale is {gradient_scale}; it must be positive and finite")
+        check_names("explicit_energy", [explicit_energy] if explicit_energy is not None else [], ENERGIES)
+        check_names("prediction", [prediction], PREDICTIONS)
         self.decay = make_decay(decay, decay_kink, decay_start)
-        self.gradient_scale = float(gradient_scale)
+        self.gradient_scale = check_value("gradient_scale", gradient_scale, float, {"above": 0.0})
         self.explicit_energy = explicit_energy
-        self.pure_noise = float(pure_noise)
-        self.prediction = check_prediction(prediction)
-        if prediction == "image" and decay != "linear":
-            raise InputError(
-                f"prediction 'image' needs the linear decay: with the {decay} decay the field depends on the level, "
-                "which the network is not told"
-            )
-        if prediction == "image" and explicit_energy is not None:
-            raise InputError("prediction 'image' and explicit_energy exclude each other: an energy gives the field")
+        self.pure_noise = check_value("pure_noise", pure_noise, float, {"at_least": 0.0, "below": 1.0})
+        self.prediction = prediction
+        # The network, which is not told the level, cannot make any other field of the image.
+        if prediction == "image" and (decay != "linear" or explicit_energy is not None):
+            raise InputError("prediction 'image' is for the linear decay without an explicit_energy")
 
     @property
     def predict(self) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None:
@@ -179,9 +158,8 @@ class EquilibriumMatching:
             InputError: there is none.
         """
         if self.explicit_energy is None:
-            raise InputError(
-                f"this field has no explicit energy; train one with explicit_energy {' or '.join(map(repr, ENERGIES))}"
-            )
+            names = " or ".join(map(repr, ENERGIES))
+            raise InputError(f"this field has no explicit energy; train one with explicit_energy {names}")
         check_same_shape(x, answer, "answer")
         return ENERGIES[self.explicit_energy](x, answer)
 
@@ -211,10 +189,9 @@ class EquilibriumMatching:
             InputError: a value is out of range.
         """
         check_at_least(1, num_steps=num_steps)
-        if not 0.0 <= start_level <= 1.0:
-            raise InputError(f"start_level is {start_level}; it must be from 0 to 1")
-        if not 0.0 < descent < math.inf:
-            raise InputError(f"descent is {descent}; it must be positive and finite")
+        # Plain comparisons, which torch.compile can follow.
+        if not (0.0 <= start_level <= 1.0 and 0.0 < descent < math.inf):
+            raise InputError(f"start_level is {start_level} and descent {descent}; they must be in [0, 1] and positive")
         landing = float(self.decay.distance_ratio(torch.tensor(start_level, dtype=torch.float64))) / self.gradient_scale
         others = num_steps - 1
         return [landing, *[min(1.0, descent / max(others, 1)) / self.stiffness] * others]

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dc_ssdae.dynamics.corruption import Corruption, check_prediction, check_same_shape, draw_on, expand_level
+from dc_ssdae.dynamics.corruption import PREDICTIONS, Corruption, check_same_shape, draw_on, expand_level
+from dc_ssdae.errors import check_names
 
 SMALLEST_TRAINING_TIME = 0.05
 """Below it the loss of prediction "image" weighs no more: a velocity's error is the image's, divided by t."""
@@ -32,7 +33,8 @@ class FlowMatching:
     noise_level = 1.0
 
     def __init__(self, prediction: str = "field") -> None:
-        self.prediction = check_prediction(prediction)
+        check_names("prediction", [prediction], PREDICTIONS)
+        self.prediction = prediction
 
     def field_of(self, x_level: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
         """The velocity at x_t (B, …), t being `level` (B,): the prediction, or (D − x_t)/t where that is the image."""

@@ -52,19 +52,17 @@ class WindowedSelfAttention(nn.Module):
 
     def _bias(self, query_side: tuple[int, int], key_side: tuple[int, int], shift: int, dtype: torch.dtype) -> Tensor:
         """Bias (heads, queries, keys) of two grids whose origins lie `shift` tokens apart; -inf outside the window."""
-        table, radius = self.relative_position_table, self.radius
-        device = table.device
-        offsets = [
+        table, radius, device = self.relative_position_table, self.radius, self.relative_position_table.device
+        rows, columns = (
             torch.arange(q, device=device)[:, None] - torch.arange(k, device=device)[None, :] + shift
             for q, k in zip(query_side, key_side, strict=True)
-        ]
-        rows, columns = ((offset + radius).clamp(0, 2 * radius) for offset in offsets)
-        inside_rows, inside_columns = (offset.abs() <= radius for offset in offsets)
-        queries, keys = query_side[0] * query_side[1], key_side[0] * key_side[1]
-        index = rows[:, None, :, None] * (2 * radius + 1) + columns[None, :, None, :]
-        inside = inside_rows[:, None, :, None] & inside_columns[None, :, None, :]
-        bias = F.embedding(index.reshape(queries, keys), table.to(dtype).flatten(0, 1)).permute(2, 0, 1)
-        return bias.masked_fill(~inside.reshape(queries, keys), float("-inf"))
+        )
+        row, column = ((offset + radius).clamp(0, 2 * radius) for offset in (rows, columns))
+        index = row[:, None, :, None] * (2 * radius + 1) + column[None, :, None, :]
+        inside = (rows.abs() <= radius)[:, None, :, None] & (columns.abs() <= radius)[None, :, None, :]
+        pairs = query_side[0] * query_side[1], key_side[0] * key_side[1]
+        bias = F.embedding(index.reshape(pairs), table.to(dtype).flatten(0, 1)).permute(2, 0, 1)
+        return bias.masked_fill(~inside.reshape(pairs), float("-inf"))
 
     def _attend_all_pairs(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         _, height, width, _, _ = query.shape

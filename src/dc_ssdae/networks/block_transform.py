@@ -94,5 +94,4 @@ def strongest_cosines(count: int, side: int) -> tuple[Tensor, Tensor]:
 def _start(layer: nn.Conv2d, weight: Tensor) -> None:
     layer.weight.zero_()
     layer.weight[:, :, 1, 1] = weight
-    assert layer.bias is not None
-    layer.bias.zero_()
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ class CheckpointedModule(nn.Module):
     """
 
     gradient_checkpointing: bool = False
-    _gradient_checkpointing_func: Callable[..., Any] | None = None
+    _gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
     def run_block(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Call `block(*inputs)`, of whose activations only the inputs are kept where checkpointing is on."""
@@ -30,8 +30,6 @@ class CheckpointedModule(nn.Module):
             return block(*inputs)
         if not torch.compiler.is_compiling() and _attention_is_plain():
             block = partial(_run_plain, block)
-        if self._gradient_checkpointing_func is None:
-            return checkpoint(block, *inputs, use_reentrant=False)
         return self._gradient_checkpointing_func(block, *inputs)
 
 
@@ -138,10 +136,8 @@ class SpaceToChannelDownsample(nn.Module):
         self.out_channels = out_channels
         self.strided = strided
         self.shortcut = shortcut
-        if strided:
-            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-        else:
-            self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
+        width, stride = (out_channels, 2) if strided else (out_channels // 4, 1)
+        self.conv = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x) if self.strided else F.pixel_unshuffle(self.conv(x), 2)
@@ -211,12 +207,7 @@ class ConditionedResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        context_channels: int,
-        time_channels: int | None,
-        groups: int,
+        self, in_channels: int, out_channels: int, context_channels: int, time_channels: int | None, groups: int
     ) -> None:
         super().__init__()
         self.norm1 = AdaptiveGroupNorm(in_channels, context_channels, groups)
@@ -230,8 +221,7 @@ class ConditionedResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor | None) -> Tensor:
         y = self.norm2(self.conv1(silu(self.norm1(x, context))))
-        if self.time_scale_shift is not None:
-            assert time is not None
+        if self.time_scale_shift is not None and time is not None:
             scale, shift = self.time_scale_shift(F.silu(time))[:, :, None, None].chunk(2, dim=1)
             y = y * (1.0 + scale) + shift
         return add(self.shortcut(x), self.conv2(silu(y)))
@@ -254,16 +244,12 @@ def check_image(x: Tensor, factor: int) -> None:
     Raises:
         InputError: names the shape and the nearest one that would fit.
     """
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise InputError(f"an image batch has shape (B, 3, H, W), not {tuple(x.shape)}")
-    check_not_empty(x)
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+        raise InputError(f"an image batch has shape (B, 3, H, W), without zeros, not {tuple(x.shape)}")
     height, width = x.shape[-2:]
-    if height % factor or width % factor or not height or not width:
-        fit = tuple(max(side + -side % factor, factor) for side in (height, width))
-        raise InputError(
-            f"image of {height}×{width} pixels: both sides must be multiples of f = {factor}; "
-            f"pad it to {fit[0]}×{fit[1]}"
-        )
+    if height % factor or width % factor:
+        fit = f"{height + -height % factor}×{width + -width % factor}"
+        raise InputError(f"image of {height}×{width} pixels: pad it to {fit}, multiples of f = {factor}")
 
 
 def check_latent_shape(z: Tensor, channels: int) -> None:
@@ -272,16 +258,5 @@ def check_latent_shape(z: Tensor, channels: int) -> None:
     Raises:
         InputError: names the shape.
     """
-    if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape[2:]:
-        raise InputError(f"a latent batch has shape (B, {channels}, h, w), not {tuple(z.shape)}")
-    check_not_empty(z)
-
-
-def check_not_empty(batch: Tensor) -> None:
-    """Refuse a batch of no images.
-
-    Raises:
-        InputError: names the shape.
-    """
-    if batch.shape[0] == 0:
-        raise InputError(f"the batch is empty: its shape is {tuple(batch.shape)}; give at least one image")
+    if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape:
+        raise InputError(f"a latent batch has shape (B, {channels}, h, w), without zeros, not {tuple(z.shape)}")

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dc_ssdae.errors import InputError, check_at_least, unknown_name
+from dc_ssdae.errors import InputError, check_names
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.networks.attention import LinearAttention
 from dc_ssdae.networks.block_transform import BlockAnalysis
@@ -26,7 +26,6 @@ from dc_ssdae.networks.blocks import (
 from dc_ssdae.networks.norms import ChannelRMSNorm
 
 BlockType = Literal["ResBlock", "EfficientViTBlock"]
-T = TypeVar("T")
 
 LATENT_INIT_GAIN = 0.1
 """Of the latent's output weights at initialisation, against PyTorch's default, where they are to start small."""
@@ -46,29 +45,13 @@ class Architecture:
     strided_downsample: bool = False
 
 
+RES: tuple[BlockType, ...] = ("ResBlock",)
+VIT: tuple[BlockType, ...] = ("EfficientViTBlock",)
 ARCHITECTURES: dict[str, Architecture] = {
-    "dc_ssdae": Architecture(
-        widths=(128, 256, 512, 512, 1024, 1024, 1024, 1024),
-        depths=(0, 5, 10, 4, 4, 4, 4, 4),
-        block_types=("ResBlock",) * 8,
-    ),
-    "dc_ae": Architecture(
-        widths=(128, 256, 512, 512, 1024, 1024, 2048, 2048),
-        depths=(0, 4, 8, 2, 2, 2, 2, 2),
-        block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 5,
-    ),
-    "dc_ae_sana": Architecture(
-        widths=(128, 256, 512, 512, 1024, 1024),
-        depths=(2, 2, 2, 3, 3, 3),
-        block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-        attention_scales=(5,),
-        strided_downsample=True,
-    ),
-    "fast": Architecture(
-        widths=(16, 32, 64, 128, 256, 256),
-        depths=(0, 1, 1, 2, 2, 2),
-        block_types=("ResBlock",) * 6,
-    ),
+    "dc_ssdae": Architecture((128, 256, 512, 512, 1024, 1024, 1024, 1024), (0, 5, 10, 4, 4, 4, 4, 4), 8 * RES),
+    "dc_ae": Architecture((128, 256, 512, 512, 1024, 1024, 2048, 2048), (0, 4, 8, 2, 2, 2, 2, 2), 3 * RES + 5 * VIT),
+    "dc_ae_sana": Architecture((128, 256, 512, 512, 1024, 1024), (2, 2, 2, 3, 3, 3), 3 * RES + 3 * VIT, (5,), True),
+    "fast": Architecture((16, 32, 64, 128, 256, 256), (0, 1, 1, 2, 2, 2), 6 * RES),
 }
 
 
@@ -115,33 +98,37 @@ class DCEncoder(CheckpointedModule):
         block_shortcut: bool = False,
     ) -> None:
         super().__init__()
-        if architecture not in ARCHITECTURES:
-            raise unknown_name("architecture of DCEncoder", architecture, ARCHITECTURES)
-        if norm not in ("rms_norm", "none"):
-            raise unknown_name("norm of DCEncoder", norm, ("rms_norm", "none"))
-        check_at_least(1, latent_channels=latent_channels)
-        family = ARCHITECTURES[architecture]
-        stages = check_downsample_factor(downsample_factor) + 1
-        widths = _per_stage("widths", widths, family.widths, stages, architecture)
-        depths = _per_stage("depths", depths, family.depths, stages, architecture)
-        block_types = _per_stage("block_types", block_types, family.block_types, stages, architecture)
+        check_names("architecture of DCEncoder", [architecture], ARCHITECTURES)
+        check_names("norm of DCEncoder", [norm], ("rms_norm", "none"))
+        family, stages = ARCHITECTURES[architecture], check_downsample_factor(downsample_factor) + 1
+        widths = list(family.widths[:stages] if widths is None else widths)
+        depths = list(family.depths[:stages] if depths is None else depths)
+        block_types = list(family.block_types[:stages] if block_types is None else block_types)
         scales = tuple(family.attention_scales if attention_scales is None else attention_scales)
         strided = family.strided_downsample if strided_downsample is None else strided_downsample
         out_channels = 2 * latent_channels if variational else latent_channels
-        _check_stages(widths, depths, block_types, scales, latent_channels if out_shortcut else None)
+        counts = {"widths": len(widths), "depths": len(depths), "block_types": len(block_types)}
+        for name, count in counts.items():
+            if count != stages:
+                raise InputError(f"{name} has {count} stages in {architecture}; f = {downsample_factor} needs {stages}")
+        _check_stages(widths, depths, block_types, scales)
+        if out_shortcut and widths[-1] % latent_channels:
+            raise InputError(f"out_shortcut needs a last width that latent_channels divides, not {widths[-1]}")
 
         self.downsample_factor = downsample_factor
         self.widths = widths
         self.variational = variational
         self.out_shortcut = out_shortcut
-        self.project_in = (
-            SpaceToChannelDownsample(3, widths[1], strided=strided, shortcut=False)
-            if depths[0] == 0
-            else nn.Conv2d(3, widths[0], 3, padding=1)
-        )
+        if depths[0]:
+            self.project_in: nn.Module = nn.Conv2d(3, widths[0], 3, padding=1)
+        else:
+            self.project_in = SpaceToChannelDownsample(3, widths[1], strided=strided, shortcut=False)
         self.stages = nn.ModuleList()
         for index, (width, depth, block_type) in enumerate(zip(widths, depths, block_types, strict=True)):
-            blocks: list[nn.Module] = [_make_block(block_type, width, norm, scales) for _ in range(depth)]
+            has_attention = block_type == "EfficientViTBlock"
+            blocks: list[nn.Module] = [
+                EfficientViTBlock(width, norm, scales) if has_attention else ResBlock(width, norm) for _ in range(depth)
+            ]
             if depth and index + 1 < stages:
                 blocks.append(SpaceToChannelDownsample(width, widths[index + 1], strided=strided))
             self.stages.append(nn.Sequential(*blocks))
@@ -177,8 +164,11 @@ class DCEncoder(CheckpointedModule):
         Stages are counted from 0; one without blocks is no group. A downsample belongs to the stage that it leaves.
         """
         filled = [f"stages.{index}" for index, stage in enumerate(self.stages) if [*stage.children()]]
-        latent_head = ["latent_head", *(["block_shortcut"] if self.block_shortcut is not None else [])]
-        return {"input": ["project_in"], **{name: [name] for name in filled}, "latent_head": latent_head}
+        return {
+            "input": ["project_in"],
+            **{name: [name] for name in filled},
+            "latent_head": ["latent_head", "block_shortcut"],
+        }
 
 
 class ResBlock(nn.Module):
@@ -226,46 +216,17 @@ def _make_norm(norm: str, channels: int) -> nn.Module:
     return ChannelRMSNorm(channels) if norm == "rms_norm" else nn.Identity()
 
 
-def _make_block(block_type: BlockType, channels: int, norm: str, scales: tuple[int, ...]) -> nn.Module:
-    if block_type == "EfficientViTBlock":
-        return EfficientViTBlock(channels, norm, scales)
-    return ResBlock(channels, norm)
-
-
-def _per_stage(name: str, given: Sequence[T] | None, default: Sequence[T], stages: int, family: str) -> list[T]:
-    if given is None and len(default) < stages:
-        raise InputError(
-            f"architecture {family!r} has {len(default)} stages; f = {2 ** (stages - 1)} needs {stages}: give {name}"
-        )
-    values = list(default[:stages] if given is None else given)
-    if len(values) != stages:
-        raise InputError(f"{name} has {len(values)} stages; f = {2 ** (stages - 1)} needs {stages}")
-    return values
-
-
 def _check_stages(
-    widths: Sequence[int],
-    depths: Sequence[int],
-    block_types: Sequence[str],
-    scales: Sequence[int],
-    shortcut_channels: int | None,
+    widths: Sequence[int], depths: Sequence[int], block_types: Sequence[str], scales: Sequence[int]
 ) -> None:
-    for block_type in block_types:
-        if block_type not in ("ResBlock", "EfficientViTBlock"):
-            raise unknown_name("block type of DCEncoder", block_type, ("ResBlock", "EfficientViTBlock"))
+    check_names("block type of DCEncoder", block_types, ("ResBlock", "EfficientViTBlock"))
     if any(depth < (0 if index == 0 else 1) for index, depth in enumerate(depths)):
         raise InputError(f"depths {list(depths)}: only the first may be 0, none may be negative")
-    for index, width in enumerate(widths):
-        if width <= 0 or width % 4:
-            raise InputError(f"widths[{index}] is {width}; it must be a positive multiple of 4")
-        if block_types[index] == "EfficientViTBlock" and width % LinearAttention.HEAD_WIDTH:
-            raise InputError(f"widths[{index}] is {width}; an EfficientViTBlock needs a multiple of 32")
+    for index, (width, block_type) in enumerate(zip(widths, block_types, strict=True)):
+        unit = LinearAttention.HEAD_WIDTH if block_type == "EfficientViTBlock" else 4
+        if width <= 0 or width % unit:
+            raise InputError(f"widths[{index}] is {width}; {block_type} needs a positive multiple of {unit}")
         if index and depths[index - 1] and (4 * widths[index - 1]) % width:
             raise InputError(f"widths[{index}] = {width} must divide 4·widths[{index - 1}] = {4 * widths[index - 1]}")
     if any(scale < 1 or scale % 2 == 0 for scale in scales):
         raise InputError(f"attention_scales {list(scales)}: kernel sizes must be odd and positive")
-    if shortcut_channels is not None and widths[-1] % shortcut_channels:
-        raise InputError(
-            f"out_shortcut needs a last width that is a multiple of latent_channels = {shortcut_channels}, "
-            f"not {widths[-1]}"
-        )

@@ -52,24 +52,19 @@ class KLEncoder(CheckpointedModule):
         halvings = check_downsample_factor(downsample_factor)
         check_at_least(1, latent_channels=latent_channels, channels=channels, norm_groups=norm_groups)
         check_at_least(1, blocks_per_level=blocks_per_level)
-        if multipliers is None:
-            multipliers = [1, 2] + [4] * (halvings - 1)
+        multipliers = [1, 2] + [4] * (halvings - 1) if multipliers is None else multipliers
         if len(multipliers) != halvings + 1:
             raise InputError(f"multipliers has {len(multipliers)} levels; f = {downsample_factor} needs {halvings + 1}")
         widths = [channels * multiplier for multiplier in multipliers]
-        for width in widths:
-            if width < 1 or width % norm_groups:
-                raise InputError(f"level width {width} is no positive multiple of norm_groups = {norm_groups}")
+        if any(width < 1 or width % norm_groups for width in widths):
+            raise InputError(f"level widths {widths} must be positive multiples of norm_groups = {norm_groups}")
         self.downsample_factor = downsample_factor
         self.widths = widths
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
-            previous = widths[max(level - 1, 0)]
-            blocks: list[nn.Module] = [
-                KLResidualBlock(previous if index == 0 else width, width, norm_groups)
-                for index in range(blocks_per_level)
-            ]
+            inputs = [widths[max(level - 1, 0)]] + [width] * (blocks_per_level - 1)
+            blocks: list[nn.Module] = [KLResidualBlock(before, width, norm_groups) for before in inputs]
             if level < halvings:
                 blocks.append(AsymmetricDownsample(width))
             self.down.append(nn.Sequential(*blocks))

@@ -54,62 +54,42 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             does not have.
     """
 
+    inputs_stay = False
     momentum: float
-
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(channels, eps=eps, momentum=momentum)
-        self.inputs_stay = False
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         with full_precision(input.device.type):
-            x = input.float()
+            x, weight, bias = input.float(), self.weight.float(), self.bias.float()
+            learns = self.training and not self.inputs_stay  # by the statistics of the batch
+            if learns and _is_distributed():
+                x, mean, variance, total = _moments(x)
+                self._update(mean, variance, total, self.momentum)
+                scale = weight * torch.rsqrt(variance + self.eps)
+                return (x * scale[:, None, None] + bias[:, None, None]).to(input.dtype)
             if self.training and self.inputs_stay:
-                assert self.num_batches_tracked is not None
-                assert self.running_mean is not None
-                assert self.running_var is not None
-                with torch.no_grad():
-                    self._update(*_moments(x)[1:], (1.0 / (self.num_batches_tracked + 1)).clamp(min=SLOWEST))
-                # A copy of them, because the next batch changes them, perhaps before this one's gradients are there.
-                mean, variance = self.running_mean.float().clone(), self.running_var.float().clone()
-                return F.batch_norm(x, mean, variance, _float(self.weight), _float(self.bias), eps=self.eps).to(
-                    input.dtype
-                )
-            if self.training and _is_distributed():
-                return self._normalise_over_processes(x).to(input.dtype)
-            return self._normalise_here(x, self.training or not self.track_running_stats).to(input.dtype)
+                self._update(*_moments(x)[1:], (1.0 / (self.num_batches_tracked + 1)).clamp(min=SLOWEST))
+            mean, variance = self.running_mean.float(), self.running_var.float()
+            if learns:
+                self.num_batches_tracked.add_(1)
+            elif self.training:
+                # A copy, because the next batch changes them, perhaps before this one's gradients are there.
+                mean, variance = mean.clone(), variance.clone()
+            normalised = F.batch_norm(x, mean, variance, weight, bias, learns, self.momentum, self.eps)
+            if learns and mean is not self.running_mean:
+                # Half-precision buffers were widened into copies above: the update went there.
+                self.running_mean.copy_(mean)
+                self.running_var.copy_(variance)
+            return normalised.to(input.dtype)
 
-    def _normalise_here(self, x: Tensor, training: bool) -> Tensor:
-        if training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        running_mean, running_var = _float(self.running_mean), _float(self.running_var)
-        normalised = F.batch_norm(
-            x, running_mean, running_var, _float(self.weight), _float(self.bias), training, self.momentum, self.eps
-        )
-        if training and running_mean is not self.running_mean:
-            # Half-precision buffers were widened into copies above: the update went there.
-            with torch.no_grad():
-                for buffer, updated in ((self.running_mean, running_mean), (self.running_var, running_var)):
-                    if buffer is not None and updated is not None:
-                        buffer.copy_(updated)
-        return normalised
-
-    def _normalise_over_processes(self, x: Tensor) -> Tensor:
-        centred, mean, variance, total = _moments(x)
-        with torch.no_grad():
-            self._update(mean, variance, total, self.momentum)
-        scale = self.weight.float() * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias.float()[:, None, None]
-
+    @torch.no_grad()
     def _update(self, mean: Tensor, variance: Tensor, total: Tensor, weight: float | Tensor) -> None:
         """Move the running statistics towards those of a batch."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        for buffer, value in (
-            (self.running_mean, mean),
-            (self.running_var, variance * total / (total - 1).clamp(min=1)),
-        ):
+        unbiased = variance * total / (total - 1).clamp(min=1)
+        for buffer, value in ((self.running_mean, mean), (self.running_var, unbiased)):
             buffer.copy_(torch.lerp(buffer.float(), value, weight))
 
 
@@ -142,7 +122,3 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _SumOverProcesses.apply(gradient)
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dc_ssdae.errors import InputError, check_at_least, counted, unknown_name
+from dc_ssdae.errors import InputError, check_at_least, check_names
 from dc_ssdae.networks.attention import WindowedSelfAttention
 from dc_ssdae.networks.block_transform import BlockSynthesis
 from dc_ssdae.networks.blocks import (
@@ -112,10 +112,8 @@ class UViTDecoder(CheckpointedModule):
         time_conditioning: bool = False,
     ) -> None:
         super().__init__()
-        if size not in SIZES:
-            raise unknown_name("size of UViTDecoder", size, SIZES)
-        if block_shortcut not in ("none", "zero", "cosines"):
-            raise unknown_name("block_shortcut of UViTDecoder", block_shortcut, ("none", "zero", "cosines"))
+        check_names("size of UViTDecoder", [size], SIZES)
+        check_names("block_shortcut of UViTDecoder", [block_shortcut], ("none", "zero", "cosines"))
         check_downsample_factor(downsample_factor)
         preset = SIZES[size]
         patch = preset.patch if patch is None else patch
@@ -131,14 +129,10 @@ class UViTDecoder(CheckpointedModule):
         check_at_least(1, middle_layers=middle_layers, blocks_per_level=blocks_per_level)
         check_at_least(0, window_radius=window_radius)
         if len(multipliers) != levels or min(multipliers) < 1:
-            raise InputError(
-                f"multipliers {list(multipliers)}: with patch {patch} the decoder has {counted(levels, 'level')}, each "
-                "at least 1"
-            )
-        if heads is not None:
-            check_at_least(1, heads=heads)
+            raise InputError(f"multipliers {list(multipliers)}: patch {patch} needs {levels} of them, each at least 1")
         widths = [norm_groups * math.ceil(channels * multiplier / norm_groups) for multiplier in multipliers]
         heads = heads or preset.heads or min(max(widths[-1] // 64, 4), 16)
+        check_at_least(1, heads=heads)
         if widths[0] % 2 or widths[-1] % heads:
             raise InputError(f"level widths {widths}: the first must be even, the last a multiple of heads = {heads}")
 
@@ -243,9 +237,8 @@ class UViTDecoder(CheckpointedModule):
         Levels are counted from 0, the finest, on the way up too. A resampling belongs to the level it leaves.
         """
         last = len(self.up) - 1
-        shortcut = [] if self.block_shortcut is None else ["block_shortcut"]
         return {
-            "latent_inputs": ["latent_norm", "latent_in", "context", *shortcut],
+            "latent_inputs": ["latent_norm", "latent_in", "context", "block_shortcut"],
             "image_inputs": ["image_in", "join_in"],
             **({} if self.time_embedding is None else {"time": ["time_embedding"]}),
             **{f"down.{level}": [f"down.{level}"] for level in range(len(self.down))},
@@ -264,11 +257,10 @@ class UViTDecoder(CheckpointedModule):
         expected = (z.shape[0], 3, z.shape[2] * factor, z.shape[3] * factor)
         if tuple(x.shape) != expected:
             raise InputError(f"x has shape {tuple(x.shape)}; a latent of {tuple(z.shape)} needs {expected}")
-        if self.time_conditioning and (time is None or time.shape != z.shape[:1]):
-            given = None if time is None else tuple(time.shape)
-            raise InputError(f"this decoder needs a time of shape ({z.shape[0]},), not {given}")
-        if not self.time_conditioning and time is not None:
-            raise InputError("this decoder does not take a time (time_conditioning is false); leave time out")
+        given, wanted = None if time is None else time.shape, z.shape[:1] if self.time_conditioning else None
+        if given != wanted:
+            shapes = [shape and tuple(shape) for shape in (wanted, given)]
+            raise InputError("this decoder takes a time of shape {}, not {}".format(*shapes))
 
 
 class TimeEmbedding(nn.Module):
@@ -279,12 +271,11 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
         self.linear1 = nn.Linear(channels, 4 * channels)
         self.linear2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
-        half = self.channels // 2
+        half = self.linear1.in_features // 2
         # The angles reach 1000 radians: half precision would lose them.
         exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half
         angles = TIME_SCALE * time.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)

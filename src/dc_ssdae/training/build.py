@@ -102,14 +102,14 @@ def build_step(config: RunConfig, teacher: Path | None = None) -> TrainingStep:
     else:
         loaded = load_teacher(teacher or Path(config.distillation.teacher), own_classes(config.model))
         step = DistillationStep(model, objective, loaded, config.distillation, config.training.precision)
-    chosen = config.trained_groups()
-    if chosen is not None:
+    if config.training.train is not None:
+        left_out = [f"losses.{name}" for name, loss in config.losses.items() if not loss.weight]
         groups = {group: [f"model.{name}" for name in names] for group, names in parameter_groups(model).items()}
         for term, module in objective.terms.items():
             if names := list(module.state_dict(prefix=f"objective.terms.{term}.")):
                 groups[f"losses.{term}"] = names
         with prefixed("training.train"):
-            trained = select_groups(groups, chosen)
+            trained = select_groups(groups, [name for name in config.training.train if name not in left_out])
         step.freeze_all_but({name for group in trained for name in groups[group]})
     return step
 
@@ -296,11 +296,9 @@ def _check_teacher(model: DCSSDAE, config: RunConfig, teacher: str) -> None:
     if chosen is None or any(name.partition(".")[0] not in ("decoder", "losses") for name in chosen):
         raise wrong_value("training.train", chosen, "groups of the decoder: a distillation trains the decoder alone")
     _read_source("distillation.teacher", teacher, model)
-    config_there = read_config(model_folder(teacher))
-    for part in COMPONENTS:
-        theirs = resolve_part(part, config_there.get(part), own_classes(config.model))
-        if theirs.config != model.config[part]:
-            raise InputError(f"distillation.teacher {teacher} has another {part} than section model; take the same")
+    theirs = DCSSDAE.without_weights(read_config(model_folder(teacher)), own_classes(config.model)).config
+    if other := [part for part in COMPONENTS if theirs[part] != model.config[part]]:
+        raise InputError(f"distillation.teacher {teacher} has another {other[0]} than section model; take the same")
 
 
 @contextmanager

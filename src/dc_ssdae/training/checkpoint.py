@@ -103,8 +103,7 @@ class CheckpointFolder:
 
     def best(self) -> Path | None:
         """Find the best checkpoint's folder; None before the first."""
-        link = self.path / BEST
-        return link.resolve() if link.exists() else None
+        return (self.path / BEST).resolve() if (self.path / BEST).exists() else None
 
     def recover(self) -> None:
         """Do what a killed run has left undone: link the best checkpoint, and `clean`.

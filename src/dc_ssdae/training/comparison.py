@@ -25,7 +25,7 @@ from dc_ssdae.figures import cells
 from dc_ssdae.files import write_json, write_whole
 from dc_ssdae.timing import describe_machine, machine_line
 from dc_ssdae.training.build import load_teacher, own_classes
-from dc_ssdae.training.config import METRICS, RunConfig
+from dc_ssdae.training.config import METRICS, DistillationConfig, RunConfig
 from dc_ssdae.training.measurements import PIXEL_METRICS, means
 from dc_ssdae.training.run import RunFolder
 
@@ -77,17 +77,15 @@ def compare_distilled(config: RunConfig, path: Path) -> dict[str, Any]:
     teacher, student = load_teacher(run.teacher, classes), DCSSDAE.from_pretrained(run.model, classes=classes)
     images, split = open_images(config, config.data.validation_images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    steps, step_size = distillation.steps, distillation.step_size
     models = teacher.to(device), student.to(device)
-    decodings, measured, shown = compare(*models, images, steps, step_size, PICTURED)
-    terms = {name: term.init_args for name, term in config.losses.items() if term.weight}
+    decodings, measured, shown = compare(*models, images, distillation, PICTURED)
     report = {
         "images": measured,
         "split": split,
         "image_size": config.data.image_size,
-        "teacher_steps": steps,
-        "step_size": step_size,
-        "random_backbones": [name for name, settings in terms.items() if settings.get("weights") == "random"],
+        "teacher_steps": distillation.steps,
+        "step_size": distillation.step_size,
+        "random_backbones": (student.config.provenance or {}).get("random_backbones", []),
         "decodings": decodings,
     }
     write_json(path / REPORT_FILE, report)
@@ -109,12 +107,7 @@ def _page(report: Mapping[str, Any], shown: Sequence[Sequence[Reconstructed]]) -
 
 @torch.no_grad()
 def compare(
-    teacher: DCSSDAE,
-    student: DCSSDAE,
-    images: ValidationImages,
-    steps: int,
-    step_size: float | None,
-    show: int = 0,
+    teacher: DCSSDAE, student: DCSSDAE, images: ValidationImages, how: DistillationConfig, show: int = 0
 ) -> tuple[list[dict[str, Any]], int, list[list[Reconstructed]]]:
     """Measure the teacher's one step, its K steps and the student's one step.
 
@@ -124,15 +117,14 @@ def compare(
         teacher: in eval mode.
         student: in eval mode, on the same device.
         images: to measure.
-        steps: K.
-        step_size: of the teacher's K steps.
+        how: the teacher's number of steps, K, and their size.
         show: how many of the images to give back.
 
     Returns:
         For each of the three its name, its number of steps, and means over the images: psnr (dB), ssim and mse (of the
         full range, squared) against the originals, and to_target, the mean squared difference from the teacher's K
-        steps in [-1, 1], before any rounding. The number of images. For
-        each of the three some images before and after.
+        steps in [-1, 1], before any rounding. The number of images. For each of the three, `show` images before and
+        after.
 
     Raises:
         InputError: no image can be read.
@@ -140,7 +132,7 @@ def compare(
     protocol, device = replace(TRAINING, unrounded=("to_target",)), teacher.device
     settings = EvaluationSettings(protocol, images.image_size, BATCH, in_training=True)
     suite = load_metrics(protocol, device, PIXEL_METRICS)
-    several: dict[str, Any] = {"num_steps": steps, "step_size": step_size}
+    several: dict[str, Any] = {"num_steps": how.steps, "step_size": how.step_size}
 
     def to_target(x: Tensor, output: Tensor) -> Tensor:
         target = teacher.decode(teacher.encode(x).latent_dist.mode(), **several).sample.float()

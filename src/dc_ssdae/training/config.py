@@ -181,12 +181,10 @@ class TrainingConfig:
         check_settings(self, "training.")
         if self.steps is None and self.minutes is None:
             raise InputError("training.steps and training.minutes are null; one must end the run", "training.steps")
-        if self.batch_size % self.accumulation_steps:
-            wanted = f"a multiple of training.accumulation_steps, {self.accumulation_steps}"
-            raise wrong_value("training.batch_size", self.batch_size, wanted)
-        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            wanted = f"a multiple of training.checkpoint_every, {self.checkpoint_every}"
-            raise wrong_value("training.keep_every", self.keep_every, wanted)
+        for name, unit in (("batch_size", "accumulation_steps"), ("keep_every", "checkpoint_every")):
+            value, part = getattr(self, name), getattr(self, unit)
+            if value is not None and value % part:
+                raise wrong_value(f"training.{name}", value, f"a multiple of training.{unit}, {part}")
 
     def progress(self, steps: float, seconds: float) -> float:
         """The share of the budget that is spent: of the steps or of the time, whichever is nearer its end."""
@@ -286,8 +284,14 @@ class RunConfig:
                 raise InputError(f"section {name} is {shown(settings[name])}; it must be a mapping of settings", name)
         if settings.get("model") is None:
             raise InputError("the configuration has no section model; start from a preset: --config PRESET", "model")
-        given = {name: section for name, section in settings.items() if section is not None and name in SECTIONS}
-        built = {name: _build(name, SECTIONS[name], section) for name, section in given.items()}
+        built: dict[str, Any] = {}
+        for name, kind in SECTIONS.items():
+            if (section := settings.get(name)) is not None:
+                check_names(f"setting of {name}", section, [entry.name for entry in fields(kind)], f"{name}.")
+                for entry in fields(kind):
+                    if is_required(entry) and section.get(entry.name) is None:
+                        raise InputError(f"{name}.{entry.name} is not given", f"{name}.{entry.name}")
+                built[name] = kind(**section)
         return cls(**built, losses=settings.get("losses") or {})
 
     def to_mapping(self) -> dict[str, Any]:
@@ -310,12 +314,6 @@ class RunConfig:
             for name, value in settings.items()
             if name not in MAY_CHANGE.get(section, ()) and (with_paths or name not in PATHS)
         }
-
-    def trained_groups(self) -> list[str] | None:
-        """What training.train names, without the losses.NAME of terms that are left out by their weight 0."""
-        left_out = [f"losses.{name}" for name, loss in self.losses.items() if not loss.weight]
-        chosen = self.training.train
-        return None if chosen is None else [name for name in chosen if name not in left_out]
 
     def with_training(self, **settings: Any) -> "RunConfig":
         """The same with some settings of section training changed."""
@@ -356,10 +354,8 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Pat
         old, new, is_term = before.get(name), after.get(name), name.startswith("losses.")
         is_new_term = is_term and name not in before and after[name]["weight"]
         if is_new_term or (old != new and name in before and (is_term or name in after)):
-            raise InputError(
-                f"{name} is {shown(old)} in {path} and cannot become {shown(new)} when the run goes on; a new run can "
-                f"start from its weights: --training.init_from {path}"
-            )
+            advice = f"a new run can start from its weights: --training.init_from {path}"
+            raise InputError(f"{name} is {shown(old)} in {path} and cannot become {shown(new)}; {advice}")
 
 
 def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = True, path: str = "") -> dict[str, Any]:
@@ -382,22 +378,13 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any], drops: bool = T
     return merged
 
 
-def _build(section: str, kind: type, settings: Mapping[str, Any]) -> Any:
-    check_names(f"setting of {section}", settings, [entry.name for entry in fields(kind)], f"{section}.")
-    for entry in fields(kind):
-        if is_required(entry) and settings.get(entry.name) is None:
-            raise InputError(f"{section}.{entry.name} is not given", f"{section}.{entry.name}")
-    return kind(**settings)
-
-
 def _loss(name: Any, given: Any) -> LossConfig:
     """Make a term of a weight, of a mapping, or of a `LossConfig`, which is checked all the same."""
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"a loss term is called {shown(name)}; use letters, digits and underscores", "losses")
     path = f"losses.{name}"
-    settings = asdict(given) if isinstance(given, LossConfig) else given
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        settings = {"weight": given}
+    settings = {"weight": given} if isinstance(given, int | float) else given
+    settings = asdict(given) if isinstance(given, LossConfig) else settings
     if not isinstance(settings, Mapping):
         raise wrong_value(path, given, "a weight, or a mapping with weight, class_path and init_args")
     component = check_component(path, settings, others=("weight",)) or {}

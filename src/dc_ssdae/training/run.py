@@ -66,10 +66,10 @@ def check_new(path: Path) -> None:
     Raises:
         InputError: something is there already.
     """
-    is_run = (path / CONFIG_FILE).is_file() or (path / RECIPE_FILE).is_file()
-    what = f"is a run already: go on with it by --resume {path}, or" if is_run else "exists already and is no run;"
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} {what} choose another --training.output")
+    if any((path / file).is_file() for file in (CONFIG_FILE, RECIPE_FILE)):
+        raise InputError(f"{path} is a run already: give --resume {path}, or another --training.output")
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists already and is no run; choose another --training.output")
 
 
 def create_run(path: Path, config_text: str, model_config_text: str, teacher: Path | None = None) -> None:

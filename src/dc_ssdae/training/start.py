@@ -40,21 +40,21 @@ ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_
 """What the checkpoints and the batch norm over processes are made for."""
 
 
-@contextmanager
-def new_run(
+def start_run(
     config: RunConfig, config_text: str | None, path: Path, cpu: bool = False, resumes: bool = False
-) -> Iterator[Trainer]:
-    """Begin a run in a new folder, or go on with one; the block trains.
+) -> Outcome:
+    """Begin a run in a new folder, or go on with one, and train.
 
     Args:
         config: of the run.
         config_text: the same as YAML, which is kept in the folder; None keeps what a run has that goes on.
         path: of the run's folder.
         cpu: use no GPU.
-        resumes: whether the folder is there.
+        resumes: whether the folder is there; for `resume_run`.
 
     Raises:
         InputError: the configuration, the data, the processes or the folder do not fit.
+        TrainingFailed: as `Trainer.run`.
     """
     run = RunFolder(path, config.training.keep_every)
     with StopRequest() as stop, lenient_stderr(), naming(path):
@@ -87,7 +87,7 @@ def new_run(
             # cuDNN tries its algorithms once on the batches, which are alike in size, and takes the fastest.
             torch.backends.cudnn.benchmark = True
             try:
-                yield Trainer(config, run, accelerator, processes, sources, stop)
+                return Trainer(config, run, accelerator, processes, sources, stop).run()
             except Exception:
                 # A mistake that only the first step shows: what is mended begins anew, under the same name. Within the
                 # lock, because whoever does not hold it would delete another process's run.
@@ -95,17 +95,6 @@ def new_run(
                 if is_new and processes.is_main:
                     shutil.rmtree(path, ignore_errors=True)
                 raise
-
-
-def start_run(config: RunConfig, config_text: str, path: Path, cpu: bool = False) -> Outcome:
-    """Begin a run as `new_run` does, and train.
-
-    Raises:
-        InputError: as `new_run`.
-        TrainingFailed: as `Trainer.run`.
-    """
-    with new_run(config, config_text, path, cpu) as trainer:
-        return trainer.run()
 
 
 def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool = False) -> Outcome | None:
@@ -121,7 +110,7 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
         How it ended; None where the run was finished already.
 
     Raises:
-        InputError: as `new_run`; or the checkpoint is damaged.
+        InputError: as `start_run`; or the checkpoint is damaged.
         TrainingFailed: as `Trainer.run`.
     """
     run = RunFolder(path, config.training.keep_every)
@@ -130,8 +119,7 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
             with suppress(InputError, OSError), run_lock(path):  # else another process is at it, or the disk is full
                 recover_run(run)
         return None
-    with new_run(config, config_text, path, cpu, resumes=True) as trainer:
-        return trainer.run()
+    return start_run(config, config_text, path, cpu, resumes=True)
 
 
 def start_processes(wanted: int | None, cpu: bool = False) -> tuple[Accelerator, Processes]:

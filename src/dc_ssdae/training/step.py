@@ -127,8 +127,7 @@ class TrainingStep(nn.Module):
         x = self._images(pixels)
         with torch.no_grad(), self._autocast(x):
             posterior = self.model.encode(x).latent_dist
-        logvar = None if posterior.logvar is None else posterior.logvar.float()
-        return DiagonalGaussian(posterior.mean.float(), logvar)
+        return DiagonalGaussian(*(part.float() for part in posterior.moments))
 
     def reconstruct(self, pixels: Tensor) -> Tensor:
         """Encode images and decode the mode of their latents in one step.
