@@ -26,8 +26,7 @@ from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.randomness import image_generator
 from dc_ssdae.settings import check_value
 
-LATENTS_FORMAT, LATENTS_VERSION = "dc-ssdae latents", 1
-LATENTS = ShardCommand("latents", LATENTS_FORMAT, ".safetensors")
+LATENTS = ShardCommand("latents", "dc-ssdae latents", ".safetensors")
 
 Store = Literal["mean", "sample", "mean_std"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]

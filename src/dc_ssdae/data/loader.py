@@ -9,8 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,6 +94,7 @@ class TrainingSamples(Dataset[Batch]):
     aug_scale: float
     flip: bool
     repeat_after: int | None = None
+    workers_option: ClassVar = "data.workers"
 
     def __post_init__(self) -> None:
         self.blocks = tuple(getattr(self.source, "blocks", [len(self.source)]))
@@ -212,7 +212,7 @@ def enlarged_caveat(enlarged: int, images: int, size: int) -> list[str]:
 
 
 def validation_loader(
-    images: ValidationImages, places: Sequence[int], batch_size: int, workers: int
+    images: ValidationImages, places: Sequence[int], batch_size: int, workers: int, group_size: int | None = None
 ) -> Iterator[list[ValidationImage]]:
     """Read some validation images, batch by batch.
 
@@ -221,13 +221,16 @@ def validation_loader(
         places: which, in this order.
         batch_size: images at a time.
         workers: processes that read them; 0 reads in this one.
+        group_size: no batch reaches over the end of so many of the places; None is all of them.
 
     Raises:
         ReadingFailed: the data set can no longer be read.
     """
-    size = min(batch_size, max(1, len(places))) * 3 * images.image_size**2
-    loader = partial(read_batches, sampler=places, batch_size=batch_size)
-    for parts in loader(images, _collate_validation, workers, images.workers_option, size):
+    group_size = group_size or max(1, len(places))
+    groups = [places[first : first + group_size] for first in range(0, len(places), group_size)]
+    batches = [group[first : first + batch_size] for group in groups for first in range(0, len(group), batch_size)]
+    largest = max(map(len, batches), default=1)
+    for parts in read_batches(images, _collate_validation, workers, largest, batch_sampler=batches):
         yield [ValidationImage(*image) for image in zip(*parts, strict=True)]
 
 
@@ -261,18 +264,16 @@ def training_loader(
     """
     positions = share_of_positions(first_step, last_step, samples.batch_size, *share)
     _, processes, parts = share
-    size = samples.batch_size // (processes * parts) * 3 * samples.image_size**2
-    held = 2 * parts  # of this step and the next
-    loader = partial(read_batches, batch_sampler=positions, pin_memory=pin_memory)
-    return loader(samples, Batch.of, workers, "data.workers", size, held, stop)
+    size, held = samples.batch_size // (processes * parts), 2 * parts  # of this step and the next
+    settings = {"batch_sampler": positions, "pin_memory": pin_memory}
+    return read_batches(samples, Batch.of, workers, size, held, stop, **settings)
 
 
 def read_batches(
     dataset: Any,
     collate: Callable[[Any], T],
     workers: int,
-    workers_option: str,
-    batch_bytes: int,
+    batch_size: int,
     held: int = 1,
     stop: Callable[[], bool] = lambda: False,
     **settings: Any,
@@ -280,13 +281,12 @@ def read_batches(
     """Read batches with PyTorch's loader; whatever goes wrong in its processes becomes one line.
 
     Args:
-        dataset: as of `DataLoader`.
+        dataset: as of `DataLoader`; with `image_size`, and `workers_option`, what a user calls the number of workers.
         collate: makes a batch of what the data set gives. It stacks tensors by PyTorch's `default_collate`, which
             shares them with the parent right away: the queue would do so in a thread whose failure on a full /dev/shm
             nobody hears of.
         workers: processes that read; 0 reads in this one.
-        workers_option: what a user calls their number.
-        batch_bytes: size of a batch in bytes.
+        batch_size: images in a batch, at most.
         held: batches that the caller has in use at a time.
         stop: as for `training_loader`.
         settings: further ones of `DataLoader`.
@@ -296,7 +296,7 @@ def read_batches(
         InputError: the batches that are read ahead do not fit into the shared memory.
     """
     if workers:
-        _check_shared_memory(workers, held, batch_bytes, workers_option)
+        _check_shared_memory(workers, held, batch_size * 3 * dataset.image_size**2, dataset.workers_option)
         settings |= {"prefetch_factor": AHEAD, "timeout": POLL_SECONDS}
     generator = torch.Generator()  # else the loader would draw its base seed from the default generator
     settings |= {"worker_init_fn": _leave_signals, "generator": generator}
@@ -320,7 +320,7 @@ def read_batches(
                 waited += POLL_SECONDS
                 if waited < STALLED_SECONDS:
                     continue
-            raise _reading_failed(error, workers_option) from error
+            raise _reading_failed(error, dataset.workers_option) from error
         waited = 0
         yield batch
 

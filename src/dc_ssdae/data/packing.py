@@ -4,23 +4,25 @@ import hashlib
 import importlib.metadata
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_pillow
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.resumable import check_broken, check_places, files_sha256, to_json
-from dc_ssdae.data.shards import INDEX_FILE, MANIFEST_FORMAT, MANIFEST_VERSION, PACK, ShardIndex, scan_tar, write_index
+from dc_ssdae.data.resumable import ShardWriter, check_places, identify, to_json, write_parts
+from dc_ssdae.data.shards import INDEX_FILE, PACK, ShardIndex, scan_tar, write_index
 from dc_ssdae.data.sources import open_path, split_folders
 from dc_ssdae.data.transforms import resize_shorter_side
+from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, wrong_value
 from dc_ssdae.files import sha256, sync, write_whole, written_beside
 from dc_ssdae.settings import check_settings, setting
@@ -95,50 +97,56 @@ def pack(
     check_places(source, target)
     parts = {name: open_path(folder, cache) for name, folder in (split_folders(source) or {"": source}).items()}
     number_classes(parts.values())
-    with PACK.lock(target):
-        jobs = {name: _PackJob(part, target / name, settings) for name, part in parts.items()}
-        manifests = {name: PACK.begin(job.folder, job.identity) for name, job in jobs.items()}
-        for name, manifest in manifests.items():
-            if manifest is not None:
-                report(f"{str(jobs[name].folder)!r} is finished already; nothing to do")
-        return {
-            name: _write_part(name, jobs[name], workers, max_broken_share, report) if manifest is None else manifest
-            for name, manifest in manifests.items()
-        }
+    writers = {
+        name: _PackWriter(PACK, target / name, max_broken_share, report, part, settings, workers)
+        for name, part in parts.items()
+    }
+    return write_parts(PACK, target, writers, Processes())
 
 
-class _PackJob(Dataset[bool | Exception]):
-    """The shards of one part, by their numbers; getting one writes it if it is missing, and says so."""
+@dataclass
+class _PackWriter(ShardWriter):
+    """Writes the shards of one part; as a data set of shards by their numbers, each is written when it is read."""
 
-    def __init__(self, source: Any, folder: Path, settings: PackSettings) -> None:
-        self.source, self.folder, self.settings = source, folder, settings
-        names = [source.relative_name(index).encode("utf-8", "surrogateescape") for index in range(len(source))]
+    source: Any
+    settings: PackSettings
+    workers: int
+
+    def __post_init__(self) -> None:
+        names = [self.source.relative_name(index) for index in range(len(self.source))]
+        self.names = [name.encode("utf-8", "surrogateescape") for name in names]
         self.order = list(range(len(names)))
-        if settings.shuffle:  # by a hash, and not by a generator, whose stream may change with its library
-            hashes = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
-            self.order.sort(key=hashes.__getitem__)
-        self.identity = {
-            **asdict(settings),
-            "images": len(names),
-            "names_sha256": hashlib.sha256(b"\0".join(names)).hexdigest(),
-            "files_sha256": files_sha256(source),
-            "classes_sha256": hashlib.sha256("\0".join(source.classes).encode("utf-8", "surrogateescape")).hexdigest(),
-        }
+        if self.settings.shuffle:  # by a hash, and not by a generator, whose stream may change with its library
+            self.order.sort(key=lambda index: hashlib.blake2b(self.names[index], digest_size=8).digest())
 
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.settings.shard_size)
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        images = identify(self.source, b"\0".join(self.names))
+        return {**asdict(self.settings), "images": len(self.order), **images}
 
-    def __getitem__(self, number: int) -> bool | Exception:
+    def write(self, numbers: Sequence[int], advance: Callable[[int], object]) -> Iterator[list[tuple[str, str]]]:
+        processes = min(self.workers, len(numbers)) if self.workers > 1 else 0
+        # With a generator of its own: otherwise the loader would draw from the default one.
+        generator = torch.Generator()
+        loader: Any = DataLoader(self, batch_size=None, sampler=numbers, num_workers=processes, generator=generator)  # type: ignore[arg-type]
         try:
-            is_missing = PACK.read_report(self.folder, number) is None
-            if is_missing:
-                self._write(number)
+            for written in loader:
+                if isinstance(written, Exception):
+                    raise written
+                advance(written["images"] + len(written["broken"]))
+                yield written["broken"]
+        except RuntimeError as dead:
+            raise OSError("a worker was killed, perhaps for its memory; try fewer workers") from dead
+
+    def __getitem__(self, number: int) -> dict[str, Any] | Exception:
+        try:
+            return self._write(number)
         except (InputError, OSError) as error:
             return error  # raised, it would come out of the loader with another message
-        return is_missing
 
-    def _write(self, number: int) -> None:
-        path, settings = PACK.shard_path(self.folder, number), self.settings
+    def _write(self, number: int) -> dict[str, Any]:
+        """Write a shard and its report, and give the report."""
+        path, settings = self.shard_path(number), self.settings
         first = number * settings.shard_size
         kept, broken = 0, []
         tar_writer = import_optional("webdataset.writer").TarWriter
@@ -155,12 +163,25 @@ class _PackJob(Dataset[bool | Exception]):
             sync(beside)
             table = scan_tar(str(beside))  # also proves that it can be read
             names = [table.names[row] for row in range(len(table.names))]
-            size, digest = beside.stat().st_size, sha256(beside)
-            content = {"name": path.name, "images": len(names), "bytes": size, "sha256": digest}
-            content |= {"names": names, "offsets": table.offsets.tolist(), "sizes": table.sizes.tolist()}
-            content |= {"kept": kept, "broken": broken}
-            # Before the shard's own renaming: a shard is finished when both are there.
-            write_whole(PACK.report_path(self.folder, number), to_json(content))
+            report = {"images": len(names), "bytes": beside.stat().st_size, "sha256": sha256(beside)}
+            report |= {"names": names, "offsets": table.offsets.tolist(), "sizes": table.sizes.tolist()}
+            report |= {"kept": kept, "broken": broken}
+            write_whole(self.report_path(number), to_json(report))
+        return report
+
+    def content(self, reports: Sequence[dict[str, Any]], broken: Sequence[dict[str, str]]) -> dict[str, Any]:
+        names, *places = ([row for report in reports for row in report[key]] for key in ("names", "offsets", "sizes"))
+        if not names:
+            raise InputError(f"every image is broken; there is nothing to pack into {str(self.folder)!r}")
+        table = ShardIndex(NameTable.of(names), *(np.array(column, np.int64) for column in places))
+        return {
+            "written_with": {name: importlib.metadata.version(name) for name in ("dc-ssdae", "pillow", "torchvision")},
+            "images": len(names),
+            "kept": sum(report["kept"] for report in reports),
+            "classes": self.source.classes,
+            "broken": broken,
+            "index": {"file": INDEX_FILE, "sha256": write_index(table, self.folder / INDEX_FILE)},
+        }
 
     def _sample(self, index: int) -> tuple[dict[str, bytes], bool]:
         """The members of an image's sample by extension, and whether the image's are the source's own bytes."""
@@ -184,47 +205,3 @@ def _key(place: int, relative_name: str) -> str:
     """A sample's key: its place, which no other has, and its old name, for the reader; ASCII without dots."""
     stem = relative_name.rpartition("/")[2].rpartition(".")[0]
     return f"{place:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:60]}"
-
-
-def _write_part(
-    name: str, job: _PackJob, workers: int, max_broken_share: float, report: Callable[[str], None]
-) -> dict[str, Any]:
-    """Write the shards that are still missing, the index and, as the last thing, the manifest."""
-    from tqdm import tqdm
-
-    processes = min(workers, len(job)) if workers > 1 else 0
-    # With a generator of its own: otherwise the loader would draw from the default one.
-    loader = DataLoader(job, batch_size=None, num_workers=processes, generator=torch.Generator())
-    shards: list[dict[str, Any]] = []
-    broken: list[tuple[str, str]] = []
-    try:
-        with tqdm(total=len(job.order), unit="image", desc=name or None, disable=None) as bar:
-            for number, is_new in enumerate(loader):
-                if isinstance(is_new, Exception):
-                    raise is_new
-                shards.append(PACK.read_report(job.folder, number) or {})
-                for image, reason in shards[-1]["broken"] if is_new else ():
-                    report(reason if image in reason else f"{image}: {reason}")
-                broken += shards[-1]["broken"]
-                bar.update(shards[-1]["images"] + len(shards[-1]["broken"]))
-                check_broken(broken, len(job.order), max_broken_share)
-    except RuntimeError as dead:
-        raise OSError("a worker was killed, perhaps for its memory; try fewer workers") from dead
-    names, *places = ([entry for shard in shards for entry in shard[key]] for key in ("names", "offsets", "sizes"))
-    if not names:
-        raise InputError(f"every image is broken; there is nothing to pack into {str(job.folder)!r}")
-    table = ShardIndex(NameTable.of(names), *(np.array(column, np.int64) for column in places))
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
-        "settings": job.identity,
-        "written_with": {name: importlib.metadata.version(name) for name in ("dc-ssdae", "pillow", "torchvision")},
-        "images": len(names),
-        "kept": sum(shard["kept"] for shard in shards),
-        "classes": job.source.classes,
-        "broken": [{"name": image, "reason": reason} for image, reason in broken],
-        "index": {"file": INDEX_FILE, "sha256": write_index(table, job.folder / INDEX_FILE)},
-        "shards": [{key: shard[key] for key in ("name", "images", "bytes", "sha256")} for shard in shards],
-    }
-    PACK.finish(job.folder, manifest)
-    return manifest

@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.safetensors"
 _INDEX_TENSORS = ("name_characters", "name_ends", "offsets", "sizes")
-MANIFEST_FORMAT, MANIFEST_VERSION = "dc-ssdae shards", 1
-PACK = ShardCommand("pack", MANIFEST_FORMAT, ".tar")
+PACK = ShardCommand("pack", "dc-ssdae shards", ".tar")
 
 OPEN_FILES = 96
 """Shards that are kept open: more than the loader mixes, fewer than systems allow."""
@@ -133,7 +132,7 @@ class Shards:
             return [], None
         try:
             content = read_json(Path(path))
-            if (content.get("format"), content.get("version")) != (MANIFEST_FORMAT, MANIFEST_VERSION):
+            if (content.get("format"), content.get("version")) != (PACK.manifest_format, 1):
                 return [], None
             classes, sha256 = content.get("classes", []), content["index"]["sha256"]
             check_type("classes", classes, list[str])
