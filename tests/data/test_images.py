@@ -505,23 +505,6 @@ def test_written_png_reads_back_exactly(tmp_path: Path) -> None:
             write_png(tensor, path)
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
-def test_interrupted_write_leaves_the_older_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruption: type[BaseException]
-) -> None:
-    def save_half(self: Image.Image, path: Path, format: str) -> None:
-        Path(path).write_bytes(b"\x89PNG half")
-        raise interruption("in the middle")
-
-    path = tmp_path / "out.png"
-    path.write_bytes(b"an older file")
-    monkeypatch.setattr(Image.Image, "save", save_half)
-    with pytest.raises((KeyboardInterrupt, InputError), match="in the middle"):
-        write_png(torch.zeros(3, 4, 5, dtype=torch.uint8), path)
-    assert path.read_bytes() == b"an older file"
-    assert os.listdir(tmp_path) == ["out.png"]
-
-
 # --- ranges ---
 
 
@@ -541,15 +524,9 @@ def test_to_uint8_clamps_and_rounds_to_nearest() -> None:
     assert to_uint8(torch.tensor([-2.0, 0.5, 7.0], dtype=torch.bfloat16)).tolist() == [0, 191, 255]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_to_uint8_refuses_what_is_not_finite(bad: float) -> None:
-    x = torch.zeros(2, 3, 4, 4)
-    x[1, 2, 3, 3] = bad
-    with pytest.raises(InputError, match="1 of 96 values"):
-        to_uint8(x)
-
-
 def test_ranges_refuse_the_other_kind_of_tensor() -> None:
+    with pytest.raises(InputError, match="1 of 2 values"):
+        to_uint8(torch.tensor([0.0, float("nan")]))
     with pytest.raises(InputError, match="float32"):
         to_model_range(torch.zeros(3, 4, 4))
     with pytest.raises(InputError, match="uint8"):

@@ -10,7 +10,6 @@ import pytest
 from broken_samples import encoded, image_array, write_images, write_tar
 
 from dc_ssdae.data.folder import ImageFolder
-from dc_ssdae.data.packing import PackSettings, pack
 from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.sources import ImageSource, open_path, open_sources
 from dc_ssdae.errors import InputError
@@ -143,33 +142,6 @@ def test_a_folder_that_pack_has_not_finished_is_refused(tmp_path: Path) -> None:
     assert "not finished" in refusal(root=f"{tmp_path}/train/{{000000..000000}}.tar")
     (tmp_path / "train" / "manifest.json").write_text("{}")
     assert "validation" in refusal(root=str(tmp_path))
-
-
-# --- labels of shards ---
-
-
-def test_labels_lie_beside_the_images(tmp_path: Path) -> None:
-    png = encoded(image_array())
-    labels = {"a.cls": b"3", "a.png": png, "b.png": png, "c.png": png, "c.cls": b"12\n", "d.cls": b"cat", "d.png": png}
-    odd = {"e.CLS": b"4", "e.json": b"{}", "e.png": png, "f.cls": b"1" * 100, "f.png": png}
-    write_tar(tmp_path / "0.tar", {**labels, **odd})
-    write_tar(tmp_path / "1.tar", {"a.png": png, "a.cls": b"5"})
-    shards = Shards(str(tmp_path))
-    assert labels_of(shards) == [3, -1, 12, -1, 4, -1, 5]
-    assert [shards.label(index) for index in (6, 0)] == [5, 3]
-    assert shards.classes == []
-
-
-def test_packed_shards_keep_labels_and_the_names_of_classes(tmp_path: Path) -> None:
-    for part, names in (("train", ("bird", "cat")), ("validation", ("cat", "dog"))):
-        for number, name in enumerate(names):
-            write_images(tmp_path / "source" / part / name, 2, first=2 * number)
-    pack(str(tmp_path / "source"), tmp_path / "out", PackSettings(shard_size=3, shuffle=False))
-    train, validation = (Shards(str(tmp_path / "out" / name)) for name in ("train", "validation"))
-    assert (labels_of(train), labels_of(validation)) == ([0, 0, 1, 1], [1, 1, 2, 2])
-    assert train.classes == validation.classes == ["bird", "cat", "dog"]
-    (tmp_path / "out" / "train" / "manifest.json").unlink()
-    assert Shards([str(tmp_path / "out" / name) for name in ("train", "validation")]).classes == []
 
 
 # --- class_path ---

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dc_ssdae.data.folder import number_classes
@@ -20,11 +20,10 @@ from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.latents import LATENTS, Store, StoredDtype, tensor_names
 from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, validation_loader
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.data.resumable import ShardWriter, identify, to_json, write_parts
+from dc_ssdae.data.resumable import ShardWriter, identify, write_parts
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, advising_on_memory, counted
-from dc_ssdae.files import write_whole
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.randomness import named_generator
@@ -133,18 +132,18 @@ class LatentWriter(ShardWriter):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What identifies the work: the settings, the encoder and the images."""
-        is_random, names = self.settings.store == "sample", map(self.images.name, range(len(self.images)))
+        is_random, names = self.settings.store == "sample", map(self.images.name, range(self.total))
         return {
             **{name: value for name, value in asdict(self.settings).items() if name != "seed" or is_random},
             "compute_dtype": self.encoder.compute_dtype,
             "model_sha256": self.encoder.sha256,
-            "images": len(self.images),
+            "images": self.total,
             **identify(self.images.source, "".join(f"{name}\0" for name in names).encode("utf-8", "surrogateescape")),
         }
 
     def write(self, numbers: Sequence[int], advance: Callable[[int], object]) -> Iterator[list[BrokenImage]]:
         """Write shards and their reports one by one; no batch reaches over the end of a shard."""
-        places, size = range(len(self.images)), self.settings.shard_size
+        places, size = range(self.total), self.shard_size
         shards = [places[number * size : (number + 1) * size] for number in numbers]
         stream = validation_loader(self.images, [*chain(*shards)], self.batch_size, self.workers, size)
         for number, shard in zip(numbers, shards, strict=True):
@@ -160,10 +159,8 @@ class LatentWriter(ShardWriter):
         broken: list[BrokenImage] = []
         enlarged = 0
         for batch in batches:
-            pixels, names = (
-                torch.stack([image.pixels for image in batch]),
-                [self.images.name(image.place) for image in batch],
-            )
+            pixels = torch.stack([image.pixels for image in batch])
+            names = [self.images.name(image.place) for image in batch]
             # Broken images are encoded too, so that the others do not depend on them, and then dropped.
             whole = [row for row, image in enumerate(batch) if image.broken is None]
             for flipped, variant in enumerate(tensor_names(self.settings.store, self.settings.flip)):
@@ -179,19 +176,11 @@ class LatentWriter(ShardWriter):
         tensors = {name: torch.cat(parts) for name, parts in latents.items()}
         tensors["labels"] = torch.tensor([label for _, label in kept], dtype=torch.int64)
         tensors |= {"name_characters": torch.tensor(table.characters), "name_ends": torch.tensor(table.ends)}
-        # One entry of metadata alone: the library writes several in an order that changes from run to run.
-        content = save(tensors, {"format": LATENTS.manifest_format})
-        report = {
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "images": len(kept),
-            "unlabelled": sum(label < 0 for _, label in kept),
-            "broken": broken,
-            "moments": moments.state().tolist(),
-            "enlarged": enlarged,
-        }
-        write_whole(self.report_path(number), to_json(report))
-        write_whole(self.shard_path(number), content)
+        with self.shard(number) as (beside, report):
+            # One entry of metadata alone: the library writes several in an order that changes from run to run.
+            save_file(tensors, beside, {"format": LATENTS.manifest_format})
+            report |= {"images": len(kept), "unlabelled": sum(label < 0 for _, label in kept), "broken": broken}
+            report |= {"moments": moments.state().tolist(), "enlarged": enlarged}
         return broken
 
     def _encode(self, pixels: Tensor, names: Sequence[str], flipped: bool) -> list[Tensor]:
@@ -275,8 +264,8 @@ def encode_latents(
     writers = {}
     for name, source in parts.items():
         images = ValidationImages(source, settings.size, len(source) if limit is None else limit)
-        folder = Path(destination, name), max_broken_share, report
-        writers[name] = LatentWriter(LATENTS, *folder, images, encoder, settings, batch_size, workers)
+        work = Path(destination, name), len(images), settings.shard_size, max_broken_share, report
+        writers[name] = LatentWriter(LATENTS, *work, images, encoder, settings, batch_size, workers)
     manifests = write_parts(LATENTS, Path(destination), writers, processes)
     for name, manifest in manifests.items() if processes.is_main else ():
         lines = enlarged_caveat(manifest.get("enlarged", 0), manifest["images"], settings.size)

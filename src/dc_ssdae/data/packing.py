@@ -18,13 +18,12 @@ from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_pillow
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.resumable import ShardWriter, check_places, identify, to_json, write_parts
+from dc_ssdae.data.resumable import ShardWriter, check_places, identify, write_parts
 from dc_ssdae.data.shards import INDEX_FILE, PACK, ShardIndex, scan_tar, write_index
 from dc_ssdae.data.sources import open_path, split_folders
 from dc_ssdae.data.transforms import resize_shorter_side
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, wrong_value
-from dc_ssdae.files import sha256, sync, write_whole, written_beside
 from dc_ssdae.settings import check_settings, setting
 
 ImageFormat = Literal["jpg", "png", "webp"]
@@ -97,10 +96,10 @@ def pack(
     check_places(source, target)
     parts = {name: open_path(folder, cache) for name, folder in (split_folders(source) or {"": source}).items()}
     number_classes(parts.values())
-    writers = {
-        name: _PackWriter(PACK, target / name, max_broken_share, report, part, settings, workers)
-        for name, part in parts.items()
-    }
+    writers = {}
+    for name, part in parts.items():
+        work = target / name, len(part), settings.shard_size, max_broken_share, report
+        writers[name] = _PackWriter(PACK, *work, part, settings, workers)
     return write_parts(PACK, target, writers, Processes())
 
 
@@ -113,16 +112,16 @@ class _PackWriter(ShardWriter):
     workers: int
 
     def __post_init__(self) -> None:
-        names = [self.source.relative_name(index) for index in range(len(self.source))]
+        names = [self.source.relative_name(index) for index in range(self.total)]
         self.names = [name.encode("utf-8", "surrogateescape") for name in names]
-        self.order = list(range(len(names)))
+        self.order = list(range(self.total))
         if self.settings.shuffle:  # by a hash, and not by a generator, whose stream may change with its library
             self.order.sort(key=lambda index: hashlib.blake2b(self.names[index], digest_size=8).digest())
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         images = identify(self.source, b"\0".join(self.names))
-        return {**asdict(self.settings), "images": len(self.order), **images}
+        return {**asdict(self.settings), "images": self.total, **images}
 
     def write(self, numbers: Sequence[int], advance: Callable[[int], object]) -> Iterator[list[tuple[str, str]]]:
         processes = min(self.workers, len(numbers)) if self.workers > 1 else 0
@@ -146,13 +145,12 @@ class _PackWriter(ShardWriter):
 
     def _write(self, number: int) -> dict[str, Any]:
         """Write a shard and its report, and give the report."""
-        path, settings = self.shard_path(number), self.settings
-        first = number * settings.shard_size
+        first = number * self.shard_size
         kept, broken = 0, []
         tar_writer = import_optional("webdataset.writer").TarWriter
-        with written_beside(path) as beside:
+        with self.shard(number) as (beside, report):
             with open(beside, "wb") as file, tar_writer(file, user="", group="", mtime=0, encoder=False) as writer:
-                for place, index in enumerate(self.order[first : first + settings.shard_size], first):
+                for place, index in enumerate(self.order[first : first + self.shard_size], first):
                     try:
                         sample, is_kept = self._sample(index)
                     except InputError as error:
@@ -160,13 +158,10 @@ class _PackWriter(ShardWriter):
                         continue
                     kept += is_kept
                     writer.write({"__key__": _key(place, self.source.relative_name(index)), **sample})
-            sync(beside)
             table = scan_tar(str(beside))  # also proves that it can be read
             names = [table.names[row] for row in range(len(table.names))]
-            report = {"images": len(names), "bytes": beside.stat().st_size, "sha256": sha256(beside)}
             report |= {"names": names, "offsets": table.offsets.tolist(), "sizes": table.sizes.tolist()}
-            report |= {"kept": kept, "broken": broken}
-            write_whole(self.report_path(number), to_json(report))
+            report |= {"images": len(names), "kept": kept, "broken": broken}
         return report
 
     def content(self, reports: Sequence[dict[str, Any]], broken: Sequence[dict[str, str]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, counted
-from dc_ssdae.files import check_file, write_whole
+from dc_ssdae.files import check_file, sha256, sync, write_whole, written_beside
 
 MANIFEST_FILE = "manifest.json"
 
@@ -32,26 +32,6 @@ class ShardCommand:
     name: str
     manifest_format: str
     suffix: str
-
-    @contextmanager
-    def lock(self, target: Path) -> Iterator[None]:
-        """Keep other processes of the same command out of a folder, which is made if need be.
-
-        Raises:
-            InputError: one is at work there.
-        """
-        from filelock import FileLock, Timeout
-
-        target.mkdir(parents=True, exist_ok=True)
-        path = target / f".{self.name}.lock"
-        try:
-            with FileLock(path, blocking=False):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)  # while it is held: no other process can lock a file without a name
-        except Timeout as error:
-            raise InputError(f"another dc-ssdae {self.name} is writing to {str(target)!r}") from error
 
     def check_finished(self, folder: str | Path) -> None:
         """Refuse a folder that the command has begun and not finished.
@@ -72,19 +52,23 @@ class ShardWriter(ABC):
     Args:
         command: that writes them.
         folder: to write to; made if need be, and otherwise empty or begun with the same settings.
+        total: how many images there are.
+        shard_size: images in a shard, at most.
         max_broken_share: the largest share of broken images that is accepted.
         report: gets a line for each broken image, and where everything is finished already.
     """
 
     command: ShardCommand
     folder: Path
+    total: int
+    shard_size: int
     max_broken_share: float
     report: Callable[[str], None]
 
     @cached_property  # what is found before the images are read holds for all of them
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """The settings, with the `shard_size`, and what identifies the images, with their number `images`; JSON."""
+        """The settings, and what identifies the images; JSON."""
 
     @abstractmethod
     def write(self, numbers: Sequence[int], advance: Callable[[int], object]) -> Iterator[Sequence[tuple[str, str]]]:
@@ -99,16 +83,24 @@ class ShardWriter(ABC):
     def content(self, reports: Sequence[dict[str, Any]], broken: Sequence[dict[str, str]]) -> dict[str, Any]:
         """What the manifest states of all shards together, by their reports, besides the shards themselves."""
 
-    def shard_path(self, number: int) -> Path:
-        """Where a shard lies."""
-        return self.folder / f"{number:06d}{self.command.suffix}"
+    def _places(self, number: int) -> tuple[Path, Path]:
+        """Where a shard lies, and its report until all shards are written."""
+        report = self.folder / f".{self.command.name}" / f"{number:06d}.json"
+        return self.folder / f"{number:06d}{self.command.suffix}", report
 
-    def report_path(self, number: int) -> Path:
-        """Where a shard's report lies until all shards are written."""
-        return self.folder / f".{self.command.name}" / f"{number:06d}.json"
+    @contextmanager
+    def shard(self, number: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Give the name to write a shard under, and its report, to which `images`, `broken` and others are added."""
+        path, report_path = self._places(number)
+        report: dict[str, Any] = {"name": path.name}
+        with written_beside(path) as beside:
+            yield beside, report
+            sync(beside)
+            report |= {"bytes": beside.stat().st_size, "sha256": sha256(beside)}
+            write_whole(report_path, to_json(report))
 
-    def begin(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Prepare the folder; gives the identity, and the manifest if everything is finished.
+    def begin(self) -> dict[str, Any] | None:
+        """Prepare the folder; gives the manifest if everything is finished.
 
         Raises:
             InputError: the folder holds something else, was begun with something else, or is damaged.
@@ -132,30 +124,29 @@ class ShardWriter(ABC):
         for path in folder.glob(".*.partial"):  # of killed processes
             path.unlink(missing_ok=True)
         if not is_finished:
-            return identity, None
+            return None
         for shard in manifest["shards"]:
             path = folder / shard["name"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 raise InputError(f"shard {str(path)!r} is missing or damaged; delete {str(folder)!r} and run it again")
         shutil.rmtree(state, ignore_errors=True)  # still there if it was killed just before removing it
-        return identity, manifest
+        self.report(f"{str(folder)!r} is finished already; nothing to do")
+        return manifest
 
-    def run(self, name: str, identity: Mapping[str, Any], processes: Processes) -> dict[str, Any]:
+    def run(self, name: str, processes: Processes) -> dict[str, Any]:
         """Write this process's share of the missing shards and, in the main one, the manifest; gives the manifest."""
         from tqdm import tqdm
 
-        total, size = identity["images"], identity["shard_size"]
-        reports = processes.on_main(self._reports)
-        missing = [number for number, report in enumerate(reports) if not report]
+        missing = [number for number, report in enumerate(processes.on_main(self._reports)) if not report]
         own = [missing[place] for place in processes.share(len(missing))]
-        images = sum(min(size, total - number * size) for number in own)
+        images = sum(min(self.shard_size, self.total - number * self.shard_size) for number in own)
         broken: list[tuple[str, str]] = []
 
         def write_next() -> None:
             for image, reason in next(shards, ()):
                 self.report(f"left out: {reason if image in reason else f'{image}: {reason}'}")
                 broken.append((image, reason))
-            check_broken(broken, total, self.max_broken_share)
+            check_broken(broken, self.total, self.max_broken_share)
 
         with tqdm(total=images, unit="image", desc=name or None, disable=None if processes.is_main else True) as bar:
             shards = self.write(own, bar.update)
@@ -166,8 +157,8 @@ class ShardWriter(ABC):
     def _reports(self) -> list[dict[str, Any]]:
         """The report on each shard; nothing on one that is not finished."""
         reports = []
-        for number in range(-(-self.identity["images"] // self.identity["shard_size"])):
-            shard, path = self.shard_path(number), self.report_path(number)
+        for number in range(-(-self.total // self.shard_size)):
+            shard, path = self._places(number)
             report = read_json(path) if shard.is_file() and path.is_file() else {}
             reports.append(report if report and report["bytes"] == shard.stat().st_size else {})
         return reports
@@ -178,14 +169,11 @@ class ShardWriter(ABC):
         if not all(reports):
             raise InputError(f"shards have gone from {str(self.folder)!r}; run the same command again")
         broken = [image for report in reports for image in report["broken"]]
-        check_broken(broken, self.identity["images"], self.max_broken_share)
-        shards = []
-        for number, report in enumerate(reports):
-            found = {key: report[key] for key in ("images", "bytes", "sha256")}
-            shards.append({"name": self.shard_path(number).name, **found})
+        check_broken(broken, self.total, self.max_broken_share)
+        keys = ("name", "images", "bytes", "sha256")
         manifest = {"format": self.command.manifest_format, "version": 1, "settings": self.identity}
         manifest |= self.content(reports, [{"name": name, "reason": reason} for name, reason in broken])
-        manifest["shards"] = shards
+        manifest["shards"] = [{key: report[key] for key in keys} for report in reports]
         write_whole(self.folder / MANIFEST_FILE, to_json(manifest))
         shutil.rmtree(self.folder / f".{self.command.name}")
         return manifest
@@ -204,17 +192,19 @@ def write_parts(
 
     Raises:
         InputError: a folder holds something else or was begun with other settings, or too many images are broken.
-        OSError: something cannot be written.
+        OSError: something cannot be written, or another process holds the lock.
     """
+    from filelock import FileLock
+
+    lock = target / f".{command.name}.lock"
     with ExitStack() as locked:
-        processes.on_main(lambda: locked.enter_context(command.lock(target)))
-        begun = processes.on_main(lambda: {name: writer.begin() for name, writer in writers.items()})
-        manifests = {}
-        for name, (identity, manifest) in begun.items():
-            manifests[name] = manifest or writers[name].run(name, identity, processes)
-            if manifest and processes.is_main:
-                writers[name].report(f"{str(writers[name].folder)!r} is finished already; nothing to do")
-    return manifests
+        processes.on_main(lambda: target.mkdir(parents=True, exist_ok=True))
+        processes.on_main(lambda: locked.enter_context(FileLock(lock, blocking=False)))
+        if processes.is_main:  # while it is held: no other process can lock a file without a name
+            locked.callback(lock.unlink, missing_ok=True)
+        begun = processes.on_main(lambda: [writer.begin() for writer in writers.values()])
+        found = zip(writers.items(), begun, strict=True)
+        return {name: manifest or writer.run(name, processes) for (name, writer), manifest in found}
 
 
 def identify(source: Any, names: bytes) -> dict[str, Any]:
@@ -269,7 +259,7 @@ def check_broken(broken: Sequence[tuple[str, str]], total: int, max_broken_share
         InputError: says how many there are, and why one of them is broken.
     """
     if len(broken) > max_broken_share * total + 1e-9:
+        share = f"more than the share of {max_broken_share:g} that --max-broken-share allows"
         raise InputError(
-            f"{len(broken)} of {counted(total, 'image')} are broken, more than the share of {max_broken_share:g} that "
-            f"--max-broken-share allows; one of them: {broken[-1][1]}"
+            f"{len(broken)} of {counted(total, 'image')} are broken, {share}; one of them: {broken[-1][1]}"
         )
