@@ -251,7 +251,7 @@ def test_destinations_that_must_not_be(photos: Path, tmp_path: Path) -> None:
         return pooled(pixels)
 
     encoded_photos(photos, out, encoder=pooling(encode=encoding))
-    assert "latents.lock" in refused[-1]
+    assert "another dc-ssdae latents is writing to" in refused[-1]
     (out / "000001.safetensors").unlink()
     assert "000001.safetensors' is missing or damaged" in refusal(photos, out)
 

@@ -7,12 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dc_ssdae.data.folder import number_classes
@@ -119,14 +118,12 @@ class LatentWriter(ShardWriter):
         images: to encode, in this order.
         encoder: encodes the images.
         settings: what is stored.
-        batch_size: images encoded at a time.
         workers: processes that read images; 0 reads in this one.
     """
 
     images: ValidationImages
     encoder: LatentEncoder
     settings: LatentSettings
-    batch_size: int
     workers: int
 
     @cached_property
@@ -141,24 +138,18 @@ class LatentWriter(ShardWriter):
             **identify(self.images.source, "".join(f"{name}\0" for name in names).encode("utf-8", "surrogateescape")),
         }
 
-    def write(self, numbers: Sequence[int], advance: Callable[[int], object]) -> Iterator[list[BrokenImage]]:
-        """Write shards and their reports one by one; no batch reaches over the end of a shard."""
-        places, size = range(self.total), self.shard_size
-        shards = [places[number * size : (number + 1) * size] for number in numbers]
-        stream = validation_loader(self.images, [*chain(*shards)], self.batch_size, self.workers, size)
-        for number, shard in zip(numbers, shards, strict=True):
-            yield self._write_shard(number, islice(stream, -(-len(shard) // self.batch_size)), advance)
+    def read(self, places: Sequence[int]) -> Iterator[list[ValidationImage]]:
+        """Read images in batches, none of which reaches over the end of a shard."""
+        return validation_loader(self.images, places, self.batch_size, self.workers, self.shard_size)
 
-    def _write_shard(
-        self, number: int, batches: Iterable[list[ValidationImage]], advance: Callable[[int], object]
-    ) -> list[BrokenImage]:
-        """Encode the images of a shard, and write the shard and its report; gives the broken images."""
+    def write(self, path: Path, images: Iterable[Any], advance: Callable[[int], object]) -> dict[str, Any]:
+        """Encode the images of a shard, and write it; gives its report."""
         latents: dict[str, list[Tensor]] = defaultdict(list)
         moments = LatentMoments(self.encoder.latent_channels)
         kept: list[tuple[str, int]] = []
         broken: list[BrokenImage] = []
         enlarged = 0
-        for batch in batches:
+        for batch in images:
             pixels = torch.stack([image.pixels for image in batch])
             names = [self.images.name(image.place) for image in batch]
             # Broken images are encoded too, so that the others do not depend on them, and then dropped.
@@ -176,12 +167,10 @@ class LatentWriter(ShardWriter):
         tensors = {name: torch.cat(parts) for name, parts in latents.items()}
         tensors["labels"] = torch.tensor([label for _, label in kept], dtype=torch.int64)
         tensors |= {"name_characters": torch.tensor(table.characters), "name_ends": torch.tensor(table.ends)}
-        with self.shard(number) as (beside, report):
-            # One entry of metadata alone: the library writes several in an order that changes from run to run.
-            save_file(tensors, beside, {"format": LATENTS.manifest_format})
-            report |= {"images": len(kept), "unlabelled": sum(label < 0 for _, label in kept), "broken": broken}
-            report |= {"moments": moments.state().tolist(), "enlarged": enlarged}
-        return broken
+        # One entry of metadata alone: the library writes several in an order that changes from run to run.
+        path.write_bytes(save(tensors, {"format": LATENTS.manifest_format}))
+        report = {"images": len(kept), "unlabelled": sum(label < 0 for _, label in kept), "broken": broken}
+        return {**report, "moments": moments.state().tolist(), "enlarged": enlarged}
 
     def _encode(self, pixels: Tensor, names: Sequence[str], flipped: bool) -> list[Tensor]:
         """Compute what is stored of a batch, on the CPU: the latents and, if stored, their standard deviations."""
@@ -264,8 +253,8 @@ def encode_latents(
     writers = {}
     for name, source in parts.items():
         images = ValidationImages(source, settings.size, len(source) if limit is None else limit)
-        work = Path(destination, name), len(images), settings.shard_size, max_broken_share, report
-        writers[name] = LatentWriter(LATENTS, *work, images, encoder, settings, batch_size, workers)
+        work = Path(destination, name), len(images), settings.shard_size, batch_size, max_broken_share, report
+        writers[name] = LatentWriter(LATENTS, *work, images, encoder, settings, workers)
     manifests = write_parts(LATENTS, Path(destination), writers, processes)
     for name, manifest in manifests.items() if processes.is_main else ():
         lines = enlarged_caveat(manifest.get("enlarged", 0), manifest["images"], settings.size)

@@ -158,6 +158,4 @@ def warn_of(root: str, others: Counter[str], parts: Collection[str]) -> None:
     held_out = sorted(name for name in parts if not _HELD_OUT.isdisjoint(words[name]))
     if 0 < len(held_out) < len(parts):
         found = ", ".join(map(repr, held_out[:8]))
-        logger.warning(
-            "%r is one data set with %s; if those are for validation, name them as data.validation", root, found
-        )
+        logger.warning("%r is one data set; if %s are for validation, name them as data.validation", root, found)

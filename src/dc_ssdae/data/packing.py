@@ -4,18 +4,18 @@ import hashlib
 import importlib.metadata
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_pillow
+from dc_ssdae.data.loader import read_batches
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
 from dc_ssdae.data.resumable import ShardWriter, check_places, identify, write_parts
@@ -98,14 +98,20 @@ def pack(
     number_classes(parts.values())
     writers = {}
     for name, part in parts.items():
-        work = target / name, len(part), settings.shard_size, max_broken_share, report
+        work = target / name, len(part), settings.shard_size, 1, max_broken_share, report
         writers[name] = _PackWriter(PACK, *work, part, settings, workers)
     return write_parts(PACK, target, writers, Processes())
 
 
+_Packed = tuple[dict[str, Any], bool, tuple[str, str] | None]
+"""A sample for the tar, whether its image is the source's own bytes, and name and reason if it is broken."""
+
+
 @dataclass
 class _PackWriter(ShardWriter):
-    """Writes the shards of one part; as a data set of shards by their numbers, each is written when it is read."""
+    """Packs the images of one part; as a data set, what is written of each by its place in the shards."""
+
+    workers_option: ClassVar = "--workers"
 
     source: Any
     settings: PackSettings
@@ -123,46 +129,33 @@ class _PackWriter(ShardWriter):
         images = identify(self.source, b"\0".join(self.names))
         return {**asdict(self.settings), "images": self.total, **images}
 
-    def write(self, numbers: Sequence[int], advance: Callable[[int], object]) -> Iterator[list[tuple[str, str]]]:
-        processes = min(self.workers, len(numbers)) if self.workers > 1 else 0
-        # With a generator of its own: otherwise the loader would draw from the default one.
-        generator = torch.Generator()
-        loader: Any = DataLoader(self, batch_size=None, sampler=numbers, num_workers=processes, generator=generator)  # type: ignore[arg-type]
-        try:
-            for written in loader:
-                if isinstance(written, Exception):
-                    raise written
-                advance(written["images"] + len(written["broken"]))
-                yield written["broken"]
-        except RuntimeError as dead:
-            raise OSError("a worker was killed, perhaps for its memory; try fewer workers") from dead
+    def read(self, places: Sequence[int]) -> Iterator[_Packed]:
+        workers = self.workers if self.workers > 1 else 0
+        return read_batches(self, itemgetter(0), workers, batch_sampler=[[place] for place in places])
 
-    def __getitem__(self, number: int) -> dict[str, Any] | Exception:
+    def __getitem__(self, place: int) -> _Packed:
+        index = self.order[place]
         try:
-            return self._write(number)
-        except (InputError, OSError) as error:
-            return error  # raised, it would come out of the loader with another message
+            sample, is_kept = self._sample(index)
+        except InputError as error:
+            return {}, False, (self.source.name(index), str(error))
+        return {"__key__": _key(place, self.source.relative_name(index)), **sample}, is_kept, None
 
-    def _write(self, number: int) -> dict[str, Any]:
-        """Write a shard and its report, and give the report."""
-        first = number * self.shard_size
+    def write(self, path: Path, images: Iterable[_Packed], advance: Callable[[int], object]) -> dict[str, Any]:
         kept, broken = 0, []
         tar_writer = import_optional("webdataset.writer").TarWriter
-        with self.shard(number) as (beside, report):
-            with open(beside, "wb") as file, tar_writer(file, user="", group="", mtime=0, encoder=False) as writer:
-                for place, index in enumerate(self.order[first : first + self.shard_size], first):
-                    try:
-                        sample, is_kept = self._sample(index)
-                    except InputError as error:
-                        broken.append((self.source.name(index), str(error)))
-                        continue
-                    kept += is_kept
-                    writer.write({"__key__": _key(place, self.source.relative_name(index)), **sample})
-            table = scan_tar(str(beside))  # also proves that it can be read
-            names = [table.names[row] for row in range(len(table.names))]
-            report |= {"names": names, "offsets": table.offsets.tolist(), "sizes": table.sizes.tolist()}
-            report |= {"images": len(names), "kept": kept, "broken": broken}
-        return report
+        with open(path, "wb") as file, tar_writer(file, user="", group="", mtime=0, encoder=False) as writer:
+            for sample, is_kept, why_broken in images:
+                if why_broken is None:
+                    writer.write(sample)
+                else:
+                    broken.append(why_broken)
+                kept += is_kept
+                advance(1)
+        table = scan_tar(str(path))  # also proves that it can be read
+        names = [table.names[row] for row in range(len(table.names))]
+        report = {"names": names, "offsets": table.offsets.tolist(), "sizes": table.sizes.tolist()}
+        return {**report, "images": len(names), "kept": kept, "broken": broken}
 
     def content(self, reports: Sequence[dict[str, Any]], broken: Sequence[dict[str, str]]) -> dict[str, Any]:
         names, *places = ([row for report in reports for row in report[key]] for key in ("names", "offsets", "sizes"))

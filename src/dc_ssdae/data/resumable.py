@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class ShardWriter(ABC):
         folder: to write to; made if need be, and otherwise empty or begun with the same settings.
         total: how many images there are.
         shard_size: images in a shard, at most.
+        batch_size: images read at a time, at most.
         max_broken_share: the largest share of broken images that is accepted.
         report: gets a line for each broken image, and where everything is finished already.
     """
@@ -62,6 +64,7 @@ class ShardWriter(ABC):
     folder: Path
     total: int
     shard_size: int
+    batch_size: int
     max_broken_share: float
     report: Callable[[str], None]
 
@@ -71,12 +74,17 @@ class ShardWriter(ABC):
         """The settings, and what identifies the images; JSON."""
 
     @abstractmethod
-    def write(self, numbers: Sequence[int], advance: Callable[[int], object]) -> Iterator[Sequence[tuple[str, str]]]:
-        """Write shards and their reports one by one, and give the broken images of each, by name and reason.
+    def read(self, places: Sequence[int]) -> Iterator[Any]:
+        """Read the images at some places, in batches that end where a shard ends."""
+
+    @abstractmethod
+    def write(self, path: Path, images: Iterable[Any], advance: Callable[[int], object]) -> dict[str, Any]:
+        """Write a shard, and give its report: `images`, their number, `broken`, names and reasons, and others; JSON.
 
         Args:
-            numbers: of the shards.
-            advance: gets the number of images that have been read since it was last called.
+            path: to write to.
+            images: the shard's batches.
+            advance: gets the number of images of each batch.
         """
 
     @abstractmethod
@@ -87,17 +95,6 @@ class ShardWriter(ABC):
         """Where a shard lies, and its report until all shards are written."""
         report = self.folder / f".{self.command.name}" / f"{number:06d}.json"
         return self.folder / f"{number:06d}{self.command.suffix}", report
-
-    @contextmanager
-    def shard(self, number: int) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Give the name to write a shard under, and its report, to which `images`, `broken` and others are added."""
-        path, report_path = self._places(number)
-        report: dict[str, Any] = {"name": path.name}
-        with written_beside(path) as beside:
-            yield beside, report
-            sync(beside)
-            report |= {"bytes": beside.stat().st_size, "sha256": sha256(beside)}
-            write_whole(report_path, to_json(report))
 
     def begin(self) -> dict[str, Any] | None:
         """Prepare the folder; gives the manifest if everything is finished.
@@ -139,17 +136,27 @@ class ShardWriter(ABC):
 
         missing = [number for number, report in enumerate(processes.on_main(self._reports)) if not report]
         own = [missing[place] for place in processes.share(len(missing))]
-        images = sum(min(self.shard_size, self.total - number * self.shard_size) for number in own)
         broken: list[tuple[str, str]] = []
 
+        places = [range(self.total)[number * self.shard_size :][: self.shard_size] for number in own]
+        images, shards = self.read([*chain(*places)]), zip(own, places, strict=True)
+
         def write_next() -> None:
-            for image, reason in next(shards, ()):
-                self.report(f"left out: {reason if image in reason else f'{image}: {reason}'}")
-                broken.append((image, reason))
+            for number, shard in islice(shards, 1):  # none, where only others have one left
+                path, report_path = self._places(number)
+                with written_beside(path) as beside:
+                    batches = islice(images, -(-len(shard) // self.batch_size))
+                    report = {"name": path.name, **self.write(beside, batches, bar.update)}
+                    sync(beside)
+                    report |= {"bytes": beside.stat().st_size, "sha256": sha256(beside)}
+                    write_whole(report_path, to_json(report))
+                for image, reason in report["broken"]:
+                    broken.append((image, reason))
+                    self.report(f"left out: {reason if image in reason else f'{image}: {reason}'}")
             check_broken(broken, self.total, self.max_broken_share)
 
-        with tqdm(total=images, unit="image", desc=name or None, disable=None if processes.is_main else True) as bar:
-            shards = self.write(own, bar.update)
+        hidden, size = not processes.is_main or None, sum(map(len, places))
+        with tqdm(total=size, unit="image", desc=name or None, disable=hidden) as bar:
             for _ in range(0, len(missing), processes.count):  # together: what fails in one process ends all
                 processes.together(write_next)
         return processes.on_main(self._finish)
@@ -192,16 +199,23 @@ def write_parts(
 
     Raises:
         InputError: a folder holds something else or was begun with other settings, or too many images are broken.
-        OSError: something cannot be written, or another process holds the lock.
+        OSError: something cannot be written.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     lock = target / f".{command.name}.lock"
-    with ExitStack() as locked:
-        processes.on_main(lambda: target.mkdir(parents=True, exist_ok=True))
-        processes.on_main(lambda: locked.enter_context(FileLock(lock, blocking=False)))
-        if processes.is_main:  # while it is held: no other process can lock a file without a name
-            locked.callback(lock.unlink, missing_ok=True)
+    locked = ExitStack()
+
+    def keep_others_out() -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            locked.enter_context(FileLock(lock, blocking=False))
+        except Timeout as error:
+            raise InputError(f"another dc-ssdae {command.name} is writing to {str(target)!r}") from error
+        locked.callback(lock.unlink, missing_ok=True)  # while it is held: no other can lock a file without a name
+
+    with locked:
+        processes.on_main(keep_others_out)
         begun = processes.on_main(lambda: [writer.begin() for writer in writers.values()])
         found = zip(writers.items(), begun, strict=True)
         return {name: manifest or writer.run(name, processes) for (name, writer), manifest in found}

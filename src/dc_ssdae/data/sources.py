@@ -142,7 +142,7 @@ def split_folders(root: str) -> dict[str, str]:
     """
     if not os.path.isdir(root):
         return {}
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    folders = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
     parts = {part: [name for name in folders if name.lower() in names] for part, names in _PARTS.items()}
     read = [name for found in parts.values() for name in found]
     for part, found in parts.items():
