@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from broken_samples import encoded, image_array, write_images, write_tar
 
-from dc_ssdae.data.folder import ImageFolder
-from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.sources import ImageSource, open_path, open_sources
 from dc_ssdae.errors import InputError
 
@@ -145,17 +143,6 @@ def test_a_folder_that_pack_has_not_finished_is_refused(tmp_path: Path) -> None:
 
 
 # --- class_path ---
-
-
-def test_built_in_names(tmp_path: Path) -> None:
-    write_images(tmp_path / "images", 2)
-    write_tar(tmp_path / "x.tar", {"a.png": encoded(image_array(3))})
-    folder = {"class_path": "ImageFolder", "init_args": {"root": str(tmp_path / "images")}}
-    shards = {"class_path": "Shards", "init_args": {"urls": [str(tmp_path / "x.tar")]}}
-    sources = open_sources(None, folder, shards, None)
-    assert isinstance(sources.train, ImageFolder)
-    assert isinstance(sources.validation, Shards)
-    assert (numbers_of(sources.train), numbers_of(sources.validation)) == ([0, 1], [3])
 
 
 def test_the_cache_goes_to_shards_that_name_none(tmp_path: Path) -> None:

@@ -66,20 +66,6 @@ def test_resizing_is_pillows_bicubic(height: int, width: int, size: int) -> None
     assert np.abs(difference).max() <= 1
 
 
-def test_resizing_floats_in_batches_agrees_with_uint8() -> None:
-    pixels = torch.randint(0, 256, (2, 3, 50, 70), generator=seeded(), dtype=torch.uint8)
-    from_floats = resize_shorter_side(pixels.float(), 24)
-    assert from_floats.dtype == torch.float32
-    difference = from_floats.clamp(0, 255) - resize_shorter_side(pixels, 24).float()
-    assert float(difference.abs().max()) <= 1
-
-
-def test_center_crop_takes_the_middle() -> None:
-    x = torch.arange(2 * 3 * 9 * 13).reshape(2, 3, 9, 13)
-    assert torch.equal(center_crop(x, 5), x[..., 2:7, 4:9])
-    assert torch.equal(center_crop(x, 9), x[..., 2:11])
-
-
 class LargestTensor(TorchDispatchMode):
     """Remembers the most values that a tensor had."""
 
