@@ -46,7 +46,7 @@ def test_broken_images(run: Run) -> None:
     words = ("pack", "photos", "out", "--workers", 1)
     outcome = run(*words)
     assert (outcome.code, len(outcome.err)) == (2, 2)
-    assert outcome.err[0].startswith("dc-ssdae pack: cannot read image 'photos/train/a/x.jpg': ")
+    assert outcome.err[0].startswith("dc-ssdae pack: left out: cannot read image 'photos/train/a/x.jpg': ")
     assert "1 of 3 images are broken" in outcome.err[1]
     outcome = run(*words, "--max-broken-share", 0.5)
     assert (outcome.code, outcome.err) == (0, [])

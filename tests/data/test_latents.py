@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import re
 import shutil
@@ -22,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dc_ssdae import DCSSDAE
-from dc_ssdae.data import latents as latents_module
 from dc_ssdae.data.encode_latents import LatentEncoder
 from dc_ssdae.data.latents import Latent, LatentDataset
 from dc_ssdae.errors import InputError
@@ -159,16 +157,11 @@ def test_an_epoch_reaches_workers_that_live_on(folder: Path, start: str) -> None
         assert same(sorted(found, key=lambda latent: latent.place), yielded(dataset, epoch))
 
 
-def test_it_is_copied_and_pickled_and_keeps_few_files_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_copied_and_pickled(folder: Path) -> None:
     dataset = LatentDataset(folder, normalise="global", seed=3)
     expected = yielded(dataset, 5)
     for other in (pickle.loads(pickle.dumps(dataset)), copy.deepcopy(dataset)):
         assert same([other[index] for index in range(7)], expected)
-    monkeypatch.setattr(latents_module, "OPEN_SHARDS", 1)
-    fresh = pickle.loads(pickle.dumps(dataset))
-    before = len(os.listdir("/proc/self/fd"))
-    assert same([fresh[index] for index in range(7)], expected)
-    assert len(os.listdir("/proc/self/fd")) == before + 1
     for index in (7, -1):
         with pytest.raises(IndexError, match=f"there are 7 latents, none at {index}"):
             dataset[index]
@@ -191,7 +184,7 @@ def test_what_is_not_stored_cannot_be_had(tmp_path: Path) -> None:
 def test_folders_without_latents(folder: Path, tmp_path: Path) -> None:
     assert "manifest.json is missing" in refusal(LatentDataset, tmp_path / "absent")
     shutil.copytree(folder, tmp_path / "parts" / "train")
-    assert "name one of its folders train" in refusal(LatentDataset, tmp_path / "parts")
+    assert "name a folder of one part" in refusal(LatentDataset, tmp_path / "parts")
     for content, told in (("{", "Expecting"), ("[]", "format is None"), ('{"format": "shards"}', "'shards'")):
         (tmp_path / "manifest.json").write_text(content)
         assert told in refusal(LatentDataset, tmp_path)
@@ -227,8 +220,6 @@ def test_shards_that_are_missing_or_damaged(copied: Path) -> None:
     dataset = LatentDataset(copied)
     dataset.verify()
     dataset[3]
-    os.truncate(path, 0)  # whoever reads it through mapped memory is killed by the system
-    assert f"{FILES[1]}' has been cut short" in refusal(dataset.__getitem__, 3)
     path.unlink()
     assert FILES[1] in refusal(LatentDataset, copied)
     path.write_bytes(content[:-1])

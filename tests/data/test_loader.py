@@ -15,13 +15,10 @@ from torch.utils.data._utils import signal_handling
 
 from dc_ssdae.data import loader
 from dc_ssdae.data.loader import (
-    Batch,
     BrokenImage,
     ReadingFailed,
     TrainingSamples,
     ValidationImages,
-    default_workers,
-    share_of_positions,
     training_loader,
     validation_loader,
 )
@@ -92,13 +89,6 @@ def assert_same(one: dict[int, Tensor], other: dict[int, Tensor]) -> None:
 # --- samples ---
 
 
-def test_positions_of_a_share() -> None:
-    assert list(share_of_positions(2, 4, 8, 1, 2, 2)) == [[20, 21], [22, 23], [28, 29], [30, 31]]
-    endless = share_of_positions(7, None, 2, 0, 1, 1)
-    assert [next(endless)[0] for _ in range(100)] == list(range(14, 214, 2))
-    assert list(share_of_positions(5, 5, 2, 0, 1, 1)) == []
-
-
 @pytest.mark.parametrize(("processes", "parts", "workers"), [(1, 1, 2), (2, 1, 0), (2, 3, 0), (3, 2, 0)])
 def test_how_the_batch_is_split_and_who_reads_it_changes_nothing(processes: int, parts: int, workers: int) -> None:
     torch.manual_seed(5)
@@ -117,14 +107,6 @@ def test_no_two_samples_are_alike_until_they_repeat() -> None:
     repeated = [*training_loader(samples_of(Textured(10), repeat_after=2), 0, 4, 0, False)]
     assert [batch.draw.tolist() for batch in repeated[2:]] == [batch.draw.tolist() for batch in repeated[:2]]
     assert all(torch.equal(repeated[step].pixels, repeated[step + 2].pixels) for step in range(2))
-
-
-def test_a_batch_moves_its_pixels_and_little_else() -> None:
-    (batch,) = training_loader(samples_of(Textured(10), 200), 0, 1, 0, False)
-    assert isinstance(batch, Batch)
-    assert (batch.pixels.shape, batch.pixels.dtype) == ((200, 3, SIZE, SIZE), torch.uint8)
-    assert batch.draw.tolist() == list(range(200))
-    assert sum(part.nbytes for part in batch if isinstance(part, Tensor)) == 200 * (3 * SIZE * SIZE + 8)
 
 
 def test_every_epoch_goes_through_every_image_once() -> None:
@@ -279,17 +261,6 @@ def test_readers_that_stall_are_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
         next(training_loader(samples_of(Textured(10)), 0, None, 1, False))
 
 
-def test_too_little_shared_memory_is_told_before_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = 6 * 3 * SIZE * SIZE
-    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: (16 * batch, 8 * batch, 8 * batch))
-    assert len(list(training_loader(samples_of(Textured(10)), 0, 1, 3, False))) == 1
-    with pytest.raises(InputError, match=r"--shm-size\), or set data\.workers to 3$"):
-        next(training_loader(samples_of(Textured(10)), 0, 1, 4, False))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(InputError, match=r"has 0\.\d MiB free.* data\.workers to 1$"):
-        next(training_loader(samples_of(Textured(10)), 0, 1, 3, False))
-
-
 # --- validation ---
 
 
@@ -309,8 +280,3 @@ def test_validation_images_are_whole_and_in_the_middle_or_blank_and_reported() -
     blank = images[4]
     assert (blank.pixels.shape, blank.pixels.any()) == ((3, 20, 20), False)
     assert blank.broken == BrokenImage("image 4", "cannot read image 4")
-
-
-def test_the_number_of_workers() -> None:
-    assert default_workers(10_000) == 0
-    assert 0 <= default_workers(1) <= 8

@@ -36,11 +36,6 @@ def test_photos_come_whole_and_in_colour(monkeypatch: pytest.MonkeyPatch, split:
     assert all(torch.equal(source.read(index)[0], pixels) for index, (_, pixels) in enumerate(expected))
 
 
-def test_unknown_split_lists_the_right_ones() -> None:
-    with pytest.raises(InputError, match=r"'heldout'.*held_out, train"):
-        sample_photos("heldout")
-
-
 @pytest.mark.parametrize("installed", [False, True])
 def test_without_scikit_image_or_its_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     (tmp_path / "__init__.py").touch()

@@ -1,5 +1,6 @@
 """Which images a configuration means: divided roots, built-in and users' data sets, and every way to get it wrong."""
 
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -8,8 +9,6 @@ from typing import Any
 import pytest
 from broken_samples import encoded, image_array, write_images, write_tar
 
-from dc_ssdae.data.packing import PackSettings, pack
-from dc_ssdae.data.shards import Shards
 from dc_ssdae.data.sources import ImageSource, open_path, open_sources
 from dc_ssdae.errors import InputError
 
@@ -95,10 +94,16 @@ def test_shards_as_root(tmp_path: Path) -> None:
         (tmp_path / part).mkdir()
         write_tar(tmp_path / part / "000000.tar", {"a.png": encoded(image_array(number))})
     assert opened(tmp_path) == ([0], [1])
+    assert opened(tmp_path / "train") == ([0], None)
     assert opened(tmp_path / "train" / "000000.tar") == ([0], None)
+    write_images(tmp_path / "validation" / "unpacked.tar", 1)  # a folder is no shard
+    assert "'unpacked.tar/image_000.png'" in refusal(root=str(tmp_path))
+    os.remove(tmp_path / "validation" / "unpacked.tar" / "image_000.png")
     assert opened(f"{tmp_path}/{{train,validation}}/000000.tar") == ([0, 1], None)
-    urls = f"pipe:cat {tmp_path}/train/000000.tar", f"file:{tmp_path}/validation/000000.tar"
-    assert opened(urls[0], validation=urls[1]) == ([0], [1])
+    assert opened(f"pipe:cat {tmp_path}/train/000000.tar", validation=f"file:{tmp_path}/validation/000000.tar") == (
+        [0],
+        [1],
+    )
 
 
 def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,37 +132,14 @@ def test_what_is_no_root(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_pack_has_not_finished_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train" / ".pack").mkdir(parents=True)
+    for part in ("train", "validation"):
+        (tmp_path / part / ".pack").mkdir(parents=True)
     assert "not finished" in refusal(root=str(tmp_path))
     write_tar(tmp_path / "train" / "000000.tar", {"a.png": encoded(image_array())})
     assert "not finished" in refusal(root=str(tmp_path))
-
-
-# --- labels of shards ---
-
-
-def test_labels_lie_beside_the_images(tmp_path: Path) -> None:
-    png = encoded(image_array())
-    labels = {"a.cls": b"3", "a.png": png, "b.png": png, "c.png": png, "c.cls": b"12\n", "d.cls": b"cat", "d.png": png}
-    odd = {"e.CLS": b"4", "e.json": b"{}", "e.png": png, "f.cls": b"1" * 100, "f.png": png}
-    write_tar(tmp_path / "0.tar", {**labels, **odd})
-    write_tar(tmp_path / "1.tar", {"a.png": png, "a.cls": b"5"})
-    shards = Shards(str(tmp_path))
-    assert labels_of(shards) == [3, -1, 12, -1, 4, -1, 5]
-    assert [shards.label(index) for index in (6, 0)] == [5, 3]
-    assert shards.classes == []
-
-
-def test_packed_shards_keep_labels_and_the_names_of_classes(tmp_path: Path) -> None:
-    for part, names in (("train", ("bird", "cat")), ("validation", ("cat", "dog"))):
-        for number, name in enumerate(names):
-            write_images(tmp_path / "source" / part / name, 2, first=2 * number)
-    pack(str(tmp_path / "source"), tmp_path / "out", PackSettings(shard_size=3, shuffle=False))
-    train, validation = (Shards(str(tmp_path / "out" / name)) for name in ("train", "validation"))
-    assert (labels_of(train), labels_of(validation)) == ([0, 0, 1, 1], [1, 1, 2, 2])
-    assert train.classes == validation.classes == ["bird", "cat", "dog"]
-    (tmp_path / "out" / "train" / "manifest.json").unlink()
-    assert Shards([str(tmp_path / "out" / name) for name in ("train", "validation")]).classes == []
+    assert "not finished" in refusal(root=f"{tmp_path}/train/{{000000..000000}}.tar")
+    (tmp_path / "train" / "manifest.json").write_text("{}")
+    assert "validation" in refusal(root=str(tmp_path))
 
 
 # --- class_path ---
@@ -181,12 +163,14 @@ def test_the_cache_goes_to_shards_that_name_none(tmp_path: Path) -> None:
         ({"class_path": "ImageFolder", "init_args": {"rot": "x"}}, "'rot'; it takes root"),
         ({"class_path": "ImageFolder", "init_args": {"root": 5}}, "not int"),
         ({"class_path": "no_such_module.Photos"}, "No module named 'no_such_module'"),
+        ({"class_path": "own_data.Photoss"}, "did you mean 'Photos'"),
         (
             {"class_path": "own_data.Photos", "init_args": {"count": 1, "kind": "array", "x": 1}},
             "'x'; it takes count, kind",
         ),
         ({"class_path": "own_data.Photos", "init_args": {"count": 0, "kind": "array"}}, "__len__ above 0"),
         ({"class_path": "own_data.Failing"}, "RuntimeError: no such disk"),
+        ({"class_path": "own_data.Stream"}, "needs a __len__"),
         ({"class_path": "own_data.Sized"}, "and __getitem__ or read and name"),
         ({"class_path": None}, "unknown data set None"),
     ],
@@ -235,6 +219,10 @@ class Source:
 class Failing:
     def __init__(self):
         raise RuntimeError("no such disk")
+
+class Stream:
+    def __iter__(self):
+        yield 1
 
 class Sized:
     def __len__(self):
@@ -295,3 +283,13 @@ def test_users_sources_have_names_of_their_own(own_modules: None) -> None:
         source = pickle.loads(pickle.dumps(own("Source", **settings)))
         assert (numbers_of(source), labels_of(source)) == ([0, 1], [label] * 2)
         assert (source.name(1), source.classes, source.blocks) == ("picture 1", [], [1, 1])
+
+
+def test_a_data_set_of_torchvision(tmp_path: Path) -> None:
+    write_images(tmp_path / "class_a", 2)
+    component = {"class_path": "torchvision.datasets.ImageFolder", "init_args": {"root": str(tmp_path)}}
+    source = open_sources(None, component, None, None).train
+    assert (numbers_of(source), labels_of(source), source.classes) == ([0, 1], [0, 0], ["class_a"])
+    os.remove(tmp_path / "class_a" / "image_001.png")
+    with pytest.raises(InputError, match=r"ImageFolder\[1\].*No such file"):
+        source.read(1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -49,22 +48,6 @@ def test_pad_and_crop_back(side: int, multiple: int) -> None:
         assert torch.equal(crop_to(padded, size), x)
 
 
-def test_padding_by_hand() -> None:
-    row = torch.tensor([[[1.0, 2.0, 3.0]]])
-    assert pad_to_multiple(row, 5)[0][0, 0].tolist() == [1, 2, 3, 2, 1]  # pad 2 < side 3: reflection
-    assert pad_to_multiple(row, 6)[0][0, 0].tolist() == [1, 2, 3, 3, 3, 3]  # pad 3 = side 3: border repeated
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype"), [((3, 9, 5), torch.uint8), ((0, 3, 9, 5), torch.bfloat16), ((2, 4, 3, 9, 5), torch.float64)]
-)
-def test_padding_any_leading_dimensions_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x = (torch.rand(shape, generator=seeded()) * 255).to(dtype)
-    padded, size = pad_to_multiple(x, 8)
-    assert (padded.shape, padded.dtype) == ((*shape[:-2], 16, 8), dtype)
-    assert torch.equal(crop_to(padded, size), x)
-
-
 # --- resizing and cropping ---
 
 
@@ -81,15 +64,6 @@ def test_resizing_is_pillows_bicubic(height: int, width: int, size: int) -> None
     )
     difference = resized.permute(1, 2, 0).numpy().astype(int) - np.array(by_pillow).astype(int)
     assert np.abs(difference).max() <= 1
-    from_floats = resize_shorter_side(pixels.float()[None], size)[0]
-    if size == 20:  # else uint8 is clamped between its two passes
-        assert float((from_floats.clamp(0, 255) - resized).abs().max()) <= 1
-
-
-def test_center_crop_takes_the_middle() -> None:
-    x = torch.arange(2 * 3 * 9 * 13).reshape(2, 3, 9, 13)
-    assert torch.equal(center_crop(x, 5), x[..., 2:7, 4:9])
-    assert torch.equal(center_crop(x, 9), x[..., 2:11])
 
 
 class LargestTensor(TorchDispatchMode):
@@ -99,7 +73,8 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **kwargs or {})
-        self.values = max(self.values, result.numel() if isinstance(result, torch.Tensor) else 0)
+        if isinstance(result, torch.Tensor):
+            self.values = max(self.values, result.numel())
         return result
 
 
@@ -108,16 +83,19 @@ class LargestTensor(TorchDispatchMode):
 def test_thin_images_are_cut_before_they_are_enlarged(
     shape: tuple[int, int], prepare: Callable[[torch.Tensor, int], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resize = Image.Image.resize
-    spy = Mock(side_effect=resize, spec=resize)
-    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *given, **named: spy(image, size, *given, **named))
+    resize, resized = Image.Image.resize, [0]
+
+    def resize_and_remember(self: Image.Image, size: tuple[int, int], *args: object, **kwargs: object) -> Image.Image:
+        resized.append(3 * size[0] * size[1])
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", resize_and_remember)
     middle = (torch.arange(max(shape)) // (max(shape) // 2)).mul(200).to(torch.uint8)  # dark, then bright
     pixels = middle.reshape(1, *(-1 if side > 5 else 1 for side in shape)).expand(3, *shape)
     with LargestTensor() as largest:
         square = prepare(pixels, 32)
-    by_pillow = [3 * call.args[1][0] * call.args[1][1] for call in spy.call_args_list]
     assert square.shape == (3, 32, 32)
-    assert max(largest.values, *by_pillow, 0) <= 3 * 32 * 32 * 10
+    assert max(largest.values, *resized) <= 3 * 32 * 32 * 10
     assert square.amin() <= 4
     assert square.amax() >= 196
 
@@ -141,15 +119,6 @@ def test_the_crop_depends_on_the_generator_alone() -> None:
     assert len({crop.numpy().tobytes() for crop in first}) == 10
     assert first.shape == (10, 3, 16, 16)
     assert first.dtype == torch.uint8
-
-
-def test_every_call_draws_the_same_amount() -> None:
-    after = set()
-    for height, width, scale, flip in ((40, 40, 1.0, True), (40, 90, 10.0, False), (7, 5, 2.0, True)):
-        generator = seeded(3)
-        random_scaled_crop(torch.zeros(3, height, width, dtype=torch.uint8), 8, scale, generator, flip)
-        after.add(float(torch.rand((), generator=generator)))
-    assert len(after) == 1
 
 
 def test_half_of_the_crops_are_mirrored_and_without_flip_the_rest_stays() -> None:
@@ -193,12 +162,6 @@ def test_the_scale_is_uniform() -> None:
     assert 4.95 < max(scales) < 5.1
     assert abs(np.mean(scales) - 3.0) < 0.2
     assert abs(np.std(scales) - 4 / 12**0.5) < 0.1
-
-
-def test_small_images_are_enlarged() -> None:
-    pixels = torch.full((3, 1, 4), 77, dtype=torch.uint8)
-    crop = random_scaled_crop(pixels, 8, 10.0, seeded())
-    assert torch.equal(crop, torch.full((3, 8, 8), 77, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from dc_ssdae.data.folder import ImageFolder
@@ -14,7 +15,7 @@ from dc_ssdae.data.sources import ImageSource, open_path
 from dc_ssdae.errors import InputError
 from dc_ssdae.timing import Spread, cores, measure_alternately
 
-DATA_ROUNDS, LOADER_ROUNDS = 7, 3
+ROUNDS = 5
 """Measurements of each of the things that alternate."""
 
 LOADER_BATCH = 16
@@ -42,9 +43,8 @@ def packed(source: ImageSource, report: Callable[[str], None]) -> Iterator[Image
         raise InputError("only a folder of images can be packed")
     with tempfile.TemporaryDirectory(prefix="dc_ssdae-bench-") as temporary:
         settings = PackSettings(size=None, shuffle=False)
-        shards = f"{temporary}/shards"
-        pack(source.root, shards, settings, cores(), max_broken_share=1.0, report=report)
-        yield open_path(shards, None)
+        pack(source.root, f"{temporary}/shards", settings, cores(), max_broken_share=1.0, report=report)
+        yield open_path(f"{temporary}/shards", None)
 
 
 def measure_data(
@@ -80,60 +80,43 @@ def measure_data(
     readers = [TrainingSamples(source, 0, LOADER_BATCH, image_size, aug_scale, True) for _, source in sources]
     for reader in readers:  # one block of one length, so that all are read in the same order
         reader.blocks = (min(len(source) for _, source in sources),)
-        _stage_rates(reader, _FEWEST_IMAGES)  # from the disk, perhaps
-    rate = min(_stage_rates(reader, _FEWEST_IMAGES)["sample"] for reader in readers)
+    rate = min(_rates(reader, _FEWEST_IMAGES)["sample"] for reader in readers)
     # A round reads everything twice, alone and as a whole; so does the one that warms up.
-    count = max(_FEWEST_IMAGES, int(seconds * rate / (2 * (DATA_ROUNDS + 1))))
+    count = max(_FEWEST_IMAGES, int(seconds * rate / (2 * (ROUNDS + 1))))
     broken = [dict.fromkeys(image for draw in range(count) for image in reader[draw].broken) for reader in readers]
-    stages = measure_alternately([partial(_stage_rates, reader, count) for reader in readers], DATA_ROUNDS)
-    loaders = [partial(_loader_rates, reader, workers, seconds / LOADER_ROUNDS) for reader in readers]
-    loading = measure_alternately(loaders, LOADER_ROUNDS)
-    figures = [
-        {
-            "name": name,
-            "images": len(source),
-            "stages": _compared(stages[number], stages[0]),
-            "loader": _compared(loading[number], loading[0]),
-            "broken": [image._asdict() for image in broken[number]],
+    rounds = measure_alternately([partial(_rates, reader, count, workers) for reader in readers], ROUNDS)
+    figures = []
+    for (name, source), own, images in zip(sources, rounds, broken, strict=True):
+        compared = {
+            key: {
+                "images_per_second": Spread.of([rates[key] for rates in own]),
+                "ratio": Spread.of([rates[key] / first[key] for rates, first in zip(own, rounds[0], strict=True)]),
+            }
+            for key in own[0]
         }
-        for number, (name, source) in enumerate(sources)
-    ]
-    return {"images": count, "rounds": DATA_ROUNDS, "sources": figures}
+        stages = {stage: compared.pop(stage) for stage in ("read", "sample")}
+        described = {"stages": stages, "loader": compared, "broken": [image._asdict() for image in images]}
+        figures.append({"name": name, "images": len(source), **described})
+    return {"images": count, "rounds": ROUNDS, "sources": figures}
 
 
-def _stage_rates(reader: TrainingSamples, count: int) -> dict[str, float]:
-    """Images per second of reading alone, and of whole samples."""
-    rates = {}
-    for name, stage in (("read", reader.read), ("sample", reader.__getitem__)):
-        start = time.perf_counter()
-        for draw in range(count):
-            stage(draw)
-        rates[name] = count / (time.perf_counter() - start)
-    return rates
+def _rates(reader: TrainingSamples, count: int, workers: Sequence[int] = ()) -> dict[str, float]:
+    """Images per second of each stage, and of the loader by its number of worker processes, which have started by then.
 
-
-def _loader_rates(reader: TrainingSamples, workers: Sequence[int], seconds: float) -> dict[str, float]:
-    """Images per second of the loader by its number of worker processes, which have started by then."""
-    rates = {}
+    The loader's batches are as many that each worker reads about twice as many images as a stage.
+    """
+    rates = {"read": _rate(map(reader.read, range(count)), count)}
+    rates["sample"] = _rate(map(reader.__getitem__, range(count)), count)
     for processes in workers:
         batches = training_loader(reader, 0, None, processes, pin_memory=False)
-        for _ in range(3 * processes):  # more than they read ahead
-            next(batches)
-        count, start = 0, time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds or not count:
-            for _ in range(processes):  # they end their batches at about the same time
-                next(batches)
-            count += processes * LOADER_BATCH
-        rates[str(processes)] = count / spent
+        _rate(batches, 3 * processes)  # more than they read ahead
+        rates[str(processes)] = LOADER_BATCH * _rate(batches, processes * -(-2 * count // LOADER_BATCH))
     return rates
 
 
-def _compared(own: Sequence[Mapping[str, float]], first: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Spread]]:
-    """Summarise rounds of rates, and compare them with the first source's."""
-    return {
-        key: {
-            "images_per_second": Spread.of([rates[key] for rates in own]),
-            "ratio": Spread.of([rates[key] / others[key] for rates, others in zip(own, first, strict=True)]),
-        }
-        for key in own[0]
-    }
+def _rate(items: Iterable[object], count: int) -> float:
+    """How many items per second come, over the next `count`."""
+    start = time.perf_counter()
+    for _ in islice(items, count):
+        pass
+    return count / (time.perf_counter() - start)

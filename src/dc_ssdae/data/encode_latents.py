@@ -5,28 +5,24 @@ import importlib.metadata
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_model_range
-from dc_ssdae.data.latents import LATENTS, LATENTS_FORMAT, LATENTS_VERSION, Store, StoredDtype, tensor_names
-from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, read_batches
+from dc_ssdae.data.latents import LATENTS, Store, StoredDtype, tensor_names
+from dc_ssdae.data.loader import BrokenImage, ValidationImage, ValidationImages, enlarged_caveat, validation_loader
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.data.resumable import check_broken, files_sha256, to_json
+from dc_ssdae.data.resumable import ShardWriter, identify, write_parts
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, advising_on_memory, counted
-from dc_ssdae.files import write_whole
 from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.randomness import named_generator
@@ -34,9 +30,6 @@ from dc_ssdae.settings import check_settings, setting
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
-
-Batch = tuple[Tensor, list[ValidationImage]]
-"""Images of a shard: their pixels, and what else is known of each."""
 
 
 @dataclass(frozen=True)
@@ -117,107 +110,71 @@ def _sha256(model: "DCSSDAE") -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class LatentWriter:
-    """Writes the shards of one part.
+@dataclass
+class LatentWriter(ShardWriter):
+    """Encodes the images of one part into shards.
 
     Args:
         images: to encode, in this order.
-        folder: to write to.
         encoder: encodes the images.
         settings: what is stored.
-        max_broken_share: the largest share of broken images that is accepted.
-        report: gets a line for each broken image.
+        workers: processes that read images; 0 reads in this one.
     """
 
     images: ValidationImages
-    folder: Path
     encoder: LatentEncoder
     settings: LatentSettings
-    max_broken_share: float
-    report: Callable[[str], None]
+    workers: int
 
-    @cached_property  # what is found before the images are read holds for all of them
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What identifies the work: the settings, the encoder and the images."""
-        source, is_random = self.images.source, self.settings.store == "sample"
+        is_random, names = self.settings.store == "sample", map(self.images.name, range(self.total))
         return {
             **{name: value for name, value in asdict(self.settings).items() if name != "seed" or is_random},
             "compute_dtype": self.encoder.compute_dtype,
             "model_sha256": self.encoder.sha256,
-            "images": len(self.images),
-            "names_sha256": _text_sha256("".join(f"{self.images.name(place)}\0" for place in range(len(self.images)))),
-            "files_sha256": files_sha256(source),
-            "classes_sha256": _text_sha256("\0".join(source.classes)),
+            "images": self.total,
+            **identify(self.images.source, "".join(f"{name}\0" for name in names).encode("utf-8", "surrogateescape")),
         }
 
-    def begin(self) -> dict[str, Any] | None:
-        """Prepare the folder; returns the manifest if the folder is finished already."""
-        return LATENTS.begin(self.folder, self.identity)
+    def read(self, places: Sequence[int]) -> Iterator[list[ValidationImage]]:
+        """Read images in batches, none of which reaches over the end of a shard."""
+        return validation_loader(self.images, places, self.batch_size, self.workers, self.shard_size)
 
-    def reports(self) -> list[dict[str, Any] | None]:
-        """The report of each shard, in order; None for a shard that is not finished."""
-        count = -(-len(self.images) // self.settings.shard_size)
-        return [LATENTS.read_report(self.folder, number) for number in range(count)]
-
-    def write(self, numbers: Sequence[int], batch_size: int, workers: int, **bar: Any) -> Iterator[None]:
-        """Write shards one by one, and report broken images; no batch reaches over the end of a shard."""
-        from tqdm import tqdm
-
-        places, size = range(len(self.images)), self.settings.shard_size
-        shards = [places[number * size : (number + 1) * size] for number in numbers]
-        batches = [list(shard[i : i + batch_size]) for shard in shards for i in range(0, len(shard), batch_size)]
-        option, batch_bytes = self.images.workers_option, batch_size * 3 * self.images.image_size**2
-        stream = read_batches(self.images, _collate, workers, option, batch_bytes, batch_sampler=batches)
-        progress = tqdm(total=sum(map(len, shards)), unit="image", **bar)
-        broken: list[BrokenImage] = []
-        for number, shard in zip(numbers, shards, strict=True):
-            broken += self._write_shard(number, islice(stream, -(-len(shard) // batch_size)), progress.update)
-            check_broken(broken, len(self.images), self.max_broken_share)
-            yield
-
-    def _write_shard(self, number: int, batches: Iterable[Batch], advance: Callable[[int], Any]) -> list[BrokenImage]:
-        """Encode the images of a shard, and write the shard and its report; returns the broken images."""
+    def write(self, path: Path, images: Iterable[Any], advance: Callable[[int], object]) -> dict[str, Any]:
+        """Encode the images of a shard, and write it; gives its report."""
         latents: dict[str, list[Tensor]] = defaultdict(list)
         moments = LatentMoments(self.encoder.latent_channels)
-        images: list[ValidationImage] = []
-        for pixels, batch in batches:
-            images += batch
-            advance(len(batch))
+        kept: list[tuple[str, int]] = []
+        broken: list[BrokenImage] = []
+        enlarged = 0
+        for batch in images:
+            pixels = torch.stack([image.pixels for image in batch])
+            names = [self.images.name(image.place) for image in batch]
             # Broken images are encoded too, so that the others do not depend on them, and then dropped.
             whole = [row for row, image in enumerate(batch) if image.broken is None]
             for flipped, variant in enumerate(tensor_names(self.settings.store, self.settings.flip)):
-                stored = [tensor[whole] for tensor in self._encode(pixels, batch, bool(flipped))]
+                stored = [tensor[whole] for tensor in self._encode(pixels, names, bool(flipped))]
                 moments.add(DiagonalGaussian(stored[0], 2.0 * stored[1].double().log() if stored[1:] else None))
                 for name, tensor in zip(variant, stored, strict=True):
                     latents[name].append(tensor)
-        kept = [image for image in images if image.broken is None]
-        broken = [image.broken for image in images if image.broken is not None]
-        for name, reason in broken:
-            self.report(f"left out: {reason if name in reason else f'{name}: {reason}'}")
-        table = NameTable.of(self.images.name(image.place) for image in kept)
+            kept += [(names[row], batch[row].label) for row in whole]
+            broken += [image.broken for image in batch if image.broken is not None]
+            enlarged += sum(image.enlarged for image in batch)
+            advance(len(batch))
+        table = NameTable.of(name for name, _ in kept)
         tensors = {name: torch.cat(parts) for name, parts in latents.items()}
-        tensors["labels"] = torch.tensor([image.label for image in kept], dtype=torch.int64)
+        tensors["labels"] = torch.tensor([label for _, label in kept], dtype=torch.int64)
         tensors |= {"name_characters": torch.tensor(table.characters), "name_ends": torch.tensor(table.ends)}
         # One entry of metadata alone: the library writes several in an order that changes from run to run.
-        content = save(tensors, {"format": LATENTS_FORMAT})
-        report = {
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "images": len(kept),
-            "unlabelled": sum(image.label < 0 for image in kept),
-            "broken": broken,
-            "moments": moments.state().tolist(),
-            "enlarged": sum(image.enlarged for image in kept),
-        }
-        # A shard is finished when both are there and the report states its size.
-        write_whole(LATENTS.report_path(self.folder, number), to_json(report))
-        write_whole(LATENTS.shard_path(self.folder, number), content)
-        return broken
+        path.write_bytes(save(tensors, {"format": LATENTS.manifest_format}))
+        report = {"images": len(kept), "unlabelled": sum(label < 0 for _, label in kept), "broken": broken}
+        return {**report, "moments": moments.state().tolist(), "enlarged": enlarged}
 
-    def _encode(self, pixels: Tensor, batch: Sequence[ValidationImage], flipped: bool) -> list[Tensor]:
+    def _encode(self, pixels: Tensor, names: Sequence[str], flipped: bool) -> list[Tensor]:
         """Compute what is stored of a batch, on the CPU: the latents and, if stored, their standard deviations."""
-        settings, names = self.settings, [self.images.name(image.place) for image in batch]
+        settings = self.settings
         with advising_on_memory(f" with {counted(len(pixels), 'image')} at a time; try fewer, or another dtype"):
             posterior = self.encoder.encode(pixels.flip(-1) if flipped else pixels)
         tensors = [posterior.mean]
@@ -234,43 +191,19 @@ class LatentWriter:
                 raise InputError(f"the latent of {name!r} is infinite or NaN as {settings.store_dtype}", "store_dtype")
         return stored
 
-    def finish(self) -> dict[str, Any]:
-        """Put the reports together and, as the last thing, write the manifest."""
-        found = enumerate(self.reports())
-        shards = [{"name": LATENTS.shard_path(self.folder, i).name, **report} for i, report in found if report]
-        images = sum(shard["images"] for shard in shards)
-        broken = [image for shard in shards for image in shard["broken"]]
-        check_broken(broken, len(self.images), self.max_broken_share)
-        if images + len(broken) < len(self.images):
-            raise InputError(f"shards have gone from {str(self.folder)!r}; run the same command again")
-        encoder, moments = self.encoder, torch.tensor([shard["moments"] for shard in shards], dtype=torch.float64)
+    def content(self, reports: Sequence[dict[str, Any]], broken: Sequence[dict[str, str]]) -> dict[str, Any]:
+        """What the manifest states of the model, the latents and the images."""
+        encoder, moments = self.encoder, torch.tensor([report["moments"] for report in reports], dtype=torch.float64)
         model = {name: getattr(encoder, name) for name in ("name", "sha256", "downsample_factor", "latent_channels")}
-        manifest = {
-            "format": LATENTS_FORMAT,
-            "version": LATENTS_VERSION,
-            "settings": self.identity,
+        return {
             "model": {**model, **encoder.scaling},
             "written_with": {name: importlib.metadata.version(name) for name in ("dc-ssdae", "torch", "torchvision")},
             "latent_shape": [encoder.latent_channels, *2 * [self.settings.size // encoder.downsample_factor]],
-            "images": images,
-            "unlabelled": sum(shard["unlabelled"] for shard in shards),
-            "enlarged": sum(shard["enlarged"] for shard in shards),
+            **{key: sum(report[key] for report in reports) for key in ("images", "unlabelled", "enlarged")},
             "classes": self.images.source.classes,
-            "broken": [{"name": name, "reason": reason} for name, reason in broken],
+            "broken": broken,
             "statistics": LatentMoments.from_states(moments).statistics().settings(),
-            "shards": [{key: shard[key] for key in ("name", "images", "bytes", "sha256")} for shard in shards],
         }
-        LATENTS.finish(self.folder, manifest)
-        return manifest
-
-
-def _text_sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _collate(images: Sequence[ValidationImage]) -> Batch:
-    """Make one tensor of the pixels: each takes a descriptor of its own on its way from a worker."""
-    return default_collate([image.pixels for image in images]), [image._replace(pixels=None) for image in images]  # type: ignore[arg-type]
 
 
 def encode_latents(
@@ -320,24 +253,13 @@ def encode_latents(
     writers = {}
     for name, source in parts.items():
         images = ValidationImages(source, settings.size, len(source) if limit is None else limit)
-        writers[name] = LatentWriter(images, Path(destination, name), encoder, settings, max_broken_share, report)
-    with ExitStack() as locked:
-        processes.on_main(lambda: locked.enter_context(LATENTS.lock(Path(destination))))
-        manifests: dict[str, Any] = processes.on_main(lambda: {name: writers[name].begin() for name in writers})
-        for name, writer in writers.items():
-            manifest, lines = manifests[name], []
-            if manifest is None:
-                missing = [number for number, done in enumerate(processes.on_main(writer.reports)) if done is None]
-                own = [missing[place] for place in processes.share(len(missing))]
-                shards = writer.write(own, batch_size, workers, desc=name, disable=None if processes.is_main else True)
-                for _ in range(0, len(missing), processes.count):  # together: what fails in one process ends all
-                    processes.together(partial(next, shards, None))
-                manifest = manifests[name] = processes.on_main(writer.finish)
-            else:
-                lines = [f"{str(writer.folder)!r} is finished already; nothing to do"]
-                if not encoder.scaling.items() <= manifest["model"].items():
-                    lines[0] += "; manifest.json keeps the scaling from then; the model's has changed since"
-            lines += enlarged_caveat(manifest.get("enlarged", 0), manifest["images"], settings.size)
-            for line in lines if processes.is_main else ():
-                report(f"{name}: {line}" if name else line)
+        work = Path(destination, name), len(images), settings.shard_size, batch_size, max_broken_share, report
+        writers[name] = LatentWriter(LATENTS, *work, images, encoder, settings, workers)
+    manifests = write_parts(LATENTS, Path(destination), writers, processes)
+    for name, manifest in manifests.items() if processes.is_main else ():
+        lines = enlarged_caveat(manifest.get("enlarged", 0), manifest["images"], settings.size)
+        if not encoder.scaling.items() <= manifest["model"].items():
+            lines.append("manifest.json keeps the scaling from then; the model's has changed since")
+        for line in lines:
+            report(f"{name}: {line}" if name else line)
     return manifests

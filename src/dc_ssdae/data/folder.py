@@ -5,7 +5,7 @@ import os
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor
 
@@ -16,9 +16,8 @@ from dc_ssdae.errors import InputError
 logger = logging.getLogger(__name__)
 
 COMPANIONS = frozenset(
-    f".{kind}"
-    for kind in ("cls", "csv", "db", "htm", "html", "ini", "json", "jsonl", "log", "md", "py", "safetensors", "sh")
-) | {".tsv", ".txt", ".xml", ".yaml", ".yml"}
+    (".cls", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".py", ".safetensors")
+) | {".sh", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
 """Suffixes of what usually lies beside images; such files are passed over without a word."""
 
 _SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -77,22 +76,18 @@ class ImageFolder:
             except OSError:
                 yield None
 
-    def label(self, index: int) -> int:
-        """The number of the image's class folder, -1 for an image that lies in none."""
-        name = self._names[index].rpartition("/")[0]
-        return bisect_left(self.classes, name) if name else -1
-
     def read(self, index: int) -> tuple[Tensor, int]:
         """Read an image.
 
         Returns:
-            uint8 (3, H, W), upright RGB; and the label.
+            uint8 (3, H, W), upright RGB; and the number of the image's class folder, -1 if it lies in none.
 
         Raises:
             InputError: it cannot be read, for whatever reason.
         """
-        name = self.name(index)
-        return read_image_bytes(read_bytes(name), name, interleaved=True).pixels, self.label(index)
+        image = read_image_bytes(self.read_bytes(index), self.name(index), interleaved=True)
+        folder = self._names[index].rpartition("/")[0]
+        return image.pixels, bisect_left(self.classes, folder) if folder else -1
 
     def read_bytes(self, index: int) -> bytes:
         """The file's content.
@@ -131,19 +126,17 @@ def list_folder(root: str) -> tuple[list[str], Counter[str]]:
         relative = os.path.relpath(folder, root)
         parts = [] if relative == "." else relative.split(os.sep)
         above = [os.path.join(root, *parts[:depth]) for depth in range(len(parts) + 1)]
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _leads_to(folder, name, above)]
+        for name in list(subfolders):
+            path = os.path.join(folder, name)
+            leads_back = os.path.islink(path) and any(os.path.samefile(path, other) for other in above)
+            if name.startswith(".") or leads_back:
+                subfolders.remove(name)
         for name in files:
             if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
                 images.append("/".join([*parts, name]))
             elif not name.startswith("."):
                 others[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
     return images, others
-
-
-def _leads_to(folder: str, name: str, above: Sequence[str]) -> bool:
-    """Whether a folder is a link to one of those that it lies in."""
-    path = os.path.join(folder, name)
-    return os.path.islink(path) and any(os.path.samefile(path, other) for other in above)
 
 
 def name_counts(others: Counter[str]) -> str:
@@ -164,9 +157,5 @@ def warn_of(root: str, others: Counter[str], parts: Collection[str]) -> None:
     words = {name: [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)] for name in parts}
     held_out = sorted(name for name in parts if not _HELD_OUT.isdisjoint(words[name]))
     if 0 < len(held_out) < len(parts):
-        logger.warning(
-            "%r is read as one data set, with %s, named like validation or test images; if they are, keep them apart: "
-            "in train/ and validation/, or by data.root and data.validation",
-            root,
-            ", ".join(map(repr, held_out[:8])),
-        )
+        found = ", ".join(map(repr, held_out[:8]))
+        logger.warning("%r is one data set; if %s are for validation, name them as data.validation", root, found)

@@ -220,6 +220,7 @@ def _check_samples(image: Image.Image, raw_mode: str) -> None:
     wrong = {
         "signed samples": bits == 8 and 2 in tags.get(339, ()),
         "16-bit samples of which 0 is white": bool(tags) and photometric == 0 and bits == 16,
+        "a predictor without LZW or deflate": tags.get(317, 1) != 1 and tags.get(259, 1) not in (5, 8, 32946),
         "planes that Pillow mixes up": separate and (photometric, bits, samples) != (2, 8, 3),
         "inks without Adobe's marker that tells how they are stored": image.format == "JPEG"
         and image.mode == "CMYK"

@@ -1,13 +1,9 @@
 """Latents that `dc-ssdae latents` wrote: the manifest of a folder, and a data set for training loops."""
 
-import json
 import math
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from functools import cached_property, lru_cache, partial
-from io import FileIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,15 +22,11 @@ from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.randomness import image_generator
 from dc_ssdae.settings import check_value
 
-LATENTS_FORMAT, LATENTS_VERSION = "dc-ssdae latents", 1
-LATENTS = ShardCommand("latents", LATENTS_FORMAT, ".safetensors")
+LATENTS = ShardCommand("latents", "dc-ssdae latents", ".safetensors")
 
 Store = Literal["mean", "sample", "mean_std"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 Normalisation = Literal["channels", "global", "scaling", "shift_and_scaling"]
-
-OPEN_SHARDS = 64
-"""Shards that a data set keeps open."""
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "uint8": "U8"}
 """How a shard's header names the dtypes of its tensors."""
@@ -125,6 +117,7 @@ class LatentDataset(Dataset[Latent]):
         self._ends = list(accumulate(shard["images"] for shard in manifest["shards"]))
         self._names = tensor_names(store, has_flip)
         self._shift, self._scale = self._normalisation(normalise)
+        self._readers: dict[int, Callable[..., Tensor]] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -190,14 +183,12 @@ class LatentDataset(Dataset[Latent]):
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} latents, none at {index}")
         number = bisect_right(self._ends, int(index))
-        return self._open(number), int(index) - (self._ends[number - 1] if number else 0)
-
-    @cached_property
-    def _open(self) -> Callable[[int], Callable[..., Tensor]]:
-        return lru_cache(OPEN_SHARDS)(partial(_open_shard, self.folder, self.manifest))
+        if number not in self._readers:
+            self._readers[number] = _open_shard(self.folder, self.manifest, number)
+        return self._readers[number], int(index) - (self._ends[number - 1] if number else 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+        return {**self.__dict__, "_readers": {}}
 
 
 def tensor_names(store: Store, flip: bool) -> list[list[str]]:
@@ -215,9 +206,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     LATENTS.check_finished(folder)
     if not path.exists():
-        parts = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST_FILE}")))
-        instead = f"name one of its folders {parts}" if parts else "dc-ssdae latents writes such folders"
-        raise InputError(f"{str(folder)!r} holds no latents: {MANIFEST_FILE} is missing; {instead}")
+        raise InputError(f"{str(folder)!r} holds no latents: {MANIFEST_FILE} is missing; name a folder of one part")
     manifest = read_json(path)
     try:
         _check_manifest(manifest, folder)
@@ -267,26 +256,17 @@ def _open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> Calla
         **dict.fromkeys(("labels", "name_ends"), ("int64", [count])),
     }
     try:
-        # Read, not mapped into memory: a file that another program cuts short would kill the process that maps it.
-        file = FileIO(path)
-        safe_open(path, framework="pt")  # checks the header and its offsets, reads no tensor
-        start = 8 + int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
-        header = json.loads(os.pread(file.fileno(), start - 8, 8))
-        expected["name_characters"] = ("uint8", [math.prod(header["name_characters"]["shape"])])
+        file = safe_open(path, framework="pt")  # maps the file into memory, and checks its header
+        tensors = {name: file.get_slice(name) for name in (*expected, "name_characters")}
+        expected["name_characters"] = ("uint8", [math.prod(tensors["name_characters"].get_shape())])
         for name, (dtype, shape) in expected.items():
-            found, wanted = (header[name]["dtype"], header[name]["shape"]), (_DTYPES[dtype], shape)
+            found, wanted = (tensors[name].get_dtype(), tensors[name].get_shape()), (_DTYPES[dtype], shape)
             if found != wanted:
                 raise InputError(f"{name} is {found}, not {wanted} as {MANIFEST_FILE} says")
-    except (SafetensorError, OSError, ValueError, LookupError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"shard {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
 
     def read(name: str, row: int | None = None) -> Tensor:
-        dtype, shape = getattr(torch, expected[name][0]), expected[name][1]
-        shape = shape if row is None else shape[1:]
-        size = math.prod(shape) * dtype.itemsize
-        data = bytearray(os.pread(file.fileno(), size, start + header[name]["data_offsets"][0] + (row or 0) * size))
-        if len(data) < size:
-            raise InputError(f"shard {str(path)!r} has been cut short since it was opened; encode the images again")
-        return torch.frombuffer(data, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+        return tensors[name][slice(None) if row is None else row].clone()
 
     return read

@@ -3,14 +3,11 @@
 import atexit
 import itertools
 import multiprocessing
-import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,8 +33,6 @@ POLL_SECONDS = 2
 
 STALLED_SECONDS = 1800
 """Seconds without a batch after which the readers have stalled."""
-
-SHARED_MEMORY = "/dev/shm"
 
 
 class ReadingFailed(InputError):
@@ -95,6 +90,7 @@ class TrainingSamples(Dataset[Batch]):
     aug_scale: float
     flip: bool
     repeat_after: int | None = None
+    workers_option: ClassVar = "data.workers"
 
     def __post_init__(self) -> None:
         self.blocks = tuple(getattr(self.source, "blocks", [len(self.source)]))
@@ -121,30 +117,8 @@ class TrainingSamples(Dataset[Batch]):
             except InputError as error:
                 broken.append(BrokenImage(self.source.name(index), str(error)))
                 index = replacement_index(self.seed, draw, attempt, sum(self.blocks))
-        raise InputError(
-            f"{MOST_REPLACEMENTS} images in a row cannot be read, the last because: {broken[-1].reason}; "
-            "is the data set still there?"
-        )
-
-
-def share_of_positions(
-    first_step: int, last_step: int | None, batch_size: int, process: int, processes: int, parts: int
-) -> Iterator[list[int]]:
-    """List the positions of each batch that one process reads: its share of every step, cut into parts.
-
-    Args:
-        first_step: to start at.
-        last_step: to end before; None never ends.
-        batch_size: of the global batch, a multiple of processes times parts.
-        process: index of this process.
-        processes: how many there are.
-        parts: of a process's share, for gradient accumulation.
-    """
-    size = batch_size // (processes * parts)
-    for step in itertools.count(first_step) if last_step is None else range(first_step, last_step):
-        for part in range(process * parts, (process + 1) * parts):
-            start = step * batch_size + part * size
-            yield list(range(start, start + size))
+        told = f"{MOST_REPLACEMENTS} images in a row cannot be read, the last because: {broken[-1].reason}"
+        raise InputError(f"{told}; is the data set still there?")
 
 
 class ValidationImage(NamedTuple):
@@ -212,7 +186,7 @@ def enlarged_caveat(enlarged: int, images: int, size: int) -> list[str]:
 
 
 def validation_loader(
-    images: ValidationImages, places: Sequence[int], batch_size: int, workers: int
+    images: ValidationImages, places: Sequence[int], batch_size: int, workers: int, group_size: int | None = None
 ) -> Iterator[list[ValidationImage]]:
     """Read some validation images, batch by batch.
 
@@ -221,13 +195,15 @@ def validation_loader(
         places: which, in this order.
         batch_size: images at a time.
         workers: processes that read them; 0 reads in this one.
+        group_size: no batch reaches over the end of so many of the places; None is all of them.
 
     Raises:
         ReadingFailed: the data set can no longer be read.
     """
-    size = min(batch_size, max(1, len(places))) * 3 * images.image_size**2
-    loader = partial(read_batches, sampler=places, batch_size=batch_size)
-    for parts in loader(images, _collate_validation, workers, images.workers_option, size):
+    group_size = group_size or max(1, len(places))
+    groups = [places[first : first + group_size] for first in range(0, len(places), group_size)]
+    batches = [group[first : first + batch_size] for group in groups for first in range(0, len(group), batch_size)]
+    for parts in read_batches(images, _collate_validation, workers, batch_sampler=batches):
         yield [ValidationImage(*image) for image in zip(*parts, strict=True)]
 
 
@@ -249,8 +225,8 @@ def training_loader(
 
     Args:
         samples: to read.
-        first_step: as of `share_of_positions`.
-        last_step: as of `share_of_positions`.
+        first_step: to start at.
+        last_step: to end before; None never ends.
         workers: processes.
         pin_memory: put the batches where a GPU copies from fastest.
         share: of this process in a step: its index, the number of processes, and into how many parts it is cut.
@@ -259,44 +235,36 @@ def training_loader(
     Raises:
         ReadingFailed: the data set cannot be read.
     """
-    positions = share_of_positions(first_step, last_step, samples.batch_size, *share)
-    _, processes, parts = share
-    size = samples.batch_size // (processes * parts) * 3 * samples.image_size**2
-    held = 2 * parts  # of this step and the next
-    loader = partial(read_batches, batch_sampler=positions, pin_memory=pin_memory)
-    return loader(samples, Batch.of, workers, "data.workers", size, held, stop)
+    process, processes, parts = share
+    size = samples.batch_size // (processes * parts)
+    steps = itertools.count(first_step) if last_step is None else range(first_step, last_step)
+    firsts = (step * samples.batch_size + (process * parts + part) * size for step in steps for part in range(parts))
+    settings = {"batch_sampler": (range(first, first + size) for first in firsts), "pin_memory": pin_memory}
+    return read_batches(samples, Batch.of, workers, stop, **settings)
 
 
 def read_batches(
     dataset: Any,
     collate: Callable[[Any], T],
     workers: int,
-    workers_option: str,
-    batch_bytes: int,
-    held: int = 1,
     stop: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> Iterator[T]:
     """Read batches with PyTorch's loader; whatever goes wrong in its processes becomes one line.
 
     Args:
-        dataset: as of `DataLoader`.
+        dataset: as of `DataLoader`; its `workers_option` is what a user calls the number of workers.
         collate: makes a batch of what the data set gives. It stacks tensors by PyTorch's `default_collate`, which
             shares them with the parent right away: the queue would do so in a thread whose failure on a full /dev/shm
             nobody hears of.
         workers: processes that read; 0 reads in this one.
-        workers_option: what a user calls their number.
-        batch_bytes: size of a batch in bytes.
-        held: batches that the caller has in use at a time.
         stop: as for `training_loader`.
         settings: further ones of `DataLoader`.
 
     Raises:
         ReadingFailed: the data set cannot be read, a process was ended, or nothing comes any more.
-        InputError: the batches that are read ahead do not fit into the shared memory.
     """
     if workers:
-        _check_shared_memory(workers, held, batch_bytes, workers_option)
         settings |= {"prefetch_factor": AHEAD, "timeout": POLL_SECONDS}
     generator = torch.Generator()  # else the loader would draw its base seed from the default generator
     settings |= {"worker_init_fn": _leave_signals, "generator": generator}
@@ -320,7 +288,7 @@ def read_batches(
                 waited += POLL_SECONDS
                 if waited < STALLED_SECONDS:
                     continue
-            raise _reading_failed(error, workers_option) from error
+            raise _reading_failed(error, dataset.workers_option) from error
         waited = 0
         yield batch
 
@@ -329,27 +297,10 @@ def _reading_failed(error: Exception, workers_option: str) -> ReadingFailed:
     line = next(reversed(str(error).strip().splitlines()), type(error).__name__)
     if isinstance(error, InputError | OSError) and not isinstance(error, ConnectionError):
         return ReadingFailed(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: "))
-    what = f"a process that reads images was ended from outside, or failed ({line})"
-    if "DataLoader timed out" in line:
-        what = f"no image was read for {STALLED_SECONDS // 60} minutes"
+    ended = f"a process that reads images was ended from outside, or failed ({line})"
+    what = f"no image was read for {STALLED_SECONDS // 60} minutes" if "DataLoader timed out" in line else ended
     advice = "give it more memory, or shared memory (/dev/shm; docker run --shm-size)"
     return ReadingFailed(f"{what}; {advice}, or try fewer {workers_option}")
-
-
-def _check_shared_memory(workers: int, held: int, batch_bytes: int, workers_option: str) -> None:
-    try:
-        total, _, free = shutil.disk_usage(SHARED_MEMORY)
-    except OSError:  # a system without
-        return
-    # The other training processes of this machine need as much; when each looks, some of them may have taken theirs.
-    free = min(free, total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    needed = (workers * AHEAD + held) * batch_bytes
-    if needed > free:
-        fitting = max(0, (free // batch_bytes - held) // AHEAD)
-        raise InputError(
-            f"batches that are read ahead take {needed / 2**20:,.1f} MiB of shared memory; {SHARED_MEMORY} has "
-            f"{free / 2**20:,.1f} MiB free: give it more (docker run --shm-size), or set {workers_option} to {fitting}"
-        )
 
 
 def _leave_signals(worker: int) -> None:

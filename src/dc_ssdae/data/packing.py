@@ -4,25 +4,26 @@ import hashlib
 import importlib.metadata
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from dc_ssdae.data.folder import number_classes
 from dc_ssdae.data.images import to_pillow
+from dc_ssdae.data.loader import read_batches
 from dc_ssdae.data.name_table import NameTable
 from dc_ssdae.data.optional import import_optional
-from dc_ssdae.data.resumable import check_broken, check_places, files_sha256, to_json
-from dc_ssdae.data.shards import INDEX_FILE, MANIFEST_FORMAT, MANIFEST_VERSION, PACK, ShardIndex, scan_tar, write_index
+from dc_ssdae.data.resumable import ShardWriter, check_places, identify, write_parts
+from dc_ssdae.data.shards import INDEX_FILE, PACK, ShardIndex, scan_tar, write_index
 from dc_ssdae.data.sources import open_path, split_folders
 from dc_ssdae.data.transforms import resize_shorter_side
+from dc_ssdae.distributed import Processes
 from dc_ssdae.errors import InputError, wrong_value
-from dc_ssdae.files import sha256, sync, write_whole, written_beside
 from dc_ssdae.settings import check_settings, setting
 
 ImageFormat = Literal["jpg", "png", "webp"]
@@ -95,71 +96,80 @@ def pack(
     check_places(source, target)
     parts = {name: open_path(folder, cache) for name, folder in (split_folders(source) or {"": source}).items()}
     number_classes(parts.values())
-    with PACK.lock(target):
-        jobs = {name: _PackJob(part, target / name, settings) for name, part in parts.items()}
-        manifests: dict[str, Any] = {name: PACK.begin(job.folder, job.identity) for name, job in jobs.items()}
-        for name, job in jobs.items():
-            if manifests[name] is not None:
-                report(f"{str(job.folder)!r} is finished already; nothing to do")
-            else:
-                manifests[name] = _write_part(name, job, workers, max_broken_share, report)
-        return manifests
+    writers = {}
+    for name, part in parts.items():
+        work = target / name, len(part), settings.shard_size, 1, max_broken_share, report
+        writers[name] = _PackWriter(PACK, *work, part, settings, workers)
+    return write_parts(PACK, target, writers, Processes())
 
 
-class _PackJob(Dataset[bool | Exception]):
-    """The shards of one part, by their numbers; getting one writes it if it is missing, and says so."""
+_Packed = tuple[dict[str, Any], bool, tuple[str, str] | None]
+"""A sample for the tar, whether its image is the source's own bytes, and name and reason if it is broken."""
 
-    def __init__(self, source: Any, folder: Path, settings: PackSettings) -> None:
-        self.source, self.folder, self.settings = source, folder, settings
-        names = [source.relative_name(index).encode("utf-8", "surrogateescape") for index in range(len(source))]
-        self.order = list(range(len(names)))
-        if settings.shuffle:  # by a hash, and not by a generator, whose stream may change with its library
-            hashes = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
-            self.order.sort(key=hashes.__getitem__)
-        self.identity = {
-            **asdict(settings),
-            "images": len(names),
-            "names_sha256": hashlib.sha256(b"\0".join(names)).hexdigest(),
-            "files_sha256": files_sha256(source),
-            "classes_sha256": hashlib.sha256("\0".join(source.classes).encode("utf-8", "surrogateescape")).hexdigest(),
-        }
 
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.settings.shard_size)
+@dataclass
+class _PackWriter(ShardWriter):
+    """Packs the images of one part; as a data set, what is written of each by its place in the shards."""
 
-    def __getitem__(self, number: int) -> bool | Exception:
+    workers_option: ClassVar = "--workers"
+
+    source: Any
+    settings: PackSettings
+    workers: int
+
+    def __post_init__(self) -> None:
+        names = [self.source.relative_name(index) for index in range(self.total)]
+        self.names = [name.encode("utf-8", "surrogateescape") for name in names]
+        self.order = list(range(self.total))
+        if self.settings.shuffle:  # by a hash, and not by a generator, whose stream may change with its library
+            self.order.sort(key=lambda index: hashlib.blake2b(self.names[index], digest_size=8).digest())
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        images = identify(self.source, b"\0".join(self.names))
+        return {**asdict(self.settings), "images": self.total, **images}
+
+    def read(self, places: Sequence[int]) -> Iterator[_Packed]:
+        workers = self.workers if self.workers > 1 else 0
+        return read_batches(self, itemgetter(0), workers, batch_sampler=[[place] for place in places])
+
+    def __getitem__(self, place: int) -> _Packed:
+        index = self.order[place]
         try:
-            is_missing = PACK.read_report(self.folder, number) is None
-            if is_missing:
-                self._write(number)
-        except (InputError, OSError) as error:
-            return error  # raised, it would come out of the loader with another message
-        return is_missing
+            sample, is_kept = self._sample(index)
+        except InputError as error:
+            return {}, False, (self.source.name(index), str(error))
+        return {"__key__": _key(place, self.source.relative_name(index)), **sample}, is_kept, None
 
-    def _write(self, number: int) -> None:
-        path, settings = PACK.shard_path(self.folder, number), self.settings
-        first = number * settings.shard_size
+    def write(self, path: Path, images: Iterable[_Packed], advance: Callable[[int], object]) -> dict[str, Any]:
         kept, broken = 0, []
         tar_writer = import_optional("webdataset.writer").TarWriter
-        with written_beside(path) as beside:
-            with open(beside, "wb") as file, tar_writer(file, user="", group="", mtime=0, encoder=False) as writer:
-                for place, index in enumerate(self.order[first : first + settings.shard_size], first):
-                    try:
-                        sample, is_kept = self._sample(index)
-                    except InputError as error:
-                        broken.append((self.source.name(index), str(error)))
-                        continue
-                    kept += is_kept
-                    writer.write({"__key__": _key(place, self.source.relative_name(index)), **sample})
-            sync(beside)
-            table = scan_tar(str(beside))  # also proves that it can be read
-            names = [table.names[row] for row in range(len(table.names))]
-            size, digest = beside.stat().st_size, sha256(beside)
-            content = {"name": path.name, "images": len(names), "bytes": size, "sha256": digest}
-            content |= {"names": names, "offsets": table.offsets.tolist(), "sizes": table.sizes.tolist()}
-            content |= {"kept": kept, "broken": broken}
-            # Before the shard's own renaming: a shard is finished when both are there.
-            write_whole(PACK.report_path(self.folder, number), to_json(content))
+        with open(path, "wb") as file, tar_writer(file, user="", group="", mtime=0, encoder=False) as writer:
+            for sample, is_kept, why_broken in images:
+                if why_broken is None:
+                    writer.write(sample)
+                else:
+                    broken.append(why_broken)
+                kept += is_kept
+                advance(1)
+        table = scan_tar(str(path))  # also proves that it can be read
+        names = [table.names[row] for row in range(len(table.names))]
+        report = {"names": names, "offsets": table.offsets.tolist(), "sizes": table.sizes.tolist()}
+        return {**report, "images": len(names), "kept": kept, "broken": broken}
+
+    def content(self, reports: Sequence[dict[str, Any]], broken: Sequence[dict[str, str]]) -> dict[str, Any]:
+        names, *places = ([row for report in reports for row in report[key]] for key in ("names", "offsets", "sizes"))
+        if not names:
+            raise InputError(f"every image is broken; there is nothing to pack into {str(self.folder)!r}")
+        table = ShardIndex(NameTable.of(names), *(np.array(column, np.int64) for column in places))
+        return {
+            "written_with": {name: importlib.metadata.version(name) for name in ("dc-ssdae", "pillow", "torchvision")},
+            "images": len(names),
+            "kept": sum(report["kept"] for report in reports),
+            "classes": self.source.classes,
+            "broken": broken,
+            "index": {"file": INDEX_FILE, "sha256": write_index(table, self.folder / INDEX_FILE)},
+        }
 
     def _sample(self, index: int) -> tuple[dict[str, bytes], bool]:
         """The members of an image's sample by extension, and whether the image's are the source's own bytes."""
@@ -183,47 +193,3 @@ def _key(place: int, relative_name: str) -> str:
     """A sample's key: its place, which no other has, and its old name, for the reader; ASCII without dots."""
     stem = relative_name.rpartition("/")[2].rpartition(".")[0]
     return f"{place:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:60]}"
-
-
-def _write_part(
-    name: str, job: _PackJob, workers: int, max_broken_share: float, report: Callable[[str], None]
-) -> dict[str, Any]:
-    """Write the shards that are still missing, the index and, as the last thing, the manifest."""
-    from tqdm import tqdm
-
-    processes = min(workers, len(job)) if workers > 1 else 0
-    # With a generator of its own: otherwise the loader would draw from the default one.
-    loader = DataLoader(job, batch_size=None, num_workers=processes, generator=torch.Generator())
-    shards: list[dict[str, Any]] = []
-    broken: list[tuple[str, str]] = []
-    try:
-        with tqdm(total=len(job.order), unit="image", desc=name or None, disable=None) as bar:
-            for number, is_new in enumerate(loader):
-                if isinstance(is_new, Exception):
-                    raise is_new
-                shards.append(PACK.read_report(job.folder, number) or {})
-                for image, reason in shards[-1]["broken"] if is_new else ():
-                    report(reason if image in reason else f"{image}: {reason}")
-                broken += shards[-1]["broken"]
-                bar.update(shards[-1]["images"] + len(shards[-1]["broken"]))
-                check_broken(broken, len(job.order), max_broken_share)
-    except RuntimeError as dead:
-        raise OSError("a worker was killed, perhaps for its memory; try fewer workers") from dead
-    names, *places = ([entry for shard in shards for entry in shard[key]] for key in ("names", "offsets", "sizes"))
-    if not names:
-        raise InputError(f"every image is broken; there is nothing to pack into {str(job.folder)!r}")
-    table = ShardIndex(NameTable.of(names), *(np.array(column, np.int64) for column in places))
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
-        "settings": job.identity,
-        "written_with": {name: importlib.metadata.version(name) for name in ("dc-ssdae", "pillow", "torchvision")},
-        "images": len(names),
-        "kept": sum(shard["kept"] for shard in shards),
-        "classes": job.source.classes,
-        "broken": [{"name": image, "reason": reason} for image, reason in broken],
-        "index": {"file": INDEX_FILE, "sha256": write_index(table, job.folder / INDEX_FILE)},
-        "shards": [{key: shard[key] for key in ("name", "images", "bytes", "sha256")} for shard in shards],
-    }
-    PACK.finish(job.folder, manifest)
-    return manifest

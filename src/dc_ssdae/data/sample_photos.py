@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from dc_ssdae.data.images import read_image
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_names
 
 # What each shows, and its size in pixels, height x width. The two splits share no subject; the motorcycles
 # are a stereo pair, nearly the same picture, and must stay on the same side. The wheel's other colour images
@@ -71,8 +71,7 @@ def sample_photos(split: Literal["train", "held_out"]) -> list[SamplePhoto]:
     Raises:
         InputError: there is no such split, or scikit-image or one of its photos is not installed.
     """
-    if split not in _FILES:
-        raise unknown_name("split of the sample photos", split, _FILES)
+    check_names("split of the sample photos", [split], _FILES)
     try:
         folder = resources.files("skimage") / "data"
         return [SamplePhoto(Path(name).stem, read_image(Path(str(folder / name))).pixels) for name in _FILES[split]]

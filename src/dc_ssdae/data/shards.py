@@ -11,11 +11,9 @@ import subprocess
 import tarfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache
-from io import FileIO
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -33,11 +31,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.safetensors"
 _INDEX_TENSORS = ("name_characters", "name_ends", "offsets", "sizes")
-MANIFEST_FORMAT, MANIFEST_VERSION = "dc-ssdae shards", 1
-PACK = ShardCommand("pack", MANIFEST_FORMAT, ".tar")
-
-OPEN_FILES = 96
-"""Shards that are kept open: more than the loader mixes, fewer than systems allow."""
+PACK = ShardCommand("pack", "dc-ssdae shards", ".tar")
 
 WEB = ("http://", "https://")
 STALL_SECONDS, RETRIES = 60, 4
@@ -133,7 +127,7 @@ class Shards:
             return [], None
         try:
             content = read_json(Path(path))
-            if (content.get("format"), content.get("version")) != (MANIFEST_FORMAT, MANIFEST_VERSION):
+            if (content.get("format"), content.get("version")) != (PACK.manifest_format, 1):
                 return [], None
             classes, sha256 = content.get("classes", []), content["index"]["sha256"]
             check_type("classes", classes, list[str])
@@ -233,16 +227,9 @@ class Shards:
         shard = self._shards[number]
         return shard, int(index - self._ends[number]) + shard.images + shard.start
 
-    @cached_property
-    def _open(self) -> Callable[[str], FileIO]:
-        return lru_cache(OPEN_FILES)(FileIO)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
     def _pread(self, shard: _Shard, size: int, start: int) -> bytes:
-        file = self._open(self._path(shard.url, shard.sha256))  # named, for it is closed when nothing refers to it
-        return os.pread(file.fileno(), size, start)
+        with open(self._path(shard.url, shard.sha256), "rb") as file:
+            return os.pread(file.fileno(), size, start)
 
     def _path(self, url: str, sha256: str | None = None) -> str:
         """Where a file lies, once it has been fetched if it is from a URL."""
@@ -306,10 +293,8 @@ def scan_tar(path: str, extensions: Sequence[str] | None = None) -> ShardIndex:
                     labels[key] = _as_label(file.read(min(member.size, tarfile.BLOCKSIZE)))
                 if extension in wanted or (not wanted and extension.rpartition(".")[2] in IMAGE_EXTENSIONS):
                     if rows and key == rows[-1][0]:
-                        advice = (
-                            "choose one by the extensions of Shards, or rename: a sample's name ends at its first dot"
-                        )
-                        raise InputError(f"{member.name!r} is the second image of sample {key!r}: {advice}")
+                        second = f"{member.name!r} is the second image of sample {key!r}"
+                        raise InputError(f"{second}, whose name ends at its first dot; choose by Shards' extensions")
                     size = member.size if member.isreg() and not member.issparse() else -1
                     rows.append((key, member.name, member.offset_data, size))
             file.seek(archive.offset)

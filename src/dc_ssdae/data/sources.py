@@ -1,22 +1,18 @@
 """Where training and validation images come from: folders, shards, hub data sets, and a user's own classes."""
 
 import logging
-import operator
 import os
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from dc_ssdae.classes import import_class
 from dc_ssdae.data.folder import ImageFolder, list_folder, number_classes, warn_of
-from dc_ssdae.data.hub import HubDataset
-from dc_ssdae.data.images import read_image_bytes, reason
+from dc_ssdae.data.hub import HubDataset, read_item
+from dc_ssdae.data.images import reason
 from dc_ssdae.data.shards import PACK, WEB, Shards, is_url, tar_files
 from dc_ssdae.errors import InputError, unknown_name
 
@@ -187,8 +183,7 @@ class _Items:
         if not (readable and hasattr(dataset, "__len__") and len(dataset)):
             raise InputError(f"{class_path} needs a __len__ above 0, and __getitem__ or read and name")
         self.blocks = getattr(dataset, "blocks", [len(dataset)])
-        classes = getattr(dataset, "classes", ())
-        self.classes = [name for name in classes if isinstance(name, str)] if isinstance(classes, list | tuple) else []
+        self.classes = [str(name) for name in getattr(dataset, "classes", ())]
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -197,37 +192,4 @@ class _Items:
         return str(self._dataset.name(index)) if self._has_names else f"{self._class}[{index}]"
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        name = self.name(index)
-        try:
-            item = self._dataset.read(index) if self._has_names else self._dataset[index]
-        except InputError:
-            raise
-        except Exception as error:  # the user's code meets broken images with whatever its decoder raises
-            raise InputError(f"cannot read image {name!r}: {reason(error)}") from error
-        if isinstance(item, Mapping):
-            item = item.get("image", next(iter(item.values()), None)), item.get("label", item.get("labels"))
-        image, label, *_ = (*item, None, None) if isinstance(item, tuple | list) else (item, None)
-        return _as_pixels(image, name), _as_label(label)
-
-
-def _as_label(label: Any) -> int:
-    """A whole number from 0, of Python, NumPy or PyTorch, as a label; -1 for anything else."""
-    try:
-        return max(-1, operator.index(label))
-    except (TypeError, ValueError):
-        return -1
-
-
-def _as_pixels(image: Any, name: str) -> Tensor:
-    """An image in any of the forms that data sets give, as uint8 (3, H, W)."""
-    if isinstance(image, Mapping):  # undecoded, as Hugging Face has it
-        image = image.get("bytes")
-    if isinstance(image, bytes | Image.Image):
-        return read_image_bytes(image, name).pixels
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape[:-2] == (3,) and image.numel():
-        return image.as_subclass(Tensor).detach().cpu()
-    found = f"{getattr(image, 'dtype', type(image).__name__)} of shape {tuple(getattr(image, 'shape', ()))}"
-    wanted = "a Pillow image, a uint8 tensor (3, H, W) or array (H, W, 3), or a pair or mapping of one and its label"
-    raise InputError(f"cannot read image {name!r}: it is {found}; it must be {wanted}")
+        return read_item(self._dataset.read if self._has_names else self._dataset.__getitem__, index, self.name(index))
