@@ -15,6 +15,7 @@ from torch.utils.data._utils import signal_handling
 
 from dc_ssdae.data import loader
 from dc_ssdae.data.loader import (
+    Batch,
     BrokenImage,
     ReadingFailed,
     TrainingSamples,
