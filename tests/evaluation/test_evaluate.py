@@ -474,8 +474,8 @@ def refuse(x: Tensor) -> Tensor:
     [
         (with_one(math.nan), "gives NaN or infinity in 1 of a batch's 4 images, photo0001.png first"),
         (with_one(-math.inf), "gives NaN or infinity in 1 of a batch's 4 images, photo0001.png first"),
-        (lambda x: x[:, :, 1:], "gives images of shape 4×3×31×32 for 4×3×32×32"),
-        (lambda x: x[:-1], "gives images of shape 3×3×32×32 for 4×3×32×32"),
+        (lambda x: x[:, :, 1:], "gives images of torch.float32, 4×3×31×32, not floating-point ones, 4×3×32×32"),
+        (lambda x: x[:-1], "3×3×32×32, not floating-point ones, 4×3×32×32"),
         (lambda x: (127.5 * x + 127.5).to(torch.uint8), "torch.uint8"),
         (lambda x: None, "images (B, 3, H, W) are expected"),
         (refuse, "sides of 7 are needed"),

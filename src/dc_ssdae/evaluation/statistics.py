@@ -6,7 +6,7 @@ from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +20,9 @@ ACTIVE_VARIANCE = 0.01
 """Variance of a channel's mean above which it counts as active (Burda et al. 2016)."""
 
 
-class Batch(NamedTuple):
-    """Images (B, 3, S, S) on the CPU, the place of each in the data set, and whether it counts: (B,) bool.
-
-    An image does not count if it cannot be read, and is black, or if it fills up a process's share.
-    """
-
-    pixels: Tensor
-    places: list[int]
-    counts: Tensor
-
-    @classmethod
-    def of(cls, images: Sequence[ValidationImage], own: Sequence[bool]) -> "Batch":
-        """Stack images, of which some are a process's own."""
-        counts = [mine and image.broken is None for image, mine in zip(images, own, strict=True)]
-        pixels, places = zip(*((image.pixels, image.place) for image in images), strict=True)
-        return cls(torch.stack(pixels), list(places), torch.tensor(counts))
-
-
 def survey(
     images: ValidationImages,
-    work: Callable[[Batch], object],
+    work: Callable[[Sequence[ValidationImage], Tensor], object],
     batch_size: int,
     workers: int,
     processes: Processes,
@@ -52,7 +34,8 @@ def survey(
 
     Args:
         images: to read.
-        work: called with each batch; an `InputError` in one process is raised in all.
+        work: called with each batch, and whether each of its images counts, (B,) bool: not one that cannot be read,
+            which is black, or that fills up the share. An `InputError` in one process is raised in all.
         batch_size: images at a time, in each process.
         workers: processes that read images; 0 reads in this one.
         processes: that share the images.
@@ -72,9 +55,10 @@ def survey(
     for start in range(0, len(places), batch_size):
         batch = processes.together(partial(next, batches))
         own = [place < count for place in places[start : start + batch_size]]
-        broken |= {image.place: image.broken for image in itertools.compress(batch, own) if image.broken is not None}
+        broken |= {image.place: image.broken for image in batch if image.broken is not None}
         enlarged += sum(image.enlarged for image in itertools.compress(batch, own))
-        processes.together(partial(work, Batch.of(batch, own)))
+        counts = torch.tensor([mine and image.broken is None for image, mine in zip(batch, own, strict=True)])
+        processes.together(partial(work, batch, counts))
         if advance is not None:
             advance(len(batch))
     return dict(sorted(ChainMap(*processes.gather(broken)).items())), sum(processes.gather(enlarged))
@@ -102,8 +86,8 @@ def latent_statistics(
     """
     processes, moments = processes or Processes(), LatentMoments(channels)
 
-    def work(batch: Batch) -> None:
-        moments.add(encode(batch.pixels), batch.counts)
+    def work(batch: Sequence[ValidationImage], counts: Tensor) -> None:
+        moments.add(encode(torch.stack([image.pixels for image in batch])), counts)
 
     found = survey(images, work, batch_size, workers, processes, advance)
     return LatentMoments.from_states(torch.stack(processes.gather(moments.state()))), *found
@@ -150,13 +134,13 @@ class LatentProfiler:
 
     def add(self, posterior: DiagonalGaussian) -> None:
         """Take in a batch over (B, c, h, w)."""
-        batch = LatentProfiler(posterior.mean.shape[1])
+        mean, *logvars = (side.detach().cpu().double().transpose(0, 1).flatten(1) for side in posterior.moments)
+        batch = LatentProfiler(len(mean))
         batch.moments.add(posterior)
-        sides = [posterior.mean, torch.nan * posterior.mean if posterior.logvar is None else posterior.logvar]
-        mean, logvar = (side.detach().cpu().double().transpose(0, 1).flatten(1) for side in sides)
-        batch._kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=1)
         away = mean - batch.moments.mean[:, None]
         batch._products = away @ away.T
+        logvar = logvars[0] if logvars else torch.tensor(torch.nan)
+        batch._kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=1)
         self.merge(batch)
 
     def merge(self, other: "LatentProfiler") -> None:
