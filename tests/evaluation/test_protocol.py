@@ -94,9 +94,9 @@ def test_an_odd_pixel_over_is_cut_at_the_right_and_the_bottom() -> None:
 @pytest.mark.parametrize("name", RESIZES)
 def test_each_resize_leaves_alone_what_has_the_size_and_is_another_one_else(name: str) -> None:
     pixels, small = photo(211, 97), photo(33, 33)
-    torch.testing.assert_close(RESIZES[name].apply(small, 33).float(), small.float(), atol=1e-3, rtol=0)
-    others = [resize.apply(pixels, 32).float() for other, resize in RESIZES.items() if other != name]
-    prepared = RESIZES[name].apply(pixels, 32)
+    torch.testing.assert_close(RESIZES[name][0](small, 33).float(), small.float(), atol=1e-3, rtol=0)
+    others = [resize(pixels, 32).float() for other, (resize, _) in RESIZES.items() if other != name]
+    prepared = RESIZES[name][0](pixels, 32)
     assert min((prepared.float() - other).abs().max() for other in others) > 0.1
     assert torch.equal(Protocol("mine", resize=name).prepare(pixels, 32), prepared)
 

@@ -91,8 +91,6 @@ def bootstrap(
     value = float(statistic(values, axis=0))
     if min(len(values) - 1, resamples) < 1 or not np.isfinite([value, *values[[0, -1]]]).all():
         return Estimate(value)
-    if values[0] == values[-1]:
-        return Estimate(value, value, value)
     from scipy.stats import bootstrap as resample
 
     blocks = max(1, 2_000_000 // len(values))  # resamples at a time, so that memory stays small

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import compress
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from dc_ssdae.data.images import reason
 from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImage, ValidationImages, validation_loader
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
-from dc_ssdae.errors import InputError, check_at_least, counted, is_out_of_memory
+from dc_ssdae.errors import InputError, counted, is_out_of_memory
 from dc_ssdae.evaluation.candidates import Candidate
 from dc_ssdae.evaluation.estimates import METRICS, RESAMPLES, Estimate, bootstrap, pooled_psnr
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
@@ -46,9 +47,6 @@ class EvaluationSettings:
     workers: int = 0
     seed: int = 0
     in_training: bool = False
-
-    def __post_init__(self) -> None:
-        check_at_least(1, size=self.size, batch_size=self.batch_size)
 
     def images(self, source: ImageSource, limit: int | None = None) -> ValidationImages:
         """The images of a data set, prepared as the protocol says; at most `limit`, evenly spread."""
@@ -134,17 +132,14 @@ def evaluate(
     values = {name: np.fmax.reduce([found[name] for found, _ in parts]) for name in share.values}
     measured = {name: np.delete(column, list(broken)) for name, column in values.items()}
     profilers = [profiler for _, profiler in parts if profiler is not None]
-    for profiler in profilers[1:]:
-        profilers[0].merge(profiler)
 
     def estimate(name: str) -> Estimate:
         if name in suite.missing:
             return Estimate(reason=suite.missing[name])
         if name in suite.distances:
             return suite.distances[name].finish(processes)
-        lost = int(np.isnan(measured[name]).sum())
-        if lost:
-            return Estimate(reason=f"it is NaN for {lost:,} of {len(measured[name]):,} images")
+        if np.isnan(measured[name]).any():
+            return Estimate(reason=f"it is NaN for {counted(int(np.isnan(measured[name]).sum()), 'image')}")
         pooled = name == "psnr" and settings.protocol.psnr == "pooled"
         column, statistic = (measured[MSE], pooled_psnr) if pooled else (measured[name], np.mean)
         return bootstrap(column, statistic, settings.seed, 0 if settings.in_training else RESAMPLES)
@@ -156,7 +151,7 @@ def evaluate(
         values=values,
         broken=list(broken.values()),
         broken_places=list(broken),
-        latent=profilers[0].profile() if profilers else None,
+        latent=reduce(LatentProfiler.merge, profilers).profile() if profilers else None,
         latent_shape=share.latent_shape,
         others={name: estimate(name) for name in (KL, BITS, EVALUATIONS) if not np.isnan(measured[name]).all()},
         enlarged=enlarged,
@@ -206,18 +201,16 @@ class _Share:
         """Reconstruct a batch, measure the images of it that count, (B,) bool, and give them."""
         protocol, names = self.settings.protocol, [self.images.name(image.place) for image in batch]
         prepared = torch.stack([image.pixels for image in batch]).to(self.device)
-        x, sampled = protocol.model_input(prepared), protocol.latent == "sample"
-        generators = [named_generator(self.settings.seed, name) for name in names] if sampled else None
-        encoded, decoded = self.candidate.reconstruct(x, generators)
+        x, generators = protocol.model_input(prepared), [named_generator(self.settings.seed, name) for name in names]
+        encoded, decoded = self.candidate.reconstruct(x, generators if protocol.latent == "sample" else None)
         if not decoded.images.is_floating_point() or decoded.images.shape != x.shape:
-            given, wanted = ("×".join(map(str, shape)) for shape in (decoded.images.shape, x.shape))
-            raise InputError(f"gives images of {decoded.images.dtype}, {given}, not floating-point ones, {wanted}")
+            given = f"images of {decoded.images.dtype} and shape {tuple(decoded.images.shape)}"
+            raise InputError(f"gives {given}; floating-point ones of {tuple(x.shape)} are expected")
         places, names = [image.place for image in compress(batch, counts)], list(compress(names, counts))
         images = decoded.images[counts]
         lost = ~images.isfinite().flatten(1).all(dim=1).cpu()
         if lost.any() and not self.settings.in_training:
-            first = names[int(lost.nonzero()[0])]
-            raise InputError(f"gives NaN or infinity in {lost.sum()} of a batch's {len(lost)} images, {first} first")
+            raise InputError(f"gives NaN or infinity for {', '.join(compress(names, lost))}")
         images = images.float().nan_to_num()
         reference, output = protocol.reference(prepared[counts]), protocol.to_uint8(images)
         if places:
@@ -229,15 +222,13 @@ class _Share:
         if encoded.bits is not None:
             self.values[BITS][places] = np.array(list(compress(encoded.bits, counts))) / x[0, 0].numel()
         if encoded.posterior is not None:
-            self._note_latent(DiagonalGaussian(*(side[counts] for side in encoded.posterior.moments)), places)
+            posterior = DiagonalGaussian(*(side[counts] for side in encoded.posterior.moments))
+            self.latent_shape = tuple(posterior.mean.shape[1:])
+            if posterior.logvar is not None:
+                self.values[KL][places] = posterior.kl().cpu()
+            if len(self.latent_shape) == 3:
+                profiler = LatentProfiler.of(posterior)
+                self.profiler = profiler if self.profiler is None else self.profiler.merge(profiler)
         if decoded.num_evaluations is not None:
             self.values[EVALUATIONS][places] = decoded.num_evaluations[counts].cpu()
         return list(map(Reconstructed, places, names, reference.cpu(), output.cpu()))
-
-    def _note_latent(self, posterior: DiagonalGaussian, places: Sequence[int]) -> None:
-        self.latent_shape = tuple(posterior.mean.shape[1:])
-        if posterior.logvar is not None:
-            self.values[KL][places] = posterior.kl().cpu()
-        if posterior.mean.ndim == 4:
-            self.profiler = self.profiler or LatentProfiler(posterior.mean.shape[1])
-            self.profiler.add(posterior)

@@ -1,6 +1,7 @@
 """The Fréchet distance between images and their reconstructions, accumulated batch by batch, with its bootstrap."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ REPLICATES = 20
 """Of the bootstrap; each keeps two matrices of features by features in float64, 67 MB for Inception's 2048 features."""
 
 
+@dataclass
 class FrechetDistance:
     """The Fréchet distance between two sets of images, of features that a network gives (Heusel et al. 2017).
 
@@ -31,26 +33,23 @@ class FrechetDistance:
         device: where the sums are kept; one with float64, else the CPU.
     """
 
-    def __init__(
-        self,
-        features: Callable[[Tensor], Tensor],
-        channels: int,
-        replicates: int = REPLICATES,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.features, self.seed, self.replicates = features, seed, replicates
-        # One with 1 among the features, so that a product's first row has the number of images and the sums.
-        self._shape = (1 + replicates, 1 + channels, 1 + channels)
-        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+    features: Callable[[Tensor], Tensor]
+    channels: int
+    replicates: int = REPLICATES
+    seed: int = 0
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cpu" if torch.device(self.device).type == "mps" else self.device)
         self._reference: list[_Gaussian] = []
         self.discard()
 
     def discard(self) -> None:
         """Begin with other reconstructions after a pass that was given up; a half-gathered reference goes too."""
-        # On the CPU the system gives memory for zeros only as they are written to.
-        sides = 1 if self._reference else 2
-        self._sums = [torch.zeros(self._shape, dtype=torch.float64, device=self.device) for _ in range(sides)]
+        # With 1 among the features, so that a product's first row has the number of images and the sums. On the CPU
+        # the system gives memory for zeros only as they are written to.
+        shape = (1 if self._reference else 2, 1 + self.replicates, 1 + self.channels, 1 + self.channels)
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def add(self, reference: Tensor, images: Tensor, names: Sequence[str]) -> None:
         """Take in a batch.
