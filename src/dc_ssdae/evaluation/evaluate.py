@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import compress
+from itertools import chain, compress
 from typing import NamedTuple
 
 import numpy as np
@@ -138,8 +138,6 @@ def evaluate(
             return Estimate(reason=suite.missing[name])
         if name in suite.distances:
             return suite.distances[name].finish(processes)
-        if np.isnan(measured[name]).any():
-            return Estimate(reason=f"it is NaN for {counted(int(np.isnan(measured[name]).sum()), 'image')}")
         pooled = name == "psnr" and settings.protocol.psnr == "pooled"
         column, statistic = (measured[MSE], pooled_psnr) if pooled else (measured[name], np.mean)
         return bootstrap(column, statistic, settings.seed, 0 if settings.in_training else RESAMPLES)
@@ -168,10 +166,9 @@ def reconstruct_places(
 ) -> list[Reconstructed]:
     """Reconstruct some images as `evaluate` does, to be shown; those that cannot be read are left out."""
     share = _Share(candidate, images, MetricSuite(), settings, device)
-    shown: list[Reconstructed] = []
-    for batch in validation_loader(images, places, settings.batch_size, 0):
-        shown += share.measure(batch, torch.tensor([image.broken is None for image in batch]))
-    return shown
+    batches = validation_loader(images, places, settings.batch_size, 0)
+    shown = (share.measure(batch, torch.tensor([image.broken is None for image in batch])) for batch in batches)
+    return list(chain.from_iterable(shown))
 
 
 def describe_failure(error: Exception, batch_size: int) -> str:
@@ -192,8 +189,7 @@ class _Share:
     device: torch.device
 
     def __post_init__(self) -> None:
-        names = (*self.suite.images, KL, BITS, EVALUATIONS)
-        self.values = {name: np.full(len(self.images), np.nan) for name in names}
+        self.values = {name: np.full(len(self.images), np.nan) for name in (*self.suite.images, KL, BITS, EVALUATIONS)}
         self.profiler: LatentProfiler | None = None
         self.latent_shape: tuple[int, ...] | None = None
 

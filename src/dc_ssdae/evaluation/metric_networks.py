@@ -43,8 +43,6 @@ DINOV2_SIDE = 224
 INCEPTION_CHANNELS, INCEPTION_SIZE = 2048, (299, 299)
 PACKAGES = {"rfid": ("torch-fidelity", "'dc-ssdae[eval]'"), "dreamsim": ("dreamsim", "dreamsim")}
 """By metric, the package that it needs and may lack, and what pip installs it by."""
-SSIM_SMALLEST = {"torchmetrics": 6, "scikit-image": 7}
-"""Side in pixels that the windows need, by library."""
 NOT_ASKED = "not asked for"
 MSE = "mse"
 """Measured of every image too, for PSNRs that are pooled."""
@@ -101,13 +99,13 @@ def load_metrics(
     """
     check_names("metric", wanted or (), METRICS)
     suite = MetricSuite({MSE: each(mse)})
-    smallest = {"ssim": SSIM_SMALLEST[protocol.ssim], "lpips": TRUNKS[protocol.lpips][1]}
+    smallest = TRUNKS[protocol.lpips][1]
     for name in METRICS:
         package, by_pip = PACKAGES.get(name, ("torch", ""))
         if wanted is not None and name not in wanted:
             suite.missing[name] = NOT_ASKED
-        elif size is not None and size < smallest.get(name, 0):
-            suite.missing[name] = f"it needs images of at least {smallest[name]} pixels; give a larger --size"
+        elif name == "lpips" and size is not None and size < smallest:
+            suite.missing[name] = f"it needs images of at least {smallest} pixels; give a larger --size"
         elif importlib.util.find_spec(package.replace("-", "_")) is None:
             suite.missing[name] = f"the package {package} is not installed: pip install {by_pip}"
         elif name == "psnr":
@@ -122,10 +120,14 @@ def load_metrics(
             if path is None and download:
                 path = download_weights(file, METRICS[name].title, "leave --download out")
             if path is None and not random_backbones:
-                place = f"the folder that {FOLDER_VARIABLE} names"
-                suite.missing[name] = f"{file.names[0]} is not on this machine; put it into {place}, or give --download"
+                suite.missing[name] = f"{file.names[0]} is not on this machine or in {FOLDER_VARIABLE}; see --download"
                 continue
-            _note_weights(suite, name, path, file)
+            checksum = "" if path is None else sha256(path)
+            suite.files[name] = "random weights" if path is None else f"{path.name}, SHA-256 {checksum}"
+            published = re.search(r"-([0-9a-f]{8})\.pth$", file.names[0])  # as PyTorch Hub names its files
+            if path is None or (published is not None and not checksum.startswith(published[1])):
+                what = "network has random weights" if path is None else "weights are not the published ones"
+                suite.notes[name] = f"its {what}: comparable only within this report"
             network = build(path).to(device).eval().requires_grad_(False)
             if name == "lpips":
                 suite.images[name] = network
@@ -134,23 +136,12 @@ def load_metrics(
     return suite
 
 
-def _note_weights(suite: MetricSuite, name: str, path: Path | None, file: WeightsFile) -> None:
-    """Note which weights a metric's network has, random ones or a file's, and whether they are the published ones."""
-    checksum = "" if path is None else sha256(path)
-    suite.files[name] = "random weights" if path is None else f"{path.name}, SHA-256 {checksum}"
-    published = re.search(r"-([0-9a-f]{8})\.pth$", file.names[0])  # as PyTorch Hub names its files
-    if path is None or (published is not None and not checksum.startswith(published[1])):
-        what = "network has random weights" if path is None else "weights are not the published ones"
-        suite.notes[name] = f"its {what}: comparable only within this report"
-
-
 def _load_dreamsim(suite: MetricSuite, device: torch.device) -> None:
     """Load DreamSim's ensemble with its package, from a folder that has all of its files."""
     folders = [Path(os.environ.get(FOLDER_VARIABLE, "")).expanduser() / "dreamsim", Path("models")]
     folder = next((f for f in folders if all((f / name).exists() for name in DREAMSIM_FILES)), None)
     if folder is None:
-        way = f"let the package put them into {folders[0]}: dreamsim(pretrained=True, cache_dir=…)"
-        suite.missing["dreamsim"] = f"its weights are not on this machine; {way}"
+        suite.missing["dreamsim"] = f"not on this machine; dreamsim(pretrained=True, cache_dir='{folders[0]}') gets it"
         return
     from dreamsim import dreamsim
 

@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.data.images import to_pillow, to_uint8
-from dc_ssdae.data.transforms import center_crop, central_part, resize_shorter_side
+from dc_ssdae.data.loader import resize_and_crop
+from dc_ssdae.data.transforms import center_crop, central_part
 from dc_ssdae.provenance import IN_TRAINING
 
 
@@ -51,27 +52,14 @@ def bilinear_by_pillow(pixels: Tensor, size: int) -> Tensor:
     return tvf.pil_to_tensor(tvf.center_crop(image, [size]))
 
 
-def bicubic_on_tensors(pixels: Tensor, size: int) -> Tensor:
-    """As `adm_crop`, but with torchvision's antialiased bicubic filter alone."""
-    return center_crop(resize_shorter_side(pixels, size), size)
-
-
 RESIZES: Mapping[str, tuple[Callable[[Tensor, int], Tensor], str]] = {
-    "adm": (
-        adm_crop,
-        "shorter side halved by boxes while it is at least twice the size, then bicubic (Pillow, antialiased), "
-        "centre crop (the ADM crop)",
-    ),
-    "bilinear_tensor": (
-        bilinear_on_tensors,
-        "shorter side resized bilinearly with antialiasing on floating-point tensors (torchvision), centre crop; the "
-        "model sees it unrounded",
-    ),
-    "bilinear_pil": (bilinear_by_pillow, "shorter side resized bilinearly (Pillow, antialiased), centre crop"),
-    "bicubic": (bicubic_on_tensors, "shorter side resized bicubically (torchvision, antialiased), centre crop"),
+    "adm": (adm_crop, "in halves by boxes, then bicubically (Pillow, antialiased; the ADM crop)"),
+    "bilinear_tensor": (bilinear_on_tensors, "bilinearly on tensors, without rounding (torchvision, antialiased)"),
+    "bilinear_pil": (bilinear_by_pillow, "bilinearly (Pillow, antialiased)"),
+    "bicubic": (resize_and_crop, "bicubically (torchvision, antialiased)"),
 }
-"""Ways to bring an image to a square, and how, in words: from (uint8 (3, H, W), size) to (3, size, size), uint8 or,
-where nothing was rounded, float32, both in [0, 255]."""
+"""Ways to bring an image to a square, and how its shorter side is resized, in words: from (uint8 (3, H, W), size) to
+(3, size, size), uint8 or, where nothing was rounded, float32, both in [0, 255]."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +132,7 @@ class Protocol:
         apart = f"every metric but {titles}, taken of unrounded images in [-1, 1]" if titles else "every metric"
         limit = "" if self.highest_psnr is None else f", at most {self.highest_psnr:g} dB per image"
         return [
-            f"Images: {size}×{size} px, {RESIZES[self.resize][1]}.",
+            f"Images: {size}×{size} px, the shorter side resized {RESIZES[self.resize][1]}, centre crop.",
             f"Decoded: the posterior's {self.latent}. Output clamped to [-1, 1] and {rounded} to uint8 before {apart}.",
             f"PSNR: {psnr}{limit} (torchmetrics). SSIM: mean over images, {window} ({self.ssim}). LPIPS: {self.lpips}, "
             "v0.1 (lpips), mean over images.",

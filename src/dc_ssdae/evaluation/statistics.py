@@ -153,14 +153,9 @@ class LatentProfiler:
 
     def profile(self) -> LatentProfile:
         """The profile of all latents so far, at least one."""
-        mean, std = self.moments.mean_and_std()
         covariance = self.products / self.moments.values
         squared = covariance.square().sum()
-        return LatentProfile(
-            mean=mean,
-            std=std,
-            kl=None if self.kl.isnan().all() else (self.kl / self.moments.images).tolist(),
-            effective_dimensions=float(covariance.trace().square() / squared) if squared > 0 else 0.0,
-            active_channels=int((covariance.diagonal() > ACTIVE_VARIANCE).sum()),
-            images=self.moments.images,
-        )
+        dimensions = float(covariance.trace().square() / squared) if squared > 0 else 0.0
+        active = int((covariance.diagonal() > ACTIVE_VARIANCE).sum())
+        kl = None if self.kl.isnan().all() else (self.kl / self.moments.images).tolist()
+        return LatentProfile(*self.moments.mean_and_std(), kl, dimensions, active, self.moments.images)
