@@ -21,12 +21,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision import models, transforms
 from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae import InputError
-from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation import metric_networks
 from dc_ssdae.evaluation.estimates import METRICS
 from dc_ssdae.evaluation.metric_networks import DREAMSIM_FILES, MSE, Inception, MetricSuite, load_metrics
@@ -176,9 +174,7 @@ def test_lpips_is_the_packages(weights: Path) -> None:
     beyond = [1.3 * (side / 127.5 - 1.0) for side in (reference, images)]  # unrounded, and nobody clamps them
     with torch.no_grad():
         expected = theirs(images / 127.5 - 1.0, reference / 127.5 - 1.0).flatten()
-        one_by_one = torch.cat([ours(reference[i : i + 1], images[i : i + 1]) for i in range(4)])
-        for found, right in ((ours(reference, images), expected), (one_by_one, expected)):
-            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours(reference, images), expected, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(ours(*beyond), theirs(*beyond[::-1]).flatten(), rtol=1e-5, atol=1e-7)
     assert expected.min() > 1e-3, "a comparison of zeros would say nothing"
 
@@ -214,19 +210,6 @@ def test_inception_is_torch_fidelitys_and_sees_what_the_protocol_gives_it(side: 
     assert (found - expected).abs().mean() > 1e-3 * expected.std(), "the inputs make no difference here"
 
 
-@pytest.mark.slow
-def test_rfid_is_torchmetrics_of_the_same_file_to_the_end(weights: Path) -> None:
-    """torchmetrics resizes with antialiasing unless told otherwise; torch-fidelity and TensorFlow do not."""
-    theirs = FrechetInceptionDistance(feature_extractor_weights_path=str(weights / INCEPTION_FILE), antialias=False)
-    ours, (reference, images) = load("rfid", protocol="rae").distances["rfid"], pair(3)
-    for part in (slice(0, 2), slice(2, 3)):
-        ours.add(reference[part], images[part], ["a", "b", "c"][part])
-    theirs.update(reference, real=True)
-    theirs.update(images, real=False)
-    assert theirs.compute() > 0.1
-    assert ours.finish(Processes()).value == pytest.approx(float(theirs.compute()), rel=1e-5)
-
-
 def test_inceptions_file_is_torch_fidelitys_and_may_count_batches(tmp_path: Path) -> None:
     """The published file does not count batches; one that PyTorch has saved does."""
     assert Path(URL_INCEPTION_V3).name == INCEPTION_FILE
@@ -238,9 +221,7 @@ def test_inceptions_file_is_torch_fidelitys_and_may_count_batches(tmp_path: Path
     assert torch.equal(network.layers[0].conv.weight, state["Conv2d_1a_3x3.conv.weight"])
     del state["Mixed_5b.branch1x1.conv.weight"]
     torch.save(state, tmp_path / INCEPTION_FILE)
-    error = error_of(Inception, tmp_path / INCEPTION_FILE)
-    assert INCEPTION_FILE in error
-    assert "missing: Mixed_5b.branch1x1.conv.weight" in error
+    assert "missing: Mixed_5b.branch1x1.conv.weight" in error_of(Inception, tmp_path / INCEPTION_FILE)
 
 
 # --- DINOv2 ---
@@ -337,9 +318,7 @@ def test_what_is_asked_for_is_loaded_frozen_and_nothing_else(full: MetricSuite, 
     assert set(suite.images) == {"psnr", MSE}
     assert suite.missing == {name: "not asked for" for name in METRICS if name != "psnr"}
     assert (suite.distances, suite.files) == ({}, {})
-    assert set(load_metrics(PROTOCOLS["dcae"], torch.device("cpu"), wanted=[]).images) == {MSE}
-    for name in ("fid", "mse"):
-        assert "accepted: dreamsim, lpips, psnr, rfdd, rfid, ssim" in error_of(load, "psnr", name)
+    assert "accepted: dreamsim, lpips, psnr, rfdd, rfid, ssim" in error_of(load, "psnr", "fid")
 
 
 def test_images_too_small_for_lpips_are_told_beforehand() -> None:

@@ -16,11 +16,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae import InputError
-from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.evaluation.protocol import (
     PROTOCOLS,
     RESIZES,
-    TRAINING,
     Protocol,
     adm_crop,
     bilinear_by_pillow,
@@ -98,17 +96,6 @@ def test_each_resize_leaves_alone_what_has_the_size_and_is_another_one_else(name
     prepared = RESIZES[name][0](pixels, 32)
     assert min((prepared.float() - other).abs().max() for other in others) > 0.1
     assert torch.equal(Protocol("mine", resize=name).prepare(pixels, 32), prepared)
-
-
-def test_a_run_measures_images_as_it_reads_them() -> None:
-    class Source:
-        def __len__(self) -> int:
-            return 1
-
-        def read(self, index: int) -> tuple[Tensor, int]:
-            return photo(61, 47), -1
-
-    assert torch.equal(ValidationImages(Source(), 24, 1)[0].pixels, TRAINING.prepare(photo(61, 47), 24))  # type: ignore[arg-type]
 
 
 # --- the model's range and back ---

@@ -54,7 +54,8 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """Value, low and high, with None for what is not finite, which JSON lacks; and reason and note, if any."""
-        reason = self.reason or (None if finite(self.value) == self.value else str(self.value))
+        word = str(self.value).replace("inf", "infinite")
+        reason = self.reason or (word if finite(self.value) != self.value else None)
         numbers = {key: finite(getattr(self, key)) for key in ("value", "low", "high")}
         return numbers | {key: text for key, text in (("reason", reason), ("note", self.note)) if text is not None}
 

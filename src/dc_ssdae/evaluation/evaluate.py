@@ -206,7 +206,7 @@ class _Share:
         images = decoded.images[counts]
         lost = ~images.isfinite().flatten(1).all(dim=1).cpu()
         if lost.any() and not self.settings.in_training:
-            raise InputError(f"gives NaN or infinity for {', '.join(compress(names, lost))}")
+            raise InputError(f"gives NaN or infinity for {next(compress(names, lost))}")
         images = images.float().nan_to_num()
         reference, output = protocol.reference(prepared[counts]), protocol.to_uint8(images)
         if places:
