@@ -86,7 +86,7 @@ def test_a_codec_on_some_validation_images_under_another_protocol(run: Run) -> N
     assert protocol.items() <= report["protocol"].items()
     assert [line["name"] for line in lines_of("evaluation")] == ["1.png", "2.png"]
     assert report["protocol"]["decoding"] == {}, "codecs take no steps"
-    assert report["metrics"]["lpips"]["reason"].startswith("weights ")
+    assert "is not on this machine" in report["metrics"]["lpips"]["reason"]
 
 
 def test_our_models_decode_as_they_are_told(run: Run, model_dir: Path, measuring: Words) -> None:
@@ -172,6 +172,5 @@ def test_two_processes_refuse_together_in_one_line(measuring: Words) -> None:
     done = launch("--model", "python:peers.nan", *measuring, "--batch", 1)
     assert (done.returncode != 0, done.stdout) == (True, "")
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("dc-ssdae eval: ")]
-    assert "NaN or infinity in 1 of" in told
-    assert told.endswith("0.png first")
+    assert "NaN or infinity for 0.png" in told
     assert not Path("evaluation").exists()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dc_ssdae.data.loader import _resize_and_crop
+from dc_ssdae.data.loader import resize_and_crop
 from dc_ssdae.data.transforms import (
     center_crop,
     crop_to,
@@ -79,7 +79,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("shape", [(1, 3000), (2000, 5)])
-@pytest.mark.parametrize("prepare", [_resize_and_crop, *(protocol.prepare for protocol in PROTOCOLS.values())])
+@pytest.mark.parametrize("prepare", [resize_and_crop, *(protocol.prepare for protocol in PROTOCOLS.values())])
 def test_thin_images_are_cut_before_they_are_enlarged(
     shape: tuple[int, int], prepare: Callable[[torch.Tensor, int], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

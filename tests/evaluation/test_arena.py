@@ -156,7 +156,7 @@ def failing() -> dict[str, tuple[Reconstruct, str]]:
     tired = RuntimeError("tired\n  of | it")
     return {
         "second batch": (raising(RuntimeError("tired"), 1), "RuntimeError: tired"),
-        "NaN": (lambda x: x * math.nan, "gives NaN or infinity in 4 of a batch's 4 images, photo 0 first"),
+        "NaN": (lambda x: x * math.nan, "gives NaN or infinity for photo 0"),
         "memory of a GPU": (raising(torch.OutOfMemoryError("CUDA out of memory.")), "out of memory with batches of 4"),
         "input": (raising(InputError("sides of 7\nare needed")), "sides of 7 are needed"),
         "pictures to show": (raising(tired, QUALITY_CALLS - 1), "RuntimeError: tired of | it"),

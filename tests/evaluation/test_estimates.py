@@ -36,12 +36,6 @@ def test_the_interval_is_that_of_a_bootstrap_by_hand(statistic: Any) -> None:
     assert ends(estimate) == pytest.approx((low, high), abs=0.05 * (high - low))
 
 
-def test_a_thousand_resamples_of_many_images_have_the_interval_of_normal_theory() -> None:
-    values = skewed(2000)
-    reach = 1.96 * values.std(ddof=1) / math.sqrt(2000)
-    assert ends(bootstrap(values)) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.1 * reach)
-
-
 def test_neither_order_nor_ambient_numbers_matter_but_the_seed_does() -> None:
     values, rng = skewed(101), np.random.default_rng(1)
     before = values.copy()
@@ -72,8 +66,7 @@ def test_there_is_no_interval_of_one_image_or_of_one_that_is_not_finite(values: 
     assert estimate.value == pytest.approx(np.mean(values), nan_ok=True)
 
 
-def test_of_no_image_of_equal_ones_and_without_resamples() -> None:
-    assert bootstrap(np.array([])) == Estimate(reason="no image was measured")
+def test_of_equal_images_and_without_resamples() -> None:
     assert bootstrap(np.full(9, 0.25)) == Estimate(0.25, 0.25, 0.25)
     assert bootstrap(np.array([1.0, 2.0]), resamples=0) == Estimate(1.5)
 
@@ -115,8 +108,7 @@ def test_it_is_json_whatever_it_holds() -> None:
         for key, given in zip(("value", "low", "high"), numbers, strict=True):
             assert found[key] == (given if given is not None and math.isfinite(given) else None)
     assert Estimate(1.5, 1.0, 2.0, note="a").as_json() == {"value": 1.5, "low": 1.0, "high": 2.0, "note": "a"}
-    assert Estimate(math.inf).as_json()["reason"] == "infinite"
-    assert Estimate(math.nan).as_json()["reason"] == "nan"
+    assert [Estimate(value).as_json()["reason"] for value in (math.inf, math.nan)] == ["infinite", "nan"]
     assert Estimate(math.inf, reason="all equal").as_json()["reason"] == "all equal"
 
 

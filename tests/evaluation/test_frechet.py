@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from two_processes import PROCESSES, TwoProcesses
 
 from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation.estimates import Estimate, around
-from dc_ssdae.evaluation.frechet import BUFFERED_ROWS, FrechetDistance
+from dc_ssdae.evaluation.frechet import FrechetDistance
 from dc_ssdae.randomness import resampling_counts
 
 CHANNELS = 6
@@ -99,24 +98,13 @@ def test_singular_covariances_are_no_obstacle() -> None:
         assert of_arrays(real, 2.0 * real) == pytest.approx(expected, rel=1e-5)
 
 
-def test_more_images_than_are_buffered_count_once() -> None:
-    real = np.random.default_rng(0).normal(size=(2 * BUFFERED_ROWS + 3, 3))
-    fake = real @ np.diag([1.0, 2.0, 3.0]) + 1.0
-    root = sqrtm(np.cov(real.T) @ np.cov(fake.T)).real
-    means = ((real.mean(axis=0) - fake.mean(axis=0)) ** 2).sum()
-    expected = means + (np.cov(real.T) + np.cov(fake.T) - 2 * root).trace()
-    assert of_arrays(real, fake) == pytest.approx(expected, rel=1e-8)
-
-
 # --- however the work is cut ---
 
 
 @pytest.mark.parametrize(("batch_size", "shuffled"), [(1, False), (7, True), (COUNT, False)])
-def test_neither_batches_nor_order_nor_ambient_numbers_matter(batch_size: int, shuffled: bool) -> None:
+def test_neither_batches_nor_order_matter(batch_size: int, shuffled: bool) -> None:
     order = np.random.default_rng(0).permutation(COUNT).tolist() if shuffled else ()
-    state = torch.get_rng_state()
     assert_same(measured(distance(), *rows(), batch_size, order), measured(distance(), *rows()))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 class OnApplesGPU:
@@ -140,10 +128,8 @@ def test_the_reference_is_kept_and_not_looked_at_again() -> None:
     measure = FrechetDistance(lambda features: seen.append(len(features)) or features, CHANNELS)  # type: ignore[func-returns-value]
     add_all(measure, nothing, images / 3)
     measure.discard()
-    assert not measure.has_reference
     first = measured(measure, reference, images)
     assert first == measured(distance(), reference, images)
-    assert measure.has_reference
     seen.clear()
     add_all(measure, nothing, images / 3)
     measure.discard()
@@ -155,15 +141,6 @@ def test_the_reference_is_kept_and_not_looked_at_again() -> None:
 
 
 # --- the interval ---
-
-
-def test_without_replicates_there_is_no_interval_and_the_seed_draws_them() -> None:
-    first, again, other = (measured(distance(seed=seed), *rows()) for seed in (0, 0, 1))
-    assert first == again
-    assert first.low != other.low
-    for replicates in (0, 1):
-        assert measured(distance(replicates), *rows()) == Estimate(first.value)
-    assert first.value == other.value
 
 
 def test_a_replicate_draws_an_image_and_its_reconstruction_together() -> None:
@@ -214,5 +191,5 @@ def test_two_processes_find_what_one_does(made_once: Any, two_processes: TwoProc
     main, other = (torch.load(folder / f"record{rank}", weights_only=True) for rank in range(PROCESSES))
     for found, expected in zip(main, passes(Processes()), strict=True):
         assert_same(Estimate(**found), expected)
+    assert main == other
     assert [found["value"] is None for found in main] == [False] * 4 + [True] * 2
-    assert {found["reason"] for found in other} == {"told by the main process"}

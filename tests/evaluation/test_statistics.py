@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dc_ssdae import DiagonalGaussian, InputError
-from dc_ssdae.data.loader import ValidationImages
+from dc_ssdae.data.loader import ValidationImage, ValidationImages
 from dc_ssdae.distributed import Processes
-from dc_ssdae.evaluation.statistics import Batch, LatentProfile, LatentProfiler, latent_statistics, survey
+from dc_ssdae.evaluation.statistics import LatentProfile, LatentProfiler, latent_statistics, survey
 from dc_ssdae.latent import LatentMoments
 
 
@@ -59,19 +60,17 @@ BROKEN = [(), (0, 10), (10,), tuple(range(1, 11))]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize(("processes", "batch_size"), [(1, 1), (1, 4), (1, 20), (2, 2), (4, 2), (15, 2)])
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 4), (2, 2), (15, 2)])
 def test_every_image_that_can_be_read_counts_once(processes: int, batch_size: int, broken: Sequence[int]) -> None:
     """Each process encodes equally many batches; what fills up does not count."""
     images, encoders = ValidationImages(Source(broken), 8, 100), [Encoder() for _ in range(processes)]
     parts, unread = [], {}
     for index, encode in enumerate(encoders):
         moments, mine, enlarged = latent_statistics(encode, images, 2, batch_size, 0, Alone(index, processes))
-        assert unread.keys().isdisjoint(mine)
         assert enlarged == 0
         parts.append(moments.state())
         unread |= mine
-    assert len({tuple(encode.batches) for encode in encoders}) == 1
-    assert sum(encoders[0].batches) == -(-11 // processes)
+    assert {sum(encode.batches) for encode in encoders} == {-(-11 // processes)}
     found = LatentMoments.from_states(torch.stack(parts)).statistics()
     values = torch.tensor([10.0 * index for index in range(11) if index not in broken], dtype=torch.float64)
     assert found.count == len(values)
@@ -81,20 +80,16 @@ def test_every_image_that_can_be_read_counts_once(processes: int, batch_size: in
 
 
 def test_a_pass_counts_what_was_enlarged_and_tells_its_progress() -> None:
-    seen: list[Batch] = []
+    seen: list[int] = []
     done: list[int] = []
+
+    def work(batch: Sequence[ValidationImage], counts: Tensor) -> None:
+        assert counts.tolist() == [True] * len(batch)
+        seen.extend(image.place for image in batch)
+
     images = ValidationImages(Source((2,)), 9, 7)  # the images 0, 1, 3, 4, 6, 7 and 9
-    broken, enlarged = survey(images, seen.append, 3, 0, Processes(), done.append)
-    assert (broken, enlarged, done) == ({}, 7, [3, 3, 1])
-    assert [place for batch in seen for place in batch.places] == list(range(7))
-    assert [batch.pixels.shape for batch in seen] == [(3, 3, 9, 9), (3, 3, 9, 9), (1, 3, 9, 9)]
-
-
-def test_a_data_set_without_a_readable_image() -> None:
-    moments, broken, _ = latent_statistics(Encoder(), ValidationImages(Source(range(11)), 8, 100), 2, 4, 0)
-    assert list(broken) == list(range(11))
-    with pytest.raises(InputError, match="no image"):
-        moments.statistics()
+    assert survey(images, work, 3, 0, Processes(), done.append) == ({}, 7)
+    assert (seen, done) == (list(range(7)), [3, 3, 1])
 
 
 # --- profiles ---
@@ -104,10 +99,7 @@ PATTERNS = torch.tensor([[1.0, 1, -1, -1], [1, -1, 1, -1]])
 
 
 def profile_of(*posteriors: DiagonalGaussian) -> LatentProfile:
-    profiler = LatentProfiler(posteriors[0].mean.shape[1])
-    for posterior in posteriors:
-        profiler.add(posterior)
-    return profiler.profile()
+    return reduce(LatentProfiler.merge, map(LatentProfiler.of, posteriors)).profile()
 
 
 def channels(*rows: Tensor) -> DiagonalGaussian:
@@ -163,16 +155,11 @@ def test_it_is_numpys_however_it_is_split_and_merged(sizes: list[int], shift: fl
     }
     pairs = zip(posterior.mean.split(sizes), posterior.logvar.split(sizes), strict=True)
     parts = [DiagonalGaussian(*pair) for pair in pairs]
-    merged = LatentProfiler(4)
-    for part in parts[::-1]:
-        one = LatentProfiler(4)
-        one.add(part)
-        one.merge(LatentProfiler(4))
-        merged.merge(one)
-    for found in (profile_of(*parts), merged.profile()):
-        assert found.as_json().keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(getattr(found, name), value, rtol=1e-6, atol=1e-6, err_msg=name)
+    nothing = DiagonalGaussian(posterior.mean[:0], posterior.logvar[:0])
+    found = profile_of(nothing, *parts, nothing)
+    assert found.as_json().keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(found, name), value, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_what_is_not_finite_is_none_in_a_file() -> None:

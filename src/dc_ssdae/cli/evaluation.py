@@ -41,11 +41,12 @@ def open_evaluation(options: EvaluationOptions) -> "Opened":
     from dc_ssdae.evaluation.estimates import METRICS
     from dc_ssdae.evaluation.evaluate import EvaluationSettings
     from dc_ssdae.evaluation.metric_networks import load_metrics
-    from dc_ssdae.evaluation.protocol import find_protocol
+    from dc_ssdae.evaluation.protocol import PROTOCOLS
     from dc_ssdae.provenance import name_of_path
     from dc_ssdae.timing import describe_machine
 
-    device, protocol = select_device(options.device), find_protocol(options.protocol)
+    check_names("protocol", [options.protocol], PROTOCOLS)
+    device, protocol = select_device(options.device), PROTOCOLS[options.protocol]
     if options.lpips not in (None, protocol.lpips):
         # Another name too: its figures may not be taken for the protocol's own.
         protocol = replace(protocol, name=f"{protocol.name}, LPIPS of {options.lpips}", lpips=options.lpips)

@@ -134,7 +134,8 @@ class ValidationImage(NamedTuple):
     label: int = -1
 
 
-def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
+def resize_and_crop(pixels: Tensor, size: int) -> Tensor:
+    """Resize an image (3, H, W) by its shorter side, bicubically, and cut the centre: (3, size, size)."""
     return center_crop(resize_shorter_side(central_part(pixels), size), size)
 
 
@@ -153,7 +154,7 @@ class ValidationImages(Dataset[ValidationImage]):
     source: ImageSource
     image_size: int
     limit: int
-    prepare: Callable[[Tensor, int], Tensor] = _resize_and_crop
+    prepare: Callable[[Tensor, int], Tensor] = resize_and_crop
     workers_option: str = "--workers"
 
     def __post_init__(self) -> None:

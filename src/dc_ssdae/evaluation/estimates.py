@@ -54,9 +54,8 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """Value, low and high, with None for what is not finite, which JSON lacks; and reason and note, if any."""
-        reason = self.reason
-        if reason is None and self.value is not None and not math.isfinite(self.value):
-            reason = "infinite" if self.value > 0 else str(self.value)
+        word = str(self.value).replace("inf", "infinite")
+        reason = self.reason or (word if finite(self.value) != self.value else None)
         numbers = {key: finite(getattr(self, key)) for key in ("value", "low", "high")}
         return numbers | {key: text for key, text in (("reason", reason), ("note", self.note)) if text is not None}
 
@@ -77,7 +76,7 @@ def bootstrap(
     """Estimate a statistic of images with its percentile bootstrap interval of 95 % (Efron and Tibshirani 1993).
 
     Args:
-        values: (N,) float64, one of each image; their order changes nothing.
+        values: (N,) float64, at least one, one of each image; their order changes nothing.
         statistic: along `axis`, as `numpy.mean`.
         seed: of the resampling.
         resamples: how many; 0 gives no interval.
@@ -85,14 +84,10 @@ def bootstrap(
     Returns:
         Without an interval where there are fewer than two images, or something is not finite.
     """
-    if len(values) == 0:
-        return Estimate(reason="no image was measured")
     values = np.sort(values)
     value = float(statistic(values, axis=0))
     if min(len(values) - 1, resamples) < 1 or not np.isfinite([value, *values[[0, -1]]]).all():
         return Estimate(value)
-    if values[0] == values[-1]:
-        return Estimate(value, value, value)
     from scipy.stats import bootstrap as resample
 
     blocks = max(1, 2_000_000 // len(values))  # resamples at a time, so that memory stays small

@@ -1,24 +1,25 @@
 """One pass of a candidate over a data set: every metric, image by image, without ever holding all images."""
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from functools import reduce
+from itertools import chain, compress
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImages, validation_loader
+from dc_ssdae.data.images import reason
+from dc_ssdae.data.loader import BrokenImage, ReadingFailed, ValidationImage, ValidationImages, validation_loader
 from dc_ssdae.data.sources import ImageSource
 from dc_ssdae.distributed import Processes
-from dc_ssdae.errors import InputError, check_at_least, counted, is_out_of_memory
-from dc_ssdae.evaluation.candidates import Candidate, Encoded
+from dc_ssdae.errors import InputError, counted, is_out_of_memory
+from dc_ssdae.evaluation.candidates import Candidate
 from dc_ssdae.evaluation.estimates import METRICS, RESAMPLES, Estimate, bootstrap, pooled_psnr
 from dc_ssdae.evaluation.metric_networks import MSE, MetricSuite
 from dc_ssdae.evaluation.protocol import Protocol
-from dc_ssdae.evaluation.statistics import Batch, LatentProfile, LatentProfiler, survey
+from dc_ssdae.evaluation.statistics import LatentProfile, LatentProfiler, survey
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.randomness import named_generator
 
@@ -47,9 +48,6 @@ class EvaluationSettings:
     seed: int = 0
     in_training: bool = False
 
-    def __post_init__(self) -> None:
-        check_at_least(1, size=self.size, batch_size=self.batch_size)
-
     def images(self, source: ImageSource, limit: int | None = None) -> ValidationImages:
         """The images of a data set, prepared as the protocol says; at most `limit`, evenly spread."""
         return ValidationImages(source, self.size, len(source) if limit is None else limit, self.protocol.prepare)
@@ -57,7 +55,7 @@ class EvaluationSettings:
 
 @dataclass
 class Evaluation:
-    """What a pass found; in the main process.
+    """What a pass found, in all processes.
 
     Attributes:
         metrics: by name, all of `METRICS`.
@@ -116,8 +114,7 @@ def evaluate(
         advance: called after each batch with the number of its images, in all processes together.
 
     Returns:
-        The result, the same whatever the batch size and the number of processes, but for rounding in networks. Only
-        the main process has distances between sets.
+        The result, the same whatever the batch size and the number of processes, but for rounding in networks.
 
     Raises:
         InputError: the candidate raises it, or its output is not finite or has another shape.
@@ -130,25 +127,17 @@ def evaluate(
     broken, enlarged = survey(images, share.measure, settings.batch_size, settings.workers, processes, advance)
     if len(broken) == count:
         raise ReadingFailed(f"none of {counted(count, 'image')} can be read; the first: {broken[0].reason}")
-    parts = processes.gather((dict(share.values), share.latent_shape, share.profiler))
-    # Each value at its image's place, whichever process has found it.
-    values = {name: np.full(count, np.nan) for name in (*suite.images, KL, BITS, EVALUATIONS)}
-    for found, _, _ in parts:
-        for name, known in found.items():
-            values[name][list(known)] = list(known.values())
+    parts = processes.gather((share.values, share.profiler))
+    # An image's values are NaN in all processes but the one that has found them.
+    values = {name: np.fmax.reduce([found[name] for found, _ in parts]) for name in share.values}
     measured = {name: np.delete(column, list(broken)) for name, column in values.items()}
-    profilers = [profiler for _, _, profiler in parts if profiler is not None]
-    for profiler in profilers[1:]:
-        profilers[0].merge(profiler)
+    profilers = [profiler for _, profiler in parts if profiler is not None]
 
     def estimate(name: str) -> Estimate:
         if name in suite.missing:
             return Estimate(reason=suite.missing[name])
         if name in suite.distances:
             return suite.distances[name].finish(processes)
-        lost = int(np.isnan(measured[name]).sum())
-        if lost:
-            return Estimate(reason=f"it is NaN for {lost:,} of {len(measured[name]):,} images")
         pooled = name == "psnr" and settings.protocol.psnr == "pooled"
         column, statistic = (measured[MSE], pooled_psnr) if pooled else (measured[name], np.mean)
         return bootstrap(column, statistic, settings.seed, 0 if settings.in_training else RESAMPLES)
@@ -160,8 +149,8 @@ def evaluate(
         values=values,
         broken=list(broken.values()),
         broken_places=list(broken),
-        latent=profilers[0].profile() if profilers else None,
-        latent_shape=next((shape for _, shape, _ in parts if shape is not None), None),
+        latent=reduce(LatentProfiler.merge, profilers).profile() if profilers else None,
+        latent_shape=share.latent_shape,
         others={name: estimate(name) for name in (KL, BITS, EVALUATIONS) if not np.isnan(measured[name]).all()},
         enlarged=enlarged,
     )
@@ -177,19 +166,16 @@ def reconstruct_places(
 ) -> list[Reconstructed]:
     """Reconstruct some images as `evaluate` does, to be shown; those that cannot be read are left out."""
     share = _Share(candidate, images, MetricSuite(), settings, device)
-    shown: list[Reconstructed] = []
-    for batch in validation_loader(images, places, settings.batch_size, 0):
-        found, names, references, outputs = share.measure(Batch.of(batch, [True] * len(batch)))
-        shown += map(Reconstructed, found, names, references.cpu(), outputs.cpu())
-    return shown
+    batches = validation_loader(images, places, settings.batch_size, 0)
+    shown = (share.measure(batch, torch.tensor([image.broken is None for image in batch])) for batch in batches)
+    return list(chain.from_iterable(shown))
 
 
 def describe_failure(error: Exception, batch_size: int) -> str:
     """Say in one line why a candidate has no results."""
     if is_out_of_memory(error):
         return f"out of memory with batches of {batch_size}"
-    kind = [] if isinstance(error, InputError) else [type(error).__name__]
-    return ": ".join([*kind, " ".join(str(error).split())]).removesuffix(": ")
+    return " ".join(str(error).split()) if isinstance(error, InputError) else reason(error)
 
 
 @dataclass
@@ -201,56 +187,44 @@ class _Share:
     suite: MetricSuite
     settings: EvaluationSettings
     device: torch.device
-    values: defaultdict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
-    profiler: LatentProfiler | None = None
-    latent_shape: tuple[int, ...] | None = None
 
-    def measure(self, batch: Batch) -> tuple[list[int], list[str], Tensor, Tensor]:
-        """Reconstruct a batch, and measure the images of it that count; gives their places, names, and both sides."""
-        protocol, names = self.settings.protocol, [self.images.name(place) for place in batch.places]
-        prepared = batch.pixels.to(self.device)
-        x, sampled = protocol.model_input(prepared), protocol.latent == "sample"
-        generators = [named_generator(self.settings.seed, name) for name in names] if sampled else None
-        encoded, decoded = self.candidate.reconstruct(x, generators)
-        images = decoded.images
-        if not images.is_floating_point():
-            raise InputError(f"gives images of {images.dtype}, not floating-point numbers in [-1, 1]")
-        if images.shape != x.shape:
-            given, wanted = ("×".join(map(str, shape)) for shape in (images.shape, x.shape))
-            raise InputError(f"gives images of shape {given} for {wanted}")
-        chosen = slice(None) if batch.counts.all() else batch.counts
-        places, names = list(compress(batch.places, batch.counts)), list(compress(names, batch.counts))
-        lost = ~images[chosen].isfinite().flatten(1).all(dim=1).cpu()
+    def __post_init__(self) -> None:
+        self.values = {name: np.full(len(self.images), np.nan) for name in (*self.suite.images, KL, BITS, EVALUATIONS)}
+        self.profiler: LatentProfiler | None = None
+        self.latent_shape: tuple[int, ...] | None = None
+
+    def measure(self, batch: Sequence[ValidationImage], counts: Tensor) -> list[Reconstructed]:
+        """Reconstruct a batch, measure the images of it that count, (B,) bool, and give them."""
+        protocol, names = self.settings.protocol, [self.images.name(image.place) for image in batch]
+        prepared = torch.stack([image.pixels for image in batch]).to(self.device)
+        x, generators = protocol.model_input(prepared), [named_generator(self.settings.seed, name) for name in names]
+        encoded, decoded = self.candidate.reconstruct(x, generators if protocol.latent == "sample" else None)
+        if not decoded.images.is_floating_point() or decoded.images.shape != x.shape:
+            given = f"images of {decoded.images.dtype} and shape {tuple(decoded.images.shape)}"
+            raise InputError(f"gives {given}; floating-point ones of {tuple(x.shape)} are expected")
+        places, names = [image.place for image in compress(batch, counts)], list(compress(names, counts))
+        images = decoded.images[counts]
+        lost = ~images.isfinite().flatten(1).all(dim=1).cpu()
         if lost.any() and not self.settings.in_training:
-            first = names[int(lost.nonzero()[0])]
-            raise InputError(f"gives NaN or infinity in {lost.sum()} of a batch's {len(lost)} images, {first} first")
-        images = images[chosen].float().nan_to_num()
-        reference, output = protocol.reference(prepared[chosen]), protocol.to_uint8(images)
+            raise InputError(f"gives NaN or infinity for {next(compress(names, lost))}")
+        images = images.float().nan_to_num()
+        reference, output = protocol.reference(prepared[counts]), protocol.to_uint8(images)
         if places:
             for name, metric in self.suite.images.items():
-                sides = (x[chosen], images) if name in protocol.unrounded else (reference, output)
-                self._note(name, places, torch.where(lost, torch.nan, metric(*sides).cpu()))
+                sides = (x[counts], images) if name in protocol.unrounded else (reference, output)
+                self.values[name][places] = torch.where(lost, torch.nan, metric(*sides).cpu())
             for distance in self.suite.distances.values():
                 distance.add(reference, output, names)
-            self._note_latent(encoded, chosen, places, x[0, 0].numel())
-            if decoded.num_evaluations is not None:
-                self._note(EVALUATIONS, places, decoded.num_evaluations[chosen])
-        return places, names, reference, output
-
-    def _note_latent(self, encoded: Encoded, chosen: slice | Tensor, places: Sequence[int], pixels: int) -> None:
         if encoded.bits is not None:
-            self._note(BITS, places, torch.tensor(encoded.bits, dtype=torch.float64)[chosen] / pixels)
-        if encoded.posterior is None:
-            return
-        mean, logvar = encoded.posterior.mean[chosen], encoded.posterior.logvar
-        posterior = DiagonalGaussian(mean, None if logvar is None else logvar[chosen])
-        self.latent_shape = tuple(mean.shape[1:])
-        if logvar is not None:
-            self._note(KL, places, posterior.kl())
-        if mean.ndim == 4:
-            self.profiler = self.profiler or LatentProfiler(mean.shape[1])
-            self.profiler.add(posterior)
-
-    def _note(self, name: str, places: Sequence[int], values: Tensor) -> None:
-        """Keep a value of each of some images."""
-        self.values[name].update(zip(places, values.tolist(), strict=True))
+            self.values[BITS][places] = np.array(list(compress(encoded.bits, counts))) / x[0, 0].numel()
+        if encoded.posterior is not None:
+            posterior = DiagonalGaussian(*(side[counts] for side in encoded.posterior.moments))
+            self.latent_shape = tuple(posterior.mean.shape[1:])
+            if posterior.logvar is not None:
+                self.values[KL][places] = posterior.kl().cpu()
+            if len(self.latent_shape) == 3:
+                profiler = LatentProfiler.of(posterior)
+                self.profiler = profiler if self.profiler is None else self.profiler.merge(profiler)
+        if decoded.num_evaluations is not None:
+            self.values[EVALUATIONS][places] = decoded.num_evaluations[counts].cpu()
+        return list(map(Reconstructed, places, names, reference.cpu(), output.cpu()))

@@ -1,6 +1,7 @@
 """The Fréchet distance between images and their reconstructions, accumulated batch by batch, with its bootstrap."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +15,9 @@ from dc_ssdae.randomness import resampling_counts
 
 REPLICATES = 20
 """Of the bootstrap; each keeps two matrices of features by features in float64, 67 MB for Inception's 2048 features."""
-BUFFERED_ROWS = 512
-"""Images whose features are multiplied at once: one product of large matrices is faster than many of small ones."""
 
 
+@dataclass
 class FrechetDistance:
     """The Fréchet distance between two sets of images, of features that a network gives (Heusel et al. 2017).
 
@@ -33,75 +33,51 @@ class FrechetDistance:
         device: where the sums are kept; one with float64, else the CPU.
     """
 
-    def __init__(
-        self,
-        features: Callable[[Tensor], Tensor],
-        channels: int,
-        replicates: int = REPLICATES,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.features, self.seed, self.replicates = features, seed, replicates
-        # One with 1 among the features, so that a product's first row has the number of images and the sums.
-        self._shape = (1 + replicates, 1 + channels, 1 + channels)
-        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+    features: Callable[[Tensor], Tensor]
+    channels: int
+    replicates: int = REPLICATES
+    seed: int = 0
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cpu" if torch.device(self.device).type == "mps" else self.device)
         self._reference: list[_Gaussian] = []
-        self.has_reference = False
         self.discard()
 
     def discard(self) -> None:
         """Begin with other reconstructions after a pass that was given up; a half-gathered reference goes too."""
-        # On the CPU the system gives memory for zeros only as they are written to.
-        sides = 1 if self.has_reference else 2
-        self._sums = [torch.zeros(self._shape, dtype=torch.float64, device=self.device) for _ in range(sides)]
-        self._buffer: list[tuple[Tensor, ...]] = []  # weights (B, S), and features (B, 1 + D) of each side
+        # With 1 among the features, so that a product's first row has the number of images and the sums. On the CPU
+        # the system gives memory for zeros only as they are written to.
+        shape = (1 if self._reference else 2, 1 + self.replicates, 1 + self.channels, 1 + self.channels)
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def add(self, reference: Tensor, images: Tensor, names: Sequence[str]) -> None:
         """Take in a batch.
 
         Args:
-            reference: uint8 (B, 3, H, W), on the networks' device; not looked at once `has_reference` is set.
+            reference: uint8 (B, 3, H, W), on the networks' device; not looked at after the first `finish`.
             images: uint8 (B, 3, H, W), their reconstructions.
             names: of the B images, by which they are resampled.
         """
         counts = torch.from_numpy(resampling_counts(self.seed, names, self.replicates))
-        weights = F.pad(counts, (1, 0), value=1).to(self.device, torch.float64)
-        sides = [self.features(pixels).to(self.device).double() for pixels in (images, reference)[: len(self._sums)]]
-        self._buffer.append((weights, *(F.pad(features, (1, 0), value=1.0) for features in sides)))
-        if sum(len(weights) for weights, *_ in self._buffer) >= BUFFERED_ROWS:
-            self._empty_buffer()
+        weights = F.pad(counts, (1, 0), value=1).T[:, None].to(self.device, torch.float64)  # (1 + R, 1, B)
+        for pixels, sums in zip((images, reference), self._sums, strict=False):
+            rows = F.pad(self.features(pixels).to(self.device).double(), (1, 0), value=1.0)
+            sums.baddbmm_(weights * rows.T, rows.expand(len(sums), -1, -1))
 
     def finish(self, processes: Processes) -> Estimate:
-        """Give the distance of all processes' images, in the main process; then begin with other reconstructions.
+        """Give the distance of all processes' images, in each of them; then begin with other reconstructions.
 
         The reference is kept, and its images need not be given again.
         """
-        self._empty_buffer()
-        if not self.has_reference:
-            gaussians = (self._gaussian(sums, processes) for sums in self._sums[1])
-            self._reference = [gaussian.factored() for gaussian in gaussians if processes.is_main]
-            self.has_reference = True
-        values: list[float] = []
-        for place, sums in enumerate(self._sums[0]):
-            gaussian = self._gaussian(sums, processes)
-            if processes.is_main:
-                values.append(_distance(self._reference[place], gaussian))
+        images, *reference = self._sums
+        self._reference += [self._gaussian(sums, processes).factored() for side in reference for sums in side]
+        pairs = zip(self._reference, images, strict=True)
+        value, *replicates = [_distance(known, self._gaussian(sums, processes)) for known, sums in pairs]
         self.discard()
-        if not values:
-            return Estimate(reason="told by the main process")
-        if not np.isfinite(values[0]):
+        if not np.isfinite(value):
             return Estimate(reason="a distance between sets needs at least two images")
-        return around(max(values[0], 0.0), np.asarray(values[1:]))
-
-    def _empty_buffer(self) -> None:
-        """Add up what was buffered."""
-        if self._buffer:
-            weights, *sides = (torch.cat(parts) for parts in zip(*self._buffer, strict=True))
-            self._buffer = []
-            for rows, sets in zip(sides, self._sums, strict=True):
-                for sums, weight in zip(sets, weights.T, strict=True):
-                    drawn = rows[weight > 0]
-                    sums.addmm_(drawn.T, drawn * weight[weight > 0, None])
+        return around(max(value, 0.0), np.asarray(replicates))
 
     def _gaussian(self, sums: Tensor, processes: Processes) -> "_Gaussian":
         """Put together one set's features in all processes; it can be asked for once."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.data.images import to_model_range, to_pillow
 from dc_ssdae.errors import check_names
@@ -39,11 +40,9 @@ from dc_ssdae.losses.repa import build_transformer, transformer_file
 
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIDE = 224
-INCEPTION_CHANNELS, INCEPTION_SIDE = 2048, 299
+INCEPTION_CHANNELS, INCEPTION_SIZE = 2048, (299, 299)
 PACKAGES = {"rfid": ("torch-fidelity", "'dc-ssdae[eval]'"), "dreamsim": ("dreamsim", "dreamsim")}
 """By metric, the package that it needs and may lack, and what pip installs it by."""
-SSIM_SMALLEST = {"torchmetrics": 6, "scikit-image": 7}
-"""Side in pixels that the windows need, by library."""
 NOT_ASKED = "not asked for"
 MSE = "mse"
 """Measured of every image too, for PSNRs that are pooled."""
@@ -99,28 +98,36 @@ def load_metrics(
         InputError: a name is unknown, a file is damaged or another network's, or a download failed.
     """
     check_names("metric", wanted or (), METRICS)
-    names = METRICS if wanted is None else wanted
-    suite = MetricSuite({MSE: each(mse)}, missing={name: NOT_ASKED for name in METRICS if name not in names})
-    on_pixels: dict[str, Callable[[Tensor, Tensor], float]] = {
-        "psnr": partial(psnr, highest=protocol.highest_psnr or math.inf),
-        "ssim": ssim if protocol.ssim == "torchmetrics" else scikit_ssim,
-    }
-    smallest = {"ssim": SSIM_SMALLEST[protocol.ssim], "lpips": TRUNKS[protocol.lpips][1]}
-    for name in (name for name in METRICS if name in names):
+    suite = MetricSuite({MSE: each(mse)})
+    smallest = TRUNKS[protocol.lpips][1]
+    for name in METRICS:
         package, by_pip = PACKAGES.get(name, ("torch", ""))
-        if size is not None and size < smallest.get(name, 0):
-            suite.missing[name] = f"it needs images of at least {smallest[name]} pixels; give a larger --size"
+        if wanted is not None and name not in wanted:
+            suite.missing[name] = NOT_ASKED
+        elif name == "lpips" and size is not None and size < smallest:
+            suite.missing[name] = f"it needs images of at least {smallest} pixels; give a larger --size"
         elif importlib.util.find_spec(package.replace("-", "_")) is None:
             suite.missing[name] = f"the package {package} is not installed: pip install {by_pip}"
-        elif name in on_pixels:
-            suite.images[name] = each(on_pixels[name])
+        elif name == "psnr":
+            suite.images[name] = each(partial(psnr, highest=protocol.highest_psnr or math.inf))
+        elif name == "ssim":
+            suite.images[name] = each(ssim if protocol.ssim == "torchmetrics" else scikit_ssim)
         elif name == "dreamsim":
             _load_dreamsim(suite, device)
         else:
             file, build = NETWORKS[name](protocol, dinov2)
-            path = _find_weights(suite, name, file, random_backbones, download)
-            if name in suite.missing:
+            path = weights_on_this_machine(file)
+            if path is None and download:
+                path = download_weights(file, METRICS[name].title, "leave --download out")
+            if path is None and not random_backbones:
+                suite.missing[name] = f"{file.names[0]} is not on this machine or in {FOLDER_VARIABLE}; see --download"
                 continue
+            checksum = "" if path is None else sha256(path)
+            suite.files[name] = "random weights" if path is None else f"{path.name}, SHA-256 {checksum}"
+            published = re.search(r"-([0-9a-f]{8})\.pth$", file.names[0])  # as PyTorch Hub names its files
+            if path is None or (published is not None and not checksum.startswith(published[1])):
+                what = "network has random weights" if path is None else "weights are not the published ones"
+                suite.notes[name] = f"its {what}: comparable only within this report"
             network = build(path).to(device).eval().requires_grad_(False)
             if name == "lpips":
                 suite.images[name] = network
@@ -129,52 +136,19 @@ def load_metrics(
     return suite
 
 
-def _find_weights(
-    suite: MetricSuite, name: str, file: WeightsFile, random_backbones: bool, download: bool
-) -> Path | None:
-    """Find the weights of a metric's network, and note which they are, or why there are none; None is random ones."""
-    path = weights_on_this_machine(file)
-    if path is None and download:
-        path = download_weights(file, METRICS[name].title, "leave --download out")
-    if path is not None:
-        checksum = sha256(path)
-        suite.files[name] = f"{path.name}, SHA-256 {checksum}"
-        published = re.search(r"-([0-9a-f]{8})\.pth$", file.names[0])  # as PyTorch Hub names its files
-        if published is not None and not checksum.startswith(published[1]):
-            suite.notes[name] = (
-                f"its weights are not the published ones (SHA-256 {checksum[:8]}…, not {published[1]}…): comparable "
-                "only within this report"
-            )
-    elif random_backbones:
-        suite.notes[name] = "its network has random weights: comparable only within this report"
-        suite.files[name] = "random weights"
-    else:
-        suite.missing[name] = (
-            f"weights {file.names[0]} are not on this machine; put them into the folder that {FOLDER_VARIABLE} "
-            "names, or give --download"
-        )
-    return path
-
-
 def _load_dreamsim(suite: MetricSuite, device: torch.device) -> None:
     """Load DreamSim's ensemble with its package, from a folder that has all of its files."""
-    weights = os.environ.get(FOLDER_VARIABLE)
-    folders = [*([Path(weights).expanduser() / "dreamsim"] if weights else []), Path("models")]
+    folders = [Path(os.environ.get(FOLDER_VARIABLE, "")).expanduser() / "dreamsim", Path("models")]
     folder = next((f for f in folders if all((f / name).exists() for name in DREAMSIM_FILES)), None)
     if folder is None:
-        suite.missing["dreamsim"] = (
-            f"its weights are not on this machine; let the package download them into "
-            f"{' or '.join(map(str, folders))}: dreamsim(pretrained=True, cache_dir=…)"
-        )
+        suite.missing["dreamsim"] = f"not on this machine; dreamsim(pretrained=True, cache_dir='{folders[0]}') gets it"
         return
     from dreamsim import dreamsim
 
     hub = torch.hub.get_dir()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            network, preprocess = dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
-    finally:
-        torch.hub.set_dir(hub)  # the package moves it
+    with contextlib.redirect_stdout(sys.stderr):
+        network, preprocess = dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
+    torch.hub.set_dir(hub)  # the package moves it
     suite.files["dreamsim"] = f"ensemble of {folder}"
 
     def measure(*sides: Tensor) -> Tensor:
@@ -237,12 +211,11 @@ class Inception(nn.Module):
         self.prepare = prepare
 
     def forward(self, pixels: Tensor) -> Tensor:
-        size = (INCEPTION_SIDE, INCEPTION_SIDE)
         if self.prepare == "pytorch-fid":
-            return self.layers(F.interpolate(to_model_range(pixels), size, mode="bilinear", align_corners=False))
+            return self.layers(F.interpolate(to_model_range(pixels), INCEPTION_SIZE, mode="bilinear"))
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-        resized = interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size, align_corners=False)
+        resized = interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), INCEPTION_SIZE, align_corners=False)
         return self.layers((resized - 128) / 128)
 
 
@@ -250,16 +223,12 @@ class DINOv2(nn.Module):
     """The class token of a DINOv2 of timm: uint8 (B, 3, H, W) to (B, D) float32 (Stein et al. 2023).
 
     Images are resized to 224 pixels a side: bicubic, antialiased, in floating point. Positions are resampled as the
-    authors' code does it: bicubic without antialiasing and with its offset; those of networks with registers as timm
-    does it, with antialiasing.
+    authors' code does it: bicubic without antialiasing and with its offset.
 
     Args:
-        name: timm's.
+        name: timm's; of a network without registers.
         path: of its weights; None draws random ones, the same at every start.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, name: str, path: Path | None) -> None:
         super().__init__()
@@ -267,23 +236,20 @@ class DINOv2(nn.Module):
         self.channels: int = self.transformer.embed_dim
         embeddings, (rows, columns) = self.transformer.pos_embed.detach(), self.transformer.patch_embed.grid_size
         self.transformer.set_input_size(img_size=(DINOV2_SIDE, DINOV2_SIDE))
-        if self.transformer.reg_token is None:
-            prefix, grid = embeddings.split([embeddings.shape[1] - rows * columns, rows * columns], dim=1)
-            grid = grid.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-            side = self.transformer.patch_embed.grid_size[0] + 0.1  # as in the authors' code, which passes the scale on
-            grid = F.interpolate(grid, scale_factor=(side / rows, side / columns), mode="bicubic")
-            self.transformer.pos_embed = nn.Parameter(torch.cat([prefix, grid.flatten(2).mT], dim=1))
+        prefix, grid = embeddings.split([embeddings.shape[1] - rows * columns, rows * columns], dim=1)
+        grid = grid.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        side = self.transformer.patch_embed.grid_size[0] + 0.1  # as in the authors' code, which passes the scale on
+        grid = F.interpolate(grid, scale_factor=(side / rows, side / columns), mode="bicubic")
+        self.transformer.pos_embed = nn.Parameter(torch.cat([prefix, grid.flatten(2).mT], dim=1))
         if path is None:
             for name_, scale in self.transformer.named_parameters():
                 if name_.endswith(".gamma"):  # timm starts its layer scales at 1e-5, which hides the image
                     nn.init.ones_(scale)
-        config = self.transformer.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = F.interpolate(pixels / 255.0, (DINOV2_SIDE, DINOV2_SIDE), mode="bicubic", antialias=True)
-        return self.transformer.forward_features((x - self.mean) / self.std)[:, 0]
+        config = self.transformer.pretrained_cfg
+        return self.transformer.forward_features(tvf.normalize(x, config["mean"], config["std"]))[:, 0]
 
 
 def inception_file() -> WeightsFile:

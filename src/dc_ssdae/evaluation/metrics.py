@@ -18,8 +18,7 @@ def each(metric: Callable[[Tensor, Tensor], float]) -> ImageMetric:
     """Take a metric of two images pair by pair, so that no value depends on the batch: (B,) float64."""
 
     def measure(reference: Tensor, images: Tensor) -> Tensor:
-        pairs = zip(reference, images, strict=True)
-        return torch.tensor([metric(*pair) for pair in pairs], dtype=torch.float64)
+        return torch.tensor([metric(*pair) for pair in zip(reference, images, strict=True)], dtype=torch.float64)
 
     return measure
 

@@ -98,7 +98,6 @@ def timed(run: Callable[[], T], device: torch.device, repeats: int) -> tuple[T, 
     """Run something once untimed and `repeats` times timed; gives its result and the median seconds."""
     seconds = []
     for _ in range(1 + repeats):
-        wait_for(device)
         start = time.perf_counter()
         result = run()
         wait_for(device)

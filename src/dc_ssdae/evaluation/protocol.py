@@ -4,8 +4,8 @@ Published figures differ by these choices more than by models, so a protocol has
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -14,22 +14,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from dc_ssdae.data.images import to_pillow, to_uint8
-from dc_ssdae.data.transforms import center_crop, central_part, resize_shorter_side
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.data.loader import resize_and_crop
+from dc_ssdae.data.transforms import center_crop, central_part
 from dc_ssdae.provenance import IN_TRAINING
-
-
-class Resize(NamedTuple):
-    """A way to bring an image to a square.
-
-    Args:
-        words: how, for people.
-        apply: (pixels uint8 (3, H, W), size) to (3, size, size), uint8 or, where nothing was rounded, float32, both in
-            [0, 255].
-    """
-
-    words: str
-    apply: Callable[[Tensor, int], Tensor]
 
 
 def adm_crop(pixels: Tensor, size: int) -> Tensor:
@@ -65,25 +52,14 @@ def bilinear_by_pillow(pixels: Tensor, size: int) -> Tensor:
     return tvf.pil_to_tensor(tvf.center_crop(image, [size]))
 
 
-def bicubic_on_tensors(pixels: Tensor, size: int) -> Tensor:
-    """As `adm_crop`, but with torchvision's antialiased bicubic filter alone."""
-    return center_crop(resize_shorter_side(pixels, size), size)
-
-
-RESIZES: Mapping[str, Resize] = {
-    "adm": Resize(
-        "shorter side halved by boxes while it is at least twice the size, then bicubic (Pillow, antialiased), "
-        "centre crop (the ADM crop)",
-        adm_crop,
-    ),
-    "bilinear_tensor": Resize(
-        "shorter side resized bilinearly with antialiasing on floating-point tensors (torchvision), centre crop; the "
-        "model sees it unrounded",
-        bilinear_on_tensors,
-    ),
-    "bilinear_pil": Resize("shorter side resized bilinearly (Pillow, antialiased), centre crop", bilinear_by_pillow),
-    "bicubic": Resize("shorter side resized bicubically (torchvision, antialiased), centre crop", bicubic_on_tensors),
+RESIZES: Mapping[str, tuple[Callable[[Tensor, int], Tensor], str]] = {
+    "adm": (adm_crop, "in halves by boxes, then bicubically (Pillow, antialiased; the ADM crop)"),
+    "bilinear_tensor": (bilinear_on_tensors, "bilinearly on tensors, without rounding (torchvision, antialiased)"),
+    "bilinear_pil": (bilinear_by_pillow, "bilinearly (Pillow, antialiased)"),
+    "bicubic": (resize_and_crop, "bicubically (torchvision, antialiased)"),
 }
+"""Ways to bring an image to a square, and how its shorter side is resized, in words: from (uint8 (3, H, W), size) to
+(3, size, size), uint8 or, where nothing was rounded, float32, both in [0, 255]."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +99,7 @@ class Protocol:
 
     def prepare(self, pixels: Tensor, size: int) -> Tensor:
         """Bring an image, uint8 (3, H, W), to (3, size, size), uint8 or float32, both in [0, 255]."""
-        return RESIZES[self.resize].apply(central_part(pixels), size)
+        return RESIZES[self.resize][0](central_part(pixels), size)
 
     def model_input(self, prepared: Tensor) -> Tensor:
         """Map prepared images of any shape to the model's range: float32 in [-1, 1]."""
@@ -131,9 +107,7 @@ class Protocol:
 
     def reference(self, prepared: Tensor) -> Tensor:
         """The uint8 images that metrics compare with: the prepared ones, rounded to nearest where they are not yet."""
-        if prepared.dtype == torch.uint8:
-            return prepared
-        return prepared.round().clamp(0, 255).to(torch.uint8)
+        return prepared.float().round().clamp(0, 255).to(torch.uint8)
 
     def to_uint8(self, output: Tensor) -> Tensor:
         """Turn a model's output, about [-1, 1], into uint8: clamped, then rounded or truncated.
@@ -141,16 +115,9 @@ class Protocol:
         Raises:
             InputError: it is not finite.
         """
-        if self.rounding == "round":
-            return to_uint8(output)
-        if not output.isfinite().all():
-            raise InputError("the output is not finite")
-        # As (x + 1) / 2 · 255, so that a value which stands for a whole number is one exactly, or a hair above it.
-        return output.float().clamp(-1, 1).add(1).mul(127.5).add(1e-4).floor().clamp(0, 255).to(torch.uint8)
-
-    def settings(self) -> dict[str, Any]:
-        """All fields, for a file."""
-        return asdict(self)
+        # Truncating is rounding half a level lower, less a hair, so that what stands for a whole number stays one.
+        lower = (0.5 - 1e-4) / 127.5 if self.rounding == "truncate" else 0.0
+        return to_uint8(output.float() - lower)
 
     def sentences(self, size: int) -> list[str]:
         """Say it in words.
@@ -160,16 +127,14 @@ class Protocol:
         """
         psnr = "mean over images" if self.psnr == "per_image" else "of the squared error pooled over all images"
         window = "Gaussian window of 11 pixels" if self.ssim == "torchmetrics" else "uniform window of 7 pixels"
-        network = {"alex": "AlexNet", "vgg": "VGG-16", "squeeze": "SqueezeNet 1.1"}[self.lpips]
         rounded = "rounded" if self.rounding == "round" else "truncated"
-        latent = "the posterior's mean" if self.latent == "mean" else "a sample of the posterior"
         titles = " and ".join(name.upper() for name in self.unrounded)
         apart = f"every metric but {titles}, taken of unrounded images in [-1, 1]" if titles else "every metric"
         limit = "" if self.highest_psnr is None else f", at most {self.highest_psnr:g} dB per image"
         return [
-            f"Images: {size}×{size} px, {RESIZES[self.resize].words}.",
-            f"Decoded: {latent}. Output clamped to [-1, 1] and {rounded} to uint8 before {apart}.",
-            f"PSNR: {psnr}{limit} (torchmetrics). SSIM: mean over images, {window} ({self.ssim}). LPIPS: {network}, "
+            f"Images: {size}×{size} px, the shorter side resized {RESIZES[self.resize][1]}, centre crop.",
+            f"Decoded: the posterior's {self.latent}. Output clamped to [-1, 1] and {rounded} to uint8 before {apart}.",
+            f"PSNR: {psnr}{limit} (torchmetrics). SSIM: mean over images, {window} ({self.ssim}). LPIPS: {self.lpips}, "
             "v0.1 (lpips), mean over images.",
         ]
 
@@ -187,14 +152,3 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 TRAINING = Protocol(IN_TRAINING, "bicubic")
 """Of evaluations within a training run, which are for watching it."""
-
-
-def find_protocol(name: str) -> Protocol:
-    """Look a protocol up.
-
-    Raises:
-        InputError: there is none of that name; lists them.
-    """
-    if name not in PROTOCOLS:
-        raise unknown_name("protocol", name, PROTOCOLS)
-    return PROTOCOLS[name]

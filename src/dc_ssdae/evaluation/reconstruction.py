@@ -36,11 +36,9 @@ def measure_photo(model: DCSSDAE, name: str, pixels: Tensor, repeats: int = 3) -
         pixels: uint8 (3, H, W), any size; padded by reflection and cropped back.
         repeats: timed runs of encode and of decode, after one that is not timed; the median counts.
     """
-    device = next(model.parameters()).device
-    x, size = pad_to_multiple(to_model_range(pixels)[None], model.config.downsample_factor)
-    x = x.to(device)
-    z, encode_seconds = timed(lambda: model.encode(x).latent_dist.mode(), device, repeats)
-    y, decode_seconds = timed(lambda: model.decode(z).sample, device, repeats)
+    x, size = pad_to_multiple(to_model_range(pixels)[None].to(model.device), model.config.downsample_factor)
+    z, encode_seconds = timed(lambda: model.encode(x).latent_dist.mode(), model.device, repeats)
+    y, decode_seconds = timed(lambda: model.decode(z).sample, model.device, repeats)
     reconstruction = to_uint8(crop_to(y[0], size).cpu())
     baseline, _ = bicubic_baseline(pixels, z[0].numel())
     figures = {
@@ -59,18 +57,15 @@ def bicubic_baseline(pixels: Tensor, latent_values: int) -> tuple[Tensor, tuple[
 
     Args:
         pixels: uint8 (3, H, W).
-        latent_values: c·(H/f)·(W/f) of the model to compare with; h×w keeps the image's proportions as nearly
-            as whole numbers allow and comes as close to 3·h·w = latent_values as it can.
+        latent_values: c·(H/f)·(W/f) of the model to compare with; h×w has the image's proportions, and 3·h·w is
+            about as many, as nearly as rounding both sides allows.
 
     Returns:
         The image (3, H, W) uint8, and the size (h, w) in between.
     """
     height, width = pixels.shape[-2:]
-    ideal = height * math.sqrt(latent_values / (3 * height * width))
-    size = min(
-        ((h, max(round(latent_values / (3 * h)), 1)) for h in {max(math.floor(ideal), 1), math.ceil(ideal)}),
-        key=lambda side: abs(3 * side[0] * side[1] - latent_values),
-    )
+    scale = math.sqrt(latent_values / (3 * height * width))
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
     # In floating point, because a latent's numbers are not rounded to 8 bits either.
     small = tvf.resize(pixels.float(), list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
     back = tvf.resize(small, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)

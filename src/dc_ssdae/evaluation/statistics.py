@@ -1,12 +1,11 @@
 """One pass over images, shared by processes, and the statistics of latents that such a pass gathers."""
 
-import itertools
 import math
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +19,9 @@ ACTIVE_VARIANCE = 0.01
 """Variance of a channel's mean above which it counts as active (Burda et al. 2016)."""
 
 
-class Batch(NamedTuple):
-    """Images (B, 3, S, S) on the CPU, the place of each in the data set, and whether it counts: (B,) bool.
-
-    An image does not count if it cannot be read, and is black, or if it fills up a process's share.
-    """
-
-    pixels: Tensor
-    places: list[int]
-    counts: Tensor
-
-    @classmethod
-    def of(cls, images: Sequence[ValidationImage], own: Sequence[bool]) -> "Batch":
-        """Stack images, of which some are a process's own."""
-        counts = [mine and image.broken is None for image, mine in zip(images, own, strict=True)]
-        pixels, places = zip(*((image.pixels, image.place) for image in images), strict=True)
-        return cls(torch.stack(pixels), list(places), torch.tensor(counts))
-
-
 def survey(
     images: ValidationImages,
-    work: Callable[[Batch], object],
+    work: Callable[[Sequence[ValidationImage], Tensor], object],
     batch_size: int,
     workers: int,
     processes: Processes,
@@ -52,7 +33,8 @@ def survey(
 
     Args:
         images: to read.
-        work: called with each batch; an `InputError` in one process is raised in all.
+        work: called with each batch, and whether each of its images counts, (B,) bool: not one that cannot be read,
+            which is black, or that fills up the share. An `InputError` in one process is raised in all.
         batch_size: images at a time, in each process.
         workers: processes that read images; 0 reads in this one.
         processes: that share the images.
@@ -68,16 +50,16 @@ def survey(
     places = range(processes.index, processes.count * -(-count // processes.count), processes.count)
     batches = validation_loader(images, [min(place, count - 1) for place in places], batch_size, workers)
     broken: dict[int, BrokenImage] = {}
-    enlarged = 0
+    enlarged: set[int] = set()
     for start in range(0, len(places), batch_size):
         batch = processes.together(partial(next, batches))
-        own = [place < count for place in places[start : start + batch_size]]
-        broken |= {image.place: image.broken for image in itertools.compress(batch, own) if image.broken is not None}
-        enlarged += sum(image.enlarged for image in itertools.compress(batch, own))
-        processes.together(partial(work, Batch.of(batch, own)))
+        counts = [place < count and image.broken is None for place, image in zip(places[start:], batch, strict=False)]
+        broken |= {image.place: image.broken for image in batch if image.broken is not None}
+        enlarged |= {image.place for image in batch if image.enlarged}
+        processes.together(partial(work, batch, torch.tensor(counts)))
         if advance is not None:
             advance(len(batch))
-    return dict(sorted(ChainMap(*processes.gather(broken)).items())), sum(processes.gather(enlarged))
+    return dict(sorted(ChainMap(*processes.gather(broken)).items())), len(set().union(*processes.gather(enlarged)))
 
 
 def latent_statistics(
@@ -102,8 +84,8 @@ def latent_statistics(
     """
     processes, moments = processes or Processes(), LatentMoments(channels)
 
-    def work(batch: Batch) -> None:
-        moments.add(encode(batch.pixels), batch.counts)
+    def work(batch: Sequence[ValidationImage], counts: Tensor) -> None:
+        moments.add(encode(torch.stack([image.pixels for image in batch])), counts)
 
     found = survey(images, work, batch_size, workers, processes, advance)
     return LatentMoments.from_states(torch.stack(processes.gather(moments.state()))), *found
@@ -136,47 +118,44 @@ class LatentProfile:
         return {key: finite(value) for key, value in asdict(self).items()}
 
 
+@dataclass
 class LatentProfiler:
-    """Gathers a `LatentProfile` batch by batch, in float64; merges those of several processes.
+    """What a `LatentProfile` is made of, in float64, of some latents.
 
     Args:
-        channels: c.
+        moments: of the c channels.
+        products: Σ (μ - mean)(μ - mean)ᵀ over images and places, (c, c).
+        kl: sum over images, of each channel, (c,); NaN without a variance.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.moments = LatentMoments(channels)
-        self._products = torch.zeros(channels, channels, dtype=torch.float64)  # Σ (μ - mean)(μ - mean)ᵀ
-        self._kl = torch.zeros(channels, dtype=torch.float64)  # NaN without a variance
+    moments: LatentMoments
+    products: Tensor
+    kl: Tensor
 
-    def add(self, posterior: DiagonalGaussian) -> None:
-        """Take in a batch over (B, c, h, w)."""
-        batch = LatentProfiler(posterior.mean.shape[1])
-        batch.moments.add(posterior)
-        sides = [posterior.mean, torch.nan * posterior.mean if posterior.logvar is None else posterior.logvar]
-        mean, logvar = (side.detach().cpu().double().transpose(0, 1).flatten(1) for side in sides)
-        batch._kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=1)
-        away = mean - batch.moments.mean[:, None]
-        batch._products = away @ away.T
-        self.merge(batch)
+    @classmethod
+    def of(cls, posterior: DiagonalGaussian) -> "LatentProfiler":
+        """Gather it of a batch over (B, c, h, w)."""
+        mean, *logvars = (side.detach().cpu().double().transpose(0, 1).flatten(1) for side in posterior.moments)
+        logvar = logvars[0] if logvars else torch.tensor(torch.nan)
+        moments = LatentMoments(len(mean))
+        moments.add(posterior)
+        away = mean - moments.mean[:, None]
+        return cls(moments, away @ away.T, 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=1))
 
-    def merge(self, other: "LatentProfiler") -> None:
-        """Take in what another one has gathered."""
+    def merge(self, other: "LatentProfiler") -> "LatentProfiler":
+        """Take in what another one has gathered; gives itself."""
         apart, values = other.moments.mean - self.moments.mean, (self.moments.values, other.moments.values)
         between = torch.outer(apart, apart) * (math.prod(values) / max(1, sum(values)))
         self.moments.merge(other.moments)
-        self._products = self._products + other._products + between
-        self._kl = self._kl + other._kl
+        self.products = self.products + other.products + between
+        self.kl = self.kl + other.kl
+        return self
 
     def profile(self) -> LatentProfile:
         """The profile of all latents so far, at least one."""
-        mean, std = self.moments.mean_and_std()
-        covariance = self._products / self.moments.values
+        covariance = self.products / self.moments.values
         squared = covariance.square().sum()
-        return LatentProfile(
-            mean=mean,
-            std=std,
-            kl=None if self._kl.isnan().all() else (self._kl / self.moments.images).tolist(),
-            effective_dimensions=float(covariance.trace().square() / squared) if squared > 0 else 0.0,
-            active_channels=int((covariance.diagonal() > ACTIVE_VARIANCE).sum()),
-            images=self.moments.images,
-        )
+        dimensions = float(covariance.trace().square() / squared) if squared > 0 else 0.0
+        active = int((covariance.diagonal() > ACTIVE_VARIANCE).sum())
+        kl = None if self.kl.isnan().all() else (self.kl / self.moments.images).tolist()
+        return LatentProfile(*self.moments.mean_and_std(), kl, dimensions, active, self.moments.images)

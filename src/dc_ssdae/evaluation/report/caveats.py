@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dc_ssdae.data.loader import BrokenImage, enlarged_caveat
@@ -91,7 +91,7 @@ class Report:
     def protocol_settings(self) -> dict[str, Any]:
         """The protocol, and what else figures depend on, for a file."""
         own = {"size": self.settings.size, "data": self.data, "seed": self.settings.seed, "weights": self.suite.files}
-        return {**self.settings.protocol.settings(), **own, "decoding": dict(self.decoding)}
+        return {**asdict(self.settings.protocol), **own, "decoding": dict(self.decoding)}
 
     def _json(self, content: Mapping[str, Any], **protocol: Any) -> str:
         about = {"caveats": self.caveats(), "machine": dict(self.machine), "command": self.command}
