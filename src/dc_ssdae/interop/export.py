@@ -110,6 +110,8 @@ def export_model(
     for side in size or (noise_size,):
         if side < factor * smallest or side % factor:
             raise InputError(f"{side} pixels: sides are multiples of f = {factor}, from {factor * smallest} on")
+    if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
+        raise InputError(f"{out} exists and is not an empty folder; name a new one")
     noise = default_noise(*(size or (noise_size, noise_size))).flatten()
     manifest: dict[str, Any] = {
         "format": "dc-ssdae export",
