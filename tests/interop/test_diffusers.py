@@ -65,13 +65,8 @@ OF_TWO_FRAMES = {"latents_mean": [1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0, 9.0], "late
 COSMOS = {**WIDTHS, "num_layers": 1, "latent_channels": 4, "attention_resolutions": (8,), **OF_TWO_FRAMES}
 VIT = {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "encoder_input_size": 56, "noise_tau": 0.8}
 VIT |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
-RAE = {
-    **VIT,
-    "decoder_intermediate_size": 32,
-    "scaling_factor": 0.5,
-    "latents_mean": [[[2.0]]],
-    "latents_std": [[[3.0]]],
-}
+VIT |= {"decoder_intermediate_size": 32}
+RAE = {**VIT, "scaling_factor": 0.5, "latents_mean": [[[2.0]]], "latents_std": [[[3.0]]]}
 
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "f8": ("AutoencoderKL", {**KL, **STATISTICS, "scaling_factor": 0.5}),
@@ -168,11 +163,8 @@ def as_in_pipelines(name: str, theirs: Any, z: Tensor) -> Tensor:
         statistics = theirs.latents_mean, theirs.latents_std, theirs.config.scaling_factor
         return diffusers.LTXPipeline._normalize_latents(z.unsqueeze(2), *statistics).squeeze(2)
     if name == "cosmos":
-        config = theirs.config
-        mean, std = (
-            torch.tensor(values).view(4, 2)[:, :1, None] for values in (config.latents_mean, config.latents_std)
-        )
-        return (z - mean) / std
+        first = {key: theirs.config[key][::2] for key in OF_TWO_FRAMES}
+        return normalised(z, first)
     return z if name == "rae" else normalised(z, theirs.config)
 
 
@@ -195,7 +187,7 @@ def test_any_other_encoder_is_run_as_it_is_and_stays_frozen(name: str, tmp_path:
         torch.testing.assert_close(posterior.mean, z, atol=1e-5, rtol=0.0)
         expected = as_in_pipelines(name, theirs, z)
         torch.testing.assert_close(normalised(posterior.mean, ours.config), expected, atol=1e-4, rtol=1e-5)
-        candidate = DiffusersCandidate(theirs)
+        candidate = DiffusersCandidate(theirs, name)
         decoded = candidate.decode(candidate.encode(x).posterior.mode()).images
         torch.testing.assert_close(decoded, 2 * image - 1 if name == "rae" else image)
     model = {part: ours.config[part] for part in (*HANDED_OVER["encoder"], "encoder", "decoder", "dynamics")}
@@ -260,14 +252,11 @@ def folder(saved: Path, tmp_path: Path) -> Path:
         ({"double_z": False}, "unknown setting of AutoencoderKL 'double_z'"),
         ({"layers_per_block": 10**9}, "too large"),
         ({"block_out_channels": [8, 16, 16, 10**12]}, "cannot be built with its settings"),
-        ({"norm_num_groups": 48}, "cannot be built with its settings"),
         ({"scaling_factor": "x"}, "scaling_factor is 'x'"),
         ({"latents_mean": [1.0]}, "latents_mean"),
         ({"_class_name": "DCSSDAE"}, "'DCSSDAE' is no autoencoder of diffusers"),
-        ({"_class_name": "os.system"}, "'os.system' is no autoencoder"),
         ({"_class_name": "UNet2DModel"}, "'UNet2DModel' is no autoencoder"),
         ({"_class_name": ["AutoencoderKL"]}, "is no autoencoder"),
-        ({"_class_name": None}, "None is no autoencoder"),
     ],
 )
 def test_a_config_that_is_no_encoders_is_refused(change: dict[str, Any], told: str, folder: Path) -> None:
@@ -293,12 +282,6 @@ def test_what_does_not_encode_images_is_refused(kind: str, given: dict[str, Any]
     assert told in refusal(convert, tmp_path)
 
 
-def test_an_encoder_of_one_size_says_which(tmp_path: Path) -> None:
-    make(*WRAPPED["rae"], tmp_path)
-    with pytest.raises(InputError, match="AutoencoderRAE takes images of 64×64 pixels, not 64×96"):
-        convert(tmp_path).encode(torch.zeros(1, 3, 64, 96))
-
-
 VALUES = st.sampled_from([None, True, -1, 0, 70_000, 10**30, 0.5, float("nan"), "", "x", [], [8] * 4, [[1]], {"a": 1}])
 
 
@@ -314,28 +297,18 @@ def test_no_config_raises_anything_but_an_input_error(saved: Path, places: list[
 
 def test_files_that_do_not_fit_are_told(folder: Path) -> None:
     state, name = load_file(folder / WEIGHTS), "encoder.mid_block.resnets.0.conv1.bias"
-    content = (folder / WEIGHTS).read_bytes()
     for change, told in (
-        ({name: None}, f"missing: {name}"),
         ({"encoder.another": torch.zeros(1)}, "left over: encoder.another"),
         ({name: torch.zeros(3)}, f"{name} has shape (3,)"),
         ({name: torch.full_like(state[name], torch.inf)}, f"{name} is not finite"),
     ):
-        changed = {key: tensor for key, tensor in {**state, **change}.items() if tensor is not None}
-        save_file(changed, folder / WEIGHTS)
+        save_file({**state, **change}, folder / WEIGHTS)
         assert told in refusal(convert, folder)
-    for spoilt in (content[:-100], b"\xff" + content[1:]):
-        (folder / WEIGHTS).write_bytes(spoilt)
-        assert f"{folder / WEIGHTS} is truncated, or no safetensors file" in refusal(convert, folder)
+    (folder / WEIGHTS).write_bytes(b"\xff")
+    assert f"{folder / WEIGHTS} is truncated, or no safetensors file" in refusal(convert, folder)
     for text in ("", "[1]", "{}"):
         (folder / "config.json").write_text(text)
-        assert refusal(convert, folder).startswith(f"{folder}: ")
-
-
-@pytest.fixture
-def no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever unpickles is told on, whether or not the pickle would do any harm."""
-    monkeypatch.setattr(torch, "load", lambda *given, **more: pytest.fail(f"torch.load{given}"))
+        assert refusal(convert, folder).startswith(str(folder))
 
 
 def test_the_command_that_is_told_converts_a_pickle(folder: Path) -> None:
@@ -351,48 +324,21 @@ def test_the_command_that_is_told_converts_a_pickle(folder: Path) -> None:
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
-INDICES = [
-    (None, f"{WEIGHTS}.index.json"),
-    ("fp16", f"{WEIGHTS}.index.fp16.json"),
-    ("fp16", f"{WEIGHTS}.fp16.index.json"),
-]
-"""Variant, and name of its index; diffusers once wrote the last."""
-
-
-@pytest.mark.usefixtures("no_pickles")
-@pytest.mark.parametrize(("variant", "index"), INDICES)
-def test_shards_are_loaded_by_their_index_and_none_is_a_pickle(folder: Path, variant: str | None, index: str) -> None:
-    expected = convert(folder).encoder.state_dict()
-    state = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    shards = {name: f"some-{number % 2}.safetensors" for number, name in enumerate(state)}
-    for shard in set(shards.values()):
-        save_file({name: state[name] for name in state if shards[name] == shard}, folder / shard)
-    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    found = convert(folder, variant=variant).encoder.state_dict()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
-    (folder / "some-1.safetensors").unlink()
-    assert f"{folder / 'some-1.safetensors'}: no such file" in refusal(convert, folder, variant=variant)
-    for wrong in ("w.bin", "w", "w.safetensors.pt", "../w.safetensors", 3):
-        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, wrong)}))
-        assert f"{folder / index} must name safetensors beside it" in refusal(convert, folder, variant=variant)
-    (folder / index).write_text("[]")
-    assert f"{folder / index} must name safetensors" in refusal(convert, folder, variant=variant)
-
-
 def test_a_pipeline_a_subfolder_and_a_variant(saved: Path, tmp_path: Path) -> None:
     pipeline = tmp_path / "pipeline"
     shutil.copytree(saved, pipeline / "vae")
     half = diffusers.AutoencoderKL.from_pretrained(saved, torch_dtype=torch.float16)
-    half.save_pretrained(pipeline / "half", variant="fp16")
+    half.save_pretrained(pipeline / "half", variant="fp16", max_shard_size="60KB")
     expected = convert(saved).encoder.state_dict()
     for where in ({}, {"subfolder": "vae"}, {"subfolder": "half", "variant": "fp16"}, {"subfolder": "half"}):
         found = convert(pipeline, **where).encoder.state_dict()
         assert {tensor.dtype for tensor in found.values()} == {torch.float32}
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=1e-3)
-    assert "there is no config.json, in nowhere/" in refusal(convert, pipeline, subfolder="nowhere")
+    assert "there is no config.json in nowhere/" in refusal(convert, pipeline, subfolder="nowhere")
     assert f"{STEM}.fp16.safetensors: no such file" in refusal(convert, saved, variant="fp16")
+    next((pipeline / "half").glob("*.fp16-00001-of-*.safetensors")).unlink()
+    assert "missing: " in refusal(convert, pipeline, subfolder="half")
 
 
 @pytest.fixture
@@ -408,7 +354,6 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
-@pytest.mark.usefixtures("no_pickles")
 @pytest.mark.parametrize(("where", "variant"), [("", None), ("vae", None), ("vae", "fp16")])
 def test_a_model_of_the_hub(saved: Path, snapshot: Path, where: str, variant: str | None) -> None:
     shutil.copytree(saved, snapshot / where, dirs_exist_ok=True)
@@ -417,35 +362,23 @@ def test_a_model_of_the_hub(saved: Path, snapshot: Path, where: str, variant: st
     model = convert("owner/name", variant=variant)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in convert(saved).state_dict().items())
     assert model.config.provenance["source"] == "AutoencoderKL owner/name"
-    torch.save(load_file(snapshot / where / name), snapshot / where / f"{STEM}.bin")
     (snapshot / where / name).unlink()
     told = refusal(convert, "owner/name", variant=variant)
     assert told.startswith(f"owner/name: there is no {name} on the hub")
 
 
 def test_names_that_are_no_model(tmp_path: Path, snapshot: Path) -> None:
-    for name in (
-        "no-owner/no-model",
-        "nowhere",
-        "a/b/c",
-        "a\0b/c",
-        "\ud800/x",
-        "a b/c",
-        "",
-        str(tmp_path / "model.ckpt"),
-    ):
+    for name in ("no-owner/no-model", "a/b/c", "a\0b/c", "\ud800/x", "x/\0", "", str(tmp_path / "model.ckpt")):
         assert "no such folder" in refusal(convert, name)
-    assert "there is no config.json, neither there nor in vae/" in refusal(convert, tmp_path)
+    assert "there is no config.json in it, nor in its vae/" in refusal(convert, tmp_path)
 
 
 # --- the new model ---
 
 
 def test_what_is_unsafe_in_float16_is_remarked_where_it_is_stated(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    del config["force_upcast"]
-    for stated, expected in (({"force_upcast": True}, [UNSAFE_IN_FLOAT16]), ({"force_upcast": False}, []), ({}, [])):
-        (folder / "config.json").write_text(json.dumps({**config, **stated}))
+    for stated, expected in ((True, [UNSAFE_IN_FLOAT16]), (False, []), (None, [])):
+        edit_config(folder, force_upcast=stated)
         remarks: list[str] = []
         convert(folder, remark=remarks.append)
         assert remarks == expected
@@ -500,20 +433,16 @@ def test_a_trained_decoder_joins_its_own_encoder_alone(saved: Path, tmp_path: Pa
 
 
 def test_a_wrapped_encoder_names_what_it_does_not_know() -> None:
-    for wrong, told in (
-        ({"settings": {"num_blocks": 3}}, "unknown setting of AutoencoderTiny 'num_blocks'"),
-        ({"autoencoder": "DiffusionPipeline"}, "'DiffusionPipeline' is no autoencoder of diffusers"),
-        ({"autoencoder": "os"}, "'os' is no autoencoder of diffusers"),
-    ):
-        assert told in refusal(DiffusersEncoder, 5, 8, **wrong)
+    assert "unknown setting of AutoencoderTiny 'num_blocks'" in refusal(DiffusersEncoder, settings={"num_blocks": 3})
+    assert "'os' is no autoencoder of diffusers" in refusal(DiffusersEncoder, autoencoder="os")
+    rae = DiffusersEncoder(64, 16, "AutoencoderRAE", VIT)
+    assert "AutoencoderRAE takes images of 64×64 pixels, not 64×96" in refusal(rae, torch.zeros(1, 3, 64, 96))
     encoder = DiffusersEncoder(4, 8, settings={**TAESD, "latent_channels": 5})
     assert "latent_channels is 4" in refusal(encoder, torch.zeros(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("name", ["tiny", "flux 2"])
-def test_a_wrapped_encoder_gives_the_same_latents_with_its_activations_computed_again(
-    name: str, tmp_path: Path
-) -> None:
+def test_checkpointing_changes_nothing_of_a_wrapped_encoder(name: str, tmp_path: Path) -> None:
     make(*WRAPPED[name], tmp_path)
     model, found = convert(tmp_path, decoder_size="fast"), []
     x = 2.0 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1.0

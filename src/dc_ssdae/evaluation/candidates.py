@@ -22,7 +22,6 @@ from dc_ssdae.data.images import to_model_range, to_pillow, to_uint8
 from dc_ssdae.decoding import plan_decoding
 from dc_ssdae.errors import InputError, check_names
 from dc_ssdae.interop.diffusers import (
-    autoencoder_class,
     build_autoencoder,
     find_diffusers_model,
     has_weights,
@@ -370,13 +369,12 @@ def open_candidate(
     elif value in PUBLISHED and not os.path.isdir(value):
         build = partial(find_autoencoder(value).from_config, PUBLISHED[value])
     else:
-        source = find_diffusers_model(value, f"diffusers:{value}")
+        source = find_diffusers_model(value)
         if source.config.get("_class_name") == DCSSDAE.__name__:
             return OurCandidate(load_saved_model(str(source.folder), dtype, classes), decoding)
-        autoencoder = autoencoder_class(source)
         if has_weights(source):
-            return DiffusersCandidate(load_diffusers_model(source, autoencoder, dtype), value)
-        build = partial(build_autoencoder, source, autoencoder)
+            return DiffusersCandidate(load_diffusers_model(source, dtype), value)
+        build = partial(build_autoencoder, source)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = build()

@@ -4,9 +4,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -29,11 +29,9 @@ from dc_ssdae.networks.diffusers_encoder import (
 )
 from dc_ssdae.networks.uvit_decoder import SIZES
 from dc_ssdae.provenance import name_of_path, short_name
-from dc_ssdae.weights import PICKLE_SUFFIXES, WEIGHTS, check_same_tensors, read_safetensors, shard_files
+from dc_ssdae.weights import WEIGHTS, check_same_tensors, read_safetensors
 
-UNSAFE_IN_FLOAT16 = (
-    "its authors mark it as unsafe in float16 (force_upcast in its config.json): encode in bfloat16 or float32"
-)
+UNSAFE_IN_FLOAT16 = "its authors mark it as unsafe in float16 (force_upcast): encode in bfloat16 or float32"
 """Of a published encoder whose activations may overflow."""
 
 PROBE_SIDE = 128
@@ -58,7 +56,6 @@ _KL: Rules = (
 )
 
 _DC: Rules = (
-    (r"^project_in\.conv\.", r"encoder.conv_in.conv."),
     (r"^project_in\.", r"encoder.conv_in."),
     (r"^latent_head\.", r"encoder.conv_out."),
     (r"^stages\.", r"encoder.down_blocks."),
@@ -72,38 +69,31 @@ _DC: Rules = (
     (r"\.bottleneck\.norm\.", r".conv_out.norm."),
 )
 
+_RULES: Mapping[type, Rules] = {KLEncoder: _KL, DCEncoder: _DC, DiffusersEncoder: ((r"^autoencoder\.", ""),)}
 
-@dataclass(frozen=True)
-class DiffusersSource:
+
+class DiffusersSource(NamedTuple):
     """A model that diffusers' `save_pretrained` has written.
 
     Args:
         name: the folder or hub id that the user gave.
-        label: what messages call it.
         folder: where the model lies, in the hub's cache for a hub id.
         config: its config.json.
+        is_on_the_hub: whether the name is a hub id.
     """
 
     name: str
-    label: str
     folder: Path
     config: Mapping[str, Any]
-
-    @property
-    def is_on_the_hub(self) -> bool:
-        """Whether the name is a hub id."""
-        return not os.path.isdir(self.name)
+    is_on_the_hub: bool
 
 
-def find_diffusers_model(
-    name: str, label: str, subfolder: str | None = None, variant: str | None = None
-) -> DiffusersSource:
+def find_diffusers_model(name: str, subfolder: str | None = None, variant: str | None = None) -> DiffusersSource:
     """Find a model and read its config.json, which imports nothing that it names.
 
     Args:
         name: a model's folder, a pipeline's, whose `vae/` is meant, or the id of either on the hub, of which
             config.json and safetensors are downloaded, and nothing else.
-        label: what messages call it.
         subfolder: where in it the model lies; None looks at the top, then in `vae/`.
         variant: of the weight files to download, such as "fp16".
 
@@ -111,97 +101,73 @@ def find_diffusers_model(
         InputError: there is no config.json, or it is no JSON object.
     """
     is_folder = os.path.isdir(name)
-    if not (is_folder or (may_be_on_the_hub(name) and name.isprintable())):
+    if not is_folder and not may_be_on_the_hub(name):
         raise InputError(f"{name!r}: no such folder, nor the id of a model on the hub")
     for place in ("", "vae") if subfolder is None else (subfolder,):
         folder = Path(name, place) if is_folder else fetch_model(name, place, variant)
         if (folder / "config.json").exists():
-            with prefixed(label):
-                return DiffusersSource(name, label, folder, read_config(folder))
-    where = "neither there nor in vae/" if subfolder is None else f"in {subfolder}/"
-    raise InputError(f"{label}: there is no config.json, {where}")
-
-
-def autoencoder_class(source: DiffusersSource) -> Any:
-    """Find the class of diffusers that a config.json names.
-
-    Raises:
-        InputError: it names something else.
-    """
-    with prefixed(source.label):
-        return find_autoencoder(source.config.get("_class_name"))
+            return DiffusersSource(name, folder, read_config(folder), not is_folder)
+    raise InputError(f"{name}: there is no config.json in {subfolder or 'it, nor in its vae'}/")
 
 
 def has_weights(source: DiffusersSource) -> bool:
     """Whether there are weights beside the config, of whatever format; a model on the hub is taken to have some."""
-    return source.is_on_the_hub or any(
-        any(source.folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".index.json", *PICKLE_SUFFIXES)
-    )
+    return source.is_on_the_hub or any(source.folder.glob(f"{WEIGHTS}*"))
 
 
-def build_autoencoder(source: DiffusersSource, kind: Any) -> Any:
-    """Build a class of diffusers with random weights, in eval mode.
+def build_autoencoder(source: DiffusersSource) -> Any:
+    """Build a model with random weights, in eval mode.
 
     Args:
         source: as `find_diffusers_model` gives it.
-        kind: the class, as `autoencoder_class` gives it.
 
     Raises:
-        InputError: a setting is unknown, or the settings make no model, or one larger than any autoencoder.
+        InputError: its config.json names no autoencoder of diffusers; a setting is unknown; or the settings make no
+            model, or one larger than any autoencoder.
     """
-    with prefixed(source.label):
+    with prefixed(source.name):
+        kind = find_autoencoder(source.config.get("_class_name"))
         settings = constructor_settings(kind, source.config)
-        model = ResolvedPart(kind, {"class_path": kind.__name__}, settings).build()
-    model.register_to_config(_name_or_path=source.name)
-    return model.eval()
+        return ResolvedPart(kind, {"class_path": kind.__name__}, settings).build().eval()
 
 
 def load_diffusers_model(
-    source: DiffusersSource, kind: Any, dtype: torch.dtype = torch.float32, variant: str | None = None
+    source: DiffusersSource, dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> Any:
     """Load a model onto the CPU, in eval mode; strict where diffusers is lenient, and never from a pickle.
 
     Args:
         source: as `find_diffusers_model` gives it.
-        kind: the class, as `autoencoder_class` gives it.
         dtype: of the weights.
         variant: which of several files, such as "fp16"; None takes the one without, or the only one.
 
     Raises:
-        InputError: there are no safetensors, or they are damaged or do not fit the config; names the tensor.
+        InputError: as `build_autoencoder`; or there are no safetensors, or they are damaged or do not fit the config;
+            names the tensor.
     """
     with init_empty_weights():
-        model = build_autoencoder(source, kind)
+        model = build_autoencoder(source)
     expected = model.state_dict()
-    with prefixed(source.label):
+    with prefixed(source.name):
         given = read_safetensors(*_weight_files(source, variant))
         model._fix_state_dict_keys_on_load(given)  # which knows what old files call the parts of attention
-        passed_over = "|".join(kind._keys_to_ignore_on_load_unexpected or ["^$"])
+        passed_over = "|".join(model._keys_to_ignore_on_load_unexpected or ["^$"])
         given = {name: tensor for name, tensor in given.items() if name in expected or not re.search(passed_over, name)}
-        check_same_tensors(f"what is loaded as {kind.__name__}", expected, given)
+        check_same_tensors(f"what is loaded as {type(model).__name__}", expected, given)
     model.load_state_dict(given, assign=True)
     # Not model.to, with which diffusers warns of modules to be kept in float32.
     return nn.Module.to(model, dtype)
 
 
 def _weight_files(source: DiffusersSource, variant: str | None) -> list[Path]:
-    """The safetensors of a variant, by their index if there is one."""
-    folder = source.folder
-    found = list(weight_files(folder))
+    """The safetensors of a variant; None means those without one, or the only ones."""
+    found = weight_files(source.folder)
     if variant is None and len(found) == 1:
-        variant = found[0]
-    end = f".{variant}" if variant else ""
-    # The second is how diffusers once called it.
-    for name in (f"{WEIGHTS}.safetensors.index{end}.json", f"{WEIGHTS}.safetensors{end}.index.json"):
-        if (folder / name).is_file():
-            return shard_files(folder / name)
-    single = folder / f"{WEIGHTS}{end}.safetensors"
-    if source.is_on_the_hub and not single.is_file():
-        advice = "if it has a pickle alone, hf download it and name the folder, to be told how to convert it"
-        raise InputError(
-            f"there is no {single.name} on the hub, or out of reach it was not downloaded before; {advice}"
-        )
-    return [single]
+        variant = next(iter(found))
+    name = f"{WEIGHTS}.{variant}.safetensors" if variant else f"{WEIGHTS}.safetensors"
+    if source.is_on_the_hub and variant not in found:
+        raise InputError(f"there is no {name} on the hub, or in the cache; a pickle can be fetched with hf download")
+    return found.get(variant, [source.folder / name])
 
 
 def message_of(error: BaseException) -> str:
@@ -210,18 +176,9 @@ def message_of(error: BaseException) -> str:
 
 
 def diffusers_names(encoder: nn.Module) -> dict[str, list[str]]:
-    """Map every tensor name of one of our encoders to the names of diffusers' tensors that make it up, in order.
-
-    Raises:
-        InputError: it is an encoder that diffusers does not have.
-    """
-    if isinstance(encoder, DiffusersEncoder):
-        return {ours: [ours.removeprefix("autoencoder.")] for ours in encoder.state_dict()}
-    if not isinstance(encoder, KLEncoder | DCEncoder):
-        raise InputError(f"diffusers has no encoder like a {type(encoder).__name__}")
-    rules = _KL if isinstance(encoder, KLEncoder) else _DC
+    """Map every tensor name of one of our encoders to the names of diffusers' tensors that make it up, in order."""
     joined = ".attention.query_key_value."
-    names = {ours: rewrite(ours, rules) for ours in encoder.state_dict()}
+    names = {ours: rewrite(ours, _RULES[type(encoder)]) for ours in encoder.state_dict()}
     return {
         ours: [theirs.replace(joined, f".attn.to_{part}.") for part in "qkv"] if joined in theirs else [theirs]
         for ours, theirs in names.items()
@@ -240,21 +197,16 @@ def convert_tensors(encoder: nn.Module, theirs: Mapping[str, Tensor]) -> dict[st
         What `encoder.load_state_dict` takes.
 
     Raises:
-        InputError: a tensor is missing, left over, of another size, or not finite; names it.
+        InputError: a tensor is not finite, missing, or of another size; names it.
     """
     if isinstance(encoder, KLEncoder) and "quant_conv.weight" not in theirs:
         width = len(encoder.state_dict()["latent_head.3.bias"])
         theirs = {**theirs, "quant_conv.weight": torch.eye(width), "quant_conv.bias": torch.zeros(width)}
-    names = diffusers_names(encoder)
-    needed = {name for parts in names.values() for name in parts}
-    given = {name for name in theirs if name in needed or name.startswith(("encoder.", "quant_conv."))}
-    if odd := needed ^ given:
-        raise InputError(f"{type(encoder).__name__} and the autoencoder do not both have {min(odd)}")
-    state = {}
+    state, names = {}, diffusers_names(encoder)
     for ours, value in encoder.state_dict().items():
-        joined = torch.cat([theirs[name].flatten() for name in names[ours]])
+        joined = torch.cat([theirs.get(name, torch.empty(0)).flatten() for name in names[ours]])
         if joined.numel() != value.numel() or not joined.isfinite().all():
-            raise InputError(f"{names[ours][0]} is not finite, or does not fit {tuple(value.shape)}")
+            raise InputError(f"{names[ours][0]} is not finite, missing, or does not fit {tuple(value.shape)}")
         state[ours] = joined.view(value.shape)  # linear layers of theirs are 1×1 convolutions of ours
     return state
 
@@ -267,8 +219,8 @@ def latent_settings(autoencoder: Any, channels: int) -> dict[str, Any]:
         channels: c.
     """
     config, state = autoencoder.config, autoencoder.state_dict()
-    settings = {name: config.get(name) for name in NOT_MEASURED}
-    settings = {name: NOT_MEASURED[name] if value is None else value for name, value in settings.items()}
+    known = {name: config[name] for name in NOT_MEASURED if config.get(name) is not None}
+    settings: dict[str, Any] = {**NOT_MEASURED, **known}
     if hasattr(autoencoder, "_normalize_latents"):  # AutoencoderRAE, whose latents come normalised
         return {**NOT_MEASURED, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
     if "bn.running_mean" in state:  # AutoencoderKLFlux2, which normalises each of the 2×2 places of a block for itself
@@ -320,16 +272,17 @@ def convert_diffusers(
         InputError: there is no such model, its files are damaged, or it does not encode images; or the decoder belongs
             to another one.
     """
-    source = find_diffusers_model(name, name, subfolder, variant)
-    theirs = load_diffusers_model(source, autoencoder_class(source), variant=variant)
+    source = find_diffusers_model(name, subfolder, variant)
+    theirs = load_diffusers_model(source, variant=variant)
+    origin = name if source.is_on_the_hub else name_of_path(name) or ""
     folder = None if decoder is None else model_folder(decoder)
     given = _new_parts(decoder_size, dynamics) if folder is None else read_config(folder)
     parts = {part: given.get(part) for part in ("decoder", "dynamics", "provenance")}
-    parts["provenance"] = {**(parts["provenance"] or {}), "source": _origin(source)}
-    with prefixed(source.label):
+    parts["provenance"] = {**(parts["provenance"] or {}), "source": short_name(f"{type(theirs).__name__} {origin}")}
+    with prefixed(name):
         model = _join(theirs, parts, seed, wrap, remark)
     if folder is not None:
-        _load_decoder(model, folder, source.name)
+        _load_decoder(model, folder, name)
     # Stated, and not the class's default, which is true: of most models nobody has asked the question.
     if source.config.get("force_upcast") is True:
         remark(UNSAFE_IN_FLOAT16)
@@ -383,23 +336,15 @@ def _load_decoder(model: DCSSDAE, folder: Path, source: str) -> None:
     """Give the model the decoder of a saved one, whose file may lack the encoder but for what tells it from others."""
     given = read_safetensors(*next(iter(weight_files(folder).values()), [folder / f"{WEIGHTS}.safetensors"]))
     config, expected = read_config(folder), model.state_dict()
-    of_encoder = {name: given.pop(name) for name in [*given] if name.startswith("encoder.")}
+    of_encoder = {name: given.pop(name) for name in expected if name.startswith("encoder.") and name in given}
     differing = [name for name in (*HANDED_OVER["encoder"], "encoder") if config.get(name) != model.config[name]]
-    for name, tensor in of_encoder.items():
-        if name not in expected or not torch.equal(tensor, expected[name].to(tensor.dtype)):
-            differing.append(name)
+    differing += [name for name, value in of_encoder.items() if not torch.equal(value, expected[name].to(value.dtype))]
     if differing or not of_encoder:
         reason = f"{differing[0]} differs" if differing else "its file must keep a tensor of it, to be compared"
         raise InputError(f"{folder}: its decoder must have been trained on the encoder of {source}; {reason}")
     wanted = {name: tensor for name, tensor in expected.items() if not name.startswith("encoder.")}
     check_same_tensors(f"the decoder of {folder}", wanted, given)
     model.load_state_dict(given, strict=False)
-
-
-def _origin(source: DiffusersSource) -> str:
-    name = short_name(source.name) if source.is_on_the_hub else name_of_path(source.name)
-    kind = source.config["_class_name"]
-    return f"{kind} {name}" if name else kind
 
 
 def _kl_encoder(config: Any) -> dict[str, Any]:
@@ -435,8 +380,5 @@ def _dc_encoder(config: Any) -> dict[str, Any]:
     return {"class_path": "DCEncoder", "init_args": settings}
 
 
-OWN_ENCODERS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
-    "AutoencoderKL": _kl_encoder,
-    "AutoencoderDC": _dc_encoder,
-}
+OWN_ENCODERS = {"AutoencoderKL": _kl_encoder, "AutoencoderDC": _dc_encoder}
 """Of classes of diffusers whose encoders this package has too: from the config to class and settings of ours."""

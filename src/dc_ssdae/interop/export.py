@@ -8,9 +8,10 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors.torch import save
@@ -23,7 +24,7 @@ from dc_ssdae.components import COMPONENTS
 from dc_ssdae.decoding import default_noise
 from dc_ssdae.dynamics import Dynamics
 from dc_ssdae.dynamics.corruption import predict
-from dc_ssdae.errors import InputError, unknown_name
+from dc_ssdae.errors import InputError, check_names
 from dc_ssdae.files import folder_beside, naming
 from dc_ssdae.model_folder import NOT_MEASURED
 from dc_ssdae.networks.attention import DENSE_TOKENS
@@ -35,7 +36,6 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 MANIFEST = "export.json"
 NOISE_FILE = "noise.safetensors"
-DEFAULT_NOISE_SIZE = 1024
 
 SMALLEST_SIDE = 2
 """In latents, of a program for any size: torch.export takes a side of 1 for a constant."""
@@ -44,8 +44,7 @@ Shape = list[int | str]
 """Of a tensor in a program: numbers, and words such as batch, h and 8*h for sides that vary."""
 
 
-@dataclass(frozen=True)
-class ExportedPart:
+class ExportedPart(NamedTuple):
     """An exported encoder or decoder.
 
     Args:
@@ -61,8 +60,7 @@ class ExportedPart:
     largest_difference: float
 
 
-@dataclass(frozen=True)
-class Export:
+class Export(NamedTuple):
     """What `export_model` wrote: its parts, and the names of all files."""
 
     encoder: ExportedPart
@@ -76,7 +74,7 @@ def export_model(
     format: Format = "pt2",
     size: tuple[int, int] | None = None,
     bake_noise: bool = False,
-    noise_size: int = DEFAULT_NOISE_SIZE,
+    noise_size: int = 1024,
     overwrite: bool = False,
 ) -> Export:
     """Write a model's encoder and one-step decoder as programs, and compare what was written with the model.
@@ -85,7 +83,7 @@ def export_model(
     decoder takes z (B, c, h, w) and noise (B, 3, H, W) and gives the image (B, 3, H, W) of `decode(z, noise=noise)`.
 
     Args:
-        model: in eval mode, on the device that pt2 programs are to run on; on the CPU for ONNX.
+        model: on the device that pt2 programs are to run on, or of float32 on the CPU for ONNX; it is put in eval mode.
         out: folder to make, absent or empty; it is written whole or not at all.
         format: "pt2", which `torch.export.load` and AOTInductor read, or "onnx".
         size: H and W in pixels, multiples of f, to fix; None leaves them open, from 2 f on.
@@ -99,11 +97,22 @@ def export_model(
             model by more than `TOLERANCES`.
         OSError: the folder cannot be written.
     """
-    _check_settings(model, format, size, noise_size, bake_noise)
+    config, factor = model.config, model.config.downsample_factor
+    check_names("format", [format], get_args(Format))
+    if getattr(model.dynamics, "explicit_energy", None):
+        raise InputError("no exported program takes the gradient of an explicit energy, which is this model's field")
+    lacking = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if format == "onnx" and lacking:
+        raise InputError(f"ONNX needs {lacking[0]}: pip install 'dc-ssdae[onnx]'")
+    smallest = 1 if size else SMALLEST_SIDE
+    if bake_noise and not size:
+        smallest = max(_sides_for_any_size(factor))  # tracing takes as much noise from the program as its images have
+    for side in size or (noise_size,):
+        if side < factor * smallest or side % factor:
+            raise InputError(f"{side} pixels: sides are multiples of f = {factor}, from {factor * smallest} on")
     if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not an empty folder; name a new one")
     noise = default_noise(*(size or (noise_size, noise_size))).flatten()
-    config, free = model.config, {"min": SMALLEST_SIDE}
     manifest: dict[str, Any] = {
         "format": "dc-ssdae export",
         "format_version": 1,
@@ -116,10 +125,9 @@ def export_model(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "image_range": [-1, 1],
-        "ranges": {"batch": {"min": 1}, **({} if size else {"h": free, "w": free})},
+        "ranges": {"batch": {"min": 1}, **({} if size else {key: {"min": SMALLEST_SIDE} for key in "hw"})},
         "default_noise": {"pixels": noise.numel() // 3, **({} if bake_noise else {"file": NOISE_FILE})},
     }
-    factor = config.downsample_factor
     image: Shape = ["batch", 3, *(size or (f"{factor}*h", f"{factor}*w"))]
     latent: Shape = ["batch", config.latent_channels, *([side // factor for side in size] if size else ("h", "w"))]
     with folder_beside(out) as beside:
@@ -133,7 +141,7 @@ def export_model(
         if not bake_noise:
             # Not save_file, whose files only their owner can read.
             (beside / NOISE_FILE).write_bytes(save({"noise": noise}, {"dc_ssdae_version": __version__}))
-        manifest |= {name: asdict(part) for name, part in parts.items()}
+        manifest |= {name: part._asdict() for name, part in parts.items()}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         files = sorted(path.name for path in beside.iterdir())
         if overwrite and out.is_dir():
@@ -142,32 +150,6 @@ def export_model(
         else:
             beside.rename(out)  # which may be an empty folder
     return Export(**parts, files=files)
-
-
-def _check_settings(
-    model: DCSSDAE, format: str, size: tuple[int, int] | None, noise_size: int, bake_noise: bool
-) -> None:
-    if format not in get_args(Format):
-        raise unknown_name("format", format, get_args(Format))
-    factor, smallest = model.config.downsample_factor, 1
-    if size is None:
-        # Tracing takes as much noise from the program as its images have.
-        smallest = max(_sides_for_any_size(factor)) if bake_noise else SMALLEST_SIDE
-    for side in size or (noise_size,):
-        if side < factor * smallest or side % factor:
-            needed = f"{'noise_size' if size is None else 'size'} needs multiples of f = {factor}"
-            raise InputError(f"{side} pixels: {needed}, from {factor * smallest} on")
-    if getattr(model.dynamics, "explicit_energy", None):
-        raise InputError("no exported program takes the gradient of an explicit energy, which is this model's field")
-    if model.training:
-        raise InputError("the model is in training mode; call model.eval() before it is exported")
-    if format == "onnx" and (model.dtype != torch.float32 or model.device.type != "cpu"):
-        raise InputError(f"ONNX is written from float32 on the CPU, and not from {model.dtype} on {model.device}")
-    try:
-        for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
-            importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"ONNX needs pip install 'dc-ssdae[onnx]' ({error})") from error
 
 
 class _Encoder(nn.Module):
@@ -206,8 +188,7 @@ class _Decoder(nn.Module):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         if noise is None:
             height, width = z.shape[2] * self.factor, z.shape[3] * self.factor
-            own = self.noise.narrow(0, 0, 3 * height * width).view(1, 3, height, width)
-            noise = own.expand(z.shape[0], -1, -1, -1)
+            noise = self.noise.narrow(0, 0, 3 * height * width).view(1, 3, height, width).expand(z.shape[0], -1, -1, -1)
         level = torch.full((z.shape[0],), self.dynamics.noise_level, device=z.device)
         time = level if self.dynamics.conditions_on_time else None
         prediction = predict(self.dynamics, lambda y: self.network(y.to(z.dtype), z, time).float(), noise)
@@ -259,9 +240,7 @@ class _Exporter:
             differences = [_difference(run(*values), self._expected(part, *values)) for values in given]
         difference = float(torch.stack(differences).max())
         if not difference <= TOLERANCES.get(self.model.dtype, 1e-4):
-            raise InputError(
-                f"the exported {part} {kind} differs by {difference:.2g} from the model: nothing is written"
-            )
+            raise InputError(f"the exported {part} {kind} differs by {difference:.2g} from the model")
         return ExportedPart(path.name, inputs, outputs, difference)
 
     def _values(self, inputs: dict[str, Shape], *sizes: int) -> tuple[Tensor, ...]:
@@ -298,9 +277,8 @@ class _Exporter:
                 path.write_bytes(content.getbuffer())
             return
         free = self._dynamic_shapes(inputs)
-        written = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False, dynamic_shapes=free)
-        assert written is not None
-        graph: Any = written.model.graph
+        written: Any = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False, dynamic_shapes=free)
+        graph = written.model.graph
         for tensor in (tensor for node in graph for tensor in node.outputs if tensor.name in (*inputs, *outputs)):
             tensor.name = f"{tensor.name}_within"  # such as a mean inside of a norm
         described = [*inputs.items(), *outputs.items()]

@@ -16,7 +16,6 @@ from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.errors import InputError, prefixed
 from dc_ssdae.networks import DCEncoder, KLEncoder, UViTDecoder
 from dc_ssdae.networks.dc_encoder import EfficientViTBlock
-from dc_ssdae.presets import DEFAULT_CLASSES, load_preset
 from dc_ssdae.provenance import short_name
 from dc_ssdae.weights import check_same_tensors, read_safetensors
 
@@ -56,8 +55,7 @@ _DECODER: Rules = (
     (r"\.time_scale_shift\.", r".time_emb_proj."),
     (r"\.shortcut\.", r".conv_shortcut."),
     (r"^middle\.blocks\.(\d+)\.", r"mid_block.transformer_blocks.\1."),
-    (r"^middle\.project_(in|out)\.", r"mid_block.proj_\1."),
-    (r"^middle\.norm\.", r"mid_block.norm."),
+    (r"^middle\.(norm|proj)(?:ect)?", r"mid_block.\1"),
     (r"\.shift_scale\.", r".norm1.linear."),
     (r"\.attention\.(q|k|v)(?:uery|ey|alue)\.", r".attn1.to_\1."),
     (r"\.attention\.out\.", r".attn1.out_proj."),
@@ -84,19 +82,15 @@ def original_names(module: nn.Module) -> dict[str, str]:
         InputError: the network has a part that the original code's names are not known for.
     """
     if isinstance(module, DCSSDAE):
-        parts = {"encoder": module.encoder, "decoder": module.decoder}
         return {
             f"{part}.{ours}": f"{part}.{theirs}"
-            for part, network in parts.items()
-            for ours, theirs in original_names(network).items()
+            for part in ("encoder", "decoder")
+            for ours, theirs in original_names(getattr(module, part)).items()
         }
     rules = next((rules for kind, rules in _RULES.items() if isinstance(module, kind)), None)
-    is_new = any(
-        isinstance(part, EfficientViTBlock) or getattr(part, "out_shortcut", False) for part in module.modules()
-    )
-    if rules is None or is_new:
-        known = "; of a DCEncoder, those of ResBlock stages without an output shortcut are" if is_new else ""
-        raise InputError(f"the original code's names for this {type(module).__name__} are not known{known}")
+    has_shortcut = getattr(module, "out_shortcut", False)
+    if rules is None or has_shortcut or any(isinstance(part, EfficientViTBlock) for part in module.modules()):
+        raise InputError(f"the original code has no {type(module).__name__} like this one")
     return {name: rewrite(name, rules) for name in module.state_dict()}
 
 
@@ -121,9 +115,9 @@ def settings_shown_by(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]
         Settings by part, as `DCSSDAE.from_preset` takes them.
     """
     settings: dict[str, dict[str, Any]] = {}
-    if any(name.startswith(("encoder.project_in.", "encoder.stages.")) for name in tensors):
-        has_norm = any(re.search(r"^encoder\..*\.norm\.weight$", name) for name in tensors)
-        settings["encoder"] = {"norm": "rms_norm" if has_norm else "none"}
+    is_deep_compression = any(name.startswith(("encoder.project_in.", "encoder.stages.")) for name in tensors)
+    if is_deep_compression and not any(re.search(r"^encoder\..*\.norm\.weight$", name) for name in tensors):
+        settings["encoder"] = {"norm": "none"}
     for name, tensor in tensors.items():
         if name.endswith("relative_bias_table") and tensor.ndim == 3:
             settings.setdefault("decoder", {"window_radius": (len(tensor) - 1) // 2})
@@ -143,14 +137,10 @@ def convert_original(checkpoint: Path, preset: str) -> DCSSDAE:
     Raises:
         InputError: the file cannot be read, or its tensors are not exactly the preset's.
     """
-    class_name = (load_preset(preset)["model"].get("encoder") or {}).get("class_path", DEFAULT_CLASSES["encoder"])
+    provenance = {"source": short_name(f"a checkpoint of the original code, {checkpoint.name}"), "preset": preset}
     tensors = read_safetensors(checkpoint)
-    settings = settings_shown_by(tensors)
-    if class_name != "DCEncoder":
-        settings.pop("encoder", None)  # of another encoder's checkpoint; the names below tell what does not fit
-    source = short_name(f"a checkpoint of the original code, {checkpoint.name}")
-    with torch.device("meta"):
-        model = DCSSDAE.from_preset(preset, provenance={"source": source, "preset": preset}, **settings)
     with prefixed(f"{checkpoint}, preset {preset!r}"):
+        with torch.device("meta"):
+            model = DCSSDAE.from_preset(preset, provenance=provenance, **settings_shown_by(tensors))
         model.load_state_dict(rename_tensors(model, tensors), assign=True)
     return model.eval()
