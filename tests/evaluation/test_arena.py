@@ -211,12 +211,6 @@ def test_those_that_fail_say_why_and_harm_no_other(alone: dict[str, Entry]) -> N
         assert all(torch.equal(entry.shown[place].output, image.output) for place, image in expected.shown.items())
 
 
-def test_an_interrupt_ends_everything() -> None:
-    mine = PythonCandidate(raising(KeyboardInterrupt(), QUALITY_CALLS + 1), "mine")
-    with pytest.raises(KeyboardInterrupt):
-        compete({"mine": mine, **good()}, report=lambda *words: pytest.fail("told"))
-
-
 class Moved(PythonCandidate):
     """Notes which candidates are on the device, and which are there when one works."""
 

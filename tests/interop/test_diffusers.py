@@ -195,7 +195,7 @@ def test_any_other_encoder_is_run_as_it_is_and_stays_frozen(name: str, tmp_path:
         torch.testing.assert_close(posterior.mean, z, atol=1e-5, rtol=0.0)
         expected = as_in_pipelines(name, theirs, z)
         torch.testing.assert_close(normalised(posterior.mean, ours.config), expected, atol=1e-4, rtol=1e-5)
-        candidate = DiffusersCandidate(theirs)
+        candidate = DiffusersCandidate(theirs, name)
         decoded = candidate.decode(candidate.encode(x).posterior.mode()).images
         torch.testing.assert_close(decoded, 2 * image - 1 if name == "rae" else image)
     model = {part: ours.config[part] for part in (*HANDED_OVER["encoder"], "encoder", "decoder", "dynamics")}
