@@ -30,7 +30,7 @@ from dc_ssdae.data.sources import open_sources
 from dc_ssdae.decoding import DESCENTS, INTEGRATORS, ONE_STEP, SAMPLERS, DecoderOutput, Divergence, plan_decoding
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, check_names, counted
-from dc_ssdae.evaluation.candidates import name_apart, parse_candidate
+from dc_ssdae.evaluation.candidates import parse_candidates
 from dc_ssdae.evaluation.curves import save_picture
 from dc_ssdae.evaluation.metrics import each, psnr, ssim
 from dc_ssdae.evaluation.profile import wait_for
@@ -436,7 +436,7 @@ def run(options: Options) -> None:
     check_outputs(options, [options.out / name for name in FILES])
     given = options.given("steps", "samplers", "momenta", "tolerances", "descents")
     grid = Grid(step_sizes=[_step_size(text) for text in options.step_sizes], **given)
-    specs = name_apart([parse_candidate(text) for text in (options.baseline, options.model) if text is not None])
+    specs = parse_candidates([text for text in (options.baseline, options.model) if text is not None])
     models = {spec.label: load_model(replace(options, model=spec.value)) for spec in specs}
     device = models[specs[0].label].device
     lpips, notes = _lpips(options.lpips, device)

@@ -1,8 +1,9 @@
 """Made-up results for reports, with names of all kinds, and a reader of pages."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from dc_ssdae.evaluation.protocol import PROTOCOLS
 from dc_ssdae.evaluation.report.arena import ArenaReport
 from dc_ssdae.evaluation.report.evaluation import EvaluationReport
 from dc_ssdae.evaluation.statistics import LatentProfile
-from dc_ssdae.timing import Spread
 
 SIDE = 32
 NAMES = (
@@ -79,9 +79,17 @@ def entry_of(label: str, noise: float = 20.0, more: Mapping[str, float] | None =
     """A model that finished."""
     values = {"psnr": 30.0 - noise, "ssim": 0.5, "lpips": 0.01 * noise, "rfid": noise, **(more or {})}
     evaluation = evaluation_of(values, latent_shape=given.pop("shape", None))
-    speed = Spread(1000.0 * noise, 900.0 * noise, 1100.0 * noise)
-    known: dict[str, Any] = {"encode": speed, "decode": speed, "memory": 3 * 2**20, "batch": 4}
-    return Entry(label, evaluation=evaluation, shown=shown_of(noise), **{**known, **given})
+    speed = Estimate(1000.0 * noise, 900.0 * noise, 1100.0 * noise)
+    known: dict[str, Any] = {"encode": speed, "decode": speed, "memory": 3 * 2**20}
+    candidate = candidate_of(
+        **{name: given.pop(name) for name in ("remarks", "parameters", "is_baseline") & given.keys()}
+    )
+    return Entry(label, candidate, evaluation=evaluation, shown=shown_of(noise), **{**known, **given})
+
+
+def candidate_of(remarks: Sequence[str] = (), parameters: int | None = None, is_baseline: bool = False) -> Any:
+    """What a report asks a candidate."""
+    return SimpleNamespace(remarks=[*remarks], is_baseline=is_baseline, count_parameters=lambda: parameters)
 
 
 def entries() -> list[Entry]:
@@ -89,10 +97,10 @@ def entries() -> list[Entry]:
     return [
         entry_of("ours", 10.0, {KL: 500.0, EVALUATIONS: 1.0}, shape=(16, 8, 8), parameters=2_500_000),
         entry_of(STRANGE, 15.0, shape=(4, 8, 8)),
-        Entry(FAILED, failed=f"ZeroDivisionError: {FAR}"),
+        Entry(FAILED, candidate_of(), failed=f"ZeroDivisionError: {FAR}"),
         entry_of("random", 60.0, remarks=[RANDOM_WEIGHTS], shape=(64, 8)),
         entry_of("jpeg:50", 20.0, {BITS: 1.5}, remarks=["codec"], is_baseline=True),
-        entry_of("lossless", 0.0, {"psnr": float("inf")}, splits=False, encode=None),
+        entry_of("lossless", 0.0, {"psnr": float("inf")}, encode=None, decode=Estimate(9.0, note="all")),
     ]
 
 

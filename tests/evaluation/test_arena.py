@@ -167,9 +167,10 @@ def failing() -> dict[str, tuple[Reconstruct, str]]:
 
 def compete(candidates: Mapping[str, Candidate], source: Source | None = None, **given: Any) -> list[Entry]:
     settings = EvaluationSettings(PROTOCOLS["dcae"], SIDE, BATCH)
-    images = settings.images(source or Source())
-    options = {"device": CPU, "rounds": ROUNDS, "show": SHOW, **given}
-    return run_arena(candidates, images, suite(), settings, **options)
+    entries = [Entry(label, candidate) for label, candidate in candidates.items()]
+    options = {"rounds": ROUNDS, "show": SHOW, "advance": bool, "report": lambda *words: None, "device": CPU, **given}
+    run_arena(entries, settings.images(source or Source()), suite(), settings, **options)
+    return entries
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_those_that_fail_say_why_and_harm_no_other(alone: dict[str, Entry]) -> N
     assert done[-3:] == [4, 4, 3]
     for entry in entries:
         if entry.label in bad:
-            assert (entry.encode, entry.decode) == (None, None)
+            assert (entry.evaluation, entry.encode, entry.decode, entry.tokens, entry.shown) == (*[None] * 4, {})
             continue
         expected = alone[entry.label]
         assert entry.evaluation is not None
@@ -206,70 +207,46 @@ def test_those_that_fail_say_why_and_harm_no_other(alone: dict[str, Entry]) -> N
         assert entry.evaluation.metrics["rfid"].low is not None
         for name, values in expected.evaluation.values.items():
             np.testing.assert_array_equal(entry.evaluation.values[name], values)
-        assert (entry.latent_shape, entry.batch) == (expected.latent_shape, BATCH)
         assert entry.shown.keys() == expected.shown.keys()
         assert all(torch.equal(entry.shown[place].output, image.output) for place, image in expected.shown.items())
 
 
-def test_all_may_fail_and_what_is_known_of_them_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    for debug in (False, True):
-        module = Network()
-        module.decode = raising(RuntimeError("tired"))  # type: ignore[method-assign]
-        (entry,) = compete({"tired": PythonCandidate(module, "tired")}, debug=debug)
-        assert (entry.failed, entry.parameters) == ("RuntimeError: tired", 3 * 5 * 16 + 5 + 5 * 3 * 16 + 3)
-        assert (entry.tokens, entry.compression(SIDE), entry.shown) == (None, None, {})
-        assert ("Traceback" in capsys.readouterr().err) == debug
-
-
-def test_an_interrupt_ends_everything() -> None:
-    mine = PythonCandidate(raising(KeyboardInterrupt(), QUALITY_CALLS + 1), "mine")
-    with pytest.raises(KeyboardInterrupt):
-        compete({"mine": mine, **good()}, report=lambda *words: pytest.fail("told"))
-
-
 class Moved(PythonCandidate):
-    """Notes which candidates are on the device."""
+    """Notes which candidates are on the device, and which are there when one works."""
 
     there: set[str]
+    seen: list[set[str]]
 
     def to(self, device: torch.device) -> Candidate:
         (self.there.discard if device == CPU else self.there.add)(self.name)
         return self
 
+    def decode(self, latent: Tensor) -> Any:
+        self.seen.append(set(self.there))
+        return super().decode(latent)
+
 
 @pytest.mark.parametrize("name", [None, "second batch", "memory round"])
 def test_each_is_on_the_device_for_its_turn_alone_also_one_that_fails(name: str | None) -> None:
+    functions = {"first": blurred if name is None else failing()[name][0], "second": blurred, "third": blurred}
+    candidates = {label: Moved(reconstruct, label) for label, reconstruct in functions.items()}
     there: set[str] = set()
     seen: list[set[str]] = []
-
-    def candidate(label: str, reconstruct: Reconstruct) -> Candidate:
-        def watch(x: Tensor) -> Tensor:
-            seen.append(set(there))
-            return reconstruct(x)
-
-        moved = Moved(watch, label)
-        moved.there = there
-        return moved
-
-    functions = {"first": blurred if name is None else failing()[name][0], "second": blurred, "third": blurred}
-    candidates = {label: candidate(label, reconstruct) for label, reconstruct in functions.items()}
+    for candidate in candidates.values():
+        candidate.there, candidate.seen = there, seen
     entries = compete(candidates, device=torch.device("cpu:0"))  # the same device under another name
     assert [entry.failed is None for entry in entries] == [name is None, True, True]
     assert {frozenset(labels) for labels in seen} == {frozenset([label]) for label in functions}
     assert there == set()
 
 
-class Held:
-    """What a candidate has in memory while it works."""
-
-
 def test_what_a_candidate_held_when_it_failed_is_free_for_the_next() -> None:
     """An out-of-memory error holds its frames, and they all that was on the device."""
-    held: list[weakref.ref[Held]] = []
+    held: list[weakref.ref[nn.Module]] = []
     found: list[bool] = []
 
     def greedy(x: Tensor) -> Tensor:
-        mine = Held()
+        mine = nn.Module()
         held.append(weakref.ref(mine))
         error = MemoryError()  # a cycle: the error will have this frame, and the frame has the error
         raise error
@@ -303,29 +280,27 @@ def test_broken_images_are_left_out_of_everything() -> None:
     for entry in compete({**good(), "codec": CodecCandidate("jpeg", 60)}, Source(broken=broken)):
         assert entry.evaluation is not None
         assert [image.name for image in entry.evaluation.broken] == [f"photo {index}" for index in broken]
-        assert (entry.evaluation.images, entry.batch, list(entry.shown)) == (3, 3, [4])
+        assert (entry.evaluation.images, list(entry.shown)) == (3, [4])
 
 
 # --- what is told of each ---
 
 
 @pytest.mark.parametrize(
-    ("candidate", "shape", "tokens", "compression", "parameters"),
+    ("candidate", "shape", "tokens"),
     [
-        (PythonCandidate(Network(), "network"), (5, 8, 8), 64, 9.6, 3 * 5 * 16 + 5 + 5 * 3 * 16 + 3),
-        (PythonCandidate(Tokens(), "tokens"), (16, 3), 16, 64.0, None),
-        (BicubicCandidate(2), (3, 16, 16), 256, 4.0, 0),
-        (PythonCandidate(blurred, "blurred"), None, None, None, None),
-        (CodecCandidate("jpeg", 60), None, None, None, None),
+        (PythonCandidate(Network(), "network"), (5, 8, 8), 64),
+        (PythonCandidate(Tokens(), "tokens"), (16, 3), 16),
+        (PythonCandidate(blurred, "blurred"), None, None),
+        (CodecCandidate("jpeg", 60), None, None),
     ],
 )
-def test_entries(candidate: Candidate, shape: Any, tokens: Any, compression: Any, parameters: Any) -> None:
+def test_entries(candidate: Candidate, shape: Any, tokens: Any) -> None:
     (entry,) = compete({"one": candidate})
-    assert (entry.latent_shape, entry.tokens, entry.compression(SIDE)) == (shape, tokens, compression)
-    assert entry.parameters == parameters
-    assert entry.remarks == candidate.remarks
-    assert (entry.splits, entry.is_baseline) == (candidate.splits, candidate.is_baseline)
-    assert (entry.encode is None) == (not candidate.splits)
+    assert entry.evaluation is not None
+    assert entry.decode is not None
+    assert (entry.evaluation.latent_shape, entry.tokens) == (shape, tokens)
+    assert (entry.encode is None) == (not candidate.splits) == (entry.decode.note is not None)
 
 
 def test_all_show_the_same_images_evenly_spread(alone: dict[str, Entry]) -> None:
@@ -344,23 +319,19 @@ def test_speed_is_images_a_second_with_quartiles() -> None:
     (entry,) = compete({"slow": PythonCandidate(Pooling(seconds=(0.04, 0.01)), "slow")})
     assert entry.encode is not None
     assert entry.decode is not None
-    assert 0 < entry.encode.low <= entry.encode.median <= entry.encode.high
+    assert 0 < entry.encode.low <= entry.encode.value <= entry.encode.high
     assert entry.encode.high <= BATCH / 0.04
     assert entry.encode.high < entry.decode.high <= BATCH / 0.01
 
 
 def test_rounds_go_forwards_and_backwards_in_turn_without_what_failed() -> None:
     calls: list[str] = []
+    tired = raising(RuntimeError("tired"), QUALITY_CALLS)
 
-    def candidate(label: str, reconstruct: Reconstruct) -> Candidate:
-        def noted(x: Tensor) -> Tensor:
-            calls.append(label)
-            return reconstruct(x)
+    def candidate(label: str) -> Candidate:
+        return PythonCandidate(lambda x: (calls.append(label), tired(x) if label == "c" else blurred(x))[1], label)
 
-        return PythonCandidate(noted, label)
-
-    functions = {"a": blurred, "b": blurred, "c": raising(RuntimeError("tired"), QUALITY_CALLS), "d": blurred}
-    compete({label: candidate(label, function) for label, function in functions.items()}, rounds=3)
+    compete({label: candidate(label) for label in "abcd"}, rounds=3)
     assert calls.count("c") == QUALITY_CALLS + 1
     assert "".join(label for label, _ in itertools.groupby(calls)) == "abcd" + "abcd" + "ba" + "bd"
 

@@ -3,7 +3,6 @@
 import io
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,26 +10,23 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import TINY_DECODER, PatchEncoder, image, refusal, tiny
 from torch import Tensor, nn
 from torchvision.transforms import functional as tvf
 
-from dc_ssdae import DCSSDAE, DiagonalGaussian, InputError
+from dc_ssdae import DCSSDAE, DiagonalGaussian
 from dc_ssdae.data.images import to_model_range, to_uint8
 from dc_ssdae.evaluation.candidates import (
     RANDOM_WEIGHTS,
     Candidate,
     CandidateSpec,
-    DiffusersCandidate,
     OurCandidate,
     PythonCandidate,
-    name_apart,
     open_candidate,
     parse_candidate,
+    parse_candidates,
 )
 
 HERE = __name__
@@ -105,25 +101,11 @@ def test_what_names_nothing(text: str, told: str) -> None:
     assert told in refusal(parse_candidate, text)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
-@given(st.lists(st.sampled_from(["jpeg:", "bicubic:", "python:", "=", "/", "9"]) | st.text(max_size=8)).map("".join))
-@example("diffusers:a\0b/c")
-@example("\ud800/\ud800")
-@example("jpeg:²")
-@example(300 * "x" + "=")
-def test_no_text_raises_anything_but_an_input_error(text: str) -> None:
-    with suppress(InputError):
-        parse_candidate(text)
-
-
-def test_models_of_the_same_name_are_told_apart(here: Path) -> None:
-    specs = [parse_candidate(text) for text in ("first/mine", "jpeg:75", "diffusers:second/mine")]
-    assert [spec.label for spec in specs] == ["mine", "jpeg:75", "mine"]
-    apart = name_apart(specs)
-    assert [spec.label for spec in apart] == ["first/mine", "jpeg:75", "second/mine"]
-    assert [(spec.kind, spec.value) for spec in apart] == [(spec.kind, spec.value) for spec in specs]
-    for pair in (("jpeg:75", "jpeg:75"), ("python:a.b", "b=jpeg:75"), ("run", "run")):
-        assert "LABEL=" in refusal(name_apart, [parse_candidate(text) for text in pair])
+def test_models_of_the_same_name_want_labels(here: Path) -> None:
+    texts = ["first/mine", "jpeg:75", "other=diffusers:second/mine"]
+    assert [spec.label for spec in parse_candidates(texts)] == ["mine", "jpeg:75", "other"]
+    for pair in (["jpeg:75", "jpeg:75"], ["python:a.b", "b=jpeg:75"], ["first/mine", "diffusers:second/mine"]):
+        assert "LABEL=" in refusal(parse_candidates, pair)
 
 
 # --- models of this package ---
@@ -149,13 +131,10 @@ def test_ours_reconstructs_as_the_model_does(our_folder: Path, decoding: dict[st
         expected = model.decode(posterior.mode(), **decoding)
     assert torch.equal(decoded.images, expected.sample)
     assert decoded.num_evaluations is not None
-    assert decoded.num_evaluations.tolist() == expected.num_evaluations.tolist() == [decoding.get("num_steps", 1)] * 2
+    assert decoded.num_evaluations.tolist() == [decoding.get("num_steps", 1)] * 2
     z = candidate.latent(encoded, generators(2))
     assert torch.equal(z, posterior.sample(generators(2)))
     assert not torch.equal(z, posterior.mode())
-
-
-def test_what_a_model_cannot_be_decoded_with_is_refused(our_folder: Path) -> None:
     assert "euler" in refusal(opened, str(our_folder), decoding={"sampler": "euler"})
 
 
@@ -192,25 +171,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One folder for each of some small models, by the class's name."""
     folder = tmp_path_factory.mktemp("diffusers")
     torch.manual_seed(2)
-    blocks = {
-        "block_out_channels": (8, 16),
-        "down_block_types": 2 * ("DownEncoderBlock2D",),
-        "up_block_types": 2 * ("UpDecoderBlock2D",),
-        "norm_num_groups": 4,
+    blocks = {"down_block_types": 2 * ("DownEncoderBlock2D",), "up_block_types": 2 * ("UpDecoderBlock2D",)}
+    stages = {
+        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 16, 32),
+        "layers_per_block": (1, 1, 1),
+        "qkv_multiscales": ((), (), (5,)),
     }
-    sides = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {
-            "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-            "block_out_channels": (8, 16, 32),
-            "layers_per_block": (1, 1, 1),
-            "qkv_multiscales": ((), (), (5,)),
-        }.items()
-    }
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in stages.items()}
     tiny_sides = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
     models = (
-        AutoencoderKL(latent_channels=4, **blocks),
+        AutoencoderKL(latent_channels=4, block_out_channels=(8, 16), norm_num_groups=4, **blocks),
         AutoencoderDC(latent_channels=8, attention_head_dim=8, **sides),
         AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **tiny_sides),
     )
@@ -255,45 +226,14 @@ def test_diffusers_reconstructs_as_it_does_itself(
 def test_a_folder_of_diffusers_may_be_a_pipelines_or_hold_a_model_of_ours(
     saved: dict[str, Path], our_folder: Path, tmp_path: Path, place: str
 ) -> None:
-    x = image()
+    x, decoding = image(), {"num_steps": 2}
     shutil.copytree(our_folder, tmp_path / "mine" / place)
     shutil.copytree(saved["AutoencoderKL"], tmp_path / "theirs" / place)
-    ours = opened(f"diffusers:{tmp_path / 'mine'}", decoding={"num_steps": 2})
+    ours = opened(f"diffusers:{tmp_path / 'mine'}", decoding=decoding)
     assert isinstance(ours, OurCandidate)
-    assert torch.equal(reconstruct(ours, x), reconstruct(opened(str(our_folder), decoding={"num_steps": 2}), x))
+    assert torch.equal(reconstruct(ours, x), reconstruct(opened(str(our_folder), decoding=decoding), x))
     theirs = opened(f"diffusers:{tmp_path / 'theirs'}")
     assert torch.equal(reconstruct(theirs, x), reconstruct(opened(f"diffusers:{saved['AutoencoderKL']}"), x))
-
-
-def test_an_autoencoder_may_want_frames_images_from_0_to_1_and_alpha() -> None:
-    seen: list[Tensor] = []
-
-    class Video(nn.Module):
-        encoder_mean, config = torch.zeros(3), {"in_channels": 4}
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = nn.Conv3d(4, 2, 1)
-
-        def encode(self, x: Tensor) -> Any:
-            seen.append(x)
-            return SimpleNamespace(latents=x[:, :1])
-
-        def decode(self, z: Tensor) -> Any:
-            return SimpleNamespace(sample=z.expand(-1, 4, -1, -1, -1))
-
-    x = image(2)
-    candidate = DiffusersCandidate(Video(), "video")
-    images = reconstruct(candidate, x)
-    torch.testing.assert_close(seen[0][:, :3], ((x + 1) / 2).unsqueeze(2))
-    torch.testing.assert_close(images, x[:, :1].expand(-1, 3, -1, -1), atol=1e-6, rtol=0)
-    assert posterior_of(candidate, x).mean.shape == (2, 1, 32, 48)
-
-
-def test_a_pickle_is_never_loaded(saved: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copy(saved["AutoencoderKL"] / "config.json", tmp_path)
-    torch.save(load_file(saved["AutoencoderKL"] / WEIGHTS), tmp_path / "diffusion_pytorch_model.bin")
-    assert "pickle" in refusal(opened, f"diffusers:{tmp_path}")
 
 
 # --- random weights and half precision ---
@@ -314,7 +254,6 @@ def test_an_architecture_has_random_weights_and_says_so(text: str) -> None:
 @pytest.mark.parametrize("text", ["preset:demo", "{ours}", "diffusers:{kl}", f"python:{HERE}.Network"])
 def test_it_can_be_opened_in_half_precision(our_folder: Path, saved: dict[str, Path], text: str) -> None:
     candidate = opened(text.format(ours=our_folder, kl=saved["AutoencoderKL"]), dtype=torch.bfloat16)
-    assert candidate.module is not None
     assert {parameter.dtype for parameter in candidate.module.parameters()} == {torch.bfloat16}
     assert reconstruct(candidate, image()).isfinite().all()
 
@@ -342,8 +281,7 @@ class Raising(Halving):
 
 
 class Outer:
-    class Inner(Halving):
-        pass
+    Inner = Halving
 
 
 class Network(nn.Module):
@@ -384,8 +322,7 @@ def test_an_object_or_a_class_without_arguments(name: str) -> None:
 
 
 def test_a_network_is_in_eval_mode_and_moves() -> None:
-    x = image(2)
-    candidate = opened(f"python:{HERE}.Network")
+    candidate, x = opened(f"python:{HERE}.Network"), image(2)
     assert torch.equal(reconstruct(candidate, x), reconstruct(candidate, x))
     assert candidate.to(torch.device("meta")).module.shrink.weight.is_meta
 
@@ -393,13 +330,9 @@ def test_a_network_is_in_eval_mode_and_moves() -> None:
 def test_an_encoder_may_give_its_latent_in_several_ways() -> None:
     z = image(2)
     gaussian = DiagonalGaussian(z, torch.full_like(z, -2.0))
-    for output, logvar in (
-        (SimpleNamespace(latents=z), None),
-        (SimpleNamespace(latent_dist=SimpleNamespace(mean=z)), None),
-        (torch.distributions.Normal(z, torch.ones_like(z)), None),
-        ((gaussian,), gaussian.logvar),
-        (SimpleNamespace(latent_dist=gaussian), gaussian.logvar),
-    ):
+    without = (SimpleNamespace(latents=z), torch.distributions.Normal(z, torch.ones_like(z)))
+    with_one = ((gaussian,), SimpleNamespace(latent_dist=gaussian))
+    for output, logvar in zip((*without, *with_one), (None, None, gaussian.logvar, gaussian.logvar), strict=True):
         value = SimpleNamespace(encode=lambda x, output=output: output, decode=darker)
         posterior = posterior_of(PythonCandidate(value, "mine"), z)
         assert torch.equal(posterior.mean, z)
@@ -425,15 +358,12 @@ def test_a_decoder_may_give_its_images_in_several_ways() -> None:
         ("own_raising.f", "own_raising.py, line 2"),
     ],
 )
-def test_what_cannot_be_imported(here: Path, path: str, told: str) -> None:
+def test_modules_of_the_current_folder_and_what_cannot_be_imported(here: Path, path: str, told: str) -> None:
     (here / "own_raising.py").write_text("x = 1\nraise RuntimeError('first\\nsecond')\n")
+    (here / "own_module.py").write_text("def brighter(x):\n    return x + 0.25\n")
     assert told in refusal(opened, f"python:{path}")
-
-
-def test_a_module_of_the_current_folder(here: Path) -> None:
-    (here / "own_candidate_module.py").write_text("def brighter(x):\n    return x + 0.25\n")
     x = image()
-    assert torch.equal(reconstruct(opened("python:own_candidate_module.brighter"), x), x + 0.25)
+    assert torch.equal(reconstruct(opened("python:own_module.brighter"), x), x + 0.25)
 
 
 # --- codecs and resizing ---
@@ -450,11 +380,11 @@ def test_a_codec_is_pillows(kind: str, quality: int) -> None:
         Image.fromarray(before.permute(1, 2, 0).numpy()).save(buffer, kind, quality=quality)
         assert torch.equal(after, tvf.pil_to_tensor(Image.open(buffer).convert("RGB")))
         assert bits == 8 * len(buffer.getvalue())
-    assert (candidate.module, candidate.count_parameters(), candidate.is_baseline) == (None, None, True)
+    assert (candidate.count_parameters(), candidate.is_baseline) == (None, True)
 
 
 @pytest.mark.parametrize(
-    ("factor", "size", "small"), [("4", (32, 48), (8, 12)), ("2.5", (32, 31), (13, 12)), ("100", (32, 48), (1, 1))]
+    ("factor", "size", "small"), [("1", (32, 48), (32, 48)), ("2.5", (32, 31), (13, 12)), ("100", (32, 48), (1, 1))]
 )
 def test_bicubic_is_torchvisions_resizing_there_and_back(
     factor: str, size: tuple[int, int], small: tuple[int, int]
@@ -465,5 +395,4 @@ def test_bicubic_is_torchvisions_resizing_there_and_back(
     bicubic: Any = {"interpolation": tvf.InterpolationMode.BICUBIC, "antialias": True}
     shrunk = tvf.resize(x, list(small), **bicubic)
     assert torch.equal(reconstruct(candidate, x, generators(2)), tvf.resize(shrunk, list(size), **bicubic))
-    assert (candidate.count_parameters(), candidate.is_baseline) == (0, True)
-    torch.testing.assert_close(reconstruct(opened("bicubic:1"), x), x)
+    assert candidate.is_baseline

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dc_ssdae import InputError
-from dc_ssdae.evaluation.curves import RunCurves, curves_figure, draw_curves, read_run, read_runs, running_mean
+from dc_ssdae.evaluation.curves import RunCurves, curves_figure, read_run, read_runs, running_mean, save_picture
 
 pytest.importorskip("matplotlib")
 
@@ -46,11 +46,10 @@ def titles(runs: list[RunCurves]) -> list[str]:
 def test_a_run_is_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     run = read_run(folder)
-    (part,) = run.parts
-    assert (run.name, part.phase, run.notes) == ("run", "", [])
-    assert set(part.values) == {"loss/kl", "loss/total", "psnr", "ssim"}
-    assert part.values["loss/total"] == [(step, 1.0 / step) for step in range(1, 21)]
-    assert part.values["psnr"] == [(10, 30.0), (20, 40.0)]
+    assert (run.name, run.starts, run.notes) == ("run", {}, [])
+    assert set(run.values) == {"loss/kl", "loss/total", "psnr", "ssim"}
+    assert run.values["loss/total"] == [(step, 1.0 / step) for step in range(1, 21)]
+    assert run.values["psnr"] == [(10, 30.0), (20, 40.0)]
     assert titles([run]) == ["loss: total", "loss: kl", "PSNR (dB)", "SSIM"]
     (folder / "evaluations.jsonl").unlink()
     assert titles([read_run(folder)]) == ["loss: total", "loss: kl"]
@@ -62,14 +61,20 @@ def test_phases_stand_one_after_the_other(tmp_path: Path) -> None:
     folder = write_recipe(tmp_path / "recipe", phases)
     (folder / "11-not_begun").mkdir()
     run = read_run(folder)
-    starts = {part.phase: part.start for part in run.parts}
-    assert starts == {"compression": 0, "size": 8, "quality": 14, "distilled": 19}
-    assert [step for part in run.parts for step, _ in part.values["loss/total"]] == list(range(1, 24))
-    assert [step for part in run.parts for step, _ in part.values["ssim"]] == [4, 8, 11, 14, 16, 19, 21, 23]
+    assert run.starts == {"compression": 0, "size": 8, "quality": 14, "distilled": 19}
+    assert [step for step, _ in run.values["loss/total"]] == list(range(1, 24))
+    assert [step for step, _ in run.values["ssim"]] == [4, 8, 11, 14, 16, 19, 21, 23]
     figure = curves_figure([run])
-    (caption,) = (text.get_text() for text in figure.texts if "phases" in text.get_text())
+    caption = figure.legends[0].get_title().get_text()
     assert caption == "phases: 1 compression, 2 size, 3 quality, 4 distilled"
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2", "3", "4"]
+    lines = [line for line in figure.axes[0].lines if line.get_linewidth() == 1.6]
+    assert [[*line.get_xdata()] for line in lines] == [
+        [*range(1, 9)],
+        [*range(9, 15)],
+        [*range(15, 20)],
+        [*range(20, 24)],
+    ]
 
 
 def test_what_is_not_finite_is_a_cross(tmp_path: Path) -> None:
@@ -88,7 +93,7 @@ def test_damaged_lines_are_left_out_and_told(tmp_path: Path) -> None:
     wrong = b'{"step": null, "loss/total": 9}\n[1]\nnull\n{"loss/total": 9}\n\xff\xfe\n'
     file.write_bytes(wrong + file.read_bytes()[:-10] + b'\n{"step": 7, "loss/tot')
     run = read_run(folder)
-    assert [step for step, _ in run.parts[0].values["loss/total"]] == [1, 2, 3, 4]
+    assert [step for step, _ in run.values["loss/total"]] == [1, 2, 3, 4]
     assert run.notes == [f"{file}: 7 damaged lines left out"]
 
 
@@ -101,12 +106,13 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 
 def test_runs_are_called_by_their_names_or_paths(tmp_path: Path) -> None:
-    """Also by those that matplotlib would take for mathematics; a single run in the title."""
+    """Also by those that matplotlib would take for mathematics, or leave out."""
     folders = [write_run(tmp_path / name) for name in ("a/run", "b/run", "c/_$x_1$_&")]
     runs = read_runs(folders)
     assert [run.name for run in runs] == [str(folders[0]), str(folders[1]), "_$x_1$_&"]
-    assert "_$x_1$_&amp;" in re.findall(r"<text[^>]*>([^<]*)</text>", draw_curves(runs, "svg").decode())
-    assert curves_figure(runs[2:]).get_suptitle() == "_$x_1$_&"
+    assert "\u200b_$x_1$_&amp;" in re.findall(
+        r"<text[^>]*>([^<]*)</text>", save_picture(lambda: curves_figure(runs), "svg").decode()
+    )
 
 
 def test_losses_are_on_a_logarithmic_scale_if_they_are_positive(tmp_path: Path) -> None:
@@ -133,12 +139,12 @@ def test_running_mean() -> None:
 def test_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = read_run(write_run(tmp_path / "run"))
     for kind, begins in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}.items():
-        assert draw_curves([run], kind).startswith(begins)
+        assert save_picture(lambda: curves_figure([run]), kind).startswith(begins)
     with pytest.raises(InputError, match=r"'pgn' \(did you mean 'png'"):
-        draw_curves([run], "pgn")
+        save_picture(lambda: curves_figure([run]), "pgn")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'dc-ssdae\[eval\]'"):
-        draw_curves([run])
+        save_picture(lambda: curves_figure([run]))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +164,9 @@ def test_no_text_lies_on_another_one(recipes: list[dict[str, int]], tmp_path: Pa
     assert figure.bbox.width == 1200
     texts = [text for axes in figure.axes for text in (*axes.texts, axes.title, axes.xaxis.label)]
     texts += [label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in tick_labels(axis)]
-    boxes = [(text.get_text(), text.get_window_extent().padded(-0.5)) for text in (*texts, *figure.texts)]
+    (legend,) = figure.legends
+    texts += [*legend.get_texts(), *([legend.get_title()] if recipes else [])]
+    boxes = [(text.get_text(), text.get_window_extent().padded(-0.5)) for text in texts]
     assert len(boxes) > 60
     together = itertools.combinations(boxes, 2)
     assert [(one, other) for (one, box), (other, place) in together if box.overlaps(place)] == []

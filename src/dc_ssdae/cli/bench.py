@@ -103,22 +103,24 @@ def run_encode(options: EncodeOptions, work: str = "encode") -> None:
 
     # PyTorch's timer imports it; it warns where CUDA is installed and there is no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from dc_ssdae.evaluation.candidates import name_apart, open_candidate, parse_candidate
+    from dc_ssdae.evaluation.candidates import open_candidate, parse_candidates
     from dc_ssdae.evaluation.speed import measure_speed
     from dc_ssdae.timing import describe_machine
 
     device, dtype, threads = select_device(options.device), getattr(torch, options.dtype), options.threads
     candidates = {}
-    for spec in name_apart([parse_candidate(text) for text in (options.model, *options.against)]):
+    for spec in parse_candidates([options.model, *options.against]):
         candidates[spec.label] = candidate = open_candidate(spec, dtype).to(device)
         module = candidate.module
-        if module is None or not candidate.splits:
+        if candidate.count_parameters() is None or not candidate.splits:
             raise InputError(f"{spec.label} has no separate networks for encoding and decoding")
         for part in ("encoder", "decoder") if options.compile else ():
             getattr(module, part).compile()
     figures = []
     for size in options.size:
-        figures += measure_speed(work, candidates, size, options.batch_size, device, dtype, options.rounds, threads)
+        random = torch.Generator(device).manual_seed(0)
+        x = 2 * torch.rand(options.batch_size, 3, size, size, device=device, generator=random) - 1
+        figures += measure_speed(work, candidates, x, dtype, options.rounds, threads)
     settings = options.given("dtype", "compile", "rounds")
     machine = {**describe_machine(device), "threads": threads}
     _print(options, {"benchmark": work, **settings, "figures": figures, "machine": machine}, "figures")

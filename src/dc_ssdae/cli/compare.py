@@ -1,6 +1,7 @@
 """`dc-ssdae compare`: measures any number of autoencoders under one protocol, with pictures and costs."""
 
 import os
+import traceback
 from dataclasses import dataclass
 
 from dc_ssdae.cli.common import check_outputs, complain, write_outputs
@@ -36,9 +37,9 @@ class Options(EvaluationOptions):
 
 def run(options: Options) -> int:
     """Measure, write and print; gives the exit code."""
-    from dc_ssdae.evaluation.candidates import name_apart, open_candidate, parse_candidate
+    from dc_ssdae.evaluation.candidates import open_candidate, parse_candidates
 
-    specs = name_apart([parse_candidate(text) for text in options.models])
+    specs = parse_candidates(options.models)
     check_outputs(options, [options.out / name for name in FILES])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process, so that speeds can be compared; eval takes several")
@@ -46,24 +47,24 @@ def run(options: Options) -> int:
     import torch
     from tqdm import tqdm
 
-    from dc_ssdae.evaluation.arena import run_arena
-    from dc_ssdae.evaluation.candidates import Candidate
+    from dc_ssdae.evaluation.arena import Entry, run_arena
     from dc_ssdae.evaluation.report.arena import ArenaReport
 
     # All of them before the hours that measuring takes: what cannot be loaded is a mistake to mend at once.
-    candidates: dict[str, Candidate] = {}
+    entries = []
     for spec in specs:
         with prefixed(spec.label):
-            candidates[spec.label] = open_candidate(spec, getattr(torch, options.dtype), classes, about["decoding"])
+            candidate = open_candidate(spec, getattr(torch, options.dtype), classes, about["decoding"])
+            entries.append(Entry(spec.label, candidate))
 
     def tell(label: str, reason: str) -> None:
+        if options.debug:
+            traceback.print_exc()
         complain(options.program, f"{label} failed: {reason}")
 
     suite, settings = about["suite"], about["settings"]
     with tqdm(total=len(specs) * len(images), unit="image", leave=False, disable=None) as bar:
-        entries = run_arena(
-            candidates, images, suite, settings, device, options.rounds, options.show, bar.update, tell, options.debug
-        )
+        run_arena(entries, images, suite, settings, device, options.rounds, options.show, bar.update, tell)
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
     report = ArenaReport(entries=entries, rounds=options.rounds, **about)

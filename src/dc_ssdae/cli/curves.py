@@ -26,11 +26,11 @@ class Options(OutputOptions):
 
 def run(options: Options) -> None:
     """Draw the runs."""
-    from dc_ssdae.evaluation.curves import draw_curves, read_runs
+    from dc_ssdae.evaluation.curves import curves_figure, read_runs, save_picture
 
     check_outputs(options, [options.out])
     runs = read_runs(options.runs)
     for note in (note for run in runs for note in run.notes):
         complain(options.program, note)
-    write_whole(options.out, draw_curves(runs, options.out.suffix[1:].lower() or "png"))
+    write_whole(options.out, save_picture(lambda: curves_figure(runs), options.out.suffix[1:].lower() or "png"))
     say(f"{', '.join(run.name for run in runs)} -> {options.out}")

@@ -68,7 +68,7 @@ def run(options: Options) -> None:
         return
     if not isinstance(candidate, OurCandidate):
         about["decoding"] = {}
-    report = EvaluationReport(entries=[Entry(spec.label, candidate.remarks, evaluation=evaluation)], **about)
+    report = EvaluationReport(entries=[Entry(spec.label, candidate, evaluation=evaluation)], **about)
     text, ranked = tell_report(options, report, evaluation.broken), report.ranked()
     worst = reconstruct_places(candidate, images, ranked[: options.show], settings, device)
     best = reconstruct_places(candidate, images, ranked[::-1][: options.show], settings, device)

@@ -5,8 +5,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,6 @@ from dc_ssdae.networks.diffusers_encoder import (
     has_frames,
     takes_zero_to_one,
 )
-from dc_ssdae.presets import SHIPPED_MODEL
 
 RANDOM_WEIGHTS = "random weights"
 """Remark on a candidate that was never trained."""
@@ -101,7 +99,7 @@ class Candidate(ABC):
     """Something that reconstructs images.
 
     Args:
-        module: its network, which is put into eval mode; None where it has none.
+        module: its network, which is put into eval mode; by default an empty one.
         remarks: what to know about it, each a few words.
 
     Attributes:
@@ -113,7 +111,7 @@ class Candidate(ABC):
     is_baseline = False
 
     def __init__(self, module: nn.Module | None = None, remarks: Sequence[str] = ()) -> None:
-        self.module = None if module is None else module.eval()
+        self.module = (module or nn.Module()).eval()
         self.remarks = list(remarks)
 
     @abstractmethod
@@ -136,14 +134,13 @@ class Candidate(ABC):
         return encoded, self.decode(self.latent(encoded, generators))
 
     def to(self, device: torch.device) -> "Candidate":
-        """Move its network, if it has one."""
-        if self.module is not None:
-            self.module.to(device)
+        """Move its network."""
+        self.module.to(device)
         return self
 
     def count_parameters(self) -> int | None:
-        """Count the parameters of its network; None where that is not known."""
-        return None if self.module is None else sum(parameter.numel() for parameter in self.module.parameters())
+        """Count the parameters of its network; None where it has none, or they are not known."""
+        return sum(parameter.numel() for parameter in self.module.parameters()) or None
 
 
 class PythonCandidate(Candidate):
@@ -181,8 +178,8 @@ class PythonCandidate(Candidate):
 
     def _cast(self, x: Tensor) -> Tensor:
         """Cast to the dtype of the network's weights, if it has any."""
-        weights = None if self.module is None else next(self.module.parameters(), None)
-        return x.to(weights.dtype) if weights is not None and weights.is_floating_point() else x
+        weights = next(self.module.parameters(), x)
+        return x.to(weights.dtype) if weights.is_floating_point() else x
 
 
 class DiffusersCandidate(PythonCandidate):
@@ -270,12 +267,8 @@ class BicubicCandidate(Candidate):
     def decode(self, latent: Tensor) -> Decoded:
         return Decoded(self._resize(latent, self._size))
 
-    def count_parameters(self) -> int:
-        return 0
 
-
-@dataclass(frozen=True)
-class CandidateSpec:
+class CandidateSpec(NamedTuple):
     """What a user names on the command line; see `parse_candidate`.
 
     Args:
@@ -299,10 +292,9 @@ def parse_candidate(text: str) -> CandidateSpec:
     Raises:
         InputError: it names nothing; says what would be right.
     """
-    label, equals, named = text.partition("=")
     # A label has none of the signs that paths and kinds have, so that "=" in a path stays there.
-    if not equals or not label.strip() or re.search(r"[/\\:]", label) or os.path.exists(text):
-        label, named = "", text
+    labelled = None if os.path.exists(text) else re.fullmatch(r"([^=/\\:]+)=(.*)", text, re.DOTALL)
+    label, named = labelled.groups() if labelled else ("", text)
     kind, colon, value = (part.strip() for part in named.partition(":"))
     if not colon or os.path.exists(named):
         kind, value = "ours", named.strip()
@@ -310,32 +302,25 @@ def parse_candidate(text: str) -> CandidateSpec:
     pattern, form = KINDS[kind]
     if not re.fullmatch(pattern, value):
         raise InputError(f"{text!r} names no model; write {form}")
-    return CandidateSpec(label.strip() or _default_label(kind, value), kind, value)
-
-
-def _default_label(kind: str, value: str) -> str:
     if kind in ("ours", "diffusers") and os.path.isdir(value):
         folder = Path(value).resolve()
-        return (folder.parent if folder.name in ("model", "vae") else folder).name
-    labels = {"ours": value, "diffusers": value, "python": value.rpartition(".")[2]}
-    return labels.get(kind, f"{kind}:{value}")
+        default = (folder.parent if folder.name in ("model", "vae") else folder).name
+    else:
+        default = {"ours": value, "diffusers": value, "python": value.rpartition(".")[2]}.get(kind, f"{kind}:{value}")
+    return CandidateSpec(label.strip() or default, kind, value)
 
 
-def name_apart(specs: Sequence[CandidateSpec]) -> list[CandidateSpec]:
-    """Give folders of the same name their paths as labels.
+def parse_candidates(texts: Sequence[str]) -> list[CandidateSpec]:
+    """Read what names candidates.
 
     Raises:
-        InputError: two candidates still have the same label.
+        InputError: a text names nothing, or two candidates have the same label.
     """
-    counts = Counter(spec.label for spec in specs)
-    apart = [
-        replace(spec, label=spec.value) if counts[spec.label] > 1 and os.path.isdir(spec.value) else spec
-        for spec in specs
-    ]
-    for label, count in Counter(spec.label for spec in apart).items():
-        if count > 1:
-            raise InputError(f"two models have the name {label!r}; give one another name with LABEL=…")
-    return apart
+    specs = [parse_candidate(text) for text in texts]
+    label, count = Counter(spec.label for spec in specs).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"two models have the name {label!r}; give one another name with LABEL=…")
+    return specs
 
 
 def open_candidate(
@@ -364,22 +349,21 @@ def open_candidate(
         return _python_candidate(value, dtype)
     if kind == "ours":
         return OurCandidate(load_saved_model(value, dtype, classes), decoding)
-    if kind == "preset":
-        build: Callable[[], Any] = partial(DCSSDAE.from_preset, value)
-    elif value in PUBLISHED and not os.path.isdir(value):
-        build = partial(find_autoencoder(value).from_config, PUBLISHED[value])
-    else:
-        source = find_diffusers_model(value)
-        if source.config.get("_class_name") == DCSSDAE.__name__:
-            return OurCandidate(load_saved_model(str(source.folder), dtype, classes), decoding)
-        if has_weights(source):
-            return DiffusersCandidate(load_diffusers_model(source, dtype), value)
-        build = partial(build_autoencoder, source)
+    candidate: PythonCandidate
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = build()
-    model = model if dtype == torch.float32 else model.to(dtype)
-    candidate = OurCandidate(model, decoding) if kind == "preset" else DiffusersCandidate(model, value)
+        if kind == "preset":
+            candidate = OurCandidate(DCSSDAE.from_preset(value), decoding)
+        elif value in PUBLISHED and not os.path.isdir(value):
+            candidate = DiffusersCandidate(find_autoencoder(value).from_config(PUBLISHED[value]), value)
+        else:
+            source = find_diffusers_model(value)
+            if source.config.get("_class_name") == DCSSDAE.__name__:
+                return OurCandidate(load_saved_model(str(source.folder), dtype, classes), decoding)
+            if has_weights(source):
+                return DiffusersCandidate(load_diffusers_model(source, dtype), value)
+            candidate = DiffusersCandidate(build_autoencoder(source), value)
+    candidate.value.to(dtype)
     candidate.remarks.append(RANDOM_WEIGHTS)
     return candidate
 
@@ -395,12 +379,11 @@ def load_saved_model(value: str, dtype: torch.dtype, classes: Sequence[type]) ->
     Raises:
         InputError: there is no such model, or its files are damaged or do not fit together.
     """
-    is_folder = os.path.isdir(value) or value == SHIPPED_MODEL
-    name = model_folder(value) if is_folder else value
-    variants = list(weight_files(Path(name))) if is_folder else []
+    folder = model_folder(value)  # of what is on the hub its id
+    variants = list(weight_files(folder))
     # A model that was saved as a variant alone leaves no choice.
     variant = variants[0] if len(variants) == 1 else None
-    return DCSSDAE.from_pretrained(name, classes=classes, torch_dtype=dtype, variant=variant)
+    return DCSSDAE.from_pretrained(str(folder), classes=classes, torch_dtype=dtype, variant=variant)
 
 
 def _python_candidate(path: str, dtype: torch.dtype) -> Candidate:

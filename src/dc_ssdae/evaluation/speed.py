@@ -1,11 +1,12 @@
-"""How fast autoencoders encode or decode random images: in one process, in alternation, against what it can do."""
+"""How fast autoencoders encode or decode images: in one process, in alternation, against what it can do."""
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
@@ -20,66 +21,35 @@ PEAK_CONVOLUTIONS = ((128, 64), (256, 64), (128, 128), (512, 32))
 """Channels and sides of the 3×3 convolutions among which the fastest one counts as the machine's peak."""
 
 
-@dataclass(frozen=True)
-class SpeedFigures:
-    """What was measured of one autoencoder at one size of image.
-
-    Args:
-        label: of the autoencoder.
-        size: side of the images in pixels.
-        batch_size: images at once.
-        seconds: a batch takes: processor time of all threads on a CPU, else the time that passes.
-        ratio: how many times as fast as the first autoencoder, round by round; None for the first.
-        flops: that were done for a batch; two for a multiply-add.
-        share_of_peak: FLOPs per second against the fastest 3×3 convolution's.
-        peak_memory_bytes: in use at most, the weights among it; None where the device does not tell.
-    """
-
-    label: str
-    size: int
-    batch_size: int
-    seconds: Spread
-    ratio: Spread | None
-    flops: int
-    share_of_peak: float
-    peak_memory_bytes: int | None
-
-
 @torch.inference_mode()
 def measure_speed(
-    work: str,
-    candidates: Mapping[str, Candidate],
-    size: int,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    rounds: int,
-    threads: int = 1,
-) -> list[SpeedFigures]:
-    """Time one half of autoencoders on random images.
+    work: str, candidates: Mapping[str, Candidate], x: Tensor, dtype: torch.dtype, rounds: int, threads: int = 1
+) -> list[dict[str, Any]]:
+    """Time one half of autoencoders.
 
     Args:
         work: "encode" or "decode".
-        candidates: by label, on the device; each must encode and decode apart.
-        size: side of the images in pixels.
-        batch_size: images at once.
-        device: of the candidates.
-        dtype: of their networks, for the peak.
+        candidates: by label, on the images' device.
+        x: images (B, 3, S, S) in [-1, 1].
+        dtype: of the candidates' networks, for the peak.
         rounds: in which all alternate; medians count.
         threads: of the CPU.
 
     Returns:
-        The figures in the candidates' order. Ratios are to the first.
+        For each candidate its label; the images' size and batch_size; seconds that a batch takes: processor time of all
+        threads on a CPU, else the time that passes; ratio, how many times as fast as the first candidate, round by
+        round, and None for the first; flops of a batch, two for a multiply-add; share_of_peak, the FLOPs per second
+        against the fastest 3×3 convolution's; and peak_memory_bytes in use, the weights among it, None where the device
+        does not tell.
     """
-    x = torch.rand(batch_size, 3, size, size, device=device, generator=torch.Generator(device).manual_seed(0)) * 2 - 1
-    halves = []
+    device, halves = x.device, []
     for candidate in candidates.values():
         latent = candidate.latent(candidate.encode(x), None)
         halves.append(partial(candidate.encode, x) if work == "encode" else partial(candidate.decode, latent))
     memory = [peak_memory(*pair, device) for pair in zip(candidates.values(), halves, strict=True)]
     seconds = measure_alternately([partial(_seconds, half, device, threads, 0.001) for half in halves], rounds)
     peak = convolution_peak(device, dtype, threads)
-    figures: list[SpeedFigures] = []
+    figures: list[dict[str, Any]] = []
     for label, half, own, most in zip(candidates, halves, seconds, memory, strict=True):
         # The plain form of attention is made of matrix products, which are counted on every device.
         plainly = torch.compiler.set_stance("force_eager")
@@ -87,8 +57,9 @@ def measure_speed(
             half()
         flops, spread = counter.get_total_flops(), Spread.of(own)
         ratio = Spread.of([first / mine for first, mine in zip(seconds[0], own, strict=True)]) if figures else None
+        found = {"label": label, "size": x.shape[-1], "batch_size": len(x), "seconds": spread, "ratio": ratio}
         share = flops / spread.median / peak
-        figures.append(SpeedFigures(label, size, batch_size, spread, ratio, flops, share, most))
+        figures.append({**found, "flops": flops, "share_of_peak": share, "peak_memory_bytes": most})
     return figures
 
 

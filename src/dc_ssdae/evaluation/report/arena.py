@@ -1,5 +1,6 @@
 """What the arena found, for people and for programs: table.md, table.json, pareto.png and index.html."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +9,10 @@ from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
 from dc_ssdae.evaluation.curves import save_picture
 from dc_ssdae.evaluation.estimates import METRICS, Estimate
-from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS
+from dc_ssdae.evaluation.evaluate import BITS, EVALUATIONS, Reconstructed
 from dc_ssdae.evaluation.report.caveats import Report
 from dc_ssdae.evaluation.report.page import Panel, Photo, Table, number, psnr_panel, render_page
 from dc_ssdae.evaluation.report.pictures import arena_figure
-from dc_ssdae.timing import Spread
 
 COLUMNS: Mapping[str, tuple[str, str, int, str]] = {
     **{name: (info.title, info.unit, info.digits, "not measured") for name, info in METRICS.items()},
@@ -20,7 +20,7 @@ COLUMNS: Mapping[str, tuple[str, str, int, str]] = {
     "compression": ("ratio", "image / latent values", 1, "it has no latent"),
     "tokens": ("tokens", "per image", 0, "it has no latent"),
     BITS: ("file", "bit/px", 2, "it writes no files"),
-    "parameters": ("parameters", "M", 2, "not known"),
+    "parameters": ("parameters", "M", 2, "it has none, or they are not known"),
     "encode": ("encode", "images/s", 1, "not apart from decoding"),
     "decode": ("decode", "images/s", 1, "not measured"),
     "memory": ("memory", "MiB", 0, "the device does not tell"),
@@ -41,12 +41,10 @@ class ArenaReport(Report):
 
     def as_json(self) -> str:
         """Columns with their units, a row for each model, and how they came about."""
-        content = {
-            "columns": {"model": "", **{name: unit for name, (_, unit, *_) in COLUMNS.items()}},
-            "rows": [self._row(entry) for entry in self.entries],
-            "speed": {"batch": self.batch, "rounds": self.rounds, "dtype": self.dtype, "interval": "quartiles"},
-        }
-        return self._json(content, images=self.images)
+        columns = {"model": "", **{name: unit for name, (_, unit, *_) in COLUMNS.items()}}
+        rows = [self._row(entry) for entry in self.entries]
+        speed = {"batch": self.batch, "rounds": self.rounds, "dtype": self.dtype, "interval": "quartiles"}
+        return self._json({"columns": columns, "rows": rows, "speed": speed}, images=self.images)
 
     def as_markdown(self) -> str:
         """The table, and what a reader must know."""
@@ -54,16 +52,12 @@ class ArenaReport(Report):
 
     def as_picture(self) -> bytes:
         """Quality against tokens and against decoding speed, as PNG."""
-        return save_picture(lambda: arena_figure([entry for entry in self.entries if entry.failed is None]))
+        return save_picture(lambda: arena_figure([entry for entry in self.entries if entry.evaluation is not None]))
 
     def as_page(self, pareto: bytes) -> bytes:
         """The page, with the picture in it."""
-        finished = [entry for entry in self.entries if entry.failed is None]
-        places = set.intersection(*({*entry.shown} for entry in finished)) if finished else ()
-        photos = []
-        for shown in (finished[0].shown[place] for place in sorted(places)):
-            panels = [_panel(entry, shown.place) for entry in self.entries]
-            photos.append(Photo(shown.name, shown.original, panels))
+        shown = next((entry.shown for entry in self.entries if entry.evaluation is not None), {})
+        photos = [Photo(i.name, i.original, [_panel(entry, i) for entry in self.entries]) for i in shown.values()]
         return render_page("arena.html", report=self, pictures=photos, pareto=pareto, footer=self.command)
 
     def caveats(self) -> list[str]:
@@ -74,7 +68,7 @@ class ArenaReport(Report):
         """A row for each model; columns in which no model has a value are left out."""
         rows = []
         for entry in self.entries:
-            remark = ", ".join(entry.remarks) if entry.failed is None else f"failed: {entry.failed}"
+            remark = ", ".join(entry.candidate.remarks) if entry.failed is None else f"failed: {entry.failed}"
             row = {"model": f"{entry.label}\n{remark}"}
             for name, found in self._figures(entry).items():
                 title, unit, digits, _ = COLUMNS[name]
@@ -88,46 +82,39 @@ class ArenaReport(Report):
     @property
     def batch(self) -> int:
         """Over how many images at a time speed was measured."""
-        return max((entry.batch for entry in self.entries if entry.failed is None), default=0)
+        return min(self.settings.batch_size, self.images)
 
     def _row(self, entry: Entry) -> dict[str, Any]:
-        row: dict[str, Any] = {"model": entry.label, "remarks": entry.remarks}
-        if entry.failed is not None:
-            return {**row, "failed": entry.failed, **dict.fromkeys(COLUMNS, Estimate(reason="failed").as_json())}
-        for name, found in self._figures(entry).items():
-            is_shape = isinstance(found, tuple)
-            row[name] = {"value": list(found), "low": None, "high": None} if is_shape else found.as_json()
+        row: dict[str, Any] = {"model": entry.label, "remarks": entry.candidate.remarks}
+        row |= {} if entry.failed is None else {"failed": entry.failed}
+        for name, found in (self._figures(entry) or dict.fromkeys(COLUMNS, Estimate(reason="failed"))).items():
+            row[name] = {"value": found, "low": None, "high": None} if isinstance(found, tuple) else found.as_json()
         return row
 
     def _figures(self, entry: Entry) -> dict[str, Any]:
         """The latent's shape, and an estimate for each other column; nothing of a model that failed."""
-        found = entry.evaluation
-        if entry.failed is not None or found is None:
+        if (found := entry.evaluation) is None:
             return {}
-        known: dict[str, Any] = {
-            "latent_shape": entry.latent_shape,
-            "compression": entry.compression(self.settings.size),
+        shape, parameters = found.latent_shape, entry.candidate.count_parameters()
+        numbers = {
+            "compression": None if shape is None else 3 * self.settings.size**2 / math.prod(shape),
             "tokens": entry.tokens,
-            "parameters": None if entry.parameters is None else entry.parameters / 1e6,
+            "parameters": parameters and parameters / 1e6,
+            "memory": entry.memory and entry.memory / 2**20,
+        }
+        known: dict[str, Any] = {name: Estimate(value) for name, value in numbers.items() if value is not None}
+        known |= {
+            "latent_shape": shape,
             "encode": entry.encode,
             "decode": entry.decode,
-            "memory": None if entry.memory is None else entry.memory / 2**20,
             **found.metrics,
             **found.others,
         }
-        note = None if entry.splits else "encoding and decoding in one"
-        for name, (*_, reason) in COLUMNS.items():
-            value = known.get(name)
-            if isinstance(value, Spread):
-                known[name] = Estimate(value.median, value.low, value.high, note=note)
-            elif not isinstance(value, Estimate | tuple):
-                known[name] = Estimate(value, reason=reason if value is None else None)
-        return {name: known[name] for name in COLUMNS}
+        return {name: known.get(name) or Estimate(reason=reason) for name, (*_, reason) in COLUMNS.items()}
 
 
-def _panel(entry: Entry, place: int) -> Panel:
-    if entry.failed is not None:
+def _panel(entry: Entry, original: Reconstructed) -> Panel:
+    if original.place not in entry.shown:
         return Panel(entry.label, f"failed: {entry.failed}")
-    shown = entry.shown[place]
-    remark = f", {RANDOM_WEIGHTS}" if RANDOM_WEIGHTS in entry.remarks else ""
-    return psnr_panel(entry.label, shown.original, shown.output, remark)
+    remark = f", {RANDOM_WEIGHTS}" if RANDOM_WEIGHTS in entry.candidate.remarks else ""
+    return psnr_panel(entry.label, original.original, entry.shown[original.place].output, remark)

@@ -48,7 +48,7 @@ class Report:
     @property
     def finished(self) -> dict[str, Evaluation]:
         """The evaluations of the models that finished, by label."""
-        return {e.label: e.evaluation for e in self.entries if e.failed is None and e.evaluation is not None}
+        return {entry.label: entry.evaluation for entry in self.entries if entry.evaluation is not None}
 
     @property
     def images(self) -> int:
@@ -63,20 +63,18 @@ class Report:
     def caveats(self) -> list[str]:
         """Say what may not be compared, the outcome first."""
         found, images, size = self.finished, self.images, self.settings.size
-        random = [e.label for e in self.entries if e.label in found and RANDOM_WEIGHTS in e.remarks]
-        lines = []
-        if random:
-            lines.append(f"Quality means nothing for {', '.join(random)} ({RANDOM_WEIGHTS}): compare cost and shape.")
+        random = [
+            entry.label for entry in self.entries if entry.label in found and RANDOM_WEIGHTS in entry.candidate.remarks
+        ]
+        means = f"Quality means nothing for {', '.join(random)} ({RANDOM_WEIGHTS}): compare cost and shape."
+        lines = [means] if random else []
         lines += [f"{METRICS[name].title}: {note}." for name, note in self.suite.notes.items()]
-        results = list(found.values())
-        taken = [name for name in self.suite.distances if any(e.metrics[name].value is not None for e in results)]
-        if taken and images < ENOUGH_IMAGES:
-            titles = " and ".join(METRICS[name].title for name in taken)
-            lines.append(
-                f"Compare {titles} only over {counted(images, 'image')}, as here: these distances fall as images are "
-                "added. Published ones are of 50,000."
-            )
-        lines += enlarged_caveat(max((e.enlarged for e in results), default=0), images, size)
+        known = {name for each in found.values() for name, metric in each.metrics.items() if metric.value is not None}
+        titles = " and ".join(METRICS[name].title for name in self.suite.distances if name in known)
+        if titles and images < ENOUGH_IMAGES:
+            falling = "these distances fall as images are added. Published ones are of 50,000."
+            lines.append(f"Compare {titles} only over {counted(images, 'image')}, as here: {falling}")
+        lines += enlarged_caveat(max((each.enlarged for each in found.values()), default=0), images, size)
         return [*lines, f"Compare only with figures of the protocol {self.settings.protocol.name} at {size} px."]
 
     def missing(self) -> list[str]:
@@ -88,15 +86,12 @@ class Report:
         """Say how the figures were measured."""
         return [*fill("protocol.txt", report=self, metrics=METRICS).splitlines(), machine_line(self.machine)]
 
-    def protocol_settings(self) -> dict[str, Any]:
-        """The protocol, and what else figures depend on, for a file."""
-        own = {"size": self.settings.size, "data": self.data, "seed": self.settings.seed, "weights": self.suite.files}
-        return {**asdict(self.settings.protocol), **own, "decoding": dict(self.decoding)}
-
     def _json(self, content: Mapping[str, Any], **protocol: Any) -> str:
+        """What was found, the protocol and what else it depends on, and what a reader must know."""
+        own = {"size": self.settings.size, "data": self.data, "seed": self.settings.seed, "weights": self.suite.files}
+        settings = {**asdict(self.settings.protocol), **own, "decoding": dict(self.decoding), **protocol}
         about = {"caveats": self.caveats(), "machine": dict(self.machine), "command": self.command}
-        whole = {**content, "protocol": {**self.protocol_settings(), **protocol}, **about}
-        return json.dumps(whole, indent=2, allow_nan=False) + "\n"
+        return json.dumps({**content, "protocol": settings, **about}, indent=2, allow_nan=False) + "\n"
 
     def _markdown(self, title: str, table: Table, *more: str | Sequence[str]) -> str:
         caveats = ("## Before you compare", self.caveats(), "## Protocol", self.protocol())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from dc_ssdae.evaluation.curves import draw_curves, read_run
+from dc_ssdae.evaluation.curves import curves_figure, read_run, save_picture
 from dc_ssdae.evaluation.reconstruction import PhotoResult
 from dc_ssdae.evaluation.report.page import Panel, Photo, Table, difference_panel, render_page
 from dc_ssdae.figures import cells
@@ -28,7 +28,8 @@ def demo_page(shipped: Sequence[PhotoResult], trained: Sequence[PhotoResult], ru
         verdict = f"{means['psnr']:.1f} dB on photos it has not seen, {abs(gain):.1f} dB "
         verdict += "below bicubic resizing" if gain > 0 else "above bicubic resizing"
         models.append((verdict, [_photo(result) for result in results], table))
-    return render_page("demo.html", models=models, curves=draw_curves([read_run(run)]), footer=facts)
+    curves = save_picture(lambda: curves_figure([read_run(run)]))
+    return render_page("demo.html", models=models, curves=curves, footer=facts)
 
 
 def _photo(result: PhotoResult) -> Photo:

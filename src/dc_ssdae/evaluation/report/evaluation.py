@@ -51,29 +51,23 @@ class EvaluationReport(Report):
         """A line per image: its place, name and values; an image that cannot be read has the reason instead."""
         found = self.evaluation
         names = [name for name in (*METRICS, MSE, *OTHERS) if not np.isnan(found.values.get(name, np.nan)).all()]
-        broken = dict(zip(found.broken_places, [image.reason for image in found.broken], strict=True))
-        columns = [[value if value == value else "" for value in found.values[name].tolist()] for name in names]
-        reasons = [broken.get(place, "") for place in range(len(found.names))]
+        columns = [["" if math.isnan(value) else value for value in found.values[name].tolist()] for name in names]
+        reasons = [""] * len(found.names)
+        for place, image in zip(found.broken_places, found.broken, strict=True):
+            reasons[place] = image.reason
         stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["place", "name", *names, "broken"])
-        writer.writerows(zip(range(len(reasons)), found.names, *columns, reasons, strict=True))
+        rows = zip(range(len(reasons)), found.names, *columns, reasons, strict=True)
+        csv.writer(stream, lineterminator="\n").writerows([["place", "name", *names, "broken"], *rows])
         return stream.getvalue()
 
     def as_json(self) -> str:
         """Everything but the single images' values."""
-        found = self.evaluation
-        content = {
-            "model": self.entries[0].label,
-            "remarks": self.entries[0].remarks,
-            "metrics": _with_units(METRICS, found.metrics),
-            "others": _with_units(OTHERS, found.others),
-            "images": found.images,
-            "broken": {image.name: image.reason for image in found.broken},
-            "latent_shape": found.latent_shape,
-            "latent": None if found.latent is None else found.latent.as_json(),
-        }
-        return self._json(content, dtype=self.dtype)
+        entry, found = self.entries[0], self.evaluation
+        figures = {"metrics": _with_units(METRICS, found.metrics), "others": _with_units(OTHERS, found.others)}
+        images = {"images": found.images, "broken": {image.name: image.reason for image in found.broken}}
+        latent = {"latent_shape": found.latent_shape, "latent": found.latent and found.latent.as_json()}
+        about = {"model": entry.label, "remarks": entry.candidate.remarks}
+        return self._json({**about, **figures, **images, **latent}, dtype=self.dtype)
 
     def as_provenance(self) -> dict[str, Any]:
         """The figures, their intervals and notes, as a model's `provenance` has them."""
@@ -82,15 +76,9 @@ class EvaluationReport(Report):
             if finite(found.value) is not None:
                 cell = replace(found, note=found.note and short_name(found.note)).as_json()
                 metrics[name] = {key: value for key, value in cell.items() if value is not None}
-        return {
-            "protocol": self.settings.protocol.name,
-            "data": name_of_path(self.data) or "images",
-            "images": self.images,
-            "image_size": self.settings.size,
-            "decoding": dict(self.decoding),
-            "metrics": metrics,
-            **({} if self.dtype == "float32" else {"dtype": self.dtype}),
-        }
+        about: dict[str, Any] = {"protocol": self.settings.protocol.name, "data": name_of_path(self.data) or "images"}
+        about |= {"images": self.images, "image_size": self.settings.size, "decoding": dict(self.decoding)}
+        return {**about, "metrics": metrics, **({} if self.dtype == "float32" else {"dtype": self.dtype})}
 
     def as_markdown(self) -> str:
         """The figures, and what a reader must know."""
@@ -105,15 +93,9 @@ class EvaluationReport(Report):
             best: likewise.
         """
         values = {n: found.value for n, found in self.evaluation.metrics.items() if n not in self.suite.missing}
-        return render_page(
-            "evaluation.html",
-            report=self,
-            figures=_in_words(values),
-            ranking=METRICS[self.ranking] if self.ranking else None,
-            worst=[self._photo(image) for image in worst],
-            best=[self._photo(image) for image in best],
-            footer=self.command,
-        )
+        parts: dict[str, Any] = {"worst": [*map(self._photo, worst)], "best": [*map(self._photo, best)]}
+        parts |= {"figures": _in_words(values), "ranking": METRICS[self.ranking] if self.ranking else None}
+        return render_page("evaluation.html", report=self, footer=self.command, **parts)
 
     def table(self) -> Table:
         """A row for each figure."""
@@ -127,10 +109,9 @@ class EvaluationReport(Report):
     def latent_lines(self) -> list[str]:
         """Describe the latent; nothing where there is no posterior."""
         found, size = self.evaluation, self.settings.size
-        if found.latent is None or found.latent_shape is None:
-            return []
-        values = math.prod(found.latent_shape)
-        return fill("latent.txt", found=found, size=size, values=values, active=ACTIVE_VARIANCE).splitlines()
+        values = math.prod(found.latent_shape or ())
+        parts = {"found": found, "size": size, "values": values, "active": ACTIVE_VARIANCE}
+        return [] if found.latent is None else fill("latent.txt", **parts).splitlines()
 
     def _photo(self, image: Reconstructed) -> Photo:
         caption = _in_words({name: values[image.place] for name, values in self.evaluation.values.items()})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from torch import Tensor
 
 from dc_ssdae.data.images import to_pillow
@@ -95,12 +95,9 @@ def data_uri(picture: Tensor | bytes) -> str:
 def fill(template: str | Path, **parts: Any) -> str:
     """Fill a template of this folder, or one elsewhere that may extend these; texts are escaped where it is HTML."""
     path = Path(__file__).parent / template
+    folders = FileSystemLoader([path.parent, Path(__file__).parent])
     environment = Environment(
-        loader=FileSystemLoader([path.parent, Path(__file__).parent]),
-        autoescape=path.suffix == ".html",
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, loader=folders, autoescape=select_autoescape(), undefined=StrictUndefined
     )
     environment.filters |= {"uri": data_uri, "counted": counted}
     return environment.get_template(path.name).render(parts)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dc_ssdae.evaluation.arena import Entry
 from dc_ssdae.evaluation.candidates import RANDOM_WEIGHTS
-from dc_ssdae.evaluation.curves import COLOURS, number_logarithmic_ticks, shorten
+from dc_ssdae.evaluation.curves import COLOURS, add_legend, number_logarithmic_ticks
 from dc_ssdae.evaluation.estimates import METRICS
 from dc_ssdae.files import finite
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP*X<>hp"
-_LONGEST_LABEL, _LEGEND = 64, 140  # letters of a label, and of the legend's width
 
 
 class Point(NamedTuple):
@@ -52,17 +51,17 @@ def arena_figure(entries: Sequence[Entry]) -> "Figure":
     rows: list[Row] = []
     styles, rivals = {}, []
     for index, entry in enumerate(entries):
-        is_random = RANDOM_WEIGHTS in entry.remarks
+        is_random = RANDOM_WEIGHTS in entry.candidate.remarks
         styles[entry.label] = style(index, 0.35 if is_random else 1.0)
-        styles[entry.label] |= {"markerfacecolor": "none"} if entry.is_baseline else {}
-        rivals += [] if entry.is_baseline or is_random else [entry.label]
+        styles[entry.label] |= {"markerfacecolor": "none"} if entry.candidate.is_baseline else {}
+        rivals += [] if entry.candidate.is_baseline or is_random else [entry.label]
     for name in ("psnr", "lpips", "rfid"):
         info, points = METRICS[name], {}
         for entry in entries:
             value = finite(entry.evaluation.metrics[name].value) if entry.evaluation else None
             if value is not None:
-                speed = entry.decode.median if entry.decode else math.nan
-                points[entry.label] = [Point(value, entry.tokens or math.nan, speed)]
+                speed = None if entry.decode is None else entry.decode.value
+                points[entry.label] = [Point(value, entry.tokens or math.nan, speed or math.nan)]
         best = [points[label][0] for label in rivals if label in points]
         fronts = [{"": front(best, place, place == 2, info.more_is_better)} for place in (1, 2)]
         unit, better = f" in {info.unit}" if info.unit else "", "more" if info.more_is_better else "less"
@@ -74,13 +73,8 @@ def arena_figure(entries: Sequence[Entry]) -> "Figure":
 def draw(costs: tuple[str, str], rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Draw a row for each quality, a panel for each of two costs, and a legend below."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    # matplotlib leaves out labels that begin with an underscore, and knows no stray bytes.
-    texts = [f"\u200b{shorten(label.encode('utf-8', 'backslashreplace').decode(), _LONGEST_LABEL)}" for label in styles]
-    columns = max(1, min(4, _LEGEND // (4 + max(map(len, texts), default=1))))
-    height = 3.3 * max(1, len(rows)) + 0.28 * -(-len(texts) // columns) + 0.2
-    figure = Figure(figsize=(10.5, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10.5, 3.3 * max(1, len(rows))), dpi=110, layout="constrained")
     panels = figure.subplots(max(1, len(rows)), 2, squeeze=False)
     for (quality, points, lines), row in zip(rows, panels, strict=False):
         for place, (axes, cost) in enumerate(zip(row, costs, strict=True), 1):
@@ -94,8 +88,7 @@ def draw(costs: tuple[str, str], rows: Sequence[Row], styles: Mapping[str, Mappi
             low, high = axes.get_xlim()
             axes.set_xlim(low / 1.25, high * 1.25)
             number_logarithmic_ticks(axes.xaxis, most=4, widest=2.5, form=",.10g")
-    handles = [Line2D([], [], **style) for style in styles.values()]
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    add_legend(figure, [*styles], [*styles.values()])
     return figure
 
 
