@@ -65,7 +65,7 @@ def test_phases_stand_one_after_the_other(tmp_path: Path) -> None:
     assert [step for step, _ in run.values["loss/total"]] == list(range(1, 24))
     assert [step for step, _ in run.values["ssim"]] == [4, 8, 11, 14, 16, 19, 21, 23]
     figure = curves_figure([run])
-    caption = figure.legends[0].get_title().get_text()
+    (caption,) = (text.get_text() for text in figure.texts if "phases" in text.get_text())
     assert caption == "phases: 1 compression, 2 size, 3 quality, 4 distilled"
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2", "3", "4"]
     lines = [line for line in figure.axes[0].lines if line.get_linewidth() == 1.6]
@@ -164,9 +164,7 @@ def test_no_text_lies_on_another_one(recipes: list[dict[str, int]], tmp_path: Pa
     assert figure.bbox.width == 1200
     texts = [text for axes in figure.axes for text in (*axes.texts, axes.title, axes.xaxis.label)]
     texts += [label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in tick_labels(axis)]
-    (legend,) = figure.legends
-    texts += [*legend.get_texts(), *([legend.get_title()] if recipes else [])]
-    boxes = [(text.get_text(), text.get_window_extent().padded(-0.5)) for text in texts]
+    boxes = [(text.get_text(), text.get_window_extent().padded(-0.5)) for text in (*texts, *figure.texts)]
     assert len(boxes) > 60
     together = itertools.combinations(boxes, 2)
     assert [(one, other) for (one, box), (other, place) in together if box.overlaps(place)] == []

@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as tvf
 from dc_ssdae import InputError
 from dc_ssdae.evaluation import metric_networks
 from dc_ssdae.evaluation.estimates import METRICS
-from dc_ssdae.evaluation.metric_networks import DREAMSIM_FILES, MSE, Inception, MetricSuite, load_metrics
+from dc_ssdae.evaluation.metric_networks import DREAMSIM_FILES, MSE, DINOv2, Inception, MetricSuite, load_metrics
 from dc_ssdae.evaluation.protocol import PROTOCOLS
 
 ALEX_FILE = "alexnet-owt-7be5be79.pth"
@@ -248,6 +248,17 @@ def test_dinov2s_features_are_timms_class_token(height: int, width: int, full: M
     assert (found.dtype, found.shape) == (torch.float32, (2, 384))
     assert (expected[0] - expected[1]).abs().mean() > 0.01
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dinov2_with_registers_has_timms_positions(tmp_path: Path) -> None:
+    """Its authors resample them with antialiasing, as timm does; no position is of a register."""
+    name = "vit_small_patch14_reg4_dinov2.lvd142m"
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    nn.init.normal_(network.pos_embed)
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    network.set_input_size(img_size=(224, 224))
+    found = DINOv2(name, tmp_path / "weights.safetensors")
+    torch.testing.assert_close(found.transformer.pos_embed, network.pos_embed)
 
 
 # --- DreamSim ---

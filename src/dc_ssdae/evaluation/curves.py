@@ -38,7 +38,7 @@ PICTURE_STYLE = {
 }
 """matplotlib's settings for all pictures of figures."""
 
-_LONGEST_LABEL, _LETTERS_PER_INCH = 64, 13  # in a legend
+_LETTERS_PER_INCH = 13  # of a legend
 
 
 @dataclass
@@ -153,7 +153,7 @@ def curves_figure(runs: Sequence[RunCurves]) -> "Figure":
     names = sorted(found, key=lambda name: (name in TITLES, name != "loss/total"))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(4.0 * max(columns, 2), 2.8 * rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(4.0 * max(columns, 2), 2.8 * rows + 0.4), dpi=100, layout="constrained")
     phases = [*dict.fromkeys(phase for run in runs for phase in run.starts)]
     looks = cycle({"color": colour, "linestyle": dash} for dash, colour in product(DASHES, COLOURS))
     styles = [*islice(looks, len(runs))]
@@ -161,10 +161,11 @@ def curves_figure(runs: Sequence[RunCurves]) -> "Figure":
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, columns, place, sharex=axes)
         _draw_panel(axes, runs, name, phases, styles)
-    numbered = ", ".join(f"{number} {phase}" for number, phase in enumerate(phases, 1))
-    add_legend(
-        figure, [run.name for run in runs], styles, textwrap.fill(f"phases: {numbered}", 56 * columns) if phases else ""
-    )
+    if phases:
+        numbered = ", ".join(f"{number} {phase}" for number, phase in enumerate(phases, 1))
+        figure.supxlabel(textwrap.fill(f"phases: {numbered}", 56 * columns), fontsize="medium")
+    if len(runs) == 1:
+        figure.suptitle(as_label(runs[0].name, 64))
     return figure
 
 
@@ -183,7 +184,7 @@ def _draw_panel(
     axes.grid(alpha=0.25)
     if is_loss and min(value for run in runs for _, value in run.values.get(name, ())) > 0:
         axes.set_yscale("log")
-    across = axes.get_xaxis_transform()
+    across, ends = axes.get_xaxis_transform(), []
     for index, (run, style) in enumerate(zip(runs, styles, strict=True)):
         colour = style["color"]
         for phase, start in run.starts.items():
@@ -201,30 +202,51 @@ def _draw_panel(
             if len(lost):
                 axes.plot(lost, 0.0 * lost, "x", color=colour, markersize=5, transform=across, clip_on=False)
                 axes.set_xlabel("step (×: not finite)")
+        is_finite = np.isfinite(points[:, 1])
+        if len(runs) > 1 and is_finite.any():
+            ends.append((means[-1] if len(means) else points[is_finite][-1, 1], run.name, colour))
     if axes.get_yscale() == "log":
         number_logarithmic_ticks(axes.yaxis)
+    _label_ends(axes, ends)
 
 
-def add_legend(figure: Any, names: Sequence[str], styles: Sequence[Mapping[str, Any]], title: str = "") -> None:
+def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write the names of lines beside the panel, each at the height where its line ends, apart from each other."""
+    axes.get_ylim()  # the limits follow from the data when they are asked for
+    to_panel = axes.transData + axes.transAxes.inverted()
+    places = sorted((to_panel.transform((0.0, value))[1], name, colour) for value, name, colour in ends)
+    lowest = 0.0
+    for above, (height, name, colour) in zip(range(len(places))[::-1], places, strict=True):
+        place = min(max(height, lowest), 1.0 - 0.08 * above)
+        lowest = place + 0.08
+        axes.annotate(
+            as_label(name, 18), (1.01, place), None, "axes fraction", color=colour, fontsize="small", va="center"
+        )
+
+
+def as_label(name: str, longest: int) -> str:
+    """A name as matplotlib shows all of it, or its end if it has more letters than `longest`."""
+    # matplotlib leaves out labels that begin with an underscore, and knows no stray bytes.
+    text = f"\u200b{name.encode('utf-8', 'backslashreplace').decode()}"
+    return text if len(text) <= longest else f"…{text[-longest:]}"
+
+
+def add_legend(figure: Any, names: Sequence[str], styles: Sequence[Mapping[str, Any]]) -> None:
     """Name lines or marks below the panels of a figure, which grows by as much.
 
     Args:
         figure: of matplotlib, with constrained layout.
         names: of the lines or marks.
         styles: matplotlib's settings of each.
-        title: above the names.
     """
     from matplotlib.lines import Line2D
 
-    # matplotlib leaves out labels that begin with an underscore, and knows no stray bytes.
-    texts = [f"\u200b{name.encode('utf-8', 'backslashreplace').decode()}" for name in names]
-    texts = [text if len(text) <= _LONGEST_LABEL else f"…{text[-_LONGEST_LABEL:]}" for text in texts]
+    texts = [as_label(name, 64) for name in names]
     letters = _LETTERS_PER_INCH * figure.get_figwidth()
     columns = max(1, min(4, int(letters / (4 + max(map(len, texts), default=1)))))
-    lines = -(-len(texts) // columns) + len(title.splitlines())
-    figure.set_figheight(figure.get_figheight() + 0.28 * lines + 0.2)
+    figure.set_figheight(figure.get_figheight() + 0.28 * -(-len(texts) // columns) + 0.2)
     place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9}
-    figure.legend([Line2D([], [], **style) for style in styles], texts, title=title, **place)
+    figure.legend([Line2D([], [], **style) for style in styles], texts, **place)
 
 
 def running_mean(values: Sequence[float], window: float) -> list[float]:

@@ -223,10 +223,11 @@ class DINOv2(nn.Module):
     """The class token of a DINOv2 of timm: uint8 (B, 3, H, W) to (B, D) float32 (Stein et al. 2023).
 
     Images are resized to 224 pixels a side: bicubic, antialiased, in floating point. Positions are resampled as the
-    authors' code does it: bicubic without antialiasing and with its offset.
+    authors' code does it: bicubic without antialiasing and with its offset; those of networks with registers as timm
+    does it, with antialiasing.
 
     Args:
-        name: timm's; of a network without registers.
+        name: timm's.
         path: of its weights; None draws random ones, the same at every start.
     """
 
@@ -236,11 +237,12 @@ class DINOv2(nn.Module):
         self.channels: int = self.transformer.embed_dim
         embeddings, (rows, columns) = self.transformer.pos_embed.detach(), self.transformer.patch_embed.grid_size
         self.transformer.set_input_size(img_size=(DINOV2_SIDE, DINOV2_SIDE))
-        prefix, grid = embeddings.split([embeddings.shape[1] - rows * columns, rows * columns], dim=1)
-        grid = grid.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-        side = self.transformer.patch_embed.grid_size[0] + 0.1  # as in the authors' code, which passes the scale on
-        grid = F.interpolate(grid, scale_factor=(side / rows, side / columns), mode="bicubic")
-        self.transformer.pos_embed = nn.Parameter(torch.cat([prefix, grid.flatten(2).mT], dim=1))
+        if self.transformer.reg_token is None:
+            prefix, grid = embeddings.split([embeddings.shape[1] - rows * columns, rows * columns], dim=1)
+            grid = grid.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+            side = self.transformer.patch_embed.grid_size[0] + 0.1  # as in the authors' code, which passes the scale on
+            grid = F.interpolate(grid, scale_factor=(side / rows, side / columns), mode="bicubic")
+            self.transformer.pos_embed = nn.Parameter(torch.cat([prefix, grid.flatten(2).mT], dim=1))
         if path is None:
             for name_, scale in self.transformer.named_parameters():
                 if name_.endswith(".gamma"):  # timm starts its layer scales at 1e-5, which hides the image
