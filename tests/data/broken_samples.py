@@ -5,11 +5,15 @@ import os
 import struct
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from dc_ssdae.data.sources import ImageSource
+from dc_ssdae.errors import InputError
 
 
 def image_array(number: int = 0, height: int = 24, width: int = 32) -> np.ndarray:
@@ -79,6 +83,15 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
+
+
+def check_refusals(source: ImageSource, indices: Iterable[int]) -> None:
+    """Each of these images is refused in one line that names it."""
+    for index in indices:
+        with pytest.raises(InputError) as caught:
+            source.read(index)
+        assert len(str(caught.value).splitlines()) == 1
+        assert repr(source.name(index)) in str(caught.value)
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:

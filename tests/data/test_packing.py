@@ -1,5 +1,6 @@
 """Packing: what is in the shards, that killing changes nothing, and what is refused."""
 
+import functools
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ from broken_samples import encoded, image_array, write_broken_files, write_image
 from filelock import FileLock
 from interrupted import digests, instants_with_equal_ends
 from PIL import Image
+from tiny_models import refusal as refusal_of
 
 from dc_ssdae.data.images import read_image
 from dc_ssdae.data.packing import PackSettings, pack
@@ -182,8 +184,7 @@ def test_broken_images_are_left_out_named_once_and_listed(tmp_path: Path) -> Non
 def test_nothing_but_broken_images(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "x.png").write_bytes(b"")
-    with pytest.raises(InputError, match="every image is broken"):
-        packed(tmp_path / "source", tmp_path / "out", max_broken_share=1.0)
+    assert "every image is broken" in refusal(tmp_path / "source", tmp_path / "out", max_broken_share=1.0)
 
 
 # --- interrupted ---
@@ -212,11 +213,7 @@ def test_ended_between_any_two_writes_it_goes_on_to_the_same_bytes(
 # --- what is refused ---
 
 
-def refusal(source: Path, target: Path, settings: PackSettings | None = None) -> str:
-    with pytest.raises(InputError) as caught:
-        packed(source, target, settings)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+refusal = functools.partial(refusal_of, packed)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -259,12 +256,11 @@ def test_destinations_that_must_not_be(divided: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"size": 0}, {"shard_size": 0}, {"format": "jpeg"}, {"quality": None}, {"quality": 101}],
+    ("name", "value"), [("size", 0), ("shard_size", 0), ("format", "jpeg"), ("quality", None), ("quality", 101)]
 )
-def test_settings_are_checked(settings: dict) -> None:
+def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(InputError) as caught:
-        PackSettings(**settings)
-    assert caught.value.field == next(iter(settings))
+        PackSettings(**{name: value})
+    assert caught.value.field == name
     with pytest.raises(InputError, match="png"):
         PackSettings(format="png")
