@@ -6,13 +6,13 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from broken_samples import encoded
+from broken_samples import chunk, encoded, png_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
@@ -39,23 +39,10 @@ def blocks() -> np.ndarray:
     return colours.repeat(16, axis=0).repeat(32, axis=1)
 
 
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png_bytes(width: int, height: int, bits: int, colour: int, rows: bytes, key: bytes | None = None) -> bytes:
-    """A PNG made by hand, for what Pillow does not write. `rows` are raw: filter byte, then samples."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    transparent = b"" if key is None else chunk(b"tRNS", key)
-    parts = [chunk(b"IHDR", header), transparent, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def tiff_bytes(bits: int, samples: bytes, width: int, height: int, extra: Mapping[int, int] = {}) -> bytes:
-    """A TIFF made by hand, greyscale unless `extra` says otherwise: tags by number."""
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: height, 279: len(samples), **extra}
-    tags[273] = 8 + 2 + 12 * len(tags) + 4
-    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+def tiff_bytes(bits: int, samples: bytes, width: int, height: int) -> bytes:
+    """A greyscale TIFF made by hand."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 122, 277: 1, 278: height, 279: len(samples)}
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + body + bytes(4) + samples
 
 
@@ -139,8 +126,7 @@ def test_transparent_colour_without_a_palette() -> None:
     [(2, 0, b"\0\x60", b"\0\1"), (4, 0, b"\0\x12", b"\0\1"), (16, 0, bytes(5), bytes(2)), (16, 2, bytes(13), bytes(6))],
 )
 def test_transparent_colour_that_pillow_would_miss_is_refused(bits: int, colour: int, row: bytes, key: bytes) -> None:
-    with pytest.raises(InputError, match="transparent colour"):
-        decoded(png_bytes(2, 1, bits, colour, row, key))
+    assert "transparent colour" in refusal(decoded, png_bytes(2, 1, bits, colour, row, key))
     assert decoded(png_bytes(2, 1, bits, colour, row))[0].shape == (1, 2, 3)
 
 
@@ -158,8 +144,7 @@ def test_other_colour_spaces_come_back_as_the_colours_they_were(mode: str, kind:
 
 @pytest.mark.parametrize("mode", ["F", "I", "RGBX"])
 def test_other_modes_are_refused(mode: str) -> None:
-    with pytest.raises(InputError, match=f"mode {mode}; save it with 8 or 16 bits"):
-        decoded(Image.new(mode, (4, 3)))
+    assert f"mode {mode}; save it with 8 or 16 bits" in refusal(decoded, Image.new(mode, (4, 3)))
 
 
 # --- sixteen bits ---
@@ -220,22 +205,18 @@ def test_tiffs_of_every_kind_are_right_or_refused(planes: str, compression: str 
 
 
 def test_samples_that_pillow_would_misread_are_refused() -> None:
-    grey = bytes(range(240))
     inks = stored(Image.new("CMYK", (8, 8)), "JPEG")
     marker = inks.index(b"\xff\xee\0\x0eAdobe")
     grey_jp2, colour_jp2 = encoded(photo_like(channels=1)[..., 0], "JPEG2000"), encoded(photo_like(), "JPEG2000")
     size = grey_jp2.index(b"\xff\x4f\xff\x51") + 42
     odd = {
-        "signed": tiff_bytes(8, grey, 20, 12, {339: 2}),
-        "0 is white": tiff_bytes(16, grey, 10, 12, {262: 0}),
         "mode I;16": tiff_bytes(12, b"\xff\xff\xff" * 2, 2, 2),
         "Adobe": inks[:marker] + inks[marker + 16 :],
         "4 bits": grey_jp2[:size] + b"\3" + grey_jp2[size + 1 :],
         "16 bits": colour_jp2[:size] + b"\x0f\1\1" * 3 + colour_jp2[size + 9 :],
     }
     for word, content in odd.items():
-        with pytest.raises(InputError, match=word):
-            decoded(content)
+        assert word in refusal(decoded, content)
 
 
 # --- orientation and other metadata ---
@@ -394,12 +375,15 @@ def test_first_of_several_frames(kind: str, options: dict[str, bool]) -> None:
     assert notes == ["first of several frames used"]
 
 
-def test_what_pillow_warns_about_becomes_a_note() -> None:
+def test_what_pillow_warns_about_becomes_a_note_unless_it_is_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 64 - 1)  # from twice as many on, Pillow refuses
     exif = orientation(1)
     exif[0x010E] = "a description long enough to lie behind the table of tags"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        filters = list(warnings.filters)
         pixels, notes = decoded(encoded(blocks(), "JPEG", exif=exif.tobytes()[:-20]))
+        assert (Image.MAX_IMAGE_PIXELS, warnings.filters) == (32 * 64 - 1, filters)
     assert pixels.shape == (32, 64, 3)
     assert [note.startswith("Pillow warned: ") for note in notes] == [True]
 
@@ -416,17 +400,6 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         message = refusal(read_image, f"{tmp_path}/{name}")
         assert told.get(name, "") in message
         assert repr(f"{tmp_path}/{name}") in message
-
-
-def test_what_pillow_only_warns_of_is_read_and_its_settings_stay(tmp_path: Path) -> None:
-    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
-    assert limit is not None
-    path = tmp_path / "x.png"
-    path.write_bytes(encoded(np.zeros((limit // 8_000 + 1, 8_000), dtype=bool), "PNG"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert read_image(path).notes == [GREY]
-    assert (limit, filters) == (Image.MAX_IMAGE_PIXELS, list(warnings.filters))
 
 
 VALID = [
@@ -471,12 +444,10 @@ def test_written_png_reads_back_exactly(tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert image.format == "PNG"
     assert os.listdir(tmp_path) == ["out.png"]
-    with pytest.raises(InputError, match="cannot write") as caught:
-        write_png(pixels, tmp_path / "missing" / "x.png")
-    assert "x.png" in str(caught.value)
+    missing = tmp_path / "missing" / "x.png"
+    assert f"cannot write image {str(missing)!r}" in refusal(write_png, pixels, missing)
     for tensor in (pixels.float(), pixels[None], pixels.permute(1, 2, 0)):
-        with pytest.raises(InputError, match=r"uint8 pixels of shape \(3, H, W\)"):
-            write_png(tensor, path)
+        assert "uint8 pixels of shape (3, H, W)" in refusal(write_png, tensor, path)
 
 
 # --- ranges ---
@@ -499,9 +470,6 @@ def test_to_uint8_clamps_and_rounds_to_nearest() -> None:
 
 
 def test_ranges_refuse_the_other_kind_of_tensor() -> None:
-    with pytest.raises(InputError, match="1 of 2 values"):
-        to_uint8(torch.tensor([0.0, float("nan")]))
-    with pytest.raises(InputError, match="float32"):
-        to_model_range(torch.zeros(3, 4, 4))
-    with pytest.raises(InputError, match="uint8"):
-        to_uint8(torch.zeros(3, 4, 4, dtype=torch.uint8))
+    assert "1 of 2 values" in refusal(to_uint8, torch.tensor([0.0, float("nan")]))
+    assert "not from float32" in refusal(to_model_range, torch.zeros(3, 4, 4))
+    assert "not from uint8" in refusal(to_uint8, torch.zeros(3, 4, 4, dtype=torch.uint8))

@@ -34,6 +34,9 @@ def packed(source: Path, target: Path, settings: PackSettings | None = None, **o
     return manifests.get("", manifests), lines
 
 
+refusal = functools.partial(refusal_of, packed)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Content of every member of a folder's shards by its name, read by tarfile alone."""
     members = {}
@@ -160,12 +163,10 @@ def test_broken_images_are_left_out_named_once_and_listed(tmp_path: Path) -> Non
     root.mkdir()
     broken = write_broken_files(root)
     write_images(root / "0", 5)
-    with pytest.raises(InputError, match=f"[0-9]+ of {5 + len(broken)} images .* 0\\.1 .*--max-broken-share"):
-        packed(root, out, settings)
+    assert "--max-broken-share" in refusal(root, out, settings)
     finished = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
     assert len(finished) > 2
-    with pytest.raises(InputError, match="not finished"):
-        open_sources(str(out), None, None, None)
+    assert "not finished" in refusal_of(open_sources, str(out), None, None, None)
     _, first = packed(root, tmp_path / "other", settings, max_broken_share=0.9)
     manifest, lines = packed(root, out, settings, max_broken_share=0.9)
     assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))][: len(finished)] == finished
@@ -199,8 +200,7 @@ def test_several_processes_write_the_same_bytes_and_lines(divided: Path, tmp_pat
     _, two = packed(divided, tmp_path / "two", settings, max_broken_share=0.5, workers=2)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert (one, len(one)) == (two, 1)
-    with pytest.raises(InputError, match=r"^1 of 6 images are broken"):
-        packed(divided, tmp_path / "three", settings, workers=2)
+    assert refusal(divided, tmp_path / "three", settings, workers=2).startswith("1 of 6 images are broken")
 
 
 def test_ended_between_any_two_writes_it_goes_on_to_the_same_bytes(
@@ -211,9 +211,6 @@ def test_ended_between_any_two_writes_it_goes_on_to_the_same_bytes(
 
 
 # --- what is refused ---
-
-
-refusal = functools.partial(refusal_of, packed)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -262,5 +259,4 @@ def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(InputError) as caught:
         PackSettings(**{name: value})
     assert caught.value.field == name
-    with pytest.raises(InputError, match="png"):
-        PackSettings(format="png")
+    assert "png" in refusal_of(PackSettings, format="png")

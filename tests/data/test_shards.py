@@ -215,8 +215,7 @@ def test_a_shard_cut_or_removed_after_opening(folder: Path) -> None:
     shards.read(0)
     with open(folder / "000000.tar", "r+b") as file:
         file.truncate(600)
-    with pytest.raises(InputError, match=r"000000\.tar: 0002\.png.* 0 of its"):
-        shards.read(2)
+    assert "0 of its" in refusal(shards.read, 2)
     (folder / "000001.tar").unlink()
     with pytest.raises(FileNotFoundError):  # no image is broken: the run must end
         shards.read(3)
@@ -240,8 +239,7 @@ def test_the_index_is_that_of_the_headers(packed: Path) -> None:
     for path in packed.glob("*.tar"):
         path.write_bytes(bytes(path.stat().st_size))
     shards = Shards(str(packed))  # reads no shard
-    with pytest.raises(InputError, match="damaged, or not an image"):
-        shards.read(0)
+    assert "damaged, or not an image" in refusal(shards.read, 0)
 
 
 def test_a_folder_that_does_not_fit_its_manifest(packed: Path) -> None:
@@ -400,5 +398,4 @@ def test_commands_and_left_overs_of_a_killed_fetch(folder: Path, tmp_path: Path)
 
 def test_without_webdataset_the_message_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "webdataset.tariterators", None)
-    with pytest.raises(InputError, match=r"pip install 'dc-ssdae\[data\]'"):
-        Shards(str(folder))
+    assert "pip install 'dc-ssdae[data]'" in refusal(Shards, str(folder))
