@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,45 +61,47 @@ class Photos:
 
     classes = ("cat", "dog", "cow", "hen")
 
-    def __init__(self, count, kind):
+    def __init__(self, count: int, kind: str) -> None:
         self.count, self.kind = count, kind
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         return (READ | REFUSED)[self.kind][0](image_array(index))
 
 
 class Source:
+    """A user's data set that names its images and reads them."""
+
     blocks = (1, 1)
 
-    def __init__(self, label=None):
+    def __init__(self, label: int | None = None) -> None:
         self.label = label
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 2
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return f"picture {index}"
 
-    def read(self, index):
+    def read(self, index: int) -> Tensor | tuple[Tensor, int]:
         pixels = tensor_of(image_array(index))
         return pixels if self.label is None else (pixels, self.label)
 
 
 class Failing:
-    def __init__(self):
+    def __init__(self) -> None:
         raise RuntimeError("no such disk")
 
 
 class Stream:
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         yield 1
 
 
 class Sized:
-    def __len__(self):
+    def __len__(self) -> int:
         return 3
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dc_ssdae.evaluation.estimates import Estimate, around, bootstrap, pooled_psnr
+from dc_ssdae.evaluation.estimates import METRICS, Estimate, around, bootstrap, pooled_psnr
 
 ODD_VALUES = [math.inf, -math.inf, math.nan, None, 0.0, -0.0, 1e-300, 27.125]
 
@@ -118,3 +118,7 @@ def test_in_words() -> None:
     assert Estimate(2.0, 1.0, 3.456).interval_text(2) == "1.00 to 3.46"
     for estimate in (Estimate(2.0), Estimate(2.0, 1.0), Estimate(2.0, None, 3.0), Estimate(2.0, 2.0, 2.0)):
         assert estimate.interval_text(2) == ""
+
+
+def test_which_way_a_metric_is_better() -> None:
+    assert [name for name, info in METRICS.items() if info.more_is_better] == ["psnr", "ssim"]
