@@ -5,11 +5,15 @@ import os
 import struct
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from dc_ssdae.data.sources import ImageSource
+from dc_ssdae.errors import InputError
 
 
 def image_array(number: int = 0, height: int = 24, width: int = 32) -> np.ndarray:
@@ -25,12 +29,22 @@ def encoded(array: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_bytes(width: int, height: int, bits: int, colour: int, rows: bytes, key: bytes | None = None) -> bytes:
+    """A PNG made by hand, for what Pillow does not write. `rows` are raw: filter byte, then samples."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    transparent = b"" if key is None else chunk(b"tRNS", key)
+    parts = [chunk(b"IHDR", header), transparent, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def broken_contents() -> dict[str, bytes]:
     """Content by file name: each is broken in another way."""
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     jpeg, png, webp = (encoded(noise, kind) for kind in ("JPEG", "PNG", "WEBP"))
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(bytes(1000)))
     data_start = png.index(b"IDAT") + 4
     wrong_checksum = bytearray(png)
     wrong_checksum[data_start + 40] ^= 0xFF
@@ -46,7 +60,7 @@ def broken_contents() -> dict[str, bytes]:
         "cut_short.png": png[: len(png) // 2],
         "cut_short.webp": webp[: len(webp) // 2],
         "wrong_checksum.png": bytes(wrong_checksum),
-        "bomb.png": bomb + _chunk(b"IEND", b""),
+        "bomb.png": png_bytes(20_000, 20_000, 8, 2, bytes(1000)),
         "floats.tiff": floats.getvalue(),
         "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
     }
@@ -81,5 +95,10 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
     return path
 
 
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def check_refusals(source: ImageSource, indices: Iterable[int]) -> None:
+    """Each of these images is refused in one line that names it."""
+    for index in indices:
+        with pytest.raises(InputError) as caught:
+            source.read(index)
+        assert len(str(caught.value).splitlines()) == 1
+        assert repr(source.name(index)) in str(caught.value)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from broken_samples import encoded, image_array, write_broken_files, write_images
-from hypothesis import given
+from broken_samples import check_refusals, image_array, write_broken_files, write_images
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import refusal
 
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.images import IMAGE_EXTENSIONS
 from dc_ssdae.data.name_table import NameTable
-from dc_ssdae.errors import InputError
 
 
 def names_of(folder: ImageFolder) -> list[str]:
@@ -53,10 +53,8 @@ def test_files_that_are_passed_over_are_told_in_one_line(tmp_path: Path, caplog:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     for path in (tmp_path / "missing", tmp_path / "a.heic", tmp_path / "d"):
-        with pytest.raises(InputError, match=path.name):
-            ImageFolder(str(path))
-    with pytest.raises(InputError, match=r"no images .*\.jpeg, \.jpg.*2 \.heic"):
-        ImageFolder(str(tmp_path))
+        assert path.name in refusal(ImageFolder, str(path))
+    assert "2 .heic" in refusal(ImageFolder, str(tmp_path))
     write_images(tmp_path, 1)
     ImageFolder(str(tmp_path))
     (message,) = caplog.messages
@@ -95,15 +93,12 @@ def test_every_broken_file_is_named_in_one_line(tmp_path: Path) -> None:
     folder = ImageFolder(str(tmp_path))
     assert names_of(folder) == sorted([*broken, last.name])
     last.unlink()
-    for index in range(len(folder)):
-        with pytest.raises(InputError) as caught:
-            folder.read(index)
-        assert len(str(caught.value).splitlines()) == 1
-        assert repr(folder.name(index)) in str(caught.value)
+    check_refusals(folder, range(len(folder)))
     with pytest.raises(IndexError):
         folder.name(len(folder))
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.text(st.characters(codec="utf-8"))))
 def test_name_table_gives_back_what_it_got(names: list[str]) -> None:
     names = [*names, os.fsdecode(b"caf\xe9.jpg")]  # no UTF-8
@@ -111,12 +106,3 @@ def test_name_table_gives_back_what_it_got(names: list[str]) -> None:
     assert [table[index] for index in range(len(table))] == names
     with pytest.raises(IndexError):
         table[len(names)]
-
-
-def test_content_changes_file_states(tmp_path: Path) -> None:
-    paths = write_images(tmp_path, 3)
-    folder = ImageFolder(str(tmp_path))
-    before = list(folder.file_states())
-    paths[1].write_bytes(encoded(image_array(7)))
-    paths[2].unlink()
-    assert [old == new for old, new in zip(before, folder.file_states(), strict=True)] == [True, False, False]

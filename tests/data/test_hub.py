@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from broken_samples import broken_contents, encoded, image_array, write_images
+from broken_samples import broken_contents, check_refusals, encoded, image_array, write_images
+from tiny_models import refusal
 
 from dc_ssdae.data.hub import HubDataset
-from dc_ssdae.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +48,7 @@ def test_parquet_and_images_beside_the_table(tmp_path: Path) -> None:
     dataset = HubDataset("imagefolder", data_dir=str(tmp_path / "images"))
     check(dataset, [-1] * 3)
     paths[1].unlink()
-    with pytest.raises(InputError, match=r"image_001.png.*No such file"):
-        dataset.read(1)
+    assert "image_001.png" in refusal(dataset.read, 1)
 
 
 def test_save_to_disk_with_and_without_splits(tmp_path: Path) -> None:
@@ -58,10 +57,8 @@ def test_save_to_disk_with_and_without_splits(tmp_path: Path) -> None:
     check(HubDataset(one), [-1] * 3)
     datasets.DatasetDict({"train": whole(2), "test": whole(3)}).save_to_disk(several)
     check(HubDataset(several, split="test"), [-1] * 3)
-    with pytest.raises(InputError, match=r"unknown split.*'tset'.*did you mean 'test'"):
-        HubDataset(several, split="tset")
-    with pytest.raises(InputError, match="no use for name"):
-        HubDataset(one, name="default")
+    assert "'tset' (did you mean 'test'" in refusal(HubDataset, several, split="tset")
+    assert "no use for name" in refusal(HubDataset, one, name="default")
 
 
 def test_labels_are_whole_numbers_in_a_column(tmp_path: Path) -> None:
@@ -79,26 +76,19 @@ def test_labels_are_whole_numbers_in_a_column(tmp_path: Path) -> None:
     check(HubDataset(str(tmp_path / "texts")), [-1] * 3)
     check(HubDataset(str(tmp_path / "texts"), label_column="fine"), [1, 2, 3])
     for wrong in ("fin", "label"):
-        with pytest.raises(InputError, match=f"unknown label column .* '{wrong}'.* accepted: fine"):
-            HubDataset(str(tmp_path / "texts"), label_column=wrong)
+        assert f"'{wrong}'" in refusal(HubDataset, str(tmp_path / "texts"), label_column=wrong)
 
 
 def test_every_broken_image_is_named_alone(tmp_path: Path) -> None:
     contents = broken_contents()
     rows([*contents.values(), None, encoded(image_array())], image="picture").save_to_disk(tmp_path / "disk")
     dataset = HubDataset(str(tmp_path / "disk"), image_column="picture")
-    for index in range(len(contents) + 1):
-        with pytest.raises(InputError) as caught:
-            dataset.read(index)
-        assert f"{dataset.name(index)!r}" in str(caught.value)
-        assert len(str(caught.value).splitlines()) == 1
+    check_refusals(dataset, range(len(contents) + 1))
     assert dataset.read(len(contents) + 1)[0].shape == (3, 24, 32)
-    with pytest.raises(InputError, match=r"unknown image column.*'image'; accepted: picture"):
-        HubDataset(str(tmp_path / "disk"))
+    assert "'image'; accepted: picture" in refusal(HubDataset, str(tmp_path / "disk"))
 
 
 def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     for path, files in ((str(tmp_path / "missing"), None), ("parquet", str(tmp_path / "x.parquet"))):
-        with pytest.raises(InputError, match=r"^the data set .* cannot be loaded: .*$"):
-            HubDataset(path, data_files=files)
+        assert "cannot be loaded: " in refusal(HubDataset, path, data_files=files)

@@ -1,8 +1,6 @@
 """The reader of latents: what it yields, in which process, and what it says of damaged folders."""
 
-import copy
 import json
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -157,14 +155,10 @@ def test_an_epoch_reaches_workers_that_live_on(folder: Path, start: str) -> None
         assert same(sorted(found, key=lambda latent: latent.place), yielded(dataset, epoch))
 
 
-def test_it_is_copied_and_pickled(folder: Path) -> None:
-    dataset = LatentDataset(folder, normalise="global", seed=3)
-    expected = yielded(dataset, 5)
-    for other in (pickle.loads(pickle.dumps(dataset)), copy.deepcopy(dataset)):
-        assert same([other[index] for index in range(7)], expected)
+def test_there_is_none_beyond_the_ends(folder: Path) -> None:
     for index in (7, -1):
         with pytest.raises(IndexError, match=f"there are 7 latents, none at {index}"):
-            dataset[index]
+            LatentDataset(folder)[index]
 
 
 # --- what is refused ---

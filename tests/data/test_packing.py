@@ -1,5 +1,6 @@
 """Packing: what is in the shards, that killing changes nothing, and what is refused."""
 
+import functools
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ from broken_samples import encoded, image_array, write_broken_files, write_image
 from filelock import FileLock
 from interrupted import digests, instants_with_equal_ends
 from PIL import Image
+from tiny_models import refusal as refusal_of
 
 from dc_ssdae.data.images import read_image
 from dc_ssdae.data.packing import PackSettings, pack
@@ -30,6 +32,9 @@ def packed(source: Path, target: Path, settings: PackSettings | None = None, **o
     lines: list[str] = []
     manifests = pack(str(source), target, settings or PackSettings(), report=lines.append, **options)
     return manifests.get("", manifests), lines
+
+
+refusal = functools.partial(refusal_of, packed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -158,12 +163,10 @@ def test_broken_images_are_left_out_named_once_and_listed(tmp_path: Path) -> Non
     root.mkdir()
     broken = write_broken_files(root)
     write_images(root / "0", 5)
-    with pytest.raises(InputError, match=f"[0-9]+ of {5 + len(broken)} images .* 0\\.1 .*--max-broken-share"):
-        packed(root, out, settings)
+    assert "--max-broken-share" in refusal(root, out, settings)
     finished = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
     assert len(finished) > 2
-    with pytest.raises(InputError, match="not finished"):
-        open_sources(str(out), None, None, None)
+    assert "not finished" in refusal_of(open_sources, str(out), None, None, None)
     _, first = packed(root, tmp_path / "other", settings, max_broken_share=0.9)
     manifest, lines = packed(root, out, settings, max_broken_share=0.9)
     assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))][: len(finished)] == finished
@@ -182,8 +185,7 @@ def test_broken_images_are_left_out_named_once_and_listed(tmp_path: Path) -> Non
 def test_nothing_but_broken_images(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "x.png").write_bytes(b"")
-    with pytest.raises(InputError, match="every image is broken"):
-        packed(tmp_path / "source", tmp_path / "out", max_broken_share=1.0)
+    assert "every image is broken" in refusal(tmp_path / "source", tmp_path / "out", max_broken_share=1.0)
 
 
 # --- interrupted ---
@@ -198,8 +200,7 @@ def test_several_processes_write_the_same_bytes_and_lines(divided: Path, tmp_pat
     _, two = packed(divided, tmp_path / "two", settings, max_broken_share=0.5, workers=2)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert (one, len(one)) == (two, 1)
-    with pytest.raises(InputError, match=r"^1 of 6 images are broken"):
-        packed(divided, tmp_path / "three", settings, workers=2)
+    assert refusal(divided, tmp_path / "three", settings, workers=2).startswith("1 of 6 images are broken")
 
 
 def test_ended_between_any_two_writes_it_goes_on_to_the_same_bytes(
@@ -210,13 +211,6 @@ def test_ended_between_any_two_writes_it_goes_on_to_the_same_bytes(
 
 
 # --- what is refused ---
-
-
-def refusal(source: Path, target: Path, settings: PackSettings | None = None) -> str:
-    with pytest.raises(InputError) as caught:
-        packed(source, target, settings)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -259,12 +253,10 @@ def test_destinations_that_must_not_be(divided: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"size": 0}, {"shard_size": 0}, {"format": "jpeg"}, {"quality": None}, {"quality": 101}],
+    ("name", "value"), [("size", 0), ("shard_size", 0), ("format", "jpeg"), ("quality", None), ("quality", 101)]
 )
-def test_settings_are_checked(settings: dict) -> None:
+def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(InputError) as caught:
-        PackSettings(**settings)
-    assert caught.value.field == next(iter(settings))
-    with pytest.raises(InputError, match="png"):
-        PackSettings(format="png")
+        PackSettings(**{name: value})
+    assert caught.value.field == name
+    assert "png" in refusal_of(PackSettings, format="png")

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import socket
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from broken_samples import broken_contents, encoded, image_array, write_images, write_tar
+from broken_samples import broken_contents, check_refusals, encoded, image_array, write_images, write_tar
+from tiny_models import refusal
 from webdataset.writer import TarWriter
 
 from dc_ssdae.data import shards as shards_module
@@ -66,13 +68,6 @@ def check(shards: Shards, numbers: list[int], first_label: int = 0) -> None:
         assert label == shards.label(int(index)) == numbers[index] - first_label
 
 
-def refusal(path: str | Path) -> str:
-    with pytest.raises(InputError) as caught:
-        Shards(str(path))
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
 # --- what is read ---
 
 
@@ -108,7 +103,7 @@ def test_what_is_in_a_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 def test_two_images_in_a_sample_are_told_apart_by_extensions(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", {f"0.{side}.png": encoded(image_array(0)) for side in ("left", "right")})
-    assert "'0.right.png' is the second image" in refusal(tmp_path)
+    assert "'0.right.png' is the second image" in refusal(Shards, str(tmp_path))
     assert Shards(str(tmp_path), extensions=["right.png"]).relative_name(0) == "x.tar/0.right.png"
     assert Shards(str(tmp_path), extensions="left.png").relative_name(0) == "x.tar/0.left.png"
 
@@ -154,14 +149,8 @@ def test_every_broken_image_is_named_alone(tmp_path: Path) -> None:
             archive.addfile(member)
     shards = Shards(str(tmp_path))
     assert len(shards) == len(names) + 3 >= 14
-    for index in range(len(shards)):
-        if shards.name(index).endswith("50.png"):
-            assert shards.read(index)[0].shape == (3, 24, 32)
-            continue
-        with pytest.raises(InputError) as caught:
-            shards.read(index)
-        assert shards.name(index) in str(caught.value)
-        assert len(str(caught.value).splitlines()) == 1
+    assert shards.read(len(names))[0].shape == (3, 24, 32)
+    check_refusals(shards, {*range(len(shards))} - {len(names)})
 
 
 def test_a_shard_cut_short_anywhere_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -203,22 +192,22 @@ NO_TARS = {
 @pytest.mark.parametrize("content", NO_TARS.values(), ids=NO_TARS)
 def test_what_is_no_tar(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar").write_bytes(content)
-    assert "x.tar" in refusal(tmp_path)
+    assert "x.tar" in refusal(Shards, str(tmp_path))
 
 
 def test_damaged_missing_and_empty_shards(folder: Path, tmp_path: Path) -> None:
-    assert "000003.tar" in refusal(f"{folder}/{{000000..000003}}.tar")
-    assert "write {000..127}" in refusal(f"{folder}/*.tar")
-    assert "cannot be expanded" in refusal(f"{folder}/{{0..1.tar")
+    assert "000003.tar" in refusal(Shards, f"{folder}/{{000000..000003}}.tar")
+    assert "write {000..127}" in refusal(Shards, f"{folder}/*.tar")
+    assert "cannot be expanded" in refusal(Shards, f"{folder}/{{0..1.tar")
     (tmp_path / "none").mkdir()
-    assert "*.tar" in refusal(tmp_path / "none")
+    assert "*.tar" in refusal(Shards, str(tmp_path / "none"))
     write_tar(tmp_path / "none" / "x.tar", {})
-    assert "no images" in refusal(tmp_path / "none")
+    assert "no images" in refusal(Shards, str(tmp_path / "none"))
     path = folder / "000000.tar"
     content, at = bytearray(path.read_bytes()), int(scan_tar(str(path)).offsets[1]) - 512
     content[at : at + 512] = np.random.default_rng(0).bytes(512)  # which tarfile takes for the end
     path.write_bytes(content)
-    assert f"000000.tar' as a tar without compression: there is no header at byte {at}" in refusal(folder)
+    assert f"000000.tar' as a tar without compression: there is no header at byte {at}" in refusal(Shards, str(folder))
 
 
 def test_a_shard_cut_or_removed_after_opening(folder: Path) -> None:
@@ -226,8 +215,7 @@ def test_a_shard_cut_or_removed_after_opening(folder: Path) -> None:
     shards.read(0)
     with open(folder / "000000.tar", "r+b") as file:
         file.truncate(600)
-    with pytest.raises(InputError, match=r"000000\.tar: 0002\.png.* 0 of its"):
-        shards.read(2)
+    assert "0 of its" in refusal(shards.read, 2)
     (folder / "000001.tar").unlink()
     with pytest.raises(FileNotFoundError):  # no image is broken: the run must end
         shards.read(3)
@@ -251,8 +239,7 @@ def test_the_index_is_that_of_the_headers(packed: Path) -> None:
     for path in packed.glob("*.tar"):
         path.write_bytes(bytes(path.stat().st_size))
     shards = Shards(str(packed))  # reads no shard
-    with pytest.raises(InputError, match="damaged, or not an image"):
-        shards.read(0)
+    assert "damaged, or not an image" in refusal(shards.read, 0)
 
 
 def test_a_folder_that_does_not_fit_its_manifest(packed: Path) -> None:
@@ -289,11 +276,10 @@ def test_a_folder_that_does_not_fit_its_manifest(packed: Path) -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder and keeps the paths that were asked for; /stalls answers and then sends nothing until the end."""
+    """Serves a folder and keeps the paths that were asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
-        self.ended = threading.Event()
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -302,7 +288,6 @@ class Server(http.server.ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.ended.set()
         self.shutdown()
         self.server_close()
 
@@ -310,15 +295,8 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.SimpleHTTPRequestHandler):
     server: Server
 
-    def do_GET(self) -> None:
+    def log_request(self, *_: object) -> None:
         self.server.asked.append(self.path)
-        if self.path != "/stalls":
-            super().do_GET()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", "1000000")
-        self.end_headers()
-        self.server.ended.wait()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -387,8 +365,10 @@ def test_what_cannot_be_fetched_is_no_broken_image(
     assert shards.read(0)[1] == 0
     monkeypatch.setattr(shards_module, "STALL_SECONDS", 1)
     monkeypatch.setattr(shards_module, "RETRIES", 0)
-    with pytest.raises(OSError, match=f"cannot fetch {server.url}/stalls to .*(timed out|timeout|too slow)"):
-        fetch(f"{server.url}/stalls", cache)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/0.tar"
+        with pytest.raises(OSError, match=f"cannot fetch {url} to .*(timed out|timeout|too slow)"):
+            fetch(url, cache)
     assert not list(Path(cache).rglob("*.partial"))
 
 
@@ -418,5 +398,4 @@ def test_commands_and_left_overs_of_a_killed_fetch(folder: Path, tmp_path: Path)
 
 def test_without_webdataset_the_message_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "webdataset.tariterators", None)
-    with pytest.raises(InputError, match=r"pip install 'dc-ssdae\[data\]'"):
-        Shards(str(folder))
+    assert "pip install 'dc-ssdae[data]'" in refusal(Shards, str(folder))

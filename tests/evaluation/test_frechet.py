@@ -1,7 +1,6 @@
-"""The distance between sets against torchmetrics and closed forms; its interval; passes, batches and processes."""
+"""The distance between sets against torchmetrics and closed forms; its interval; the reference that is kept."""
 
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from two_processes import PROCESSES, TwoProcesses
 
 from dc_ssdae.distributed import Processes
 from dc_ssdae.evaluation.estimates import Estimate, around
@@ -32,13 +30,9 @@ def distance(replicates: int = 20, channels: int = CHANNELS, **given: Any) -> Fr
     return FrechetDistance(lambda features: features, channels, replicates, **given)
 
 
-def add_all(
-    measure: FrechetDistance, reference: Tensor, images: Tensor, batch_size: int = 16, order: Sequence[int] = ()
-) -> None:
-    places = list(order) or list(range(len(images)))
-    for start in range(0, len(places), batch_size):
-        here = places[start : start + batch_size]
-        measure.add(reference[here], images[here], [f"folder/image{place}.png" for place in here])
+def add_all(measure: FrechetDistance, reference: Tensor, images: Tensor, batch_size: int = 16) -> None:
+    for places in torch.arange(len(images)).split(batch_size):
+        measure.add(reference[places], images[places], [f"folder/image{place}.png" for place in places])
 
 
 def measured(measure: FrechetDistance, reference: Tensor, images: Tensor, *given: Any) -> Estimate:
@@ -101,12 +95,6 @@ def test_singular_covariances_are_no_obstacle() -> None:
 # --- however the work is cut ---
 
 
-@pytest.mark.parametrize(("batch_size", "shuffled"), [(1, False), (7, True), (COUNT, False)])
-def test_neither_batches_nor_order_matter(batch_size: int, shuffled: bool) -> None:
-    order = np.random.default_rng(0).permutation(COUNT).tolist() if shuffled else ()
-    assert_same(measured(distance(), *rows(), batch_size, order), measured(distance(), *rows()))
-
-
 class OnApplesGPU:
     """Features that have to be moved before they can be converted: that device has no float64."""
 
@@ -163,33 +151,3 @@ def test_few_images(count: int) -> None:
         assert found == Estimate(reason="a distance between sets needs at least two images")
     else:
         assert found.low <= found.value <= found.high < math.inf  # type: ignore[operator]
-
-
-# --- two processes ---
-
-PASSES = (COUNT, 3, 1)
-"""Images; of one image the second process has none."""
-
-
-def passes(processes: Processes) -> Iterator[Estimate]:
-    """Two candidates of data sets of several sizes, the second one against the reference that was kept."""
-    for count in PASSES:
-        reference, images = rows(count)
-        measure, mine = distance(5), processes.share(count)
-        for candidate in (images, images / 2):
-            if len(mine):
-                add_all(measure, reference, candidate, 3, mine)
-            yield measure.finish(processes)
-
-
-def work(rank: int, folder: str) -> None:
-    torch.save([vars(estimate) for estimate in passes(Processes(rank, PROCESSES))], f"{folder}/record{rank}")
-
-
-def test_two_processes_find_what_one_does(made_once: Any, two_processes: TwoProcesses) -> None:
-    folder = made_once("frechet-processes", lambda folder: two_processes(work, str(folder)))
-    main, other = (torch.load(folder / f"record{rank}", weights_only=True) for rank in range(PROCESSES))
-    for found, expected in zip(main, passes(Processes()), strict=True):
-        assert_same(Estimate(**found), expected)
-    assert main == other
-    assert [found["value"] is None for found in main] == [False] * 4 + [True] * 2
