@@ -283,7 +283,6 @@ class TestMistakes:
             ("linear", {"noise": DRAFT / 0.0}, "noise holds NaN or infinite values"),
             ("flow", {"sampler": "nesterov"}, "sampler of FlowMatching 'nesterov'"),
             ("linear", {"sampler": "gradient_descent", "momentum": 0.3}, "of EquilibriumMatching 'momentum'"),
-            ("linear", {"sampler": "one_step", "tolerance": 0.1}, "'one_step' of EquilibriumMatching 'tolerance'"),
         ],
     )
     def test_settings(self, kind: str, given: dict[str, Any], words: str, models: dict[str, DCSSDAE]) -> None:
