@@ -19,10 +19,6 @@ def folder_from(variable: str, default: str) -> Path:
     return Path(os.environ.get(variable) or REPOSITORY / default).resolve()
 
 
-def golden_folder() -> Path:
-    return folder_from("DC_SSDAE_GOLDEN", "../shared/golden")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     # Workers of xdist share the machine; an explicit OMP_NUM_THREADS is the user's own choice.
     if not os.environ.get("OMP_NUM_THREADS"):
@@ -34,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a test that asks for `golden_file` every file of the golden folder, or one skip where there is none."""
     if "golden_file" not in metafunc.fixturenames:
         return
-    folder = golden_folder()
+    folder = folder_from("DC_SSDAE_GOLDEN", "../shared/golden")
     files = sorted(folder.glob("*.safetensors"))
     if files:
         metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
@@ -115,18 +111,9 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def folder_or_skip(folder: Path, hint: str) -> Path:
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing; {hint}")
-    return folder
-
-
-@pytest.fixture
-def golden_dir() -> Path:
-    return folder_or_skip(golden_folder(), "set DC_SSDAE_GOLDEN to the folder of golden files")
-
-
 @pytest.fixture
 def data_dir() -> Path:
     folder = folder_from("DC_SSDAE_DATA", "../shared/data/imagenet-sample")
-    return folder_or_skip(folder, "set DC_SSDAE_DATA to a folder of photos")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing; set DC_SSDAE_DATA to a folder of photos")
+    return folder

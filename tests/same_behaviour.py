@@ -32,53 +32,21 @@ RUNS = {
 REFUSED = """
 trian
 train demo
-train --confg demo
 train --config nope
-train --config missing.yaml
-train --config demo
-train --config demo --training.lr
 train --config demo --training.lr=fast
-train --config demo --training.steps=null --training.minutes=null
 train --config demo --training.stepz=3
-train --config demo --training.betas=[0.9]
-train --config demo --training.optimizer=sgd
-train --config demo --training.train=[nowhere] --data.root=.
-train --config demo --training.batch_size=3 --training.accumulation_steps=2
-train --config demo --training.best_metric=fid
-train --config demo --data.image_size=20
 train --config demo --data.root=nowhere
-train --config demo --data.root=a --data.dataset.class_path=ImageFolder
-train --config demo --model.downsample_factor=12
 train --config demo --model.encoder.class_path=Nothing --data.root=.
-train --config demo --model.encoder.init_args.widths=wide --data.root=.
 train --config demo --losses.nothing=1
-train --config demo --losses.kl.wait=1
-train --config demo --losses.dynamics=0 --losses.kl=0
-train --config demo --phases.low_resolution.training.steps=3
-train --resume nowhere
 train --resume demo --training.lr=1
-train --recipe nothing
 train --recipe three_phase --config demo --phases.nothing.training.steps=3
 distill --teacher nowhere
-distill --resume demo
 reconstruct nothing.png --out out
-reconstruct photo.png --out out
-reconstruct photo.png --out out --sampler fast
-reconstruct photo.png --out out --device tpu
-reconstruct photo.png --out out --import no.such.module
 decode photo.png --out out
-encode photo.png --out out --seed 3
 info nothing
 eval --data nowhere
-eval --data . --protocol nothing
-compare jpeg:200 --data . --out out
-stats --data .
-convert original nothing.safetensors --preset demo --out out2
 convert diffusers nowhere --out out2
-export --out out3 --size 1 2 3
 pack . out4 --format png --quality 3
-curves nowhere
-bench train --config demo --compare nothing
 """.strip().splitlines()
 
 

@@ -188,7 +188,8 @@ class TestSaving:
 
     @torch.no_grad()
     def test_the_config_survives_and_statistics_change_neither_latents_nor_images(self, tmp_path: Path) -> None:
-        model, x = tiny(16, "DCEncoder", dynamics={"init_args": {"decay": "piecewise", "decay_start": 1.2}}), image()
+        dynamics = {"init_args": {"decay": "piecewise", "decay_start": 1.2}}
+        model, x = tiny(16, "DCEncoder", dynamics=dynamics, provenance={"steps": 30}), image()
         z, y = model.encode(x).latent_dist.mean, model(x).sample
         model.register_to_config(**STATISTICS.settings())
         model.save_pretrained(tmp_path / "first")

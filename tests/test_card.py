@@ -19,7 +19,6 @@ from tiny_models import EVALUATION, edit_config, refusal, tiny
 from dc_ssdae import DCSSDAE, InputError
 from dc_ssdae.card import (
     MARKER,
-    note_evaluation,
     render_model_card,
     write_model_card,
 )
@@ -174,15 +173,15 @@ class TestSaving:
         for work in (DCSSDAE.from_pretrained, write_model_card):
             assert "provenance.data is " in refusal(work, tmp_path)
 
-    @pytest.mark.parametrize("readme", ["", "\xff"])
-    def test_a_users_own_readme_stays(self, model: DCSSDAE, tmp_path: Path, readme: str) -> None:
-        (tmp_path / "README.md").write_bytes(readme.encode("latin-1"))
-        model.save_pretrained(tmp_path)
-        assert not write_model_card(tmp_path)
-        assert (tmp_path / "README.md").read_bytes() == readme.encode("latin-1")
-
     def test_ours_is_written_anew_until_the_marker_is_gone(self, model: DCSSDAE, tmp_path: Path) -> None:
+        """A user's own stays, also an empty one."""
         path = tmp_path / "README.md"
+        for readme in (b"", b"\xff"):
+            path.write_bytes(readme)
+            model.save_pretrained(tmp_path)
+            assert not write_model_card(tmp_path)
+            assert path.read_bytes() == readme
+        path.unlink()
         model.save_pretrained(tmp_path)
         first = path.read_text()
         path.write_text(f"{first}more\n")
@@ -192,15 +191,6 @@ class TestSaving:
         path.write_text(first.replace(f"{MARKER}\n", "") + "more\n")
         model.save_pretrained(tmp_path)
         assert path.read_text().endswith("more\n")
-
-    def test_provenance_survives_and_figures_are_added(self, model: DCSSDAE, tmp_path: Path) -> None:
-        model.save_pretrained(tmp_path)
-        note_evaluation(tmp_path, EVALUATION)
-        better = {**EVALUATION, "metrics": {"psnr": {"value": 30.0}}}
-        note_evaluation(tmp_path, better)
-        expected = {"preset": "demo", "steps": 30, "evaluations": [better]}
-        assert DCSSDAE.from_pretrained(tmp_path).config.provenance == expected
-        assert "| `psnr` | 30 |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.fixture

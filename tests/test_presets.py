@@ -14,11 +14,6 @@ from dc_ssdae.training.config import DataConfig, RunConfig, TrainingConfig
 PAPER = ("vq_f8c4_fm", "dc_f32c32_fm", "dc_f32c32_eqm", "dc_f64c128_eqm", "dc_f128c512_eqm", "dcae_f32c32_eqm")
 FAST = ("fast_f8c4", "fast_f8c16", "fast_f16c64", "fast_f32c32", "fast_f32c64")
 
-each_preset = pytest.mark.parametrize("name", list_presets())
-each_network = pytest.mark.parametrize("name", [name for name in list_presets() if not name.endswith("_eqm_image")])
-"""The large models whose networks are another preset's are left out."""
-
-
 WHOLE = {
     "lpips": {"weight": 0.5, "init_args": {"net": "squeeze", "weights": "random"}},
     "repa": {"weight": 0.25, "init_args": {"backbone": "test_vit", "weights": "random"}},
@@ -26,7 +21,8 @@ WHOLE = {
 """The whole objective, with small networks in the places of VGG-16 and DINOv2."""
 
 
-@each_network
+# The large models whose networks are another preset's are left out.
+@pytest.mark.parametrize("name", [name for name in list_presets() if not name.endswith("_eqm_image")])
 @torch.no_grad()
 def test_every_loss_is_finite_at_initialisation(name: str) -> None:
     """And KL is at most 10 per latent dimension, in float32 of white and black, which excite the latent's mean most of
@@ -81,7 +77,7 @@ def test_the_fast_presets_share_one_decoder_and_the_one_to_ship_is_small() -> No
     assert sum(parameter.numel() for parameter in models["fast_f8c16"].parameters()) <= 5_000_000
 
 
-@each_preset
+@pytest.mark.parametrize("name", list_presets())
 def test_a_preset_is_a_whole_run(name: str) -> None:
     """Together with the folder of images; the paper's presets take every setting of the loop from the defaults."""
     config = RunConfig.from_mapping(load_preset(name))

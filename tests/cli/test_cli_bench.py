@@ -50,7 +50,7 @@ def test_a_model_as_json(run: Run) -> None:
     expected = count_flops(DCSSDAE.from_preset("demo"), 64).decode_step
     assert 0.9 * expected < entry["flops"] <= expected
     assert 0.0 < entry["share_of_peak"] < 1.0
-    assert (found["benchmark"], found["machine"]["threads"]) == ("decode", 1)
+    assert (found["benchmark"], found["machine"]["threads"], found["machine"]["device"]) == ("decode", 1, "cpu")
 
 
 def test_data(run: Run, photos: Path) -> None:

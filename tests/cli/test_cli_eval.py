@@ -164,7 +164,6 @@ def test_two_processes_report_what_one_does(run: Run, model_dir: Path, measuring
     assert done.stdout.splitlines() == [line.replace("one/", "two/") for line in alone.out]
     assert [line for line in done.stderr.splitlines() if line.startswith("dc-ssdae eval: ")] == alone.err
     assert sorted(os.listdir("two")) == FILES
-    assert report_of("two")["metrics"]["psnr"] == pytest.approx(report_of("one")["metrics"]["psnr"])
     assert [line["name"] for line in lines_of("two")] == [line["name"] for line in lines_of("one")]
 
 

@@ -15,19 +15,11 @@ from dc_ssdae.classes import import_class, importing_from
 from dc_ssdae.model_folder import model_folder
 
 OWN_ENCODER = """
-from torch import nn
-
-from dc_ssdae import DiagonalGaussian
+from tiny_models import PatchEncoder
 
 
-class OwnEncoder(nn.Module):
-    def __init__(self, latent_channels: int, downsample_factor: int, width: int = 8) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, width, downsample_factor, downsample_factor)
-        self.out = nn.Conv2d(width, 2 * latent_channels, 1)
-
-    def forward(self, x):
-        return DiagonalGaussian.from_moments(self.out(self.patch(x)))
+class OwnEncoder(PatchEncoder):
+    pass
 """
 
 
@@ -37,8 +29,9 @@ def own_model(tmp_path: Path) -> Iterator[Path]:
     Path("own_encoders.py").write_text(OWN_ENCODER)
     with importing_from(tmp_path):
         own = import_class("own_encoders.OwnEncoder")
-    part = {"class_path": "own_encoders.OwnEncoder", "init_args": {"width": 16}}
-    DCSSDAE.from_preset("demo", encoder=part, classes=[own]).save_pretrained("saved")
+    DCSSDAE.from_preset("demo", encoder={"class_path": "own_encoders.OwnEncoder"}, classes=[own]).save_pretrained(
+        "saved"
+    )
     del sys.modules["own_encoders"]
     yield Path("saved")
     for name in ("own_encoders", "other_encoders"):
@@ -75,10 +68,10 @@ def test_a_class_of_the_current_folder(run: Run, refusal: Refusal, own_model: Pa
     assert load_file("out/photo.safetensors")["latent"].shape == (4, 3, 5)
     assert sys.path == before
     sizes = run("info", own_model, "--groups", "--json", "--import", "own_encoders").json()
-    assert next(iter(sizes.items())) == ("encoder", 16 * (3 * 8 * 8 + 1) + 8 * (16 + 1)), "one group, as it names none"
+    assert next(iter(sizes.items())) == ("encoder", 8 * (3 * 8 * 8 + 1)), "one group, as it names none"
     Path("own_encoders.py").rename("other_encoders.py")
     moved = run("info", own_model, "--import", "json", "--import", "other_encoders", "--json", "--device", "cpu").json()
-    assert moved["encoder"] == {"class_path": "other_encoders.OwnEncoder", "width": 16}
+    assert moved["encoder"] == {"class_path": "other_encoders.OwnEncoder", "variance": True}
 
 
 def test_a_model_saved_as_one_variant_alone_needs_no_word_more(run: Run, photo: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_words import PARSER, options, parse
+from run_words import PARSER, options, parse, parse_recipe
 
 from dc_ssdae.cli.run_config import config_yaml, read_run_config
 from dc_ssdae.errors import InputError
@@ -178,6 +178,7 @@ def test_help_fits_a_terminal_and_describes_every_setting(monkeypatch: pytest.Mo
 VALID = ["--config=demo", "--losses.edges={class_path: a.B, init_args: {x: 1}}", *(flag for flag, _, _ in SETTINGS)]
 pieces = st.sampled_from(["--", "=", ".", "null", "{", "]", "1e", ":", "'", "no", "é", "losses"]) | st.text(max_size=6)
 places = st.floats(0, 1, exclude_max=True)
+RECIPE = "phases: {low: {training: {steps: 30}, losses: {kl: 2}}, high: {starts_from: low, data: {image_size: 64}}}"
 
 
 @functools.cache
@@ -194,8 +195,11 @@ def test_mutations_of_words_and_files_are_accepted_or_refused(
         start = int(place * len(text))
         return text[:start] + new + text[start + dropped :]
 
-    Path("mutated.yaml").write_text(mutated(printed()), encoding="utf-8")
-    for words in ([*VALID[:number], mutated(VALID[number]), *VALID[number + 1 :]], ["--config", "mutated.yaml"]):
+    file = write("mutated.yaml", mutated(printed()))
+    for words in ([*VALID[:number], mutated(VALID[number]), *VALID[number + 1 :]], ["--config", file]):
         with contextlib.suppress(InputError, SystemExit):
             config = parse(*words)
             assert RunConfig.from_mapping(config.to_mapping()) == config
+    recipe = write("recipe.yaml", mutated(RECIPE))
+    with contextlib.suppress(InputError):
+        parse_recipe("--recipe", recipe, *DEMO)

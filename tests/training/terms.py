@@ -1,5 +1,5 @@
-"""A user's decoder; users' loss terms: one with a parameter, a buffer and randomness that a test may reach
-into, one that reads the decoder's features.
+"""Users' loss terms: one with a parameter, a buffer and randomness that a test may reach into, one that reads the
+decoder's features.
 """
 
 import os
@@ -10,13 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dc_ssdae.losses import StepOutputs
-
-
-class PlainDecoder(nn.Module):
-    """A user's decoder that gives no features."""
-
-    def __init__(self, latent_channels: int, downsample_factor: int, time_conditioning: bool) -> None:
-        super().__init__()
 
 
 class FeatureNorm(nn.Module):

@@ -9,26 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from states import without_zeros
+from states import random_model
 from tiny import SIZE, make_images, run_config
 
-from dc_ssdae import DCSSDAE
 from dc_ssdae.data.folder import ImageFolder
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.errors import InputError
-from dc_ssdae.training.build import build_model
 from dc_ssdae.training.comparison import compare, compare_distilled
 from dc_ssdae.training.config import DistillationConfig
 
 
 def folder_of(path: Path) -> ValidationImages:
     return ValidationImages(ImageFolder(str(path)), SIZE, 100)
-
-
-def random_model(seed: int, dynamics: dict[str, Any] | None = None) -> DCSSDAE:
-    """A tiny model of which nothing is zero."""
-    torch.manual_seed(seed)
-    return without_zeros(build_model(run_config(model={"dynamics": dynamics}).model)).eval()
 
 
 FLOW = {"class_path": "FlowMatching"}

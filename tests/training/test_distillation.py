@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from states import differences, different, without_zeros
+from states import differences, different, random_model
 from terms import HOOKED, Hooked, at, send
 from tiny import batch, last, metrics, resume, run_config, start, trainer_of
 from torch import Tensor, nn
@@ -49,16 +49,6 @@ class LooksAtTheImage(nn.Module):
         return outputs.record.x.flatten(1).mean(dim=1) + 0.0 * outputs.prediction.mean()
 
 
-def random_model(dynamics: str = "linear", seed: int = 1) -> DCSSDAE:
-    """A tiny model of which nothing is zero, nor as it was made."""
-    torch.manual_seed(seed)
-    model = without_zeros(build_model(run_config(model={"dynamics": DYNAMICS[dynamics]}).model))
-    norm: Any = model.decoder.latent_norm
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2.0)
-    return model.eval()
-
-
 def distillation(
     teacher: Path,
     root: Path | None = None,
@@ -93,7 +83,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A teacher of each dynamics."""
     folder = tmp_path_factory.mktemp("teachers")
     for name in DYNAMICS:
-        random_model(name).save_pretrained(folder / name)
+        random_model(dynamics=DYNAMICS[name]).save_pretrained(folder / name)
     write_latent_statistics(folder / "linear", LatentStatistics([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0], 10))
     return {name: folder / name for name in DYNAMICS}
 
@@ -131,7 +121,7 @@ def test_the_loss_by_hand(teachers: dict[str, Path], dynamics: str, steps: int, 
     pixels, noise, level, latent_noise = batch(0)
     found = step(pixels, noise, level, latent_noise)
 
-    model, student = random_model(dynamics), step.model.eval()
+    model, student = random_model(dynamics=DYNAMICS[dynamics]), step.model.eval()
     with torch.no_grad():
         posterior = model.encoder(pixels.float() / 127.5 - 1.0)
         z = posterior.mean + (0.5 * posterior.logvar).exp() * latent_noise

@@ -139,15 +139,12 @@ def test_the_split_of_a_batch_and_the_default_generator_change_no_noise() -> Non
         assert torch.equal(expected, torch.cat(pieces))
 
 
-def test_no_two_images_get_the_same_noise() -> None:
-    model = training_step().model
-    draws = [draw_noise(model, SIZE, seed, 6, range(30), "cpu") for seed in (3, 4)]
-    numbers = {float(value) for noise, level, _ in draws for value in [*level, *noise[:, 0, 0, 0]]}
-    assert len(numbers) == 120
-
-
-def test_noise_is_normal_and_levels_are_the_dynamics_own() -> None:
-    noise, level, latent_noise = draw_noise(training_step("fm").model, SIZE, 3, 6, range(400), "cpu")
+def test_noise_is_normal_levels_are_the_dynamics_own_and_no_two_images_get_the_same() -> None:
+    model = training_step("fm").model
+    noise, level, latent_noise = draw_noise(model, SIZE, 3, 6, range(400), "cpu")
+    others = draw_noise(model, SIZE, 4, 6, range(400), "cpu")
+    for mine, theirs in ((level, others[1]), (noise[:, 0, 0, 0], others[0][:, 0, 0, 0])):
+        assert len(torch.cat([mine, theirs]).unique()) == 800
     for normal in (noise, latent_noise, level.logit()):
         bound = 4 / normal.numel() ** 0.5
         assert abs(float(normal.mean())) < bound
