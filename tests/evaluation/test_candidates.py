@@ -360,10 +360,10 @@ def test_a_decoder_may_give_its_images_in_several_ways() -> None:
 )
 def test_modules_of_the_current_folder_and_what_cannot_be_imported(here: Path, path: str, told: str) -> None:
     (here / "own_raising.py").write_text("x = 1\nraise RuntimeError('first\\nsecond')\n")
-    (here / "own_module.py").write_text("def brighter(x):\n    return x + 0.25\n")
+    (here / "own_codec.py").write_text("def brighter(x):\n    return x + 0.25\n")
     assert told in refusal(opened, f"python:{path}")
     x = image()
-    assert torch.equal(reconstruct(opened("python:own_module.brighter"), x), x + 0.25)
+    assert torch.equal(reconstruct(opened("python:own_codec.brighter"), x), x + 0.25)
 
 
 # --- codecs and resizing ---

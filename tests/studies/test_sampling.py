@@ -76,7 +76,7 @@ def test_step_sizes_are_in_units_of_the_slope() -> None:
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"descents": [0.0]}, "descent is 0.0"),
+        ({"descents": [0.0]}, "descent 0.0"),
         ({"tolerances": [-1.0]}, "tolerance is -1.0"),
         ({"momenta": [1.0]}, "momentum is 1.0"),
         ({"samplers": ["euler"]}, "EquilibriumMatching"),

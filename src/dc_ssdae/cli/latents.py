@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dc_ssdae.cli.common import complain, load_model, main_first, say_part, select_device
 from dc_ssdae.cli.options import BatchOptions, DType, ModelOptions, ShardOptions
-from dc_ssdae.errors import InputError, check_names
+from dc_ssdae.errors import InputError
 from dc_ssdae.settings import LARGEST_SEED, setting
 
 if TYPE_CHECKING:
@@ -100,5 +100,6 @@ def _open_parts(options: Options) -> "dict[str, ImageSource]":
     with importing_from(Path.cwd()):
         sources = open_sources(named.root, named.dataset, named.validation, options.cache or named.cache)
     found = {"": sources.train} if sources.validation is None else sources._asdict()
-    check_names("part of the data", [split] if split else [], filter(None, found))
+    if split is not None and split not in found:
+        raise InputError(f"--split is {split}, but the data are not divided into parts")
     return {name: source for name, source in found.items() if split in (None, name)}
