@@ -1,5 +1,6 @@
 """`dc-ssdae train`: starts a run from a configuration, or continues one."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def read_new_recipe(options: RunOptions, word: str) -> tuple[Recipe, str]:
     Raises:
         InputError: a file or a setting is wrong; one line that names it.
     """
-    file = Path(word).expanduser()
+    file = Path(os.path.expanduser(word))
     if word not in list_recipes() and not file.exists():
         raise InputError(f"--recipe: {unknown_name('recipe', word, list_recipes())}, or a YAML file")
     name, content = (word, load_recipe(word)) if word in list_recipes() else (file.stem, read_yaml(file))
