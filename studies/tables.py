@@ -1,14 +1,15 @@
-"""The tables of the documentation that are made from what the studies wrote, and the picture of the architecture study.
+"""The tables and two pictures of the documentation that are made from what the studies wrote.
 
 The site's build puts the table NAME where a page has the line `[Table NAME](FILE)`. Run as a script, this writes the
-picture, docs/architecture.png; `python studies/tables.py NAME` prints a table.
+pictures, docs/architecture.png and docs/sampling_study.png; `python studies/tables.py NAME` prints a table.
 """
 
 import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,23 +153,53 @@ VARIANTS = {
 
 def architecture_figure() -> "Figure":
     """PSNR and LPIPS of the variants by evaluations: means over the seeds, and bands from seed to seed."""
+    series = {}
+    for variant, label in VARIANTS.items():
+        runs = by_variant("architecture")[variant]
+        series[label] = [(int(count), [run["evaluations"][count] for run in runs]) for count in runs[0]["evaluations"]]
+    return quality_figure(series)
+
+
+SAMPLERS = {
+    ("EqM", "gradient_descent", None): "EqM, gradient descent",
+    ("EqM", "nesterov", None): "EqM, Nesterov",
+    ("EqM", "gradient_descent", 0.5): "EqM, steps of 0.5/L",
+    ("FM", "euler", None): "FM, Euler",
+    ("FM", "midpoint", None): "FM, midpoint",
+}
+"""Model, sampler and step size of what the picture of the sampling study shows, and what it calls them."""
+
+
+def sampling_figure() -> "Figure":
+    """PSNR and LPIPS of the sampling study's models by evaluations; a PSNR below 17 dB is left out."""
+    series = {}
+    for (model, sampler, size), label in SAMPLERS.items():
+        rows = [m for m in sampling_study()["measurements"] if (m["model"], m["sampler"]) == (model, sampler)]
+        rows = [m for m in rows if m["step_size"] == size and m["tolerance"] is None and m["psnr"] > 17]
+        series[label] = [(round(m["evaluations"]), [m]) for m in rows]
+    return quality_figure(series)
+
+
+def quality_figure(series: Mapping[str, Sequence[tuple[int, Sequence[Mapping[str, float]]]]]) -> "Figure":
+    """PSNR and LPIPS by evaluations of the decoder, a line for each label: the evaluations, and each seed's figures."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.8), dpi=100, layout="constrained")
     panels = dict(zip(("psnr", "lpips"), figure.subplots(1, 2), strict=True))
     for name, title in (("psnr", "PSNR in dB: higher is better"), ("lpips", "LPIPS of SqueezeNet: lower is better")):
-        axes, ends = panels[name], {}
-        for color, (variant, label) in zip(COLOURS, VARIANTS.items(), strict=False):
-            runs = by_variant("architecture")[variant]
-            counts = [int(count) for count in runs[0]["evaluations"]]
-            seeds = [[m[name] for m in run["evaluations"].values()] for run in runs]
-            low, mean, high = (np.array([f(c) for c in zip(*seeds, strict=True)]) for f in (min, statistics.fmean, max))
+        axes, ends = panels[name], []
+        most = max(count for points in series.values() for count, _ in points)
+        for color, (label, points) in zip(COLOURS, series.items(), strict=False):
+            counts = [count for count, _ in points]
+            seeds = [[seed[name] for seed in found] for _, found in points]
+            low, mean, high = (np.array([f(values) for values in seeds]) for f in (min, statistics.fmean, max))
             axes.plot(counts, mean, marker="o", markersize=5, linewidth=2, color=color)
             axes.fill_between(counts, low, high, color=color, alpha=0.1, linewidth=0)
-            ends[variant] = counts[-1], mean[-1], label, color
-        label_ends(axes, [*ends.values()])
-        axes.set(title=title, xlabel="evaluations of the decoder", xscale="log", xlim=(0.9, 34))
-        axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"], minor=False)
+            ends.append((counts[-1], mean[-1], label, color))
+        label_ends(axes, ends)
+        axes.set(title=title, xlabel="evaluations of the decoder", xscale="log", xlim=(0.9, 4.2 * most))
+        ticks = [2**power for power in range(most.bit_length())]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -288,11 +319,39 @@ def encode_speed() -> str:
     return markdown(["encoder", "px", "s", "of the peak", "`fast_f8c16` is faster by a factor of"], rows)
 
 
+@cache
+def sampling_study() -> dict[str, Any]:
+    """Read what `studies/sampling.py` found."""
+    return json.loads((ROOT / "results/sampling_study.json").read_text())
+
+
+def sampling() -> str:
+    """Quality and field of each way to decode."""
+    columns = {"model": "", "sampler": "", "num_steps": "", "step_size": "g", "momentum": "g", "tolerance": "g"}
+    columns |= {"evaluations": ".3g", "psnr": ".2f", "ssim": ".3f", "lpips": ".3f", "residual_rms": ".3g"}
+    rows = [
+        ["" if m[name] is None else f"{m[name]:{digits}}" for name, digits in columns.items()]
+        for m in sampling_study()["measurements"]
+    ]
+    head = ["model", "sampler", "steps", "η · L", "μ", "tolerance", "evaluations"]
+    return markdown([*head, *(title for title, _ in QUALITY.values()), "field RMS"], rows)
+
+
+def needed() -> str:
+    """The evaluations that the two models need for the same quality."""
+    rows = []
+    for name, (title, digits) in QUALITY.items():
+        for entry in sampling_study()["needed"][name]:
+            told = ["not reached" if m is None else f"{m['evaluations']:.3g}" for m in entry["models"]]
+            rows.append([title, f"{entry['target']:.{digits}f}", *told])
+    return markdown(["quality", "to reach", "evaluations, FM", "evaluations, EqM"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
         *(architecture, counts, stopping, claim, distillation, stability, kl, kick),
-        *(equal_time, decode_speed, encode_speed),
+        *(equal_time, decode_speed, encode_speed, sampling, needed),
     )
 }
 
@@ -301,7 +360,8 @@ def main() -> None:
     if names := sys.argv[1:]:
         print("\n".join(TABLES[name]() for name in names))
         return
-    (ROOT / "docs/architecture.png").write_bytes(save_picture(architecture_figure))
+    for name, draw in (("architecture", architecture_figure), ("sampling_study", sampling_figure)):
+        (ROOT / f"docs/{name}.png").write_bytes(save_picture(draw))
 
 
 if __name__ == "__main__":
