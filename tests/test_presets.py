@@ -21,8 +21,15 @@ WHOLE = {
 """The whole objective, with small networks in the places of VGG-16 and DINOv2."""
 
 
-# The large models whose networks are another preset's are left out.
-@pytest.mark.parametrize("name", [name for name in list_presets() if not name.endswith("_eqm_image")])
+# The large models whose networks are another preset's are left out, and those of the largest factors are slow.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith(("dc_f64", "dc_f128")) else ())
+        for name in list_presets()
+        if not name.endswith("_eqm_image")
+    ],
+)
 @torch.no_grad()
 def test_every_loss_is_finite_at_initialisation(name: str) -> None:
     """And KL is at most 10 per latent dimension, in float32 of white and black, which excite the latent's mean most of

@@ -71,7 +71,7 @@ def files() -> list[Path]:
         ("stats --data broken", "a.png"),
         ("latents photos out --size 30", "f = 8"),
         ("latents photos out --seed 1", "--seed is for --store sample"),
-        ("latents photos/train out --split validation", "'validation'"),
+        ("latents photos/train out --split validation", "--split is validation"),
         ("pack photos out --size 0", "--size is '0'"),
         ("pack photos out --size half", "--size is 'half'"),
         ("pack photos out --format png --quality 90", "--quality"),
