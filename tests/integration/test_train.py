@@ -113,6 +113,7 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, data):
         assert one["loss/total"] == pytest.approx(other["loss/total"], rel=1e-4)
 
 
+@pytest.mark.slow  # the tutorial trains its own encoder and loss in every run of the suite
 def test_an_own_encoder_loss_and_data_set_train_from_a_yaml(tmp_path):
     (tmp_path / "mine.py").write_text(OWN_CLASSES)
     config = yaml.safe_load(write_config(tmp_path / "c.yaml", tmp_path, steps=3, optimizer="adamw").read_text())
