@@ -28,7 +28,7 @@ demo: $(STAMP)  ## use the shipped model, train a small one (MINUTES=3) and writ
 	$(BIN)/dc-ssdae demo --minutes $(MINUTES) --out runs/demo --overwrite
 
 test: $(STAMP)  ## run the test suite (WORKERS=auto processes)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 test-slow: $(STAMP)  ## run the long tests too
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m 'slow or not slow'
