@@ -139,18 +139,6 @@ VARIANTS = {
 """What the picture calls the variants."""
 
 
-VARIANTS = {
-    "deterministic_patch4": "no noise, patches of 4",
-    "eqm_image_patch4": "EqM, image, patches of 4",
-    "eqm_image": "EqM, image",
-    "eqm_field": "EqM, field",
-    "eqm_field_truncated": "EqM, field, truncated decay",
-    "fm_field": "FM, field",
-    "fm_image": "FM, image",
-}
-"""What the picture calls the variants."""
-
-
 def architecture_figure() -> "Figure":
     """PSNR and LPIPS of the variants by evaluations: means over the seeds, and bands from seed to seed."""
     series = {}
