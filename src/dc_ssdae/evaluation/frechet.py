@@ -51,17 +51,20 @@ class FrechetDistance:
         shape = (1 if self._reference else 2, 1 + self.replicates, 1 + self.channels, 1 + self.channels)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
-    def add(self, reference: Tensor, images: Tensor, names: Sequence[str]) -> None:
-        """Take in a batch.
+    def add(self, reference: Tensor | None, images: Tensor | None, names: Sequence[str]) -> None:
+        """Take in a batch of pairs, or of one set alone, so that sets may differ in number.
 
         Args:
-            reference: uint8 (B, 3, H, W), on the networks' device; not looked at after the first `finish`.
-            images: uint8 (B, 3, H, W), their reconstructions.
-            names: of the B images, by which they are resampled.
+            reference: uint8 (B, 3, H, W), on the networks' device; not looked at after the first `finish`. None adds
+                nothing to the reference.
+            images: uint8 (B, 3, H, W), the reconstructions of the reference. None adds nothing to them.
+            names: of the B images, by which they are resampled: the same name in both sets as often in both.
         """
         counts = torch.from_numpy(resampling_counts(self.seed, names, self.replicates))
         weights = F.pad(counts, (1, 0), value=1).T[:, None].to(self.device, torch.float64)  # (1 + R, 1, B)
         for pixels, sums in zip((images, reference), self._sums, strict=False):
+            if pixels is None:
+                continue
             rows = F.pad(self.features(pixels).to(self.device).double(), (1, 0), value=1.0)
             sums.baddbmm_(weights * rows.T, rows.expand(len(sums), -1, -1))
 
