@@ -136,8 +136,9 @@ class ProbeMeasurement:
         }
         if features:
             first = next(iter(features))
-            found["copying"] = copying_ratio(*(each.features[first] for each in (samples, unseen, training)), self.seed)
-            distances, places = nearest(samples.features[first][:NEIGHBOURED], training.features[first], NEIGHBOURS)
+            near, new, known_features = (each.features[first] for each in (samples, unseen, training))
+            found["copying"] = copying_ratio(near, new, known_features, self.seed)
+            distances, places = nearest(samples.features[first][:NEIGHBOURED], known_features, NEIGHBOURS)
             images_of = self._pictures_at(candidate, places, known)
             rows = zip(samples.shown, images_of, distances.tolist(), strict=False)
             found["neighbours"] = [Neighbours(*row) for row in rows]
@@ -146,12 +147,12 @@ class ProbeMeasurement:
             for name, network in features.items():
                 sets = [training, *(seen for _, seen, _ in drawn)]
                 values = frechet_distances(real.features[name], [seen.features[name] for seen in sets], seed=self.seed)
-                about = {"features": network.title, "is_stand_in": network.is_stand_in}
+                about: dict[str, Any] = {"features": network.title, "is_stand_in": network.is_stand_in}
                 found["distances"].append(
                     Distance(**about, images=RECONSTRUCTIONS, value=values[0], count=training.count)
                 )
                 for (sampling, seen, mean), value in zip(drawn, values[1:], strict=True):
-                    steps = {"sampler": sampling.title, "num_steps": sampling.num_steps}
+                    steps: dict[str, Any] = {"sampler": sampling.title, "num_steps": sampling.num_steps}
                     stopped = mean if sampling.sampler == "adaptive" else None
                     found["distances"].append(
                         Distance(**about, images=SAMPLES, value=value, count=seen.count, evaluations=stopped, **steps)
