@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +39,7 @@ class ProbeOptions(CommandOptions):
         steps: number of training steps; by default --minutes decide.
         minutes: training time in minutes; by default 10 where --steps is not given.
         train_batch: latents per training step.
-        lr: learning rate, from which a cosine leads to 0.
+        lr: learning rate, from which a cosine leads to 0; by default 2e-3 for nano and tiny, 1e-4 for S and B.
         ema: decay of the averaged weights per step; by default 0.99, for short runs.
         samples: number of samples that are drawn and compared with as many training images.
         sampling_steps: numbers of steps to sample with; each is measured, samples are shown of the largest.
@@ -53,7 +53,7 @@ class ProbeOptions(CommandOptions):
     steps: int | None = setting(None, at_least=1, metavar="N")
     minutes: float | None = setting(None, above=0.0, metavar="M")
     train_batch: int = setting(32, at_least=1, name="--train-batch", metavar="B")
-    lr: float = setting(1e-3, above=0.0, metavar="X")
+    lr: float | None = setting(None, above=0.0, metavar="X")
     ema: float = setting(0.99, at_least=0.0, below=1.0, metavar="X")
     samples: int = setting(1000, at_least=2, metavar="N")
     sampling_steps: list[int] = setting([32], at_least=1, name="--sampling-steps", metavar="N,...")
@@ -61,11 +61,12 @@ class ProbeOptions(CommandOptions):
 
     def config(self, data: Any, seed: int) -> "ProbeConfig":
         """The configuration of the training, on latents `data`."""
-        from dc_ssdae.probe.config import DYNAMICS, NetworkConfig, ProbeConfig, probe_training
+        from dc_ssdae.probe.config import DYNAMICS, LEARNING_RATES, NetworkConfig, ProbeConfig, probe_training
 
         network = NetworkConfig(self.network, self.patch, levels=self.levels, dynamics=dict(DYNAMICS[self.dynamics]))
         budget = {name: value for name, value in (("steps", self.steps), ("minutes", self.minutes)) if value}
-        training = probe_training(batch_size=self.train_batch, lr=self.lr, ema_decay=self.ema, seed=seed, **budget)
+        lr = self.lr or LEARNING_RATES[self.network]
+        training = probe_training(batch_size=self.train_batch, lr=lr, ema_decay=self.ema, seed=seed, **budget)
         return ProbeConfig(data, network, training)
 
 
@@ -86,6 +87,7 @@ class Options(ProbeOptions, DeviceOptions, ImportOptions, SeedOptions, OutputOpt
             shards. Class folders give the classes.
         size: side of the images in pixels; they are resized by the shorter side and cropped to the central square.
         batch: images, latents and samples per batch, except in training.
+        workers: number of processes that read latents for training; by default one per core except one, at most 8.
         download: download weights of Inception and DINOv2, if they are missing on this machine, for the distances.
         seed: seed of everything random.
         dtype: precision in which the autoencoder computes; the probe itself is float32.
@@ -96,6 +98,7 @@ class Options(ProbeOptions, DeviceOptions, ImportOptions, SeedOptions, OutputOpt
     data: str | None = setting(None, metavar="ROOT")
     size: int = setting(256, at_least=1, metavar="S")
     batch: int = setting(50, at_least=1, metavar="B")
+    workers: int | None = setting(None, at_least=0, metavar="N")
     download: bool = False
 
 
@@ -135,7 +138,7 @@ def run(options: Options) -> None:
         candidate.to(device)
         data = encode_for_probe(candidate, spec, images, folder, device, settings, processes, _teller(options))
         candidate.to(torch.device("cpu"))
-    config = options.config(data, options.seed)
+    config = options.config(replace(data, workers=options.workers), options.seed)
     stopped_by = train_probe(config, options.out / "run", cpu=device.type == "cpu")
     if not is_main_process():
         return

@@ -106,7 +106,7 @@ def _sha256(model: "DCSSDAE") -> str:
     return hash_network(config, model.encoder.state_dict())
 
 
-def hash_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def hash_network(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
     """Hash settings and weights, to hexadecimal digits of SHA-256."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):

@@ -146,6 +146,11 @@ class LatentDataset(Dataset[Latent]):
             z = z + std[0].float() * torch.randn(self.latent_shape, generator=generator)
         return Latent(self.normalise(z), int(read("labels", row)), int(index), flipped)
 
+    def labels(self) -> Tensor:
+        """All labels, int64 (N,), without reading the latents."""
+        readers = [self._find(end - 1)[0] for end in self._ends]
+        return torch.cat([read("labels") for read in readers])
+
     def stored(self, index: int) -> StoredLatent:
         """All that is on the disk per image, neither mirrored nor sampled nor normalised here."""
         read, row = self._find(index)

@@ -20,6 +20,9 @@ DYNAMICS: Mapping[str, Mapping[str, Any]] = {
 }
 """By name; equilibrium matching with the decay and λ of its authors (Wang & Du 2025)."""
 
+LEARNING_RATES: Mapping[str, float] = {"nano": 2e-3, "tiny": 2e-3, "S": 1e-4, "B": 1e-4}
+"""Of AdamW by the network's size: for short runs of the small ones; S and B have that of Peebles & Xie 2023."""
+
 
 @dataclass(frozen=True)
 class LatentsConfig:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -17,25 +18,38 @@ from dc_ssdae.probe.config import LatentsConfig
 HELD_OUT, MOST_HELD_OUT = 10, 1000
 """Where there are no validation latents: every tenth is held out, at most so many."""
 
+FEWEST_OF_A_CLASS = 10
+"""Training images below which a class is not told: of a few images it would be their names."""
+
 
 @dataclass
 class LatentSubset:
-    """Some latents of a folder, normalised channel by channel with the statistics of that folder or of another one.
+    """Some latents of a folder, normalised channel by channel with the statistics of the training folder.
 
     Args:
         dataset: the folder's.
         indices: of the latents, within the folder.
+        classes: labels, within the folder, that the network is told, as 0, 1 and so on; it is told -1 for others.
     """
 
     dataset: LatentDataset
     indices: Sequence[int]
+    classes: Sequence[int]
+
+    def __post_init__(self) -> None:
+        self._numbers = {label: number for number, label in enumerate(self.classes)}
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, place: int, epoch: int = 0) -> Latent:
         """Read a latent, mirrored or sampled as in an epoch."""
-        return self.dataset.read(self.indices[place], epoch)
+        latent = self.dataset.read(self.indices[place], epoch)
+        return latent._replace(label=self._numbers.get(latent.label, -1))
+
+    def class_name(self, label: int) -> str:
+        """The name of a class that the network is told; empty for -1."""
+        return "" if label < 0 else self.dataset.classes[self.classes[label]]
 
     def names_sha256(self) -> str:
         """Hash what identifies the latents: their shards, and which of them."""
@@ -57,19 +71,25 @@ def open_latents(data: LatentsConfig) -> LatentSources:
         InputError: a folder holds none, or they differ in shape; or there are too few.
     """
     train = LatentDataset(data.train, normalise="channels")
+    kept: Sequence[int] = range(len(train))
+    held_out: Sequence[int]
+    validation = LatentDataset(data.train if data.validation is None else data.validation, False, normalise="channels")
     if data.validation is not None:
-        held_out = LatentDataset(data.validation, flip=False, normalise="channels")
-        held_out.normalise_as(train)
-        if held_out.latent_shape != train.latent_shape:
-            raise InputError(f"latents in {data.validation} are {held_out.latent_shape}, not {train.latent_shape}")
-        return LatentSources(LatentSubset(train, range(len(train))), LatentSubset(held_out, range(len(held_out))))
-    count = min(MOST_HELD_OUT, len(train) // HELD_OUT)
-    if count < 1:
-        raise InputError(f"{data.train} has {len(train)} latents; a probe needs at least {HELD_OUT}", "data")
-    chosen = {place * len(train) // count for place in range(count)}
-    left = [index for index in range(len(train)) if index not in chosen]
-    upright = LatentDataset(data.train, flip=False, normalise="channels")
-    return LatentSources(LatentSubset(train, left), LatentSubset(upright, sorted(chosen)))
+        validation.normalise_as(train)
+        if validation.latent_shape != train.latent_shape:
+            raise InputError(f"latents in {data.validation} are {validation.latent_shape}, not {train.latent_shape}")
+        held_out = range(len(validation))
+    else:
+        count = min(MOST_HELD_OUT, len(train) // HELD_OUT)
+        if count < 1:
+            raise InputError(f"{data.train} has {len(train)} latents; a probe needs at least {HELD_OUT}", "data")
+        held_out = [place * len(train) // count for place in range(count)]
+        chosen = set(held_out)
+        kept = [index for index in kept if index not in chosen]
+    labels = train.labels()[torch.tensor(kept)]
+    counts = torch.bincount(labels[labels >= 0], minlength=1)
+    classes = (counts >= FEWEST_OF_A_CLASS).nonzero().flatten().tolist()
+    return LatentSources(LatentSubset(train, kept, classes), LatentSubset(validation, held_out, classes))
 
 
 class LatentBatch(NamedTuple):

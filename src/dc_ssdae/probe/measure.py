@@ -109,7 +109,7 @@ class ProbeMeasurement:
         Returns:
             Fields of a `ProbeReport`.
         """
-        train, validation, classes = self.sources.train, self.sources.validation, self.sources.train.dataset.classes
+        train, validation = self.sources.train, self.sources.validation
         known = min(count, len(train))
         training = self._seen(self._decoded(candidate, train, known), features)
         unseen = self._seen(self._decoded(candidate, validation, min(count, len(validation))), features)
@@ -132,7 +132,7 @@ class ProbeMeasurement:
         found |= {
             "samples": samples.shown,
             "samples_by": f"{samples_by.title}, {samples_by.num_steps} steps",
-            "classes": [classes[label] if label >= 0 else "" for label in labels[:MOST_SAMPLES].tolist()],
+            "classes": [train.class_name(label) for label in labels[:MOST_SAMPLES].tolist()],
         }
         if features:
             first = next(iter(features))

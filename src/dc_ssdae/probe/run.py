@@ -156,7 +156,7 @@ def _about(config: ProbeConfig, sources: LatentSources, network: Any) -> dict[st
         "latent_shape": dataset.latent_shape,
         "training_latents": len(sources.train),
         "validation_latents": len(sources.validation),
-        "classes": len(dataset.classes),
+        "classes": len(sources.train.classes),
         "network": config.network.size,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "patch": config.network.patch,

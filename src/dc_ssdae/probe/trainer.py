@@ -44,8 +44,8 @@ def build_step(config: ProbeConfig, sources: LatentSources) -> FieldStep:
         InputError: the latents do not fit the network.
     """
     torch.manual_seed(config.training.seed)
-    dataset = sources.train.dataset
-    network = build_network(dataset.latent_shape, len(dataset.classes), config.network.size, config.network.patch)
+    shape, classes = sources.train.dataset.latent_shape, len(sources.train.classes)
+    network = build_network(shape, classes, config.network.size, config.network.patch)
     return FieldStep(network, build_dynamics(config.network), config.training.precision)
 
 
