@@ -19,7 +19,8 @@ class Options(EvaluationOptions):
 
     Reports quality with intervals, latent shape, parameters, speed and memory. Writes DIR/index.html, table.md,
     table.json and pareto.png. If a model fails, its row says so, the others are still measured, and the exit code is 2.
-    Requires pip install 'dc-ssdae[eval]'.
+    With --probe, a small diffusion transformer is also trained on each latent, as by dc-ssdae probe, and the table shows
+    how good the latents are to generate from. Requires pip install 'dc-ssdae[eval]'.
 
     Args:
         models: folder or hub id of a model of this package, or folder of a training run; photos_f8c16, the model that
@@ -28,11 +29,16 @@ class Options(EvaluationOptions):
             webp:QUALITY; bicubic:FACTOR; or pixels:PATCH. LABEL=MODEL sets the name in the reports.
         rounds: number of rounds in which speed is measured.
         show: number of images in index.html.
+        probe: train a nano probe by flow matching for this many minutes on the latent of each model, on the training
+            images of --data, and write DIR/probe/MODEL/index.html.
+        probe_steps: as --probe, but for this many steps, which are the same on a slow and on a fast machine.
     """
 
     models: list[str] = setting(positional=True, metavar="MODEL")
     rounds: int = setting(3, at_least=1, metavar="R")
     show: int = setting(8, at_least=1, metavar="N")
+    probe: float | None = setting(None, above=0.0, metavar="MINUTES")
+    probe_steps: int | None = setting(None, at_least=1, name="--probe-steps", metavar="N")
 
 
 def run(options: Options) -> int:
@@ -67,8 +73,47 @@ def run(options: Options) -> int:
         run_arena(entries, images, suite, settings, device, options.rounds, options.show, bar.update, tell)
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
+    if options.probe is not None or options.probe_steps is not None:
+        about["more_columns"] = probe_entries(options, specs, entries, device, settings.size, tell)
     report = ArenaReport(entries=entries, rounds=options.rounds, **about)
     text, pareto = tell_report(options, report, report.broken), report.as_picture()
     contents = (report.as_page(pareto), text, report.as_json(), pareto)
     write_outputs(options, dict(zip(FILES, contents, strict=True)))
     return 2 if any(entry.failed is not None for entry in entries) else 0
+
+
+def probe_entries(
+    options: Options, specs: "Sequence[CandidateSpec]", entries: "Sequence[Entry]", device: Any, size: int, tell: Any
+) -> dict[str, Any]:
+    """Probe the latents of the models that were measured, write a page for each, and note the figures.
+
+    Returns:
+        The columns of the figures.
+
+    Raises:
+        InputError: a signal ended a training.
+    """
+    from dc_ssdae.cli.probe import ProbeOptions, ProbeWork, probe_model
+    from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.probe.features import load_features
+    from dc_ssdae.probe.report import PROBE_COLUMNS
+
+    settings = ProbeOptions(program=options.program, steps=options.probe_steps, minutes=options.probe)
+    features = load_features(device, options.download)
+    images = open_sources(options.data, None, None, None)
+    for spec, entry in zip(specs, entries, strict=True):
+        shape = None if entry.evaluation is None else entry.evaluation.latent_shape
+        if shape is None or len(shape) != 3:
+            continue
+        folder = options.out / "probe" / re.sub(r"[^\w.-]+", "_", spec.label)
+        work = ProbeWork(entry.candidate, spec, images, folder, device, size, options.batch, options.seed, features)
+        try:
+            report = probe_model(options.program, settings, work)
+        except InputError as error:
+            tell(f"{entry.label}'s probe", str(error))
+            continue
+        finally:
+            entry.candidate.to(torch_device("cpu"))
+        write_outputs(replace(options, out=folder), {"index.html": report.as_page(), "probe.json": report.as_json()})
+        entry.more = report.figures()
+    return dict(PROBE_COLUMNS)

@@ -42,6 +42,7 @@ class Entry:
         decode: likewise; of a function from images to images, for all of its work.
         memory: the largest amount in use while it encodes and decodes a batch, its weights among it, in bytes.
         shown: reconstructions by place, to be looked at.
+        more: figures that were found elsewhere, by their columns' names.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Entry:
     decode: Estimate | None = None
     memory: int | None = None
     shown: dict[int, Reconstructed] = field(default_factory=dict)
+    more: dict[str, Estimate] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dc_ssdae.evaluation.arena import Entry
@@ -35,13 +35,20 @@ class ArenaReport(Report):
 
     Args:
         rounds: in which speed was measured.
+        more_columns: for `Entry.more`: title, unit, digits, and why there may be no value, by name.
     """
 
     rounds: int
+    more_columns: Mapping[str, tuple[str, str, int, str]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> Mapping[str, tuple[str, str, int, str]]:
+        """Every column after the model's name."""
+        return {**COLUMNS, **self.more_columns}
 
     def as_json(self) -> str:
         """Columns with their units, a row for each model, and how they came about."""
-        columns = {"model": "", **{name: unit for name, (_, unit, *_) in COLUMNS.items()}}
+        columns = {"model": "", **{name: unit for name, (_, unit, *_) in self.columns.items()}}
         rows = [self._row(entry) for entry in self.entries]
         speed = {"batch": self.batch, "rounds": self.rounds, "dtype": self.dtype, "interval": "quartiles"}
         return self._json({"columns": columns, "rows": rows, "speed": speed}, images=self.images)
@@ -71,13 +78,13 @@ class ArenaReport(Report):
             remark = ", ".join(entry.candidate.remarks) if entry.failed is None else f"failed: {entry.failed}"
             row = {"model": f"{entry.label}\n{remark}"}
             for name, found in self._figures(entry).items():
-                title, unit, digits, _ = COLUMNS[name]
+                title, unit, digits, _ = self.columns[name]
                 if isinstance(found, tuple):
                     row[f"{title}\n{unit}"] = "×".join(map(str, found))
                 elif found.value is not None or (name in METRICS and name not in self.suite.missing):
                     row[f"{title}\n{unit}"] = number(found, digits)
             rows.append(row)
-        return Table(rows, ["model", *(f"{title}\n{unit}" for title, unit, *_ in COLUMNS.values())])
+        return Table(rows, ["model", *(f"{title}\n{unit}" for title, unit, *_ in self.columns.values())])
 
     @property
     def batch(self) -> int:
@@ -87,7 +94,7 @@ class ArenaReport(Report):
     def _row(self, entry: Entry) -> dict[str, Any]:
         row: dict[str, Any] = {"model": entry.label, "remarks": entry.candidate.remarks}
         row |= {} if entry.failed is None else {"failed": entry.failed}
-        for name, found in (self._figures(entry) or dict.fromkeys(COLUMNS, Estimate(reason="failed"))).items():
+        for name, found in (self._figures(entry) or dict.fromkeys(self.columns, Estimate(reason="failed"))).items():
             row[name] = {"value": found, "low": None, "high": None} if isinstance(found, tuple) else found.as_json()
         return row
 
@@ -109,8 +116,9 @@ class ArenaReport(Report):
             "decode": entry.decode,
             **found.metrics,
             **found.others,
+            **entry.more,
         }
-        return {name: known.get(name) or Estimate(reason=reason) for name, (*_, reason) in COLUMNS.items()}
+        return {name: known.get(name) or Estimate(reason=reason) for name, (*_, reason) in self.columns.items()}
 
 
 def _panel(entry: Entry, original: Reconstructed) -> Panel:
