@@ -180,7 +180,7 @@ class ProbeReport:
             "Compare losses only between probes of the same network, dynamics, levels, training and data.",
         ]
         lines += [
-            f"{name} stands in for the networks of published distances: compare only within one table, and never "
+            f"{name} features stand in for those of published distances: compare only within one table, and never "
             "with FID."
             for name in stand_ins
         ]
