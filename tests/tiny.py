@@ -15,10 +15,11 @@ from dc_ssdae.training.build import build_model
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
 from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.logging import read_lines
+from dc_ssdae.training.loop import Outcome
 from dc_ssdae.training.run import RunFolder, create_run
 from dc_ssdae.training.start import resume_run, start_processes, start_run
 from dc_ssdae.training.stopping import StopRequest
-from dc_ssdae.training.trainer import Outcome, Trainer
+from dc_ssdae.training.trainer import Trainer
 
 SIZE = 32
 VARIABLE = {"images_per_second", "seconds", "memory_gib"}

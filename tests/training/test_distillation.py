@@ -24,8 +24,8 @@ from dc_ssdae.parameter_groups import parameter_groups
 from dc_ssdae.training.build import build_model, build_step, decoder_groups
 from dc_ssdae.training.config import DistillationConfig, RunConfig
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
+from dc_ssdae.training.loop import Outcome
 from dc_ssdae.training.run import WEIGHTS_FILE
-from dc_ssdae.training.trainer import Outcome
 
 DISK_KIB = 256
 """Of the file system that `small_disk` gives."""

@@ -26,6 +26,7 @@ import dc_ssdae
 from dc_ssdae import DCSSDAE
 from dc_ssdae.data.loader import Batch
 from dc_ssdae.distributed import Processes
+from dc_ssdae.training import loop as loop_module
 from dc_ssdae.training import trainer as trainer_module
 from dc_ssdae.training.run import RunFolder
 from dc_ssdae.training.stopping import StopRequest
@@ -146,7 +147,7 @@ def test_a_training_step_waits_once(
     trainer._upcoming = trainer._fetch()
     for finite in (True, True, False):  # the third is thrown away
         with monkeypatch.context() as patch, Waits() as waits:
-            patch.setattr(trainer_module, "math", SimpleNamespace(inf=math.inf, isfinite=lambda _, it=finite: it))
+            patch.setattr(loop_module, "math", SimpleNamespace(inf=math.inf, isfinite=lambda _, it=finite: it))
             trainer._train_step(loggers)
         assert waits.by == ["_exchange"]
     assert (trainer.step, trainer.skipped_steps) == (3, 1)

@@ -26,6 +26,7 @@ from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.training import start as start_module
 from dc_ssdae.training.build import build_model
 from dc_ssdae.training.config import RunConfig
+from dc_ssdae.training.loop import Outcome, TrainingFailed
 from dc_ssdae.training.recipe import (
     Phase,
     Recipe,
@@ -35,7 +36,6 @@ from dc_ssdae.training.recipe import (
     train_recipe,
 )
 from dc_ssdae.training.step import TrainingStep
-from dc_ssdae.training.trainer import Outcome, TrainingFailed
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -26,9 +26,10 @@ from dc_ssdae.training import checkpoint as checkpoint_module
 from dc_ssdae.training import measurements as measurements_module
 from dc_ssdae.training import start as start_module
 from dc_ssdae.training.logging import read_lines
+from dc_ssdae.training.loop import Outcome, TrainingFailed
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
 from dc_ssdae.training.step import TrainingStep
-from dc_ssdae.training.trainer import Outcome, Trainer, TrainingFailed
+from dc_ssdae.training.trainer import Trainer
 
 DISK_KIB = 12288
 """Of the file system that `small_disk` gives."""

@@ -25,7 +25,7 @@ class Options(EvaluationOptions):
         models: folder or hub id of a model of this package, or folder of a training run; photos_f8c16, the model that
             comes with this package; preset:NAME (random weights); diffusers:FOLDER_OR_HUB_ID; python:MODULE.NAME (an
             object with encode and decode, or a function from images to images, (B, 3, H, W) in [-1, 1]); jpeg:QUALITY;
-            webp:QUALITY; or bicubic:FACTOR. LABEL=MODEL sets the name in the reports.
+            webp:QUALITY; bicubic:FACTOR; or pixels:PATCH. LABEL=MODEL sets the name in the reports.
         rounds: number of rounds in which speed is measured.
         show: number of images in index.html.
     """

@@ -15,7 +15,7 @@ from dc_ssdae.settings import setting
 from dc_ssdae.training.config import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
-    from dc_ssdae.training.trainer import Outcome
+    from dc_ssdae.training.loop import Outcome
 
 CHANGED: Mapping[str, Any] = {"steps": 20_000, "lr": 1e-4, "weight_decay": 0.0, "ema_start": 0}
 """Settings of a distillation that differ from those of the teacher's run, unless they are given."""

@@ -29,7 +29,7 @@ from dc_ssdae.training.recipe import (
 from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
-    from dc_ssdae.training.trainer import Outcome
+    from dc_ssdae.training.loop import Outcome
 
 
 @dataclass(kw_only=True)

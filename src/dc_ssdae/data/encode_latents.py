@@ -103,8 +103,13 @@ class LatentEncoder:
 def _sha256(model: "DCSSDAE") -> str:
     """Hash everything that a model's latents depend on: settings and weights of its encoder, not its decoder."""
     config = {name: model.config[name] for name in ("encoder", "latent_channels", "downsample_factor")}
+    return hash_network(config, model.encoder.state_dict())
+
+
+def hash_network(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """Hash settings and weights, to hexadecimal digits of SHA-256."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(model.encoder.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -132,8 +132,12 @@ class LatentDataset(Dataset[Latent]):
         self._epoch.fill_(check_value("epoch", epoch, int, {"at_least": 0}))
 
     def __getitem__(self, index: int) -> Latent:
+        return self.read(index, int(self._epoch))
+
+    def read(self, index: int, epoch: int) -> Latent:
+        """Read a latent as it is in an epoch, whatever `set_epoch` said: mirrored or not, and with its noise."""
         read, row = self._find(index)
-        generator = image_generator(self.seed, int(self._epoch), int(index))
+        generator = image_generator(self.seed, epoch, int(index))
         # Drawn whether it is used or not, so that the noise does not depend on mirroring.
         flipped = bool(torch.rand((), generator=generator) < 0.5) and self.flip
         latent, *std = (read(name, row) for name in self._names[flipped])
@@ -141,6 +145,11 @@ class LatentDataset(Dataset[Latent]):
         if self.sample:
             z = z + std[0].float() * torch.randn(self.latent_shape, generator=generator)
         return Latent(self.normalise(z), int(read("labels", row)), int(index), flipped)
+
+    def labels(self) -> Tensor:
+        """All labels, int64 (N,), without reading the latents."""
+        readers = [self._find(end - 1)[0] for end in self._ends]
+        return torch.cat([read("labels") for read in readers])
 
     def stored(self, index: int) -> StoredLatent:
         """All that is on the disk per image, neither mirrored nor sampled nor normalised here."""
@@ -153,6 +162,10 @@ class LatentDataset(Dataset[Latent]):
     def normalise(self, latents: Tensor) -> Tensor:
         """Normalise latents (..., c, h, w) in the way that this data set was asked for."""
         return (latents - self._shift.to(latents)) * self._scale.to(latents)
+
+    def normalise_as(self, other: "LatentDataset") -> None:
+        """Normalise with another data set's statistics from now on, as validation latents are with the training's."""
+        self._shift, self._scale = other._shift, other._scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Undo `normalise`: latents (..., c, h, w) as the encoder gives them, for `decode`."""

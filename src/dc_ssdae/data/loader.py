@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,19 @@ class Batch(NamedTuple):
         return cls(default_collate([*pixels]), default_collate([*draw]), list(itertools.chain(*broken)))
 
 
+class Samples(Protocol):
+    """The examples of a run, by their position among all that it draws: step · batch size + place in the batch."""
+
+    batch_size: int
+    workers_option: ClassVar[str]
+
+    def __getitem__(self, position: int) -> Any:
+        """Read an example, which depends on nothing that was read before."""
+
+    def collate(self, examples: Sequence[Any]) -> Any:
+        """Make a batch."""
+
+
 @dataclass
 class TrainingSamples(Dataset[Batch]):
     """The images of a run by their position among all that the run draws: step · batch size + place in the batch.
@@ -101,6 +114,10 @@ class TrainingSamples(Dataset[Batch]):
         generator = image_generator(self.seed, *divmod(draw, self.batch_size))
         pixels = random_scaled_crop(pixels, self.image_size, self.aug_scale, generator, self.flip)
         return Batch(pixels, torch.tensor(draw), broken)
+
+    def collate(self, examples: Sequence[Batch]) -> Batch:
+        """Make a batch."""
+        return Batch.of(examples)
 
     def read(self, draw: int) -> tuple[Tensor, list[BrokenImage]]:
         """Read and decode the image of a draw, or one that replaces it; also tells what could not be read.
@@ -214,14 +231,14 @@ def _collate_validation(images: Sequence[ValidationImage]) -> tuple[Any, ...]:
 
 
 def training_loader(
-    samples: TrainingSamples,
+    samples: Samples,
     first_step: int,
     last_step: int | None,
     workers: int,
     pin_memory: bool,
     share: tuple[int, int, int] = (0, 1, 1),
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
     """Read batches ahead in worker processes; with 0 workers, in this one.
 
     Args:
@@ -241,7 +258,7 @@ def training_loader(
     steps = itertools.count(first_step) if last_step is None else range(first_step, last_step)
     firsts = (step * samples.batch_size + (process * parts + part) * size for step in steps for part in range(parts))
     settings = {"batch_sampler": (range(first, first + size) for first in firsts), "pin_memory": pin_memory}
-    return read_batches(samples, Batch.of, workers, stop, **settings)
+    return read_batches(samples, samples.collate, workers, stop, **settings)
 
 
 def read_batches(

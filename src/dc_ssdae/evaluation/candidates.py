@@ -69,6 +69,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "python": (r"\w+(\.\w+)+", "python:MODULE.NAME"),
     "jpeg": ("[1-9][0-9]?|100", "jpeg:QUALITY, from 1 to 100"),
     "webp": ("[1-9][0-9]?|100", "webp:QUALITY, from 1 to 100"),
+    "pixels": ("[1-9][0-9]?", "pixels:PATCH"),
     "bicubic": (r"[1-9][0-9]{0,3}(\.[0-9]+)?", "bicubic:FACTOR, at least 1"),
 }
 """By what a candidate's name begins with: a pattern for the rest, and how to write it. "ours" is what has no prefix."""
@@ -268,6 +269,26 @@ class BicubicCandidate(Candidate):
         return Decoded(self._resize(latent, self._size))
 
 
+class PixelCandidate(Candidate):
+    """The pixels themselves, as a latent: each square of them becomes a position with as many channels as values.
+
+    Args:
+        patch: side of a square in pixels.
+    """
+
+    is_baseline = True
+
+    def __init__(self, patch: int) -> None:
+        super().__init__(remarks=["pixels in squares, nothing is compressed"])
+        self.patch = patch
+
+    def encode(self, x: Tensor) -> Encoded:
+        return Encoded(DiagonalGaussian(F.pixel_unshuffle(x, self.patch)))
+
+    def decode(self, latent: Tensor) -> Decoded:
+        return Decoded(F.pixel_shuffle(latent, self.patch))
+
+
 class CandidateSpec(NamedTuple):
     """What a user names on the command line; see `parse_candidate`.
 
@@ -343,6 +364,8 @@ def open_candidate(
     kind, value = spec.kind, spec.value
     if kind in ("jpeg", "webp"):
         return CodecCandidate(kind, int(value))
+    if kind == "pixels":
+        return PixelCandidate(int(value))
     if kind == "bicubic":
         return BicubicCandidate(float(value))
     if kind == "python":

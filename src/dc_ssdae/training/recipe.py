@@ -21,7 +21,7 @@ from dc_ssdae.training.stopping import StopRequest
 
 if TYPE_CHECKING:
     from dc_ssdae.distributed import Processes
-    from dc_ssdae.training.trainer import Outcome
+    from dc_ssdae.training.loop import Outcome
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -217,9 +217,9 @@ def train_recipe(
     """
     from accelerate.utils.memory import clear_device_cache
 
+    from dc_ssdae.training.loop import Outcome
     from dc_ssdae.training.run import new_folder
     from dc_ssdae.training.start import locked, resume_run, start_run
-    from dc_ssdae.training.trainer import Outcome
 
     folders = [recipe.folder(path, phase.name) for phase in recipe.phases]
     processes = _check(recipe, path, cpu, resumes)

@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +24,9 @@ from dc_ssdae.files import naming, write_whole
 from dc_ssdae.machine import slow_dtype_note
 from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
 from dc_ssdae.training.build import check_components, fetch_backbones
-from dc_ssdae.training.config import RunConfig, keeps_latent
+from dc_ssdae.training.config import RunConfig, TrainingConfig, keeps_latent
 from dc_ssdae.training.logging import JsonLines, read_lines
+from dc_ssdae.training.loop import Outcome
 from dc_ssdae.training.origin import inherited
 from dc_ssdae.training.run import (
     CONFIG_FILE,
@@ -34,16 +38,79 @@ from dc_ssdae.training.run import (
     run_lock,
 )
 from dc_ssdae.training.stopping import StopRequest
-from dc_ssdae.training.trainer import Outcome, Trainer
+from dc_ssdae.training.trainer import Trainer
 
 ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 """What the checkpoints and the batch norm over processes are made for."""
 
 
+class Task(ABC):
+    """What a run trains, as far as starting it goes.
+
+    Attributes:
+        training: how it is trained.
+    """
+
+    training: TrainingConfig
+
+    @abstractmethod
+    def check(self, run: RunFolder, processes: Processes, distribution: DistributedType) -> Any:
+        """Find mistakes before anything heavy is built; gives what it trains on.
+
+        Raises:
+            InputError: something does not fit.
+        """
+
+    def fetch(self, is_my_turn: bool) -> None:  # noqa: B027
+        """Find weights by others, or download them; called twice, for one process of each machine to begin."""
+
+    @abstractmethod
+    def create(self, path: Path) -> None:
+        """Make the folder of a new run."""
+
+    @abstractmethod
+    def loop(self, run: RunFolder, accelerator: Accelerator, processes: Processes, sources: Any, stop: Any) -> Any:
+        """Make the `TrainingLoop`."""
+
+
+@dataclass
+class AutoencoderTask(Task):
+    """The training of an autoencoder, by its configuration and the same as YAML."""
+
+    config: RunConfig
+    config_text: str | None
+    _model: DCSSDAE | None = None
+
+    @property
+    def training(self) -> TrainingConfig:  # type: ignore[override]
+        return self.config.training
+
+    def check(self, run: RunFolder, processes: Processes, distribution: DistributedType) -> ImageSources:
+        config, data = self.config, self.config.data
+        starts, teacher = run.checkpoints.last() is None, run.teacher if run.teacher.is_dir() else None
+        self._model = check_components(config, starts, teacher, processes.count, distribution == DistributedType.FSDP)
+        sources = open_sources(data.root, data.dataset, data.validation, data.cache)
+        if processes.is_main and data.root is not None and sources.validation is None:
+            print(f"{data.root} has no validation/: nothing is evaluated, no checkpoint is the best", file=sys.stderr)
+        return sources
+
+    def fetch(self, is_my_turn: bool) -> None:
+        fetch_backbones(self.config.losses if is_my_turn else {})
+
+    def create(self, path: Path) -> None:
+        assert self._model is not None
+        _create(self.config, self.config_text or "", path, self._model)
+
+    def loop(
+        self, run: RunFolder, accelerator: Accelerator, processes: Processes, sources: Any, stop: StopRequest
+    ) -> Trainer:
+        return Trainer(self.config, run, accelerator, processes, sources, stop)
+
+
 def start_run(
     config: RunConfig, config_text: str | None, path: Path, cpu: bool = False, resumes: bool = False
 ) -> Outcome:
-    """Begin a run in a new folder, or go on with one, and train.
+    """Train an autoencoder in a new folder, or go on with one; see `start_task`.
 
     Args:
         config: of the run.
@@ -54,40 +121,48 @@ def start_run(
 
     Raises:
         InputError: the configuration, the data, the processes or the folder do not fit.
-        TrainingFailed: as `Trainer.run`.
+        TrainingFailed: as `TrainingLoop.run`.
     """
-    run = RunFolder(path, config.training.keep_every)
+    return start_task(AutoencoderTask(config, config_text), config_text, path, cpu, resumes)
+
+
+def start_task(task: Task, config_text: str | None, path: Path, cpu: bool = False, resumes: bool = False) -> Outcome:
+    """Begin a run in a new folder, or go on with one, and train.
+
+    Args:
+        task: what is trained.
+        config_text: its configuration as YAML, which is kept in the folder; None keeps what a run has that goes on.
+        path: of the run's folder.
+        cpu: use no GPU.
+        resumes: whether the folder is there.
+
+    Raises:
+        InputError: the configuration, the data, the processes or the folder do not fit.
+        TrainingFailed: as `TrainingLoop.run`.
+    """
+    run, training = RunFolder(path, task.training.keep_every), task.training
     with StopRequest() as stop, lenient_stderr(), naming(path):
-        accelerator, processes = start_processes(config.training.processes, cpu)
-        data, distribution = config.data, accelerator.distributed_type
-
-        def check() -> tuple[DCSSDAE, ImageSources]:
-            starts, teacher = run.checkpoints.last() is None, run.teacher if run.teacher.is_dir() else None
-            model = check_components(config, starts, teacher, processes.count, distribution == DistributedType.FSDP)
-            return model, open_sources(data.root, data.dataset, data.validation, data.cache)
-
-        model, sources = processes.together(check)
-        if processes.is_main and data.root is not None and sources.validation is None:
-            print(f"{data.root} has no validation/: nothing is evaluated, no checkpoint is the best", file=sys.stderr)
+        accelerator, processes = start_processes(training.processes, cpu)
+        sources = processes.together(partial(task.check, run, processes, accelerator.distributed_type))
         for first in (True, False):  # a download is for one process of each machine; the others find it then
-            mine = config.losses if accelerator.is_local_main_process is first else {}
-            processes.together(partial(fetch_backbones, mine))
+            processes.together(partial(task.fetch, accelerator.is_local_main_process is first))
         if not resumes:
-            processes.on_main(partial(_create, config, config_text or "", path, model))
+            processes.on_main(partial(task.create, path))
         with locked(path, processes):
             if resumes:
                 processes.on_main(partial(recover_run, run))
             if resumes and config_text is not None:
                 processes.on_main(partial(write_whole, path / CONFIG_FILE, config_text.encode()))
             if processes.is_main:
-                environment = describe_environment(accelerator.device, processes.count, distribution.value)
+                distribution = accelerator.distributed_type.value
+                environment = describe_environment(accelerator.device, processes.count, distribution)
                 JsonLines(path / "environment.jsonl", partial(print, file=sys.stderr)).write(environment)
-                if note := slow_dtype_note(accelerator.device, config.training.precision):
+                if note := slow_dtype_note(accelerator.device, training.precision):
                     print(f"{note}: try --training.precision float32", file=sys.stderr)
             # cuDNN tries its algorithms once on the batches, which are alike in size, and takes the fastest.
             torch.backends.cudnn.benchmark = True
             try:
-                return Trainer(config, run, accelerator, processes, sources, stop).run()
+                return task.loop(run, accelerator, processes, sources, stop).run()
             except Exception:
                 # A mistake that only the first step shows: what is mended begins anew, under the same name. Within the
                 # lock, because whoever does not hold it would delete another process's run.
@@ -113,13 +188,18 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
         InputError: as `start_run`; or the checkpoint is damaged.
         TrainingFailed: as `Trainer.run`.
     """
-    run = RunFolder(path, config.training.keep_every)
-    if is_finished(run, config.training):
+    return resume_task(AutoencoderTask(config, config_text), config_text, path, cpu)
+
+
+def resume_task(task: Task, config_text: str | None, path: Path, cpu: bool = False) -> Outcome | None:
+    """Go on with a run as `start_task` does; None where it was finished already."""
+    run = RunFolder(path, task.training.keep_every)
+    if is_finished(run, task.training):
         if os.environ.get("RANK", "0") == "0":
             with suppress(InputError, OSError), run_lock(path):  # else another process is at it, or the disk is full
                 recover_run(run)
         return None
-    return start_run(config, config_text, path, cpu, resumes=True)
+    return start_task(task, config_text, path, cpu, resumes=True)
 
 
 def start_processes(wanted: int | None, cpu: bool = False) -> tuple[Accelerator, Processes]:

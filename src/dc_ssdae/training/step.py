@@ -29,6 +29,7 @@ class TrainingStep(nn.Module):
 
     Attributes:
         memory_format: memory order of the images; `build.place_step` chooses it.
+        loss_terms: names of the objective's terms.
         held_back: names of the parameters that `freeze_all_but` keeps from training.
     """
 
@@ -36,6 +37,7 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.loss_terms = list(objective.terms)
         self._dtype = getattr(torch, precision)
         self.memory_format = torch.contiguous_format
         self._frozen: list[nn.Module] = []

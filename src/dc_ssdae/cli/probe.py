@@ -1,0 +1,163 @@
+"""`dc-ssdae probe`: trains a small diffusion transformer on latents, to see how good they are to generate from."""
+
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dc_ssdae.cli.common import (
+    check_outputs,
+    complain,
+    import_classes,
+    is_main_process,
+    say,
+    select_device,
+    write_outputs,
+)
+from dc_ssdae.cli.options import DeviceOptions, ImportOptions, OutputOptions, SeedOptions
+from dc_ssdae.cli.parser import Options as CommandOptions
+from dc_ssdae.errors import InputError
+from dc_ssdae.settings import setting
+
+if TYPE_CHECKING:
+    from dc_ssdae.probe.config import ProbeConfig
+
+FILES = ("index.html", "probe.json", "table.md")
+
+
+@dataclass(kw_only=True)
+class ProbeOptions(CommandOptions):
+    """What is trained on latents, and how it is sampled.
+
+    Args:
+        network: diffusion transformer to train: nano (4 blocks of 128 channels), tiny (6 of 192), S (12 of 384) or B
+            (12 of 768).
+        patch: side of the squares of latent values that make a token.
+        dynamics: flow_matching; or equilibrium_matching, with its authors' truncated decay and gradient scale 4.
+        levels: how training draws the share of noise: uniform, or logit_normal.
+        steps: number of training steps; by default --minutes decide.
+        minutes: training time in minutes; by default 10 where --steps is not given.
+        train_batch: latents per training step.
+        lr: learning rate, from which a cosine leads to 0; by default 2e-3 for nano and tiny, 1e-4 for S and B.
+        ema: decay of the averaged weights per step; by default 0.99, for short runs.
+        samples: number of samples that are drawn and compared with as many training images.
+        sampling_steps: numbers of steps to sample with; each is measured, samples are shown of the largest.
+        guidance: strength of classifier-free guidance; 1 is none.
+    """
+
+    network: Literal["nano", "tiny", "S", "B"] = "nano"
+    patch: int = setting(1, at_least=1, metavar="P")
+    dynamics: Literal["flow_matching", "equilibrium_matching"] = "flow_matching"
+    levels: Literal["uniform", "logit_normal"] = "uniform"
+    steps: int | None = setting(None, at_least=1, metavar="N")
+    minutes: float | None = setting(None, above=0.0, metavar="M")
+    train_batch: int = setting(32, at_least=1, name="--train-batch", metavar="B")
+    lr: float | None = setting(None, above=0.0, metavar="X")
+    ema: float = setting(0.99, at_least=0.0, below=1.0, metavar="X")
+    samples: int = setting(1000, at_least=2, metavar="N")
+    sampling_steps: list[int] = setting([32], at_least=1, name="--sampling-steps", metavar="N,...")
+    guidance: float = setting(1.0, at_least=0.0, metavar="X")
+
+    def config(self, data: Any, seed: int) -> "ProbeConfig":
+        """The configuration of the training, on latents `data`."""
+        from dc_ssdae.probe.config import DYNAMICS, LEARNING_RATES, NetworkConfig, ProbeConfig, probe_training
+
+        network = NetworkConfig(self.network, self.patch, levels=self.levels, dynamics=dict(DYNAMICS[self.dynamics]))
+        budget = {name: value for name, value in (("steps", self.steps), ("minutes", self.minutes)) if value}
+        lr = self.lr or LEARNING_RATES[self.network]
+        training = probe_training(batch_size=self.train_batch, lr=lr, ema_decay=self.ema, seed=seed, **budget)
+        return ProbeConfig(data, network, training)
+
+
+@dataclass(kw_only=True)
+class Options(ProbeOptions, DeviceOptions, ImportOptions, SeedOptions, OutputOptions):
+    """Train a small diffusion transformer on latents, to see how good they are to generate from.
+
+    Give --model and --data to encode the images first, or --latents, a folder that dc-ssdae latents wrote; with
+    --latents, --model decodes the samples, and --data has the images to compare them with. Writes DIR/index.html,
+    probe.json and table.md; DIR/latents; and DIR/run, a training run. If interrupted, the same command continues
+    exactly where it stopped. Requires pip install 'dc-ssdae[eval]'.
+
+    Args:
+        latents: folder of latents, which may have subfolders train/ and validation/. Without validation/, every tenth
+            latent is held out.
+        model: which autoencoder: all that dc-ssdae compare takes.
+        data: images: a folder of images or shards, which may have subfolders train/ and validation/, or a pattern of
+            shards. Class folders give the classes.
+        size: side of the images in pixels; they are resized by the shorter side and cropped to the central square.
+        batch: images, latents and samples per batch, except in training.
+        workers: number of processes that read latents for training; by default one per core except one, at most 8.
+        download: download weights of Inception and DINOv2, if they are missing on this machine, for the distances.
+        seed: seed of everything random.
+        dtype: precision in which the autoencoder computes; the probe itself is float32.
+    """
+
+    latents: Path | None = setting(None, metavar="DIR")
+    model: str | None = setting(None, metavar="MODEL")
+    data: str | None = setting(None, metavar="ROOT")
+    size: int = setting(256, at_least=1, metavar="S")
+    batch: int = setting(50, at_least=1, metavar="B")
+    workers: int | None = setting(None, at_least=0, metavar="N")
+    download: bool = False
+
+
+def run(options: Options) -> None:
+    """Encode, train, measure and write."""
+    if options.latents is None and (options.model is None or options.data is None):
+        raise InputError("give --latents, or --model and --data to encode images first")
+    if options.data is not None and options.model is None:
+        raise InputError("--data is for comparing decoded samples with images: give --model too")
+    check_outputs(options, [options.out / name for name in FILES])
+    device = select_device(options.device)
+    import torch
+
+    from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.distributed import Processes
+    from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
+    from dc_ssdae.probe.features import load_features
+    from dc_ssdae.probe.run import ProbeSettings, encode_for_probe, find_latents, report_probe, train_probe
+    from dc_ssdae.provenance import name_of_path
+    from dc_ssdae.timing import describe_machine
+
+    images = None if options.data is None else open_sources(options.data, None, None, None)
+    candidate = spec = None
+    if options.model is not None:
+        spec = parse_candidate(options.model)
+        candidate = open_candidate(spec, getattr(torch, options.dtype), import_classes(options.modules))
+    chosen = options.given("samples", "sampling_steps", "guidance", "size", "seed")
+    settings = ProbeSettings(batch_size=options.batch, **chosen)
+    if options.latents is not None:
+        data = find_latents(options.latents)
+    else:
+        assert candidate is not None
+        assert spec is not None
+        assert images is not None
+        processes = Processes.join(device)
+        device, folder = torch.device(processes.device), options.out / "latents"
+        candidate.to(device)
+        data = encode_for_probe(candidate, spec, images, folder, device, settings, processes, _teller(options))
+        candidate.to(torch.device("cpu"))
+    config = options.config(replace(data, workers=options.workers), options.seed)
+    stopped_by = train_probe(config, options.out / "run", cpu=device.type == "cpu")
+    if not is_main_process():
+        return
+    if stopped_by is not None:
+        complain(options.program, f"stopped by {stopped_by}; go on with the same command")
+        return
+    label = spec.label if spec is not None else name_of_path(str(options.latents)) or "latents"
+    about: dict[str, Any] = {"data": options.data and name_of_path(options.data), "machine": describe_machine(device)}
+    about |= {"image_size": options.size if images is not None else None}
+    command = shlex.join(["dc-ssdae", *sys.argv[1:]])
+    work: dict[str, Any] = {} if images is None else {"images": images.train}
+    if candidate is not None:
+        work |= {"candidate": candidate.to(device), "features": load_features(device, options.download)}
+    report = report_probe(config, options.out / "run", label, settings, device, about, command, **work)
+    text = report.as_markdown()
+    say(text)
+    contents = (report.as_page(), report.as_json(), text)
+    write_outputs(options, dict(zip(FILES, contents, strict=True)))
+
+
+def _teller(options: Options) -> Any:
+    return lambda line: complain(options.program, line)

@@ -1,0 +1,236 @@
+"""What a trained probe is measured by: its loss, its samples compared with images, the latents' spectrum."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dc_ssdae.data.encode_latents import LatentEncoder, hash_network
+from dc_ssdae.data.images import to_model_range, to_uint8
+from dc_ssdae.data.loader import ValidationImages, validation_loader
+from dc_ssdae.errors import InputError
+from dc_ssdae.evaluation.candidates import Candidate, CandidateSpec
+from dc_ssdae.evaluation.estimates import bootstrap
+from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.probe.features import FeatureNetwork, copying_ratio, frechet_distances, nearest
+from dc_ssdae.probe.latents import LatentSources, LatentSubset
+from dc_ssdae.probe.report import MOST_REFERENCES, MOST_SAMPLES, RECONSTRUCTIONS, SAMPLES, Distance, Neighbours
+from dc_ssdae.probe.sampling import Sampling, batches, draw_latents, starting_latents
+from dc_ssdae.probe.spectrum import Spectrum, luma, radial_spectrum
+from dc_ssdae.probe.step import SHARES, FieldStep, field_losses
+
+NEIGHBOURED, NEIGHBOURS = 8, 4
+"""How many samples are shown with their nearest training images, and with how many."""
+
+CURVE_POINTS = 500
+"""Of the training loss, each the mean of a block of steps."""
+
+
+def encoder_of(candidate: Candidate, spec: CandidateSpec, size: int, device: torch.device) -> LatentEncoder:
+    """Encode with any autoencoder that can be measured.
+
+    Args:
+        candidate: on `device`.
+        spec: what it was opened from.
+        size: side of the images in pixels.
+        device: of the candidate.
+
+    Raises:
+        InputError: it has no latents (c, h, w) of which a pixel is a square of the image.
+    """
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> DiagonalGaussian:
+        posterior = candidate.encode(to_model_range(pixels).to(device)).posterior
+        if posterior is None or posterior.mean.ndim != 4:
+            raise InputError(f"{spec.label} has no latent (c, h, w) to train on")
+        return posterior
+
+    mean = encode(torch.zeros(1, 3, size, size, dtype=torch.uint8)).mean
+    channels, height, width = mean.shape[1:]
+    if height != width or size % height:
+        raise InputError(f"latents of {spec.label} are {height}×{width} for images of {size} pixels", "size")
+    weights = candidate.module.state_dict()
+    identity = {"name": None if weights else spec.value, "kind": spec.kind}
+    dtype = str(mean.dtype).removeprefix("torch.")
+    return LatentEncoder(encode, spec.label, hash_network(identity, weights), size // height, channels, dtype)
+
+
+@dataclass
+class ProbeMeasurement:
+    """How a trained probe is measured.
+
+    Args:
+        step: in evaluation mode, on `device`, with the averaged weights.
+        sources: what it was trained on.
+        device: of the network.
+        batch_size: samples, images and latents at a time.
+        seed: of the samples' noise and of the bootstrap.
+    """
+
+    step: FieldStep
+    sources: LatentSources
+    device: torch.device
+    batch_size: int
+    seed: int
+
+    def losses(self) -> dict[str, Any]:
+        """The loss on all validation latents, by level."""
+        found = field_losses(self.step, self.sources.validation, len(self.sources.validation), self.batch_size)
+        loss = bootstrap(found.per_latent.numpy(), np.mean, self.seed)
+        return {"levels": SHARES, "field_loss": found.field, "clean_error": found.clean, "loss": loss}
+
+    def spectrum(self, limit: int) -> Spectrum:
+        """The spectrum of at most `limit` normalised training latents."""
+        count = min(limit, len(self.sources.train))
+        return radial_spectrum(self._latents(self.sources.train, places) for places in batches(count, self.batch_size))
+
+    def pictures(
+        self,
+        candidate: Candidate,
+        images: ValidationImages | None,
+        features: Mapping[str, FeatureNetwork],
+        samplings: list[Sampling],
+        count: int,
+    ) -> dict[str, Any]:
+        """Decode samples and compare them with images.
+
+        Args:
+            candidate: decodes; on `device`.
+            images: real ones to compare with; None has no distances.
+            features: by name, those to trust first.
+            samplings: how samples are drawn; those of the first are shown.
+            count: of samples of each, and the largest number of training images.
+
+        Returns:
+            Fields of a `ProbeReport`.
+        """
+        train, validation = self.sources.train, self.sources.validation
+        known = min(count, len(train))
+        training = self._seen(self._decoded(candidate, train, known), features)
+        unseen = self._seen(self._decoded(candidate, validation, min(count, len(validation))), features)
+        found: dict[str, Any] = {}
+        real: _Seen | None = None
+        if images is not None:
+            real = self._seen(self._read(images), features)
+            found |= {"references": real.shown[:MOST_REFERENCES], "image_spectrum": real.spectrum}
+        labels = torch.tensor([train.read(place * len(train) // count).label for place in range(count)])
+        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))]
+        drawn = []
+        for sampling in samplings:
+            evaluations: list[Tensor] = []
+            began = time.monotonic()
+            seen = self._seen(self._samples(candidate, sampling, labels, evaluations), features)
+            drawn.append((sampling, seen, float(torch.cat(evaluations).double().mean())))
+            if len(drawn) == 1:
+                found["seconds_per_sample"] = (time.monotonic() - began) / count
+        samples, samples_by = drawn[0][1], drawn[0][0]
+        found |= {
+            "samples": samples.shown,
+            "samples_by": f"{samples_by.title}, {samples_by.num_steps} steps",
+            "classes": [train.class_name(label) for label in labels[:MOST_SAMPLES].tolist()],
+        }
+        if features:
+            first = next(iter(features))
+            near, new, known_features = (each.features[first] for each in (samples, unseen, training))
+            found["copying"] = copying_ratio(near, new, known_features, self.seed)
+            distances, places = nearest(samples.features[first][:NEIGHBOURED], known_features, NEIGHBOURS)
+            images_of = self._pictures_at(candidate, places, known)
+            rows = zip(samples.shown, images_of, distances.tolist(), strict=False)
+            found["neighbours"] = [Neighbours(*row) for row in rows]
+        if real is not None:
+            found["distances"] = []
+            for name, network in features.items():
+                sets = [training, *(seen for _, seen, _ in drawn)]
+                values = frechet_distances(real.features[name], [seen.features[name] for seen in sets], seed=self.seed)
+                about: dict[str, Any] = {"features": network.title, "is_stand_in": network.is_stand_in}
+                found["distances"].append(
+                    Distance(**about, images=RECONSTRUCTIONS, value=values[0], count=training.count)
+                )
+                for (sampling, seen, mean), value in zip(drawn, values[1:], strict=True):
+                    steps: dict[str, Any] = {"sampler": sampling.title, "num_steps": sampling.num_steps}
+                    stopped = mean if sampling.sampler == "adaptive" else None
+                    found["distances"].append(
+                        Distance(**about, images=SAMPLES, value=value, count=seen.count, evaluations=stopped, **steps)
+                    )
+        return found
+
+    def _latents(self, latents: LatentSubset, places: range, of: int | None = None) -> Tensor:
+        """Some of `of` normalised latents (B, c, h, w) that are evenly spread over all."""
+        of = len(latents) if of is None else of
+        return torch.stack([latents.read(place * len(latents) // of).latent for place in places])
+
+    def _decode(self, candidate: Candidate, normalised: Tensor) -> Tensor:
+        """Images of normalised latents, uint8 (B, 3, S, S) on the CPU."""
+        latents = self.sources.train.dataset.denormalise(normalised.to(self.device))
+        images = candidate.decode(latents).images.float()
+        return to_uint8(images.nan_to_num().clamp(-1.0, 1.0)).cpu()
+
+    def _decoded(self, candidate: Candidate, latents: LatentSubset, count: int) -> Iterator[Tensor]:
+        for places in batches(count, self.batch_size):
+            yield self._decode(candidate, self._latents(latents, places, count))
+
+    def _pictures_at(self, candidate: Candidate, places: Tensor, count: int) -> Iterator[Tensor]:
+        """Decode training latents at (N, k) places among `count` evenly spread ones: N times (k, 3, S, S)."""
+        for row in places.tolist():
+            train = self.sources.train
+            latents = [train.read(place * len(train) // count).latent for place in row]
+            yield self._decode(candidate, torch.stack(latents))
+
+    def _samples(
+        self, candidate: Candidate, sampling: Sampling, labels: Tensor, evaluations: list[Tensor]
+    ) -> Iterator[Tensor]:
+        shape = self.sources.train.dataset.latent_shape
+        for places in batches(len(labels), self.batch_size):
+            start = starting_latents(shape, places, self.seed).to(self.device)
+            result = draw_latents(self.step, start, labels[places.start : places.stop].to(self.device), sampling)
+            evaluations.append(result.num_evaluations.cpu())
+            yield self._decode(candidate, result.sample)
+
+    def _read(self, images: ValidationImages) -> Iterator[Tensor]:
+        for batch in validation_loader(images, range(len(images)), self.batch_size, 0):
+            whole = [image.pixels for image in batch if image.broken is None]
+            if whole:
+                yield torch.stack(whole)
+
+    @torch.inference_mode()
+    def _seen(self, pictures: Iterator[Tensor], features: Mapping[str, FeatureNetwork]) -> "_Seen":
+        """Go through images: keep the first of them, their features and their spectrum."""
+        shown: list[Tensor] = []
+        found: dict[str, list[Tensor]] = {name: [] for name in features}
+        count = 0
+
+        def lumas() -> Iterator[Tensor]:
+            nonlocal count
+            for batch in pictures:
+                if count < MOST_SAMPLES:
+                    shown.append(batch)
+                count += len(batch)
+                for name, network in features.items():
+                    found[name].append(network(batch.to(self.device)).cpu())
+                yield luma(batch)
+
+        spectrum = radial_spectrum(lumas())
+        gathered = {name: torch.cat(parts) for name, parts in found.items()}
+        return _Seen(torch.cat(shown)[:MOST_SAMPLES], gathered, spectrum, count)
+
+
+@dataclass
+class _Seen:
+    """Some images: the first of them, features of all by network, their spectrum, how many."""
+
+    shown: Tensor
+    features: dict[str, Tensor]
+    spectrum: Spectrum
+    count: int
+
+
+def thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A curve of (step, value) pairs as the means of at most `CURVE_POINTS` blocks."""
+    size = -(-len(curve) // CURVE_POINTS)
+    blocks = [curve[first : first + size] for first in range(0, len(curve), size or 1)]
+    return [(block[-1][0], float(np.mean([value for _, value in block]))) for block in blocks]
