@@ -108,8 +108,8 @@ def frechet_distances(
     def add(features: Tensor, is_reference: bool) -> None:
         for places in torch.arange(len(features)).split(_ROWS):
             rows, kind = features[places], "reference" if is_reference else "image"
-            sides = (rows, None) if is_reference else (None, rows)
-            measure.add(*sides, names=[f"{kind} {place}" for place in places.tolist()])
+            names = [f"{kind} {place}" for place in places.tolist()]
+            measure.add(rows if is_reference else None, None if is_reference else rows, names)
 
     add(references, True)
     found = []

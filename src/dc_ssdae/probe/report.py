@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from dc_ssdae.errors import counted
-from dc_ssdae.evaluation.curves import COLOURS, add_legend, running_mean, save_picture
+from dc_ssdae.evaluation.curves import COLOURS, add_legend, number_logarithmic_ticks, running_mean, save_picture
 from dc_ssdae.evaluation.estimates import Estimate
 from dc_ssdae.evaluation.report.caveats import ENOUGH_IMAGES
 from dc_ssdae.evaluation.report.page import Table, markdown, number, render_page
@@ -35,7 +35,8 @@ class Distance:
         is_stand_in: whether it stands in for those that distances are published of.
         images: "reconstructions" or "samples".
         value: the distance.
-        count: how many images.
+        count: how many images. Reconstructions are a fair floor if they are as many as the samples, and of images
+            that are not among the real ones.
         sampler: of samples, in words.
         num_steps: of the sampler; with adaptive stopping at most so many.
         evaluations: of the network per sample, on average, where they are not as many as the steps.
@@ -55,6 +56,11 @@ class Distance:
         """What the distance is called: FID only where it is one."""
         is_fid = self.features == "Inception" and not self.is_stand_in
         return "FID" if is_fid else f"Fréchet distance of {self.features} features"
+
+    @property
+    def digits(self) -> int:
+        """Behind the point; features of a stand-in may be large."""
+        return 2 if (self.value.value or 0.0) < 100.0 else 0
 
     @property
     def how(self) -> str:
@@ -146,15 +152,19 @@ class ProbeReport:
 
     def headlines(self) -> list[Headline]:
         """The figures that count, the first of them first."""
-        meaning = "Error of the field on validation latents, averaged over the levels. Lower: easier to generate."
+        meaning = "Error of the field on validation latents, averaged over the levels. Lower means easier to generate."
         lines = [Headline("Validation loss", self.loss.text(4), _interval(self.loss, 4), meaning)]
         features = [each.features for each in self.distances if each.images == SAMPLES]
         if features and (samples := self.best(features[0])):
             floor = self.best(features[0], RECONSTRUCTIONS)
-            beside = f" Reconstructions are at {floor.value.text(2)}, the floor that the decoder sets." if floor else ""
+            beside = (
+                f" Reconstructions are at {floor.value.text(floor.digits)}, the floor that the decoder sets."
+                if floor
+                else ""
+            )
             meaning = f"How far {counted(samples.count, 'sample')} are from real images. Lower is better.{beside}"
-            remark = "; ".join(part for part in (_interval(samples.value, 2), samples.how) if part)
-            lines.append(Headline(samples.title, samples.value.text(2), remark, meaning))
+            remark = "; ".join(part for part in (_interval(samples.value, samples.digits), samples.how) if part)
+            lines.append(Headline(samples.title, samples.value.text(samples.digits), remark, meaning))
         if self.copying:
             meaning = "How near samples are to training images, against unseen images. "
             meaning += "About 1 or more is good; well below 1, samples are copies."
@@ -170,7 +180,7 @@ class ProbeReport:
             "Compare losses only between probes of the same network, dynamics, levels, training and data.",
         ]
         lines += [
-            f"{name} stands in for the networks of published distances: compare only within one table, and never "
+            f"{name} features stand in for those of published distances: compare only within one table, and never "
             "with FID."
             for name in stand_ins
         ]
@@ -186,13 +196,12 @@ class ProbeReport:
         rows: dict[tuple[str, int], dict[str, str]] = {}
         for each in self.distances:
             cell = rows.setdefault((each.how, each.count), {"images": f"{each.how}\n{counted(each.count, 'image')}"})
-            cell[f"{each.title}\nlower is better"] = number(each.value, 2)
+            cell[f"{each.title}\nlower is better"] = number(each.value, each.digits)
         return Table([*rows.values()], list(dict.fromkeys(head for row in rows.values() for head in row)))
 
     def settings_table(self) -> Table:
         """A row for each setting."""
-        about = {**self.about, "seconds_per_sample": self.seconds_per_sample}
-        return Table([{"setting": name.replace("_", " "), "value": text} for name, text in cells(about).items()])
+        return Table([{"setting": name.replace("_", " "), "value": text} for name, text in self._facts().items()])
 
     def as_json(self) -> str:
         """Every number of the page."""
@@ -250,11 +259,19 @@ class ProbeReport:
         parts = {"tiles": tiles, "references": references, "lead": self._lead(), "footer": self.command}
         return render_page(page, report=self, **known, **parts)
 
+    @property
+    def latent_shape(self) -> str:
+        """As c×h×w."""
+        return "×".join(map(str, self.about.get("latent_shape", ())))
+
+    def _facts(self) -> dict[str, str]:
+        """The settings in words."""
+        return cells({**self.about, "latent_shape": self.latent_shape, "seconds_per_sample": self.seconds_per_sample})
+
     def _lead(self) -> str:
-        facts = cells({**self.about, "latent_shape": "×".join(map(str, self.about.get("latent_shape", ())))})
-        found = {name: facts.get(name, "–") for name in ("network", "parameters", "steps", "latent_shape")}
-        return "a diffusion transformer ({network}, {parameters} parameters), trained for {steps} steps on latents of \
-{latent_shape}".format(**found)
+        network, parameters, steps = (self._facts().get(name, "–") for name in ("network", "parameters", "steps"))
+        size = f"{network}, {parameters} parameters"
+        return f"a diffusion transformer ({size}), trained for {steps} steps on latents of {self.latent_shape}"
 
     def _levels_figure(self) -> "Figure":
         from matplotlib.figure import Figure
@@ -271,13 +288,12 @@ class ProbeReport:
 
     def _steps_figure(self) -> "Figure":
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
 
         drawn = [each for each in self.distances if each.num_steps and each.value.value is not None]
         features, samplers = (
             list(dict.fromkeys(getattr(each, key) for each in drawn)) for key in ("features", "sampler")
         )
-        figure = Figure(figsize=(max(6.0, 4.4 * len(features)), 3.4), dpi=110, layout="constrained")
+        figure = Figure(figsize=(max(8.0, 4.4 * len(features)), 3.4), dpi=110, layout="constrained")
         styles: list[dict[str, Any]] = []
         for index, name in enumerate(samplers):
             adaptive = any(each.evaluations for each in drawn if each.sampler == name)
@@ -291,9 +307,9 @@ class ProbeReport:
             if floor := self.best(name, RECONSTRUCTIONS):
                 axes.axhline(floor.value.value, color="#8a94a3", linestyle="--", linewidth=1.0)
             axes.set(title=next(each.title for each in drawn if each.features == name))
-            axes.set_xlabel("evaluations of the network per sample")
+            axes.set(xscale="log", xlabel="evaluations of the network per sample")
             axes.set_ylim(bottom=0.0)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            number_logarithmic_ticks(axes.xaxis, form=",.10g")
             axes.grid(alpha=0.25)
         add_legend(figure, samplers, styles)
         return figure
@@ -318,16 +334,19 @@ class ProbeReport:
         return figure
 
 
-def comparison_table(reports: Sequence[ProbeReport]) -> Table:
+def comparison_rows(reports: Sequence[ProbeReport]) -> Table:
     """Several probes in one table, a row for each: loss, smallest distances of samples, reconstructions', copying."""
     rows = []
     for report in reports:
-        shape = "×".join(map(str, report.about.get("latent_shape", ())))
-        row = {"model": report.label, "latent\nc×h×w": shape, "loss\nlower is better": number(report.loss, 4)}
+        row = {
+            "model": report.label,
+            "latent\nc×h×w": report.latent_shape,
+            "loss\nlower is better": number(report.loss, 4),
+        }
         for features in dict.fromkeys(each.features for each in report.distances):
             for images in (SAMPLES, RECONSTRUCTIONS):
                 if found := report.best(features, images):
-                    row[f"{found.title}\n{images}"] = number(found.value, 2)
+                    row[f"{found.title}\n{images}"] = number(found.value, found.digits)
         rows.append(row | ({"copying\nabout 1 is good": number(report.copying, 2)} if report.copying else {}))
     return Table(rows, list(dict.fromkeys(head for row in rows for head in row)))
 

@@ -91,5 +91,6 @@ def spectrum_figure(latent: Spectrum, images: Spectrum | None = None) -> "Figure
     axes.set(xscale="log", yscale="log", xlabel="frequency (cycles per image)", ylabel="power per coefficient")
     axes.grid(alpha=0.25)
     number_logarithmic_ticks(axes.xaxis, form=",.10g")
+    number_logarithmic_ticks(axes.yaxis)
     add_legend(figure, [*styles], [*styles.values()])
     return figure
