@@ -1,14 +1,23 @@
 """`dc-ssdae compare`: measures any number of autoencoders under one protocol, with pictures and costs."""
 
 import os
+import re
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import check_outputs, complain, write_outputs
 from dc_ssdae.cli.evaluation import open_evaluation, tell_report
 from dc_ssdae.cli.options import EvaluationOptions
 from dc_ssdae.errors import InputError, prefixed
 from dc_ssdae.settings import setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from dc_ssdae.evaluation.arena import Entry
+    from dc_ssdae.evaluation.candidates import CandidateSpec
 
 FILES = ("index.html", "table.md", "table.json", "pareto.png")
 
@@ -19,8 +28,8 @@ class Options(EvaluationOptions):
 
     Reports quality with intervals, latent shape, parameters, speed and memory. Writes DIR/index.html, table.md,
     table.json and pareto.png. If a model fails, its row says so, the others are still measured, and the exit code is 2.
-    With --probe, a small diffusion transformer is also trained on each latent, as by dc-ssdae probe, and the table shows
-    how good the latents are to generate from. Requires pip install 'dc-ssdae[eval]'.
+    With --probe, a small diffusion transformer is also trained on each latent, as by dc-ssdae probe, and the table
+    shows how good the latents are to generate from. Requires pip install 'dc-ssdae[eval]'.
 
     Args:
         models: folder or hub id of a model of this package, or folder of a training run; photos_f8c16, the model that
@@ -74,7 +83,7 @@ def run(options: Options) -> int:
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
     if options.probe is not None or options.probe_steps is not None:
-        about["more_columns"] = probe_entries(options, specs, entries, device, settings.size, tell)
+        about["more_columns"] = probe_entries(options, specs, entries, settings.size, device, tell)
     report = ArenaReport(entries=entries, rounds=options.rounds, **about)
     text, pareto = tell_report(options, report, report.broken), report.as_picture()
     contents = (report.as_page(pareto), text, report.as_json(), pareto)
@@ -83,9 +92,14 @@ def run(options: Options) -> int:
 
 
 def probe_entries(
-    options: Options, specs: "Sequence[CandidateSpec]", entries: "Sequence[Entry]", device: Any, size: int, tell: Any
+    options: Options,
+    specs: "Sequence[CandidateSpec]",
+    entries: "Sequence[Entry]",
+    size: int,
+    device: "torch.device",
+    tell: Callable[[str, str], object],
 ) -> dict[str, Any]:
-    """Probe the latents of the models that were measured, write a page for each, and note the figures.
+    """Probe the latents of the models that were measured, write a page for each, and note their figures.
 
     Returns:
         The columns of the figures.
@@ -93,27 +107,32 @@ def probe_entries(
     Raises:
         InputError: a signal ended a training.
     """
-    from dc_ssdae.cli.probe import ProbeOptions, ProbeWork, probe_model
+    import torch
+
+    from dc_ssdae.cli.probe import ProbeOptions, probe_latent
     from dc_ssdae.data.sources import open_sources
     from dc_ssdae.probe.features import load_features
-    from dc_ssdae.probe.report import PROBE_COLUMNS
+    from dc_ssdae.probe.report import comparison_columns
 
-    settings = ProbeOptions(program=options.program, steps=options.probe_steps, minutes=options.probe)
+    probe = ProbeOptions(program=options.program, steps=options.probe_steps, minutes=options.probe)
     features = load_features(device, options.download)
     images = open_sources(options.data, None, None, None)
+    reports = []
     for spec, entry in zip(specs, entries, strict=True):
         shape = None if entry.evaluation is None else entry.evaluation.latent_shape
         if shape is None or len(shape) != 3:
             continue
         folder = options.out / "probe" / re.sub(r"[^\w.-]+", "_", spec.label)
-        work = ProbeWork(entry.candidate, spec, images, folder, device, size, options.batch, options.seed, features)
         try:
-            report = probe_model(options.program, settings, work)
+            report = probe_latent(options, probe, size, device, folder, None, spec, entry.candidate, images, features)
         except InputError as error:
             tell(f"{entry.label}'s probe", str(error))
             continue
         finally:
-            entry.candidate.to(torch_device("cpu"))
+            entry.candidate.to(torch.device("cpu"))
+        if report is None:
+            raise InputError("stopped while probing; the same command goes on")
         write_outputs(replace(options, out=folder), {"index.html": report.as_page(), "probe.json": report.as_json()})
         entry.more = report.figures()
-    return dict(PROBE_COLUMNS)
+        reports.append(report)
+    return comparison_columns(reports)

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,16 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from dc_ssdae.cli.compare import Options as CompareOptions
+    from dc_ssdae.data.sources import ImageSources
+    from dc_ssdae.evaluation.candidates import Candidate, CandidateSpec
     from dc_ssdae.probe.config import ProbeConfig
+    from dc_ssdae.probe.features import FeatureNetwork
+    from dc_ssdae.probe.report import ProbeReport
 
 FILES = ("index.html", "probe.json", "table.md")
 
@@ -113,51 +123,84 @@ def run(options: Options) -> None:
     import torch
 
     from dc_ssdae.data.sources import open_sources
-    from dc_ssdae.distributed import Processes
     from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
     from dc_ssdae.probe.features import load_features
-    from dc_ssdae.probe.run import ProbeSettings, encode_for_probe, find_latents, report_probe, train_probe
-    from dc_ssdae.provenance import name_of_path
-    from dc_ssdae.timing import describe_machine
 
     images = None if options.data is None else open_sources(options.data, None, None, None)
     candidate = spec = None
     if options.model is not None:
         spec = parse_candidate(options.model)
         candidate = open_candidate(spec, getattr(torch, options.dtype), import_classes(options.modules))
-    chosen = options.given("samples", "sampling_steps", "guidance", "size", "seed")
-    settings = ProbeSettings(batch_size=options.batch, **chosen)
-    if options.latents is not None:
-        data = find_latents(options.latents)
+    features = {} if images is None else load_features(device, options.download)
+    report = probe_latent(
+        options, options, options.size, device, options.out, options.latents, spec, candidate, images, features
+    )
+    if report is not None:
+        text = report.as_markdown()
+        say(text)
+        write_outputs(options, dict(zip(FILES, (report.as_page(), report.as_json(), text), strict=True)))
+
+
+def probe_latent(
+    options: "Options | CompareOptions",
+    probe: ProbeOptions,
+    size: int,
+    device: "torch.device",
+    folder: Path,
+    latents: Path | None,
+    spec: "CandidateSpec | None",
+    candidate: "Candidate | None",
+    images: "ImageSources | None",
+    features: "Mapping[str, FeatureNetwork]",
+) -> "ProbeReport | None":
+    """Encode images where there are no latents yet, train on these, and measure; go on where that was interrupted.
+
+    Args:
+        options: of the command, for the sizes of batches, the workers and the seed.
+        probe: what is trained, and how it is sampled.
+        size: side of the images in pixels.
+        device: of all networks.
+        folder: for latents/ and run/.
+        latents: folder of latents; None encodes the images.
+        spec: names the candidate.
+        candidate: encodes and decodes; None measures without pictures.
+        images: to encode, and to compare samples with.
+        features: that they are compared by.
+
+    Returns:
+        The report, in the main process; None where a signal ended the training, which is told.
+    """
+    import torch
+
+    from dc_ssdae.distributed import Processes
+    from dc_ssdae.probe.run import ProbeSettings, encode_for_probe, find_latents, report_probe, train_probe
+    from dc_ssdae.provenance import name_of_path
+    from dc_ssdae.timing import describe_machine
+
+    chosen = probe.given("samples", "sampling_steps", "guidance")
+    settings = ProbeSettings(batch_size=options.batch, size=size, seed=options.seed, **chosen)
+    if latents is not None:
+        data = find_latents(latents)
     else:
         assert candidate is not None
         assert spec is not None
         assert images is not None
         processes = Processes.join(device)
-        device, folder = torch.device(processes.device), options.out / "latents"
+        device, told = torch.device(processes.device), partial(complain, options.program)
         candidate.to(device)
-        data = encode_for_probe(candidate, spec, images, folder, device, settings, processes, _teller(options))
+        data = encode_for_probe(candidate, spec, images, folder / "latents", device, settings, processes, told)
         candidate.to(torch.device("cpu"))
-    config = options.config(replace(data, workers=options.workers), options.seed)
-    stopped_by = train_probe(config, options.out / "run", cpu=device.type == "cpu")
+    config = probe.config(replace(data, workers=options.workers), options.seed)
+    stopped_by = train_probe(config, folder / "run", cpu=device.type == "cpu")
     if not is_main_process():
-        return
+        return None
     if stopped_by is not None:
         complain(options.program, f"stopped by {stopped_by}; go on with the same command")
-        return
-    label = spec.label if spec is not None else name_of_path(str(options.latents)) or "latents"
-    about: dict[str, Any] = {"data": options.data and name_of_path(options.data), "machine": describe_machine(device)}
-    about |= {"image_size": options.size if images is not None else None}
+        return None
+    label = spec.label if spec is not None else name_of_path(str(latents)) or "latents"
+    about: dict[str, Any] = {"image_size": size if images is not None else None, "machine": describe_machine(device)}
     command = shlex.join(["dc-ssdae", *sys.argv[1:]])
-    work: dict[str, Any] = {} if images is None else {"images": images.train}
+    work: dict[str, Any] = {} if images is None else {"images": images.train, "features": features}
     if candidate is not None:
-        work |= {"candidate": candidate.to(device), "features": load_features(device, options.download)}
-    report = report_probe(config, options.out / "run", label, settings, device, about, command, **work)
-    text = report.as_markdown()
-    say(text)
-    contents = (report.as_page(), report.as_json(), text)
-    write_outputs(options, dict(zip(FILES, contents, strict=True)))
-
-
-def _teller(options: Options) -> Any:
-    return lambda line: complain(options.program, line)
+        work |= {"candidate": candidate.to(device)}
+    return report_probe(config, folder / "run", label, settings, device, about, command, **work)

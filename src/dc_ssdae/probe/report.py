@@ -150,6 +150,15 @@ class ProbeReport:
         ]
         return min(found, key=lambda each: each.value.value or 0.0, default=None)
 
+    def figures(self) -> dict[str, Estimate]:
+        """The figures for a table of several probes: `comparison_columns` has their titles."""
+        found = {"probe_loss": self.loss} | ({"probe_copying": self.copying} if self.copying else {})
+        for images in (SAMPLES, RECONSTRUCTIONS):
+            features = next((each.features for each in self.distances), "")
+            if best := self.best(features, images):
+                found[f"probe_{images}"] = best.value
+        return found
+
     def headlines(self) -> list[Headline]:
         """The figures that count, the first of them first."""
         meaning = "Error of the field on validation latents, averaged over the levels. Lower means easier to generate."
@@ -334,21 +343,16 @@ class ProbeReport:
         return figure
 
 
-def comparison_rows(reports: Sequence[ProbeReport]) -> Table:
-    """Several probes in one table, a row for each: loss, smallest distances of samples, reconstructions', copying."""
-    rows = []
-    for report in reports:
-        row = {
-            "model": report.label,
-            "latent\nc×h×w": report.latent_shape,
-            "loss\nlower is better": number(report.loss, 4),
-        }
-        for features in dict.fromkeys(each.features for each in report.distances):
-            for images in (SAMPLES, RECONSTRUCTIONS):
-                if found := report.best(features, images):
-                    row[f"{found.title}\n{images}"] = number(found.value, found.digits)
-        rows.append(row | ({"copying\nabout 1 is good": number(report.copying, 2)} if report.copying else {}))
-    return Table(rows, list(dict.fromkeys(head for row in rows for head in row)))
+def comparison_columns(reports: Sequence[ProbeReport]) -> dict[str, tuple[str, str, int, str]]:
+    """Title, unit, digits and why there may be no value of `ProbeReport.figures`, for a table of several probes."""
+    titles = [each.title for report in reports for each in report.distances]
+    distance, none = next(iter(titles), "Fréchet distance"), "its latent was not probed"
+    return {
+        "probe_loss": ("probe", "loss of the field", 4, none),
+        "probe_samples": (distance, "samples", 0, none),
+        "probe_reconstructions": (distance, "reconstructions", 0, none),
+        "probe_copying": ("copying", "1: none", 2, none),
+    }
 
 
 def _interval(found: Estimate, digits: int) -> str:

@@ -1,0 +1,208 @@
+"""The probe: its loss against closed forms, its samplers on exact fields, its resuming, and the command."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from states import differences
+from tiny import last, make_images, metrics
+from torch import Tensor
+
+from dc_ssdae.cli.main import main
+from dc_ssdae.data.sources import open_sources
+from dc_ssdae.distributed import Processes
+from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
+from dc_ssdae.errors import InputError
+from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
+from dc_ssdae.probe.config import DYNAMICS, LatentsConfig, NetworkConfig, ProbeConfig, probe_training
+from dc_ssdae.probe.latents import LatentSources, open_latents
+from dc_ssdae.probe.run import ProbeSettings, encode_for_probe, train_probe
+from dc_ssdae.probe.sampling import TOLERANCE, Sampling, draw_latents
+from dc_ssdae.probe.step import SHARES, FieldStep, field_losses, level_of
+from dc_ssdae.probe.trainer import ProbeTrainer, build_step
+
+CPU = torch.device("cpu")
+EQM = DYNAMICS["equilibrium_matching"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of twelve images, and two of one, too few to be told."""
+    root = tmp_path_factory.mktemp("photos")
+    for seed, (name, count) in enumerate({"a": 12, "b": 1, "c": 12, "d": 1}.items()):
+        make_images(root / name, count, seed)
+    return root
+
+
+@pytest.fixture(scope="module")
+def latents(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentsConfig:
+    """The pixels of the photos at 8 px in patches of 2: latents of 12×4×4, each with its mirror image's."""
+    spec, folder = parse_candidate("pixels:2"), tmp_path_factory.mktemp("probe") / "latents"
+    images, settings = open_sources(str(photos), None, None, None), ProbeSettings(size=8)
+    data = encode_for_probe(open_candidate(spec), spec, images, folder, CPU, settings, Processes())
+    return replace(data, workers=0)
+
+
+def probe_config(latents: LatentsConfig, dynamics: str = "flow_matching", **training: Any) -> ProbeConfig:
+    network = NetworkConfig(dynamics=dict(DYNAMICS[dynamics]))
+    settings = {"steps": 6, "batch_size": 4, "checkpoint_every": 4, "evaluate_every": 4, **training}
+    return ProbeConfig(latents, network, probe_training(**settings))
+
+
+@pytest.mark.parametrize("dynamics", ["flow_matching", "equilibrium_matching"])
+def test_an_untrained_network_has_the_loss_of_knowing_nothing(latents: LatentsConfig, dynamics: str) -> None:
+    """Its answer is 0: the loss is the mean square of the target, λ c (ε − x) or x − ε."""
+    config = probe_config(latents, dynamics)
+    sources = open_latents(latents)
+    everything = LatentSources(sources.train, sources.train)  # normalised: of variance 1
+    found = field_losses(build_step(config, everything).eval(), everything.validation, 1000, 7)
+    shares = torch.tensor(SHARES)
+    decay = torch.ones(len(SHARES)) if dynamics == "flow_matching" else (shares / 0.2).clamp(max=1.0)
+    assert torch.tensor(found.field) == pytest.approx(2.0 * decay.square(), rel=0.1)
+    assert torch.tensor(found.clean) == pytest.approx(2.0 * shares.square(), rel=0.1)
+    assert float(found.per_latent.mean()) == pytest.approx(sum(found.field) / len(found.field))
+    again = field_losses(build_step(config, everything).eval(), everything.validation, 1000, 50)
+    assert again.field == pytest.approx(found.field, rel=1e-6)
+
+
+class ExactStep(FieldStep):
+    """Knows the one latent there is, x*: flow matching's velocity, and the gradient field that vanishes there."""
+
+    def __init__(self, dynamics: Any, target: Tensor) -> None:
+        super().__init__(torch.nn.Identity(), dynamics)
+        self.target = target
+
+    def predict(self, x_level: Tensor, level: Tensor, labels: Tensor) -> Tensor:
+        away = x_level - self.target
+        if isinstance(self.dynamics, FlowMatching):
+            return -away / level.view(-1, 1, 1, 1)
+        far = away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        size = self.target[0].numel() ** 0.5  # about how far noise is
+        return self.dynamics.gradient_scale * away / far * size * (far / size / 0.2).clamp(max=1.0)
+
+
+@pytest.mark.parametrize("name", ["euler", "gradient_descent", "nesterov", "adaptive"])
+def test_samplers_reach_the_data_of_an_exact_field(name: str) -> None:
+    dynamics = FlowMatching() if name == "euler" else EquilibriumMatching("truncated", 4.0)
+    target = torch.full((1, 4, 8, 8), 0.1)
+    x = torch.randn(3, 4, 8, 8)
+    result = draw_latents(ExactStep(dynamics, target), x, torch.tensor([0, -1, 0]), Sampling(name, 40))
+    assert (result.sample - target).abs().max() < 0.2 * TOLERANCE * 4
+    if name == "adaptive":
+        assert (result.num_evaluations < 40).all()
+        assert (result.residual_rms < TOLERANCE * 4.0).all()
+    else:
+        assert (result.sample - target).abs().max() < 0.05
+        assert (result.num_evaluations == 40).all()
+
+
+def test_guidance_moves_away_from_the_field_without_a_class() -> None:
+    class Labelled(FieldStep):
+        def predict(self, x_level: Tensor, level: Tensor, labels: Tensor) -> Tensor:
+            return torch.where(labels.view(-1, 1, 1, 1) < 0, 1.0, 3.0).expand_as(x_level)
+
+    step, x = Labelled(torch.nn.Identity(), FlowMatching()), torch.zeros(2, 1, 2, 2)
+    labels = torch.tensor([0, 1])
+    plain = draw_latents(step, x, labels, Sampling("euler", 1)).sample
+    guided = draw_latents(step, x, labels, Sampling("euler", 1, guidance=2.0)).sample
+    assert (plain.unique().tolist(), guided.unique().tolist()) == ([3.0], [5.0])
+
+
+def test_classes_of_few_images_are_not_told_and_a_tenth_is_held_out(latents: LatentsConfig) -> None:
+    train, validation = open_latents(latents)
+    assert (len(train), len(validation)) == (24, 2)
+    assert not {*train.indices} & {*validation.indices}
+    assert [train.class_name(number) for number in (-1, 0, 1)] == ["", "a", "c"]
+    told = [train.read(place).label for place in range(len(train))]
+    assert sorted({*told}) == [-1, 0, 1]
+    assert told.count(-1) == 2
+    assert train.names_sha256() != validation.names_sha256()
+    values = torch.stack([train.read(place).latent for place in range(24)])
+    assert values.mean(dim=(0, 2, 3)) == pytest.approx(torch.zeros(12), abs=0.3)
+
+
+@pytest.mark.parametrize("dynamics", ["flow_matching", "equilibrium_matching"])
+def test_a_probe_that_a_signal_stops_goes_on_to_the_bit(
+    latents: LatentsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamics: str
+) -> None:
+    config, whole, stopped = probe_config(latents, dynamics), tmp_path / "whole", tmp_path / "stopped"
+    assert train_probe(config, whole, cpu=True) is None
+    arguments = ProbeTrainer.arguments
+
+    def stopping(trainer: ProbeTrainer, batch: Any) -> Any:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return arguments(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeTrainer, "arguments", stopping)
+        assert train_probe(config, stopped, cpu=True) == "SIGTERM"
+    assert last(stopped).state["step"] == 3
+    assert train_probe(config, stopped, cpu=True) is None
+    assert differences(last(stopped), last(whole)) == set()
+    assert metrics(stopped) == metrics(whole)
+    assert train_probe(config, stopped, cpu=True) is None  # nothing is left to do
+    with pytest.raises(InputError, match=r"training\.lr"):
+        train_probe(config.with_training(lr=0.5), stopped, cpu=True)
+    (stopped / "model" / "config.json").unlink()  # RUN/model is a model of diffusers' own
+    from diffusers import DiTTransformer2DModel
+
+    network = DiTTransformer2DModel.from_pretrained(whole / "model")
+    assert differences(last(whole), last(whole)) == set()
+    assert all(torch.equal(tensor, last(whole).tensors["ema"][name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_levels_are_shares_of_noise_for_every_dynamics(share: float) -> None:
+    x, noise = torch.full((2, 3, 4, 4), 1.0), torch.full((2, 3, 4, 4), -1.0)
+    for dynamics in (FlowMatching(), EquilibriumMatching()):
+        level = level_of(dynamics, torch.full((2,), share))
+        assert dynamics.corrupt(x, noise, level).x_level.unique().tolist() == pytest.approx([1.0 - 2.0 * share])
+
+
+def test_the_command_encodes_trains_and_writes_a_report(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    data = ("--model", "pixels:2", "--data", str(photos), "--size", "8")
+    training = ("--steps", "3", "--train-batch", "4", "--workers", "0", "--device", "cpu")
+    sampling = ("--samples", "6", "--sampling-steps", "2,4", "--dynamics", "equilibrium_matching")
+    words = ["probe", *data, *training, *sampling, "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert found["about"]["steps"] == 3
+    assert 0.0 < found["loss"]["value"] < 3.0
+    assert found["distances"] == []  # no network's weights are here
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "pixels:2" in page
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "exists already" in capsys.readouterr().err
+    # The latents that are there, without a decoder.
+    folder = tmp_path / "alone"
+    assert main(["probe", "--latents", str(tmp_path / "out" / "latents"), *training, "--out", str(folder)]) == 0
+    alone = json.loads((folder / "probe.json").read_text())
+    assert alone["copying"] is None
+    assert main(["probe", "--data", str(photos), "--out", str(tmp_path / "x")]) == 2
+    assert "--latents" in capsys.readouterr().err
+
+
+def test_the_arena_shows_the_probes_figures(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    measured = ("--data", str(photos), "--size", "8", "--workers", "0", "--device", "cpu", "--metrics", "psnr")
+    words = ["compare", "pixels:2", "jpeg:50", *measured, "--rounds", "1", "--batch", "8", "--probe-steps", "2"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    pixels, jpeg = table["rows"]
+    assert 0.0 < pixels["probe_loss"]["value"] < 3.0
+    assert jpeg["probe_loss"]["value"] is None
+    assert table["columns"]["probe_loss"] == "loss of the field"
+    assert "loss of the field" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "probe" / "pixels_2" / "index.html").is_file()
