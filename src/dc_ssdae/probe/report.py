@@ -166,8 +166,8 @@ class ProbeReport:
             remark = "; ".join(part for part in (_interval(samples.value, samples.digits), samples.how) if part)
             lines.append(Headline(samples.title, samples.value.text(samples.digits), remark, meaning))
         if self.copying:
-            meaning = "How near samples are to training images, against unseen images. "
-            meaning += "About 1 or more is good; well below 1, samples are copies."
+            meaning = "Distance from samples to the nearest training image, relative to unseen images. Near 1 is good; "
+            meaning += "well below 1, samples are copies; above 1, they are unlike any image."
             lines.append(Headline("Copying ratio", self.copying.text(2), _interval(self.copying, 2), meaning))
         return lines
 
@@ -347,7 +347,7 @@ def comparison_rows(reports: Sequence[ProbeReport]) -> Table:
             for images in (SAMPLES, RECONSTRUCTIONS):
                 if found := report.best(features, images):
                     row[f"{found.title}\n{images}"] = number(found.value, found.digits)
-        rows.append(row | ({"copying\nabout 1 is good": number(report.copying, 2)} if report.copying else {}))
+        rows.append(row | ({"copying\nnear 1 is good": number(report.copying, 2)} if report.copying else {}))
     return Table(rows, list(dict.fromkeys(head for row in rows for head in row)))
 
 
