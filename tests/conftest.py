@@ -117,3 +117,12 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is missing; set DC_SSDAE_DATA to a folder of photos")
     return folder
+
+
+@pytest.fixture
+def squeezenet() -> Path:
+    """The folder with torchvision's weights of SqueezeNet."""
+    folder = folder_from("DC_SSDAE_WEIGHTS", "../shared/weights")
+    if not (folder / "squeezenet1_1-b8a52dc0.pth").is_file():
+        pytest.skip(f"SqueezeNet's weights are not in {folder}; set DC_SSDAE_WEIGHTS to their folder")
+    return folder

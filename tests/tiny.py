@@ -1,12 +1,14 @@
 """What the tests of the loop share: a model that trains in milliseconds, batches, pictures, configurations."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torch import Tensor
 
@@ -136,3 +138,26 @@ def last(path: Path) -> Checkpoint:
     folder = RunFolder(path).checkpoints.last()
     assert folder is not None
     return read_checkpoint(folder)
+
+
+def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that are not the same in shape, dtype and every bit; NaN and the sign of 0 count."""
+    assert one.keys() == other.keys()
+
+    def content(tensor: Tensor) -> tuple[torch.Size, torch.dtype, bytes]:
+        bits = tensor.detach().contiguous().flatten().view(torch.uint8)
+        return tensor.shape, tensor.dtype, bits.numpy().tobytes()
+
+    return {name for name, tensor in one.items() if content(tensor) != content(other[name])}
+
+
+def differences(one: Checkpoint, other: Checkpoint) -> set[str]:
+    """The same of all files of two checkpoints, as FILE: NAME."""
+    assert one.tensors.keys() == other.tensors.keys()
+    return {f"{file}: {name}" for file in one.tensors for name in different(one.tensors[file], other.tensors[file])}
+
+
+def forget_processes() -> None:
+    """Let Accelerate begin anew: it keeps what it found in the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

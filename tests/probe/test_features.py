@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import folder_from
 from huggingface_hub import constants
 from torch import Tensor
 from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
@@ -16,7 +15,6 @@ from dc_ssdae.losses.perceptual import TRUNKS
 from dc_ssdae.probe.features import copying_ratio, frechet_distances, load_features, nearest
 
 CPU = torch.device("cpu")
-WEIGHTS = folder_from("DC_SSDAE_WEIGHTS", "../shared/weights")
 
 
 def whitened(count: int, channels: int = 3) -> Tensor:
@@ -95,16 +93,13 @@ def test_without_weights_there_is_nothing_but_random_ones_when_asked() -> None:
 
 
 @pytest.mark.usefixtures("nothing_here")
-def test_squeezenet_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squeezenet_is_torchvisions(squeezenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its features, through torchvision's own classifier and pooling, are torchvision's answer."""
-    path = WEIGHTS / "squeezenet1_1-b8a52dc0.pth"
-    if not path.is_file():
-        pytest.skip(f"{path} is missing; set DC_SSDAE_WEIGHTS to a folder with it")
-    monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(WEIGHTS))
+    monkeypatch.setenv("DC_SSDAE_WEIGHTS", str(squeezenet))
     (found,) = load_features(CPU).values()
     assert (found.is_stand_in, found.title) == (True, "SqueezeNet")
     theirs = squeezenet1_1().eval()
-    theirs.load_state_dict(torch.load(path, weights_only=True))
+    theirs.load_state_dict(torch.load(squeezenet / "squeezenet1_1-b8a52dc0.pth", weights_only=True))
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     prepare = SqueezeNet1_1_Weights.IMAGENET1K_V1.transforms(resize_size=224)
     torch.testing.assert_close(found(pixels), theirs.features(prepare(pixels)).mean(dim=(2, 3)), atol=1e-4, rtol=1e-4)

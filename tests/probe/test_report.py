@@ -1,7 +1,6 @@
 """What a probe's report says of made-up results: page, JSON, Markdown, and several probes in one table."""
 
 import json
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from report_samples import FAR, STRANGE, Page, as_seen
 
 from dc_ssdae.evaluation.estimates import Estimate
-from dc_ssdae.probe.report import Distance, Neighbours, ProbeReport, comparison_rows
+from dc_ssdae.probe.report import Distance, Neighbours, ProbeReport, comparison_columns
 from dc_ssdae.probe.spectrum import radial_spectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # as there is no duck in DejaVu Sans
@@ -127,12 +126,10 @@ def test_the_first_features_are_the_headline_and_only_inceptions_own_distance_is
     assert replaced.title == "Fréchet distance of Inception features"
 
 
-def test_several_probes_are_one_table() -> None:
-    rows = comparison_rows([whole(label="a"), without_decoder(label="b", loss=Estimate(0.25))]).markdown().splitlines()
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert cells[2] == [
-        *("a", "4×8×8", "0.5000 (0.4500 to 0.5500)", "40.25 (39.25 to 41.25)", "10.00 (9.00 to 11.00)"),
-        "0.88 (0.80 to 0.95)",
-    ]
-    assert cells[3] == ["b", "4×8×8", "0.2500", "–", "–", "–"]
-    assert re.search(r"SqueezeNet features \(samples\).*SqueezeNet features \(reconstructions\)", rows[0])
+def test_the_figures_of_several_probes_have_columns() -> None:
+    first, second = whole(label="a"), without_decoder(label="b", loss=Estimate(0.25))
+    columns = comparison_columns([first, second])
+    assert columns["probe_samples"][:2] == ("Fréchet distance of SqueezeNet features", "samples")
+    assert first.figures().keys() == columns.keys()
+    assert [first.figures()[name].value for name in columns] == [0.5, 40.25, 10.0, 0.875]
+    assert second.figures() == {"probe_loss": Estimate(0.25)}

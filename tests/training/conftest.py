@@ -4,20 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from terms import Hooked
-from tiny import make_images
+from tiny import forget_processes, make_images
 
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     Hooked.hook = None
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
     yield
     Hooked.hook = None
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE
 from dc_ssdae.training.build import build_model
-from dc_ssdae.training.checkpoint import Checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,20 +34,3 @@ def random_model(seed: int = 1, dynamics: Mapping[str, Any] | None = None) -> DC
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors that are not the same in shape, dtype and every bit; NaN and the sign of 0 count."""
-    assert one.keys() == other.keys()
-
-    def content(tensor: Tensor) -> tuple[torch.Size, torch.dtype, bytes]:
-        bits = tensor.detach().contiguous().flatten().view(torch.uint8)
-        return tensor.shape, tensor.dtype, bits.numpy().tobytes()
-
-    return {name for name, tensor in one.items() if content(tensor) != content(other[name])}
-
-
-def differences(one: Checkpoint, other: Checkpoint) -> set[str]:
-    """The same of all files of two checkpoints, as FILE: NAME."""
-    assert one.tensors.keys() == other.tensors.keys()
-    return {f"{file}: {name}" for file in one.tensors for name in different(one.tensors[file], other.tensors[file])}

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from killed import CRASHED, FAILED, KILLED, run_in_child
-from states import differences
+from tiny import differences
 
 from dc_ssdae.errors import InputError
 from dc_ssdae.training.checkpoint import (

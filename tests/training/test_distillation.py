@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from states import differences, different, random_model
+from states import random_model
 from terms import HOOKED, Hooked, at, send
-from tiny import batch, last, metrics, resume, run_config, start, trainer_of
+from tiny import batch, differences, different, last, metrics, resume, run_config, start, trainer_of
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE

@@ -13,8 +13,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState
-from states import differences
-from tiny import batch, run_config
+from tiny import batch, differences, run_config
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from states import copies, different
+from states import copies
+from tiny import different
 from torch import nn
 
 from dc_ssdae.training.config import TrainingConfig

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from states import different
-from tiny import run_config
+from tiny import different, run_config
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from states import different
+from tiny import different
 from torch import nn
 
 from dc_ssdae.errors import InputError

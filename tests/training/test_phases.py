@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from killed import KILLED, run_in_child
-from states import differences, different
 from terms import HOOKED, Hooked, at, send
-from tiny import last, run_config
+from tiny import differences, different, last, run_config
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from states import different, without_zeros
-from tiny import SIZE, batch, run_config
+from states import without_zeros
+from tiny import SIZE, batch, different, run_config
 from torch import Tensor
 
 from dc_ssdae.data.images import to_model_range

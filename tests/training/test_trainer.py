@@ -14,9 +14,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from states import differences, different
 from terms import HOOKED, Hooked, at, send
-from tiny import VARIABLE, fill, last, metrics, resume, run_config, start, trainer_of
+from tiny import VARIABLE, differences, different, fill, last, metrics, resume, run_config, start, trainer_of
 from torch import Tensor, nn
 
 from dc_ssdae import DCSSDAE

@@ -51,7 +51,7 @@ class ProbeOptions(CommandOptions):
         train_batch: latents per training step.
         lr: learning rate, from which a cosine leads to 0; by default 2e-3 for nano and tiny, 1e-4 for S and B.
         ema: decay of the averaged weights per step; by default 0.99, for short runs.
-        samples: number of samples that are drawn and compared with as many training images.
+        samples: number of samples that are drawn and compared with as many training images; at most all of these.
         sampling_steps: numbers of steps to sample with; each is measured, samples are shown of the largest.
         guidance: strength of classifier-free guidance; 1 is none.
     """

@@ -139,8 +139,9 @@ def nearest(samples: Tensor, references: Tensor, k: int = 1) -> tuple[Tensor, Te
 def copying_ratio(samples: Tensor, validation: Tensor, training: Tensor, seed: int = 0) -> Estimate:
     """Compare how near samples are to training images with how near unseen images are: ratio of median distances.
 
-    Well below 1, samples are copies of training images. A decoder leaves its mark on samples, which alone would keep
-    them away from photos: give features of reconstructions for all three, where there is a decoder.
+    Well below 1, samples are copies of training images; above 1, they are unlike any image. A decoder leaves its
+    mark on samples, which alone would keep them away from photos: give features of reconstructions for all three, where
+    there is a decoder.
 
     Args:
         samples: features of samples, (N, D).

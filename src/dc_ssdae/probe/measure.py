@@ -104,14 +104,14 @@ class ProbeMeasurement:
             images: real ones to compare with; None has no distances.
             features: by name, those to trust first.
             samplings: how samples are drawn; those of the first are shown.
-            count: of samples of each, and the largest number of training images.
+            count: of samples of each, and of training images; at most as many as there are training latents.
 
         Returns:
             Fields of a `ProbeReport`.
         """
         train, validation = self.sources.train, self.sources.validation
-        known = min(count, len(train))
-        training = self._seen(self._decoded(candidate, train, known), features)
+        count = min(count, len(train))
+        training = self._seen(self._decoded(candidate, train, count), features)
         unseen = self._seen(self._decoded(candidate, validation, min(count, len(validation))), features)
         found: dict[str, Any] = {}
         real: _Seen | None = None
@@ -139,7 +139,7 @@ class ProbeMeasurement:
             near, new, known_features = (each.features[first] for each in (samples, unseen, training))
             found["copying"] = copying_ratio(near, new, known_features, self.seed)
             distances, places = nearest(samples.features[first][:NEIGHBOURED], known_features, NEIGHBOURS)
-            images_of = self._pictures_at(candidate, places, known)
+            images_of = self._pictures_at(candidate, places, count)
             rows = zip(samples.shown, images_of, distances.tolist(), strict=False)
             found["neighbours"] = [Neighbours(*row) for row in rows]
         if real is not None:

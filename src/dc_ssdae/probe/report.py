@@ -175,8 +175,8 @@ class ProbeReport:
             remark = "; ".join(part for part in (_interval(samples.value, samples.digits), samples.how) if part)
             lines.append(Headline(samples.title, samples.value.text(samples.digits), remark, meaning))
         if self.copying:
-            meaning = "How near samples are to training images, against unseen images. "
-            meaning += "About 1 or more is good; well below 1, samples are copies."
+            meaning = "Distance from samples to the nearest training image, relative to unseen images. Near 1 is good; "
+            meaning += "well below 1, samples are copies; above 1, they are unlike any image."
             lines.append(Headline("Copying ratio", self.copying.text(2), _interval(self.copying, 2), meaning))
         return lines
 

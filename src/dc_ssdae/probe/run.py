@@ -33,7 +33,7 @@ class ProbeSettings:
     """How a trained probe is measured.
 
     Args:
-        samples: number of samples of each sampler, and the largest number of training images they are compared with.
+        samples: number of samples of each sampler, and of training images; at most all of these.
         sampling_steps: numbers of steps of the samplers; samples are shown of the largest.
         guidance: w of classifier-free guidance; 1 leaves it out.
         batch_size: samples at a time.
