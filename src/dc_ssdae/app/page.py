@@ -84,7 +84,8 @@ def build(models: Models, debug: bool = False) -> gr.Blocks:
             candidate = models.open(label)
         if not isinstance(candidate, OurCandidate):
             told = f"{label} decodes in one way only: it has no sampler, steps, tolerance or seed."
-            return [gr.update(interactive=False)] * 4 + [gr.update(value=told, visible=True)]
+            alone = gr.update(choices=[ONE_STEP], value=ONE_STEP, interactive=False)
+            return [alone, *3 * [gr.update(interactive=False)], gr.update(value=told, visible=True)]
         offered = samplers_of(candidate.value.dynamics)
         chosen = sampler if sampler in offered else ONE_STEP
         return [
@@ -113,7 +114,7 @@ def build(models: Models, debug: bool = False) -> gr.Blocks:
             try:
                 found = models.reconstruct(label, pixels, settings)
             except InputError as error:  # the others can still be compared
-                gr.Warning(escape(str(error), quote=False), title="Left out")
+                gr.Warning(escape(str(error), quote=False))
                 continue
             pictures[label] = as_array(found.image)
             stacked = [found.image, difference(pixels, found.image, DIFFERENCE_GAIN)]
@@ -121,7 +122,7 @@ def build(models: Models, debug: bool = False) -> gr.Blocks:
         names = [*pictures]
         left, right = (gr.update(choices=names, value=names[place]) for place in (0, -1))
         remark = f"Below each reconstruction: its difference from the original, ×{DIFFERENCE_GAIN}; grey is none."
-        grid = render(figures, "13rem", remark)
+        grid = render(figures, "max(9rem, 22%)", remark)
         return [gr.update(visible=True), pictures, left, right, (pictures[names[0]], pictures[names[-1]]), grid]
 
     with gr.Blocks(title="DC-SSDAE", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -142,16 +143,16 @@ def build(models: Models, debug: bool = False) -> gr.Blocks:
                             labels, value=labels[0], label="Model", info="Loaded on first use.", scale=2
                         )
                         sampler = gr.Dropdown(
-                            [ONE_STEP], value=ONE_STEP, label="Sampler", info="Those this model has.", scale=2
+                            [ONE_STEP], value=ONE_STEP, label="Sampler", info="One of this model's.", scale=2
                         )
                         number = partial(gr.Number, min_width=90)
-                        steps = number(Settings.steps, label="Steps", info="Of the sampler.", precision=0)
+                        steps = number(Settings.steps, label="Steps", info="At most 64.", precision=0)
                         tolerance = number(Settings.tolerance, label="Tolerance", info="0: all steps.")
                         seed = number(Settings.seed, label="Seed", info="Of the noise.", precision=0)
                     remark = gr.Markdown(visible=False)
                     start = gr.Button("Reconstruct", variant="primary")
+                    facts = gr.Markdown("Choose a photo, then press Reconstruct.", elem_classes="status")
                     with gr.Column(visible=False) as results:
-                        facts = gr.Markdown()
                         gr.Markdown("### Original (left) and reconstruction (right)")
                         slider = gr.ImageSlider(show_label=False, format="png", interactive=False)
                         gr.Markdown("### The decode step by step")
@@ -159,9 +160,12 @@ def build(models: Models, debug: bool = False) -> gr.Blocks:
                         gr.Markdown("### The latent, channel by channel")
                         latent = gr.HTML(padding=False)
                 with gr.Tab("Compare"):
-                    about = "Each decodes in one step. Times are of a single run, which is slower the first time."
+                    about = "Each decodes in one step."
                     chosen = gr.CheckboxGroup(labels, value=labels, label="Models", info=about)
                     start_comparison = gr.Button("Compare", variant="primary")
+                    told = gr.Markdown(
+                        "Times are of a single run, which is slower the first time.", elem_classes="status"
+                    )
                     with gr.Column(visible=False) as comparison:
                         with gr.Row():
                             left = gr.Dropdown([], label="Left")
@@ -176,9 +180,9 @@ def build(models: Models, debug: bool = False) -> gr.Blocks:
         for happens in (page.load, model.change, sampler.input):
             happens(offer, [model, sampler], [*controls, remark], show_progress="hidden", **alone)
         shown = [results, facts, slider, states, latent]
-        start.click(reconstruct, [photo, size, model, *controls], shown, show_progress_on=start, **alone)
+        start.click(reconstruct, [photo, size, model, *controls], shown, show_progress_on=facts, **alone)
         shown = [comparison, kept, left, right, pair, grid]
-        start_comparison.click(compare, [photo, size, chosen], shown, show_progress_on=start_comparison, **alone)
+        start_comparison.click(compare, [photo, size, chosen], shown, show_progress_on=told, **alone)
         for side in (left, right):
             side.input(lambda kept, left, right: (kept[left], kept[right]), [kept, left, right], pair)
     return page
