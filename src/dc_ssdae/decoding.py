@@ -64,6 +64,12 @@ class DecoderOutput(BaseOutput):
     trajectory: Tensor | None = None
 
 
+def samplers_of(dynamics: Dynamics) -> tuple[str, ...]:
+    """Those of `SAMPLERS` that a model with such a dynamics can be decoded with."""
+    is_descent, is_flow = isinstance(dynamics, EquilibriumMatching), isinstance(dynamics, FlowMatching)
+    return (ONE_STEP, *(DESCENTS if is_descent else INTEGRATORS if is_flow else ()))
+
+
 def plan_decoding(
     dynamics: Dynamics,
     sampler: str | None = None,
@@ -100,8 +106,7 @@ def plan_decoding(
         sampler = "nesterov" if "momentum" in named else "gradient_descent"
     elif sampler is None:
         sampler = "euler" if integrates and several else ONE_STEP
-    fitting = (ONE_STEP, *(DESCENTS if descends else INTEGRATORS if integrates else ()))
-    check_names(f"sampler of {type(dynamics).__name__}", [sampler], fitting)
+    check_names(f"sampler of {type(dynamics).__name__}", [sampler], samplers_of(dynamics))
     takes = {ONE_STEP: (), "gradient_descent": ("num_steps", "step_size", "tolerance")}
     accepted = takes.get(sampler, ("num_steps",) if integrates else given)
     check_names(f"setting of sampler {sampler!r} of {type(dynamics).__name__}", named, accepted)

@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, str] = {
     "bench train": "time training steps, on random images",
     "bench data": "time the input pipeline of one or several data sets",
     "demo": "train a small model on real photos and write a report",
+    "app": "try models on photos, on a page in the browser",
 }
 """What each command does, in a line.
 

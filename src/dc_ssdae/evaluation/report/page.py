@@ -72,10 +72,14 @@ class Photo(NamedTuple):
     panels: Sequence[Panel]
 
 
+def difference(original: Tensor, output: Tensor, gain: int = DIFFERENCE_GAIN) -> Tensor:
+    """What differs between two images, uint8 (3, H, W), amplified around mid-grey."""
+    return (128 + gain * (output.int() - original.int())).clamp(0, 255).byte()
+
+
 def difference_panel(original: Tensor, output: Tensor) -> Panel:
-    """A picture of what differs between two images, uint8 (3, H, W), amplified around mid-grey."""
-    pixels = (128 + DIFFERENCE_GAIN * (output.int() - original.int())).clamp(0, 255).byte()
-    return Panel("difference", f"×{DIFFERENCE_GAIN}, grey is none", pixels, flips=False)
+    """A picture of what differs between two images, uint8 (3, H, W)."""
+    return Panel("difference", f"×{DIFFERENCE_GAIN}, grey is none", difference(original, output), flips=False)
 
 
 def psnr_panel(title: str, original: Tensor, output: Tensor, remark: str = "") -> Panel:

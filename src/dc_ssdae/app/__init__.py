@@ -1,0 +1,1 @@
+"""The interactive page of `dc-ssdae app`: what it computes, and its layout."""
