@@ -23,8 +23,8 @@ from dc_ssdae.probe.trainer import ProbeTask, build_step
 from dc_ssdae.training.checkpoint import read_state
 from dc_ssdae.training.config import check_changes
 from dc_ssdae.training.logging import read_lines
-from dc_ssdae.training.run import CONFIG_FILE, WEIGHTS_FILE, RunFolder
-from dc_ssdae.training.start import resume_task, start_task
+from dc_ssdae.training.run import CONFIG_FILE, WEIGHTS_FILE, RunFolder, is_finished
+from dc_ssdae.training.start import start_task
 from dc_ssdae.weights import read_safetensors
 
 
@@ -93,13 +93,13 @@ def train_probe(config: ProbeConfig, path: Path, cpu: bool = False) -> str | Non
     Raises:
         InputError: as `start_task`; or the run in the folder is another one.
     """
-    text = dump_yaml(config.to_mapping())
-    if not (path / CONFIG_FILE).is_file():
-        return start_task(ProbeTask(config, text), text, path, cpu).stopped_by
-    before = ProbeConfig.from_mapping(read_yaml(path / CONFIG_FILE))
-    check_changes(before.fixed_settings(), config.fixed_settings(), path)
-    outcome = resume_task(ProbeTask(config, text), text if config != before else None, path, cpu)
-    return None if outcome is None else outcome.stopped_by
+    text, run = dump_yaml(config.to_mapping()), RunFolder(path)
+    if (path / CONFIG_FILE).is_file():
+        before = ProbeConfig.from_mapping(read_yaml(path / CONFIG_FILE))
+        check_changes(before.fixed_settings(), config.fixed_settings(), path)
+        if is_finished(run, config.training):
+            return None
+    return start_task(ProbeTask(config, text), text, path, cpu).stopped_by
 
 
 def report_probe(

@@ -126,7 +126,9 @@ def start_run(
     return start_task(AutoencoderTask(config, config_text), config_text, path, cpu, resumes)
 
 
-def start_task(task: Task, config_text: str | None, path: Path, cpu: bool = False, resumes: bool = False) -> Outcome:
+def start_task(
+    task: Task, config_text: str | None, path: Path, cpu: bool = False, resumes: bool | None = None
+) -> Outcome:
     """Begin a run in a new folder, or go on with one, and train.
 
     Args:
@@ -134,7 +136,7 @@ def start_task(task: Task, config_text: str | None, path: Path, cpu: bool = Fals
         config_text: its configuration as YAML, which is kept in the folder; None keeps what a run has that goes on.
         path: of the run's folder.
         cpu: use no GPU.
-        resumes: whether the folder is there.
+        resumes: whether the folder is there; None looks.
 
     Raises:
         InputError: the configuration, the data, the processes or the folder do not fit.
@@ -143,6 +145,8 @@ def start_task(task: Task, config_text: str | None, path: Path, cpu: bool = Fals
     run, training = RunFolder(path, task.training.keep_every), task.training
     with StopRequest() as stop, lenient_stderr(), naming(path):
         accelerator, processes = start_processes(training.processes, cpu)
+        if resumes is None:
+            resumes = processes.on_main((path / CONFIG_FILE).is_file)
         sources = processes.together(partial(task.check, run, processes, accelerator.distributed_type))
         for first in (True, False):  # a download is for one process of each machine; the others find it then
             processes.together(partial(task.fetch, accelerator.is_local_main_process is first))
@@ -188,18 +192,13 @@ def resume_run(config: RunConfig, config_text: str | None, path: Path, cpu: bool
         InputError: as `start_run`; or the checkpoint is damaged.
         TrainingFailed: as `Trainer.run`.
     """
-    return resume_task(AutoencoderTask(config, config_text), config_text, path, cpu)
-
-
-def resume_task(task: Task, config_text: str | None, path: Path, cpu: bool = False) -> Outcome | None:
-    """Go on with a run as `start_task` does; None where it was finished already."""
-    run = RunFolder(path, task.training.keep_every)
-    if is_finished(run, task.training):
+    run = RunFolder(path, config.training.keep_every)
+    if is_finished(run, config.training):
         if os.environ.get("RANK", "0") == "0":
             with suppress(InputError, OSError), run_lock(path):  # else another process is at it, or the disk is full
                 recover_run(run)
         return None
-    return start_task(task, config_text, path, cpu, resumes=True)
+    return start_run(config, config_text, path, cpu, resumes=True)
 
 
 def start_processes(wanted: int | None, cpu: bool = False) -> tuple[Accelerator, Processes]:
