@@ -10,6 +10,7 @@ import torch
 from dc_ssdae.cli.main import main
 
 
+@pytest.mark.usefixtures("without_gradients")
 def test_latents_are_spoilt_by_the_image_alone() -> None:
     x = torch.rand(3, 3, 16, 16) * 2 - 1
     clean = probe.Spoilt().model.encode(x).latent_dist.mode()
