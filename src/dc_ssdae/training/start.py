@@ -20,7 +20,7 @@ from dc_ssdae.errors import InputError, lenient_stderr
 from dc_ssdae.files import naming, write_whole
 from dc_ssdae.machine import slow_dtype_note
 from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
-from dc_ssdae.training.build import check_components, fetch_backbones
+from dc_ssdae.training.build import check_components, fetch_weights
 from dc_ssdae.training.config import RunConfig, keeps_latent
 from dc_ssdae.training.logging import JsonLines, read_lines
 from dc_ssdae.training.origin import inherited
@@ -33,6 +33,7 @@ from dc_ssdae.training.run import (
     recover_run,
     run_lock,
 )
+from dc_ssdae.training.step import trains
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Outcome, Trainer
 
@@ -69,9 +70,13 @@ def start_run(
         model, sources = processes.together(check)
         if processes.is_main and data.root is not None and sources.validation is None:
             print(f"{data.root} has no validation/: nothing is evaluated, no checkpoint is the best", file=sys.stderr)
+
+        def fetch(first: bool) -> None:
+            if accelerator.is_local_main_process is first:
+                fetch_weights(config, starts=run.checkpoints.last() is None)
+
         for first in (True, False):  # a download is for one process of each machine; the others find it then
-            mine = config.losses if accelerator.is_local_main_process is first else {}
-            processes.together(partial(fetch_backbones, mine))
+            processes.together(partial(fetch, first))
         if not resumes:
             processes.on_main(partial(_create, config, config_text or "", path, model))
         with locked(path, processes):
@@ -177,7 +182,7 @@ def _create(config: RunConfig, config_text: str, path: Path, model: DCSSDAE) -> 
     teacher = None if distillation is None else model_folder(distillation.teacher)
     source = teacher if training.init_from is None else model_folder(training.init_from)
     settings = json.loads(model.to_json_string())
-    if source is not None and keeps_latent(training.train):
+    if source is not None and (keeps_latent(training.train) or not trains(model.encoder)):
         settings |= {name: value for name, value in read_config(source).items() if name in NOT_MEASURED}
     settings["provenance"] = inherited(config, source)
     create_run(path, config_text, json.dumps(settings, indent=2, sort_keys=True) + "\n", teacher)

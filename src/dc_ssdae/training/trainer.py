@@ -30,7 +30,7 @@ from dc_ssdae.randomness import seed_ambient
 from dc_ssdae.timing import resident_set
 from dc_ssdae.training.build import load_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint, read_checkpoint
-from dc_ssdae.training.config import RunConfig, check_changes, keeps_latent
+from dc_ssdae.training.config import RunConfig, check_changes
 from dc_ssdae.training.ema import ExponentialMovingAverage
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.measurements import Measurements
@@ -121,7 +121,7 @@ class Trainer:
         self.workers = default_workers(here) if config.data.workers is None else config.data.workers
         model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
         known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-        stays = known and keeps_latent(training.train)
+        stays = known and module.keeps_latent
         self.measurements = Measurements(self, training.latent_statistics > 0 and not stays)
         self._broken = {line["name"] for line in read_lines(run.broken_images) if line["split"] == "train"}
         names = getattr(self.sources.train, "names_sha256", None)
@@ -149,6 +149,7 @@ class Trainer:
             "settings": self.config.fixed_settings(),
             "images_in_data_set": length,
             "names_sha256": self._names_sha256,
+            "keeps_latent": self.module.keeps_latent,
             "processes": self.processes.count,
             "optimizer": {"class": type(self.optimizer).__name__, "groups": groups},
             "gradient_scaler": self.scaler.state_dict(),
@@ -253,7 +254,7 @@ class Trainer:
         settings = self.config.data.image_size, training.seed, training.batch_size
         for number, batch in enumerate(batches, 1):
             pixels = batch.pixels.to(device, non_blocking=True)
-            noise = draw_noise(model, *settings, batch.draw.tolist(), device)
+            noise = draw_noise(model, *settings, batch.draw.tolist(), device, training.latent_noise)
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped):
                 losses = self.wrapped(pixels, *noise, batch.draw)
                 if not losses.total.requires_grad:
