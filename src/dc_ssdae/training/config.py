@@ -135,8 +135,8 @@ class TrainingConfig:
         evaluate_every: number of steps between evaluations of the averaged weights on validation images.
         best_metric: metric that decides which checkpoint is best.
         sample_images: number of validation images whose reconstructions are logged at each evaluation.
-        latent_noise: strength τ of the noise that is added to the latents in training, in the latent's own units: σ times
-            standard normal noise, with each image's σ uniform between 0 and τ. It makes the decoder tolerant of the
+        latent_noise: strength τ of the noise that training adds to the latents, in the latent's own units: standard
+            normal noise times σ, which is uniform between 0 and τ for each image. It makes the decoder tolerant of the
             latents that a diffusion model samples; 0 adds none.
         latent_statistics: largest number of training images on which the mean and standard deviation of the latent are
             measured at the end, for the model's config.json; 0 measures nothing. If the encoder does not train, its
