@@ -18,7 +18,7 @@ NORM_EPS = 1e-6
 
 class TimmEncoder(nn.Module):
     """A frozen vision transformer of timm, whose normalised patch tokens are the latent (Zheng et al. 2025,
-    "Diffusion transformers with representation autoencoders", section 3).
+    "Diffusion transformers with representation autoencoders").
 
     The image is resized so that the transformer's patches are the places of the latent; class and register tokens
     are dropped, and the others pass a layer norm without scale and shift. Nothing is fetched here: the weights are
