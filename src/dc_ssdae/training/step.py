@@ -189,8 +189,8 @@ def draw_noise(
 
     Returns:
         Noise (B, 3, S, S), levels (B,), and the noise (B, c, S/f, S/f) with which latents are drawn, all but the levels
-        standard normal; and what is added to the latents then, σ · noise with σ uniform in [0, τ] (noise augmentation in
-        Zheng et al. 2025, "Diffusion transformers with representation autoencoders"), None where τ is 0.
+        standard normal; and what is added to the latents then, σ · noise with σ uniform in [0, τ] (Zheng et al. 2025,
+        "Diffusion transformers with representation autoencoders", their noise augmentation), None where τ is 0.
     """
     side = image_size // model.config.downsample_factor
     latent_shape = (model.config.latent_channels, side, side)
