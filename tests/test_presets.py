@@ -89,7 +89,9 @@ def test_a_preset_is_a_whole_run(name: str) -> None:
     """Together with the folder of images; the paper's presets take every setting of the loop from the defaults."""
     config = RunConfig.from_mapping(load_preset(name))
     if name != "demo":
-        assert config.training == TrainingConfig(train=["decoder", "losses.repa"] if "_frozen_" in name else None)
+        train = ["decoder", "losses.repa"] if "_frozen_" in name else None
+        latent_noise = 0.8 if name.startswith("rae_") else 0.0
+        assert config.training == TrainingConfig(train=train, latent_noise=latent_noise)
         assert config.data == DataConfig()
 
 

@@ -11,12 +11,17 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from dc_ssdae.classes import find_imported, full_name
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError, as_json, check_names, check_type, unknown_name
-from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder, UViTDecoder
+from dc_ssdae.networks import DCEncoder, DiffusersEncoder, KLEncoder, TimmEncoder, UViTDecoder
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.settings import alternatives
 
 COMPONENTS: Mapping[str, Mapping[str, type]] = {
-    "encoder": {"DCEncoder": DCEncoder, "KLEncoder": KLEncoder, "DiffusersEncoder": DiffusersEncoder},
+    "encoder": {
+        "DCEncoder": DCEncoder,
+        "KLEncoder": KLEncoder,
+        "DiffusersEncoder": DiffusersEncoder,
+        "TimmEncoder": TimmEncoder,
+    },
     "decoder": {"UViTDecoder": UViTDecoder},
     "dynamics": {"EquilibriumMatching": EquilibriumMatching, "FlowMatching": FlowMatching},
 }

@@ -109,7 +109,7 @@ def fake_trainer(monkeypatch: pytest.MonkeyPatch, folder: Path, config: Any) -> 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
     # There is no generator of a device that is not there.
-    monkeypatch.setattr(trainer_module, "draw_noise", lambda *_: [tensor.to(CUDA) for tensor in batch(0)[1:]])
+    monkeypatch.setattr(trainer_module, "draw_noise", lambda *_: [*(tensor.to(CUDA) for tensor in batch(0)[1:]), None])
     sources: Any = SimpleNamespace(train=range(16), validation=None)
     trainer = Trainer(config, RunFolder(folder), accelerator, Processes(device=CUDA), sources, StopRequest())
     return trainer

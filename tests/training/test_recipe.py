@@ -189,9 +189,9 @@ def test_a_begun_phase_stays_what_it_is(begun: Path, words: str, told: str) -> N
     assert (begun / "recipe.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("preset", list_presets())
+@pytest.mark.parametrize("preset", [name for name in list_presets() if not name.startswith("rae_")])
 @pytest.mark.parametrize("name", list_recipes())
-def test_a_packaged_recipe_fits_every_preset(name: str, preset: str) -> None:
+def test_a_packaged_recipe_fits_every_preset_whose_encoder_can_train(name: str, preset: str) -> None:
     """Its sizes divide, its groups are there, and each phase but the first trains a part of the model."""
     phases = resolved_recipe(parse_recipe("--recipe", name, "--config", preset)).phases
     with init_empty_weights():

@@ -75,6 +75,18 @@ def test_the_total_by_hand(dynamics: str) -> None:
         assert gradient.any() or dynamics == "l2", f"no gradient reaches {name}"
 
 
+def test_noise_on_the_latent_reaches_the_decoder_alone() -> None:
+    step = training_step("fm")
+    pixels, noise, level, latent_noise = batch(0)
+    added = 0.7 * torch.randn_like(latent_noise)
+    seen = []
+    step.model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    plain, noisy = step(pixels, noise, level, latent_noise), step(pixels, noise, level, latent_noise, added)
+    torch.testing.assert_close(seen[1] - seen[0], added, atol=1e-5, rtol=1e-5)
+    assert noisy.terms["kl"] == plain.terms["kl"]
+    assert noisy.terms["dynamics"] != plain.terms["dynamics"]
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     steps = [training_step("l2", gradient_checkpointing=checkpointing) for checkpointing in (False, True)]
     assert different(*(gradients(step, step(*batch(0))) for step in steps)) == set()
@@ -129,19 +141,23 @@ def test_reconstructing_is_decoding_the_mode() -> None:
 
 def test_the_split_of_a_batch_and_the_default_generator_change_no_noise() -> None:
     model = training_step().model
-    whole = draw_noise(model, SIZE, 3, 6, range(6, 12), "cpu")
-    assert [part.shape for part in whole] == [(6, 3, SIZE, SIZE), (6,), (6, 4, SIZE // 8, SIZE // 8)]
+    whole = draw_noise(model, SIZE, 3, 6, range(6, 12), "cpu", 0.5)
+    latents = (6, 4, SIZE // 8, SIZE // 8)
+    assert [part.shape for part in whole] == [(6, 3, SIZE, SIZE), (6,), latents, latents]
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    parts = [draw_noise(model, SIZE, 3, 6, numbers, "cpu") for numbers in ([6, 7], [8, 9, 10, 11])]
+    parts = [draw_noise(model, SIZE, 3, 6, numbers, "cpu", 0.5) for numbers in ([6, 7], [8, 9, 10, 11])]
     assert torch.equal(torch.get_rng_state(), before)
     for expected, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(expected, torch.cat(pieces))
+    *others, augmentation = draw_noise(model, SIZE, 3, 6, range(6, 12), "cpu")
+    assert augmentation is None
+    assert all(torch.equal(one, other) for one, other in zip(whole[:3], others, strict=True)), "another run"
 
 
 def test_noise_is_normal_levels_are_the_dynamics_own_and_no_two_images_get_the_same() -> None:
     model = training_step("fm").model
-    noise, level, latent_noise = draw_noise(model, SIZE, 3, 6, range(400), "cpu")
+    noise, level, latent_noise, augmentation = draw_noise(model, SIZE, 3, 6, range(400), "cpu", 0.8)
     others = draw_noise(model, SIZE, 4, 6, range(400), "cpu")
     for mine, theirs in ((level, others[1]), (noise[:, 0, 0, 0], others[0][:, 0, 0, 0])):
         assert len(torch.cat([mine, theirs]).unique()) == 800
@@ -149,4 +165,7 @@ def test_noise_is_normal_levels_are_the_dynamics_own_and_no_two_images_get_the_s
         bound = 4 / normal.numel() ** 0.5
         assert abs(float(normal.mean())) < bound
         assert abs(float(normal.var()) - 1) < 2 * bound
+    strengths = augmentation.flatten(1).std(dim=1) / 0.8
+    assert (strengths.sort().values - torch.linspace(0.0, 1.0, 400)).abs().mean() < 0.03, "not uniform in [0, τ]"
+    assert abs(float(torch.stack([augmentation, latent_noise]).prod(0).mean())) < 0.02
     assert abs(float(torch.stack([noise.flatten(1)[:, :4], latent_noise.flatten(1)[:, :4]]).prod(0).mean())) < 0.1

@@ -18,6 +18,7 @@ from dc_ssdae.losses.backbones import (
     read_weights,
 )
 from dc_ssdae.losses.term import StepOutputs
+from dc_ssdae.networks.timm_encoder import PatchTokens, create_transformer
 
 if TYPE_CHECKING:
     from dc_ssdae.autoencoder import DCSSDAE
@@ -111,30 +112,6 @@ class REPALoss(nn.Module):
         return 1.0 - F.cosine_similarity(self.head(tokens).float(), targets, dim=-1).mean(dim=1)
 
 
-class PatchTokens(nn.Module):
-    """Patch tokens (B, rows · columns, channels) of images in [-1, 1], resized so that each token is one patch.
-
-    Args:
-        transformer: a vision transformer of timm.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.channels: int = transformer.embed_dim
-        self.register_buffer("mean", torch.tensor(transformer.pretrained_cfg["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(transformer.pretrained_cfg["std"]).view(3, 1, 1))
-
-    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        height, width = self.transformer.patch_embed.patch_size
-        x = F.interpolate(x, (rows * height, columns * width), mode="bicubic", antialias=True)
-        x = (0.5 * x + 0.5 - self.mean) / self.std
-        return self.transformer.forward_features(x)[:, self.transformer.num_prefix_tokens :]
-
-
 def transformer_file(backbone: str) -> WeightsFile:
     """Describe the weights file of a model of timm.
 
@@ -163,17 +140,10 @@ def build_transformer(backbone: str, path: Path | None) -> Any:
     Raises:
         InputError: the model is not such a transformer, or the file is damaged or another network's.
     """
-    import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    try:
-        with fixed_random_state():
-            transformer = timm.create_model(backbone, pretrained=False, num_classes=0, dynamic_img_size=True)
-        _ = transformer.num_prefix_tokens, transformer.patch_embed.patch_size, transformer.embed_dim
-    except (TypeError, AttributeError):
-        raise InputError(
-            f"{backbone} of timm is not a vision transformer that takes images of any size; {DINOV2_B} is one"
-        ) from None
+    with fixed_random_state():
+        transformer = create_transformer(backbone)
     if path is None:
         return transformer
     # Read here and not by timm, which fills what a file with a classifier lacks with random numbers.

@@ -112,6 +112,9 @@ class ProbeTrainer(TrainingLoop):
     def prepare(self) -> ProbeMeasurements:
         return ProbeMeasurements(self)
 
+    def own_state(self) -> dict[str, Any]:
+        return {"keeps_latent": True}  # no statistics of it are to be written into the network's config.json
+
     def samples(self) -> LatentSamples:
         training = self.config.training
         return LatentSamples(self.sources.train, training.seed, training.batch_size)

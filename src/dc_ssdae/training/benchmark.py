@@ -146,7 +146,7 @@ def _train(config: RunConfig, device: torch.device, entry: dict[str, Any]) -> It
         total = torch.zeros((), device=device)
         for pixels in images:
             draw = range(len(pixels))
-            noise = draw_noise(module.model, size, 0, training.batch_size, draw, device)
+            noise = draw_noise(module.model, size, 0, training.batch_size, draw, device, training.latent_noise)
             loss = module(pixels, *noise).total / parts
             yield "forward"
             scaler.scale(loss).backward()

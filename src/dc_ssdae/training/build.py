@@ -18,8 +18,11 @@ from dc_ssdae.autoencoder import DCSSDAE
 from dc_ssdae.classes import import_class
 from dc_ssdae.components import COMPONENTS, resolve_part
 from dc_ssdae.errors import InputError, prefixed, wrong_value
+from dc_ssdae.losses.backbones import RANDOM, download_weights, weights_on_this_machine
+from dc_ssdae.losses.repa import build_transformer, transformer_file
 from dc_ssdae.losses.total import BUILT_IN, Objective, WeightedTerm
 from dc_ssdae.model_folder import model_folder, read_config
+from dc_ssdae.networks import TimmEncoder
 from dc_ssdae.parameter_groups import parameter_groups, select_groups
 from dc_ssdae.presets import DEFAULT_CLASSES
 from dc_ssdae.training.checkpoint import Checkpoint
@@ -27,7 +30,7 @@ from dc_ssdae.training.config import LossConfig, ModelConfig, RunConfig, keeps_l
 from dc_ssdae.training.distillation import DistillationStep, TeacherCache
 from dc_ssdae.training.recipe import RECIPE_FILE
 from dc_ssdae.training.run import WEIGHTS_FILE, RunFolder
-from dc_ssdae.training.step import TrainingStep
+from dc_ssdae.training.step import TrainingStep, trains
 from dc_ssdae.weights import check_same_tensors, read_safetensors
 
 
@@ -136,6 +139,8 @@ def load_step(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) 
         check_same_tensors(f"{run.checkpoints.last()}/model.safetensors", step.state_dict(), weights)
         step.load_state_dict(dict(weights))
         return step
+    if (network := published_encoder(config)) is not None:
+        load_published_encoder(step.model.encoder, network)
     source = training.init_from if distillation is None else str(run.teacher)
     loaded = set() if source is None else load_initial_weights(step, source)
     if new := sorted(name.split(".")[2] for name in step.held_back - loaded if name.startswith("objective.")):
@@ -240,10 +245,13 @@ def check_components(
     elif starts and training.init_from is not None:
         _read_source("training.init_from", training.init_from, model)
     # Groups of loss terms are known when those are built, with their backbones.
-    own = [name for name in training.train or () if name.partition(".")[0] != "losses"]
-    if own:
-        with prefixed("training.train"):
-            select_groups(parameter_groups(model), own)
+    groups, parameters = parameter_groups(model), dict(model.named_parameters())
+    for selector in training.train or ():
+        if selector.partition(".")[0] != "losses":
+            with prefixed("training.train"):
+                names = [name for group in select_groups(groups, [selector]) for name in groups[group]]
+            if not any(parameters[name].requires_grad for name in names if name in parameters):
+                raise InputError(f"training.train names {selector}, of which nothing can train: its class freezes it")
     if training.wandb and find_spec("wandb") is None:
         raise InputError("training.wandb is true, but Weights & Biases is not installed: pip install wandb")
     for name, loss in config.losses.items():
@@ -253,22 +261,69 @@ def check_components(
                 inspect.signature(kind).bind_partial(**loss.init_args)
     encoder = (config.model.encoder or {}).get("class_path", DEFAULT_CLASSES["encoder"])
     has_source = training.init_from is not None or distillation is not None
-    # A class of the user's may bring its own weights.
-    if starts and keeps_latent(training.train) and not has_source and encoder in COMPONENTS["encoder"]:
-        raise InputError("training.train leaves the encoder out, whose weights are random: set training.init_from")
+    # A class of the user's may bring its own weights, and one of ours may freeze those that are published.
+    is_random = encoder in COMPONENTS["encoder"] and trains(model.encoder)
+    if starts and keeps_latent(training.train) and not has_source and is_random:
+        raise InputError(
+            "training.train leaves the encoder out, whose weights are random: train it, or set training.init_from"
+        )
     return model
 
 
-def fetch_backbones(losses: Mapping[str, LossConfig]) -> None:
-    """Find the weights of the backbones of loss terms, or download them.
+def fetch_weights(config: RunConfig, starts: bool) -> None:
+    """Find the weights of the backbones of loss terms and, for a run that starts, the encoder's, or download them.
 
     Raises:
         InputError: they are not to be had; says which file is wanted and where to put it.
     """
-    for name, loss in losses.items():
+    for name, loss in config.losses.items():
         with _term_class(name, loss) as kind:
             if loss.weight and hasattr(kind, "fetch"):
                 kind.fetch(**loss.init_args)
+    if starts and (network := published_encoder(config)) is not None:
+        _encoder_file(network)
+
+
+def timm_settings(config: ModelConfig) -> dict[str, Any] | None:
+    """The settings of a model's `TimmEncoder`; None where it has another encoder.
+
+    Raises:
+        InputError: a setting of the encoder is unknown or of the wrong type.
+    """
+    is_there = (config.encoder or {}).get("class_path") == TimmEncoder.__name__
+    return resolve_part("encoder", config.encoder).arguments if is_there else None
+
+
+def published_encoder(config: RunConfig) -> str | None:
+    """timm's name of the network whose published weights a new run's encoder has; None where they come from elsewhere.
+
+    Raises:
+        InputError: as `timm_settings`.
+    """
+    settings = timm_settings(config.model)
+    has_source = config.training.init_from is not None or config.distillation is not None
+    return None if has_source or settings is None or settings["weights"] == RANDOM else settings["name"]
+
+
+def load_published_encoder(encoder: TimmEncoder, network: str) -> None:
+    """Give an encoder the published weights of its transformer, of which it may lack the last layers.
+
+    Args:
+        encoder: takes them.
+        network: timm's name.
+
+    Raises:
+        InputError: the weights are not to be had, or the file is damaged or another network's.
+    """
+    transformer = encoder.tokens.transformer
+    published = build_transformer(network, _encoder_file(network)).state_dict()
+    transformer.load_state_dict({name: published[name] for name in transformer.state_dict()})
+
+
+def _encoder_file(network: str) -> Path:
+    file, setting = transformer_file(network), "model.encoder.init_args.weights"
+    otherwise = f"start from a model that has it: --training.init_from DIR, or from random weights: --{setting} random"
+    return weights_on_this_machine(file) or download_weights(file, "model.encoder", otherwise)
 
 
 def load_teacher(folder: Path, classes: Sequence[type]) -> DCSSDAE:

@@ -36,7 +36,8 @@ class ModelConfig:
     Args:
         latent_channels: c, channels of the latent.
         downsample_factor: f, a power of two of at least 8.
-        encoder: class_path (DCEncoder, KLEncoder, or your own as module.Class) and init_args.
+        encoder: class_path (DCEncoder, KLEncoder, DiffusersEncoder, TimmEncoder, or your own as module.Class) and
+            init_args.
         decoder: class_path (UViTDecoder, or your own) and init_args.
         dynamics: class_path (EquilibriumMatching, FlowMatching, or your own) and init_args.
     """
@@ -134,6 +135,9 @@ class TrainingConfig:
         evaluate_every: number of steps between evaluations of the averaged weights on validation images.
         best_metric: metric that decides which checkpoint is best.
         sample_images: number of validation images whose reconstructions are logged at each evaluation.
+        latent_noise: strength τ of the noise that training adds to the latents, in the latent's own units: standard
+            normal noise times σ, which is uniform between 0 and τ for each image. It makes the decoder tolerant of the
+            latents that a diffusion model samples; 0 adds none.
         latent_statistics: largest number of training images on which the mean and standard deviation of the latent are
             measured at the end, for the model's config.json; 0 measures nothing. If the encoder does not train, its
             known statistics are kept.
@@ -169,6 +173,7 @@ class TrainingConfig:
     evaluate_every: int = setting(5000, at_least=1, may_change=True)
     best_metric: Literal["psnr", "ssim", "mse"] = "psnr"
     sample_images: int = setting(8, at_least=0, may_change=True)
+    latent_noise: float = setting(0.0, at_least=0.0)
     latent_statistics: int = setting(10_000, at_least=0, may_change=True)
     max_skipped_steps: int = setting(10, at_least=1, may_change=True)
     processes: int | None = setting(None, at_least=1, may_change=True)

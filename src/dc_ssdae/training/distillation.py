@@ -19,7 +19,7 @@ from dc_ssdae.files import written_beside
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.losses import Objective
 from dc_ssdae.training.config import DistillationConfig
-from dc_ssdae.training.step import TrainingStep, decode_or_nan
+from dc_ssdae.training.step import TrainingStep, augmented, decode_or_nan
 
 
 class DistillationStep(TrainingStep):
@@ -48,7 +48,13 @@ class DistillationStep(TrainingStep):
         self.cache: TeacherCache | None = None
 
     def corrupt_and_encode(
-        self, x: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None
+        self,
+        x: Tensor,
+        noise: Tensor,
+        level: Tensor,
+        latent_noise: Tensor,
+        augmentation: Tensor | None,
+        draw: Tensor | None,
     ) -> tuple[Corruption, DiagonalGaussian, Tensor]:
         """Take the latent and the target from the teacher; `level` is not used.
 
@@ -57,12 +63,13 @@ class DistillationStep(TrainingStep):
             noise: (B, 3, S, S), where both start from.
             level: (B,).
             latent_noise: (B, c, S/f, S/f): makes the latent, the teacher's, that both get.
+            augmentation: (B, c, S/f, S/f), added to that latent; None adds nothing.
             draw: int64 (B,), by which the teacher's results are kept; needed where there is a cache.
         """
         dynamics = self.model.dynamics
         with torch.no_grad(), self._autocast(x):
             posterior = self.teacher.posterior(x)
-            z = posterior.sample(noise=latent_noise)
+            z = augmented(posterior.sample(noise=latent_noise), augmentation)
             teach = partial(self._decode, z, noise=noise)
             if self.cache is None or draw is None:
                 target = teach()

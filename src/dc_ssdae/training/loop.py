@@ -124,7 +124,7 @@ class TrainingLoop(ABC):
         """The examples in the order in which they are drawn."""
 
     @abstractmethod
-    def arguments(self, batch: Any) -> Sequence[Tensor]:
+    def arguments(self, batch: Any) -> Sequence[Tensor | None]:
         """What the module's forward takes of a batch, on the device."""
 
     def own_state(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dc_ssdae.evaluation.protocol import TRAINING
 from dc_ssdae.evaluation.statistics import latent_statistics
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.provenance import IN_TRAINING
-from dc_ssdae.training.config import METRICS, keeps_latent
+from dc_ssdae.training.config import METRICS
 from dc_ssdae.training.logging import Loggers
 from dc_ssdae.training.origin import data_name
 from dc_ssdae.training.stopping import Stopped
@@ -70,7 +70,7 @@ class Measurements:
         self.evaluated_at = state["evaluated_at"]
         self.evaluations = (state.get("provenance") or {}).get("evaluations", [])
         # A longer budget changes the weights again, if not the encoder's.
-        still_true = self.run.is_finished() or keeps_latent(self.run.config.training.train)
+        still_true = self.run.is_finished() or self.run.module.keeps_latent
         self.latent = state.get("latent_statistics") if still_true else None
         self.measured_at = state.get("measured_at", None if self.latent is None else state["step"])
 

@@ -9,7 +9,7 @@ from dc_ssdae.errors import as_json
 from dc_ssdae.model_folder import may_be_on_the_hub, read_config
 from dc_ssdae.presets import list_presets, load_preset
 from dc_ssdae.provenance import PARTS, Provenance, name_of_path, short_name
-from dc_ssdae.training.build import resolved
+from dc_ssdae.training.build import published_encoder, resolved, timm_settings
 from dc_ssdae.training.config import DataConfig, RunConfig
 
 INHERITED = ("source", "license", "untrained")
@@ -31,7 +31,9 @@ def inherited(config: RunConfig, source: Path | None) -> dict[str, Any]:
     """
     if source is None:
         paths = {part: (getattr(config.model, part) or {}).get("class_path") or "" for part in PARTS}
-        return {"untrained": [part for part in PARTS if "." not in paths[part]]}  # a user's may bring its own weights
+        untrained = [part for part in PARTS if "." not in paths[part]]  # a user's may bring its own weights
+        network = published_encoder(config)
+        return {"untrained": untrained} if network is None else {"untrained": ["decoder"], "source": f"timm {network}"}
     # Weights are enough to start from.
     theirs = read_config(source).get("provenance") if (source / "config.json").exists() else None
     known = Provenance.from_mapping(theirs or {}).to_mapping()
@@ -54,7 +56,9 @@ def origin(
     """
     training, distillation = config.training, config.distillation
     known = Provenance.from_mapping(before or {}).to_mapping()
-    trained = PARTS if training.train is None else [name.partition(".")[0] for name in training.train]
+    trained = set(PARTS if training.train is None else [name.partition(".")[0] for name in training.train])
+    if timm_settings(config.model) is not None:
+        trained.discard("encoder")  # but for a projection
     return Provenance(
         preset=None if training.preset is None else short_name(training.preset),
         changes=changed_settings(config),

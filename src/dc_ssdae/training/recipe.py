@@ -290,7 +290,7 @@ def _check(recipe: Recipe, path: Path, cpu: bool, resumes: bool) -> "Processes":
     from accelerate.utils import DistributedType
 
     from dc_ssdae.data.sources import open_sources
-    from dc_ssdae.training.build import check_components, fetch_backbones
+    from dc_ssdae.training.build import check_components, fetch_weights
     from dc_ssdae.training.start import start_processes
 
     accelerator, processes = start_processes(recipe.phases[0].config.training.processes, cpu)
@@ -308,7 +308,7 @@ def _check(recipe: Recipe, path: Path, cpu: bool, resumes: bool) -> "Processes":
                     open_sources(data.root, data.dataset, data.validation, data.cache)
         for phase in fetching:  # after everything that can be found out without a download
             with prefixed(f"phase {phase.name}"):
-                fetch_backbones(phase.config.losses)
+                fetch_weights(phase.config, starts=phase.starts_from is None)
 
     processes.together(check)
     return processes

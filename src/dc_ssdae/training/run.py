@@ -196,9 +196,10 @@ def publish_model(run: RunFolder, checkpoint: Path, state: Mapping[str, Any], re
             except OSError:
                 shutil.copy(weights, beside)
     measured, provenance = state.get("latent_statistics"), state.get("provenance")
-    latent_stays = measured is None and keeps_latent(state.get("settings", {}).get("training.train"))
-    is_measured = "latent_statistics" in state  # an autoencoder's
-    if is_measured and not latent_stays and not (stays and before.get("latents_mean") is not None):
+    # Earlier versions did not tell it.
+    stays_by_setting = keeps_latent(state.get("settings", {}).get("training.train"))
+    latent_stays = measured is None and state.get("keeps_latent", stays_by_setting)
+    if not latent_stays and not (stays and before.get("latents_mean") is not None):
         write_latent_statistics(run.model, None if measured is None else LatentStatistics(**measured))
     if provenance is not None:
         there = before.get("provenance") or {}

@@ -23,7 +23,7 @@ from dc_ssdae.errors import InputError, lenient_stderr
 from dc_ssdae.files import naming, write_whole
 from dc_ssdae.machine import slow_dtype_note
 from dc_ssdae.model_folder import NOT_MEASURED, model_folder, read_config
-from dc_ssdae.training.build import check_components, fetch_backbones
+from dc_ssdae.training.build import check_components, fetch_weights
 from dc_ssdae.training.config import RunConfig, TrainingConfig, keeps_latent
 from dc_ssdae.training.logging import JsonLines, read_lines
 from dc_ssdae.training.loop import Outcome
@@ -37,6 +37,7 @@ from dc_ssdae.training.run import (
     recover_run,
     run_lock,
 )
+from dc_ssdae.training.step import trains
 from dc_ssdae.training.stopping import StopRequest
 from dc_ssdae.training.trainer import Trainer
 
@@ -61,8 +62,8 @@ class Task(ABC):
             InputError: something does not fit.
         """
 
-    def fetch(self, is_my_turn: bool) -> None:  # noqa: B027
-        """Find weights by others, or download them; called twice, for one process of each machine to begin."""
+    def fetch(self, run: RunFolder) -> None:  # noqa: B027
+        """Find weights by others, or download them; one process of each machine is the first to do so."""
 
     @abstractmethod
     def create(self, path: Path) -> None:
@@ -94,8 +95,8 @@ class AutoencoderTask(Task):
             print(f"{data.root} has no validation/: nothing is evaluated, no checkpoint is the best", file=sys.stderr)
         return sources
 
-    def fetch(self, is_my_turn: bool) -> None:
-        fetch_backbones(self.config.losses if is_my_turn else {})
+    def fetch(self, run: RunFolder) -> None:
+        fetch_weights(self.config, starts=run.checkpoints.last() is None)
 
     def create(self, path: Path) -> None:
         assert self._model is not None
@@ -149,7 +150,8 @@ def start_task(
             resumes = processes.on_main((path / CONFIG_FILE).is_file)
         sources = processes.together(partial(task.check, run, processes, accelerator.distributed_type))
         for first in (True, False):  # a download is for one process of each machine; the others find it then
-            processes.together(partial(task.fetch, accelerator.is_local_main_process is first))
+            is_my_turn = accelerator.is_local_main_process is first
+            processes.together(partial(task.fetch, run) if is_my_turn else lambda: None)
         if not resumes:
             processes.on_main(partial(task.create, path))
         with locked(path, processes):
@@ -256,7 +258,7 @@ def _create(config: RunConfig, config_text: str, path: Path, model: DCSSDAE) -> 
     teacher = None if distillation is None else model_folder(distillation.teacher)
     source = teacher if training.init_from is None else model_folder(training.init_from)
     settings = json.loads(model.to_json_string())
-    if source is not None and keeps_latent(training.train):
+    if source is not None and (keeps_latent(training.train) or not trains(model.encoder)):
         settings |= {name: value for name, value in read_config(source).items() if name in NOT_MEASURED}
     settings["provenance"] = inherited(config, source)
     create_run(path, config_text, json.dumps(settings, indent=2, sort_keys=True) + "\n", teacher)

@@ -49,7 +49,13 @@ class TrainingStep(nn.Module):
                 raise InputError(f"{type(model.decoder).__name__} has no forward_with_features, which a loss reads")
 
     def forward(
-        self, pixels: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None = None
+        self,
+        pixels: Tensor,
+        noise: Tensor,
+        level: Tensor,
+        latent_noise: Tensor,
+        augmentation: Tensor | None = None,
+        draw: Tensor | None = None,
     ) -> Losses:
         """Compute the losses of a batch; gradients flow to encoder, decoder and objective.
 
@@ -58,10 +64,11 @@ class TrainingStep(nn.Module):
             noise: (B, 3, S, S), standard normal.
             level: (B,), of the dynamics.
             latent_noise: (B, c, S/f, S/f), standard normal.
+            augmentation: (B, c, S/f, S/f), added to the latents; None adds nothing.
             draw: int64 (B,), numbers the run's images; of no use here.
         """
         x, noise = self._images(pixels), noise.contiguous(memory_format=self.memory_format)
-        record, posterior, z = self.corrupt_and_encode(x, noise, level, latent_noise, draw)
+        record, posterior, z = self.corrupt_and_encode(x, noise, level, latent_noise, augmentation, draw)
         dynamics = self.model.dynamics
         time = record.level if dynamics.conditions_on_time else None
         features: Tensor | None = None
@@ -78,16 +85,27 @@ class TrainingStep(nn.Module):
         return self.objective(StepOutputs(dynamics, record, prediction, posterior, features))
 
     def corrupt_and_encode(
-        self, x: Tensor, noise: Tensor, level: Tensor, latent_noise: Tensor, draw: Tensor | None
+        self,
+        x: Tensor,
+        noise: Tensor,
+        level: Tensor,
+        latent_noise: Tensor,
+        augmentation: Tensor | None,
+        draw: Tensor | None,
     ) -> tuple[Corruption, DiagonalGaussian, Tensor]:
         """Make what the decoder gets and is compared with: the record, the posterior, and latents drawn from it."""
         record = self.model.dynamics.corrupt(x, noise, level)
         with self._autocast(x):
             posterior = self.model.posterior(x).bounded()
-            return record, posterior, posterior.sample(noise=latent_noise)
+            return record, posterior, augmented(posterior.sample(noise=latent_noise), augmentation)
 
     def _images(self, pixels: Tensor) -> Tensor:
         return to_model_range(pixels).contiguous(memory_format=self.memory_format)
+
+    @property
+    def keeps_latent(self) -> bool:
+        """Whether nothing of the encoder trains, so that the latent stays as it is."""
+        return not trains(self.model.encoder)
 
     def freeze_all_but(self, trained: Set[str]) -> None:
         """Leave everything else as it is: no gradients, and batch statistics and dropout as in evaluation.
@@ -110,10 +128,9 @@ class TrainingStep(nn.Module):
         super().train(mode)
         for module in self._frozen:
             module.eval()
-        encoder_trains = any(parameter.requires_grad for parameter in self.model.encoder.parameters())
         for module in self.model.decoder.modules():
             if isinstance(module, GlobalBatchNorm2d):
-                module.inputs_stay = not encoder_trains
+                module.inputs_stay = self.keeps_latent
         return self
 
     def compile_networks(self) -> None:
@@ -150,9 +167,15 @@ class TrainingStep(nn.Module):
 
 
 def draw_noise(
-    model: DCSSDAE, image_size: int, seed: int, batch_size: int, draw: Sequence[int], device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw what a training step adds to its images, on its device.
+    model: DCSSDAE,
+    image_size: int,
+    seed: int,
+    batch_size: int,
+    draw: Sequence[int],
+    device: torch.device | str,
+    strength: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Draw what a training step adds to its images and latents, on its device.
 
     All of it depends on the seed, the step and the image's place in the global batch alone: not on how the batch is
     split, nor on what was drawn before. Other kinds of device draw other numbers.
@@ -164,18 +187,36 @@ def draw_noise(
         batch_size: of the global batch.
         draw: numbers of the B images, step · batch_size + place.
         device: to draw on.
+        strength: τ, see `training.latent_noise`.
 
     Returns:
-        Noise (B, 3, S, S), levels (B,), and the latent's noise (B, c, S/f, S/f); all but the levels standard normal.
+        Noise (B, 3, S, S), levels (B,), and the noise (B, c, S/f, S/f) with which latents are drawn, all but the levels
+        standard normal; and what is added to the latents then, σ · noise with σ uniform in [0, τ] (Zheng et al. 2025,
+        "Diffusion transformers with representation autoencoders", their noise augmentation), None where τ is 0.
     """
     side = image_size // model.config.downsample_factor
-    noise, level, latent_noise = [], [], []
+    latent_shape = (model.config.latent_channels, side, side)
+    noise, level, latent_noise, augmentation = [], [], [], []
     for number in draw:
         generator = noise_generator(seed, *divmod(number, batch_size), device)
         level.append(model.dynamics.sample_level(1, generator=generator, device=device))
         noise.append(torch.randn(3, image_size, image_size, generator=generator, device=device))
-        latent_noise.append(torch.randn(model.config.latent_channels, side, side, generator=generator, device=device))
-    return torch.stack(noise), torch.cat(level), torch.stack(latent_noise)
+        latent_noise.append(torch.randn(latent_shape, generator=generator, device=device))
+        if strength:  # after all else, which is the same with and without it
+            sigma = strength * torch.rand((), generator=generator, device=device)
+            augmentation.append(sigma * torch.randn(latent_shape, generator=generator, device=device))
+    added = torch.stack(augmentation) if augmentation else None
+    return torch.stack(noise), torch.cat(level), torch.stack(latent_noise), added
+
+
+def augmented(z: Tensor, augmentation: Tensor | None) -> Tensor:
+    """Latents with what `draw_noise` adds to them, in their own dtype."""
+    return z if augmentation is None else z + augmentation.to(z.dtype)
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of a module trains."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def decode_or_nan(model: DCSSDAE, z: Tensor, **settings: Any) -> Tensor:

@@ -11,7 +11,7 @@ from dc_ssdae.data.sources import ImageSources
 from dc_ssdae.model_folder import NOT_MEASURED, read_config
 from dc_ssdae.training.build import load_step, place_step
 from dc_ssdae.training.checkpoint import Checkpoint
-from dc_ssdae.training.config import RunConfig, keeps_latent
+from dc_ssdae.training.config import RunConfig
 from dc_ssdae.training.logging import Loggers, read_lines
 from dc_ssdae.training.loop import TrainingFailed, TrainingLoop
 from dc_ssdae.training.measurements import Measurements
@@ -37,7 +37,7 @@ class Trainer(TrainingLoop):
         config, run = self.config, self.run_folder
         model_config = read_config(run.model) if (run.model / "config.json").is_file() else {}
         known = any(model_config.get(name, unknown) != unknown for name, unknown in NOT_MEASURED.items())
-        stays = known and keeps_latent(config.training.train)
+        stays = known and self.module.keeps_latent
         self._broken = {line["name"] for line in read_lines(run.broken_images) if line["split"] == "train"}
         random = self.module.objective.random_backbones
         self.remarks = {"random_backbones": random} if random else {}
@@ -50,14 +50,15 @@ class Trainer(TrainingLoop):
         crop = data.image_size, data.aug_scale, data.flip
         return TrainingSamples(self.sources.train, training.seed, training.batch_size, *crop, repeat_after)
 
-    def arguments(self, batch: Batch) -> Sequence[Tensor]:
+    def arguments(self, batch: Batch) -> Sequence[Tensor | None]:
         training, device = self.config.training, self.accelerator.device
         settings = self.config.data.image_size, training.seed, training.batch_size
-        noise = draw_noise(self.module.model, *settings, batch.draw.tolist(), device)
+        noise = draw_noise(self.module.model, *settings, batch.draw.tolist(), device, training.latent_noise)
         return batch.pixels.to(device, non_blocking=True), *noise, batch.draw
 
     def own_state(self) -> dict[str, Any]:
-        return {"provenance": {**self._origin, "steps": self.step, "evaluations": self.measurements.evaluations}}
+        provenance = {**self._origin, "steps": self.step, "evaluations": self.measurements.evaluations}
+        return {"provenance": provenance, "keeps_latent": self.module.keeps_latent}
 
     def report_broken(self, mine: list[BrokenImage], loggers: Loggers) -> None:
         """Name what could not be read, and give up where that is too much."""
