@@ -12,8 +12,11 @@ import pytest
 import torch
 from tiny import differences, forget_processes, last, make_images, metrics
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle
 
 from dc_ssdae.cli.main import main
+from dc_ssdae.data.images import to_model_range
+from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
 from dc_ssdae.distributed import Processes
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
@@ -21,6 +24,7 @@ from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
 from dc_ssdae.probe.config import DYNAMICS, LatentsConfig, NetworkConfig, ProbeConfig, probe_training
 from dc_ssdae.probe.latents import LatentSources, open_latents
+from dc_ssdae.probe.measure import matching_places
 from dc_ssdae.probe.run import ProbeSettings, encode_for_probe, train_probe
 from dc_ssdae.probe.sampling import TOLERANCE, Sampling, draw_latents
 from dc_ssdae.probe.step import SHARES, FieldStep, field_losses, level_of
@@ -194,6 +198,10 @@ def test_the_command_encodes_trains_and_writes_a_report(
     assert main(["probe", "--latents", str(tmp_path / "out" / "latents"), *training, "--out", str(folder)]) == 0
     alone = json.loads((folder / "probe.json").read_text())
     assert alone["copying"] is None
+    other = make_images(tmp_path / "other", 3)
+    told = ("--latents", str(tmp_path / "out" / "latents"), "--model", "pixels:2", "--data", str(other))
+    assert main(["probe", *told, "--size", "8", "--out", str(tmp_path / "y")]) == 2
+    assert "--data has no image" in capsys.readouterr().err
     assert main(["probe", "--data", str(photos), "--out", str(tmp_path / "x")]) == 2
     assert "--latents" in capsys.readouterr().err
 
@@ -211,3 +219,12 @@ def test_the_arena_shows_the_probes_figures(photos: Path, tmp_path: Path, monkey
     assert table["columns"]["probe_loss"] == "loss of the field"
     assert "loss of the field" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "probe" / "pixels_2" / "index.html").is_file()
+
+
+def test_images_are_found_by_the_names_of_their_latents(latents: LatentsConfig, photos: Path) -> None:
+    source = open_sources(str(photos), None, None, None).train
+    train = open_latents(latents).train.upright()
+    images = ValidationImages(source, 8, len(source))
+    for place, found in zip((5, 0, 20), matching_places(images, train, [5, 0, 20]), strict=True):
+        pixels = pixel_shuffle(train.dataset.denormalise(train.read(place).latent), 2)
+        torch.testing.assert_close(pixels, to_model_range(images[found].pixels), atol=1e-5, rtol=0.0)

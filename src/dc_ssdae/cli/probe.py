@@ -51,7 +51,7 @@ class ProbeOptions(CommandOptions):
         train_batch: latents per training step.
         lr: learning rate, from which a cosine leads to 0; by default 2e-3 for nano and tiny, 1e-4 for S and B.
         ema: decay of the averaged weights per step; by default 0.99, for short runs.
-        samples: number of samples that are drawn and compared with as many training images; at most all of these.
+        samples: number of samples that are drawn and compared with as many training images; at most half of these.
         sampling_steps: numbers of steps to sample with; each is measured, samples are shown of the largest.
         guidance: strength of classifier-free guidance; 1 is none.
     """
@@ -173,7 +173,14 @@ def probe_latent(
     import torch
 
     from dc_ssdae.distributed import Processes
-    from dc_ssdae.probe.run import ProbeSettings, encode_for_probe, find_latents, report_probe, train_probe
+    from dc_ssdae.probe.run import (
+        ProbeSettings,
+        check_images,
+        encode_for_probe,
+        find_latents,
+        report_probe,
+        train_probe,
+    )
     from dc_ssdae.provenance import name_of_path
     from dc_ssdae.timing import describe_machine
 
@@ -181,6 +188,8 @@ def probe_latent(
     settings = ProbeSettings(batch_size=options.batch, size=size, seed=options.seed, **chosen)
     if latents is not None:
         data = find_latents(latents)
+        if images is not None:
+            check_images(data, images.train, size)
     else:
         assert candidate is not None
         assert spec is not None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -50,6 +50,10 @@ class LatentSubset:
     def class_name(self, label: int) -> str:
         """The name of a class that the network is told; empty for -1."""
         return "" if label < 0 else self.dataset.classes[self.classes[label]]
+
+    def upright(self) -> "LatentSubset":
+        """The same latents, none mirrored."""
+        return replace(self, dataset=LatentDataset(self.dataset.folder, False, normalise="channels"))
 
     def names_sha256(self) -> str:
         """Hash what identifies the latents: their shards, and which of them."""

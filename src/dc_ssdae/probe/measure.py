@@ -1,7 +1,7 @@
 """What a trained probe is measured by: its loss, its samples compared with images, the latents' spectrum."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,11 @@ class ProbeMeasurement:
 
     def spectrum(self, limit: int) -> Spectrum:
         """The spectrum of at most `limit` normalised training latents."""
-        count = min(limit, len(self.sources.train))
-        return radial_spectrum(self._latents(self.sources.train, places) for places in batches(count, self.batch_size))
+        train = self.sources.train.upright()
+        count = min(limit, len(train))
+        places = [place * len(train) // count for place in range(count)]
+        read = ([train.read(places[place]).latent for place in some] for some in batches(len(places), self.batch_size))
+        return radial_spectrum(torch.stack(some) for some in read)
 
     def pictures(
         self,
@@ -104,22 +107,26 @@ class ProbeMeasurement:
             images: real ones to compare with; None has no distances.
             features: by name, those to trust first.
             samplings: how samples are drawn; those of the first are shown.
-            count: of samples of each, and of training images; at most as many as there are training latents.
+            count: of samples of each, and of training images; at most half as many as there are training latents.
 
         Returns:
             Fields of a `ProbeReport`.
         """
-        train, validation = self.sources.train, self.sources.validation
-        count = min(count, len(train))
-        training = self._seen(self._decoded(candidate, train, count), features)
-        unseen = self._seen(self._decoded(candidate, validation, min(count, len(validation))), features)
+        train, validation = self.sources.train.upright(), self.sources.validation
+        # Of 2 · count training images those at even places are the references, and the others' reconstructions the
+        # floor: what a perfect sampler would reach, which draws other images than the references.
+        count = min(count, len(train) // 2)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+        known = [place * len(train) // (2 * count) for place in range(2 * count)]
+        training = self._seen(self._decoded(candidate, train, known), features)
+        unseen = self._seen(self._decoded(candidate, validation, range(len(validation))[:count]), features)
         found: dict[str, Any] = {}
         real: _Seen | None = None
         if images is not None:
-            real = self._seen(self._read(images), features)
+            places = matching_places(images, train, [known[2 * place] for place in order.tolist()])
+            real = self._seen(self._read(images, places), features)
             found |= {"references": real.shown[:MOST_REFERENCES], "image_spectrum": real.spectrum}
-        labels = torch.tensor([train.read(place * len(train) // count).label for place in range(count)])
-        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))]
+        labels = torch.tensor([train.read(known[2 * place + 1]).label for place in order.tolist()])
         drawn = []
         for sampling in samplings:
             evaluations: list[Tensor] = []
@@ -138,19 +145,18 @@ class ProbeMeasurement:
             first = next(iter(features))
             near, new, known_features = (each.features[first] for each in (samples, unseen, training))
             found["copying"] = copying_ratio(near, new, known_features, self.seed)
-            distances, places = nearest(samples.features[first][:NEIGHBOURED], known_features, NEIGHBOURS)
-            images_of = self._pictures_at(candidate, places, count)
+            distances, found_at = nearest(samples.features[first][:NEIGHBOURED], known_features, NEIGHBOURS)
+            neighbours = [known[place] for place in found_at.flatten().tolist()]
+            images_of = self._decoded(candidate, train, neighbours, NEIGHBOURS)
             rows = zip(samples.shown, images_of, distances.tolist(), strict=False)
             found["neighbours"] = [Neighbours(*row) for row in rows]
         if real is not None:
             found["distances"] = []
             for name, network in features.items():
-                sets = [training, *(seen for _, seen, _ in drawn)]
-                values = frechet_distances(real.features[name], [seen.features[name] for seen in sets], seed=self.seed)
+                sets = [training.features[name][1::2], *(seen.features[name] for _, seen, _ in drawn)]
+                values = frechet_distances(real.features[name], sets, seed=self.seed)
                 about: dict[str, Any] = {"features": network.title, "is_stand_in": network.is_stand_in}
-                found["distances"].append(
-                    Distance(**about, images=RECONSTRUCTIONS, value=values[0], count=training.count)
-                )
+                found["distances"].append(Distance(**about, images=RECONSTRUCTIONS, value=values[0], count=count))
                 for (sampling, seen, mean), value in zip(drawn, values[1:], strict=True):
                     steps: dict[str, Any] = {"sampler": sampling.title, "num_steps": sampling.num_steps}
                     stopped = mean if sampling.sampler == "adaptive" else None
@@ -159,27 +165,19 @@ class ProbeMeasurement:
                     )
         return found
 
-    def _latents(self, latents: LatentSubset, places: range, of: int | None = None) -> Tensor:
-        """Some of `of` normalised latents (B, c, h, w) that are evenly spread over all."""
-        of = len(latents) if of is None else of
-        return torch.stack([latents.read(place * len(latents) // of).latent for place in places])
-
     def _decode(self, candidate: Candidate, normalised: Tensor) -> Tensor:
         """Images of normalised latents, uint8 (B, 3, S, S) on the CPU."""
         latents = self.sources.train.dataset.denormalise(normalised.to(self.device))
         images = candidate.decode(latents).images.float()
         return to_uint8(images.nan_to_num().clamp(-1.0, 1.0)).cpu()
 
-    def _decoded(self, candidate: Candidate, latents: LatentSubset, count: int) -> Iterator[Tensor]:
-        for places in batches(count, self.batch_size):
-            yield self._decode(candidate, self._latents(latents, places, count))
-
-    def _pictures_at(self, candidate: Candidate, places: Tensor, count: int) -> Iterator[Tensor]:
-        """Decode training latents at (N, k) places among `count` evenly spread ones: N times (k, 3, S, S)."""
-        for row in places.tolist():
-            train = self.sources.train
-            latents = [train.read(place * len(train) // count).latent for place in row]
-            yield self._decode(candidate, torch.stack(latents))
+    def _decoded(
+        self, candidate: Candidate, latents: LatentSubset, places: Sequence[int], size: int | None = None
+    ) -> Iterator[Tensor]:
+        """Decode the latents at some places, at most `size` at a time."""
+        for some in batches(len(places), size or self.batch_size):
+            read = [latents.read(places[place]).latent for place in some]
+            yield self._decode(candidate, torch.stack(read))
 
     def _samples(
         self, candidate: Candidate, sampling: Sampling, labels: Tensor, evaluations: list[Tensor]
@@ -191,8 +189,8 @@ class ProbeMeasurement:
             evaluations.append(result.num_evaluations.cpu())
             yield self._decode(candidate, result.sample)
 
-    def _read(self, images: ValidationImages) -> Iterator[Tensor]:
-        for batch in validation_loader(images, range(len(images)), self.batch_size, 0):
+    def _read(self, images: ValidationImages, places: Sequence[int]) -> Iterator[Tensor]:
+        for batch in validation_loader(images, places, self.batch_size, 0):
             whole = [image.pixels for image in batch if image.broken is None]
             if whole:
                 yield torch.stack(whole)
@@ -227,6 +225,25 @@ class _Seen:
     features: dict[str, Tensor]
     spectrum: Spectrum
     count: int
+
+
+def matching_places(images: ValidationImages, latents: LatentSubset, places: Sequence[int]) -> list[int]:
+    """The places of the images that latents were encoded from.
+
+    Args:
+        images: the data set that was encoded, all of it.
+        latents: of that data set.
+        places: of latents.
+
+    Raises:
+        InputError: these are not the images of the latents.
+    """
+    known = {images.name(place): place for place in range(len(images))}
+    names = [latents.dataset.stored(latents.indices[place]).name for place in places]
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise InputError(f"--data has no image {missing[0]!r}, of which there is a latent; give the images encoded")
+    return [known[name] for name in names]
 
 
 def thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:

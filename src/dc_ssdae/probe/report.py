@@ -257,7 +257,7 @@ class ProbeReport:
         tiles = [(picture, names[place] if place < len(names) else "") for place, picture in enumerate(pictures)]
         known: dict[str, Any] = {
             "levels": save_picture(self._levels_figure),
-            "steps": save_picture(self._steps_figure) if any(each.num_steps for each in self.distances) else None,
+            "steps": save_picture(self._steps_figure) if len({each.num_steps for each in self.distances}) > 2 else None,
             "curves": save_picture(self._curves_figure) if self.training_curve or self.validation_curve else None,
             "spectrum": None,
         }

@@ -16,7 +16,7 @@ from dc_ssdae.presets import dump_yaml, read_yaml
 from dc_ssdae.probe.config import LatentsConfig, ProbeConfig
 from dc_ssdae.probe.features import FeatureNetwork
 from dc_ssdae.probe.latents import LatentSources, open_latents
-from dc_ssdae.probe.measure import ProbeMeasurement, encoder_of, thinned
+from dc_ssdae.probe.measure import ProbeMeasurement, encoder_of, matching_places, thinned
 from dc_ssdae.probe.report import ProbeReport
 from dc_ssdae.probe.sampling import samplings
 from dc_ssdae.probe.trainer import ProbeTask, build_step
@@ -33,7 +33,7 @@ class ProbeSettings:
     """How a trained probe is measured.
 
     Args:
-        samples: number of samples of each sampler, and of training images; at most all of these.
+        samples: number of samples of each sampler, and of training images; at most half of these.
         sampling_steps: numbers of steps of the samplers; samples are shown of the largest.
         guidance: w of classifier-free guidance; 1 leaves it out.
         batch_size: samples at a time.
@@ -77,6 +77,15 @@ def find_latents(folder: Path) -> LatentsConfig:
         return LatentsConfig(str(folder))
     validation = folder / "validation"
     return LatentsConfig(str(folder / "train"), str(validation) if validation.is_dir() else None)
+
+
+def check_images(data: LatentsConfig, images: ImageSource, size: int) -> None:
+    """Refuse images that latents were not encoded from, before the time that training takes.
+
+    Raises:
+        InputError: as `matching_places`.
+    """
+    matching_places(ValidationImages(images, size, len(images)), open_latents(data).train, [0])
 
 
 def train_probe(config: ProbeConfig, path: Path, cpu: bool = False) -> str | None:
@@ -134,7 +143,7 @@ def report_probe(
     measurement = ProbeMeasurement(step.eval().to(device), sources, device, settings.batch_size, settings.seed)
     found = measurement.losses() | {"latent_spectrum": measurement.spectrum(settings.samples)}
     if candidate is not None:
-        shown = None if images is None else ValidationImages(images, settings.size, settings.samples)
+        shown = None if images is None else ValidationImages(images, settings.size, len(images))
         ways = samplings(step, [*settings.sampling_steps], settings.guidance)
         found |= measurement.pictures(candidate, shown, features or {}, ways, settings.samples)
     last = run.checkpoints.last()
