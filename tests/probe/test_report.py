@@ -1,11 +1,14 @@
 """What a probe's report says of made-up results: page, JSON, Markdown, and several probes in one table."""
 
+import io
 import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from report_samples import FAR, STRANGE, Page, as_seen
 
 from dc_ssdae.evaluation.estimates import Estimate
@@ -82,6 +85,15 @@ def test_the_page_has_all_pictures_and_figures() -> None:
         assert part in text
     assert "Fréchet distance of SqueezeNet features" in text
     assert "FID" not in text.replace("never with FID", "")
+
+
+def test_samples_are_a_picture_too() -> None:
+    report = whole()
+    with Image.open(io.BytesIO(report.as_picture())) as picture:
+        assert picture.size == (6 * (16 + 2) + 2, 16 + 4)
+        pixels = np.array(picture.crop((2, 2, 18, 18)))
+    assert report.samples is not None
+    assert (pixels == report.samples[0].permute(1, 2, 0).numpy()).all()
 
 
 def test_without_a_decoder_the_page_says_why() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dc_ssdae.probe.features import FeatureNetwork
     from dc_ssdae.probe.report import ProbeReport
 
-FILES = ("index.html", "probe.json", "table.md")
+FILES = ("index.html", "probe.json", "table.md", "samples.png")
 
 
 @dataclass(kw_only=True)
@@ -86,7 +86,7 @@ class Options(ProbeOptions, DeviceOptions, ImportOptions, SeedOptions, OutputOpt
 
     Give --model and --data to encode the images first, or --latents, a folder that dc-ssdae latents wrote; with
     --latents, --model decodes the samples, and --data has the images to compare them with. Writes DIR/index.html,
-    probe.json and table.md; DIR/latents; and DIR/run, a training run. If interrupted, the same command continues
+    probe.json, table.md and samples.png; DIR/latents; and DIR/run, a training run. If interrupted, the same command continues
     exactly where it stopped. Requires pip install 'dc-ssdae[eval]'.
 
     Args:
@@ -138,7 +138,9 @@ def run(options: Options) -> None:
     if report is not None:
         text = report.as_markdown()
         say(text)
-        write_outputs(options, dict(zip(FILES, (report.as_page(), report.as_json(), text), strict=True)))
+        contents = {"index.html": report.as_page(), "probe.json": report.as_json(), "table.md": text}
+        samples = {} if report.samples is None else {"samples.png": report.as_picture()}
+        write_outputs(options, contents | samples)
 
 
 def probe_latent(

@@ -1,5 +1,6 @@
 """What a probe found, for people and for programs: its page, Markdown and JSON, and several probes in one table."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+from torchvision.utils import make_grid
 
-from dc_ssdae.errors import counted
+from dc_ssdae.data.images import to_pillow
+from dc_ssdae.errors import InputError, counted
 from dc_ssdae.evaluation.curves import COLOURS, add_legend, number_logarithmic_ticks, running_mean, save_picture
 from dc_ssdae.evaluation.estimates import Estimate
 from dc_ssdae.evaluation.report.caveats import ENOUGH_IMAGES
@@ -249,6 +252,18 @@ class ProbeReport:
         distances = ["## Distance of the samples", self.distance_table()] if self.distances else [self.no_samples]
         caveats = ("## Before you compare", self.all_caveats())
         return markdown(f"# Probe of {self.label}", lines, *caveats, *distances, "## Settings", self.settings_table())
+
+    def as_picture(self) -> bytes:
+        """The samples that the page shows, in rows of eight, as PNG.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.samples is None:
+            raise InputError(self.no_samples)
+        buffer = io.BytesIO()
+        to_pillow(make_grid(self.samples[:MOST_SAMPLES], pad_value=255)).save(buffer, "png")
+        return buffer.getvalue()
 
     def as_page(self) -> bytes:
         """The page, with its pictures in it."""
