@@ -86,8 +86,8 @@ class Options(ProbeOptions, DeviceOptions, ImportOptions, SeedOptions, OutputOpt
 
     Give --model and --data to encode the images first, or --latents, a folder that dc-ssdae latents wrote; with
     --latents, --model decodes the samples, and --data has the images to compare them with. Writes DIR/index.html,
-    probe.json, table.md and samples.png; DIR/latents; and DIR/run, a training run. If interrupted, the same command continues
-    exactly where it stopped. Requires pip install 'dc-ssdae[eval]'.
+    probe.json, table.md and samples.png; DIR/latents; and DIR/run, a training run. If interrupted, the same command
+    continues exactly where it stopped. Requires pip install 'dc-ssdae[eval]'.
 
     Args:
         latents: folder of latents, which may have subfolders train/ and validation/. Without validation/, every tenth
@@ -138,9 +138,14 @@ def run(options: Options) -> None:
     if report is not None:
         text = report.as_markdown()
         say(text)
-        contents = {"index.html": report.as_page(), "probe.json": report.as_json(), "table.md": text}
-        samples = {} if report.samples is None else {"samples.png": report.as_picture()}
-        write_outputs(options, contents | samples)
+        contents: dict[str, str | bytes] = {
+            "index.html": report.as_page(),
+            "probe.json": report.as_json(),
+            "table.md": text,
+        }
+        if report.samples is not None:
+            contents["samples.png"] = report.as_picture()
+        write_outputs(options, contents)
 
 
 def probe_latent(
