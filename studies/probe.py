@@ -2,8 +2,9 @@
 
     python studies/probe.py STUDY --data DIR --out DIR [--weights DIR] [--steps N] [--seeds N]
 
-STUDY is spoilt, encoders or dynamics. Each probe is a run of `dc-ssdae probe` in OUT, which goes on where it was
-interrupted; its figures become a line of results/probe.jsonl, in the place of an earlier one of the same probe.
+STUDY is spoilt, encoders or dynamics; picture draws docs/probe_samples.jpg of the encoders' samples. Each probe is a
+run of `dc-ssdae probe` in OUT, which goes on where it was interrupted; its figures become a line of
+results/probe.jsonl, in the place of an earlier one of the same probe.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dc_ssdae import DCSSDAE
@@ -95,16 +97,38 @@ def run(study: str, name: str, seed: int, words: list[str], out: Path) -> dict[s
     return {"study": study, "variant": name, "seed": seed, **{key: found[key] for key in kept}}
 
 
+def picture(out: Path) -> None:
+    """Draw samples of each encoder's probe into docs/probe_samples.jpg."""
+    from matplotlib.figure import Figure
+
+    found = {name: out / f"encoders-{name.replace(' ', '_')}-0" / "samples.png" for name in studies(out)["encoders"]}
+    figure = Figure(figsize=(8.4, 1.62 * len(found)), dpi=130, layout="constrained")
+    for axes, (name, file) in zip(figure.subplots(len(found), 1), found.items(), strict=True):
+        with Image.open(file) as samples:
+            side = samples.width // 8
+            rows = [samples.crop((0, side * row, samples.width, side * (row + 1))) for row in (0, 1)]
+            wide = Image.new("RGB", (2 * samples.width, side))
+            for place, row in enumerate(rows):
+                wide.paste(row, (place * samples.width, 0))
+        axes.imshow(wide, interpolation="lanczos")
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.axis("off")
+    figure.savefig(RESULTS.parents[1] / "docs" / "probe_samples.jpg", pil_kwargs={"quality": 88})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["spoilt", "encoders", "dynamics"])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("study", choices=["spoilt", "encoders", "dynamics", "picture"])
+    parser.add_argument("--data", type=Path, default=Path())
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", type=Path, default=Path("../shared/weights"))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
+    if given.study == "picture":
+        picture(given.out)
+        return
     shared = ["--data", str(given.data.resolve()), "--size", "64", "--steps", str(given.steps), "--workers", "0"]
     shared += ["--device", "cpu", "--samples", str(given.samples)]
     for seed in range(given.seeds):

@@ -1,7 +1,8 @@
-"""The tables and two pictures of the documentation that are made from what the studies wrote.
+"""The tables and three pictures of the documentation that are made from what the studies wrote.
 
 The site's build puts the table NAME where a page has the line `[Table NAME](FILE)`. Run as a script, this writes the
-pictures, docs/architecture.png and docs/sampling_study.png; `python studies/tables.py NAME` prints a table.
+pictures, docs/architecture.png, docs/sampling_study.png and docs/probe_steps.png; `python studies/tables.py NAME`
+prints a table.
 """
 
 import json
@@ -335,11 +336,86 @@ def needed() -> str:
     return markdown(["quality", "to reach", "evaluations, FM", "evaluations, EqM"], rows)
 
 
+def probes(study: str) -> dict[str, list[dict[str, Any]]]:
+    """The lines of results/probe.jsonl of one study, a list of seeds for each variant."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines("probe"):
+        if line["study"] == study:
+            found.setdefault(line["variant"], []).append(line)
+    return found
+
+
+def distances(line: Mapping[str, Any], images: str) -> list[dict[str, Any]]:
+    """The distances of a probe's samples, or of reconstructions."""
+    return [entry for entry in line["distances"] if entry["images"] == images]
+
+
+def probe_encoders() -> str:
+    """A row for each latent: how hard its field is, and how far samples and reconstructions are from photos."""
+    rows = []
+    for variant, runs in probes("encoders").items():
+        shape = "×".join(map(str, runs[0]["about"]["latent_shape"]))
+        values = [spread([run["loss"]["value"] for run in runs], 3)]
+        values += [
+            spread([min(entry["value"]["value"] for entry in distances(run, images)) for run in runs], 0)
+            for images in ("samples", "reconstructions")
+        ]
+        rows.append([variant, shape, *values, spread([run["copying"]["value"] for run in runs], 2)])
+    return markdown(["latent of", "c×h×w", "loss", "distance of samples", "of reconstructions", "copying"], rows)
+
+
+def probe_spoilt() -> str:
+    """Loss and distance of clean and spoilt latents, over seeds."""
+    rows = []
+    for variant, runs in probes("spoilt").items():
+        far = [distances(run, "samples")[0]["value"]["value"] for run in runs]
+        rows.append([variant, str(len(runs)), spread([run["loss"]["value"] for run in runs], 3), spread(far, 0)])
+    return markdown(["latent", "seeds", "loss", "distance of samples"], rows)
+
+
+def probe_samplers() -> str:
+    """The distance of samples by sampler and number of steps."""
+    rows = []
+    for variant, runs in probes("dynamics").items():
+        for entry in sorted(distances(runs[0], "samples"), key=lambda entry: (entry["sampler"], entry["num_steps"])):
+            evaluations = entry["evaluations"] or entry["num_steps"]
+            far = f"{entry['value']['value']:.0f} ({entry['value']['low']:.0f} to {entry['value']['high']:.0f})"
+            rows.append([variant, entry["sampler"], str(entry["num_steps"]), f"{evaluations:.3g}", far])
+    return markdown(["dynamics", "sampler", "steps", "evaluations", "distance of samples"], rows)
+
+
+def probe_figure() -> "Figure":
+    """The distance of samples against evaluations of the network, a line for each sampler."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.0), dpi=120, layout="constrained")
+    axes, ends = figure.subplots(), []
+    for variant, runs in probes("dynamics").items():
+        samplers: dict[str, list[tuple[float, float]]] = {}
+        for entry in distances(runs[0], "samples"):
+            place = entry["evaluations"] or entry["num_steps"]
+            samplers.setdefault(entry["sampler"], []).append((place, entry["value"]["value"]))
+        for sampler, points in samplers.items():
+            colour = COLOURS[len(ends) % len(COLOURS)]
+            evaluations, far = zip(*sorted(points), strict=True)
+            axes.plot(evaluations, far, color=colour, marker="o", markersize=4)
+            ends.append((evaluations[-1], far[-1], f"{variant}: {sampler}", colour))
+        floor = distances(runs[0], "reconstructions")[0]["value"]["value"]
+        axes.axhline(floor, color="#8a94a3", linestyle="--", linewidth=1.0)
+    label_ends(axes, ends)
+    axes.set(xlabel="evaluations of the network per sample", ylabel="Fréchet distance of SqueezeNet features")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0.0)
+    axes.grid(alpha=0.25)
+    return figure
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
         *(architecture, counts, stopping, claim, distillation, stability, kl, kick),
         *(equal_time, decode_speed, encode_speed, sampling, needed),
+        *(probe_encoders, probe_spoilt, probe_samplers),
     )
 }
 
@@ -348,7 +424,8 @@ def main() -> None:
     if names := sys.argv[1:]:
         print("\n".join(TABLES[name]() for name in names))
         return
-    for name, draw in (("architecture", architecture_figure), ("sampling_study", sampling_figure)):
+    figures = {"architecture": architecture_figure, "sampling_study": sampling_figure, "probe_steps": probe_figure}
+    for name, draw in figures.items():
         (ROOT / f"docs/{name}.png").write_bytes(save_picture(draw))
 
 
