@@ -4,11 +4,11 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -45,25 +45,6 @@ class Outcome(NamedTuple):
 
     step: int
     stopped_by: str | None
-
-
-class LoopMeasurements(Protocol):
-    """What a run measures beside its steps, and what it keeps of that in a checkpoint."""
-
-    best: dict[str, Any] | None
-    evaluated_at: int | None
-
-    def due(self) -> Sequence[Any]:
-        """What is to be measured before the next step."""
-
-    def measure(self, loggers: Loggers) -> bool:
-        """Measure it; says whether the weights are the best so far."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the state of a checkpoint."""
 
 
 @dataclass(eq=False)
@@ -116,8 +97,13 @@ class TrainingLoop(ABC):
         """
 
     @abstractmethod
-    def prepare(self) -> LoopMeasurements:
-        """Make ready what a subclass keeps besides, and what it measures; the module and its average are there."""
+    def prepare(self) -> Any:
+        """Make ready what a subclass keeps besides; the module and its average are there.
+
+        Returns:
+            What the run measures: an object with `due` and `measure` as `measurements.Measurements` has them, `best`
+            and `evaluated_at`, which says how to save and load itself.
+        """
 
     @abstractmethod
     def samples(self) -> Samples:
