@@ -4,7 +4,6 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from dc_ssdae.cli.main import main
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
-from dc_ssdae.distributed import Processes
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
 from dc_ssdae.probe.config import DYNAMICS, LatentsConfig, NetworkConfig, ProbeConfig, probe_training
 from dc_ssdae.probe.latents import LatentSources, open_latents
 from dc_ssdae.probe.measure import matching_places
-from dc_ssdae.probe.run import ProbeSettings, encode_for_probe, train_probe
+from dc_ssdae.probe.run import Probe
 from dc_ssdae.probe.sampling import TOLERANCE, Sampling, draw_latents
 from dc_ssdae.probe.step import SHARES, FieldStep, field_losses, level_of
 from dc_ssdae.probe.trainer import ProbeTrainer, build_step
@@ -53,14 +51,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def latents(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentsConfig:
     """The pixels of the photos at 8 px in patches of 2: latents of 12×4×4, each with its mirror image's."""
-    spec, folder = parse_candidate("pixels:2"), tmp_path_factory.mktemp("probe") / "latents"
-    images, settings = open_sources(str(photos), None, None, None), ProbeSettings(size=8)
-    data = encode_for_probe(open_candidate(spec), spec, images, folder, CPU, settings, Processes())
-    return replace(data, workers=0)
+    folder = tmp_path_factory.mktemp("probe")
+    return probe_of(photos, folder, workers=0).prepare().data
+
+
+def probe_of(photos: Path, folder: Path, **given: Any) -> Probe:
+    """The probe of the photos' pixels at 8 px, in patches of 2."""
+    spec, images = parse_candidate("pixels:2"), open_sources(str(photos), None, None, None)
+    settings: dict[str, Any] = {"size": 8, "samples": 6, **given}
+    return Probe(folder=folder, device=CPU, spec=spec, candidate=open_candidate(spec), images=images, **settings)
 
 
 def probe_config(latents: LatentsConfig, dynamics: str = "flow_matching", **training: Any) -> ProbeConfig:
-    network = NetworkConfig(dynamics=dict(DYNAMICS[dynamics]))
+    network = NetworkConfig(patch=1, dynamics=dict(DYNAMICS[dynamics]))
     settings = {"steps": 6, "batch_size": 4, "checkpoint_every": 4, "evaluate_every": 4, **training}
     return ProbeConfig(latents, network, probe_training(**settings))
 
@@ -141,8 +144,10 @@ def test_classes_of_few_images_are_not_told_and_a_tenth_is_held_out(latents: Lat
 def test_a_probe_that_a_signal_stops_goes_on_to_the_bit(
     latents: LatentsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamics: str
 ) -> None:
-    config, whole, stopped = probe_config(latents, dynamics), tmp_path / "whole", tmp_path / "stopped"
-    assert train_probe(config, whole, cpu=True) is None
+    config = probe_config(latents, dynamics)
+    probes = [Probe(folder=tmp_path / name, device=CPU) for name in ("whole", "stopped")]
+    whole, stopped = (probe.folder / "run" for probe in probes)
+    assert probes[0].train(config) is None
     arguments = ProbeTrainer.arguments
 
     def stopping(trainer: ProbeTrainer, batch: Any) -> Any:
@@ -152,14 +157,14 @@ def test_a_probe_that_a_signal_stops_goes_on_to_the_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(ProbeTrainer, "arguments", stopping)
-        assert train_probe(config, stopped, cpu=True) == "SIGTERM"
+        assert probes[1].train(config) == "SIGTERM"
     assert last(stopped).state["step"] == 3
-    assert train_probe(config, stopped, cpu=True) is None
+    assert probes[1].train(config) is None
     assert differences(last(stopped), last(whole)) == set()
     assert metrics(stopped) == metrics(whole)
-    assert train_probe(config, stopped, cpu=True) is None  # nothing is left to do
+    assert probes[1].train(config) is None  # nothing is left to do
     with pytest.raises(InputError, match=r"training\.lr"):
-        train_probe(config.with_training(lr=0.5), stopped, cpu=True)
+        probes[1].train(config.with_training(lr=0.5))
     from diffusers import DiTTransformer2DModel
 
     network = DiTTransformer2DModel.from_pretrained(whole / "model")  # a model of diffusers' own
@@ -188,8 +193,12 @@ def test_the_command_encodes_trains_and_writes_a_report(
     assert found["about"]["steps"] == 3
     assert 0.0 < found["loss"]["value"] < 3.0
     assert found["distances"] == []  # no network's weights are here
+    assert found["about"]["patch"] == 1
     page = (tmp_path / "out" / "index.html").read_text()
     assert "pixels:2" in page
+    assert "no weights of Inception" in page
+    assert "no weights of Inception" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "samples.png").is_file()
     capsys.readouterr()
     assert main(words) == 2
     assert "exists already" in capsys.readouterr().err
@@ -216,9 +225,10 @@ def test_the_arena_shows_the_probes_figures(photos: Path, tmp_path: Path, monkey
     pixels, jpeg = table["rows"]
     assert 0.0 < pixels["probe_loss"]["value"] < 3.0
     assert jpeg["probe_loss"]["value"] is None
-    assert table["columns"]["probe_loss"] == "loss of the field"
-    assert "loss of the field" in (tmp_path / "out" / "table.md").read_text()
-    assert (tmp_path / "out" / "probe" / "pixels_2" / "index.html").is_file()
+    assert "easier to generate" in table["columns"]["probe_loss"]
+    assert any("latent without detail" in line for line in table["caveats"])
+    assert "easier to generate" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "probe" / "0-pixels_2" / "index.html").is_file()
 
 
 def test_images_are_found_by_the_names_of_their_latents(latents: LatentsConfig, photos: Path) -> None:

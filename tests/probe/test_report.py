@@ -127,7 +127,7 @@ def test_json_has_every_number() -> None:
 def test_the_first_features_are_the_headline_and_only_inceptions_own_distance_is_fid() -> None:
     both = whole(distances=[*distances("Inception", False, 2.0), *distances()])
     loss, distance, copying = both.headlines()
-    assert (loss.value, distance.title, distance.value, copying.value) == ("0.5000", "FID", "80.50", "0.88")
+    assert (loss.value, distance.title, distance.value, copying.value) == ("0.5000", "FID", "83.00", "0.88")
     assert "20.00" in distance.meaning
     assert "adaptive" in distance.remark
     assert sum("SqueezeNet" in line for line in both.all_caveats()) == 1
@@ -143,5 +143,5 @@ def test_the_figures_of_several_probes_have_columns() -> None:
     columns = comparison_columns([first, second])
     assert columns["probe_samples"][:2] == ("Fréchet distance of SqueezeNet features", "samples")
     assert first.figures().keys() == columns.keys()
-    assert [first.figures()[name].value for name in columns] == [0.5, 40.25, 10.0, 0.875]
+    assert [first.figures()[name].value for name in columns] == [0.5, 41.5, 10.0, 0.875]
     assert second.figures() == {"probe_loss": Estimate(0.25)}

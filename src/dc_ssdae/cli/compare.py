@@ -5,6 +5,7 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from dc_ssdae.cli.common import check_outputs, complain, write_outputs
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from dc_ssdae.evaluation.arena import Entry
     from dc_ssdae.evaluation.candidates import CandidateSpec
+    from dc_ssdae.evaluation.report.arena import ArenaReport
+    from dc_ssdae.probe.report import ProbeReport
 
 FILES = ("index.html", "table.md", "table.json", "pareto.png")
 
@@ -64,6 +67,7 @@ def run(options: Options) -> int:
 
     from dc_ssdae.evaluation.arena import Entry, run_arena
     from dc_ssdae.evaluation.report.arena import ArenaReport
+    from dc_ssdae.probe.report import comparison_caveats, comparison_columns
 
     # All of them before the hours that measuring takes: what cannot be loaded is a mistake to mend at once.
     entries = []
@@ -82,13 +86,24 @@ def run(options: Options) -> int:
         run_arena(entries, images, suite, settings, device, options.rounds, options.show, bar.update, tell)
     if all(entry.failed is not None for entry in entries):
         raise InputError("every model failed; nothing is written")
+    code = 2 if any(entry.failed is not None for entry in entries) else 0
+
+    def write() -> "ArenaReport":
+        report = ArenaReport(entries=entries, rounds=options.rounds, **about)
+        pareto = report.as_picture()
+        contents = (report.as_page(pareto), report.as_markdown(), report.as_json(), pareto)
+        write_outputs(options, dict(zip(FILES, contents, strict=True)))
+        return report
+
     if options.probe is not None or options.probe_steps is not None:
-        about["more_columns"] = probe_entries(options, specs, entries, settings.size, device, tell)
+        write()  # hours may have gone into it, and more will into the probes
+        probes, failed = probe_entries(options, specs, entries, settings.size, device, tell)
+        about |= {"more_columns": comparison_columns(probes), "more_caveats": comparison_caveats(probes)}
+        code = 2 if failed else code
     report = ArenaReport(entries=entries, rounds=options.rounds, **about)
-    text, pareto = tell_report(options, report, report.broken), report.as_picture()
-    contents = (report.as_page(pareto), text, report.as_json(), pareto)
-    write_outputs(options, dict(zip(FILES, contents, strict=True)))
-    return 2 if any(entry.failed is not None for entry in entries) else 0
+    tell_report(options, report, report.broken)
+    write()
+    return code
 
 
 def probe_entries(
@@ -98,41 +113,46 @@ def probe_entries(
     size: int,
     device: "torch.device",
     tell: Callable[[str, str], object],
-) -> dict[str, Any]:
+) -> "tuple[list[ProbeReport], bool]":
     """Probe the latents of the models that were measured, write a page for each, and note their figures.
 
     Returns:
-        The columns of the figures.
-
-    Raises:
-        InputError: a signal ended a training.
+        The reports, and whether a probe failed or a signal ended the probing.
     """
-    import torch
-
     from dc_ssdae.cli.probe import ProbeOptions, probe_latent
     from dc_ssdae.data.sources import open_sources
+    from dc_ssdae.evaluation.estimates import Estimate
+    from dc_ssdae.evaluation.evaluate import describe_failure
     from dc_ssdae.probe.features import load_features
-    from dc_ssdae.probe.report import comparison_columns
 
     probe = ProbeOptions(program=options.program, steps=options.probe_steps, minutes=options.probe)
-    features = load_features(device, options.download)
-    images = open_sources(options.data, None, None, None)
-    reports = []
-    for spec, entry in zip(specs, entries, strict=True):
+    given: dict[str, Any] = {
+        "size": size,
+        "limit": options.limit,
+        "batch_size": options.batch,
+        "workers": options.workers,
+    }
+    given |= {"seed": options.seed, "dtype": options.dtype}
+    given["images"] = open_sources(options.data, None, None, None)
+    given["features"] = cache(partial(load_features, download=options.download))
+    reports: list[ProbeReport] = []
+    for place, (spec, entry) in enumerate(zip(specs, entries, strict=True)):
         shape = None if entry.evaluation is None else entry.evaluation.latent_shape
-        if shape is None or len(shape) != 3:
+        if shape is None or len(shape) != 3 or spec.kind == "bicubic":
             continue
-        folder = options.out / "probe" / re.sub(r"[^\w.-]+", "_", spec.label)
+        name = re.sub(r"[^\w.-]+", "_", spec.label)
+        folder = options.out / "probe" / f"{place}-{name}"  # two labels may give one name
+        work = {"folder": folder, "spec": spec, "candidate": entry.candidate, **given}
         try:
-            report = probe_latent(options, probe, size, device, folder, None, spec, entry.candidate, images, features)
-        except InputError as error:
-            tell(f"{entry.label}'s probe", str(error))
+            report = probe_latent(probe, options.program, device, **work)
+        except Exception as error:  # a user's code, or diffusers', may raise anything
+            reason = describe_failure(error, options.batch)
+            tell(f"{entry.label}'s probe", reason)
+            entry.more = {"probe_loss": Estimate(reason=f"its probe failed: {reason}")}
             continue
-        finally:
-            entry.candidate.to(torch.device("cpu"))
         if report is None:
-            raise InputError("stopped while probing; the same command goes on")
+            return reports, True
         write_outputs(replace(options, out=folder), {"index.html": report.as_page(), "probe.json": report.as_json()})
         entry.more = report.figures()
         reports.append(report)
-    return comparison_columns(reports)
+    return reports, any("probe_loss" in entry.more and entry.more["probe_loss"].value is None for entry in entries)

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,18 +19,12 @@ from dc_ssdae.cli.common import (
 from dc_ssdae.cli.options import DeviceOptions, ImportOptions, OutputOptions, SeedOptions
 from dc_ssdae.cli.parser import Options as CommandOptions
 from dc_ssdae.errors import InputError
+from dc_ssdae.probe.config import Levels, Size
 from dc_ssdae.settings import setting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
-    from dc_ssdae.cli.compare import Options as CompareOptions
-    from dc_ssdae.data.sources import ImageSources
-    from dc_ssdae.evaluation.candidates import Candidate, CandidateSpec
-    from dc_ssdae.probe.config import ProbeConfig
-    from dc_ssdae.probe.features import FeatureNetwork
     from dc_ssdae.probe.report import ProbeReport
 
 FILES = ("index.html", "probe.json", "table.md", "samples.png")
@@ -42,42 +36,38 @@ class ProbeOptions(CommandOptions):
 
     Args:
         network: diffusion transformer to train: nano (4 blocks of 128 channels), tiny (6 of 192), S (12 of 384) or B
-            (12 of 768).
-        patch: side of the squares of latent values that make a token.
+            (12 of 768). A token with more values than channels cannot be generated well.
+        patch: patch size; each square of P x P latent positions is one token. By default 1, or as much as makes at most
+            1,024 tokens.
         dynamics: flow_matching; or equilibrium_matching, with its authors' truncated decay and gradient scale 4.
         levels: how training draws the share of noise: uniform, or logit_normal.
         steps: number of training steps; by default --minutes decide.
         minutes: training time in minutes; by default 10 where --steps is not given.
         train_batch: latents per training step.
-        lr: learning rate, from which a cosine leads to 0; by default 2e-3 for nano and tiny, 1e-4 for S and B.
-        ema: decay of the averaged weights per step; by default 0.99, for short runs.
-        samples: number of samples that are drawn and compared with as many training images; at most half of these.
-        sampling_steps: numbers of steps to sample with; each is measured, samples are shown of the largest.
+        lr: peak learning rate; it rises over the first 5 % of the budget, and then decays to 0 along a cosine. By
+            default 2e-3 for nano and tiny, 1e-4 for S and B.
+        ema: decay of the averaged weights per step; by default 0.99 for nano and tiny, 0.999 for S and B.
+        precision: float32, or autocast to bfloat16 or float16 for the probe; by default bfloat16 on a GPU.
+        samples: number of latents to sample; they are compared with as many training images, so it is at most half of
+            the training set.
+        sampling_steps: numbers of steps to sample with, each of which is measured; samples are shown of the largest.
+            Adaptive stopping takes at most the largest.
         guidance: strength of classifier-free guidance; 1 is none.
     """
 
-    network: Literal["nano", "tiny", "S", "B"] = "nano"
-    patch: int = setting(1, at_least=1, metavar="P")
+    network: Size = "nano"
+    patch: int | None = setting(None, at_least=1, metavar="P")
     dynamics: Literal["flow_matching", "equilibrium_matching"] = "flow_matching"
-    levels: Literal["uniform", "logit_normal"] = "uniform"
+    levels: Levels = "uniform"
     steps: int | None = setting(None, at_least=1, metavar="N")
     minutes: float | None = setting(None, above=0.0, metavar="M")
     train_batch: int = setting(32, at_least=1, name="--train-batch", metavar="B")
     lr: float | None = setting(None, above=0.0, metavar="X")
-    ema: float = setting(0.99, at_least=0.0, below=1.0, metavar="X")
+    ema: float | None = setting(None, at_least=0.0, below=1.0, metavar="X")
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
     samples: int = setting(1000, at_least=2, metavar="N")
     sampling_steps: list[int] = setting([32], at_least=1, name="--sampling-steps", metavar="N,...")
     guidance: float = setting(1.0, at_least=0.0, metavar="X")
-
-    def config(self, data: Any, seed: int) -> "ProbeConfig":
-        """The configuration of the training, on latents `data`."""
-        from dc_ssdae.probe.config import DYNAMICS, LEARNING_RATES, NetworkConfig, ProbeConfig, probe_training
-
-        network = NetworkConfig(self.network, self.patch, levels=self.levels, dynamics=dict(DYNAMICS[self.dynamics]))
-        budget = {name: value for name, value in (("steps", self.steps), ("minutes", self.minutes)) if value}
-        lr = self.lr or LEARNING_RATES[self.network]
-        training = probe_training(batch_size=self.train_batch, lr=lr, ema_decay=self.ema, seed=seed, **budget)
-        return ProbeConfig(data, network, training)
 
 
 @dataclass(kw_only=True)
@@ -95,18 +85,21 @@ class Options(ProbeOptions, DeviceOptions, ImportOptions, SeedOptions, OutputOpt
         model: which autoencoder: all that dc-ssdae compare takes.
         data: images: a folder of images or shards, which may have subfolders train/ and validation/, or a pattern of
             shards. Class folders give the classes.
-        size: side of the images in pixels; they are resized by the shorter side and cropped to the central square.
+        size: side of the images in pixels; they are resized by the shorter side and cropped to the central square. By
+            default that of --latents, or 256.
+        images: largest number of images per part to encode, spread evenly over it; by default all.
         batch: images, latents and samples per batch, except in training.
-        workers: number of processes that read latents for training; by default one per core except one, at most 8.
+        workers: number of processes that read images and latents; by default one per core except one, at most 8.
         download: download weights of Inception and DINOv2, if they are missing on this machine, for the distances.
         seed: seed of everything random.
-        dtype: precision in which the autoencoder computes; the probe itself is float32.
+        dtype: precision in which the autoencoder computes, and in which --data are stored as latents.
     """
 
     latents: Path | None = setting(None, metavar="DIR")
     model: str | None = setting(None, metavar="MODEL")
     data: str | None = setting(None, metavar="ROOT")
-    size: int = setting(256, at_least=1, metavar="S")
+    size: int | None = setting(None, at_least=1, metavar="S")
+    images: int | None = setting(None, at_least=1, metavar="N")
     batch: int = setting(50, at_least=1, metavar="B")
     workers: int | None = setting(None, at_least=0, metavar="N")
     download: bool = False
@@ -126,97 +119,63 @@ def run(options: Options) -> None:
     from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
     from dc_ssdae.probe.features import load_features
 
-    images = None if options.data is None else open_sources(options.data, None, None, None)
-    candidate = spec = None
+    work = options.given("latents", "size", "workers", "seed")
     if options.model is not None:
-        spec = parse_candidate(options.model)
-        candidate = open_candidate(spec, getattr(torch, options.dtype), import_classes(options.modules))
-    features = {} if images is None else load_features(device, options.download)
-    report = probe_latent(
-        options, options, options.size, device, options.out, options.latents, spec, candidate, images, features
-    )
+        work["spec"] = parse_candidate(options.model)
+        classes = import_classes(options.modules)
+        work["candidate"] = open_candidate(work["spec"], getattr(torch, options.dtype), classes)
+    if options.data is not None:
+        work["images"] = open_sources(options.data, None, None, None)
+    work |= {"limit": options.images, "batch_size": options.batch, "dtype": options.dtype}
+    features = partial(load_features, download=options.download)
+    report = probe_latent(options, options.program, device, folder=options.out, features=features, **work)
     if report is not None:
         text = report.as_markdown()
         say(text)
-        contents: dict[str, str | bytes] = {
-            "index.html": report.as_page(),
-            "probe.json": report.as_json(),
-            "table.md": text,
-        }
+        contents: dict[str, str | bytes] = {"index.html": report.as_page(), "probe.json": report.as_json()}
+        contents["table.md"] = text
         if report.samples is not None:
             contents["samples.png"] = report.as_picture()
         write_outputs(options, contents)
 
 
-def probe_latent(
-    options: "Options | CompareOptions",
-    probe: ProbeOptions,
-    size: int,
-    device: "torch.device",
-    folder: Path,
-    latents: Path | None,
-    spec: "CandidateSpec | None",
-    candidate: "Candidate | None",
-    images: "ImageSources | None",
-    features: "Mapping[str, FeatureNetwork]",
-) -> "ProbeReport | None":
+def probe_latent(options: ProbeOptions, program: str, device: "torch.device", **work: Any) -> "ProbeReport | None":
     """Encode images where there are no latents yet, train on these, and measure; go on where that was interrupted.
 
     Args:
-        options: of the command, for the sizes of batches, the workers and the seed.
-        probe: what is trained, and how it is sampled.
-        size: side of the images in pixels.
+        options: what is trained, and how it is sampled.
+        program: name of the command, for messages.
         device: of all networks.
-        folder: for latents/ and run/.
-        latents: folder of latents; None encodes the images.
-        spec: names the candidate.
-        candidate: encodes and decodes; None measures without pictures.
-        images: to encode, and to compare samples with.
-        features: that they are compared by.
+        work: further settings of `dc_ssdae.probe.run.Probe`.
 
     Returns:
-        The report, in the main process; None where a signal ended the training, which is told.
+        The report, in the main process; None in others, and where a signal ended the training, which is told.
     """
     import torch
 
-    from dc_ssdae.distributed import Processes
-    from dc_ssdae.probe.run import (
-        ProbeSettings,
-        check_images,
-        encode_for_probe,
-        find_latents,
-        report_probe,
-        train_probe,
-    )
-    from dc_ssdae.provenance import name_of_path
-    from dc_ssdae.timing import describe_machine
+    from dc_ssdae.probe.config import DYNAMICS, NetworkConfig, probe_training
+    from dc_ssdae.probe.run import Probe
 
-    chosen = probe.given("samples", "sampling_steps", "guidance")
-    settings = ProbeSettings(batch_size=options.batch, size=size, seed=options.seed, **chosen)
-    if latents is not None:
-        data = find_latents(latents)
-        if images is not None:
-            check_images(data, images.train, size)
-    else:
-        assert candidate is not None
-        assert spec is not None
-        assert images is not None
-        processes = Processes.join(device)
-        device, told = torch.device(processes.device), partial(complain, options.program)
-        candidate.to(device)
-        data = encode_for_probe(candidate, spec, images, folder / "latents", device, settings, processes, told)
-        candidate.to(torch.device("cpu"))
-    config = probe.config(replace(data, workers=options.workers), options.seed)
-    stopped_by = train_probe(config, folder / "run", cpu=device.type == "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dynamics = dict(DYNAMICS[options.dynamics])
+    given = options.given("steps", "minutes", "lr", "precision")
+    given |= {"ema_decay": options.ema} if options.ema is not None else {}
+    precision = {"precision": "bfloat16" if device.type == "cuda" else "float32"}
+    training = {"seed": work.get("seed", 0), "batch_size": options.train_batch, **precision, **given}
+    probe = Probe(
+        device=device,
+        network=NetworkConfig(options.network, options.patch, levels=options.levels, dynamics=dynamics),
+        training=probe_training(options.network, **training),
+        tell=partial(complain, program),
+        **options.given("samples", "sampling_steps", "guidance"),
+        **work,
+    )
+    config = probe.prepare()
+    stopped_by = probe.train(config)
     if not is_main_process():
         return None
     if stopped_by is not None:
-        complain(options.program, f"stopped by {stopped_by}; go on with the same command")
+        complain(program, f"stopped by {stopped_by}; go on with the same command")
         return None
-    label = spec.label if spec is not None else name_of_path(str(latents)) or "latents"
-    about: dict[str, Any] = {"image_size": size if images is not None else None, "machine": describe_machine(device)}
-    command = shlex.join(["dc-ssdae", *sys.argv[1:]])
-    work: dict[str, Any] = {} if images is None else {"images": images.train, "features": features}
-    if candidate is not None:
-        work |= {"candidate": candidate.to(device)}
-    return report_probe(config, folder / "run", label, settings, device, about, command, **work)
+    return probe.report(config, shlex.join(["dc-ssdae", *sys.argv[1:]]))

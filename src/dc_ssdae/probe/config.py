@@ -23,6 +23,12 @@ DYNAMICS: Mapping[str, Mapping[str, Any]] = {
 LEARNING_RATES: Mapping[str, float] = {"nano": 2e-3, "tiny": 2e-3, "S": 1e-4, "B": 1e-4}
 """Of AdamW by the network's size: for short runs of the small ones; S and B have that of Peebles & Xie 2023."""
 
+EMA_DECAYS: Mapping[str, float] = {"nano": 0.99, "tiny": 0.99, "S": 0.999, "B": 0.999}
+"""Of the averaged weights by the network's size."""
+
+MOST_TOKENS = 1024
+"""Above so many tokens per latent the patch grows, where none is asked for."""
+
 
 @dataclass(frozen=True)
 class LatentsConfig:
@@ -49,14 +55,16 @@ class NetworkConfig:
 
     Args:
         size: nano (4 blocks of 128 channels), tiny (6 of 192), S (12 of 384) or B (12 of 768).
-        patch: side of the squares of latent values that make a token.
-        class_dropout: share of the images that are shown without their class, for guidance.
+        patch: each square of patch × patch latent positions is one token; null, before the latents are known, will be
+            as much as makes at most `MOST_TOKENS`.
+        class_dropout: fraction of the training latents that are shown without their class, which classifier-free
+            guidance needs.
         levels: how training draws the share of noise: uniform; or logit_normal, the sigmoid of a standard normal.
         dynamics: class_path (FlowMatching or EquilibriumMatching) and init_args.
     """
 
     size: Size = "nano"
-    patch: int = setting(1, at_least=1)
+    patch: int | None = setting(None, at_least=1)
     class_dropout: float = setting(0.1, at_least=0.0, below=1.0)
     levels: Levels = "uniform"
     dynamics: dict[str, Any] = field(default_factory=lambda: dict(DYNAMICS["flow_matching"]))
@@ -65,17 +73,17 @@ class NetworkConfig:
         check_settings(self, "network.")
 
 
-def probe_training(**settings: Any) -> TrainingConfig:
+def probe_training(size: str = "nano", **settings: Any) -> TrainingConfig:
     """How a probe trains where nothing else is said: for ten minutes, with AdamW, a cosine decay and an average."""
     defaults: dict[str, Any] = {
         "steps": None,
         "minutes": 10.0 if settings.get("steps") is None else None,
-        "batch_size": 64,
+        "batch_size": 32,
         "optimizer": "adamw",
-        "lr": 1e-3,
+        "lr": LEARNING_RATES[size],
         "weight_decay": 0.0,
         "gradient_clip": 1.0,
-        "ema_decay": 0.999,
+        "ema_decay": EMA_DECAYS[size],
         "ema_start": 0,
         "precision": "float32",
         "checkpoint_every": 500,
@@ -110,9 +118,9 @@ class ProbeConfig:
         check_names("section of the configuration", settings, SECTIONS, "")
         if settings.get("data") is None:
             raise InputError("the configuration has no section data", "data")
-        for name, kind in SECTIONS.items():
-            check_names(f"setting of {name}", settings.get(name) or {}, [entry.name for entry in fields(kind)])
-        return cls(**{name: SECTIONS[name](**section) for name, section in settings.items()})
+        for name, section in settings.items():
+            check_names(f"setting of {name}", section or {}, [entry.name for entry in fields(SECTIONS[name])])
+        return cls(**{name: SECTIONS[name](**section) for name, section in settings.items() if section})
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data that `from_mapping` takes back, every default spelt out."""

@@ -19,7 +19,7 @@ HELD_OUT, MOST_HELD_OUT = 10, 1000
 """Where there are no validation latents: every tenth is held out, at most so many."""
 
 FEWEST_OF_A_CLASS = 10
-"""Training images below which a class is not told: of a few images it would be their names."""
+"""A class of fewer training images counts as unlabelled, because its label would identify single images."""
 
 
 @dataclass
@@ -82,6 +82,8 @@ def open_latents(data: LatentsConfig) -> LatentSources:
         validation.normalise_as(train)
         if validation.latent_shape != train.latent_shape:
             raise InputError(f"latents in {data.validation} are {validation.latent_shape}, not {train.latent_shape}")
+        if validation.classes != train.classes:
+            raise InputError(f"{data.validation} has other classes than {data.train}; encode both parts together")
         held_out = range(len(validation))
     else:
         count = min(MOST_HELD_OUT, len(train) // HELD_OUT)
@@ -118,7 +120,7 @@ class LatentSamples:
     source: LatentSubset
     seed: int
     batch_size: int
-    workers_option: ClassVar[str] = "data.workers"
+    workers_option: ClassVar[str] = "--workers"
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         epoch, place = divmod(position, len(self.source))

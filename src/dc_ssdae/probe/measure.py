@@ -15,7 +15,7 @@ from dc_ssdae.data.loader import ValidationImages, validation_loader
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.candidates import Candidate, CandidateSpec
 from dc_ssdae.evaluation.estimates import bootstrap
-from dc_ssdae.latent import DiagonalGaussian
+from dc_ssdae.latent import DiagonalGaussian, LatentMoments
 from dc_ssdae.probe.features import FeatureNetwork, copying_ratio, frechet_distances, nearest
 from dc_ssdae.probe.latents import LatentSources, LatentSubset
 from dc_ssdae.probe.report import MOST_REFERENCES, MOST_SAMPLES, RECONSTRUCTIONS, SAMPLES, Distance, Neighbours
@@ -129,21 +129,20 @@ class ProbeMeasurement:
         labels = torch.tensor([train.read(known[2 * place + 1]).label for place in order.tolist()])
         drawn = []
         for sampling in samplings:
-            evaluations: list[Tensor] = []
-            began = time.monotonic()
-            seen = self._seen(self._samples(candidate, sampling, labels, evaluations), features)
-            drawn.append((sampling, seen, float(torch.cat(evaluations).double().mean())))
-            if len(drawn) == 1:
-                found["seconds_per_sample"] = (time.monotonic() - began) / count
-        samples, samples_by = drawn[0][1], drawn[0][0]
+            moments = LatentMoments(train.dataset.latent_shape[0])
+            drawing = _Drawing(sampling, labels, moments, 2 if sampling.guidance != 1.0 else 1)
+            drawn.append((drawing, self._seen(self._samples(candidate, drawing), features)))
+        samples_by, samples = drawn[0]
+        found["seconds_per_sample"] = samples_by.seconds / count
         found |= {
             "samples": samples.shown,
-            "samples_by": f"{samples_by.title}, {samples_by.num_steps} steps",
+            "samples_by": f"{samples_by.sampling.title}, {samples_by.sampling.num_steps} steps",
             "classes": [train.class_name(label) for label in labels[:MOST_SAMPLES].tolist()],
         }
         if features:
             first = next(iter(features))
             near, new, known_features = (each.features[first] for each in (samples, unseen, training))
+            found["searched"] = training.count
             found["copying"] = copying_ratio(near, new, known_features, self.seed)
             distances, found_at = nearest(samples.features[first][:NEIGHBOURED], known_features, NEIGHBOURS)
             neighbours = [known[place] for place in found_at.flatten().tolist()]
@@ -153,18 +152,20 @@ class ProbeMeasurement:
         if real is not None:
             found["distances"] = []
             for name, network in features.items():
-                sets = [training.features[name][1::2], *(seen.features[name] for _, seen, _ in drawn)]
+                sets = [training.features[name][1::2], *(seen.features[name] for _, seen in drawn)]
                 values = frechet_distances(real.features[name], sets, seed=self.seed)
-                about: dict[str, Any] = {"features": network.title, "is_stand_in": network.is_stand_in}
-                found["distances"].append(Distance(**about, images=RECONSTRUCTIONS, value=values[0], count=count))
-                for (sampling, seen, mean), value in zip(drawn, values[1:], strict=True):
-                    steps: dict[str, Any] = {"sampler": sampling.title, "num_steps": sampling.num_steps}
-                    stopped = mean if sampling.sampler == "adaptive" else None
-                    found["distances"].append(
-                        Distance(**about, images=SAMPLES, value=value, count=seen.count, evaluations=stopped, **steps)
-                    )
+                about: dict[str, Any] = {"features": network.title, "is_stand_in": network.is_stand_in, "count": count}
+                found["distances"].append(Distance(**about, images=RECONSTRUCTIONS, value=values[0]))
+                for (drawing, _), value in zip(drawn, values[1:], strict=True):
+                    found["distances"].append(Distance(**about, images=SAMPLES, value=value, **drawing.about()))
+        if real is None:
+            found["no_distances"] = "Samples are not compared with images: give --data."
+        elif not features:
+            names = "Inception, DINOv2 or SqueezeNet"
+            found["no_distances"] = f"Samples are not compared with images: no weights of {names} are on this machine."
         return found
 
+    @torch.inference_mode()
     def _decode(self, candidate: Candidate, normalised: Tensor) -> Tensor:
         """Images of normalised latents, uint8 (B, 3, S, S) on the CPU."""
         latents = self.sources.train.dataset.denormalise(normalised.to(self.device))
@@ -179,15 +180,18 @@ class ProbeMeasurement:
             read = [latents.read(places[place]).latent for place in some]
             yield self._decode(candidate, torch.stack(read))
 
-    def _samples(
-        self, candidate: Candidate, sampling: Sampling, labels: Tensor, evaluations: list[Tensor]
-    ) -> Iterator[Tensor]:
+    def _samples(self, candidate: Candidate, drawing: "_Drawing") -> Iterator[Tensor]:
         shape = self.sources.train.dataset.latent_shape
-        for places in batches(len(labels), self.batch_size):
+        for places in batches(len(drawing.labels), self.batch_size):
+            began = time.monotonic()
             start = starting_latents(shape, places, self.seed).to(self.device)
-            result = draw_latents(self.step, start, labels[places.start : places.stop].to(self.device), sampling)
-            evaluations.append(result.num_evaluations.cpu())
-            yield self._decode(candidate, result.sample)
+            labels = drawing.labels[places.start : places.stop].to(self.device)
+            result = draw_latents(self.step, start, labels, drawing.sampling)
+            pictures = self._decode(candidate, result.sample)
+            drawing.seconds += time.monotonic() - began
+            drawing.evaluations += drawing.per_step * int(result.num_evaluations.sum())
+            drawing.moments.add(DiagonalGaussian(result.sample))
+            yield pictures
 
     def _read(self, images: ValidationImages, places: Sequence[int]) -> Iterator[Tensor]:
         for batch in validation_loader(images, places, self.batch_size, 0):
@@ -215,6 +219,26 @@ class ProbeMeasurement:
         spectrum = radial_spectrum(lumas())
         gathered = {name: torch.cat(parts) for name, parts in found.items()}
         return _Seen(torch.cat(shown)[:MOST_SAMPLES], gathered, spectrum, count)
+
+
+@dataclass
+class _Drawing:
+    """A set of samples being drawn: how, the labels, evaluations per step, and what it took."""
+
+    sampling: Sampling
+    labels: Tensor
+    moments: LatentMoments
+    per_step: int
+    seconds: float = 0.0
+    evaluations: int = 0
+
+    def about(self) -> dict[str, Any]:
+        """What a `Distance` tells of it."""
+        told = {"sampler": self.sampling.title, "num_steps": self.sampling.num_steps}
+        evaluations = self.evaluations / len(self.labels)
+        std = torch.tensor(self.moments.mean_and_std()[1])
+        own = None if evaluations == self.sampling.num_steps else evaluations
+        return {**told, "evaluations": own, "variance": float(std.square().mean())}
 
 
 @dataclass

@@ -24,8 +24,9 @@ TIMES = 1000.0
 def build_network(latent_shape: tuple[int, ...], classes: int, size: str, patch: int) -> Any:
     """Build diffusers' `DiTTransformer2DModel` with fresh weights, from PyTorch's default generator.
 
-    Its modulations and its output begin at zero, as its authors have it and diffusers' class, which is made to load
-    weights, does not.
+    They are those of its authors (Peebles & Xie 2023, section 3.2 and their code): Xavier's in linear layers, small
+    embeddings, and zero in the modulations and the last layer. diffusers' class is made to load weights, and begins
+    with PyTorch's.
 
     Args:
         latent_shape: (c, h, w), h and w alike.
@@ -37,7 +38,7 @@ def build_network(latent_shape: tuple[int, ...], classes: int, size: str, patch:
         InputError: the latents are not square, or no multiple of the patch.
     """
     from diffusers import DiTTransformer2DModel
-    from diffusers.models.embeddings import LabelEmbedding
+    from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding
 
     channels, height, width = latent_shape
     if height != width or height % patch:
@@ -55,15 +56,19 @@ def build_network(latent_shape: tuple[int, ...], classes: int, size: str, patch:
         num_embeds_ada_norm=max(1, classes),
     )
     for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for module in network.modules():
         if isinstance(module, LabelEmbedding):
+            nn.init.normal_(module.embedding_table.weight, std=0.02)
             module.dropout_prob = 0.0  # it would drop the class in each block anew; the training step drops it once
-    for layer in (
-        *(block.norm1.linear for block in network.transformer_blocks),
-        network.proj_out_1,
-        network.proj_out_2,
-    ):
+        elif isinstance(module, TimestepEmbedding):
+            nn.init.normal_(module.linear_1.weight, std=0.02)
+            nn.init.normal_(module.linear_2.weight, std=0.02)
+    modulations = [block.norm1.linear for block in network.transformer_blocks]
+    for layer in (*modulations, network.proj_out_1, network.proj_out_2):
         nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
     return network
 
 

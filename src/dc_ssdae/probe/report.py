@@ -43,6 +43,7 @@ class Distance:
         sampler: of samples, in words.
         num_steps: of the sampler; with adaptive stopping at most so many.
         evaluations: of the network per sample, on average, where they are not as many as the steps.
+        variance: of the normalised latents that were sampled, averaged over channels; that of the data is 1.
     """
 
     features: str
@@ -53,6 +54,7 @@ class Distance:
     sampler: str = ""
     num_steps: int | None = None
     evaluations: float | None = None
+    variance: float | None = None
 
     @property
     def title(self) -> str:
@@ -112,9 +114,11 @@ class ProbeReport:
         classes: their names, where the network knows classes.
         samples_by: how they were drawn, in words.
         no_samples: why there are none.
+        no_distances: why samples were not compared with images, if there are samples.
         references: real images, uint8 (M, 3, S, S).
         neighbours: of some samples.
         copying: as `copying_ratio` gives it.
+        searched: number of training images among which neighbours were looked for.
         latent_spectrum: of the normalised latents.
         image_spectrum: of the images' luma.
         seconds_per_sample: of sampling and decoding.
@@ -134,31 +138,29 @@ class ProbeReport:
     samples: Tensor | None = None
     classes: Sequence[str] | None = None
     samples_by: str = ""
-    no_samples: str = "There are none: the latents came without a decoder."
+    no_samples: str = "There are no samples: the latents came without a model that decodes them."
+    no_distances: str = ""
     references: Tensor | None = None
     neighbours: Sequence[Neighbours] = ()
     copying: Estimate | None = None
+    searched: int = 0
     latent_spectrum: Spectrum | None = None
     image_spectrum: Spectrum | None = None
     seconds_per_sample: float | None = None
     caveats: Sequence[str] = ()
     command: str = ""
 
-    def best(self, features: str, images: str = SAMPLES) -> Distance | None:
-        """The smallest distance of samples, or of reconstructions, by features of this title; None without one."""
-        found = [
-            each
-            for each in self.distances
-            if (each.features, each.images) == (features, images) and each.value.value is not None
-        ]
-        return min(found, key=lambda each: each.value.value or 0.0, default=None)
+    def first(self, features: str, images: str = SAMPLES) -> Distance | None:
+        """The distance of the samples that are shown, or of reconstructions, by features of this title."""
+        found = (each for each in self.distances if (each.features, each.images) == (features, images))
+        return next((each for each in found if each.value.value is not None), None)
 
     def figures(self) -> dict[str, Estimate]:
         """The figures for a table of several probes: `comparison_columns` has their titles."""
         found = {"probe_loss": self.loss} | ({"probe_copying": self.copying} if self.copying else {})
         for images in (SAMPLES, RECONSTRUCTIONS):
             features = next((each.features for each in self.distances), "")
-            if best := self.best(features, images):
+            if best := self.first(features, images):
                 found[f"probe_{images}"] = best.value
         return found
 
@@ -167,8 +169,8 @@ class ProbeReport:
         meaning = "Error of the field on validation latents, averaged over the levels. Lower means easier to generate."
         lines = [Headline("Validation loss", self.loss.text(4), _interval(self.loss, 4), meaning)]
         features = [each.features for each in self.distances if each.images == SAMPLES]
-        if features and (samples := self.best(features[0])):
-            floor = self.best(features[0], RECONSTRUCTIONS)
+        if features and (samples := self.first(features[0])):
+            floor = self.first(features[0], RECONSTRUCTIONS)
             beside = (
                 f" Reconstructions are at {floor.value.text(floor.digits)}, the floor that the decoder sets."
                 if floor
@@ -178,7 +180,10 @@ class ProbeReport:
             remark = "; ".join(part for part in (_interval(samples.value, samples.digits), samples.how) if part)
             lines.append(Headline(samples.title, samples.value.text(samples.digits), remark, meaning))
         if self.copying:
-            meaning = "Distance from samples to the nearest training image, relative to unseen images. Near 1 is good; "
+            meaning = (
+                f"Distance from samples to the nearest of {counted(self.searched, 'training image')}, relative to "
+            )
+            meaning += "unseen images. Near 1 is good; "
             meaning += "well below 1, samples are copies; above 1, they are unlike any image."
             lines.append(Headline("Copying ratio", self.copying.text(2), _interval(self.copying, 2), meaning))
         return lines
@@ -190,6 +195,8 @@ class ProbeReport:
         lines = [
             "A short training ranks latents; it says little of what long training gives.",
             "Compare losses only between probes of the same network, dynamics, levels, training and data.",
+            "Read the loss beside the reconstructions: a latent without detail is easy to predict.",
+            "Intervals are of the choice of images. Another --seed of the training may move a figure further.",
         ]
         lines += [
             f"{name} features stand in for those of published distances: compare only within one table, and never "
@@ -209,6 +216,8 @@ class ProbeReport:
         for each in self.distances:
             cell = rows.setdefault((each.how, each.count), {"images": f"{each.how}\n{counted(each.count, 'image')}"})
             cell[f"{each.title}\nlower is better"] = number(each.value, each.digits)
+            if each.variance is not None:
+                cell["variance of the latents\n1 is the data's"] = f"{each.variance:.2f}"
         return Table([*rows.values()], list(dict.fromkeys(head for row in rows.values() for head in row)))
 
     def settings_table(self) -> Table:
@@ -223,6 +232,7 @@ class ProbeReport:
             "about": dict(self.about),
             "loss": self.loss.as_json(),
             "copying": self.copying and self.copying.as_json(),
+            "searched": self.searched,
             "distances": [
                 {"title": each.title, **vars(each), "value": each.value.as_json()} for each in self.distances
             ],
@@ -249,7 +259,9 @@ class ProbeReport:
         for line in self.headlines():
             small = f" ({line.remark})" if line.remark else ""
             lines.append(f"**{line.title}: {line.value}**{small}. {line.meaning}")
-        distances = ["## Distance of the samples", self.distance_table()] if self.distances else [self.no_samples]
+        distances: list[str | Table] = ["## Distance of the samples", self.distance_table()]
+        if not self.distances:
+            distances = [self.no_samples if self.samples is None else self.no_distances]
         caveats = ("## Before you compare", self.all_caveats())
         return markdown(f"# Probe of {self.label}", lines, *caveats, *distances, "## Settings", self.settings_table())
 
@@ -328,7 +340,7 @@ class ProbeReport:
                 found = [each for each in drawn if (each.features, each.sampler) == (name, sampler)]
                 points = [(each.evaluations or each.num_steps or 0, each.value) for each in found]
                 _draw_estimates(axes, points, style)
-            if floor := self.best(name, RECONSTRUCTIONS):
+            if floor := self.first(name, RECONSTRUCTIONS):
                 axes.axhline(floor.value.value, color="#8a94a3", linestyle="--", linewidth=1.0)
             axes.set(title=next(each.title for each in drawn if each.features == name))
             axes.set(xscale="log", xlabel="evaluations of the network per sample")
@@ -360,14 +372,21 @@ class ProbeReport:
 
 def comparison_columns(reports: Sequence[ProbeReport]) -> dict[str, tuple[str, str, int, str]]:
     """Title, unit, digits and why there may be no value of `ProbeReport.figures`, for a table of several probes."""
-    titles = [each.title for report in reports for each in report.distances]
-    distance, none = next(iter(titles), "Fréchet distance"), "its latent was not probed"
+    found = [each for report in reports for each in report.distances]
+    title, none = next((each.title for each in found), "Fréchet distance"), "its latent was not probed"
+    digits = min((each.digits for each in found), default=0)
     return {
-        "probe_loss": ("probe", "loss of the field", 4, none),
-        "probe_samples": (distance, "samples", 0, none),
-        "probe_reconstructions": (distance, "reconstructions", 0, none),
-        "probe_copying": ("copying", "1: none", 2, none),
+        "probe_loss": ("probe's validation loss", "lower is easier to generate", 4, none),
+        "probe_samples": (title, "samples, lower is better", digits, none),
+        "probe_reconstructions": (title, "reconstructions", digits, none),
+        "probe_copying": ("copying ratio", "near 1 is good", 2, none),
     }
+
+
+def comparison_caveats(reports: Sequence[ProbeReport]) -> list[str]:
+    """What must be known of several probes, and how they were trained, each once."""
+    lines = [f"Probes: {report._lead()}." for report in reports]
+    return list(dict.fromkeys([*lines, *(line for report in reports for line in report.all_caveats())]))
 
 
 def _interval(found: Estimate, digits: int) -> str:

@@ -1,6 +1,6 @@
 """Latents drawn from a probe: by Euler's method for flow matching, by descents for equilibrium matching."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,13 +47,13 @@ class Sampling:
         return {"euler": "Euler", "adaptive": "adaptive stopping"}.get(self.sampler, self.sampler.replace("_", " "))
 
 
-def samplings(step: FieldStep, num_steps: list[int], guidance: float) -> list[Sampling]:
+def samplings(step: FieldStep, num_steps: Sequence[int], guidance: float) -> list[Sampling]:
     """The samplers that a probe's dynamics has, with each number of steps; the first is what its samples come from."""
-    most = max(num_steps)
+    counts = sorted(num_steps, reverse=True)
     if not isinstance(step.dynamics, EquilibriumMatching):
-        return [Sampling("euler", steps, guidance) for steps in sorted(num_steps, reverse=True)]
-    found = [Sampling("gradient_descent", steps, guidance) for steps in sorted(num_steps, reverse=True)]
-    return [*found, Sampling("nesterov", most, guidance), Sampling("adaptive", most, guidance)]
+        return [Sampling("euler", steps, guidance) for steps in counts]
+    found = [Sampling(name, steps, guidance) for name in ("gradient_descent", "nesterov") for steps in counts]
+    return [*found, Sampling("adaptive", counts[0], guidance)]
 
 
 def starting_latents(shape: tuple[int, ...], places: range, seed: int) -> Tensor:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 
 from dc_ssdae.components import resolve_part
@@ -45,7 +46,7 @@ def build_step(config: ProbeConfig, sources: LatentSources) -> FieldStep:
     """
     torch.manual_seed(config.training.seed)
     shape, classes = sources.train.dataset.latent_shape, len(sources.train.classes)
-    network = build_network(shape, classes, config.network.size, config.network.patch)
+    network = build_network(shape, classes, config.network.size, config.network.patch or 1)
     return FieldStep(network, build_dynamics(config.network), config.training.precision)
 
 
@@ -98,6 +99,7 @@ class ProbeTrainer(TrainingLoop):
     config: ProbeConfig
     sources: LatentSources
     measurements: ProbeMeasurements = field(init=False)
+    forward_methods: ClassVar[tuple[str, ...]] = ("predict",)
 
     def build(self, checkpoint: Checkpoint | None, sharded: bool) -> FieldStep:
         step = build_step(self.config, self.sources)
@@ -121,15 +123,14 @@ class ProbeTrainer(TrainingLoop):
 
     def arguments(self, batch: LatentBatch) -> Sequence[Tensor]:
         training, network, device = self.config.training, self.config.network, self.accelerator.device
-        noise, levels, kept = [], [], []
-        for draw in batch.draw.tolist():
-            step, place = divmod(draw, training.batch_size)
-            generator = noise_generator(training.seed, step, place, device)
-            levels.append(draw_levels(network.levels, 1, generator, self.module.dynamics))
-            kept.append(torch.rand(1, generator=generator, device=device) >= network.class_dropout)
-            noise.append(torch.randn(batch.latents.shape[1:], generator=generator, device=device))
-        labels = torch.where(torch.cat(kept), batch.labels.to(device), -1)
-        return batch.latents.to(device, non_blocking=True), labels, torch.stack(noise), torch.cat(levels)
+        # Of the whole global batch, by one generator: a latent's own noise is that of its place, however it is split.
+        size, draw = training.batch_size, batch.draw.to(device)
+        generator = noise_generator(training.seed, int(batch.draw[0]) // size, 0, device)
+        levels = draw_levels(network.levels, size, generator, self.module.dynamics)
+        kept = torch.rand(size, generator=generator, device=device) >= network.class_dropout
+        noise = torch.randn(size, *batch.latents.shape[1:], generator=generator, device=device)
+        labels = torch.where(kept[draw % size], batch.labels.to(device), -1)
+        return batch.latents.to(device, non_blocking=True), labels, noise[draw % size], levels[draw % size]
 
 
 @dataclass
@@ -145,8 +146,10 @@ class ProbeTask(Task):
         return self.config.training
 
     def check(self, run: RunFolder, processes: Processes, distribution: Any) -> LatentSources:
+        self.training.check_processes(processes.count)
         sources = open_latents(self.config.data)
-        self._model_config = build_step(self.config, sources).model.to_json_string()
+        with init_empty_weights():
+            self._model_config = build_step(self.config, sources).model.to_json_string()
         return sources
 
     def create(self, path: Path) -> None:

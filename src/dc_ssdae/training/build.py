@@ -232,10 +232,7 @@ def check_components(
         InputError: as `build_model` and `build_objective`; or the run would train, or keep, nothing but random weights.
     """
     training, distillation = config.training, config.distillation
-    parts = processes * training.accumulation_steps
-    if training.batch_size % parts:
-        wanted = f"for {processes} processes and training.accumulation_steps a multiple of {parts}"
-        raise wrong_value("training.batch_size", training.batch_size, wanted)
+    training.check_processes(processes)
     with init_empty_weights():  # not on the meta device, where a user's constructor could read no number
         model = build_model(config.model)
     if getattr(model.dynamics, "explicit_energy", None) is not None and (training.compile or sharded):

@@ -191,6 +191,17 @@ class TrainingConfig:
             if value is not None and value % part:
                 raise wrong_value(f"training.{name}", value, f"a multiple of training.{unit}, {part}")
 
+    def check_processes(self, processes: int) -> None:
+        """Refuse a batch that so many processes cannot share evenly.
+
+        Raises:
+            InputError: says what would be right.
+        """
+        parts = processes * self.accumulation_steps
+        if self.batch_size % parts:
+            wanted = f"for {processes} processes and training.accumulation_steps a multiple of {parts}"
+            raise wrong_value("training.batch_size", self.batch_size, wanted)
+
     def progress(self, steps: float, seconds: float) -> float:
         """The share of the budget that is spent: of the steps or of the time, whichever is nearer its end."""
         shares = [steps / self.steps] if self.steps is not None else []
@@ -343,7 +354,7 @@ PATHS = ("output", "init_from", "teacher")
 """Settings that name the folder of a run or of a model."""
 
 
-def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Path) -> None:
+def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Path, advice: str | None = None) -> None:
     """Refuse changed settings that would make it another run.
 
     Args:
@@ -351,6 +362,7 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Pat
             side alone has is another version's, and passed over; a loss term is not.
         after: the settings with which it is to go on.
         path: of the run's folder.
+        advice: what to do instead; None names training.init_from.
 
     Raises:
         InputError: names the first setting that differs.
@@ -359,7 +371,7 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], path: Pat
         old, new, is_term = before.get(name), after.get(name), name.startswith("losses.")
         is_new_term = is_term and name not in before and after[name]["weight"]
         if is_new_term or (old != new and name in before and (is_term or name in after)):
-            advice = f"a new run can start from its weights: --training.init_from {path}"
+            advice = advice or f"a new run can start from its weights: --training.init_from {path}"
             raise InputError(f"{name} is {shown(old)} in {path} and cannot become {shown(new)}; {advice}")
 
 

@@ -1,7 +1,7 @@
 """What the arena found, for people and for programs: table.md, table.json, pareto.png and index.html."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +36,12 @@ class ArenaReport(Report):
     Args:
         rounds: in which speed was measured.
         more_columns: for `Entry.more`: title, unit, digits, and why there may be no value, by name.
+        more_caveats: on these.
     """
 
     rounds: int
     more_columns: Mapping[str, tuple[str, str, int, str]] = field(default_factory=dict)
+    more_caveats: Sequence[str] = ()
 
     @property
     def columns(self) -> Mapping[str, tuple[str, str, int, str]]:
@@ -69,7 +71,8 @@ class ArenaReport(Report):
 
     def caveats(self) -> list[str]:
         """Say what may not be compared, the outcome first."""
-        return [*super().caveats(), "Compare speed and memory only within this table: same machine, batch, precision."]
+        speed = "Compare speed and memory only within this table: same machine, batch, precision."
+        return [*super().caveats(), speed, *self.more_caveats]
 
     def table(self) -> Table:
         """A row for each model; columns in which no model has a value are left out."""
