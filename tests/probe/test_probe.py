@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from dc_ssdae.data.sources import open_sources
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
+from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.probe.config import DYNAMICS, LatentsConfig, NetworkConfig, ProbeConfig, probe_training
+from dc_ssdae.probe.features import FeatureNetwork, frechet_distances
 from dc_ssdae.probe.latents import LatentSources, open_latents
-from dc_ssdae.probe.measure import matching_places
+from dc_ssdae.probe.measure import ProbeMeasurement, matching_places
 from dc_ssdae.probe.run import Probe
 from dc_ssdae.probe.sampling import TOLERANCE, Sampling, draw_latents
 from dc_ssdae.probe.step import SHARES, FieldStep, field_losses, level_of
@@ -238,3 +241,39 @@ def test_images_are_found_by_the_names_of_their_latents(latents: LatentsConfig, 
     for place, found in zip((5, 0, 20), matching_places(images, train, [5, 0, 20]), strict=True):
         pixels = pixel_shuffle(train.dataset.denormalise(train.read(place).latent), 2)
         torch.testing.assert_close(pixels, to_model_range(images[found].pixels), atol=1e-5, rtol=0.0)
+
+
+def test_pictures_are_compared_with_the_images_that_they_are_of(photos: Path, tmp_path: Path) -> None:
+    """By the pixels themselves: reconstructions are of other images than the references; copies are found out."""
+    probe = probe_of(photos, tmp_path, workers=0, training=probe_training(steps=1, batch_size=4))
+    config = probe.prepare()
+    sources, candidate = open_latents(config.data), probe.candidate
+    measurement = ProbeMeasurement(build_step(config, sources).eval(), sources, CPU, 5, 0)
+    train, count = sources.train.upright(), 12  # half of 24
+    decode = partial(measurement._decode, candidate)
+    everything = torch.stack([decode(train.read(place).latent[None])[0] for place in range(24)])
+    by_pixels = {"pixels": FeatureNetwork("pixels", True, 192, lambda x: x.flatten(1).double())}
+    images = ValidationImages(probe.images.train, 8, len(probe.images.train))
+
+    class Copies(ProbeMeasurement):
+        """Samples that are training images."""
+
+        def _samples(self, candidate: Any, drawing: Any) -> Iterator[Tensor]:
+            drawing.moments.add(DiagonalGaussian(torch.stack([train.read(place).latent for place in range(count)])))
+            yield everything[:count]
+
+    copying = Copies(measurement.step, sources, CPU, 5, 0)
+    found = copying.pictures(candidate, images, by_pixels, [Sampling("euler", 1)], 1000)
+    assert (found["searched"], found["copying"].value) == (24, 0.0)
+    for place, neighbours in enumerate(found["neighbours"]):
+        assert torch.equal(neighbours.images[0], everything[place])
+        assert neighbours.distances[0] == pytest.approx(0.0, abs=1e-6)
+    assert {tuple(image.flatten().tolist()) for image in found["references"]} <= {
+        tuple(image.flatten().tolist()) for image in everything[::2]
+    }
+    reference, samples = (each.flatten(1).double() for each in (everything[::2], everything[:count]))
+    floor, copies = frechet_distances(reference, [everything[1::2].flatten(1).double(), samples], replicates=0)
+    values = [distance.value.value for distance in found["distances"]]
+    assert values == pytest.approx([floor.value, copies.value], rel=1e-6)
+    assert [distance.count for distance in found["distances"]] == [count, count]
+    assert found["distances"][1].variance == pytest.approx(1.0, abs=0.5)

@@ -129,7 +129,7 @@ def test_the_first_features_are_the_headline_and_only_inceptions_own_distance_is
     loss, distance, copying = both.headlines()
     assert (loss.value, distance.title, distance.value, copying.value) == ("0.5000", "FID", "83.00", "0.88")
     assert "20.00" in distance.meaning
-    assert "adaptive" in distance.remark
+    assert "Euler, 50 steps" in distance.remark
     assert sum("SqueezeNet" in line for line in both.all_caveats()) == 1
     table = both.distance_table()
     assert len(table.rows) == 5
@@ -141,7 +141,7 @@ def test_the_first_features_are_the_headline_and_only_inceptions_own_distance_is
 def test_the_figures_of_several_probes_have_columns() -> None:
     first, second = whole(label="a"), without_decoder(label="b", loss=Estimate(0.25))
     columns = comparison_columns([first, second])
-    assert columns["probe_samples"][:2] == ("Fréchet distance of SqueezeNet features", "samples")
+    assert columns["probe_samples"][:2] == ("Fréchet distance of SqueezeNet features", "samples, lower is better")
     assert first.figures().keys() == columns.keys()
     assert [first.figures()[name].value for name in columns] == [0.5, 41.5, 10.0, 0.875]
     assert second.figures() == {"probe_loss": Estimate(0.25)}

@@ -133,7 +133,7 @@ def nearest(samples: Tensor, references: Tensor, k: int = 1) -> tuple[Tensor, Te
     known = F.normalize(references.float())
     blocks = [(1.0 - F.normalize(rows.float()) @ known.T).topk(k, largest=False) for rows in samples.split(_ROWS)]
     distances, places = zip(*blocks, strict=True)
-    return torch.cat(distances), torch.cat(places)
+    return torch.cat(distances).clamp(min=0.0), torch.cat(places)  # rounding would make some negative
 
 
 def copying_ratio(samples: Tensor, validation: Tensor, training: Tensor, seed: int = 0) -> Estimate:
