@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from broken_samples import chunk, encoded, png_bytes
@@ -134,6 +135,8 @@ def test_transparent_colour_that_pillow_would_miss_is_refused(bits: int, colour:
 def test_other_colour_spaces_come_back_as_the_colours_they_were(mode: str, kind: str) -> None:
     if mode == "LAB" and not features.check("littlecms2"):
         pytest.skip("this Pillow has no colour management")
+    if (mode, kind) == ("YCbCr", "TIFF") and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("before Pillow 13, Pillow cannot read such a file of its own")
     muted = blocks() // 2 + 60  # saturated colours lose more in 8-bit LAB
     content = stored(Image.fromarray(muted).convert(mode), kind, quality=100)
     assert kind == "TIFF" or b"Adobe" in content  # the marker that says the inks are stored inverted

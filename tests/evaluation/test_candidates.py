@@ -93,8 +93,8 @@ def test_every_form_with_and_without_a_label(here: Path, text: str, label: str, 
         *((f"bicubic:{factor}", "bicubic:FACTOR") for factor in ("0.99", "-8", "nan", "inf", 5000 * "9")),
         *((f"python:{path}", "python:MODULE.NAME") for path in ("name", "module.", "a..b", "a/b.c", "a.b()")),
         ("", "folder"),
-        ("png:75", "jpeg, ours, preset"),
-        ("a:b=jpeg:75", "jpeg, ours, preset"),
+        ("png:75", "jpeg, ours, pixels, preset"),
+        ("a:b=jpeg:75", "jpeg, ours, pixels, preset"),
     ],
 )
 def test_what_names_nothing(text: str, told: str) -> None:

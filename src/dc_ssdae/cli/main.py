@@ -23,7 +23,7 @@ COMMANDS: Mapping[str, str] = {
     "stats": "measure the mean and standard deviation of latents",
     "eval": "measure an autoencoder, and show its worst and best images",
     "compare": "measure many autoencoders alike, with pictures and costs",
-    "probe": "train a small diffusion transformer on latents, to see how good they are",
+    "probe": "see how good latents are to generate from",
     "curves": "draw the losses and the evaluations of runs",
     "distill": "teach a model to do in one step what it does in several",
     "info": "list the presets, or describe a preset or a saved model",
