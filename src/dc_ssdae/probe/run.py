@@ -34,6 +34,9 @@ from dc_ssdae.weights import read_safetensors
 DEFAULT_SIZE = 256
 """Side in pixels of the images that are encoded, where none is asked for."""
 
+LOOKED_AT = 2000
+"""Of so many latents, evenly spread, the images are looked for before the training."""
+
 
 @dataclass(kw_only=True)
 class Probe:
@@ -108,7 +111,8 @@ class Probe:
             if shape != (1, 3, size, size):
                 raise InputError(f"the model decodes these latents to {shape}; name the one that encoded them", "model")
         if self.images is not None:
-            matching_places(self._all_images(), sources.train, range(len(sources.train)))
+            some = range(0, len(sources.train), -(-len(sources.train) // LOOKED_AT))
+            matching_places(self._all_images(), sources.train, some)
         network = self.network
         if network.patch is None:
             sides = [side for side in range(1, dataset.latent_shape[1] + 1) if dataset.latent_shape[1] % side == 0]
@@ -157,9 +161,10 @@ class Probe:
         state = read_state(last)
         curve = [(line["step"], line["loss/dynamics"]) for line in read_lines(run.metrics) if line["loss/dynamics"]]
         about = {**_about(config, sources, step.model), "steps": state["step"], "seconds": state["seconds"]}
+        about |= {"guidance": self.guidance, "image_size": self.size, "machine": describe_machine(self.device)}
         return ProbeReport(
             label=self.spec.label if self.spec is not None else name_of_path(str(self.latents)) or "latents",
-            about={**about, "guidance": self.guidance, "image_size": self.size, **_machine(self.device)},
+            about=about,
             training_curve=thinned(curve),
             validation_curve=[(line["step"], line["loss"]) for line in read_lines(run.evaluations)],
             command=command,
@@ -220,16 +225,10 @@ def _about(config: ProbeConfig, sources: LatentSources, network: Any) -> dict[st
     }
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
-    return {"machine": describe_machine(device)}
-
-
 def _caveats(config: ProbeConfig, sources: LatentSources) -> list[str]:
     """What must be known of this network on these latents."""
-    width, values = (
-        SIZES[config.network.size][1],
-        sources.train.dataset.latent_shape[0] * (config.network.patch or 1) ** 2,
-    )
+    width, channels = SIZES[config.network.size][1], sources.train.dataset.latent_shape[0]
+    values = channels * (config.network.patch or 1) ** 2
     if values <= width:
         return []
     return [
