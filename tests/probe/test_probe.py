@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,18 +19,20 @@ from dc_ssdae.cli.main import main
 from dc_ssdae.data.images import to_model_range
 from dc_ssdae.data.loader import ValidationImages
 from dc_ssdae.data.sources import open_sources
+from dc_ssdae.distributed import Processes
 from dc_ssdae.dynamics import EquilibriumMatching, FlowMatching
 from dc_ssdae.errors import InputError
 from dc_ssdae.evaluation.candidates import open_candidate, parse_candidate
 from dc_ssdae.latent import DiagonalGaussian
 from dc_ssdae.probe.config import DYNAMICS, LatentsConfig, NetworkConfig, ProbeConfig, probe_training
 from dc_ssdae.probe.features import FeatureNetwork, frechet_distances
-from dc_ssdae.probe.latents import LatentSources, open_latents
+from dc_ssdae.probe.latents import LatentSamples, LatentSources, open_latents
 from dc_ssdae.probe.measure import ProbeMeasurement, matching_places
 from dc_ssdae.probe.run import Probe
 from dc_ssdae.probe.sampling import TOLERANCE, Sampling, draw_latents
 from dc_ssdae.probe.step import SHARES, FieldStep, field_losses, level_of
-from dc_ssdae.probe.trainer import ProbeTrainer, build_step
+from dc_ssdae.probe.trainer import ProbeTask, ProbeTrainer, build_step
+from dc_ssdae.training.run import RunFolder
 
 CPU = torch.device("cpu")
 EQM = DYNAMICS["equilibrium_matching"]
@@ -277,3 +280,20 @@ def test_pictures_are_compared_with_the_images_that_they_are_of(photos: Path, tm
     assert values == pytest.approx([floor.value, copies.value], rel=1e-6)
     assert [distance.count for distance in found["distances"]] == [count, count]
     assert found["distances"][1].variance == pytest.approx(1.0, abs=0.5)
+
+
+def test_noise_and_levels_are_those_of_the_place_in_the_global_batch(latents: LatentsConfig) -> None:
+    """However processes share the batch."""
+    config = probe_config(latents)
+    trainer: Any = SimpleNamespace(
+        config=config, module=build_step(config, open_latents(latents)), accelerator=SimpleNamespace(device=CPU)
+    )
+    samples = LatentSamples(open_latents(latents).train, 0, 4)
+    whole, *parts = ([samples[8 + place] for place in places] for places in (range(4), range(2), range(2, 4)))
+    expected = ProbeTrainer.arguments(trainer, samples.collate(whole))
+    found = [ProbeTrainer.arguments(trainer, samples.collate(part)) for part in parts]
+    for one, both in zip(expected, zip(*found, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(both))
+    assert len(expected[3].unique()) == 4
+    with pytest.raises(InputError, match="3 processes"):
+        ProbeTask(config, "").check(RunFolder(Path()), Processes(0, 3), "NO")
