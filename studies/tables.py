@@ -357,7 +357,7 @@ def probe_encoders() -> str:
         shape = "×".join(map(str, runs[0]["about"]["latent_shape"]))
         values = [spread([run["loss"]["value"] for run in runs], 3)]
         values += [
-            spread([min(entry["value"]["value"] for entry in distances(run, images)) for run in runs], 0)
+            spread([distances(run, images)[0]["value"]["value"] for run in runs], 0)
             for images in ("samples", "reconstructions")
         ]
         rows.append([variant, shape, *values, spread([run["copying"]["value"] for run in runs], 2)])
@@ -368,9 +368,12 @@ def probe_spoilt() -> str:
     """Loss and distance of clean and spoilt latents, over seeds."""
     rows = []
     for variant, runs in probes("spoilt").items():
-        far = [distances(run, "samples")[0]["value"]["value"] for run in runs]
-        rows.append([variant, str(len(runs)), spread([run["loss"]["value"] for run in runs], 3), spread(far, 0)])
-    return markdown(["latent", "seeds", "loss", "distance of samples"], rows)
+        far = [
+            spread([distances(run, images)[0]["value"]["value"] for run in runs], 0)
+            for images in ("samples", "reconstructions")
+        ]
+        rows.append([variant, str(len(runs)), spread([run["loss"]["value"] for run in runs], 3), *far])
+    return markdown(["latent", "seeds", "loss", "distance of samples", "of reconstructions"], rows)
 
 
 def probe_samplers() -> str:
@@ -380,8 +383,9 @@ def probe_samplers() -> str:
         for entry in sorted(distances(runs[0], "samples"), key=lambda entry: (entry["sampler"], entry["num_steps"])):
             evaluations = entry["evaluations"] or entry["num_steps"]
             far = f"{entry['value']['value']:.0f} ({entry['value']['low']:.0f} to {entry['value']['high']:.0f})"
-            rows.append([variant, entry["sampler"], str(entry["num_steps"]), f"{evaluations:.3g}", far])
-    return markdown(["dynamics", "sampler", "steps", "evaluations", "distance of samples"], rows)
+            figures = [str(entry["num_steps"]), f"{evaluations:.3g}", far, f"{entry['variance']:.2f}"]
+            rows.append([variant, entry["sampler"], *figures])
+    return markdown(["dynamics", "sampler", "steps", "evaluations", "distance of samples", "variance"], rows)
 
 
 def probe_figure() -> "Figure":
