@@ -232,7 +232,7 @@ def test_the_arena_shows_the_probes_figures(photos: Path, tmp_path: Path, monkey
     assert 0.0 < pixels["probe_loss"]["value"] < 3.0
     assert jpeg["probe_loss"]["value"] is None
     assert "easier to generate" in table["columns"]["probe_loss"]
-    assert any("latent without detail" in line for line in table["caveats"])
+    assert any("latents of the same shape" in line for line in table["caveats"])
     assert "easier to generate" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "probe" / "0-pixels_2" / "index.html").is_file()
 

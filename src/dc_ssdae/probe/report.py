@@ -194,8 +194,9 @@ class ProbeReport:
         fewest = min((each.count for each in self.distances if each.images == SAMPLES), default=ENOUGH_IMAGES)
         lines = [
             "A short training ranks latents; it says little of what long training gives.",
-            "Compare losses only between probes of the same network, dynamics, levels, training and data.",
-            "Read the loss beside the reconstructions: a latent without detail is easy to predict.",
+            "Compare losses only between latents of the same shape, and probes of the same network, dynamics, levels, "
+            "training and data.",
+            "Read the loss beside the reconstructions: values that carry less detail are easier to predict.",
             "Intervals are of the choice of images. Another --seed of the training may move a figure further.",
         ]
         lines += [
