@@ -102,14 +102,13 @@ def picture(out: Path) -> None:
     from matplotlib.figure import Figure
 
     found = {name: out / f"encoders-{name.replace(' ', '_')}-0" / "samples.png" for name in studies(out)["encoders"]}
-    figure = Figure(figsize=(8.4, 1.62 * len(found)), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8.4, 0.98 * len(found)), dpi=130, layout="constrained")
     for axes, (name, file) in zip(figure.subplots(len(found), 1), found.items(), strict=True):
         with Image.open(file) as samples:
             side = samples.width // 8
-            rows = [samples.crop((0, side * row, samples.width, side * (row + 1))) for row in (0, 1)]
-            wide = Image.new("RGB", (2 * samples.width, side))
-            for place, row in enumerate(rows):
-                wide.paste(row, (place * samples.width, 0))
+            wide = Image.new("RGB", (12 * side, side))
+            wide.paste(samples.crop((0, 0, 8 * side, side)), (0, 0))
+            wide.paste(samples.crop((0, side, 4 * side, 2 * side)), (8 * side, 0))
         axes.imshow(wide, interpolation="lanczos")
         axes.set_title(name, loc="left", fontsize=10)
         axes.axis("off")
