@@ -403,14 +403,19 @@ def probe_figure() -> "Figure":
             colour = COLOURS[len(ends) % len(COLOURS)]
             evaluations, far = zip(*sorted(points), strict=True)
             axes.plot(evaluations, far, color=colour, marker="o", markersize=4)
-            ends.append((evaluations[-1], far[-1], f"{variant}: {sampler}", colour))
+            ends.append((128, far[-1], f"{variant.replace('equilibrium matching', 'EqM')}: {sampler}", colour))
         floor = distances(runs[0], "reconstructions")[0]["value"]["value"]
         axes.axhline(floor, color="#8a94a3", linestyle="--", linewidth=1.0)
-    label_ends(axes, ends)
     axes.set(xlabel="evaluations of the network per sample", ylabel="Fréchet distance of SqueezeNet features")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0.0)
+    ticks = sorted(
+        {entry["num_steps"] for runs in probes("dynamics").values() for entry in runs[0]["distances"]} - {None}
+    )
+    axes.set(xscale="log", xlim=(0.9 * min(ticks), 6 * max(ticks)), ylim=(0.0, None))
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.minorticks_off()
+    label_ends(axes, ends)
     axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
