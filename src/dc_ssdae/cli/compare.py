@@ -42,7 +42,7 @@ class Options(EvaluationOptions):
         rounds: number of rounds in which speed is measured.
         show: number of images in index.html.
         probe: train a nano probe by flow matching for this many minutes on the latent of each model, on the training
-            images of --data, and write DIR/probe/MODEL/index.html.
+            images of --data (at most --limit of them), and write a page for each in DIR/probe.
         probe_steps: as --probe, but for this many steps, which are the same on a slow and on a fast machine.
     """
 
