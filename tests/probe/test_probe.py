@@ -30,7 +30,7 @@ from dc_ssdae.probe.latents import LatentSamples, LatentSources, open_latents
 from dc_ssdae.probe.measure import ProbeMeasurement, matching_places
 from dc_ssdae.probe.run import Probe
 from dc_ssdae.probe.sampling import TOLERANCE, Sampling, draw_latents
-from dc_ssdae.probe.step import SHARES, FieldStep, field_losses, level_of
+from dc_ssdae.probe.step import SHARES, FieldStep, draw_levels, field_losses, level_of
 from dc_ssdae.probe.trainer import ProbeTask, ProbeTrainer, build_step
 from dc_ssdae.training.run import RunFolder
 
@@ -297,3 +297,12 @@ def test_noise_and_levels_are_those_of_the_place_in_the_global_batch(latents: La
     assert len(expected[3].unique()) == 4
     with pytest.raises(InputError, match="3 processes"):
         ProbeTask(config, "").check(RunFolder(Path()), Processes(0, 3), "NO")
+
+
+@pytest.mark.parametrize(("levels", "variance"), [("uniform", 1 / 12), ("logit_normal", 0.0434)])
+def test_levels_are_drawn_as_asked(levels: str, variance: float) -> None:
+    """The variance of the sigmoid of a standard normal is 0.0434 (numerically)."""
+    for dynamics in (FlowMatching(), EquilibriumMatching()):
+        drawn = draw_levels(levels, 20_000, torch.Generator().manual_seed(0), dynamics)
+        assert float(drawn.mean()) == pytest.approx(0.5, abs=0.01)
+        assert float(drawn.var()) == pytest.approx(variance, rel=0.03)
