@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,7 +171,7 @@ def test_a_probe_that_a_signal_stops_goes_on_to_the_bit(
     assert metrics(stopped) == metrics(whole)
     assert probes[1].train(config) is None  # nothing is left to do
     with pytest.raises(InputError, match=r"training\.lr"):
-        probes[1].train(config.with_training(lr=0.5))
+        probes[1].train(replace(config, training=replace(config.training, lr=0.5)))
     from diffusers import DiTTransformer2DModel
 
     network = DiTTransformer2DModel.from_pretrained(whole / "model")  # a model of diffusers' own

@@ -22,6 +22,7 @@ from dc_ssdae.evaluation.estimates import Estimate
 from dc_ssdae.evaluation.evaluate import describe_failure
 from dc_ssdae.evaluation.metrics import psnr
 from dc_ssdae.evaluation.profile import latent_shape, wait_for
+from dc_ssdae.samplers.euler import times_of
 from dc_ssdae.samplers.result import root_mean_square
 from dc_ssdae.settings import LARGEST_SEED, check_settings, setting
 
@@ -225,8 +226,7 @@ def _trace(model: DCSSDAE, z: Tensor, trajectory: Tensor, original: Tensor) -> l
     states, steps = [], len(trajectory) - 1
     for step, x in enumerate(trajectory):
         timed = model.dynamics.conditions_on_time
-        # As `dc_ssdae.samplers.euler` has them.
-        now = (1.0 - step / steps) ** 4 if timed else None
+        now = times_of(steps)[step] if timed else None
         residual = math.nan if timed and step == steps else float(root_mean_square(model.field(x, z, now))[0])
         pixels = to_uint8(x[0].nan_to_num()).cpu()
         states.append(State(pixels, psnr(original, pixels), residual))

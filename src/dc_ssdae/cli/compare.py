@@ -134,7 +134,7 @@ def probe_entries(
     }
     given |= {"seed": options.seed, "dtype": options.dtype}
     given["images"] = open_sources(options.data, None, None, None)
-    given["features"] = cache(partial(load_features, download=options.download))
+    given["features"] = cache(partial(load_features, download=options.download, random=options.random_backbones))
     reports: list[ProbeReport] = []
     for place, (spec, entry) in enumerate(zip(specs, entries, strict=True)):
         shape = None if entry.evaluation is None else entry.evaluation.latent_shape

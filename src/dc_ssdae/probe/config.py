@@ -1,7 +1,7 @@
 """Settings of a probe. Reading and checking them needs no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from dc_ssdae.errors import InputError, check_names
@@ -136,10 +136,6 @@ class ProbeConfig:
             for entry in fields(kind)
             if not entry.metadata.get("may_change") and entry.name not in ("output", "init_from")
         }
-
-    def with_training(self, **settings: Any) -> "ProbeConfig":
-        """The same with some settings of section training changed."""
-        return replace(self, training=replace(self.training, **settings))
 
 
 SECTIONS: Mapping[str, type] = {"data": LatentsConfig, "network": NetworkConfig, "training": TrainingConfig}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -85,7 +84,7 @@ def load_features(device: torch.device, download: bool = False, random: bool = F
         title = TITLES[name]
         found[title.lower()] = FeatureNetwork(title, name in suite.notes, distance.channels, distance.features)
     path = weights_on_this_machine(trunk_file("squeeze"))
-    if find_spec("lpips") is not None and (path is not None or (random and not found)):
+    if path is not None or (random and not found):
         network = SqueezeNet(build_trunk("squeeze", path)).to(device).eval().requires_grad_(False)
         title = "SqueezeNet" if path else "random SqueezeNet"
         found["squeezenet"] = FeatureNetwork(title, True, SQUEEZENET_CHANNELS, network)

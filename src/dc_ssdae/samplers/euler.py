@@ -47,7 +47,7 @@ def euler(
     check_start(x_init)
     power = check_number("power", power, lambda value: value > 0.0, "positive and finite")
     start_time = check_share("start_time", start_time)
-    times = [start_time * (1.0 - index / num_steps) ** power for index in range(num_steps + 1)]
+    times = times_of(num_steps, power, start_time)
     x = speed = x_init
     states = [x]
 
@@ -65,6 +65,11 @@ def euler(
     evaluations = x.new_full(x.shape[:1], num_steps * (1 + in_the_middle), dtype=torch.int64)
     trajectory = torch.stack(states) if return_trajectory else None
     return SamplerResult(x, evaluations, root_mean_square(speed), ~is_finite(x), trajectory)
+
+
+def times_of(num_steps: int, power: float = 4.0, start_time: float = 1.0) -> list[float]:
+    """The times t_0 … t_n of the states of `euler` and `midpoint`, whose arguments these are."""
+    return [start_time * (1.0 - index / num_steps) ** power for index in range(num_steps + 1)]
 
 
 def midpoint(

@@ -99,8 +99,16 @@ class AutoencoderTask(Task):
         fetch_weights(self.config, starts=run.checkpoints.last() is None)
 
     def create(self, path: Path) -> None:
+        """Make the run's folder; the latent is normalised as by the model whose encoder the run keeps."""
         assert self._model is not None
-        _create(self.config, self.config_text or "", path, self._model)
+        training, distillation = self.config.training, self.config.distillation
+        teacher = None if distillation is None else model_folder(distillation.teacher)
+        source = teacher if training.init_from is None else model_folder(training.init_from)
+        settings = json.loads(self._model.to_json_string())
+        if source is not None and (keeps_latent(training.train) or not trains(self._model.encoder)):
+            settings |= {name: value for name, value in read_config(source).items() if name in NOT_MEASURED}
+        settings["provenance"] = inherited(self.config, source)
+        create_run(path, self.config_text or "", json.dumps(settings, indent=2, sort_keys=True) + "\n", teacher)
 
     def loop(
         self, run: RunFolder, accelerator: Accelerator, processes: Processes, sources: Any, stop: StopRequest
@@ -250,15 +258,3 @@ def locked(path: Path, processes: Processes) -> Iterator[None]:
     with ExitStack() as stack:
         processes.on_main(lambda: stack.enter_context(run_lock(path)))
         yield
-
-
-def _create(config: RunConfig, config_text: str, path: Path, model: DCSSDAE) -> None:
-    """Make the run's folder; the model's latent is normalised as that of the model whose encoder the run keeps."""
-    training, distillation = config.training, config.distillation
-    teacher = None if distillation is None else model_folder(distillation.teacher)
-    source = teacher if training.init_from is None else model_folder(training.init_from)
-    settings = json.loads(model.to_json_string())
-    if source is not None and (keeps_latent(training.train) or not trains(model.encoder)):
-        settings |= {name: value for name, value in read_config(source).items() if name in NOT_MEASURED}
-    settings["provenance"] = inherited(config, source)
-    create_run(path, config_text, json.dumps(settings, indent=2, sort_keys=True) + "\n", teacher)
